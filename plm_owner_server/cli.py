@@ -1,0 +1,127 @@
+"""The command `pema-server`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, CliSubCommand
+from transformers.utils import logging as transformers_logging
+
+from plm_owner_server.engines.transformers import TransformersEngine, load_model
+from plm_owner_server.models import digest_folder, resolve
+from plm_owner_server.rest import ServiceHolder, create_app
+from plm_owner_server.service import PlmService, load_tokenizer
+from plm_owner_server.settings import ServerSettings
+from protocol.errors import PemaError
+
+log = logging.getLogger(__name__)
+
+
+class Serve(ServerSettings):
+    """Load a model and serve it over REST.
+
+    Every flag is also an environment variable, PEMA_<FLAG> (PEMA_MAX_SEQUENCES=64); a flag wins.
+
+    Examples:
+      pema-server serve                                    the embedded Gemma 3 270M on 127.0.0.1:8000
+      pema-server serve --model smollm2-135m --port 9000   the other embedded model
+      pema-server serve --model /models/llama --dtype bfloat16
+      PEMA_MODEL=facebook/opt-1.3b pema-server serve --cr-kind ffn_output
+    """
+
+    def cli_cmd(self) -> None:
+        """Run until stopped; exit status 1 if the model cannot be served."""
+        serve(self)
+
+
+class Command(BaseSettings):
+    """PEMA, the PLM owner's side: serve a language model without giving its weights away."""
+
+    serve: CliSubCommand[Serve]
+
+    def cli_cmd(self) -> None:
+        """Run the subcommand."""
+        CliApp.run_subcommand(self)
+
+
+def load_service(settings: ServerSettings) -> PlmService:
+    """Find, load and warm up the model.
+
+    Raises:
+        PemaError: it cannot be served, and why.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    files = resolve(settings.model, settings.cache_dir)
+    model = load_model(files.folder, device=settings.device, dtype=settings.dtype)
+    engine = TransformersEngine(model, cr_kind=settings.cr_kind, shared_prefix=settings.shared_prefix)
+    service = PlmService(
+        engine,
+        load_tokenizer(files.folder),
+        name=files.name,
+        weights_digest=digest_folder(files.folder),
+        settings=settings,
+    )
+    engine.warm_up()
+    log.info("%s on %s in %s, CRs of kind %s", files.name, model.device, engine.info.dtype, settings.cr_kind)
+    return service
+
+
+def serve(settings: ServerSettings) -> None:
+    """Serve until stopped. The port answers at once, `/readyz` says when the model is loaded and warm."""
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    transformers_logging.disable_progress_bar()
+    for noisy in ("httpx", "httpcore", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    holder = ServiceHolder()
+    failures: list[PemaError] = []
+
+    def load() -> None:
+        try:
+            holder.service = load_service(settings)
+            log.info("ready on http://%s:%d (calls: /docs)", settings.host, settings.port)
+        except PemaError as error:
+            failures.append(error)
+        except Exception as error:
+            log.debug("traceback", exc_info=True)
+            failures.append(PemaError(f"The model could not be loaded: {type(error).__name__}: {error}"))
+        if failures:
+            server.should_exit = True
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        threading.Thread(target=load, name="load-model", daemon=True).start()
+        yield
+
+    app = create_app(holder, max_body_bytes=settings.max_body_bytes, lifespan=lifespan)
+    config = uvicorn.Config(app, host=settings.host, port=settings.port, log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    server.run()
+    if failures:
+        sys.exit(f"pema-server: {failures[0]}")
+
+
+def main() -> None:
+    """Entry point of `pema-server`."""
+    source: CliSettingsSource[Command] = CliSettingsSource(
+        Command, cli_prog_name="pema-server", cli_kebab_case=True, formatter_class=RawDescriptionHelpFormatter
+    )
+    try:
+        CliApp.run(Command, cli_settings_source=source)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + str(first["loc"][-1]).replace("_", "-")
+        sys.exit(f"pema-server: {flag} (or its environment variable): {first['msg']}. See pema-server serve --help.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Engines run the model; `base` says what the service expects of one."""

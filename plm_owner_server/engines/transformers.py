@@ -1,0 +1,326 @@
+"""The engine over Hugging Face transformers, for any decoder-only `AutoModelForCausalLM`.
+
+No list of architectures: the last hidden state is what the model's own base returns, the head is what the model
+declares as its output embedding, and `warm_up` proves both against the model's own logits before anything is served.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from plm_owner_server.batching import common_prefix
+from plm_owner_server.engines.base import Decoded, Encoded, EngineInfo
+from protocol.checks import echo
+from protocol.errors import ServerFault, Unsupported
+from protocol.head import LMHead
+from protocol.messages import CrKind
+
+log = logging.getLogger(__name__)
+
+# Rows × V float32 logits that exist at once: 256 MiB.
+_LOGITS_AT_ONCE = 2**26
+_FFN_NAMES = ("mlp", "feed_forward", "feedforward", "ffn", "block_sparse_moe", "moe", "fc2")
+
+
+def load_model(folder: Path, *, device: str, dtype: str) -> PreTrainedModel:
+    """Load a causal language model; `auto` means CUDA with bfloat16 where there is CUDA, else the CPU with float32.
+
+    Raises:
+        Unsupported: transformers cannot load it as one.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    except (ValueError, OSError, KeyError) as error:
+        raise Unsupported(
+            f"transformers cannot load {folder} as a causal language model: {error}",
+            hint="It must hold config.json and weights of an AutoModelForCausalLM architecture.",
+        ) from error
+    return model.to(device).eval()
+
+
+@dataclass
+class _Prefilled:
+    """State after the prompt. B sequences, T positions beyond a shared prefix of `prefix` tokens."""
+
+    last_hidden_B_T_D: Tensor
+    cr_B_T_D: Tensor
+    token_ids_B_T: Tensor
+    lengths_B: Tensor
+    prefix: int
+    cache: DynamicCache | None
+
+
+class TransformersEngine:
+    """Runs a causal language model with transformers.
+
+    Args:
+        model: in evaluation mode, on its device.
+        cr_kind: which representation `encode` and `decode` give.
+        shared_prefix: compute what all sequences of a batch begin with once.
+
+    Raises:
+        Unsupported: the model is no attention-based decoder, or has no such representation.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, cr_kind: CrKind, shared_prefix: bool = True) -> None:
+        config = model.config.get_text_config()
+        output = model.get_output_embeddings()
+        if model.config.is_encoder_decoder or not isinstance(output, nn.Linear):
+            raise Unsupported(
+                f"{type(model).__name__} has no linear LM head on a decoder.",
+                hint="Serve a decoder-only language model.",
+            )
+        if getattr(model, "_is_stateful", False):
+            raise Unsupported(
+                f"{type(model).__name__} carries a recurrent state, which padding would spoil.",
+                hint="Serve an attention-based model.",
+            )
+        self._model = model
+        self._base = model.base_model
+        self._accepts = set(inspect.signature(self._base.forward).parameters)
+        self._shared_prefix = shared_prefix
+        self._ffn = _last_ffn(self._base) if cr_kind == "ffn_output" else None
+        self.head = LMHead(
+            output.weight.detach(),
+            None if output.bias is None else output.bias.detach(),
+            _logit_scale(config),
+            getattr(config, "final_logit_softcapping", None),
+        )
+        self.info = EngineInfo(
+            hidden_size=self.head.weight_V_D.shape[1],
+            vocab_size=self.head.weight_V_D.shape[0],
+            max_tokens=getattr(config, "max_position_embeddings", None),
+            dtype=str(model.dtype).removeprefix("torch."),
+            cr_kind=cr_kind,
+            attention_window=_attention_window(config),
+            eos_token_ids=_eos(model),
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return self.head.weight_V_D.device
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Check on a real forward pass that softmax(head(f)) is the model's own distribution.
+
+        Raises:
+            Unsupported: something between the last hidden state and the logits is not known here.
+        """
+        ids_B_T = torch.arange(1, 9, device=self._device).remainder(self.info.vocab_size)[None]
+        expected = self._model(input_ids=ids_B_T, use_cache=False).logits.float()
+        state = self._prefill([ids_B_T[0].tolist()], keep_cache=False)
+        ours = self.head.logits(state.last_hidden_B_T_D).float()
+        error = ((ours - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
+        tolerance = 1e-4 if self._model.dtype == torch.float32 else 3e-2
+        if not error <= tolerance:
+            raise Unsupported(
+                f"The logits of {type(self._model).__name__} are not head(last hidden state): relative difference "
+                f"{error:.1e}.",
+                hint="This architecture changes the logits in a way that is not known here; please report it.",
+            )
+        log.info("warm-up: logits agree with the model's own to %.1e", error)
+
+    @torch.inference_mode()
+    def encode(
+        self, token_ids: Sequence[Sequence[int]], from_position: Sequence[int], *, with_logsumexp: bool
+    ) -> Encoded:
+        """Representations of all positions ≥ `from_position` of every sequence, from one forward pass."""
+        state = self._prefill(token_ids, keep_cache=False, prefix_limit=min(from_position))
+        rows = [len(ids) - start for ids, start in zip(token_ids, from_position, strict=True)]
+        wanted_B_T = self._spans([start - state.prefix for start in from_position], state.lengths_B, state)
+        last_hidden_N_D = state.last_hidden_B_T_D[wanted_B_T]
+        logsumexp_N = self._logsumexp_top1(last_hidden_N_D)[0].cpu() if with_logsumexp else None
+        return Encoded(
+            rows=rows,
+            echo=self._echo(state, token_ids),
+            cr_N_D=state.cr_B_T_D[wanted_B_T].cpu(),
+            last_hidden_N_D=last_hidden_N_D.cpu() if self._ffn is not None else None,
+            logsumexp_N=logsumexp_N,
+        )
+
+    @torch.inference_mode()
+    def decode(
+        self, token_ids: Sequence[Sequence[int]], look_ahead: Sequence[int], stop_token_ids: frozenset[int]
+    ) -> Decoded:
+        """The newest position of every sequence, and up to `look_ahead` greedily drafted ones.
+
+        A sequence's drafting ends after a stop token, which is its last top-1 then and is not run itself.
+        """
+        batch = torch.arange(len(token_ids), device=self._device)
+        most = max(look_ahead)
+        state = self._prefill(token_ids, keep_cache=most > 0, prefix_limit=min(map(len, token_ids)))
+        last_hidden_B_D = state.last_hidden_B_T_D[batch, state.lengths_B - 1]
+        cr_B_D = state.cr_B_T_D[batch, state.lengths_B - 1]
+        positions_B = state.lengths_B + state.prefix
+        left_B = torch.tensor(look_ahead, device=self._device)
+        stop_S = torch.tensor(sorted(stop_token_ids), dtype=torch.long, device=self._device)
+        mask_B_T = self._attention_mask(state)
+        rows_B = torch.zeros_like(left_B)
+        active_B = torch.ones_like(left_B, dtype=torch.bool)
+        steps: list[tuple[Tensor, ...]] = []
+        while True:
+            logsumexp_B, top1_B, top1_logit_B = self._logsumexp_top1(last_hidden_B_D)
+            steps.append((cr_B_D, last_hidden_B_D, logsumexp_B, top1_B, top1_logit_B - logsumexp_B))
+            rows_B += active_B
+            active_B = active_B & (left_B > 0) & ~torch.isin(top1_B, stop_S)
+            if not bool(active_B.any()):
+                break
+            mask_B_T = torch.cat([mask_B_T, torch.ones_like(mask_B_T[:, :1])], dim=1)
+            last_hidden_B_1_D, cr_B_1_D = self._forward(
+                top1_B[:, None], positions_B[:, None], cache=state.cache, mask_B_T=mask_B_T
+            )
+            last_hidden_B_D, cr_B_D = last_hidden_B_1_D[:, 0], cr_B_1_D[:, 0]
+            positions_B, left_B = positions_B + 1, left_B - 1
+        wanted_B_K = torch.arange(len(steps), device=self._device) < rows_B[:, None]
+        cr, last_hidden, logsumexp, top1, top1_logprob = (
+            torch.stack(parts, dim=1)[wanted_B_K].cpu() for parts in zip(*steps, strict=True)
+        )
+        return Decoded(
+            rows=rows_B.tolist(),
+            echo=self._echo(state, token_ids),
+            cr_N_D=cr,
+            last_hidden_N_D=last_hidden if self._ffn is not None else None,
+            logsumexp_N=logsumexp,
+            top1_N=top1,
+            top1_logprob_N=top1_logprob,
+        )
+
+    def _prefill(self, token_ids: Sequence[Sequence[int]], *, keep_cache: bool, prefix_limit: int = 0) -> _Prefilled:
+        """Run the prompts, padded on the right; a prefix that all share (at most `prefix_limit` tokens) only once.
+
+        Padding needs no mask: with causal attention no position sees what stands to its right.
+        """
+        prefix = 0
+        if self._shared_prefix and len(token_ids) > 1:
+            prefix = min(common_prefix(token_ids), prefix_limit, min(map(len, token_ids)) - 1)
+        cache = DynamicCache(config=self._model.config) if keep_cache or prefix else None
+        if prefix:
+            prefix_1_P = torch.tensor([token_ids[0][:prefix]], device=self._device)
+            self._forward(prefix_1_P, torch.arange(prefix, device=self._device)[None], cache=cache)
+            assert cache is not None
+            cache.batch_repeat_interleave(len(token_ids))
+        lengths = [len(ids) - prefix for ids in token_ids]
+        padded_B_T = nn.utils.rnn.pad_sequence(
+            [torch.tensor(ids[prefix:], dtype=torch.long) for ids in token_ids], batch_first=True
+        ).to(self._device)
+        positions_1_T = torch.arange(prefix, prefix + padded_B_T.shape[1], device=self._device)[None]
+        last_hidden_B_T_D, cr_B_T_D = self._forward(padded_B_T, positions_1_T.expand_as(padded_B_T), cache=cache)
+        lengths_B = torch.tensor(lengths, device=self._device)
+        return _Prefilled(last_hidden_B_T_D, cr_B_T_D, padded_B_T, lengths_B, prefix, cache)
+
+    def _forward(
+        self,
+        ids_B_T: Tensor,
+        positions_B_T: Tensor,
+        *,
+        cache: DynamicCache | None = None,
+        mask_B_T: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One pass of the model without its head: the head's input and the CRs, both [B, T, D]."""
+        inputs: dict[str, Any] = {"input_ids": ids_B_T, "use_cache": cache is not None, "past_key_values": cache}
+        if mask_B_T is not None:
+            inputs["attention_mask"] = mask_B_T
+        # OPT and GPT-2 count positions themselves unless told; where padding lies inside the cache they must be told.
+        if "position_ids" in self._accepts:
+            inputs["position_ids"] = positions_B_T
+        captured: list[Tensor] = []
+        if self._ffn is None:
+            last_hidden_B_T_D = self._base(**inputs).last_hidden_state
+            return last_hidden_B_T_D, last_hidden_B_T_D
+        handle = self._ffn.register_forward_hook(lambda module, args, output: captured.append(_first(output)))
+        try:
+            last_hidden_B_T_D = self._base(**inputs).last_hidden_state
+        finally:
+            handle.remove()
+        # OPT flattens batch and positions before its feed-forward layer.
+        return last_hidden_B_T_D, captured[-1].view(*ids_B_T.shape, -1)
+
+    def _logsumexp_top1(self, last_hidden_N_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log-sum-exp over V (float32), top-1 token and its logit, without more logits at once than memory allows."""
+        parts = []
+        for chunk_C_D in last_hidden_N_D.split(max(1, _LOGITS_AT_ONCE // self.info.vocab_size)):
+            logits_C_V = self.head.logits(chunk_C_D).float()
+            top1_logit_C, top1_C = logits_C_V.max(dim=-1)
+            parts.append((logits_C_V.logsumexp(dim=-1), top1_C, top1_logit_C))
+        logsumexp_N, top1_N, top1_logit_N = (torch.cat(column) for column in zip(*parts, strict=True))
+        return logsumexp_N, top1_N, top1_logit_N
+
+    def _spans(self, starts: Sequence[int], lengths_B: Tensor, state: _Prefilled) -> Tensor:
+        """Boolean [B, T]: positions from `starts` to each sequence's end."""
+        positions_T = torch.arange(state.token_ids_B_T.shape[1], device=self._device)
+        starts_B = torch.tensor(starts, device=self._device)
+        return (positions_T >= starts_B[:, None]) & (positions_T < lengths_B[:, None])
+
+    def _attention_mask(self, state: _Prefilled) -> Tensor:
+        """1 for the shared prefix and each sequence's own tokens, 0 for the padding between them and the drafts."""
+        own_B_T = self._spans([0] * len(state.lengths_B), state.lengths_B, state)
+        return torch.cat([own_B_T.new_ones(len(own_B_T), state.prefix), own_B_T], dim=1).long()
+
+    def _echo(self, state: _Prefilled, token_ids: Sequence[Sequence[int]]) -> list[int]:
+        """Echo of what was run: the shared prefix, then each sequence's row of the padded batch."""
+        prefix = list(token_ids[0][: state.prefix])
+        rows = state.token_ids_B_T.tolist()
+        return [echo(prefix + row[:length]) for row, length in zip(rows, state.lengths_B.tolist(), strict=True)]
+
+
+def _first(output: Any) -> Tensor:
+    # Mixture-of-experts blocks return (hidden states, router logits).
+    result = output[0] if isinstance(output, tuple) else output
+    if not isinstance(result, Tensor):
+        raise ServerFault("The model's feed-forward layer gives no tensor.", hint="Serve last_hidden_state instead.")
+    return result
+
+
+def _last_ffn(base: nn.Module) -> nn.Module:
+    """The feed-forward module of the last block: its output is what the block adds to its residual stream.
+
+    In Gemma 2 and 3 a further norm stands between; the output here is the feed-forward layer's own.
+    """
+    stacks = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
+    block = max(stacks, key=len, default=nn.ModuleList())[-1] if stacks else None
+    for name in _FFN_NAMES:
+        module = getattr(block, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise Unsupported(
+        f"No feed-forward layer was found in the last block of {type(base).__name__}.",
+        hint="Serve --cr-kind last_hidden_state, which every model has.",
+    )
+
+
+def _attention_window(config: Any) -> int | None:
+    """Tokens that the narrowest attention layer sees; None if all layers see everything."""
+    windows = [getattr(config, "attention_chunk_size", None)]
+    if getattr(config, "use_sliding_window", True):
+        windows.append(getattr(config, "sliding_window", None))
+    return min((window for window in windows if window), default=None)
+
+
+def _logit_scale(config: Any) -> float:
+    """Factor between the head's product and the logits: Cohere multiplies, Granite divides, Falcon-H1 multiplies."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
+    return scale / float(getattr(config, "logits_scaling", None) or 1.0)
+
+
+def _eos(model: PreTrainedModel) -> tuple[int, ...]:
+    generation = getattr(model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
+    if eos is None:
+        eos = model.config.get_text_config().eos_token_id
+    return tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)

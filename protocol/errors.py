@@ -1,0 +1,158 @@
+"""The one tree of errors that both sides raise, and its mapping to HTTP problem+json.
+
+    PemaError
+    ├── InvalidRequest (ValueError)         400  the caller's mistake; the detail says what to change
+    │   ├── MalformedMessage                400  the body is not what its content type says
+    │   ├── OverLimit                       422  longer, larger or more than the model card allows
+    │   └── Unsupported                     422  a thing this model or server does not have
+    ├── PayloadTooLarge (ValueError)        413  the body is over the server's byte limit
+    ├── UnacceptableAnswer (ValueError)     406  no representation of the answer suits the Accept header
+    ├── Overloaded                          429  try again after `retry_after_s`
+    ├── NotReady                            503  the model is still loading; try again after `retry_after_s`
+    ├── ServerFault                         500  the server's own fault, without any of the caller's data
+    ├── NumericalFault (ArithmeticError)    500  a value that is not finite, with counts
+    ├── ConnectionFailed (ConnectionError)       the server was not reached, or hung up (client only)
+    ├── ProtocolViolation                        the answer is not what the protocol says (client only)
+    ├── IdentityMismatch (ValueError)            files and server belong to different models (client only)
+    └── InvalidData (ValueError)                 the user's own file is not usable (client only)
+
+Every error carries a `hint`: what to do about it. Errors never carry text, token ids or representations.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+PROBLEM_JSON = "application/problem+json"
+_TYPE_PREFIX = "urn:pema:error:"
+
+
+class PemaError(Exception):
+    """Base of all errors of this project.
+
+    Args:
+        detail: what happened, in one sentence.
+        hint: what the reader can do about it.
+        retry_after_s: seconds after which the same call may succeed, where that is known.
+        request_id: the id under which both sides logged the call.
+    """
+
+    code: ClassVar[str] = "error"
+    http_status: ClassVar[int] = 500
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        hint: str = "",
+        retry_after_s: float | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.hint = hint
+        self.retry_after_s = retry_after_s
+        self.request_id = request_id
+
+    def __str__(self) -> str:
+        text = f"{self.detail} {self.hint}".rstrip()
+        return f"{text} [request {self.request_id}]" if self.request_id else text
+
+
+class InvalidRequest(PemaError, ValueError):
+    code = "invalid-request"
+    http_status = 400
+
+
+class MalformedMessage(InvalidRequest):
+    code = "malformed-message"
+
+
+class OverLimit(InvalidRequest):
+    code = "over-limit"
+    http_status = 422
+
+
+class Unsupported(InvalidRequest):
+    code = "unsupported"
+    http_status = 422
+
+
+class PayloadTooLarge(PemaError, ValueError):
+    code = "payload-too-large"
+    http_status = 413
+
+
+class UnacceptableAnswer(PemaError, ValueError):
+    code = "not-acceptable"
+    http_status = 406
+
+
+class Overloaded(PemaError):
+    code = "overloaded"
+    http_status = 429
+
+
+class NotReady(PemaError):
+    code = "not-ready"
+    http_status = 503
+
+
+class ServerFault(PemaError):
+    code = "server-fault"
+
+
+class NumericalFault(PemaError, ArithmeticError):
+    code = "numerical-fault"
+
+
+class ConnectionFailed(PemaError, ConnectionError):
+    code = "connection-failed"
+
+
+class ProtocolViolation(PemaError):
+    code = "protocol-violation"
+
+
+class IdentityMismatch(PemaError, ValueError):
+    code = "identity-mismatch"
+
+
+class InvalidData(PemaError, ValueError):
+    code = "invalid-data"
+
+
+def to_problem(error: PemaError) -> dict[str, Any]:
+    """The error as an RFC 9457 problem document."""
+    problem: dict[str, Any] = {
+        "type": _TYPE_PREFIX + error.code,
+        "title": error.code.replace("-", " ").capitalize(),
+        "status": error.http_status,
+        "detail": error.detail,
+        "hint": error.hint,
+    }
+    if error.retry_after_s is not None:
+        problem["retry_after_s"] = error.retry_after_s
+    if error.request_id is not None:
+        problem["request_id"] = error.request_id
+    return problem
+
+
+def from_problem(problem: dict[str, Any], status: int) -> PemaError:
+    """The error that a problem document describes; one of unknown type becomes the base class of its status."""
+    code = str(problem.get("type", "")).removeprefix(_TYPE_PREFIX)
+    cls = _BY_CODE.get(code) or (InvalidRequest if 400 <= status < 500 else ServerFault)
+    retry_after_s = problem.get("retry_after_s")
+    return cls(
+        str(problem.get("detail") or problem.get("title") or f"the server answered HTTP {status}"),
+        hint=str(problem.get("hint", "")),
+        retry_after_s=float(retry_after_s) if isinstance(retry_after_s, (int, float)) else None,
+        request_id=problem.get("request_id"),
+    )
+
+
+def _tree(cls: type[PemaError]) -> list[type[PemaError]]:
+    return [cls, *(node for child in cls.__subclasses__() for node in _tree(child))]
+
+
+_BY_CODE = {cls.code: cls for cls in _tree(PemaError)}

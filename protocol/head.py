@@ -1,0 +1,50 @@
+"""The LM head as a function, not only a matrix.
+
+What a model does after its last hidden state differs: OPT has a plain matrix, Cohere multiplies the logits, Granite
+divides them, Gemma 2 squashes them with a soft-cap. Both sides apply the same `LMHead`, so that the data owner's
+P_PEMA lives on exactly the scale of the owner's P_PLM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """logits = cap · tanh(scale · (h Wᵀ + b) / cap), for all or for chosen rows of the vocabulary.
+
+    Attributes:
+        weight_V_D: one row per token, any float dtype.
+        bias_V: optional, same dtype.
+        logit_scale: factor on the logits; 1 for most models.
+        softcap: bound of the logits (Gemma 2's `final_logit_softcapping`); None for no bound.
+    """
+
+    weight_V_D: Tensor
+    bias_V: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, h_N_D: Tensor) -> Tensor:
+        """Logits [N, V] in the dtype of the weight."""
+        logits_N_V = F.linear(h_N_D.to(self.weight_V_D.dtype), self.weight_V_D, self.bias_V)
+        if self.logit_scale != 1.0:
+            logits_N_V = logits_N_V * self.logit_scale
+        if self.softcap is not None:
+            logits_N_V = torch.tanh(logits_N_V / self.softcap) * self.softcap
+        return logits_N_V
+
+    def rows(self, index_C: Tensor | slice) -> LMHead:
+        """The head of a part of the vocabulary."""
+        bias_C = None if self.bias_V is None else self.bias_V[index_C]
+        return LMHead(self.weight_V_D[index_C], bias_C, self.logit_scale, self.softcap)
+
+    def to(self, target: torch.dtype | torch.device) -> LMHead:
+        """The head in another dtype or on another device."""
+        bias_V = None if self.bias_V is None else self.bias_V.to(target)
+        return LMHead(self.weight_V_D.to(target), bias_V, self.logit_scale, self.softcap)

@@ -1,0 +1,149 @@
+"""Every request and answer of the wire. Shapes: B sequences, N rows in all, D hidden size, V vocabulary, K tokens.
+
+Rows of several sequences are concatenated in the order of the sequences; `rows_B` tells how many belong to each.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from protocol import PROTOCOL_VERSION
+from protocol.codec import FloatMatrix, FloatTensor, IntTensor, Message, RaggedIds, TokenId
+from protocol.head import LMHead
+
+CrKind = Literal["last_hidden_state", "ffn_output"]
+WireDtype = Literal["float16", "bfloat16", "float32"]
+DTYPES: dict[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+
+class Limits(Message):
+    """What one request may ask for."""
+
+    max_sequence_tokens: int = Field(description="longest sequence, drafted tokens included, in tokens")
+    max_sequences: int = Field(description="most sequences in one request")
+    max_head_rows: int = Field(description="most head rows in one answer; ask for more in pieces")
+    max_look_ahead: int = Field(description="most tokens drafted for a sequence in one request")
+    max_body_bytes: int = Field(description="largest request body, in bytes")
+
+
+class ModelCard(Message):
+    """Who the model is and what may be asked of it."""
+
+    name: str
+    digest: str = Field(description="over weights, tokenizer and kind of CR; stamped into every memory and adapter")
+    tokenizer_digest: str
+    cr_kind: CrKind
+    hidden_size: int = Field(description="D")
+    vocab_size: int = Field(description="V, the number of rows of the LM head")
+    dtype: str = Field(description="dtype that the model computes in")
+    head_policy: Literal["full"] = Field(description="which rows of the LM head a client may have")
+    eos_token_ids: list[int] = Field(description="tokens after which the model itself would stop")
+    limits: Limits
+    protocol_version: int = PROTOCOL_VERSION
+
+
+class TokenizerBundle(Message):
+    """All that a client needs to tokenise exactly as the model's owner does."""
+
+    tokenizer_json: str = Field(description="the fast tokenizer's own file (`tokenizers.Tokenizer.from_str`)")
+    chat_template: str | None = Field(description="the model's Jinja chat template, if it has one")
+    special_tokens: dict[str, str] = Field(description="bos_token, eos_token, …, as the chat template expects them")
+    digest: str
+
+
+class HeadRequest(Message):
+    """Rows of the LM head: the chosen `token_ids`, or the range [start, stop)."""
+
+    token_ids: list[TokenId] | None = Field(default=None, description="rows wanted, in the order of the answer")
+    start: int = Field(default=0, ge=0, description="first row of a range; only without token_ids")
+    stop: int | None = Field(default=None, ge=0, description="end of a range (exclusive); only without token_ids")
+    dtype: WireDtype = "float16"
+
+
+class HeadRows(Message):
+    """Rows of the LM head and what acts after them."""
+
+    digest: str
+    vocab_size: int
+    weight_N_D: FloatMatrix
+    bias_N: FloatTensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def head(self) -> LMHead:
+        """The rows as a function from hidden states to logits."""
+        return LMHead(self.weight_N_D, self.bias_N, self.logit_scale, self.softcap)
+
+
+class EncodeRequest(Message):
+    """The context representations of all positions ≥ `from_position` of every sequence, in one forward pass."""
+
+    token_ids: RaggedIds = Field(description="the sequences, special tokens included")
+    from_position: list[int] = Field(description="first position wanted, one a sequence (0 for all)")
+    echo: list[int] | None = Field(default=None, description="CRC-32 of every sequence; checked if given")
+    dtype: WireDtype = Field(default="float16", description="dtype of the representations in the answer")
+    with_logsumexp: bool = Field(default=False, description="also send each position's log-sum-exp over V")
+
+
+class EncodeResponse(Message):
+    """Answer to `EncodeRequest`; the CR at position t represents the context that ends with token t."""
+
+    digest: str
+    echo: list[int] = Field(description="CRC-32 of the token ids that were really run")
+    rows_B: IntTensor = Field(description="rows of each sequence")
+    cr_N_D: FloatMatrix = Field(description="context representations f(c)")
+    logsumexp_N: FloatTensor | None = Field(default=None, description="log Σ_v exp(logit_v), if asked for")
+    last_hidden_N_D: FloatMatrix | None = Field(
+        default=None, description="the head's input, beside CRs of kind ffn_output (P_PLM cannot be had from those)"
+    )
+
+
+class DecodeRequest(Message):
+    """The newest position of every prefix, and `look_ahead` more that the server drafts greedily."""
+
+    token_ids: RaggedIds = Field(description="prompt and everything generated so far")
+    look_ahead: list[int] = Field(description="k, the most tokens to draft, one number a sequence")
+    stop_token_ids: list[TokenId] = Field(default=[], description="a sequence's drafting ends after one of these")
+    echo: list[int] | None = Field(default=None, description="CRC-32 of every prefix; checked if given")
+    dtype: WireDtype = Field(default="float16", description="dtype of the representations in the answer")
+
+
+class DecodeResponse(Message):
+    """Answer to `DecodeRequest`: position j of a sequence follows its prefix and the j tokens drafted before it.
+
+    The drafts are the top-1 tokens themselves: `top1_N[j]` is what position j+1 was conditioned on.
+    """
+
+    digest: str
+    echo: list[int]
+    rows_B: IntTensor = Field(description="positions of each sequence: 1 to look_ahead + 1")
+    cr_N_D: FloatMatrix
+    logsumexp_N: FloatTensor
+    top1_N: IntTensor = Field(description="the PLM's most probable next token")
+    top1_logprob_N: FloatTensor = Field(description="its log-probability")
+    last_hidden_N_D: FloatMatrix | None = None
+
+
+class DistributionRequest(Message):
+    """The PLM's next-token distribution after a text or token ids: a call for people with curl."""
+
+    text: str | None = Field(default=None, description="text to continue; or give token_ids")
+    token_ids: list[TokenId] | None = None
+    template: str = Field(default="plain", description="`plain`, or `chat` for the model's own chat template")
+    top_k: int | None = Field(default=10, ge=1, description="most probable tokens wanted; null for all of V")
+
+
+class DistributionResponse(Message):
+    """The K most probable tokens, most probable first, or all of V in order of id."""
+
+    digest: str
+    token_ids_K: IntTensor
+    logprob_K: FloatTensor
+    tokens: list[str] | None = Field(default=None, description="the tokens as text, unless all of V was asked for")
