@@ -1,0 +1,42 @@
+"""Fixtures for all tests. What they are made of is in `tests/support.py`."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers is imported: no test may depend on the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+for _name in [name for name in os.environ if name.startswith("PEMA_")]:
+    del os.environ[_name]
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+from plm_owner_server.service import PlmService
+from tests import support
+from tests.support import TinyModels
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """`tiny_models["llama"]` is the folder of a tiny model of that architecture (`support.ARCHITECTURES`)."""
+    return TinyModels(tmp_path_factory.mktemp("tiny-models"))
+
+
+@pytest.fixture(scope="session")
+def tiny_service(tiny_models: TinyModels) -> PlmService:
+    """A service over the tiny Llama with default settings, which also has a chat template."""
+    return support.make_service(tiny_models["llama"])
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_service: PlmService) -> Iterator[str]:
+    """Base URL of a real HTTP server of `tiny_service`."""
+    with support.serve(tiny_service) as url:
+        yield url

@@ -1,0 +1,203 @@
+"""Tiny models made on the fly, a service over one, and the REST application behind a real uvicorn.
+
+Everything here is deterministic and needs no network. Tests get at it through the fixtures in `conftest.py`.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import uvicorn
+from fastapi import FastAPI
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from plm_owner_server.engines.base import Engine
+from plm_owner_server.engines.transformers import TransformersEngine, load_model
+from plm_owner_server.models import digest_folder
+from plm_owner_server.rest import ServiceHolder, create_app
+from plm_owner_server.service import PlmService, load_tokenizer
+from plm_owner_server.settings import ServerSettings
+
+PAD, BOS, EOS = 0, 1, 2
+_SPECIAL = ["<pad>", "<bos>", "<eos>"]
+_WORDS = ["en", "er", "ch", "th", "he", "in", "Ġd", "Ġt", "Ġth", "Ġthe", "ie", "Ġdie", "st", "an", "on", "re"]
+_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+VOCAB_SIZE = len(_SPECIAL) + len(_ALPHABET) + len(_WORDS)
+WINDOW = 8
+"""Tokens that a sliding layer of the tiny Mistral, Gemma 2 and Gemma 3 sees."""
+MAX_POSITIONS = 128
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def tiny_tokenizer(*, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a few merges: any text round-trips, a start token is added, `\\n` is one token."""
+    merges = [("e", "n"), ("e", "r"), ("c", "h"), ("t", "h"), ("h", "e"), ("i", "n"), ("Ġ", "d"), ("Ġ", "t")]
+    merges += [("Ġ", "th"), ("Ġt", "he"), ("i", "e"), ("Ġd", "ie"), ("s", "t"), ("a", "n"), ("o", "n"), ("r", "e")]
+    vocab = {token: i for i, token in enumerate([*_SPECIAL, *_ALPHABET, *_WORDS])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=_SPECIAL[PAD], bos_token=_SPECIAL[BOS], eos_token=_SPECIAL[EOS]
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
+_COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": MAX_POSITIONS,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+_GQA = _COMMON | {"intermediate_size": 48, "num_key_value_heads": 2}
+_OPT = _COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
+_GEMMA = _GQA | {"head_dim": 8, "sliding_window": WINDOW, "query_pre_attn_scalar": 8}
+_SLIDING_AND_FULL = ["sliding_attention", "sliding_attention", "full_attention"]
+
+ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
+    "opt": lambda: transformers.OPTConfig(**_OPT),
+    # As OPT-350m: norms after the sums, and a head narrower than the blocks.
+    "opt-projected": lambda: transformers.OPTConfig(
+        **_OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
+    ),
+    "llama": lambda: transformers.LlamaConfig(**_GQA),
+    "mistral": lambda: transformers.MistralConfig(**_GQA, head_dim=8, sliding_window=WINDOW),
+    "qwen2": lambda: transformers.Qwen2Config(**_GQA),
+    "qwen3": lambda: transformers.Qwen3Config(**_GQA, head_dim=8, tie_word_embeddings=True),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCAB_SIZE,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=MAX_POSITIONS,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    ),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **_GEMMA, final_logit_softcapping=3.0, attn_logit_softcapping=5.0, layer_types=_SLIDING_AND_FULL
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**_GEMMA, layer_types=_SLIDING_AND_FULL),
+    "cohere": lambda: transformers.CohereConfig(**_GQA, logit_scale=0.25),
+    "granite": lambda: transformers.GraniteConfig(
+        **_GQA, logits_scaling=4.0, residual_multiplier=0.5, embedding_multiplier=2.0, attention_multiplier=0.5
+    ),
+}
+WINDOWED = ("mistral", "gemma2", "gemma3")
+
+
+def build_model(architecture: str) -> PreTrainedModel:
+    """A randomly initialised model: every weight, norm and bias differs from its neutral value, top-1 tokens vary."""
+    model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[architecture](), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if name.endswith("bias"):
+                weight.copy_(0.1 * noise)
+            elif weight.ndim == 1:
+                # Norms of both signs, or tied embeddings would make every token predict itself.
+                weight.copy_(3 * noise - 1.0 if "gemma" in architecture else noise)
+            else:
+                weight.copy_(0.3 * noise)
+    return model.eval()
+
+
+def save_model(architecture: str, folder: Path, *, chat_template: str | None = None) -> Path:
+    """Write `build_model(architecture)` and a tokenizer into a folder, in the Hugging Face layout."""
+    build_model(architecture).save_pretrained(folder)
+    tiny_tokenizer(chat_template=chat_template).save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class TinyModels:
+    """Folders of tiny models by architecture, made when first asked for. Llama has a chat template, the others none."""
+
+    root: Path
+
+    def __getitem__(self, architecture: str) -> Path:
+        folder = self.root / architecture
+        if not folder.is_dir():
+            save_model(architecture, folder, chat_template=CHAT_TEMPLATE if architecture == "llama" else None)
+        return folder
+
+
+def make_settings(**settings: Any) -> ServerSettings:
+    """Server settings that no `.env` file of the developer changes."""
+    return ServerSettings(_env_file=None, **settings)
+
+
+def make_service(
+    folder: Path, *, wrap: Callable[[TransformersEngine], Engine] | None = None, **settings: Any
+) -> PlmService:
+    """The service over the model in `folder`, float32 on the CPU, warmed up.
+
+    Args:
+        wrap: puts something around the engine, for tests of failures.
+        settings: of `ServerSettings`.
+    """
+    chosen = make_settings(model=str(folder), **settings)
+    model = load_model(folder, device="cpu", dtype="float32")
+    engine = TransformersEngine(model, cr_kind=chosen.cr_kind, shared_prefix=chosen.shared_prefix)
+    engine.warm_up()
+    return PlmService(
+        wrap(engine) if wrap else engine,
+        load_tokenizer(folder),
+        name=folder.name,
+        weights_digest=digest_folder(folder),
+        settings=chosen,
+    )
+
+
+@contextmanager
+def run_app(app: FastAPI) -> Iterator[str]:
+    """Run an ASGI application with uvicorn in a thread on a free port; gives its base URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(app, log_config=None, access_log=False, ws="none")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn")
+        thread.start()
+        try:
+            while not server.started and thread.is_alive():
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextmanager
+def serve(service: PlmService | None, *, max_body_bytes: int | None = None) -> Iterator[str]:
+    """Serve over REST and give the base URL; without a service, as a server whose model is still loading."""
+    if max_body_bytes is None:
+        max_body_bytes = service.model_card().limits.max_body_bytes if service else 2**20
+    with run_app(create_app(ServiceHolder(service), max_body_bytes=max_body_bytes)) as url:
+        yield url
+
+
+def random_ids(seed: int, lengths: Sequence[int], *, shared: int = 0) -> list[list[int]]:
+    """Sequences of the given lengths without special tokens, the first `shared` ids of all being the same."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
+    prefix = torch.randint(3, VOCAB_SIZE, (shared,), generator=generator).tolist()
+    return [(prefix + row)[: max(len(row), 1)] for row in rows]

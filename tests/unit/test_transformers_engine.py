@@ -1,0 +1,350 @@
+"""The engine against transformers' own forward pass, one sequence at a time, without padding."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plm_owner_server.engines.transformers import TransformersEngine, load_model
+from plm_owner_server.service import PlmService
+from protocol.checks import echo
+from protocol.errors import NumericalFault, Unsupported
+from protocol.messages import DecodeRequest, DecodeResponse, DistributionRequest, EncodeRequest
+from tests.support import ARCHITECTURES, EOS, VOCAB_SIZE, WINDOW, WINDOWED, TinyModels, make_service, random_ids
+
+TOLERANCE = 1e-4
+Truth = Callable[[Sequence[int]], tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(architecture: str, tiny_models: TinyModels) -> PreTrainedModel:
+    return load_model(tiny_models[architecture], device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def engine(model: PreTrainedModel) -> TransformersEngine:
+    return TransformersEngine(model, cr_kind="last_hidden_state")
+
+
+@pytest.fixture(scope="module")
+def service(architecture: str, tiny_models: TinyModels) -> PlmService:
+    return make_service(tiny_models[architecture])
+
+
+@pytest.fixture(scope="module")
+def truth(model: PreTrainedModel) -> Truth:
+    """Last hidden states [T, D] and logits [T, V] of one sequence, from the whole model."""
+
+    @torch.inference_mode()
+    def run(ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        output = model(input_ids=torch.tensor([list(ids)]), output_hidden_states=True, use_cache=False)
+        hidden = output.hidden_states[-1][0]
+        if model.config.model_type == "opt" and model.base_model.decoder.project_out is not None:
+            hidden = model.base_model.decoder.project_out(hidden)  # OPT-350m narrows it before the head
+        return hidden, output.logits[0]
+
+    return run
+
+
+def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+COMPOSITIONS = {
+    "one": random_ids(1, [7]),
+    "one token": random_ids(2, [1]),
+    "mixed": random_ids(3, [3, 40, 1, 17]),
+    "equal": random_ids(4, [12, 12, 12]),
+    "beyond the window": random_ids(5, [50, 33, 61]),
+    "shared prefix": random_ids(6, [15, 20, 31], shared=12),
+    "shared prefix within the window": random_ids(7, [9, 7, 30], shared=5),
+    "shared prefix as long as the window": random_ids(7, [9, 12, 30], shared=WINDOW),
+    "shared prefix beyond the window": random_ids(8, [40, 31, 33, 60], shared=30),
+    "one is the prefix of all": random_ids(9, [11, 30, 19], shared=11),
+    "identical": random_ids(10, [21, 21], shared=21),
+}
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+def test_encode_is_transformers_own_hidden_state(
+    model: PreTrainedModel, truth: Truth, composition: str, shared_prefix: bool
+) -> None:
+    engine = TransformersEngine(model, cr_kind="last_hidden_state", shared_prefix=shared_prefix)
+    sequences = COMPOSITIONS[composition]
+    chooser = random.Random(composition)
+    for starts in (
+        [0] * len(sequences),
+        [len(ids) - 1 for ids in sequences],
+        [chooser.randrange(len(ids)) for ids in sequences],
+    ):
+        encoded = engine.encode(sequences, starts, with_logsumexp=True)
+        assert encoded.rows == [len(ids) - start for ids, start in zip(sequences, starts, strict=True)]
+        assert encoded.echo == [echo(ids) for ids in sequences]
+        assert encoded.last_hidden_N_D is None
+        assert encoded.logsumexp_N is not None
+        parts = zip(encoded.cr_N_D.split(encoded.rows), encoded.logsumexp_N.split(encoded.rows), strict=True)
+        for ids, start, (cr_T_D, logsumexp_T) in zip(sequences, starts, parts, strict=True):
+            hidden_T_D, logits_T_V = truth(ids)
+            assert_near(cr_T_D, hidden_T_D[start:])
+            torch.testing.assert_close(logsumexp_T, logits_T_V[start:].logsumexp(-1), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_encode_through_the_service_in_several_batches(
+    architecture: str, tiny_models: TinyModels, truth: Truth
+) -> None:
+    service = make_service(tiny_models[architecture], batch_tokens=64)  # the 70 tokens are over the budget alone
+    sequences = random_ids(11, [5, 70, 20, 21, 5, 60, 1], shared=4)
+    starts = [0, 50, 3, 20, 4, 0, 0]
+    answer = service.encode(EncodeRequest(token_ids=sequences, from_position=starts, dtype="float32"))
+    assert answer.rows_B.tolist() == [len(ids) - start for ids, start in zip(sequences, starts, strict=True)]
+    assert answer.echo == [echo(ids) for ids in sequences]
+    for ids, start, cr_T_D in zip(sequences, starts, answer.cr_N_D.split(answer.rows_B.tolist()), strict=True):
+        assert_near(cr_T_D, truth(ids)[0][start:])
+
+
+def test_head_of_the_last_hidden_state_is_the_models_logits(engine: TransformersEngine, truth: Truth) -> None:
+    hidden_T_D, logits_T_V = truth(random_ids(12, [30])[0])
+    assert_near(engine.head.logits(hidden_T_D), logits_T_V)
+    chosen = torch.tensor([5, 3, VOCAB_SIZE - 1, 5])
+    assert_near(engine.head.rows(chosen).logits(hidden_T_D), logits_T_V[:, chosen])
+    assert_near(engine.head.rows(slice(2, 9)).logits(hidden_T_D), logits_T_V[:, 2:9])
+
+
+def test_what_acts_after_the_head_is_really_tried(architecture: str, engine: TransformersEngine) -> None:
+    expected = {"gemma2": (1.0, 3.0), "cohere": (0.25, None), "granite": (0.25, None)}
+    assert (engine.head.logit_scale, engine.head.softcap) == expected.get(architecture, (1.0, None))
+    assert engine.info.attention_window == (WINDOW if architecture in WINDOWED else None)
+
+
+def greedy(model: PreTrainedModel, ids: Sequence[int], tokens: int) -> list[int]:
+    """What transformers itself continues with; it stops at the model's own end of text."""
+    input_ids = torch.tensor([list(ids)])
+    output = model.generate(
+        input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, max_new_tokens=tokens
+    )
+    return list(output[0, len(ids) :].tolist())
+
+
+def drafts(answer: DecodeResponse) -> list[list[int]]:
+    return [part.tolist() for part in answer.top1_N.split(answer.rows_B.tolist())]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shared", "look_ahead"),
+    [
+        ([6], 0, [24]),
+        ([1, 1], 0, [10, 3]),
+        ([3, 40, 1, 17, 3], 0, [20, 9, 0, 20, 20]),  # two of them equally long
+        ([12, 12, 12], 0, [20, 5, 11]),
+        ([50, 33, 61, 33], 0, [16, 16, 16, 16]),
+        ([15, 20, 31, 20], 12, [12, 12, 1, 12]),
+        ([9, 12, 30], WINDOW, [12, 12, 12]),
+        ([21, 21, 21], 21, [9, 9, 9]),
+        ([2, 5, 4], 2, [3, 2, 3]),  # prompts and drafts stay within the window: padded together
+        ([4, 7], 0, [4, 0]),  # only just beyond it
+    ],
+)
+def test_decode_is_greedy_generation(
+    model: PreTrainedModel,
+    service: PlmService,
+    truth: Truth,
+    lengths: list[int],
+    shared: int,
+    look_ahead: list[int],
+) -> None:
+    sequences = random_ids(sum(lengths), lengths, shared=shared)
+    request = DecodeRequest(token_ids=sequences, look_ahead=look_ahead, stop_token_ids=[EOS], dtype="float32")
+    answer = service.decode(request)
+    assert answer.echo == [echo(ids) for ids in sequences]
+    expected = [greedy(model, ids, k + 1) for ids, k in zip(sequences, look_ahead, strict=True)]
+    assert drafts(answer) == expected
+    rows = answer.rows_B.tolist()
+    cr, logsumexp, logprob = (x.split(rows) for x in (answer.cr_N_D, answer.logsumexp_N, answer.top1_logprob_N))
+    for i, (ids, tokens) in enumerate(zip(sequences, expected, strict=True)):
+        hidden_T_D, logits_T_V = (x[len(ids) - 1 :] for x in truth([*ids, *tokens[:-1]]))
+        assert_near(cr[i], hidden_T_D)
+        torch.testing.assert_close(logsumexp[i], logits_T_V.logsumexp(-1), rtol=TOLERANCE, atol=TOLERANCE)
+        torch.testing.assert_close(
+            logprob[i], logits_T_V.log_softmax(-1).max(-1).values, rtol=TOLERANCE, atol=TOLERANCE
+        )
+        assert logits_T_V.argmax(-1).tolist() == tokens
+
+
+def test_greedy_texts_vary_enough_to_tell_a_mistake(model: PreTrainedModel) -> None:
+    tokens = {token for ids in random_ids(13, [5, 20, 40]) for token in greedy(model, ids, 20)}
+    assert len(tokens) >= 8
+
+
+def test_a_stop_token_ends_drafting_of_its_sequence_alone(service: PlmService, model: PreTrainedModel) -> None:
+    sequences = random_ids(14, [10, 10, 4])
+    free = [greedy(model, ids, 12) for ids in sequences]
+    stop = next(token for token in free[0][2:] if token not in free[1])
+    request = DecodeRequest(token_ids=sequences, look_ahead=[11, 11, 11], stop_token_ids=[stop, EOS])
+    stopped = drafts(service.decode(request))
+    for ours, theirs in zip(stopped, free, strict=True):
+        end = theirs.index(stop) + 1 if stop in theirs else len(theirs)
+        assert ours == theirs[:end]
+    assert len(stopped[0]) < 12
+    assert len(stopped[1]) == len(free[1])
+
+
+def test_without_stop_tokens_drafting_goes_on_past_the_end_of_text(service: PlmService, truth: Truth) -> None:
+    sequence = random_ids(15, [6])[0]
+    answer = service.decode(DecodeRequest(token_ids=[sequence], look_ahead=[20]))
+    tokens = answer.top1_N.tolist()
+    assert len(tokens) == 21
+    assert truth([*sequence, *tokens[:-1]])[1][len(sequence) - 1 :].argmax(-1).tolist() == tokens
+
+
+def test_distribution_is_the_models_own(service: PlmService, truth: Truth) -> None:
+    sequence = random_ids(16, [25])[0]
+    expected_V = truth(sequence)[1][-1].log_softmax(-1)
+    full = service.distribution(DistributionRequest(token_ids=sequence, top_k=None))
+    assert full.token_ids_K.tolist() == list(range(VOCAB_SIZE))
+    torch.testing.assert_close(full.logprob_K, expected_V, rtol=TOLERANCE, atol=TOLERANCE)
+    top = service.distribution(DistributionRequest(token_ids=sequence, top_k=4))
+    assert top.token_ids_K.tolist() == expected_V.topk(4).indices.tolist()
+    torch.testing.assert_close(top.logprob_K, expected_V.topk(4).values, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+# How the last block's feed-forward output can be had from what surrounds it: (block, its module whose input is the
+# residual stream before the feed-forward layer, factor on the output before the addition).
+_BEFORE_FFN = {
+    "opt": ("final_layer_norm", 1.0),
+    "llama": ("post_attention_layernorm", 1.0),
+    "mistral": ("post_attention_layernorm", 1.0),
+    "qwen2": ("post_attention_layernorm", 1.0),
+    "qwen3": ("post_attention_layernorm", 1.0),
+    "gpt2": ("ln_2", 1.0),
+    "granite": ("post_attention_layernorm", 0.5),
+}
+
+
+def last_block(model: PreTrainedModel) -> torch.nn.Module:
+    base = getattr(model.base_model, "decoder", model.base_model)
+    return (base.h if hasattr(base, "h") else base.layers)[-1]
+
+
+def watched(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """First input and output of the last block (as "") and of each of its children in one unpadded pass."""
+    block, seen, handles = last_block(model), {}, []
+
+    def keep(name: str, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        first = args[0] if args else kwargs.get("hidden_states")
+        result = output[0] if isinstance(output, tuple) else output
+        seen[name] = (first.reshape(len(ids), -1), result.reshape(len(ids), -1))
+
+    for name, module in [("", block), *block.named_children()]:
+        handles.append(module.register_forward_hook(functools.partial(keep, name), with_kwargs=True))
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def feed_forward_output(architecture: str, model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    seen = watched(model, ids)
+    block_in, block_out = seen[""]
+    if architecture in _BEFORE_FFN:
+        norm, factor = _BEFORE_FFN[architecture]
+        return (block_out - seen[norm][0]) / factor
+    if architecture == "opt-projected":  # after the sum comes a norm, so the sum is that norm's input
+        return seen["final_layer_norm"][0] - seen["self_attn_layer_norm"][1]
+    if architecture == "cohere":  # attention and feed-forward side by side
+        return block_out - block_in - seen["self_attn"][1]
+    return seen["post_feedforward_layernorm"][0]  # Gemma: a norm before the addition
+
+
+def test_ffn_output_is_what_the_last_block_adds(
+    architecture: str, model: PreTrainedModel, tiny_models: TinyModels, truth: Truth
+) -> None:
+    service = make_service(tiny_models[architecture], cr_kind="ffn_output")
+    sequences = random_ids(17, [20, 5, 33], shared=3)
+    encoded = service.encode(EncodeRequest(token_ids=sequences, from_position=[3, 0, 30], dtype="float32"))
+    assert encoded.last_hidden_N_D is not None
+    rows = encoded.rows_B.tolist()
+    parts = zip(sequences, [3, 0, 30], encoded.cr_N_D.split(rows), encoded.last_hidden_N_D.split(rows), strict=True)
+    for ids, start, cr_T_D, last_hidden_T_D in parts:
+        assert_near(cr_T_D, feed_forward_output(architecture, model, ids)[start:])
+        assert_near(last_hidden_T_D, truth(ids)[0][start:])
+
+    decoded = service.decode(DecodeRequest(token_ids=sequences, look_ahead=[6, 6, 6], dtype="float32"))
+    assert decoded.last_hidden_N_D is not None
+    rows = decoded.rows_B.tolist()
+    parts = zip(
+        sequences, drafts(decoded), decoded.cr_N_D.split(rows), decoded.last_hidden_N_D.split(rows), strict=True
+    )
+    for ids, tokens, cr_K_D, last_hidden_K_D in parts:
+        ran = [*ids, *tokens[:-1]]
+        assert_near(cr_K_D, feed_forward_output(architecture, model, ran)[len(ids) - 1 :])
+        assert_near(last_hidden_K_D, truth(ran)[0][len(ids) - 1 :])
+    assert service.model_card().cr_kind == "ffn_output"
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
+def test_gemma_normalises_the_ffn_output_before_it_adds_it(architecture: str, tiny_models: TinyModels) -> None:
+    """So that the note on Gemma in the engine stays true: its CR is the layer's own output, not the addend."""
+    model = load_model(tiny_models[architecture], device="cpu", dtype="float32")
+    seen = watched(model, random_ids(18, [12])[0])
+    addend = seen[""][1] - seen["pre_feedforward_layernorm"][0]
+    assert_near(seen["post_feedforward_layernorm"][1], addend)
+    assert not torch.allclose(seen["post_feedforward_layernorm"][0], addend, rtol=0.1)
+
+
+def test_warm_up_refuses_unknown_changes_of_the_logits(tiny_models: TinyModels) -> None:
+    model = load_model(tiny_models["llama"], device="cpu", dtype="float32")
+    engine = TransformersEngine(model, cr_kind="last_hidden_state")
+    engine.warm_up()
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 1.01)
+    with pytest.raises(Unsupported, match="not head"):
+        engine.warm_up()
+
+
+def test_warm_up_refuses_a_model_that_is_not_finite(tiny_models: TinyModels) -> None:
+    model = load_model(tiny_models["llama"], device="cpu", dtype="float32")
+    engine = TransformersEngine(model, cr_kind="last_hidden_state")
+    with torch.no_grad():
+        model.base_model.norm.weight[0] = torch.nan
+    with pytest.raises(Unsupported):
+        engine.warm_up()
+
+
+def test_what_does_not_fit_the_wire_dtype_is_a_numerical_fault_with_counts(tiny_models: TinyModels) -> None:
+    def enlarge(engine: TransformersEngine) -> TransformersEngine:
+        with torch.no_grad():
+            engine._base.norm.weight[3] = 1e6
+        return engine
+
+    service = make_service(tiny_models["llama"], wrap=enlarge)
+    request = {"token_ids": [[5, 6, 7]], "from_position": [1]}
+    with pytest.raises(NumericalFault, match="2 of 64 values"):
+        service.encode(EncodeRequest(**request, dtype="float16"))
+    assert service.encode(EncodeRequest(**request, dtype="float32")).cr_N_D.abs().max() > 65504
+
+
+def test_models_without_a_head_on_a_decoder_are_refused() -> None:
+    import transformers
+
+    config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    with pytest.raises(Unsupported, match="decoder"):
+        TransformersEngine(transformers.T5ForConditionalGeneration(config), cr_kind="last_hidden_state")
+    config = transformers.MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=4)
+    with pytest.raises(Unsupported, match="recurrent"):
+        TransformersEngine(transformers.MambaForCausalLM(config), cr_kind="last_hidden_state")
