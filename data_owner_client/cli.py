@@ -1,0 +1,470 @@
+"""The command `pema-client`: arguments in, `verbs` called, results out."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from data_owner_client import verbs
+from data_owner_client.adapter import AdapterForm, TrainedAdapter
+from data_owner_client.data import Format, Pair, read_pairs, read_parallel
+from data_owner_client.decoding.generate import LOOK_AHEAD
+from data_owner_client.decoding.interpolation import Interpolation, Schedule
+from data_owner_client.evaluation import text_scores
+from data_owner_client.files import write_atomically
+from data_owner_client.memory.store import ContextMode
+from data_owner_client.progress import Reporter, RichReporter
+from data_owner_client.tasks import load_task
+from data_owner_client.training import TrainingSettings
+from protocol.errors import InvalidData, PemaError
+from protocol.messages import WireDtype
+
+_P = ParamSpec("_P")
+
+app = typer.Typer(
+    help="PEMA, the data owner's side: adapt somebody else's language model to your private task.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+
+# Options that several verbs share.
+Server = Annotated[str, typer.Option("--server", envvar="PEMA_SERVER", help="Address of the PLM owner's server.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Dtype = Annotated[WireDtype, typer.Option(help="Number format of representations on the wire and on disk.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads of this client; 0 for all cores.")]
+MemoryFolder = Annotated[Path, typer.Option("--memory", help="Folder of the external memory.")]
+AdapterFolder = Annotated[Path, typer.Option("--adapter", help="Folder of the adapter.")]
+OptionalAdapter = Annotated[Path | None, typer.Option("--adapter", help="Folder of the adapter; none: the PLM alone.")]
+InputFile = Annotated[
+    Path | None, typer.Option("--input", help="JSONL, TSV, CSV or text with one source a line; - is standard input.")
+]
+Sources = Annotated[Path | None, typer.Option(help="Text file with one source a line; goes with --targets.")]
+Targets = Annotated[Path | None, typer.Option(help="Text file with one target a line; goes with --sources.")]
+FileFormat = Annotated[Format | None, typer.Option("--format", help="Format of the input; default: from its suffix.")]
+SourceField = Annotated[str, typer.Option(help="Name of the source field or column.")]
+TargetField = Annotated[str, typer.Option(help="Name of the target field or column.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", help="File for the texts, one a line; default: standard output.")
+]
+OptionalSchedule = Annotated[
+    Schedule | None, typer.Option(help="Schedule of λ; default: what training chose on the validation memory.")
+]
+LambdaMax = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="λ_max; default: what training chose, or 0.9.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+LookAhead = Annotated[int, typer.Option(min=0, help="Tokens that the server drafts per call. Never changes the text.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences in one call.")]
+ShareTargets = Annotated[
+    bool, typer.Option("--share-targets", help="Allow target texts to be shown to the owner of the PLM.")
+]
+
+_DEFAULT_SERVER = "http://127.0.0.1:8000"
+
+
+def _clear_errors(command: Callable[_P, None]) -> Callable[_P, None]:
+    """Errors as one line that says what to do, and exit status 1; never a traceback for a user's mistake."""
+
+    @wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except PemaError as error:
+            sys.exit(f"pema-client: {error}")
+        except KeyboardInterrupt:
+            sys.exit("pema-client: interrupted; run the same command again to go on.")
+        except BrokenPipeError:
+            # The reader of our output, such as head, has gone.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return run
+
+
+@app.command()
+@_clear_errors
+def info(server: Server = _DEFAULT_SERVER, as_json: AsJson = False) -> None:
+    """Show which model a server has and what it allows.
+
+    Example: `pema-client info --server http://127.0.0.1:8000`
+    """
+    card = verbs.connect(server).card
+    _print(card.model_dump(), as_json, title=card.name)
+
+
+@app.command("build-memory")
+@_clear_errors
+def build_memory(
+    memory: MemoryFolder = Path("memory"),
+    server: Server = _DEFAULT_SERVER,
+    task: Annotated[str, typer.Option(help="Name of a built-in task, or a TOML file.")] = "translate-en-de",
+    input_file: InputFile = None,
+    sources: Sources = None,
+    targets: Targets = None,
+    validation: Annotated[
+        Path | None, typer.Option(help="Pairs held out for validation; default: a share of the input.")
+    ] = None,
+    validation_fraction: Annotated[
+        float, typer.Option(min=0.0, max=0.5, help="Share of the input to hold out (at most 300 pairs).")
+    ] = 0.05,
+    context: Annotated[
+        ContextMode | None,
+        typer.Option(help="Contexts of the memory; default: private, or teacher-forced with --share-targets."),
+    ] = None,
+    share_targets: ShareTargets = False,
+    file_format: FileFormat = None,
+    source_field: SourceField = "source",
+    target_field: TargetField = "target",
+    dtype: Dtype = "float16",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away what the folder holds.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build an external memory from pairs of texts. Interrupted, the same command goes on where it stopped.
+
+    Private contexts send your source texts to the owner of the PLM, but no target. Teacher-forced ones are better
+    aligned and send the targets, too.
+
+    Examples:
+
+    - `pema-client build-memory --input pairs.jsonl --memory memory`
+    - `pema-client build-memory --input pairs.tsv --share-targets`
+    - `pema-client build-memory --sources train.en --targets train.de --task my-task.toml`
+
+    A task is a TOML file such as:
+
+        name = "my-task"
+        instruction = "Rewrite the sentence in plain language."
+        source_label = "Original"
+        target_label = "Plain"
+        format = "plain"          # or "chat": the model's own chat template
+        [[examples]]
+        source = "Terminate the operation."
+        target = "Stop."
+    """
+    mode: ContextMode = context or ("teacher-forced" if share_targets else "private")
+    pairs = _pairs(input_file, sources, targets, file_format, source_field=source_field, target_field=target_field)
+    held_out = read_pairs(validation, source_field=source_field, target_field=target_field) if validation else None
+    report = verbs.build_memories(
+        verbs.connect(server, dtype=dtype),
+        load_task(task),
+        pairs,
+        memory,
+        validation=held_out,
+        validation_fraction=validation_fraction,
+        context_mode=mode,
+        share_targets=share_targets,
+        overwrite=overwrite,
+        reporter=_reporter(),
+    )
+    _print(report.model_dump(), as_json, title="external memory")
+
+
+@app.command()
+@_clear_errors
+def train(
+    memory: MemoryFolder = Path("memory"),
+    adapter: AdapterFolder = Path("adapter"),
+    server: Server = _DEFAULT_SERVER,
+    form: Annotated[AdapterForm | None, typer.Option(help="Form of the adapter; default: residual.")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="R, at most the model's hidden size.")] = TrainingSettings.rank,
+    kappa: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="κ, weight of the reconstruction loss.")
+    ] = TrainingSettings.kappa,
+    learning_rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = TrainingSettings.learning_rate,
+    dropout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Dropout.")] = TrainingSettings.dropout,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of joint training, at most.")] = TrainingSettings.epochs,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = TrainingSettings.seed,
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train the adapter on this machine. The defaults need no tuning; the best validation epoch is kept.
+
+    Writes `adapter.json`, `adapter.safetensors` and `training.png`.
+
+    Examples:
+
+    - `pema-client train --memory memory --adapter adapter`
+    - `pema-client train --form paper --seed 1 --json`
+    """
+    _set_threads(threads)
+    # The dtype of the head rows is the memory's own business: float32 keeps the candidates' logits exact.
+    plm = verbs.connect(server, dtype="float32")
+    default: AdapterForm = "residual" if plm.card.cr_kind == "last_hidden_state" else "paper"
+    settings = TrainingSettings(
+        form=form or default,
+        rank=rank,
+        kappa=kappa,
+        learning_rate=learning_rate,
+        dropout=dropout,
+        epochs=epochs,
+        seed=seed,
+    )
+    _, report = verbs.train(plm, memory, adapter, settings=settings, reporter=_reporter())
+    card = report.card
+    shown = {
+        "folder": report.folder,
+        "form": card.form,
+        "rank": card.rank,
+        "candidates": card.candidates,
+        **card.validation,
+        "interpolation": card.interpolation_why,
+        "seconds": report.seconds,
+    }
+    _print(report.model_dump() if as_json else shown, as_json, title="adapter")
+
+
+@app.command()
+@_clear_errors
+def translate(
+    texts: Annotated[list[str] | None, typer.Argument(help="Source texts; or give --input.")] = None,
+    adapter: OptionalAdapter = None,
+    server: Server = _DEFAULT_SERVER,
+    task: Annotated[str | None, typer.Option(help="Built-in task or TOML file; default: the adapter's.")] = None,
+    input_file: InputFile = None,
+    output: Output = None,
+    file_format: FileFormat = None,
+    source_field: SourceField = "source",
+    schedule: OptionalSchedule = None,
+    lambda_max: LambdaMax = None,
+    max_new_tokens: MaxNewTokens = 256,
+    look_ahead: LookAhead = LOOK_AHEAD,
+    batch_size: BatchSize = 32,
+    dtype: Dtype = "float16",
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Translate source texts with a task's prompt, one output line each.
+
+    Examples:
+
+    - `pema-client translate --adapter adapter "The device is offline."`
+    - `pema-client translate --adapter adapter --input test.jsonl --output test.de`
+    - `pema-client translate --task translate-en-de < texts.txt`
+    - `pema-client translate --adapter adapter --schedule gradual --lambda-max 0.9 --input test.txt`
+    """
+    _set_threads(threads)
+    inputs = _sources(texts, input_file, file_format, source_field)
+    trained = TrainedAdapter.load(adapter) if adapter else None
+    result = verbs.translate(
+        verbs.connect(server, dtype=dtype),
+        inputs,
+        adapter=trained,
+        task=load_task(task) if task else None,
+        interpolation=_interpolation(trained, schedule, lambda_max),
+        max_new_tokens=max_new_tokens,
+        look_ahead=look_ahead,
+        batch_size=batch_size,
+        reporter=_reporter(),
+    )
+    _write_texts(inputs, result, output, as_json)
+
+
+@app.command()
+@_clear_errors
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, used as they are; or give --input.")] = None,
+    adapter: OptionalAdapter = None,
+    server: Server = _DEFAULT_SERVER,
+    input_file: InputFile = None,
+    output: Output = None,
+    file_format: FileFormat = None,
+    source_field: SourceField = "source",
+    schedule: OptionalSchedule = None,
+    lambda_max: LambdaMax = None,
+    max_new_tokens: MaxNewTokens = 64,
+    look_ahead: LookAhead = LOOK_AHEAD,
+    batch_size: BatchSize = 32,
+    dtype: Dtype = "float16",
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Continue prompts as they are, without a template; a continuation ends at a newline.
+
+    Examples:
+
+    - `pema-client generate "The capital of France is"`
+    - `pema-client generate --adapter adapter --input prompts.txt --json`
+    """
+    _set_threads(threads)
+    inputs = _sources(prompts, input_file, file_format, source_field)
+    trained = TrainedAdapter.load(adapter) if adapter else None
+    result = verbs.generate(
+        verbs.connect(server, dtype=dtype),
+        inputs,
+        adapter=trained,
+        interpolation=_interpolation(trained, schedule, lambda_max),
+        max_new_tokens=max_new_tokens,
+        look_ahead=look_ahead,
+        batch_size=batch_size,
+        reporter=_reporter(),
+    )
+    _write_texts(inputs, result, output, as_json)
+
+
+@app.command()
+@_clear_errors
+def evaluate(
+    adapter: OptionalAdapter = None,
+    server: Server = _DEFAULT_SERVER,
+    input_file: InputFile = None,
+    sources: Sources = None,
+    targets: Targets = None,
+    hypotheses: Annotated[
+        Path | None, typer.Option(help="Score this text file, one hypothesis a line, instead of translating.")
+    ] = None,
+    share_targets: ShareTargets = False,
+    file_format: FileFormat = None,
+    source_field: SourceField = "source",
+    target_field: TargetField = "target",
+    schedule: OptionalSchedule = None,
+    lambda_max: LambdaMax = None,
+    max_new_tokens: MaxNewTokens = 256,
+    look_ahead: LookAhead = LOOK_AHEAD,
+    batch_size: BatchSize = 32,
+    dtype: Dtype = "float16",
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Score the PLM alone and with the adapter: BLEU, chrF and, with --share-targets, perplexity.
+
+    BLEU and chrF are computed on this machine. Perplexity needs the PLM's view of the references themselves, which
+    shows them to its owner: hence the flag.
+
+    Examples:
+
+    - `pema-client evaluate --adapter adapter --input test.jsonl --share-targets`
+    - `pema-client evaluate --sources test.en --targets test.de --hypotheses test.out`
+    """
+    _set_threads(threads)
+    pairs = _pairs(input_file, sources, targets, file_format, source_field=source_field, target_field=target_field)
+    if hypotheses is not None:
+        lines = [pair.source for pair in read_pairs(hypotheses, format="text", need_targets=False)]
+        if len(lines) != len(pairs):
+            raise InvalidData(f"{hypotheses} has {len(lines)} lines for {len(pairs)} references.", hint="One each.")
+        scores = text_scores(lines, [pair.target or "" for pair in pairs])
+        _print(scores.model_dump(), as_json, title=str(hypotheses))
+        return
+    if adapter is None:
+        raise InvalidData("There is nothing to evaluate.", hint="Give --adapter, or --hypotheses to score a file.")
+    trained = TrainedAdapter.load(adapter)
+    report = verbs.evaluate(
+        verbs.connect(server, dtype=dtype),
+        pairs,
+        trained,
+        interpolation=_interpolation(trained, schedule, lambda_max),
+        share_targets=share_targets,
+        max_new_tokens=max_new_tokens,
+        look_ahead=look_ahead,
+        batch_size=batch_size,
+        reporter=_reporter(),
+    )
+    if as_json:
+        _print(report.model_dump(), as_json, title="")
+        return
+    table = Table("", "BLEU", "chrF", "perplexity", title=f"{len(pairs)} pairs")
+    perplexity = report.perplexity
+    for name, scores, ppl in (
+        ("PLM alone", report.plm, perplexity and perplexity.plm),
+        ("PLM + adapter", report.pema, perplexity and perplexity.mixture),
+    ):
+        table.add_row(name, f"{scores.bleu:.1f}", f"{scores.chrf:.1f}", "–" if ppl is None else f"{ppl:.2f}")
+    if perplexity is not None:
+        covered = f"the {perplexity.coverage:.1%} of tokens that it covers"
+        table.caption = f"Perplexity of the adapter alone, on {covered}: {perplexity.pema_covered:.2f}."
+    Console().print(table)
+    Console().print(report.pema.bleu_signature, report.pema.chrf_signature, sep="\n", highlight=False)
+
+
+def main() -> None:
+    """Entry point of `pema-client`."""
+    app()
+
+
+def _reporter() -> Reporter:
+    return RichReporter()
+
+
+def _set_threads(threads: int) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _pairs(
+    input_file: Path | None,
+    sources: Path | None,
+    targets: Path | None,
+    file_format: Format | None,
+    *,
+    source_field: str,
+    target_field: str,
+) -> list[Pair]:
+    if sources is not None and targets is not None and input_file is None:
+        return read_parallel(sources, targets)
+    if sources is not None or targets is not None:
+        raise InvalidData("Texts were given in two ways, or only half.", hint="--input, or --sources with --targets.")
+    return read_pairs(input_file or Path("-"), format=file_format, source_field=source_field, target_field=target_field)
+
+
+def _sources(
+    texts: list[str] | None, input_file: Path | None, file_format: Format | None, source_field: str
+) -> list[str]:
+    if texts:
+        return texts
+    path = input_file or Path("-")
+    kind = file_format or ("text" if str(path) == "-" else None)
+    return [pair.source for pair in read_pairs(path, format=kind, source_field=source_field, need_targets=False)]
+
+
+def _interpolation(
+    adapter: TrainedAdapter | None, schedule: Schedule | None, lambda_max: float | None
+) -> Interpolation | None:
+    if adapter is None or (schedule is None and lambda_max is None):
+        return None
+    chosen = adapter.card.interpolation
+    if schedule is None or schedule == chosen.schedule:
+        return Interpolation(
+            schedule=chosen.schedule, lambda_max=chosen.lambda_max if lambda_max is None else lambda_max
+        )
+    return (
+        Interpolation(schedule=schedule)
+        if lambda_max is None
+        else Interpolation(schedule=schedule, lambda_max=lambda_max)
+    )
+
+
+def _write_texts(inputs: list[str], result: verbs.Generation, output: Path | None, as_json: bool) -> None:
+    if as_json:
+        texts = [{"source": source, "text": text} for source, text in zip(inputs, result.texts, strict=True)]
+        usage = vars(result.usage) | {"seconds": result.seconds}
+        body = json.dumps({"texts": texts, "usage": usage}, ensure_ascii=False, indent=1) + "\n"
+    else:
+        # A text is one line of the output, also where the task's stop lets newlines through.
+        body = "".join(" ".join(text.split("\n")) + "\n" for text in result.texts)
+    if output is None:
+        sys.stdout.write(body)
+        sys.stdout.flush()
+    else:
+        write_atomically(output, body.encode())
+
+
+def _print(record: dict[str, Any], as_json: bool, *, title: str) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+        return
+    table = Table("", "", title=title, show_header=False)
+    for key, value in record.items():
+        text = "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        table.add_row(key, f"{value:,.3f}" if isinstance(value, float) else text)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -61,8 +61,8 @@ def resolve(model: str, cache_dir: Path) -> ModelFiles:
 def digest_folder(folder: Path) -> str:
     """A digest of a model folder that costs seconds even for 140 GB: names, sizes, headers and sampled blocks.
 
-    Small files are read whole; of a weight file the first megabyte (a safetensors header with every tensor's name, shape
-    and offset) and up to 64 blocks of 1 MiB at fixed places.
+    Small files are read whole; of a weight file the first megabyte (a safetensors header with every tensor's name,
+    shape and offset) and up to 64 blocks of 1 MiB at fixed places.
     """
     digest = hashlib.sha256()
     files = sorted(p for p in folder.iterdir() if p.suffix in _IDENTITY_SUFFIXES)

@@ -144,7 +144,8 @@ DECODE = _route(
     },
     DecodeRequest,
     {"token_ids": [[2, 9259, 1902]], "look_ahead": [1], "stop_token_ids": [107], "dtype": "float32"},
-    description="With `look_ahead` 0 a plain step; with k > 0 the server drafts k tokens greedily from its own distribution.",
+    description="With `look_ahead` 0 a plain step; with k > 0 the server drafts k tokens greedily from its own "
+    "distribution.",
 )
 DISTRIBUTION = _route(
     DistributionResponse,

@@ -209,10 +209,9 @@ class TransformersEngine:
         if self._shared_prefix and len(token_ids) > 1:
             prefix = min(common_prefix(token_ids), prefix_limit, min(map(len, token_ids)) - 1)
         cache = DynamicCache(config=self._model.config) if keep_cache or prefix else None
-        if prefix:
+        if cache is not None and prefix:
             prefix_1_P = torch.tensor([token_ids[0][:prefix]], device=self._device)
             self._forward(prefix_1_P, torch.arange(prefix, device=self._device)[None], cache=cache)
-            assert cache is not None
             cache.batch_repeat_interleave(len(token_ids))
         lengths = [len(ids) - prefix for ids in token_ids]
         padded_B_T = nn.utils.rnn.pad_sequence(

@@ -1,0 +1,130 @@
+"""The calls over HTTP."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import TypeVar
+
+import httpx
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from protocol.codec import BINARY, JSON, Message
+from protocol.errors import ConnectionFailed, NotReady, Overloaded, PemaError, ProtocolViolation, from_problem
+from protocol.messages import (
+    DecodeRequest,
+    DecodeResponse,
+    DistributionRequest,
+    DistributionResponse,
+    EncodeRequest,
+    EncodeResponse,
+    HeadRequest,
+    HeadRows,
+    ModelCard,
+    TokenizerBundle,
+)
+
+_Answer = TypeVar("_Answer", bound=Message)
+_REQUEST_ID = "X-Request-Id"
+_CONNECT_TIMEOUT_S = 10.0
+
+
+class RestConnection:
+    """HTTP connection to a PLM server; thread-safe.
+
+    Calls are stateless, so what failed on the way is simply asked again, with exponential back-off and full jitter, or
+    when the server says so, until `give_up_after_s` have passed.
+
+    Args:
+        url: where the server listens, for example `http://127.0.0.1:8000`.
+        timeout_s: longest wait for an answer, in seconds; a large batch on a CPU takes a while.
+        give_up_after_s: how long a call is tried again, in seconds.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = 600.0, give_up_after_s: float = 60.0) -> None:
+        self._url = url
+        self._give_up_after_s = give_up_after_s
+        self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S))
+
+    def close(self) -> None:
+        """Close the sockets."""
+        self._http.close()
+
+    def model_card(self) -> ModelCard:
+        return self._call("GET", "/v1/model", ModelCard)
+
+    def tokenizer(self) -> TokenizerBundle:
+        return self._call("GET", "/v1/tokenizer", TokenizerBundle)
+
+    def lm_head(self, request: HeadRequest) -> HeadRows:
+        return self._call("POST", "/v1/lm-head", HeadRows, request)
+
+    def encode(self, request: EncodeRequest) -> EncodeResponse:
+        return self._call("POST", "/v1/encode", EncodeResponse, request)
+
+    def decode(self, request: DecodeRequest) -> DecodeResponse:
+        return self._call("POST", "/v1/decode", DecodeResponse, request)
+
+    def distribution(self, request: DistributionRequest) -> DistributionResponse:
+        return self._call("POST", "/v1/next-token-distribution", DistributionResponse, request)
+
+    def _call(self, method: str, path: str, answer: type[_Answer], request: Message | None = None) -> _Answer:
+        body = None if request is None else request.to_bytes()
+        attempts = Retrying(
+            retry=retry_if_exception(lambda e: isinstance(e, (ConnectionFailed, Overloaded, NotReady))),
+            wait=_wait,
+            stop=stop_after_delay(self._give_up_after_s),
+            reraise=True,
+        )
+        result: _Answer = attempts(self._call_once, method, path, answer, body)
+        return result
+
+    def _call_once(self, method: str, path: str, answer: type[_Answer], body: bytes | None) -> _Answer:
+        request_id = uuid.uuid4().hex[:16]
+        headers = {"Accept": f"{BINARY}, {JSON};q=0.5" if body is None else BINARY, _REQUEST_ID: request_id}
+        if body is not None:
+            headers["Content-Type"] = BINARY
+        try:
+            response = self._http.request(method, path, content=body, headers=headers)
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise ConnectionFailed(
+                f"No answer from {self._url} ({type(error).__name__}).",
+                hint="Is the address right and the server running? It starts with: pema-server serve",
+                request_id=request_id,
+            ) from error
+        if not response.is_success:
+            raise _problem(response, request_id)
+        try:
+            if response.headers.get("content-type", "").startswith(BINARY):
+                return answer.from_bytes(response.content)
+            return answer.from_json(response.content)
+        except PemaError as error:
+            raise ProtocolViolation(
+                f"{self._url}{path} did not answer in the form of this protocol.",
+                hint="Is this a PEMA server of the same version, or a proxy in front of it?",
+                request_id=request_id,
+            ) from error
+
+
+def _problem(response: httpx.Response, request_id: str) -> PemaError:
+    try:
+        problem = json.loads(response.content)
+    except ValueError:
+        problem = {}
+    if not isinstance(problem, dict):
+        problem = {}
+    error = from_problem(problem, response.status_code)
+    error.request_id = error.request_id or request_id
+    # A proxy in front of the server refuses without our problem document.
+    if not problem and response.status_code in (429, 502, 503, 504):
+        return NotReady(f"The server answered HTTP {response.status_code}.", hint="Try again later.")
+    return error
+
+
+_back_off = wait_random_exponential(multiplier=0.25, max=10)
+
+
+def _wait(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.retry_after_s if isinstance(error, PemaError) else None
+    return max(_back_off(state), asked or 0.0)

@@ -1,0 +1,104 @@
+"""P = (1 − λ_t)·P_PLM + λ_t·P_PEMA: the schedules of λ, and the exact argmax from candidate rows alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+Schedule = Literal["gradual", "linear", "constant", "none"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+
+
+class Interpolation(BaseModel):
+    """A schedule of λ over the tokens of one sequence.
+
+    With SL the expected length in tokens and SS = λ_max / SL:
+
+    `gradual`   Gradual Unrolling (PEMA, section 3.3): λ_0 = λ_max; then λ_t = CS_t², CS_t = max(0, λ_max − t·SS)
+    `linear`    λ_t = max(0, λ_max − t·SS)
+    `constant`  λ_t = λ_max
+    `none`      λ_t = 0, the PLM alone
+
+    It depends on the sequence's own source and position alone: not on its batch, and on no reference.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schedule: Schedule = "gradual"
+    lambda_max: float = Field(default=0.9, ge=0.0, le=1.0)
+
+    def weights(self, position_N: Tensor, horizon_N: Tensor) -> Tensor:
+        """λ at each position.
+
+        Args:
+            position_N: int64, t counted from 0.
+            horizon_N: SL of the sequence that each position belongs to, in tokens.
+
+        Returns:
+            float64 [N] in [0, 1].
+        """
+        t_N = position_N.double()
+        if self.schedule == "none":
+            return torch.zeros_like(t_N)
+        if self.schedule == "constant":
+            return torch.full_like(t_N, self.lambda_max)
+        current_N = (self.lambda_max * (1.0 - t_N / horizon_N.double())).clamp(min=0.0)
+        if self.schedule == "linear":
+            return current_N
+        return torch.where(position_N == 0, current_N, current_N.square())
+
+    def finished(self, position: int, horizon: float) -> bool:
+        """Whether λ is 0 from this position on for good: the PLM can go on alone."""
+        if self.schedule == "none" or self.lambda_max == 0.0:
+            return True
+        return self.schedule != "constant" and position >= horizon
+
+
+@dataclass(frozen=True)
+class PlmPositions:
+    """What is known of the PLM's distribution at N positions.
+
+    Attributes:
+        logprob_N_C: log P_PLM of the candidates, float32.
+        top1_N: int64, the most probable token of all of V.
+        top1_logprob_N: its log-probability.
+    """
+
+    logprob_N_C: Tensor
+    top1_N: Tensor
+    top1_logprob_N: Tensor
+
+
+def choose(plm: PlmPositions, pema_logprob_N_C: Tensor, candidate_ids_C: Tensor, lambda_N: Tensor) -> Tensor:
+    """The most probable token of the mixture over all of V, int64 [N].
+
+    Exact, though only the candidates and the PLM's top-1 are looked at: outside the candidates P_PEMA is 0, so the
+    mixture there is (1 − λ)·P_PLM, and of those tokens none exceeds the top-1's.
+
+    Args:
+        plm: the PLM's side.
+        pema_logprob_N_C: log P_PEMA of the candidates.
+        candidate_ids_C: int64, sorted.
+        lambda_N: λ at each position.
+    """
+    at_N = torch.searchsorted(candidate_ids_C, plm.top1_N).clamp(max=len(candidate_ids_C) - 1)
+    inside_N = candidate_ids_C[at_N] == plm.top1_N
+    # Rows that travelled as float16 must not make another candidate seem likelier to the PLM than its own top-1.
+    plm_logprob_N_C = plm.logprob_N_C.minimum(plm.top1_logprob_N[:, None])
+    rows_N = torch.arange(len(at_N))
+    plm_logprob_N_C[rows_N, at_N] = torch.where(inside_N, plm.top1_logprob_N, plm_logprob_N_C[rows_N, at_N])
+    mixture_N_C = mix(plm_logprob_N_C, pema_logprob_N_C, lambda_N[:, None])
+    best_N, best_at_N = mixture_N_C.max(dim=-1)
+    outside_N = torch.log1p(-lambda_N) + plm.top1_logprob_N
+    # Where λ is 0 the PLM decides alone, also between candidates that rounding made equal.
+    take_top1_N = (lambda_N == 0) | (~inside_N & (outside_N > best_N))
+    return torch.where(take_top1_N, plm.top1_N, candidate_ids_C[best_at_N])
+
+
+def mix(plm_logprob: Tensor, pema_logprob: Tensor, weight: Tensor) -> Tensor:
+    """log((1 − λ)·P_PLM + λ·P_PEMA), float64; probabilities of 0 are log-probabilities of −∞."""
+    return torch.logaddexp(torch.log1p(-weight) + plm_logprob.double(), torch.log(weight) + pema_logprob.double())

@@ -1,0 +1,91 @@
+"""Scores: BLEU and chrF of texts, perplexities of PLM, adapter and mixture on given targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import sacrebleu
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from data_owner_client.adapter import TrainedAdapter
+from data_owner_client.decoding.interpolation import Interpolation
+from data_owner_client.memory.store import MemoryRows
+from data_owner_client.plm import RemotePlm, token_set
+from data_owner_client.training import TrainingData, ValidationData, target_logprobs
+
+_ROWS_AT_ONCE = 4096
+
+
+class TextScores(BaseModel):
+    """Corpus scores as sacrebleu computes them, with the signatures that make them comparable."""
+
+    bleu: float
+    chrf: float
+    bleu_signature: str
+    chrf_signature: str
+
+
+class Perplexities(BaseModel):
+    """exp of the mean negative log-likelihood per target token, the stop included.
+
+    Attributes:
+        plm: of the PLM alone.
+        mixture: of (1 − λ_t)·P_PLM + λ_t·P_PEMA.
+        pema_covered: of the adapter alone, on the tokens that are candidates; the others have probability 0.
+        coverage: share of tokens that are candidates.
+        tokens: how many tokens were counted.
+    """
+
+    plm: float
+    mixture: float
+    pema_covered: float
+    coverage: float
+    tokens: int
+
+
+def text_scores(hypotheses: Sequence[str], references: Sequence[str]) -> TextScores:
+    """BLEU and chrF of hypotheses against one reference each."""
+    bleu, chrf = sacrebleu.BLEU(), sacrebleu.CHRF()
+    bleu_score = bleu.corpus_score(list(hypotheses), [list(references)])
+    chrf_score = chrf.corpus_score(list(hypotheses), [list(references)])
+    return TextScores(
+        bleu=bleu_score.score,
+        chrf=chrf_score.score,
+        bleu_signature=str(bleu.get_signature()),
+        chrf_signature=str(chrf.get_signature()),
+    )
+
+
+def plm_target_logprobs(plm: RemotePlm, rows: MemoryRows) -> Tensor:
+    """log P_PLM(y) of each row, float64, from the head rows of the targets and the stored log-sum-exp."""
+    assert rows.logsumexp_N is not None, "a validation memory has the log-sum-exp"  # noqa: S101
+    target_ids_K = token_set([rows.target_N])
+    head = plm.head_rows(target_ids_K)
+    label_N = torch.searchsorted(target_ids_K, rows.target_N.long())
+    parts = []
+    for input_B_D, label_B in zip(
+        rows.head_input_N_D().split(_ROWS_AT_ONCE), label_N.split(_ROWS_AT_ONCE), strict=True
+    ):
+        parts.append(head.logits(input_B_D.float()).gather(1, label_B[:, None])[:, 0].double())
+    return (torch.cat(parts) - rows.logsumexp_N.double()).clamp(max=0.0)
+
+
+def perplexities(
+    plm: RemotePlm, adapter: TrainedAdapter, rows: MemoryRows, interpolation: Interpolation
+) -> Perplexities:
+    """Perplexities on teacher-forced rows with log-sum-exp."""
+    plm_logprob_N = plm_target_logprobs(plm, rows)
+    data = TrainingData.of(rows, adapter.candidate_ids_C)
+    pema_logprob_N = target_logprobs(adapter.adapter, adapter.head, data)
+    held_out = ValidationData.of(rows, adapter.candidate_ids_C, plm_logprob_N, adapter.card.length_ratio)
+    covered_N = data.label_N >= 0
+    return Perplexities(
+        plm=math.exp(-plm_logprob_N.mean().item()),
+        mixture=math.exp(held_out.mixture_nll(pema_logprob_N, interpolation)),
+        pema_covered=math.exp(-pema_logprob_N[covered_N].mean().item()) if bool(covered_N.any()) else math.inf,
+        coverage=covered_N.float().mean().item(),
+        tokens=len(plm_logprob_N),
+    )

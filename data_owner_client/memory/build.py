@@ -1,0 +1,224 @@
+"""Building an external memory from pairs of texts, over any connection."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from filelock import FileLock, Timeout
+
+from data_owner_client.data import Pair, digest_pairs
+from data_owner_client.memory.store import MANIFEST, ContextMode, ExternalMemory, MemoryPlan, MemoryRows, ModelIdentity
+from data_owner_client.plm import RemotePlm
+from data_owner_client.progress import Reporter
+from data_owner_client.tasks import Task
+from protocol.errors import InvalidData
+
+_EXAMPLES_PER_SHARD = 512
+_EXAMPLES_PER_REQUEST = 128
+# One request computes on the server while the next is tokenised and the last one stored.
+_REQUESTS_IN_FLIGHT = 2
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """A pair as token ids; the target ends with the stop."""
+
+    prompt: list[int]
+    target: list[int]
+    source_tokens: int
+
+
+def build_memory(
+    plm: RemotePlm,
+    task: Task,
+    pairs: Sequence[Pair],
+    folder: Path,
+    *,
+    context_mode: ContextMode = "private",
+    share_targets: bool = False,
+    with_logsumexp: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> ExternalMemory:
+    """Build a memory, or finish one whose build was interrupted.
+
+    Args:
+        plm: gives the representations.
+        task: makes prompts of source texts.
+        pairs: every pair with its target.
+        folder: where the memory is or will be.
+        context_mode: `private` sends prompts only and pairs y_i with the PLM's own greedy continuation;
+            `teacher-forced` sends the targets, too, and pairs y_i with its true context.
+        share_targets: must be true for `teacher-forced`: the targets are shown to the PLM's owner.
+        with_logsumexp: also store each position's log-sum-exp (validation needs it; a full head product on the server).
+        overwrite: throw away what the folder holds.
+        reporter: told of the progress.
+
+    Raises:
+        InvalidData: a pair cannot be used, the folder holds another memory or is in use, the disk is full.
+        PemaError: as the calls to the PLM.
+    """
+    if context_mode == "teacher-forced" and not share_targets:
+        raise InvalidData(
+            "Teacher-forced contexts show every target text to the owner of the PLM.",
+            hint="Say --share-targets if that is what you want, or use --context private.",
+        )
+    plan = MemoryPlan(
+        model=ModelIdentity.of(plm.card),
+        task=task,
+        context_mode=context_mode,
+        dtype=plm.dtype,
+        with_logsumexp=with_logsumexp or context_mode == "private",  # `decode` gives it anyway
+        data_digest=digest_pairs(pairs),
+        examples=len(pairs),
+        examples_per_shard=_EXAMPLES_PER_SHARD,
+    )
+    # Before anything is sent: a pair that cannot be used should not stop a build after an hour.
+    for number, pair in enumerate(pairs, 1):
+        _require_fits(tokenize_pair(plm, task, pair, place=f"pair {number}"), plm, f"pair {number}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_builder(folder):
+        if overwrite:
+            _empty(folder)
+        memory = ExternalMemory.create(folder, plan)
+        _append_missing(memory, plm, pairs, reporter or Reporter())
+    return memory
+
+
+def tokenize_pair(plm: RemotePlm, task: Task, pair: Pair, *, place: str) -> TokenizedPair:
+    """Prompt and target of a pair as token ids.
+
+    Raises:
+        InvalidData: the pair has no target, or its target holds the task's stop text.
+    """
+    if pair.target is None:
+        raise InvalidData(f"{place} has no target.", hint="A memory is made of pairs.")
+    if task.stop_text and task.stop_text in pair.target:
+        raise InvalidData(
+            f"The target of {place} contains the stop {task.stop_text!r}, so an answer would end in its middle.",
+            hint="Replace it in the texts, or give the task another `stop`.",
+        )
+    tokenizer = plm.tokenizer
+    prompt = task.prompt(pair.source, tokenizer)
+    prompt_ids = tokenizer.encode_prompt(prompt)
+    target_ids = tokenizer.encode_target(prompt, prompt_ids, task.continuation(pair.target, tokenizer))
+    if target_ids[-1] not in task.stop_ids(tokenizer):
+        raise InvalidData(
+            f"The target of {place} does not end with a stop token of this model.", hint="Give the task another `stop`."
+        )
+    return TokenizedPair(prompt_ids, target_ids, tokenizer.count(pair.source))
+
+
+def encode_teacher_forced(plm: RemotePlm, pairs: Sequence[TokenizedPair], *, with_logsumexp: bool) -> MemoryRows:
+    """Rows with the contexts c_i = prompt + y_<i. The targets but for their last token go to the server."""
+    response = plm.encode(
+        [pair.prompt + pair.target[:-1] for pair in pairs],
+        [len(pair.prompt) - 1 for pair in pairs],
+        with_logsumexp=with_logsumexp,
+    )
+    return MemoryRows(
+        cr_N_D=response.cr_N_D,
+        logsumexp_N=response.logsumexp_N,
+        last_hidden_N_D=response.last_hidden_N_D,
+        **_labels(pairs),
+    )
+
+
+def encode_private(plm: RemotePlm, pairs: Sequence[TokenizedPair]) -> MemoryRows:
+    """Rows with the contexts c_i = prompt + the PLM's own greedy continuation ŵ_<i. Only prompts go to the server.
+
+    And, as `look_ahead`, the targets' lengths.
+    """
+    response = plm.decode([pair.prompt for pair in pairs], [len(pair.target) - 1 for pair in pairs])
+    return MemoryRows(
+        cr_N_D=response.cr_N_D,
+        logsumexp_N=response.logsumexp_N,
+        last_hidden_N_D=response.last_hidden_N_D,
+        **_labels(pairs),
+    )
+
+
+def _labels(pairs: Sequence[TokenizedPair]) -> dict[str, torch.Tensor]:
+    return {
+        "target_N": torch.tensor([i for pair in pairs for i in pair.target], dtype=torch.int32),
+        "rows_E": torch.tensor([len(pair.target) for pair in pairs], dtype=torch.int32),
+        "source_tokens_E": torch.tensor([pair.source_tokens for pair in pairs], dtype=torch.int32),
+    }
+
+
+def _append_missing(memory: ExternalMemory, plm: RemotePlm, pairs: Sequence[Pair], reporter: Reporter) -> None:
+    plan, done = memory.manifest.plan, memory.manifest.examples
+    step = min(_EXAMPLES_PER_REQUEST, plm.card.limits.max_sequences)
+
+    def fetch(span: range) -> MemoryRows:
+        chunk = [tokenize_pair(plm, plan.task, pairs[i], place=f"pair {i + 1}") for i in span]
+        if plan.context_mode == "private":
+            return encode_private(plm, chunk)
+        return encode_teacher_forced(plm, chunk, with_logsumexp=plan.with_logsumexp)
+
+    # Requests never straddle shards, so an interrupted build sends the very same ones as an undisturbed one.
+    shard_starts = range(done, len(pairs), plan.examples_per_shard)
+    shards = [range(start, min(start + plan.examples_per_shard, len(pairs))) for start in shard_starts]
+    spans = [shard[at : at + step] for shard in shards for at in range(0, len(shard), step)]
+    parts: list[MemoryRows] = []
+    with reporter.bar(f"memory {memory.folder.name}", len(pairs), "examples", done=done) as bar:
+        for span, rows in zip(spans, _in_order(fetch, spans), strict=True):
+            parts.append(rows)
+            bar.advance(len(span), f"{memory.manifest.rows + sum(len(p.target_N) for p in parts):,} rows")
+            if any(span.stop == shard.stop for shard in shards):
+                memory.append(MemoryRows.concatenate(parts))
+                parts = []
+
+
+def _in_order(call: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
+    """Results in the order of the items, a few calls running ahead."""
+    waiting: deque[Future[_Out]] = deque()
+    pool = ThreadPoolExecutor(_REQUESTS_IN_FLIGHT, thread_name_prefix="build-memory")
+    try:
+        for item in items:
+            waiting.append(pool.submit(call, item))
+            if len(waiting) >= _REQUESTS_IN_FLIGHT:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _require_fits(pair: TokenizedPair, plm: RemotePlm, place: str) -> None:
+    tokens, limit = len(pair.prompt) + len(pair.target), plm.card.limits.max_sequence_tokens
+    if tokens > limit:
+        raise InvalidData(
+            f"{place} has {tokens} tokens with its prompt; the server takes {limit}.",
+            hint="Shorten the text or use fewer examples in the task.",
+        )
+
+
+@contextmanager
+def _only_builder(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InvalidData(f"Another build-memory is writing to {folder}.", hint="Wait for it, or stop it.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _empty(folder: Path) -> None:
+    # The manifest first: what it does not name is not part of the memory.
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for path in [*folder.glob("*.safetensors"), *folder.glob(".*.partial")]:
+        path.unlink()

@@ -1,0 +1,255 @@
+"""The external memory on disk: append-only safetensors shards and a manifest with their checksums.
+
+A shard holds a fixed run of examples, and is written whole before the manifest names it. A build killed at any moment
+therefore leaves a valid memory of the examples so far, and the next run goes on behind them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from data_owner_client.files import write_atomically
+from data_owner_client.tasks import Task
+from protocol.errors import IdentityMismatch, InvalidData
+from protocol.messages import CrKind, ModelCard, WireDtype
+
+ContextMode = Literal["private", "teacher-forced"]
+MANIFEST = "manifest.json"
+
+
+class ModelIdentity(BaseModel):
+    """The model that a memory or an adapter belongs to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    name: str
+    digest: str
+    cr_kind: CrKind
+    hidden_size: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, card: ModelCard) -> Self:
+        """The identity in a model card."""
+        return cls(**{name: getattr(card, name) for name in cls.model_fields})
+
+    def require(self, other: ModelIdentity, what: str, other_what: str) -> None:
+        """Refuse to use two things of different models together.
+
+        Raises:
+            IdentityMismatch: they differ; the message names both.
+        """
+        if self.digest != other.digest:
+            raise IdentityMismatch(
+                f"{what} belongs to {self.name} ({self.digest[:12]}, {self.cr_kind}), but {other_what} to {other.name} "
+                f"({other.digest[:12]}, {other.cr_kind}).",
+                hint="Use the server that it was made with, or build and train again for this one.",
+            )
+
+
+@dataclass(frozen=True)
+class MemoryRows:
+    """Rows of a memory: N rows of E examples, one row for each target token.
+
+    Attributes:
+        cr_N_D: context representations f(c_i), in the memory's dtype.
+        target_N: int32 token ids y_i.
+        rows_E: int32, rows of each example; the last of them is the stop.
+        source_tokens_E: int32, length of each source text in tokens.
+        logsumexp_N: float32, the PLM's log Σ_v exp(logit_v), where the memory has it.
+        last_hidden_N_D: the LM head's input, where `cr_N_D` is something else.
+    """
+
+    cr_N_D: Tensor
+    target_N: Tensor
+    rows_E: Tensor
+    source_tokens_E: Tensor
+    logsumexp_N: Tensor | None = None
+    last_hidden_N_D: Tensor | None = None
+
+    def position_N(self) -> Tensor:
+        """int64 position t of each row in its target, from 0."""
+        starts_E = self.rows_E.long().cumsum(0) - self.rows_E.long()
+        return torch.arange(len(self.target_N)) - starts_E.repeat_interleave(self.rows_E.long())
+
+    def head_input_N_D(self) -> Tensor:
+        """What the LM head is applied to for P_PLM."""
+        return self.cr_N_D if self.last_hidden_N_D is None else self.last_hidden_N_D
+
+    @classmethod
+    def concatenate(cls, parts: list[MemoryRows]) -> Self:
+        """Rows of several parts, in their order."""
+        columns: dict[str, Any] = {}
+        for field in fields(cls):
+            values = [getattr(part, field.name) for part in parts]
+            columns[field.name] = None if any(value is None for value in values) else torch.cat(values)
+        return cls(**columns)
+
+    def to_bytes(self) -> bytes:
+        """As a safetensors container."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        packed: bytes = safetensors.torch.save({k: v.contiguous() for k, v in columns.items() if v is not None})
+        return packed
+
+
+class ShardRecord(BaseModel):
+    """One shard as the manifest knows it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str
+    examples: int
+    rows: int
+    sha256: str
+
+
+class MemoryPlan(BaseModel):
+    """What decides the content of a memory. Two builds with the same plan give the same memory."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: ModelIdentity
+    task: Task
+    context_mode: ContextMode
+    dtype: WireDtype
+    with_logsumexp: bool
+    data_digest: str
+    examples: int
+    examples_per_shard: int
+
+
+class Manifest(BaseModel):
+    """Plan, shards so far, and the token counts that the length ratio is made of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["pema-memory-1"] = "pema-memory-1"
+    plan: MemoryPlan
+    shards: tuple[ShardRecord, ...] = ()
+    source_tokens: int = 0
+
+    @property
+    def examples(self) -> int:
+        """Examples stored so far."""
+        return sum(shard.examples for shard in self.shards)
+
+    @property
+    def rows(self) -> int:
+        """Rows stored so far."""
+        return sum(shard.rows for shard in self.shards)
+
+
+class ExternalMemory:
+    """A memory folder.
+
+    Args:
+        folder: where the manifest and the shards lie.
+
+    Raises:
+        InvalidData: there is no memory, or its manifest is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / MANIFEST
+        try:
+            self.manifest = Manifest.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise InvalidData(f"{folder} holds no memory.", hint="Build one: pema-client build-memory.") from error
+        except ValidationError as error:
+            raise InvalidData(
+                f"{path} is damaged or of another version.", hint="Delete the folder and build the memory again."
+            ) from error
+
+    @classmethod
+    def create(cls, folder: Path, plan: MemoryPlan) -> Self:
+        """Open the memory for appending, new or where an earlier build stopped.
+
+        Raises:
+            InvalidData, IdentityMismatch: the folder holds another memory.
+        """
+        if not (folder / MANIFEST).exists():
+            write_atomically(folder / MANIFEST, Manifest(plan=plan).model_dump_json(indent=1).encode())
+        memory = cls(folder)
+        found = memory.manifest.plan
+        found.model.require(plan.model, f"The memory in {folder}", "the server")
+        different = [name for name in MemoryPlan.model_fields if getattr(found, name) != getattr(plan, name)]
+        if different:
+            raise InvalidData(
+                f"{folder} holds a memory with another {', '.join(different)}.",
+                hint="Give another --memory folder, or --overwrite to build it anew.",
+            )
+        return memory
+
+    @property
+    def complete(self) -> bool:
+        """Whether all examples of the plan are stored."""
+        return self.manifest.examples == self.manifest.plan.examples
+
+    @property
+    def length_ratio(self) -> float:
+        """Target tokens for each source token: what Gradual Unrolling predicts a sentence's length with."""
+        return self.manifest.rows / max(1, self.manifest.source_tokens)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the checksums of all shards."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.manifest.shards).encode()).hexdigest()
+
+    def append(self, rows: MemoryRows) -> None:
+        """Write the next shard, then the manifest that names it.
+
+        Raises:
+            InvalidData: the disk is full.
+        """
+        data = rows.to_bytes()
+        record = ShardRecord(
+            file=f"shard-{len(self.manifest.shards):05d}.safetensors",
+            examples=len(rows.rows_E),
+            rows=len(rows.target_N),
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+        write_atomically(self.folder / record.file, data)
+        self.manifest = self.manifest.model_copy(
+            update={
+                "shards": (*self.manifest.shards, record),
+                "source_tokens": self.manifest.source_tokens + int(rows.source_tokens_E.sum()),
+            }
+        )
+        write_atomically(self.folder / MANIFEST, self.manifest.model_dump_json(indent=1).encode())
+
+    def load(self) -> MemoryRows:
+        """All rows.
+
+        Raises:
+            InvalidData: the memory is not complete, or a shard is missing or damaged.
+        """
+        if not self.complete:
+            raise InvalidData(
+                f"{self.folder} holds {self.manifest.examples} of {self.manifest.plan.examples} examples.",
+                hint="Run the same build-memory command again: it goes on where it stopped.",
+            )
+        return MemoryRows.concatenate([self._shard(record) for record in self.manifest.shards])
+
+    def _shard(self, record: ShardRecord) -> MemoryRows:
+        path = self.folder / record.file
+        damaged = InvalidData(f"{path} is damaged.", hint="Delete the folder and build the memory again.")
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise damaged from error
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            raise damaged
+        try:
+            return MemoryRows(**safetensors.torch.load(data))
+        except (SafetensorError, TypeError) as error:
+            raise damaged from error

@@ -1,0 +1,179 @@
+"""The PLM as the data owner sees it: calls in terms of sequences, and no answer that was not checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from platformdirs import user_cache_path
+from torch import Tensor
+
+from data_owner_client.connection import Connection
+from data_owner_client.files import write_atomically
+from data_owner_client.tokenization import PlmTokenizer
+from protocol import PROTOCOL_VERSION
+from protocol.checks import echoes, require_finite
+from protocol.errors import IdentityMismatch, ProtocolViolation
+from protocol.head import LMHead
+from protocol.messages import (
+    DecodeRequest,
+    DecodeResponse,
+    EncodeRequest,
+    EncodeResponse,
+    HeadRequest,
+    HeadRows,
+    ModelCard,
+    TokenizerBundle,
+    WireDtype,
+)
+
+
+class RemotePlm:
+    """A PLM behind a connection.
+
+    Answers are checked: they come from the model of the card, for the token ids that were sent, for every position
+    asked for, and are finite.
+
+    Args:
+        connection: any transport.
+        dtype: dtype in which representations and head rows travel.
+        cache: folder for tokenizers, which are large and never change under their digest; None for no cache.
+
+    Raises:
+        ProtocolViolation: the server speaks another version of the protocol.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        dtype: WireDtype = "float16",
+        cache: Path | None = user_cache_path("pema") / "tokenizers",  # noqa: B008  (a constant of the machine)
+    ) -> None:
+        self._connection = connection
+        self._cache = cache
+        self.dtype: WireDtype = dtype
+        self.card: ModelCard = connection.model_card()
+        if self.card.protocol_version != PROTOCOL_VERSION:
+            raise ProtocolViolation(
+                f"The server speaks version {self.card.protocol_version} of the protocol, this client "
+                f"{PROTOCOL_VERSION}.",
+                hint="Update the older of the two.",
+            )
+
+    @cached_property
+    def tokenizer(self) -> PlmTokenizer:
+        """The model's tokenizer, from the cache if it is there."""
+        path = None if self._cache is None else self._cache / f"{self.card.tokenizer_digest}.json"
+        if path is not None and path.is_file():
+            return PlmTokenizer(TokenizerBundle.from_json(path.read_bytes()))
+        bundle = self._connection.tokenizer()
+        if bundle.digest != self.card.tokenizer_digest:
+            raise ProtocolViolation("The tokenizer is not the one of the model card.", hint="Has the server changed?")
+        if path is not None:
+            write_atomically(path, bundle.to_json())
+        return PlmTokenizer(bundle)
+
+    def encode(
+        self, sequences: Sequence[Sequence[int]], from_position: Sequence[int], *, with_logsumexp: bool = False
+    ) -> EncodeResponse:
+        """Context representations of all positions ≥ `from_position`, rows of all sequences one after another."""
+        ids = [list(sequence) for sequence in sequences]
+        response = self._connection.encode(
+            EncodeRequest(
+                token_ids=ids,
+                from_position=list(from_position),
+                echo=echoes(ids),
+                dtype=self.dtype,
+                with_logsumexp=with_logsumexp,
+            )
+        )
+        expected = [len(sequence) - start for sequence, start in zip(ids, from_position, strict=True)]
+        if response.rows_B.tolist() != expected or (with_logsumexp and response.logsumexp_N is None):
+            raise _incomplete()
+        self._check(response, ids)
+        return response
+
+    def decode(
+        self, prefixes: Sequence[Sequence[int]], look_ahead: Sequence[int], stop_ids: Sequence[int] = ()
+    ) -> DecodeResponse:
+        """The newest position of every prefix and up to `look_ahead` drafted ones."""
+        ids = [list(prefix) for prefix in prefixes]
+        response = self._connection.decode(
+            DecodeRequest(
+                token_ids=ids,
+                look_ahead=list(look_ahead),
+                stop_token_ids=list(stop_ids),
+                echo=echoes(ids),
+                dtype=self.dtype,
+            )
+        )
+        rows = response.rows_B.tolist()
+        complete = len(rows) == len(ids) and all(1 <= n <= k + 1 for n, k in zip(rows, look_ahead, strict=True))
+        per_row = (response.logsumexp_N, response.top1_N, response.top1_logprob_N)
+        if not complete or any(part.shape != (sum(rows),) for part in per_row):
+            raise _incomplete()
+        self._check(response, ids)
+        return response
+
+    def head_rows(self, token_ids_C: Tensor) -> LMHead:
+        """Chosen rows of the LM head in float32, asked for in pieces of the server's limit."""
+        pieces = token_ids_C.split(self.card.limits.max_head_rows)
+        return _joined([self._head(HeadRequest(token_ids=piece.tolist(), dtype=self.dtype)) for piece in pieces])
+
+    def full_head(self) -> LMHead:
+        """All rows of the LM head in float32."""
+        step, rows = self.card.limits.max_head_rows, self.card.vocab_size
+        ranges = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+        return _joined([self._head(HeadRequest(start=a, stop=b, dtype=self.dtype)) for a, b in ranges])
+
+    def _head(self, request: HeadRequest) -> HeadRows:
+        answer = self._connection.lm_head(request)
+        self._check_digest(answer.digest)
+        wanted = len(request.token_ids) if request.token_ids is not None else (request.stop or 0) - request.start
+        if answer.weight_N_D.shape != (wanted, self.card.hidden_size):
+            raise _incomplete()
+        require_finite(answer.weight_N_D, "the LM head")
+        return answer
+
+    def _check(self, response: EncodeResponse | DecodeResponse, ids: list[list[int]]) -> None:
+        self._check_digest(response.digest)
+        if response.echo != echoes(ids):
+            raise ProtocolViolation(
+                "The server's echo shows that it ran other token ids than were sent.",
+                hint="Something between client and server changes or mixes requests; nothing was stored.",
+            )
+        if response.cr_N_D.shape != (int(response.rows_B.sum()), self.card.hidden_size):
+            raise _incomplete()
+        require_finite(response.cr_N_D, "the context representations")
+
+    def _check_digest(self, digest: str) -> None:
+        if digest != self.card.digest:
+            raise IdentityMismatch(
+                f"The server's model changed from {self.card.digest[:12]} to {digest[:12]} meanwhile.",
+                hint="Run the command again; a memory or adapter of the old model will be refused, not misused.",
+            )
+
+
+def token_set(tokens: Sequence[Tensor]) -> Tensor:
+    """Sorted distinct token ids (int64) of several tensors."""
+    ids_K: Tensor = torch.unique(torch.cat([part.long() for part in tokens]))
+    return ids_K
+
+
+def _incomplete() -> ProtocolViolation:
+    return ProtocolViolation(
+        "The server did not answer every position that was asked for.", hint="Nothing was stored; try again."
+    )
+
+
+def _joined(pieces: list[HeadRows]) -> LMHead:
+    biases = [piece.bias_N for piece in pieces if piece.bias_N is not None]
+    return LMHead(
+        torch.cat([piece.weight_N_D for piece in pieces]).float(),
+        torch.cat(biases).float() if biases else None,
+        pieces[0].logit_scale,
+        pieces[0].softcap,
+    )

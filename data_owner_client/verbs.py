@@ -1,0 +1,426 @@
+"""The verbs of `pema-client` as a typed Python API. The command line is a thin skin of this module.
+
+plm = connect("http://127.0.0.1:8000")
+task = load_task("translate-en-de")
+build_memories(plm, task, read_pairs("pairs.jsonl"), Path("memory"))
+adapter = train(plm, Path("memory"), Path("adapter"))
+print(translate(plm, ["The device is offline."], adapter=adapter).texts)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from data_owner_client import plotting
+from data_owner_client.adapter import AdapterCard, TrainedAdapter
+from data_owner_client.connection import open_connection
+from data_owner_client.data import Pair, split_validation
+from data_owner_client.decoding.generate import LOOK_AHEAD, Usage
+from data_owner_client.decoding.generate import generate as generate_ids
+from data_owner_client.decoding.interpolation import Interpolation
+from data_owner_client.evaluation import Perplexities, TextScores, perplexities, plm_target_logprobs, text_scores
+from data_owner_client.memory import ExternalMemory, MemoryRows, build_memory
+from data_owner_client.memory.build import encode_teacher_forced, tokenize_pair
+from data_owner_client.memory.store import ContextMode, ModelIdentity
+from data_owner_client.plm import RemotePlm, token_set
+from data_owner_client.progress import Reporter
+from data_owner_client.tasks import Task
+from data_owner_client.tokenization import Prompt
+from data_owner_client.training import (
+    Epoch,
+    TrainingData,
+    TrainingSettings,
+    ValidationData,
+    choose_interpolation,
+    settings_record,
+    target_logprobs,
+    train_adapter,
+)
+from protocol.errors import InvalidData
+from protocol.messages import WireDtype
+
+TRAIN, VALIDATION = "train", "validation"
+_PAIRS_PER_REQUEST = 64
+
+
+class MemoryReport(BaseModel):
+    """What `build_memories` made."""
+
+    folder: str
+    examples: int
+    rows: int
+    validation_examples: int
+    validation_rows: int
+    context_mode: ContextMode
+    length_ratio: float
+    seconds: float
+
+
+class TrainingReport(BaseModel):
+    """What `train` made."""
+
+    folder: str
+    card: AdapterCard
+    history: list[dict[str, float | int | str | None]]
+    schedules: dict[str, dict[str, float]]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Texts in the order of the inputs, their token ids, and what they took."""
+
+    texts: list[str]
+    token_ids: list[list[int]]
+    usage: Usage
+    seconds: float
+
+
+class Evaluation(BaseModel):
+    """Scores of the PLM alone and with the adapter, on the same pairs and prompts."""
+
+    plm: TextScores
+    pema: TextScores
+    perplexity: Perplexities | None
+    plm_texts: list[str]
+    pema_texts: list[str]
+    seconds: dict[str, float]
+
+
+def connect(url: str, *, dtype: WireDtype = "float16", timeout_s: float = 600.0) -> RemotePlm:
+    """The PLM behind a server.
+
+    Raises:
+        ConnectionFailed: nobody answers there.
+    """
+    return RemotePlm(open_connection(url, timeout_s=timeout_s), dtype=dtype)
+
+
+def build_memories(
+    plm: RemotePlm,
+    task: Task,
+    pairs: Sequence[Pair],
+    folder: Path,
+    *,
+    validation: Sequence[Pair] | None = None,
+    validation_fraction: float = 0.05,
+    context_mode: ContextMode = "private",
+    share_targets: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> MemoryReport:
+    """Build `folder/train` and `folder/validation`, or finish what an interrupted run began.
+
+    Without `validation` pairs, a share of `pairs` is set aside. What the other arguments mean, and what is raised: see
+    `memory.build_memory`.
+    """
+    started = time.perf_counter()
+    if validation is None:
+        train_pairs, held_out = split_validation(pairs, validation_fraction)
+    else:
+        train_pairs, held_out = list(pairs), list(validation)
+    reporter = reporter or Reporter()
+    reporter.say(disclosure(context_mode))
+    memories = [
+        build_memory(
+            plm,
+            task,
+            part,
+            folder / name,
+            context_mode=context_mode,
+            share_targets=share_targets,
+            with_logsumexp=name == VALIDATION,
+            overwrite=overwrite,
+            reporter=reporter,
+        )
+        for name, part in ((TRAIN, train_pairs), (VALIDATION, held_out))
+    ]
+    return MemoryReport(
+        folder=str(folder),
+        examples=memories[0].manifest.examples,
+        rows=memories[0].manifest.rows,
+        validation_examples=memories[1].manifest.examples,
+        validation_rows=memories[1].manifest.rows,
+        context_mode=context_mode,
+        length_ratio=memories[0].length_ratio,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def disclosure(context_mode: ContextMode) -> str:
+    """What leaves this machine while a memory is built, in one line."""
+    if context_mode == "private":
+        return "Leaves this machine: the prompts with their source texts, and the targets' lengths. No target text."
+    return "Leaves this machine: the prompts with their source texts, and every target text (--share-targets)."
+
+
+def train(
+    plm: RemotePlm,
+    memory: Path,
+    folder: Path,
+    *,
+    settings: TrainingSettings | None = None,
+    reporter: Reporter | None = None,
+) -> tuple[TrainedAdapter, TrainingReport]:
+    """Train an adapter on the memories that `build_memories` made; write it and `training.png` into `folder`.
+
+    The server is asked for the head rows of the candidate vocabulary only. The schedule and λ_max to translate with are
+    those of the highest likelihood on the validation memory.
+
+    Raises:
+        InvalidData: a memory is missing, incomplete or damaged.
+        IdentityMismatch: the memory was built with another model.
+    """
+    started = time.perf_counter()
+    reporter = reporter or Reporter()
+    train_memory, validation_memory = ExternalMemory(memory / TRAIN), ExternalMemory(memory / VALIDATION)
+    plan = train_memory.manifest.plan
+    for part in (train_memory, validation_memory):
+        part.manifest.plan.model.require(ModelIdentity.of(plm.card), f"The memory in {part.folder}", "the server")
+    settings = settings or TrainingSettings(form="residual" if plan.model.cr_kind == "last_hidden_state" else "paper")
+    if settings.form == "residual" and plan.model.cr_kind != "last_hidden_state":
+        raise InvalidData(
+            f"The residual form adds to the LM head's input, and this memory holds {plan.model.cr_kind}.",
+            hint="Use --form paper.",
+        )
+    rows, held_out = train_memory.load(), validation_memory.load()
+    candidate_ids_C = token_set([rows.target_N])
+    head = plm.head_rows(candidate_ids_C)
+    validation = ValidationData.of(
+        held_out, candidate_ids_C, plm_target_logprobs(plm, held_out), train_memory.length_ratio
+    )
+    trained = train_adapter(TrainingData.of(rows, candidate_ids_C), head, validation, settings, reporter)
+
+    pema_logprob_N = target_logprobs(trained.adapter, head, validation.data)
+    interpolation, schedules = choose_interpolation(validation, pema_logprob_N)
+    plm_nll = -validation.plm_logprob_N.mean().item()
+    mixture_nll = validation.mixture_nll(pema_logprob_N, interpolation)
+    why = (
+        f"{interpolation.schedule} with λ_max {interpolation.lambda_max:.2f} has the highest likelihood on "
+        f"{len(held_out.rows_E)} validation examples: {mixture_nll:.3f} nats per token (the PLM alone: {plm_nll:.3f})"
+    )
+    reporter.say(f"Interpolation: {why}.")
+    card = AdapterCard(
+        model=plan.model,
+        task=plan.task,
+        context_mode=plan.context_mode,
+        form=settings.form,
+        rank=trained.adapter.A.out_features,
+        candidates=len(candidate_ids_C),
+        length_ratio=train_memory.length_ratio,
+        mean_length=len(rows.target_N) / len(rows.rows_E),
+        interpolation=interpolation,
+        interpolation_why=why,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        settings=settings_record(settings),
+        validation={
+            "plm_nll": plm_nll,
+            "mixture_nll": mixture_nll,
+            "coverage": (validation.data.label_N >= 0).float().mean().item(),
+        },
+        memory_digest=train_memory.digest,
+    )
+    adapter = TrainedAdapter(card, trained.adapter, candidate_ids_C, head)
+    adapter.save(folder)
+    plotting.training(trained.history, plm_nll, folder / "training.png")
+    return adapter, TrainingReport(
+        folder=str(folder),
+        card=card,
+        history=[_epoch_record(epoch) for epoch in trained.history],
+        schedules={name: {"lambda_max": i.lambda_max, "nll": nll} for name, (i, nll) in schedules.items()},
+        seconds=time.perf_counter() - started,
+    )
+
+
+def translate(
+    plm: RemotePlm,
+    sources: Sequence[str],
+    *,
+    adapter: TrainedAdapter | None = None,
+    task: Task | None = None,
+    interpolation: Interpolation | None = None,
+    max_new_tokens: int = 256,
+    look_ahead: int = LOOK_AHEAD,
+    batch_size: int = 32,
+    reporter: Reporter | None = None,
+) -> Generation:
+    """Answer source texts with a task's prompt.
+
+    Args:
+        plm: the PLM.
+        sources: texts.
+        adapter: the data owner's adapter; None for the PLM alone.
+        task: the adapter's own unless given.
+        interpolation: what training chose unless given.
+        max_new_tokens: longest answer, in tokens.
+        look_ahead: tokens that the server drafts per call.
+        batch_size: sequences in one call.
+        reporter: told of the progress.
+
+    Raises:
+        InvalidData: neither adapter nor task is given, or a text is too long.
+        IdentityMismatch: the adapter belongs to another model.
+    """
+    task = task or (adapter.card.task if adapter else None)
+    if task is None:
+        raise InvalidData("Without an adapter there is no task.", hint="Give one with --task.")
+    tokenizer = plm.tokenizer
+    return _generate(
+        plm,
+        [task.prompt(source, tokenizer) for source in sources],
+        task,
+        adapter=adapter,
+        interpolation=interpolation,
+        horizons=[adapter.horizon(tokenizer.count(source)) for source in sources] if adapter else None,
+        max_new_tokens=max_new_tokens,
+        look_ahead=look_ahead,
+        batch_size=batch_size,
+        reporter=reporter,
+    )
+
+
+def generate(
+    plm: RemotePlm,
+    prompts: Sequence[str],
+    *,
+    adapter: TrainedAdapter | None = None,
+    task: Task | None = None,
+    interpolation: Interpolation | None = None,
+    max_new_tokens: int = 256,
+    look_ahead: int = LOOK_AHEAD,
+    batch_size: int = 32,
+    reporter: Reporter | None = None,
+) -> Generation:
+    """Continue prompts as they are, without a task's template around them.
+
+    A bare prompt has no source text to predict a length from: Gradual Unrolling then uses the mean target length of the
+    memory. The other arguments, and what is raised: see `translate`. The task only says where an answer stops.
+    """
+    return _generate(
+        plm,
+        [Prompt(prompt) for prompt in prompts],
+        task or (adapter.card.task if adapter else Task(name="bare")),
+        adapter=adapter,
+        interpolation=interpolation,
+        horizons=[adapter.card.mean_length] * len(prompts) if adapter else None,
+        max_new_tokens=max_new_tokens,
+        look_ahead=look_ahead,
+        batch_size=batch_size,
+        reporter=reporter,
+    )
+
+
+def evaluate(
+    plm: RemotePlm,
+    pairs: Sequence[Pair],
+    adapter: TrainedAdapter,
+    *,
+    interpolation: Interpolation | None = None,
+    share_targets: bool = False,
+    max_new_tokens: int = 256,
+    look_ahead: int = LOOK_AHEAD,
+    batch_size: int = 32,
+    reporter: Reporter | None = None,
+) -> Evaluation:
+    """Translate the sources with the PLM alone and with the adapter, and score both against the targets.
+
+    The texts are scored on this machine. Perplexity needs the PLM's view of the targets themselves, so it is computed
+    only with `share_targets`.
+
+    Raises:
+        As `translate`.
+    """
+    task, interpolation = adapter.card.task, interpolation or adapter.card.interpolation
+    sources, references = [pair.source for pair in pairs], [_target(pair) for pair in pairs]
+
+    def run(with_adapter: TrainedAdapter | None) -> Generation:
+        return translate(
+            plm,
+            sources,
+            adapter=with_adapter,
+            task=task,
+            interpolation=interpolation,
+            max_new_tokens=max_new_tokens,
+            look_ahead=look_ahead,
+            batch_size=batch_size,
+            reporter=reporter,
+        )
+
+    alone, adapted = run(None), run(adapter)
+    started = time.perf_counter()
+    perplexity = None
+    if share_targets:
+        rows = _teacher_forced_rows(plm, task, pairs, reporter or Reporter())
+        perplexity = perplexities(plm, adapter, rows, interpolation)
+    return Evaluation(
+        plm=text_scores(alone.texts, references),
+        pema=text_scores(adapted.texts, references),
+        perplexity=perplexity,
+        plm_texts=alone.texts,
+        pema_texts=adapted.texts,
+        seconds={
+            "translate_plm": alone.seconds,
+            "translate": adapted.seconds,
+            "perplexity": time.perf_counter() - started,
+        },
+    )
+
+
+def _generate(
+    plm: RemotePlm,
+    prompts: Sequence[Prompt],
+    task: Task,
+    *,
+    adapter: TrainedAdapter | None,
+    interpolation: Interpolation | None,
+    horizons: list[float] | None,
+    max_new_tokens: int,
+    look_ahead: int,
+    batch_size: int,
+    reporter: Reporter | None,
+) -> Generation:
+    started = time.perf_counter()
+    if adapter is not None:
+        adapter.card.model.require(ModelIdentity.of(plm.card), "The adapter", "the server")
+    tokenizer = plm.tokenizer
+    token_ids, usage = generate_ids(
+        plm,
+        [tokenizer.encode_prompt(prompt) for prompt in prompts],
+        adapter=adapter,
+        interpolation=interpolation or (adapter.card.interpolation if adapter else Interpolation(schedule="none")),
+        horizons=horizons,
+        stop_ids=task.stop_ids(tokenizer) | frozenset(plm.card.eos_token_ids),
+        max_new_tokens=max_new_tokens,
+        look_ahead=look_ahead,
+        batch_size=batch_size,
+        reporter=reporter,
+    )
+    texts = [task.answer(ids, tokenizer) for ids in token_ids]
+    return Generation(texts, token_ids, usage, time.perf_counter() - started)
+
+
+def _teacher_forced_rows(plm: RemotePlm, task: Task, pairs: Sequence[Pair], reporter: Reporter) -> MemoryRows:
+    tokenized = [tokenize_pair(plm, task, pair, place=f"pair {n}") for n, pair in enumerate(pairs, 1)]
+    step = min(_PAIRS_PER_REQUEST, plm.card.limits.max_sequences)
+    parts = []
+    with reporter.bar("perplexity", len(pairs), "pairs") as bar:
+        for at in range(0, len(pairs), step):
+            parts.append(encode_teacher_forced(plm, tokenized[at : at + step], with_logsumexp=True))
+            bar.advance(len(parts[-1].rows_E))
+    return MemoryRows.concatenate(parts)
+
+
+def _target(pair: Pair) -> str:
+    if pair.target is None:
+        raise InvalidData("A pair has no target.", hint="Evaluation needs references.")
+    return pair.target
+
+
+def _epoch_record(epoch: Epoch) -> dict[str, float | int | str | None]:
+    return asdict(epoch)
