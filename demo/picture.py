@@ -1,0 +1,37 @@
+"""The picture of a demo run: scores before and after, and the training curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from data_owner_client.plotting import draw_training
+from data_owner_client.training import Epoch
+
+_BARS = (
+    ("PLM", "plm", "tab:gray"),
+    ("PEMA, gradual", "pema_gradual_unrolling", "tab:cyan"),
+    ("PEMA", "pema", "tab:blue"),
+)
+
+
+def draw(report: dict[str, Any], trained: dict[str, Any], path: Path) -> None:
+    """Write the picture of a report and of the training history to `path`."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    bleu, chrf, curves = figure.subplots(1, 3, width_ratios=[1, 1, 1.6])
+    _bars(bleu, report, "bleu", "BLEU")
+    _bars(chrf, report, "chrf", "chrF")
+    history = [Epoch(**epoch) for epoch in trained["history"]]
+    draw_training(curves, history, report["validation_nll"]["plm"])
+    figure.savefig(path, dpi=120)
+
+
+def _bars(axes: Axes, report: dict[str, Any], key: str, title: str) -> None:
+    values = [report[row][key] for _, row, _ in _BARS]
+    container = axes.bar([name for name, _, _ in _BARS], values, color=[color for _, _, color in _BARS])
+    axes.bar_label(container, fmt="%.1f")
+    axes.set(title=f"{title}, 200 test sentences")
+    axes.tick_params(axis="x", labelsize=8)

@@ -1,0 +1,206 @@
+"""The main job, end to end, as two parties would run it: `python -m demo.run` (or `make demo`).
+
+The owner's server runs as its own process; everything on the data owner's side is a `pema-client` command. What is done
+already is reused: a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from demo import home_assistant, picture
+
+_READY_WITHIN_S = 600.0
+_EXAMPLES_SHOWN = 6
+_PUBLISHED = ["--schedule", "gradual", "--lambda-max", "0.9"]
+
+console = Console()
+
+
+def main() -> None:
+    """Run the demo; print a table and examples; write `report.json` and `report.png`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where data, memory and results go")
+    parser.add_argument("--port", type=int, default=8765, help="port of the owner's server")
+    arguments = parser.parse_args()
+    run(arguments.folder, arguments.port)
+
+
+def run(folder: Path, port: int) -> None:
+    """All steps, in `folder`."""
+    data = folder / "data"
+    memory, adapter = folder / "memory", folder / "adapter"
+    folder.mkdir(parents=True, exist_ok=True)
+    console.rule("Data: the interface texts of Home Assistant, English and German")
+    home_assistant.prepare(data)
+    started = time.perf_counter()
+    with _owner_server(port, folder / "server.log") as url:
+        client = Client(url, folder)
+
+        console.rule("The data owner builds an external memory")
+        built = client.step(
+            "build-memory",
+            ["--task", data / "task.toml", "--input", data / "train.jsonl", "--validation", data / "validation.jsonl"],
+            ["--memory", memory, "--share-targets"],
+        )
+        console.rule("trains an adapter")
+        trained = client.step("train", ["--memory", memory, "--adapter", adapter])
+        console.rule("and translates the test set, with and without it")
+        evaluated = client.step("evaluate", ["--adapter", adapter, "--input", data / "test.jsonl", "--share-targets"])
+        console.rule("and once more with the interpolation of the paper")
+        published = client.step("evaluate", ["--adapter", adapter, "--input", data / "test.jsonl"], _PUBLISHED)
+    seconds = time.perf_counter() - started
+
+    report = _report(built, trained, evaluated, published)
+    report["seconds"]["this_run"] = round(seconds, 1)
+    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    picture.draw(report, trained, folder / "report.png")
+    _show(report, data / "test.jsonl", evaluated)
+    console.print(f"\n{folder}/report.json and report.png written; this run took {seconds:.0f} s.")
+
+
+class Client:
+    """Runs `pema-client` commands and keeps their results, so that a finished step is not done again.
+
+    Args:
+        url: the owner's server.
+        folder: where the results are kept.
+    """
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self._url = url
+        self._folder = folder
+
+    def step(self, verb: str, arguments: list[Any], variant: list[str] | None = None) -> dict[str, Any]:
+        """Run one verb, or read its result if it was run with these arguments before."""
+        given = [str(argument) for argument in [*arguments, *(variant or [])]]
+        kept = self._folder / "steps" / f"{'-'.join([verb, *(a for a in variant or [] if a[0] != '-')])}.json"
+        if kept.exists() and (record := json.loads(kept.read_text(encoding="utf-8")))["arguments"] == given:
+            console.print(f"done already: pema-client {verb} (delete {kept} to do it again)")
+            result: dict[str, Any] = record["result"]
+            return result
+        command = [sys.executable, "-m", "data_owner_client.cli", verb, "--server", self._url, "--json", *given]
+        console.print(f"$ pema-client {verb} {' '.join(given)}", highlight=False)
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+        if done.returncode:
+            sys.exit(
+                f"demo: pema-client {verb} failed; its message is above, the server's log is {self._folder}/server.log"
+            )
+        result = json.loads(done.stdout)
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(json.dumps({"arguments": given, "result": result}, ensure_ascii=False), encoding="utf-8")
+        return result
+
+
+@contextmanager
+def _owner_server(port: int, log: Path) -> Iterator[str]:
+    """The PLM owner's server as its own process, once it is ready."""
+    console.rule("The PLM owner's server starts (the first time, the model is unpacked: about a minute)")
+    command = [sys.executable, "-m", "plm_owner_server.cli", "serve", "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+        )
+    try:
+        _wait_until_ready(url, server.poll, log)
+        yield url
+    finally:
+        server.terminate()
+        try:
+            server.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def _wait_until_ready(url: str, exit_status: Callable[[], int | None], log: Path) -> None:
+    deadline = time.monotonic() + _READY_WITHIN_S
+    while time.monotonic() < deadline:
+        if exit_status() is not None:
+            sys.exit(f"demo: the server stopped. The end of {log}:\n{log.read_text(encoding='utf-8')[-2000:]}")
+        try:
+            if httpx.get(f"{url}/readyz").is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    sys.exit(f"demo: the server was not ready after {_READY_WITHIN_S:.0f} s; see {log}.")
+
+
+def _report(
+    built: dict[str, Any], trained: dict[str, Any], evaluated: dict[str, Any], published: dict[str, Any]
+) -> dict[str, Any]:
+    card, perplexity = trained["card"], evaluated["perplexity"]
+    plm, pema, gradual = (_scores(scores) for scores in (evaluated["plm"], evaluated["pema"], published["pema"]))
+    return {
+        "plm": plm | {"ppl": perplexity["plm"]},
+        "pema": pema | {"ppl": perplexity["mixture"]},
+        "pema_gradual_unrolling": gradual,
+        "signatures": [evaluated["pema"]["bleu_signature"], evaluated["pema"]["chrf_signature"]],
+        "perplexity": perplexity,
+        "validation_nll": {"plm": card["validation"]["plm_nll"], "mixture": card["validation"]["mixture_nll"]},
+        "seconds": {
+            "memory": built["seconds"],
+            "train": trained["seconds"],
+            "translate": evaluated["seconds"]["translate"],
+            "translate_plm": evaluated["seconds"]["translate_plm"],
+        },
+        "memory": {"rows": built["rows"], "examples": built["examples"]},
+        "adapter": {
+            "form": card["form"],
+            "rank": card["rank"],
+            "candidates": card["candidates"],
+            "interpolation": card["interpolation"],
+        },
+        "machine": {
+            "cores": os.cpu_count(),
+            "processor": platform.machine(),
+            "python": platform.python_version(),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        },
+        "command": "make demo",
+    }
+
+
+def _scores(scores: dict[str, Any]) -> dict[str, float]:
+    return {"bleu": scores["bleu"], "chrf": scores["chrf"]}
+
+
+def _show(report: dict[str, Any], test: Path, evaluated: dict[str, Any]) -> None:
+    chosen = report["adapter"]["interpolation"]
+    table = Table("", "BLEU", "chrF", "perplexity", title="200 test sentences, English to German")
+    for name, row in (
+        ("PLM alone, 3-shot", report["plm"]),
+        ("PEMA, Gradual Unrolling, λ_max 0.9 (the paper's)", report["pema_gradual_unrolling"]),
+        (f"PEMA, {chosen['schedule']}, λ_max {chosen['lambda_max']} (chosen on validation)", report["pema"]),
+    ):
+        perplexity = f"{row['ppl']:.2f}" if "ppl" in row else "–"
+        table.add_row(name, f"{row['bleu']:.1f}", f"{row['chrf']:.1f}", perplexity)
+    console.print(table)
+    examples = Table("source", "PLM", "PEMA", "reference", title="Side by side", show_lines=True)
+    pairs = [json.loads(line) for line in test.read_text(encoding="utf-8").split("\n") if line]
+    shown = [i for i, pair in enumerate(pairs) if len(pair["source"]) <= 70][:_EXAMPLES_SHOWN]
+    for i in shown:
+        texts = (pairs[i]["source"], evaluated["plm_texts"][i], evaluated["pema_texts"][i], pairs[i]["target"])
+        examples.add_row(*(text.replace("[", r"\[") for text in texts))
+    console.print(examples)
+
+
+if __name__ == "__main__":
+    main()
