@@ -25,7 +25,8 @@ _SAMPLE_BYTES = 1 << 20
 _SAMPLES_PER_FILE = 64
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".gguf"}
 # What decides which function of the token ids the model is; a README beside the weights does not.
-_IDENTITY_SUFFIXES = _WEIGHT_SUFFIXES | {".json", ".jinja", ".model", ".txt"}
+_IDENTITY_SUFFIXES = _WEIGHT_SUFFIXES | {".json", ".jinja", ".model"}
+_IDENTITY_NAMES = {"merges.txt", "vocab.txt"}
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 
 
@@ -53,7 +54,7 @@ def resolve(model: str, cache_dir: Path) -> ModelFiles:
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return ModelFiles(path.stem, _converted(_gguf_file(path), path.stem, cache_dir))
-    if path.is_dir():
+    if model and path.is_dir():
         return ModelFiles(path.resolve().name, path)
     return ModelFiles(model, _downloaded(model))
 
@@ -65,7 +66,7 @@ def digest_folder(folder: Path) -> str:
     shape and offset) and up to 64 blocks of 1 MiB at fixed places.
     """
     digest = hashlib.sha256()
-    files = sorted(p for p in folder.iterdir() if p.suffix in _IDENTITY_SUFFIXES)
+    files = sorted(p for p in folder.iterdir() if p.suffix in _IDENTITY_SUFFIXES or p.name in _IDENTITY_NAMES)
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())

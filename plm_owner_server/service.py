@@ -114,6 +114,9 @@ class PlmService:
             ),
         )
 
+    def close(self) -> None:
+        """Nothing to let go of: it makes the service itself a connection for clients in the same process."""
+
     def model_card(self) -> ModelCard:
         """Identity, kind of CR, sizes, limits."""
         return self._card

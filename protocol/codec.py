@@ -14,7 +14,16 @@ from typing import Annotated, Any, Self
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+)
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -35,7 +44,7 @@ def _to_tensor(value: Any, dtype: torch.dtype) -> Any:
         return value
     try:
         return torch.tensor(value, dtype=dtype)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError("not a rectangular array of numbers") from error
 
 
@@ -47,19 +56,52 @@ def _to_int_tensor(value: Any) -> Any:
     return _to_tensor(value, torch.int64)
 
 
+def _shaped(dimensions: int, *, floating: bool) -> AfterValidator:
+    kind = "floats" if floating else "integers"
+
+    def check(tensor: Tensor) -> Tensor:
+        integral = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+        if tensor.ndim != dimensions or not (tensor.is_floating_point() if floating else integral):
+            raise ValueError(f"not {kind} in {dimensions} dimension(s)")
+        return tensor
+
+    return AfterValidator(check)
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # JSON's \u escapes can spell half of a surrogate pair. The error itself would quote the text.
+        raise ValueError("not Unicode text, it has a lone surrogate") from None
+    return text
+
+
 _as_list = PlainSerializer(lambda tensor: tensor.tolist(), when_used="json")
 _NUMBERS = {"type": "array", "items": {"type": "number"}}
 
-FloatTensor = Annotated[Tensor, BeforeValidator(_to_float_tensor), _as_list, WithJsonSchema(_NUMBERS)]
+FloatTensor = Annotated[
+    Tensor, BeforeValidator(_to_float_tensor), _shaped(1, floating=True), _as_list, WithJsonSchema(_NUMBERS)
+]
 """Float tensor of one dimension (JSON: an array of numbers)."""
 FloatMatrix = Annotated[
-    Tensor, BeforeValidator(_to_float_tensor), _as_list, WithJsonSchema({"type": "array", "items": _NUMBERS})
+    Tensor,
+    BeforeValidator(_to_float_tensor),
+    _shaped(2, floating=True),
+    _as_list,
+    WithJsonSchema({"type": "array", "items": _NUMBERS}),
 ]
 """Float tensor of two dimensions (JSON: an array of rows)."""
 IntTensor = Annotated[
-    Tensor, BeforeValidator(_to_int_tensor), _as_list, WithJsonSchema({"type": "array", "items": {"type": "integer"}})
+    Tensor,
+    BeforeValidator(_to_int_tensor),
+    _shaped(1, floating=False),
+    _as_list,
+    WithJsonSchema({"type": "array", "items": {"type": "integer"}}),
 ]
 """Integer tensor of one dimension."""
+Text = Annotated[str, AfterValidator(_encodable)]
+"""Text that can be encoded, and so tokenised."""
 TokenId = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID, strict=True)]
 RaggedIds = Annotated[list[list[TokenId]], _RaggedMarker()]
 """Token ids of several sequences of different lengths."""
@@ -99,7 +141,7 @@ class Message(BaseModel):
         try:
             tensors = safetensors.torch.load(data)
             (header_bytes,) = struct.unpack("<Q", data[:8])
-            metadata = json.loads(data[8 : 8 + header_bytes]).get("__metadata__", {})
+            metadata = json.loads(data[8 : 8 + header_bytes]).get("__metadata__") or {}
             fields = json.loads(metadata.get(_METADATA_KEY, "{}"))
             if not isinstance(fields, dict):
                 raise ValueError("the metadata is not an object")

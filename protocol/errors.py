@@ -145,7 +145,7 @@ def from_problem(problem: dict[str, Any], status: int) -> PemaError:
     retry_after_s = problem.get("retry_after_s")
     return cls(
         str(problem.get("detail") or problem.get("title") or f"the server answered HTTP {status}"),
-        hint=str(problem.get("hint", "")),
+        hint=str(problem.get("hint") or ""),
         retry_after_s=float(retry_after_s) if isinstance(retry_after_s, (int, float)) else None,
         request_id=problem.get("request_id"),
     )

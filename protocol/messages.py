@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from protocol import PROTOCOL_VERSION
-from protocol.codec import FloatMatrix, FloatTensor, IntTensor, Message, RaggedIds, TokenId
+from protocol.codec import FloatMatrix, FloatTensor, IntTensor, Message, RaggedIds, Text, TokenId
 from protocol.head import LMHead
 
 CrKind = Literal["last_hidden_state", "ffn_output"]
@@ -134,7 +134,7 @@ class DecodeResponse(Message):
 class DistributionRequest(Message):
     """The PLM's next-token distribution after a text or token ids: a call for people with curl."""
 
-    text: str | None = Field(default=None, description="text to continue; or give token_ids")
+    text: Text | None = Field(default=None, description="text to continue; or give token_ids")
     token_ids: list[TokenId] | None = None
     template: str = Field(default="plain", description="`plain`, or `chat` for the model's own chat template")
     top_k: int | None = Field(default=10, ge=1, description="most probable tokens wanted; null for all of V")
