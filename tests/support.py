@@ -43,7 +43,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer(*, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a few merges: any text round-trips, a start token is added, `\\n` is one token."""
+    """A byte-level BPE tokenizer with a few merges: any text round-trips, `<bos>` is added, `\\n` is one token."""
     merges = [("e", "n"), ("e", "r"), ("c", "h"), ("t", "h"), ("h", "e"), ("i", "n"), ("Ġ", "d"), ("Ġ", "t")]
     merges += [("Ġ", "th"), ("Ġt", "he"), ("i", "e"), ("Ġd", "ie"), ("s", "t"), ("a", "n"), ("o", "n"), ("r", "e")]
     vocab = {token: i for i, token in enumerate([*_SPECIAL, *_ALPHABET, *_WORDS])}
@@ -116,7 +116,7 @@ def build_model(architecture: str) -> PreTrainedModel:
                 weight.copy_(0.1 * noise)
             elif weight.ndim == 1:
                 # Norms of both signs, or tied embeddings would make every token predict itself.
-                weight.copy_(3 * noise - 1.0 if "gemma" in architecture else noise)
+                weight.copy_(3 * noise - 1.0 if "gemma" in architecture else noise.sign() + 0.3 * noise)
             else:
                 weight.copy_(0.3 * noise)
     return model.eval()

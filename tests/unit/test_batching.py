@@ -1,0 +1,59 @@
+"""Which sequences go together."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plm_owner_server.batching import common_prefix, plan_batches
+
+lengths_of = st.lists(st.integers(1, 200), min_size=1, max_size=40)
+
+
+@given(lengths=lengths_of, budget=st.integers(1, 1000), pad=st.booleans())
+def test_every_sequence_is_planned_once_and_the_budget_is_kept(lengths: list[int], budget: int, pad: bool) -> None:
+    plan = plan_batches(lengths, budget, pad=pad)
+    assert sorted(i for batch in plan for i in batch) == list(range(len(lengths)))
+    for batch in plan:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+        assert pad or len({lengths[i] for i in batch}) == 1
+
+
+@given(lengths=lengths_of, budget=st.integers(1, 1000))
+def test_no_batch_could_have_taken_the_next_one_in(lengths: list[int], budget: int) -> None:
+    plan = plan_batches(lengths, budget)
+    for batch in plan[:-1]:
+        assert (len(batch) + 1) * max(lengths[i] for i in batch) > budget
+
+
+def test_similar_lengths_go_together() -> None:
+    assert plan_batches([1, 50, 2, 49], 100) == [[1, 3], [2, 0]]
+    assert plan_batches([5, 7, 5, 7], 100, pad=False) == [[1, 3], [0, 2]]
+    assert plan_batches([500, 3], 100) == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "expected"),
+    [
+        ([[1, 2, 3]], 3),
+        ([[1, 2, 3], [1, 2, 4]], 2),
+        ([[1, 2], [1, 2, 4], [1, 2]], 2),
+        ([[9, 2], [1, 2]], 0),
+        ([[], [1]], 0),
+    ],
+)
+def test_common_prefix_by_hand(sequences: list[list[int]], expected: int) -> None:
+    assert common_prefix(sequences) == expected
+
+
+@given(
+    prefix=st.lists(st.integers(0, 2), max_size=10),
+    rests=st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=6),
+)
+def test_common_prefix_is_the_longest(prefix: list[int], rests: list[list[int]]) -> None:
+    sequences = [prefix + rest for rest in rests]
+    length = common_prefix(sequences)
+    assert length >= len(prefix)
+    assert len({tuple(s[:length]) for s in sequences}) == 1
+    assert min(map(len, sequences)) == length or len({s[length] for s in sequences}) > 1
