@@ -96,8 +96,8 @@ def info(server: Server = _DEFAULT_SERVER, as_json: AsJson = False) -> None:
 
     Example: `pema-client info --server http://127.0.0.1:8000`
     """
-    card = verbs.connect(server).card
-    _print(card.model_dump(), as_json, title=card.name)
+    with verbs.connect(server) as plm:
+        _print(plm.card.model_dump(), as_json, title=plm.card.name)
 
 
 @app.command("build-memory")
@@ -152,18 +152,19 @@ def build_memory(
     mode: ContextMode = context or ("teacher-forced" if share_targets else "private")
     pairs = _pairs(input_file, sources, targets, file_format, source_field=source_field, target_field=target_field)
     held_out = read_pairs(validation, source_field=source_field, target_field=target_field) if validation else None
-    report = verbs.build_memories(
-        verbs.connect(server, dtype=dtype),
-        load_task(task),
-        pairs,
-        memory,
-        validation=held_out,
-        validation_fraction=validation_fraction,
-        context_mode=mode,
-        share_targets=share_targets,
-        overwrite=overwrite,
-        reporter=_reporter(),
-    )
+    with verbs.connect(server, dtype=dtype) as plm:
+        report = verbs.build_memories(
+            plm,
+            load_task(task),
+            pairs,
+            memory,
+            validation=held_out,
+            validation_fraction=validation_fraction,
+            context_mode=mode,
+            share_targets=share_targets,
+            overwrite=overwrite,
+            reporter=_reporter(),
+        )
     _print(report.model_dump(), as_json, title="external memory")
 
 
@@ -195,19 +196,19 @@ def train(
     - `pema-client train --form paper --seed 1 --json`
     """
     _set_threads(threads)
-    # The dtype of the head rows is the memory's own business: float32 keeps the candidates' logits exact.
-    plm = verbs.connect(server, dtype="float32")
-    default: AdapterForm = "residual" if plm.card.cr_kind == "last_hidden_state" else "paper"
-    settings = TrainingSettings(
-        form=form or default,
-        rank=rank,
-        kappa=kappa,
-        learning_rate=learning_rate,
-        dropout=dropout,
-        epochs=epochs,
-        seed=seed,
-    )
-    _, report = verbs.train(plm, memory, adapter, settings=settings, reporter=_reporter())
+    # Float32 head rows: the adapter keeps them, and the candidates' logits stay exact.
+    with verbs.connect(server, dtype="float32") as plm:
+        default: AdapterForm = "residual" if plm.card.cr_kind == "last_hidden_state" else "paper"
+        settings = TrainingSettings(
+            form=form or default,
+            rank=rank,
+            kappa=kappa,
+            learning_rate=learning_rate,
+            dropout=dropout,
+            epochs=epochs,
+            seed=seed,
+        )
+        _, report = verbs.train(plm, memory, adapter, settings=settings, reporter=_reporter())
     card = report.card
     shown = {
         "folder": report.folder,
@@ -253,17 +254,18 @@ def translate(
     _set_threads(threads)
     inputs = _sources(texts, input_file, file_format, source_field)
     trained = TrainedAdapter.load(adapter) if adapter else None
-    result = verbs.translate(
-        verbs.connect(server, dtype=dtype),
-        inputs,
-        adapter=trained,
-        task=load_task(task) if task else None,
-        interpolation=_interpolation(trained, schedule, lambda_max),
-        max_new_tokens=max_new_tokens,
-        look_ahead=look_ahead,
-        batch_size=batch_size,
-        reporter=_reporter(),
-    )
+    with verbs.connect(server, dtype=dtype) as plm:
+        result = verbs.translate(
+            plm,
+            inputs,
+            adapter=trained,
+            task=load_task(task) if task else None,
+            interpolation=_interpolation(trained, schedule, lambda_max),
+            max_new_tokens=max_new_tokens,
+            look_ahead=look_ahead,
+            batch_size=batch_size,
+            reporter=_reporter(),
+        )
     _write_texts(inputs, result, output, as_json)
 
 
@@ -296,16 +298,17 @@ def generate(
     _set_threads(threads)
     inputs = _sources(prompts, input_file, file_format, source_field)
     trained = TrainedAdapter.load(adapter) if adapter else None
-    result = verbs.generate(
-        verbs.connect(server, dtype=dtype),
-        inputs,
-        adapter=trained,
-        interpolation=_interpolation(trained, schedule, lambda_max),
-        max_new_tokens=max_new_tokens,
-        look_ahead=look_ahead,
-        batch_size=batch_size,
-        reporter=_reporter(),
-    )
+    with verbs.connect(server, dtype=dtype) as plm:
+        result = verbs.generate(
+            plm,
+            inputs,
+            adapter=trained,
+            interpolation=_interpolation(trained, schedule, lambda_max),
+            max_new_tokens=max_new_tokens,
+            look_ahead=look_ahead,
+            batch_size=batch_size,
+            reporter=_reporter(),
+        )
     _write_texts(inputs, result, output, as_json)
 
 
@@ -355,17 +358,18 @@ def evaluate(
     if adapter is None:
         raise InvalidData("There is nothing to evaluate.", hint="Give --adapter, or --hypotheses to score a file.")
     trained = TrainedAdapter.load(adapter)
-    report = verbs.evaluate(
-        verbs.connect(server, dtype=dtype),
-        pairs,
-        trained,
-        interpolation=_interpolation(trained, schedule, lambda_max),
-        share_targets=share_targets,
-        max_new_tokens=max_new_tokens,
-        look_ahead=look_ahead,
-        batch_size=batch_size,
-        reporter=_reporter(),
-    )
+    with verbs.connect(server, dtype=dtype) as plm:
+        report = verbs.evaluate(
+            plm,
+            pairs,
+            trained,
+            interpolation=_interpolation(trained, schedule, lambda_max),
+            share_targets=share_targets,
+            max_new_tokens=max_new_tokens,
+            look_ahead=look_ahead,
+            batch_size=batch_size,
+            reporter=_reporter(),
+        )
     if as_json:
         _print(report.model_dump(), as_json, title="")
         return

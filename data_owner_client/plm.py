@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import torch
 from platformdirs import user_cache_path
@@ -62,6 +63,16 @@ class RemotePlm:
                 f"{PROTOCOL_VERSION}.",
                 hint="Update the older of the two.",
             )
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @cached_property
     def tokenizer(self) -> PlmTokenizer:

@@ -1,10 +1,11 @@
 """The verbs of `pema-client` as a typed Python API. The command line is a thin skin of this module.
 
-plm = connect("http://127.0.0.1:8000")
-task = load_task("translate-en-de")
-build_memories(plm, task, read_pairs("pairs.jsonl"), Path("memory"))
-adapter = train(plm, Path("memory"), Path("adapter"))
-print(translate(plm, ["The device is offline."], adapter=adapter).texts)
+    with connect("http://127.0.0.1:8000") as plm:
+        build_memories(plm, load_task("translate-en-de"), read_pairs("pairs.jsonl"), Path("memory"))
+        adapter, _ = train(plm, Path("memory"), Path("adapter"))
+        print(translate(plm, ["The device is offline."], adapter=adapter).texts)
+
+All raise `protocol.errors.PemaError`.
 """
 
 from __future__ import annotations

@@ -24,6 +24,9 @@ class Connection(Protocol):
     Every call raises `PemaError`: the server's own errors, or `ConnectionFailed` if there was no answer.
     """
 
+    def close(self) -> None:
+        """Let go of sockets and the like."""
+
     def model_card(self) -> ModelCard:
         """Who the model is."""
 

@@ -1,0 +1,162 @@
+"""The real client against the real server, token for token what the slow reference says."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from data_owner_client import Pair, TrainingSettings, build_memories, train, verbs
+from data_owner_client.adapter import TrainedAdapter
+from data_owner_client.connection import open_connection
+from data_owner_client.decoding.generate import generate
+from data_owner_client.decoding.interpolation import SCHEDULES, Interpolation
+from data_owner_client.memory import ExternalMemory
+from data_owner_client.memory.build import tokenize_pair
+from data_owner_client.plm import RemotePlm
+from data_owner_client.tasks import Task
+from tests import support
+from tests.reference import Reference, schedule
+
+TASK = Task(name="t", source_label="In", target_label="Out", examples=({"source": "an on", "target": "die"},))
+WORDS = ["the", "thin", "die", "Tür", "an", "on", "shine", "reden", "her"]
+PAIRS = [Pair(" ".join(WORDS[i % 9 :][: 2 + i % 4]), " ".join(WORDS[(3 * i) % 7 :][: 1 + i % 3])) for i in range(24)]
+STEPS = 14
+
+
+class Case:
+    """One architecture: a server over HTTP, an adapter trained through it, and the reference."""
+
+    def __init__(self, architecture: str, folder: Path, url: str, memory: Path, form: Any) -> None:
+        self.plm = RemotePlm(open_connection(url), dtype="float32", cache=None)
+        build_memories(
+            self.plm, TASK, PAIRS, memory, validation=PAIRS[:4], context_mode="teacher-forced", share_targets=True
+        )
+        # Three epochs at a high rate: PEMA must disagree with the PLM, or the test would not see a mistake.
+        training = TrainingSettings(form=form, rank=16, epochs=3, batch_rows=16, learning_rate=0.02)
+        self.adapter: TrainedAdapter = train(self.plm, memory, memory / "adapter", settings=training)[0]
+        self.memory = ExternalMemory(memory / "train").load()
+        self.reference = Reference(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
+        self.stop_ids = TASK.stop_ids(self.plm.tokenizer) | {support.EOS}
+
+    def prompts(self, sources: list[str]) -> list[list[int]]:
+        return [self.plm.tokenizer.encode_prompt(TASK.prompt(source, self.plm.tokenizer)) for source in sources]
+
+    def expected(self, prompt: list[int], interpolation: Interpolation, horizon: float, steps: int) -> list[int]:
+        lambdas = schedule(interpolation.schedule, interpolation.lambda_max, horizon, steps)
+        targets = self.adapter.candidate_ids_C.tolist()
+        weights = self.adapter.adapter.state_dict()
+        return self.reference.decode(prompt, weights, self.adapter.card.form, targets, lambdas, self.stop_ids)
+
+
+CASES = [("llama", "residual"), ("opt", "paper"), ("gemma2", "residual"), ("cohere", "paper"), ("gpt2", "residual")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=[name for name, _ in CASES])
+def case(
+    request: pytest.FixtureRequest, tiny_models: support.TinyModels, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Case]:
+    architecture, form = request.param
+    folder = tiny_models[architecture]
+    with support.serve(support.make_service(folder)) as url:
+        case = Case(architecture, folder, url, tmp_path_factory.mktemp("memory"), form)
+        with case.plm:
+            yield case
+
+
+def test_teacher_forced_rows(case: Case) -> None:
+    rows = iter(zip(case.memory.cr_N_D, case.memory.target_N.tolist(), strict=True))
+    for pair in PAIRS[:6]:
+        tokens = tokenize_pair(case.plm, TASK, pair, place="pair")
+        for f_D, y in case.reference.teacher_forced(tokens.prompt, tokens.target):
+            ours_D, ours_y = next(rows)
+            assert ours_y == y
+            torch.testing.assert_close(ours_D.double(), f_D, rtol=1e-4, atol=1e-4 * f_D.abs().max().item())
+
+
+def test_private_rows(case: Case, tmp_path: Path) -> None:
+    build_memories(case.plm, TASK, PAIRS[:6], tmp_path, validation=PAIRS[:1])
+    memory = ExternalMemory(tmp_path / "train").load()
+    rows = iter(zip(memory.cr_N_D, memory.target_N.tolist(), strict=True))
+    for pair in PAIRS[:6]:
+        tokens = tokenize_pair(case.plm, TASK, pair, place="pair")
+        for f_D, y in case.reference.private(tokens.prompt, tokens.target):
+            ours_D, ours_y = next(rows)
+            assert ours_y == y
+            torch.testing.assert_close(ours_D.double(), f_D, rtol=1e-4, atol=1e-4 * f_D.abs().max().item())
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(st.data())
+def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObject) -> None:
+    words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=5).map(" ".join)
+    sources = data.draw(st.lists(words, min_size=1, max_size=5))
+    interpolation = Interpolation(
+        schedule=data.draw(st.sampled_from(SCHEDULES)), lambda_max=data.draw(st.sampled_from([0.3, 0.7, 0.95, 1.0]))
+    )
+    horizons = [case.adapter.horizon(case.plm.tokenizer.count(source)) for source in sources]
+    prompts = case.prompts(sources)
+    token_ids, usage = generate(
+        case.plm,
+        prompts,
+        adapter=case.adapter,
+        interpolation=interpolation,
+        horizons=horizons,
+        stop_ids=case.stop_ids,
+        max_new_tokens=STEPS,
+        look_ahead=data.draw(st.sampled_from([0, 1, 4, 20])),
+        batch_size=data.draw(st.sampled_from([1, 2, 32])),
+    )
+    expected = [
+        case.expected(prompt, interpolation, horizon, STEPS) for prompt, horizon in zip(prompts, horizons, strict=True)
+    ]
+    assert token_ids == expected
+    assert usage.tokens == sum(map(len, expected))
+
+
+def test_pema_really_changes_what_is_generated(case: Case) -> None:
+    prompts = case.prompts([pair.source for pair in PAIRS[:8]])
+    alone, _ = generate(case.plm, prompts, stop_ids=case.stop_ids, max_new_tokens=STEPS)
+    adapted, _ = generate(
+        case.plm,
+        prompts,
+        adapter=case.adapter,
+        interpolation=Interpolation(schedule="constant", lambda_max=0.7),
+        horizons=[5.0] * 8,
+        stop_ids=case.stop_ids,
+        max_new_tokens=STEPS,
+    )
+    assert sum(a != b for a, b in zip(alone, adapted, strict=True)) >= 4
+
+
+def test_the_identity_adapter_is_the_plm(case: Case) -> None:
+    """Residual with B_pd = 0 over the whole vocabulary: P_PEMA = P_PLM at every position."""
+    card = case.adapter.card.model_copy(update={"form": "residual"})
+    everything = torch.arange(case.plm.card.vocab_size)
+    adapter = type(case.adapter.adapter)(case.plm.card.hidden_size, 4, "residual", rms=3.0)
+    identity = TrainedAdapter(card, adapter.eval(), everything, case.plm.full_head())
+    for prompt in case.prompts(["the thin shine", "her"]):
+        answer = case.plm.decode([prompt], [3])
+        drafted = answer.top1_N.tolist()
+        for j, logprob_V in enumerate(identity.logprobs(answer.cr_N_D)):
+            _, p_plm_V = case.reference.context(prompt + drafted[:j])
+            torch.testing.assert_close(logprob_V.exp().double(), p_plm_V, rtol=1e-3, atol=1e-6)
+
+
+def test_translate_uses_nothing_but_the_source(case: Case) -> None:
+    """Gradual Unrolling's horizon comes from the source: the same text alone, in a batch, in any order."""
+    sources = [pair.source for pair in PAIRS[:9]]
+    gradual = Interpolation(schedule="gradual", lambda_max=0.9)
+    together = verbs.translate(case.plm, sources, adapter=case.adapter, interpolation=gradual, max_new_tokens=STEPS)
+    reverse = verbs.translate(
+        case.plm, sources[::-1], adapter=case.adapter, interpolation=gradual, max_new_tokens=STEPS, batch_size=2
+    )
+    alone = [
+        verbs.translate(case.plm, [s], adapter=case.adapter, interpolation=gradual, max_new_tokens=STEPS).texts[0]
+        for s in sources
+    ]
+    assert together.texts == alone == reverse.texts[::-1]

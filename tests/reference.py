@@ -1,0 +1,138 @@
+"""PEMA in one process, slow and obvious: the truth that client and server together are compared with.
+
+Full logits in float64, one sequence and one position at a time, no cache, no batches, no look-ahead, no candidate rows:
+P_PEMA is a vector over all of V that is 0 for tokens that never occur as a target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+class Reference:
+    """The PLM in float64, and the method on top of it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.double()
+
+    @torch.inference_mode()
+    def context(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """f(c) [D] and P_PLM(· | c) [V] of the context that these tokens are."""
+        ids = torch.tensor([list(token_ids)])
+        out = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
+        return out.hidden_states[-1][0, -1], out.logits[0, -1].softmax(-1)
+
+    def teacher_forced(self, prompt: Sequence[int], target: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """The memory's rows for one pair: (f(prompt + y_<i), y_i)."""
+        return [(self.context([*prompt, *target[:i]])[0], y) for i, y in enumerate(target)]
+
+    def private(self, prompt: Sequence[int], target: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """The memory's rows for one pair: (f(prompt + ŵ_<i), y_i), ŵ being the PLM's greedy continuation."""
+        rows, continued = [], list(prompt)
+        for y in target:
+            f_D, p_V = self.context(continued)
+            rows.append((f_D, y))
+            continued.append(int(p_V.argmax()))
+        return rows
+
+    def logits_of(self, h_D: Tensor) -> Tensor:
+        """What the model makes of a last hidden state [V]."""
+        head = self.model.get_output_embeddings()
+        logits_V = head.weight @ h_D + (0 if head.bias is None else head.bias)
+        config = self.model.config
+        logits_V = (
+            logits_V * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1)
+        )
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits_V if cap is None else cap * torch.tanh(logits_V / cap)
+
+    @torch.inference_mode()
+    def pema(self, f_D: Tensor, weights: dict[str, Tensor], form: str, targets: Sequence[int]) -> Tensor:
+        """P_PEMA(· | c) [V]: softmax(head(B_pd A f)) over the tokens that are targets, f added in the residual form."""
+        h_D = weights["B_pd.weight"].double() @ (weights["A.weight"].double() @ f_D)
+        logits_V = self.logits_of(h_D + f_D if form == "residual" else h_D)
+        masked_V = torch.full_like(logits_V, -math.inf)
+        masked_V[list(targets)] = logits_V[list(targets)]
+        return masked_V.softmax(-1)
+
+    def decode(
+        self,
+        prompt: Sequence[int],
+        weights: dict[str, Tensor],
+        form: str,
+        targets: Sequence[int],
+        lambdas: Sequence[float],
+        stop_ids: frozenset[int],
+    ) -> list[int]:
+        """Greedy decoding of (1 − λ_t)·P_PLM + λ_t·P_PEMA, a token for each λ until a stop token."""
+        generated: list[int] = []
+        for weight in lambdas:
+            f_D, p_plm_V = self.context([*prompt, *generated])
+            mixture_V = (1 - weight) * p_plm_V + weight * self.pema(f_D, weights, form, targets)
+            generated.append(int(mixture_V.argmax()))
+            if generated[-1] in stop_ids:
+                break
+        return generated
+
+
+def schedule(name: str, lambda_max: float, expected_length: float, steps: int) -> list[float]:
+    """λ_0 … λ_{steps−1}, one after another as the paper's section 3.3 tells it."""
+    values, current = [], lambda_max
+    for t in range(steps):
+        if name == "none":
+            values.append(0.0)
+        elif name == "constant" or t == 0:
+            values.append(lambda_max)
+        else:
+            current = max(0.0, current - lambda_max / expected_length)
+            values.append(current**2 if name == "gradual" else current)
+    return values
+
+
+def train(
+    rows_N_D: Tensor,
+    label_N: Tensor,
+    head_C_D: Tensor,
+    initial: dict[str, Tensor],
+    batches: Sequence[Sequence[Tensor]],
+    *,
+    form: str,
+    rms: float,
+    kappa: float,
+    learning_rates: Sequence[float],
+    reconstruction_epochs: int,
+) -> dict[str, Tensor]:
+    """The two phases in float64, without dropout, by the formulas; `batches` holds the row indices of every step."""
+    A, B_pd, B_rct = (initial[f"{name}.weight"].double().requires_grad_() for name in ("A", "B_pd", "B_rct"))
+    x_N_D = rows_N_D.double() / rms
+
+    def reconstruction(x_B_D: Tensor) -> Tensor:
+        return (x_B_D @ A.T @ B_rct.T - x_B_D).square().mean()
+
+    optimiser = torch.optim.Adam([A, B_rct], lr=learning_rates[0])
+    for epoch in batches[:reconstruction_epochs]:
+        for index in epoch:
+            optimiser.zero_grad()
+            reconstruction(x_N_D[index]).backward()
+            optimiser.step()
+    B_rct.requires_grad_(False)
+    optimiser = torch.optim.Adam([A, B_pd], lr=learning_rates[0])
+    step = 0
+    for epoch in batches[reconstruction_epochs:]:
+        for index in epoch:
+            optimiser.param_groups[0]["lr"] = learning_rates[step]
+            step += 1
+            x_B_D = x_N_D[index]
+            update_B_D = x_B_D @ A.T @ B_pd.T
+            h_B_D = rms * (x_B_D + update_B_D if form == "residual" else update_B_D)
+            logprob_B_C = (h_B_D @ head_C_D.double().T).log_softmax(-1)
+            prediction = -logprob_B_C[torch.arange(len(index)), label_N[index]].mean()
+            optimiser.zero_grad()
+            (kappa * reconstruction(x_B_D) + (1 - kappa) * prediction).backward()
+            optimiser.step()
+    return {"A.weight": A.detach(), "B_pd.weight": B_pd.detach(), "B_rct.weight": B_rct.detach()}

@@ -1,0 +1,131 @@
+"""Prompts, targets and stops, against transformers' own tokenizer and chat template."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from data_owner_client.plm import RemotePlm
+from data_owner_client.tasks import Task, builtin_tasks, load_task
+from data_owner_client.tokenization import PlmTokenizer
+from plm_owner_server.service import PlmService, bundle_tokenizer, load_tokenizer
+from protocol.errors import InvalidData, ProtocolViolation, Unsupported
+from protocol.messages import TokenizerBundle
+from tests import support
+
+TASK = Task(
+    name="t",
+    instruction="Do it.",
+    source_label="In",
+    target_label="Out",
+    examples=({"source": "a", "target": "b"}, {"source": "c", "target": "d"}),
+)
+
+
+@pytest.fixture
+def tokenizer(tiny_service: PlmService) -> PlmTokenizer:
+    return RemotePlm(tiny_service, cache=None).tokenizer
+
+
+def test_builtin_tasks_load() -> None:
+    assert builtin_tasks() == ["contemporary-english", "translate-en-de"]
+    for name in builtin_tasks():
+        task = load_task(name)
+        assert task.name == name
+        assert task.examples
+        assert task.stop_text == "\n"
+
+
+def test_a_third_task_is_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('name = "mine"\nsource_label = "Q"\ntarget_label = "A"\n[[examples]]\nsource = "1"\ntarget = "2"\n')
+    assert load_task(path).examples[0].target == "2"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("name = ", "is not TOML"), ('name = "x"\ntypo = 1', "typo"), ('format = "plain"', "name"), ("name = 3", "name")],
+)
+def test_a_bad_task_file_is_explained(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(InvalidData, match=message):
+        load_task(path)
+    with pytest.raises(InvalidData, match="contemporary-english"):
+        load_task("no-such-task")
+
+
+def test_plain_prompt(tokenizer: PlmTokenizer) -> None:
+    expected = "Do it.\n\nIn: a\nOut: b\nIn: c\nOut: d\nIn: the source\nOut:"
+    assert TASK.prompt("the source", tokenizer).text == expected
+    assert TASK.continuation("ja", tokenizer) == " ja\n"
+
+
+@pytest.mark.parametrize("source", ["the thin shine", "Grüße {name}", " odd  spaces "])
+def test_prompt_and_target_tokenise_as_one_text_does(
+    tiny_service: PlmService, tiny_models: support.TinyModels, tokenizer: PlmTokenizer, source: str
+) -> None:
+    owners = AutoTokenizer.from_pretrained(tiny_models["llama"])
+    prompt = TASK.prompt(source, tokenizer)
+    prompt_ids = tokenizer.encode_prompt(prompt)
+    assert prompt_ids == owners(prompt.text).input_ids
+    target_ids = tokenizer.encode_target(prompt, prompt_ids, TASK.continuation("die Tür", tokenizer))
+    assert prompt_ids + target_ids == owners(prompt.text + " die Tür\n").input_ids
+    assert target_ids[-1] in TASK.stop_ids(tokenizer)
+    assert TASK.answer(target_ids, tokenizer) == "die Tür"
+
+
+def test_a_token_across_the_boundary_falls_back_to_the_target_alone(tokenizer: PlmTokenizer) -> None:
+    # "e" + "n" merge into one token, which no generation after "e" can produce.
+    from data_owner_client.tokenization import Prompt
+
+    prompt = Prompt("e")
+    prompt_ids = tokenizer.encode_prompt(prompt)
+    target_ids = tokenizer.encode_target(prompt, prompt_ids, "nd\n")
+    assert tokenizer.decode(prompt_ids + target_ids) == "end\n"
+    assert tokenizer.encode_prompt(Prompt("end\n")) != prompt_ids + target_ids
+
+
+def test_chat_prompt_is_transformers_own(tiny_models: support.TinyModels, tokenizer: PlmTokenizer) -> None:
+    owners = AutoTokenizer.from_pretrained(tiny_models["llama"])
+    chat = TASK.model_copy(update={"format": "chat"})
+    messages = [
+        {"role": "user", "content": "Do it.\n\na"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+        {"role": "user", "content": "the source"},
+    ]
+    expected = owners.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt = chat.prompt("the source", tokenizer)
+    assert prompt.text == expected
+    assert tokenizer.encode_prompt(prompt) == owners(expected, add_special_tokens=False).input_ids
+    assert chat.stop_ids(tokenizer) == {support.EOS}
+    target_ids = tokenizer.encode_target(prompt, tokenizer.encode_prompt(prompt), chat.continuation("ja", tokenizer))
+    assert target_ids[-1] == support.EOS
+    assert chat.answer(target_ids, tokenizer) == "ja"
+
+
+def test_a_foreign_chat_template_runs_in_a_sandbox() -> None:
+    bundle = bundle_tokenizer(support.tiny_tokenizer(chat_template="{{ ''.__class__.__mro__ }}"))
+    with pytest.raises(InvalidData, match="chat template refuses"):
+        PlmTokenizer(bundle).render_chat([{"role": "user", "content": "x"}])
+    refusing = bundle_tokenizer(support.tiny_tokenizer(chat_template="{{ raise_exception('only system') }}"))
+    with pytest.raises(InvalidData, match="only system"):
+        PlmTokenizer(refusing).render_chat([{"role": "user", "content": "x"}])
+
+
+def test_missing_parts_are_explained(tiny_models: support.TinyModels) -> None:
+    plain = PlmTokenizer(bundle_tokenizer(load_tokenizer(tiny_models["opt"])))
+    with pytest.raises(Unsupported, match="chat template"):
+        TASK.model_copy(update={"format": "chat"}).prompt("x", plain)
+    with pytest.raises(ProtocolViolation, match="cannot be read"):
+        PlmTokenizer(TokenizerBundle(tokenizer_json="{}", chat_template=None, special_tokens={}, digest="x"))
+
+
+def test_every_token_with_a_newline_stops(tokenizer: PlmTokenizer) -> None:
+    ids = tokenizer.ids_containing("\n")
+    assert ids
+    assert all("\n" in tokenizer.decode([i]) for i in ids)
+    others = set(range(3, support.VOCAB_SIZE)) - ids
+    assert not any("\n" in tokenizer.decode([i]) for i in others)
