@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
@@ -97,7 +98,9 @@ def create_app(holder: ServiceHolder, *, max_body_bytes: int, lifespan: Lifespan
     @app.post("/v1/lm-head", tags=["model"], summary="Rows of the LM head", **rest_docs.LM_HEAD)
     async def lm_head(request: Request) -> Response:
         digest = holder.ready().model_card().digest
-        response = _cached(request, digest) or await answer(request, HeadRequest, PlmService.lm_head)
+        if cached := _cached(request, digest):
+            return cached
+        response = await answer(request, HeadRequest, PlmService.lm_head)
         response.headers["ETag"] = f'"{digest}"'
         return response
 
@@ -124,10 +127,10 @@ def create_app(holder: ServiceHolder, *, max_body_bytes: int, lifespan: Lifespan
         started = time.perf_counter()
         try:
             response: Response = await call_next(request)
-        except Exception as error:
-            # The type only: an exception's text may quote the data that caused it.
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a problem document
+            # Type and place only: an exception's text may quote the data that caused it.
             log.error("%s: %s in %s", request.state.id, type(error).__name__, request.url.path)
-            log.debug("traceback", exc_info=True)
+            log.debug("%s: traceback\n%s", request.state.id, "".join(traceback.format_tb(error.__traceback__)))
             fault = ServerFault("The server failed.", hint="Report the request id to its owner; trying again may help.")
             response = _problem(request, fault)
         response.headers[REQUEST_ID] = request.state.id
@@ -204,7 +207,8 @@ def _response(message: Message, form: str) -> Response:
 
 
 def _cached(request: Request, digest: str) -> Response | None:
-    return Response(status_code=304) if request.headers.get("if-none-match") == f'"{digest}"' else None
+    etag = f'"{digest}"'
+    return Response(status_code=304, headers={"ETag": etag}) if request.headers.get("if-none-match") == etag else None
 
 
 def _problem(request: Request, error: PemaError, status: int | None = None) -> Response:

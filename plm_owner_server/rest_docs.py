@@ -115,19 +115,30 @@ MODEL = _route(
 )
 TOKENIZER = _route(
     TokenizerBundle,
-    {"tokenizer_json": "{…}", "chat_template": None, "special_tokens": {"bos_token": "<bos>"}, "digest": "41be…"},
+    {
+        "tokenizer_json": "{…}",
+        "chat_template": "{{ bos_token }}…",
+        "special_tokens": {"bos_token": "<bos>"},
+        "digest": "41be…",
+    },
     description="Answers 304 to a known `If-None-Match`.",
 )
 LM_HEAD = _route(
     HeadRows,
-    {"digest": "9d3c…", "vocab_size": 262144, "weight_N_D": [[0.01, -0.02]], "logit_scale": 1.0},
+    {"digest": "9d3c…", "vocab_size": 262144, "weight_N_D": [[0.01, -0.02], [0.03, 0.0]], "logit_scale": 1.0},
     HeadRequest,
     {"token_ids": [107, 9259], "dtype": "float32"},
     description="Chosen rows (`token_ids`) or a range (`start`, `stop`). Answers 304 to a known `If-None-Match`.",
 )
 ENCODE = _route(
     EncodeResponse,
-    {"digest": "9d3c…", "echo": [1696784233], "rows_B": [2], "cr_N_D": [[0.5, -1.2], [0.1, 2.0]]},
+    {
+        "digest": "9d3c…",
+        "echo": [3602296266],
+        "rows_B": [2],
+        "cr_N_D": [[0.5, -1.2], [0.1, 2.0]],
+        "logsumexp_N": [17.2, 16.9],
+    },
     EncodeRequest,
     {"token_ids": [[2, 9259, 1902]], "from_position": [1], "dtype": "float32", "with_logsumexp": True},
 )
@@ -135,7 +146,7 @@ DECODE = _route(
     DecodeResponse,
     {
         "digest": "9d3c…",
-        "echo": [1696784233],
+        "echo": [3602296266],
         "rows_B": [2],
         "cr_N_D": [[0.5, -1.2], [0.1, 2.0]],
         "logsumexp_N": [17.2, 16.9],
