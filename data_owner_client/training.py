@@ -46,7 +46,7 @@ class TrainingSettings:
     form: AdapterForm = "residual"
     rank: int = 512
     kappa: float = 0.2
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     dropout: float = 0.2
     reconstruction_epochs: int = 2
     epochs: int = 12

@@ -27,23 +27,22 @@ from protocol.messages import (
 _Answer = TypeVar("_Answer", bound=Message)
 _REQUEST_ID = "X-Request-Id"
 _CONNECT_TIMEOUT_S = 10.0
+_GIVE_UP_AFTER_S = 60.0
 
 
 class RestConnection:
     """HTTP connection to a PLM server; thread-safe.
 
     Calls are stateless, so what failed on the way is simply asked again, with exponential back-off and full jitter, or
-    when the server says so, until `give_up_after_s` have passed.
+    when the server says so, for a minute.
 
     Args:
         url: where the server listens, for example `http://127.0.0.1:8000`.
         timeout_s: longest wait for an answer, in seconds; a large batch on a CPU takes a while.
-        give_up_after_s: how long a call is tried again, in seconds.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 600.0, give_up_after_s: float = 60.0) -> None:
+    def __init__(self, url: str, *, timeout_s: float = 600.0) -> None:
         self._url = url
-        self._give_up_after_s = give_up_after_s
         self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S))
 
     def close(self) -> None:
@@ -73,7 +72,7 @@ class RestConnection:
         attempts = Retrying(
             retry=retry_if_exception(lambda e: isinstance(e, (ConnectionFailed, Overloaded, NotReady))),
             wait=_wait,
-            stop=stop_after_delay(self._give_up_after_s),
+            stop=stop_after_delay(_GIVE_UP_AFTER_S),
             reraise=True,
         )
         result: _Answer = attempts(self._call_once, method, path, answer, body)

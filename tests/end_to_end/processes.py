@@ -1,0 +1,72 @@
+"""The two parties as they really run: `pema-server` and `pema-client` as processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+_READY_WITHIN_S = 240
+
+
+def free_port() -> int:
+    """A TCP port that nobody uses at the moment."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def server(log: Path, *arguments: str, port: int | None = None) -> Iterator[str]:
+    """`pema-server serve` with these arguments, once it is ready; gives its URL."""
+    port = port or free_port()
+    command = [sys.executable, "-m", "plm_owner_server.cli", "serve", "--port", str(port), *arguments]
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + _READY_WITHIN_S
+        while not _ready(url):
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) in (0, -signal.SIGTERM), log.read_text()[-3000:]
+
+
+def _ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz").is_success
+    except httpx.TransportError:
+        return False
+
+
+def client_command(url: str | None, verb: str, *arguments: Any) -> list[str]:
+    """The command line of a `pema-client` verb."""
+    server_arguments = ["--server", url] if url else []
+    return [sys.executable, "-m", "data_owner_client.cli", verb, *server_arguments, *map(str, arguments)]
+
+
+def client(url: str | None, verb: str, *arguments: Any, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a `pema-client` verb to its end."""
+    environment = os.environ | {"COLUMNS": "200", "TERM": "dumb"}
+    command = client_command(url, verb, *arguments)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment, check=False)
+
+
+def client_json(url: str | None, verb: str, *arguments: Any, stdin: str | None = None) -> Any:
+    """The JSON that a verb prints."""
+    done = client(url, verb, "--json", *arguments, stdin=stdin)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)

@@ -1,0 +1,252 @@
+"""Both command lines as processes, on a tiny model: every verb, every refusal, and a kill in the middle."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_owner_client import ExternalMemory, TrainedAdapter
+from tests import support
+from tests.end_to_end import processes
+from tests.end_to_end.processes import client, client_json
+
+WORDS = ["the", "thin", "die", "Tür", "an", "on", "shine", "reden", "her"]
+
+
+def write_pairs(path: Path, count: int, seed: int) -> Path:
+    rng = random.Random(seed)
+    records = [
+        {
+            "source": f"{' '.join(rng.choices(WORDS, k=3))} {i}",
+            "target": " ".join(rng.choices(WORDS, k=rng.randint(1, 4))),
+        }
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(tiny_models: support.TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with processes.server(log, "--model", str(tiny_models["llama"]), "--max-sequence-tokens", "512") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 60, seed=1)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("task") / "task.toml"
+    path.write_text('name = "tiny"\nsource_label = "In"\ntarget_label = "Out"\n')
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(url: str, pairs: Path, task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    built = client_json(
+        url, "build-memory", "--task", task, "--input", pairs, "--memory", folder / "memory", "--share-targets"
+    )
+    assert built["examples"] + built["validation_examples"] == 60
+    assert built["context_mode"] == "teacher-forced"
+    trained = client_json(
+        url, "train", "--memory", folder / "memory", "--adapter", folder / "adapter", "--epochs", 3, "--rank", 8
+    )
+    assert trained["card"]["form"] == "residual"
+    assert len([epoch for epoch in trained["history"] if epoch["phase"] == "joint"]) == 3
+    return folder / "adapter"
+
+
+def test_info(url: str) -> None:
+    assert client_json(url, "info")["name"] == "llama"
+    assert "hidden_size" in client(url, "info").stdout
+
+
+def test_train_leaves_files_without_pickle(adapter: Path) -> None:
+    assert sorted(path.name for path in adapter.iterdir()) == ["adapter.json", "adapter.safetensors", "training.png"]
+    assert (adapter / "training.png").read_bytes().startswith(b"\x89PNG")
+    card = TrainedAdapter.load(adapter).card
+    assert card.validation["mixture_nll"] <= card.validation["plm_nll"]
+
+
+def test_translate_in_all_ways(url: str, adapter: Path, task: Path, tmp_path: Path) -> None:
+    sources = ["the thin", "die Tür", "an on her"]
+    given = client(url, "translate", "--adapter", adapter, "--max-new-tokens", 8, *sources)
+    assert given.returncode == 0, given.stderr
+    assert len(given.stdout.splitlines()) == 3
+    piped = client(url, "translate", "--adapter", adapter, "--max-new-tokens", 8, stdin="\n".join(sources))
+    assert piped.stdout == given.stdout
+    output = tmp_path / "out.txt"
+    (tmp_path / "in.txt").write_text("\n".join(sources))
+    client(
+        url,
+        "translate",
+        "--adapter",
+        adapter,
+        "--max-new-tokens",
+        8,
+        "--input",
+        tmp_path / "in.txt",
+        "--output",
+        output,
+    )
+    assert output.read_text() == given.stdout
+    plain = client_json(url, "translate", "--adapter", adapter, "--max-new-tokens", 8, "--look-ahead", 0, *sources)
+    assert [record["text"] for record in plain["texts"]] == given.stdout.splitlines()
+    assert plain["usage"]["drafted"] == 0
+    alone = client_json(url, "translate", "--task", task, "--max-new-tokens", 8, *sources)
+    none = client_json(
+        url, "translate", "--adapter", adapter, "--task", task, "--schedule", "none",
+        "--max-new-tokens", 8, *sources
+    )  # fmt: skip
+    assert [r["text"] for r in alone["texts"]] == [r["text"] for r in none["texts"]]
+    assert alone["usage"]["calls"] == 1
+
+
+def test_generate(url: str, adapter: Path) -> None:
+    bare = client_json(url, "generate", "--max-new-tokens", 6, "the thin")
+    assert bare["usage"]["tokens"] <= 6
+    adapted = client_json(url, "generate", "--adapter", adapter, "--max-new-tokens", 6, "the thin", "her")
+    assert len(adapted["texts"]) == 2
+
+
+def test_evaluate(url: str, adapter: Path, tmp_path: Path) -> None:
+    test = write_pairs(tmp_path / "test.jsonl", 7, seed=2)
+    scores = client_json(url, "evaluate", "--adapter", adapter, "--input", test, "--max-new-tokens", 8)
+    assert scores["perplexity"] is None, "perplexity would show the references"
+    assert "nrefs:1" in scores["pema"]["bleu_signature"]
+    assert "nrefs:1" in scores["pema"]["chrf_signature"]
+    shared = client_json(
+        url, "evaluate", "--adapter", adapter, "--input", test, "--max-new-tokens", 8, "--share-targets"
+    )
+    assert shared["perplexity"]["mixture"] > 1
+    assert shared["pema"] == scores["pema"]
+    table = client(url, "evaluate", "--adapter", adapter, "--input", test, "--max-new-tokens", 8, "--share-targets")
+    assert "PLM + adapter" in table.stdout
+    references = [json.loads(line)["target"] for line in test.read_text().splitlines()]
+    (tmp_path / "hypotheses.txt").write_text("\n".join(references))
+    perfect = client_json(None, "evaluate", "--input", test, "--hypotheses", tmp_path / "hypotheses.txt")
+    assert perfect["chrf"] == pytest.approx(100)
+
+
+def test_what_leaves_the_machine_is_said(url: str, pairs: Path, task: Path, tmp_path: Path) -> None:
+    arguments = ["--input", pairs, "--task", task, "--memory"]
+    private = client(url, "build-memory", *arguments, tmp_path / "private")
+    assert private.returncode == 0
+    assert "No target text" in private.stderr
+    shared = client(url, "build-memory", *arguments, tmp_path / "shared", "--share-targets")
+    assert shared.returncode == 0
+    assert "every target text" in shared.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build-memory", "--input", "PAIRS", "--context", "teacher-forced"], "--share-targets"),
+        (["build-memory", "--input", "missing.jsonl"], "cannot be read"),
+        (["build-memory", "--input", "PAIRS", "--task", "nonsense"], "built-in task"),
+        (["build-memory", "--sources", "PAIRS"], "--sources with --targets"),
+        (["train", "--memory", "nowhere"], "holds no memory"),
+        (["translate", "--adapter", "nowhere", "text"], "holds no adapter"),
+        (["translate", "text"], "Give one with --task"),
+        (["translate", "--task", "translate-en-de", "x" * 2000], "Shorten"),
+        (["evaluate", "--input", "PAIRS"], "--adapter"),
+    ],
+)
+def test_mistakes_end_with_one_clear_line(
+    url: str, pairs: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = subprocess.run(
+        processes.client_command(url, arguments[0], *[str(pairs) if a == "PAIRS" else a for a in arguments[1:]]),
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("pema-client: ")
+    assert message in last
+
+
+def test_a_server_that_is_not_there_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    from data_owner_client import connect
+    from data_owner_client.connection import rest
+    from protocol.errors import ConnectionFailed, InvalidRequest
+
+    monkeypatch.setattr(rest, "_GIVE_UP_AFTER_S", 0.1)
+    with pytest.raises(ConnectionFailed, match="pema-server serve"):
+        connect(f"http://127.0.0.1:{processes.free_port()}")
+    with pytest.raises(InvalidRequest, match="no address"):
+        connect("localhost:8000")
+
+
+@pytest.fixture(scope="module")
+def many(url: str, task: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
+    """The arguments of a build of several shards, and the memory of an undisturbed one."""
+    folder = tmp_path_factory.mktemp("many")
+    pairs = write_pairs(folder / "many.jsonl", 1700, seed=3)
+    arguments = ["--task", task, "--input", pairs, "--share-targets", "--memory"]
+    client_json(url, "build-memory", *arguments, folder / "memory")
+    return arguments, folder / "memory"
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_killed_build_is_resumed_by_the_same_command(
+    url: str, many: tuple[list[Any], Path], tmp_path: Path, seed: int
+) -> None:
+    arguments, undisturbed = many
+    rng = random.Random(seed)
+    for _ in range(2):
+        process = subprocess.Popen(
+            processes.client_command(url, "build-memory", *arguments, tmp_path), stderr=subprocess.DEVNULL
+        )
+        _kill_when_shards_grow(process, tmp_path / "train", rng)
+    client_json(url, "build-memory", *arguments, tmp_path)
+    for part in ("train", "validation"):
+        ours = ExternalMemory(tmp_path / part)
+        assert ours.manifest == ExternalMemory(undisturbed / part).manifest
+        ours.load()  # checks every checksum
+
+
+def _kill_when_shards_grow(process: "subprocess.Popen[bytes]", folder: Path, rng: random.Random) -> None:
+    """SIGKILL at a random moment after one more shard is there, or once the process has ended."""
+    before = len(list(folder.glob("shard-*")))
+    while process.poll() is None and len(list(folder.glob("shard-*"))) <= before:
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.05))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_help_has_examples() -> None:
+    for verb in ("info", "build-memory", "train", "translate", "generate", "evaluate"):
+        shown = client(None, verb, "--help").stdout
+        assert f"pema-client {verb}" in shown
+    done = subprocess.run(
+        [sys.executable, "-m", "plm_owner_server.cli", "serve", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "pema-server serve --model smollm2-135m" in done.stdout
+    assert "--max-sequence-tokens" in done.stdout
+
+
+def test_server_settings_come_from_flags_and_environment() -> None:
+    command = [sys.executable, "-m", "plm_owner_server.cli", "serve"]
+    environment = os.environ | {"PEMA_PORT": "700000"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode != 0
+    assert "--port (or its environment variable)" in done.stderr
+    unknown = subprocess.run([*command, "--model", "/no/such/folder"], capture_output=True, text=True, check=False)
+    assert unknown.returncode != 0
+    assert "neither an embedded model" in unknown.stderr
