@@ -97,6 +97,7 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
         **_GEMMA, final_logit_softcapping=3.0, attn_logit_softcapping=5.0, layer_types=_SLIDING_AND_FULL
     ),
     "gemma3": lambda: transformers.Gemma3TextConfig(**_GEMMA, layer_types=_SLIDING_AND_FULL),
+    "phi": lambda: transformers.PhiConfig(**_GQA),  # a head with a bias
     "cohere": lambda: transformers.CohereConfig(**_GQA, logit_scale=0.25),
     "granite": lambda: transformers.GraniteConfig(
         **_GQA, logits_scaling=4.0, residual_multiplier=0.5, embedding_multiplier=2.0, attention_multiplier=0.5
@@ -172,7 +173,9 @@ def make_service(
 @contextmanager
 def run_app(app: FastAPI) -> Iterator[str]:
     """Run an ASGI application with uvicorn in a thread on a free port; gives its base URL."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    # With its protocol named, or asyncio would not turn Nagle's delay of 40 ms off.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(app, log_config=None, access_log=False, ws="none")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn")

@@ -82,7 +82,7 @@ def test_encode_is_transformers_own_hidden_state(
 ) -> None:
     engine = TransformersEngine(model, cr_kind="last_hidden_state", shared_prefix=shared_prefix)
     sequences = COMPOSITIONS[composition]
-    chooser = random.Random(composition)  # noqa: S311
+    chooser = random.Random(composition)
     for starts in (
         [0] * len(sequences),
         [len(ids) - 1 for ids in sequences],
@@ -264,7 +264,7 @@ def feed_forward_output(architecture: str, model: PreTrainedModel, ids: Sequence
         return (block_out - seen[norm][0]) / factor
     if architecture == "opt-projected":  # after the sum comes a norm, so the sum is that norm's input
         return seen["final_layer_norm"][0] - seen["self_attn_layer_norm"][1]
-    if architecture == "cohere":  # attention and feed-forward side by side
+    if architecture in ("cohere", "phi"):  # attention and feed-forward side by side
         return block_out - block_in - seen["self_attn"][1]
     return seen["post_feedforward_layernorm"][0]  # Gemma: a norm before the addition
 
