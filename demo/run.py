@@ -27,7 +27,6 @@ from demo import home_assistant, picture
 
 _READY_WITHIN_S = 600.0
 _EXAMPLES_SHOWN = 6
-_PUBLISHED = ["--schedule", "gradual", "--lambda-max", "0.9"]
 
 console = Console()
 
@@ -53,17 +52,18 @@ def run(folder: Path, port: int) -> None:
         client = Client(url, folder)
 
         console.rule("The data owner builds an external memory")
+        pairs = ["--input", data / "train.jsonl", "--validation", data / "validation.jsonl"]
         built = client.step(
-            "build-memory",
-            ["--task", data / "task.toml", "--input", data / "train.jsonl", "--validation", data / "validation.jsonl"],
-            ["--memory", memory, "--share-targets"],
+            "build-memory", ["--task", data / "task.toml", *pairs, "--memory", memory, "--share-targets"]
         )
         console.rule("trains an adapter")
         trained = client.step("train", ["--memory", memory, "--adapter", adapter])
         console.rule("and translates the test set, with and without it")
-        evaluated = client.step("evaluate", ["--adapter", adapter, "--input", data / "test.jsonl", "--share-targets"])
+        test = ["--adapter", adapter, "--input", data / "test.jsonl"]
+        evaluated = client.step("evaluate", [*test, "--share-targets"])
         console.rule("and once more with the interpolation of the paper")
-        published = client.step("evaluate", ["--adapter", adapter, "--input", data / "test.jsonl"], _PUBLISHED)
+        gradual = ["--schedule", "gradual", "--lambda-max", 0.9]
+        published = client.step("evaluate", [*test, *gradual], name="evaluate-gradual")
     seconds = time.perf_counter() - started
 
     report = _report(built, trained, evaluated, published)
@@ -86,10 +86,10 @@ class Client:
         self._url = url
         self._folder = folder
 
-    def step(self, verb: str, arguments: list[Any], variant: list[str] | None = None) -> dict[str, Any]:
+    def step(self, verb: str, arguments: list[Any], *, name: str = "") -> dict[str, Any]:
         """Run one verb, or read its result if it was run with these arguments before."""
-        given = [str(argument) for argument in [*arguments, *(variant or [])]]
-        kept = self._folder / "steps" / f"{'-'.join([verb, *(a for a in variant or [] if a[0] != '-')])}.json"
+        given = [str(argument) for argument in arguments]
+        kept = self._folder / "steps" / f"{name or verb}.json"
         if kept.exists() and (record := json.loads(kept.read_text(encoding="utf-8")))["arguments"] == given:
             console.print(f"done already: pema-client {verb} (delete {kept} to do it again)")
             result: dict[str, Any] = record["result"]

@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int, *, pad: bool = True) -> list[list[int]]:
-    """Group sequence indices, similar lengths together, so that no padded batch exceeds `batch_tokens` tokens.
+def plan_batches(lengths: Sequence[int], batch_tokens: int, padding_tokens: int) -> list[list[int]]:
+    """Group sequence indices, similar lengths together.
 
-    A sequence longer than the budget gets a batch of its own; without `pad`, only equal lengths go together. The plan
-    depends on the lengths alone, so the same request is always computed in the same way.
+    No padded batch exceeds `batch_tokens` tokens, but for a sequence that does so alone; no batch holds more than
+    `padding_tokens` tokens of padding, so that with 0 only equal lengths go together. The plan depends on the lengths
+    alone: the same request is always computed in the same way.
     """
     batches: list[list[int]] = []
+    padding = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         # Sorted by falling length: the first of a batch is its longest.
         longest = lengths[batches[-1][0]] if batches else 0
-        fits = batches and (len(batches[-1]) + 1) * longest <= batch_tokens
-        if fits and (pad or lengths[index] == longest):
+        padding += longest - lengths[index]
+        if batches and (len(batches[-1]) + 1) * longest <= batch_tokens and padding <= padding_tokens:
             batches[-1].append(index)
         else:
             batches.append([index])
+            padding = 0
     return batches
 
 

@@ -189,7 +189,8 @@ class PlmService:
                 with_logsumexp=request.with_logsumexp,
             )
 
-        plan = plan_batches([len(ids) for ids in sequences], self._settings.batch_tokens)
+        lengths = [len(ids) for ids in sequences]
+        plan = plan_batches(lengths, self._settings.batch_tokens, self._settings.padding_tokens)
         results = self._run(plan, run)
         gathered = _Gathered(plan, results, len(sequences))
         return EncodeResponse(
@@ -230,8 +231,11 @@ class PlmService:
 
         lengths = [len(ids) for ids in sequences]
         window = self._engine.info.attention_window
-        pad = window is None or max(lengths) + max(request.look_ahead) <= window
-        plan = plan_batches(lengths, self._settings.batch_tokens, pad=pad)
+        most = max(request.look_ahead)
+        may_pad = window is None or max(lengths) + most <= window
+        # A further batch costs a pass for the prompts and one for each drafted token.
+        padding = self._settings.padding_tokens * (1 + most) if may_pad else 0
+        plan = plan_batches(lengths, self._settings.batch_tokens, padding)
         gathered = _Gathered(plan, self._run(plan, run), len(sequences))
         return DecodeResponse(
             digest=self._card.digest,

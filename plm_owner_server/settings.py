@@ -70,6 +70,11 @@ class ServerSettings(BaseSettings):
         ge=1,
         description="Tokens in one forward pass, padding included. The memory of activations grows with it.",
     )
+    padding_tokens: int = Field(
+        default=256,
+        ge=0,
+        description="Padding in one forward pass, in tokens. About what one more pass costs: more on a fast GPU.",
+    )
     shared_prefix: bool = Field(
         default=True,
         description="Compute a prompt that all sequences of a batch begin with once. Off only to compare.",

@@ -21,7 +21,7 @@ from data_owner_client.tasks import Task
 from protocol.errors import InvalidData
 
 _EXAMPLES_PER_SHARD = 512
-_EXAMPLES_PER_REQUEST = 128
+_EXAMPLES_PER_REQUEST = 256
 # One request computes on the server while the next is tokenised and the last one stored.
 _REQUESTS_IN_FLIGHT = 2
 

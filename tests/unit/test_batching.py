@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,26 +13,32 @@ from plm_owner_server.batching import common_prefix, plan_batches
 lengths_of = st.lists(st.integers(1, 200), min_size=1, max_size=40)
 
 
-@given(lengths=lengths_of, budget=st.integers(1, 1000), pad=st.booleans())
-def test_every_sequence_is_planned_once_and_the_budget_is_kept(lengths: list[int], budget: int, pad: bool) -> None:
-    plan = plan_batches(lengths, budget, pad=pad)
+def padding_of(batch: list[int], lengths: list[int]) -> int:
+    return sum(max(lengths[i] for i in batch) - lengths[i] for i in batch)
+
+
+@given(lengths=lengths_of, budget=st.integers(1, 1000), padding=st.integers(0, 300))
+def test_every_sequence_is_planned_once_and_the_limits_are_kept(lengths: list[int], budget: int, padding: int) -> None:
+    plan = plan_batches(lengths, budget, padding)
     assert sorted(i for batch in plan for i in batch) == list(range(len(lengths)))
     for batch in plan:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
-        assert pad or len({lengths[i] for i in batch}) == 1
+        assert padding_of(batch, lengths) <= padding
 
 
-@given(lengths=lengths_of, budget=st.integers(1, 1000))
-def test_no_batch_could_have_taken_the_next_one_in(lengths: list[int], budget: int) -> None:
-    plan = plan_batches(lengths, budget)
-    for batch in plan[:-1]:
-        assert (len(batch) + 1) * max(lengths[i] for i in batch) > budget
+@given(lengths=lengths_of, budget=st.integers(1, 1000), padding=st.integers(0, 300))
+def test_no_batch_could_have_taken_the_next_one_in(lengths: list[int], budget: int, padding: int) -> None:
+    plan = plan_batches(lengths, budget, padding)
+    for batch, following in pairwise(plan):
+        longest = max(lengths[i] for i in batch)
+        too_many = (len(batch) + 1) * longest > budget
+        assert too_many or padding_of([*batch, following[0]], lengths) > padding
 
 
 def test_similar_lengths_go_together() -> None:
-    assert plan_batches([1, 50, 2, 49], 100) == [[1, 3], [2, 0]]
-    assert plan_batches([5, 7, 5, 7], 100, pad=False) == [[1, 3], [0, 2]]
-    assert plan_batches([500, 3], 100) == [[0], [1]]
+    assert plan_batches([1, 50, 2, 49], 100, 10) == [[1, 3], [2, 0]]
+    assert plan_batches([5, 7, 5, 7], 100, 0) == [[1, 3], [0, 2]]
+    assert plan_batches([500, 3], 100, 1000) == [[0], [1]]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,150 @@
+"""The embedded models, behind a real server process, against transformers itself."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from data_owner_client import Pair, Task, TrainingSettings, build_memories, connect, load_task, train, translate
+from data_owner_client.decoding.generate import generate
+from data_owner_client.decoding.interpolation import Interpolation
+from data_owner_client.memory.build import tokenize_pair
+from data_owner_client.plm import RemotePlm
+from data_owner_client.tokenization import Prompt
+from plm_owner_server.models import resolve
+from plm_owner_server.settings import ServerSettings
+from tests.end_to_end import processes
+from tests.reference import Reference, schedule
+
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
+
+TEXTS = [
+    "The capital of France is",
+    "Schalte das Licht im Wohnzimmer",
+    "Water boils at",
+    "Er sagte, dass er morgen nicht kommen",
+    "One, two, three,",
+]
+PAIRS = [
+    Pair("Turn on the light", "Schalte das Licht ein"),
+    Pair("The device is already configured", "Das Gerät ist bereits konfiguriert"),
+    Pair("Enter your password", "Gib dein Passwort ein"),
+    Pair("Failed to connect", "Verbindung fehlgeschlagen"),
+    Pair("Invalid authentication", "Ungültige Authentifizierung"),
+    Pair("Select the room", "Wähle den Raum aus"),
+    Pair("Your account was deleted", "Dein Konto wurde gelöscht"),
+    Pair("Check your connection", "Überprüfe deine Verbindung"),
+    Pair("Turn off the alarm", "Schalte den Alarm aus"),
+    Pair("Name of the sensor", "Name des Sensors"),
+]
+
+
+@dataclass(frozen=True)
+class Real:
+    """A served model and the same one in this process."""
+
+    plm: RemotePlm
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    task: Task
+
+
+@pytest.fixture(scope="module", params=["gemma-3-270m", "smollm2-135m"])
+def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
+    name = request.param
+    log = tmp_path_factory.mktemp("server") / "log"
+    with processes.server(log, "--model", name) as url, connect(url, dtype="float32") as plm:
+        folder = resolve(name, ServerSettings(_env_file=None).cache_dir).folder
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        task = load_task("translate-en-de")
+        if name == "smollm2-135m":  # an instruct model: the same task through its own chat template
+            task = task.model_copy(update={"format": "chat", "stop": None})
+        yield Real(plm, model, AutoTokenizer.from_pretrained(folder), task)
+
+
+def test_tokenizer_is_the_owners(real: Real) -> None:
+    for text in [*TEXTS, "Zeile\nZeile", " äöü ß €", "emoji 🏠 {entity_name}"]:
+        ids = real.plm.tokenizer.encode_prompt(Prompt(text))
+        assert ids == real.tokenizer(text).input_ids
+        assert real.plm.tokenizer.decode(ids) == real.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@torch.inference_mode()
+def test_encode_is_transformers_last_hidden_state(real: Real) -> None:
+    sequences = [real.tokenizer(text).input_ids for text in TEXTS]
+    starts = [0, 1, 0, 3, 2]
+    answer = real.plm.encode(sequences, starts, with_logsumexp=True)
+    assert answer.logsumexp_N is not None
+    rows = answer.rows_B.tolist()
+    for ids, start, cr_T_D, logsumexp_T in zip(
+        sequences, starts, answer.cr_N_D.split(rows), answer.logsumexp_N.split(rows), strict=True
+    ):
+        out = real.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        expected_T_D = out.hidden_states[-1][0, start:]
+        difference = (cr_T_D - expected_T_D).abs().max() / expected_T_D.abs().max()
+        assert difference <= 1e-4
+        torch.testing.assert_close(logsumexp_T, out.logits[0, start:].logsumexp(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_decoding_without_weight_is_generate_token_for_token(real: Real) -> None:
+    prompts = [real.plm.tokenizer.encode_prompt(real.task.prompt(p.source, real.plm.tokenizer)) for p in PAIRS[:4]]
+    prompts += [real.tokenizer(text).input_ids for text in TEXTS]
+    tokens = 24
+    ours, usage = generate(real.plm, prompts, stop_ids=frozenset(), max_new_tokens=tokens)
+    assert usage.calls == 1
+    eos = set(real.plm.card.eos_token_ids)
+    for prompt, generated in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt])
+        out = real.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens)
+        expected = out[0, len(prompt) :].tolist()
+        # `generate` ends at the model's own end of text, which stops nothing here.
+        assert generated[: len(expected)] == expected
+        assert len(expected) == tokens or expected[-1] in eos
+
+
+def test_the_whole_of_pema_is_the_slow_reference(real: Real, tmp_path: Path) -> None:
+    """Memory, adapter and decoding over HTTP against full logits in float64, one position at a time."""
+    build_memories(
+        real.plm,
+        real.task,
+        PAIRS[:8],
+        tmp_path,
+        validation=PAIRS[8:],
+        context_mode="teacher-forced",
+        share_targets=True,
+    )
+    settings = TrainingSettings(epochs=3, batch_rows=16, rank=64)
+    adapter, _ = train(real.plm, tmp_path, tmp_path / "adapter", settings=settings)
+    tokenizer = real.plm.tokenizer
+    reference = Reference(real.model)
+    try:
+        pair = tokenize_pair(real.plm, real.task, PAIRS[0], place="pair")
+        f_D, _ = reference.teacher_forced(pair.prompt, pair.target[:1])[0]
+        first = real.plm.encode([pair.prompt], [len(pair.prompt) - 1]).cr_N_D[0].double()
+        assert (first - f_D).abs().max() / f_D.abs().max() <= 1e-4
+        for interpolation in (
+            Interpolation(schedule="gradual", lambda_max=0.9),
+            Interpolation(schedule="constant", lambda_max=0.7),
+        ):
+            sources = ["Turn off the light", "Enter the name of the sensor"]
+            ours = translate(
+                real.plm, sources, adapter=adapter, interpolation=interpolation, max_new_tokens=8, look_ahead=3
+            )
+            alone = translate(real.plm, sources, task=real.task, max_new_tokens=8)
+            for source, token_ids in zip(sources, ours.token_ids, strict=True):
+                horizon = adapter.horizon(tokenizer.count(source))
+                expected = reference.decode(
+                    tokenizer.encode_prompt(real.task.prompt(source, tokenizer)),
+                    adapter.adapter.state_dict(),
+                    adapter.card.form,
+                    adapter.candidate_ids_C.tolist(),
+                    schedule(interpolation.schedule, interpolation.lambda_max, horizon, 8),
+                    real.task.stop_ids(tokenizer) | frozenset(real.plm.card.eos_token_ids),
+                )
+                assert token_ids == expected
+            assert ours.token_ids != alone.token_ids
+    finally:
+        real.model.float()
