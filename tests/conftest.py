@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers.utils import logging as transformers_logging
 
 from plm_owner_server.service import PlmService
@@ -23,6 +24,9 @@ from tests.support import TinyModels
 # Tiny models: a second thread only waits for the first, and for whatever else this machine runs.
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
+# No deadline: no test may depend on how busy the machine is.
+settings.register_profile("pema", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.load_profile("pema")
 
 
 @pytest.fixture(scope="session")

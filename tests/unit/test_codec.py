@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -27,10 +27,6 @@ from protocol.messages import (
     Limits,
     ModelCard,
 )
-
-# No deadline: no test may depend on how busy the machine is.
-settings.register_profile("pema", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-settings.load_profile("pema")
 
 token_id = st.integers(0, 2**31 - 1)
 ragged = st.lists(st.lists(token_id, max_size=8), max_size=6)
