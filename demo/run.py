@@ -10,6 +10,8 @@ import argparse
 import json
 import os
 import platform
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,9 +37,11 @@ def main() -> None:
     """Run the demo; print a table and examples; write `report.json` and `report.png`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where data, memory and results go")
-    parser.add_argument("--port", type=int, default=8765, help="port of the owner's server")
+    parser.add_argument("--port", type=int, default=0, help="port of the owner's server; 0 takes a free one")
     arguments = parser.parse_args()
-    run(arguments.folder, arguments.port)
+    # So that a terminated demo still stops its server.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    run(arguments.folder, arguments.port or _free_port())
 
 
 def run(folder: Path, port: int) -> None:
@@ -105,6 +109,11 @@ class Client:
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(json.dumps({"arguments": given, "result": result}, ensure_ascii=False), encoding="utf-8")
         return result
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 @contextmanager

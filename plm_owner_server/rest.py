@@ -30,7 +30,7 @@ from protocol.errors import (
     UnacceptableAnswer,
     to_problem,
 )
-from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
+from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest, WireDtype
 
 log = logging.getLogger(__name__)
 
@@ -95,14 +95,22 @@ def create_app(holder: ServiceHolder, *, max_body_bytes: int, lifespan: Lifespan
             bundle.to_json(), media_type=JSON, headers={"ETag": f'"{bundle.digest}"'}
         )
 
-    @app.post("/v1/lm-head", tags=["model"], summary="Rows of the LM head", **rest_docs.LM_HEAD)
-    async def lm_head(request: Request) -> Response:
-        digest = holder.ready().model_card().digest
-        if cached := _cached(request, digest):
+    @app.get("/v1/lm-head", tags=["model"], summary="A range of rows of the LM head", **rest_docs.LM_HEAD_RANGE)
+    async def lm_head_range(
+        request: Request, start: int = 0, stop: int | None = None, dtype: WireDtype = "float16"
+    ) -> Response:
+        service, form = holder.ready(), _answer_form(request)
+        tag = f"{service.model_card().digest}-{start}-{stop}-{dtype}-{form.rpartition('.')[2]}"
+        if cached := _cached(request, tag):
             return cached
-        response = await answer(request, HeadRequest, PlmService.lm_head)
-        response.headers["ETag"] = f'"{digest}"'
+        wanted = HeadRequest.validated({"start": start, "stop": stop, "dtype": dtype})
+        response = await to_thread.run_sync(_response, service.lm_head(wanted), form)
+        response.headers["ETag"] = f'"{tag}"'
         return response
+
+    @app.post("/v1/lm-head", tags=["model"], summary="Chosen rows of the LM head", **rest_docs.LM_HEAD)
+    async def lm_head(request: Request) -> Response:
+        return await answer(request, HeadRequest, PlmService.lm_head)
 
     @app.post("/v1/encode", tags=["inference"], summary="Context representations", **rest_docs.ENCODE)
     async def encode(request: Request) -> Response:
@@ -193,11 +201,13 @@ def _parse(message_type: type[_Request], body: bytes, content_type: str) -> _Req
 
 
 def _answer_form(request: Request) -> str:
-    """JSON only if it is asked for; checked before any work is done."""
+    """JSON only if it is asked for, and binary is not; checked before any work is done."""
     accept = request.headers.get("accept", "*/*").lower()
+    if BINARY in accept:
+        return BINARY
     if JSON in accept:
         return JSON
-    if BINARY in accept or "*/*" in accept or "application/*" in accept:
+    if "*/*" in accept or "application/*" in accept:
         return BINARY
     raise UnacceptableAnswer("The Accept header admits no form of the answer.", hint=f"Accept {BINARY} or {JSON}.")
 

@@ -123,12 +123,17 @@ TOKENIZER = _route(
     },
     description="Answers 304 to a known `If-None-Match`.",
 )
+LM_HEAD_RANGE = _route(
+    HeadRows,
+    {"digest": "9d3c…", "vocab_size": 262144, "weight_N_D": [[0.01, -0.02], [0.03, 0.0]], "logit_scale": 1.0},
+    description="The rows [start, stop). Has an ETag; answers 304 to a known `If-None-Match`.",
+)
 LM_HEAD = _route(
     HeadRows,
     {"digest": "9d3c…", "vocab_size": 262144, "weight_N_D": [[0.01, -0.02], [0.03, 0.0]], "logit_scale": 1.0},
     HeadRequest,
     {"token_ids": [107, 9259], "dtype": "float32"},
-    description="Chosen rows (`token_ids`) or a range (`start`, `stop`). Answers 304 to a known `If-None-Match`.",
+    description="Chosen rows (`token_ids`), or a range (`start`, `stop`).",
 )
 ENCODE = _route(
     EncodeResponse,

@@ -278,6 +278,8 @@ class PlmService:
                 f"There is no template of the name {request.template[:40]!r}.", hint="Use 'plain' or 'chat'."
             )
         if request.token_ids is not None:
+            if request.template != "plain":
+                raise InvalidRequest("A template is for text, not for token_ids.", hint="Give `text`, or no template.")
             return list(request.token_ids)
         if request.template == "plain":
             return list(self._tokenizer(request.text).input_ids)

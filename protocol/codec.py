@@ -153,7 +153,7 @@ class Message(BaseModel):
                 "The body is not a well-formed safetensors container of this message.",
                 hint=f"Send the tensors as described in the OpenAPI page, or JSON with content type {JSON}.",
             ) from error
-        return cls._validated(fields | tensors)
+        return cls.validated(fields | tensors)
 
     def to_json(self) -> bytes:
         """The JSON form, tensors as nested arrays."""
@@ -171,10 +171,15 @@ class Message(BaseModel):
             fields = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise MalformedMessage("The body is not JSON.", hint=f"Its content type says {JSON}.") from error
-        return cls._validated(fields)
+        return cls.validated(fields)
 
     @classmethod
-    def _validated(cls, fields: Any) -> Self:
+    def validated(cls, fields: Any) -> Self:
+        """The message with these fields.
+
+        Raises:
+            InvalidRequest: a field is missing, unknown or of the wrong type.
+        """
         try:
             return cls.model_validate(fields)
         except ValidationError as error:

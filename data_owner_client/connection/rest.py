@@ -56,7 +56,10 @@ class RestConnection:
         return self._call("GET", "/v1/tokenizer", TokenizerBundle)
 
     def lm_head(self, request: HeadRequest) -> HeadRows:
-        return self._call("POST", "/v1/lm-head", HeadRows, request)
+        if request.token_ids is not None:
+            return self._call("POST", "/v1/lm-head", HeadRows, request)
+        parameters = httpx.QueryParams(request.model_dump(include={"start", "stop", "dtype"}, exclude_none=True))
+        return self._call("GET", f"/v1/lm-head?{parameters}", HeadRows)
 
     def encode(self, request: EncodeRequest) -> EncodeResponse:
         return self._call("POST", "/v1/encode", EncodeResponse, request)
@@ -80,7 +83,7 @@ class RestConnection:
 
     def _call_once(self, method: str, path: str, answer: type[_Answer], body: bytes | None) -> _Answer:
         request_id = uuid.uuid4().hex[:16]
-        headers = {"Accept": f"{BINARY}, {JSON};q=0.5" if body is None else BINARY, _REQUEST_ID: request_id}
+        headers = {"Accept": f"{BINARY}, {JSON};q=0.5", _REQUEST_ID: request_id}
         if body is not None:
             headers["Content-Type"] = BINARY
         try:

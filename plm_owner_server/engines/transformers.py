@@ -119,7 +119,8 @@ class TransformersEngine:
         """Check on a real forward pass that softmax(head(f)) is the model's own distribution.
 
         Raises:
-            Unsupported: something between the last hidden state and the logits is not known here.
+            Unsupported: something between the last hidden state and the logits is not known here, or the
+                representation is not of the head's width.
         """
         ids_B_T = torch.arange(1, 9, device=self._device).remainder(self.info.vocab_size)[None]
         expected = self._model(input_ids=ids_B_T, use_cache=False).logits.float()
@@ -132,6 +133,12 @@ class TransformersEngine:
                 f"The logits of {type(self._model).__name__} are not head(last hidden state): relative difference "
                 f"{error:.1e}.",
                 hint="This architecture changes the logits in a way that is not known here; please report it.",
+            )
+        if state.cr_B_T_D.shape != state.last_hidden_B_T_D.shape:
+            raise Unsupported(
+                f"The feed-forward output of {type(self._model).__name__} is {state.cr_B_T_D.shape[-1]} wide, its head "
+                f"takes {self.info.hidden_size}.",
+                hint="An adapter could not map one to the other; serve --cr-kind last_hidden_state.",
             )
         log.info("warm-up: logits agree with the model's own to %.1e", error)
 

@@ -282,39 +282,57 @@ def test_request_ids_differ(http: httpx.Client) -> None:
     assert len({http.get("/healthz").headers["X-Request-Id"] for _ in range(5)}) == 5
 
 
-@pytest.mark.parametrize(("method", "path", "body"), [("GET", "/v1/tokenizer", None), ("POST", "/v1/lm-head", b"{}")])
-def test_what_a_client_has_already_is_not_sent_again(
-    http: httpx.Client, method: str, path: str, body: bytes | None
-) -> None:
-    headers = AS_JSON if body else {}
-    first = http.request(method, path, content=body, headers=headers)
+@pytest.mark.parametrize("path", ["/v1/tokenizer", "/v1/lm-head?start=3&stop=9"])
+def test_what_a_client_has_already_is_not_sent_again(http: httpx.Client, path: str) -> None:
+    first = http.get(path)
     etag = first.headers["etag"]
-    assert re.fullmatch(r'"[0-9a-f]{64}"', etag)
-    again = http.request(method, path, content=body, headers=headers | {"If-None-Match": etag})
+    again = http.get(path, headers={"If-None-Match": etag})
     assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", etag)
-    other = http.request(method, path, content=body, headers=headers | {"If-None-Match": '"another"'})
+    other = http.get(path, headers={"If-None-Match": '"another"'})
     assert other.status_code == 200
     assert other.content == first.content
 
 
-ROUTES: dict[str, tuple[type[Message] | None, type[Message] | None]] = {
-    "/healthz": (None, None),
-    "/readyz": (None, None),
-    "/v1/model": (None, ModelCard),
-    "/v1/tokenizer": (None, TokenizerBundle),
-    "/v1/lm-head": (HeadRequest, HeadRows),
-    "/v1/encode": (EncodeRequest, EncodeResponse),
-    "/v1/decode": (DecodeRequest, DecodeResponse),
-    "/v1/next-token-distribution": (DistributionRequest, DistributionResponse),
+def test_the_etag_of_head_rows_tells_what_was_asked_for(http: httpx.Client) -> None:
+    asked = ["start=3&stop=9", "start=3&stop=10", "start=2&stop=9", "start=3&stop=9&dtype=float32"]
+    tags = [http.get(f"/v1/lm-head?{query}").headers["etag"] for query in asked]
+    tags.append(http.get(f"/v1/lm-head?{asked[0]}", headers={"Accept": "application/json"}).headers["etag"])
+    assert len(set(tags)) == len(tags)
+
+
+@pytest.mark.parametrize("query", ["start=9&stop=3", "start=-1&stop=3", "stop=1000000", "start=x", "dtype=int4"])
+def test_a_bad_range_of_head_rows_is_a_problem(http: httpx.Client, query: str) -> None:
+    response = http.get(f"/v1/lm-head?{query}")
+    assert response.status_code in (400, 422)
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.json()["hint"]
+
+
+def test_a_range_of_head_rows_is_the_same_by_get_and_post(http: httpx.Client) -> None:
+    ours = HeadRows.from_bytes(http.get("/v1/lm-head?start=3&stop=9&dtype=float32").content)
+    body = HeadRequest(start=3, stop=9, dtype="float32").to_json()
+    assert ours.to_bytes() == http.post("/v1/lm-head", content=body, headers=AS_JSON).content
+
+
+ROUTES: dict[tuple[str, str], tuple[type[Message] | None, type[Message] | None]] = {
+    ("get", "/healthz"): (None, None),
+    ("get", "/readyz"): (None, None),
+    ("get", "/v1/model"): (None, ModelCard),
+    ("get", "/v1/tokenizer"): (None, TokenizerBundle),
+    ("get", "/v1/lm-head"): (None, HeadRows),
+    ("post", "/v1/lm-head"): (HeadRequest, HeadRows),
+    ("post", "/v1/encode"): (EncodeRequest, EncodeResponse),
+    ("post", "/v1/decode"): (DecodeRequest, DecodeResponse),
+    ("post", "/v1/next-token-distribution"): (DistributionRequest, DistributionResponse),
 }
 
 
 def test_openapi_has_a_valid_example_for_every_call(http: httpx.Client) -> None:
     document = http.get("/openapi.json").json()
-    assert set(document["paths"]) == set(ROUTES)
+    assert {(method, path) for path, methods in document["paths"].items() for method in methods} == set(ROUTES)
     assert "$ref" not in str(document["paths"])
-    for path, (request_type, answer_type) in ROUTES.items():
-        (operation,) = document["paths"][path].values()
+    for (method, path), (request_type, answer_type) in ROUTES.items():
+        operation = document["paths"][path][method]
         example = operation["responses"]["200"]["content"][JSON]["example"]
         problem = operation["responses"]["default"]["content"][PROBLEM_JSON]["example"]
         assert isinstance(from_problem(problem, problem["status"]), PemaError)
@@ -330,7 +348,7 @@ def test_openapi_has_a_valid_example_for_every_call(http: httpx.Client) -> None:
             assert int(answer.rows_B.sum()) == len(answer.cr_N_D)
         if isinstance(answer_type, type) and isinstance(answer, EncodeResponse):
             assert (answer.logsumexp_N is not None) == request.with_logsumexp
-        if isinstance(answer_type, type) and isinstance(answer, HeadRows):
+        if request_type is HeadRequest:
             assert len(answer.weight_N_D) == len(request.token_ids)
     assert http.get("/docs").status_code == 200
 
