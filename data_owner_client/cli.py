@@ -17,8 +17,8 @@ from rich.table import Table
 
 from data_owner_client import verbs
 from data_owner_client.adapter import AdapterForm, TrainedAdapter
-from data_owner_client.data import Format, Pair, read_pairs, read_parallel
-from data_owner_client.decoding.generate import LOOK_AHEAD
+from data_owner_client.data import Format, Pair, read_lines, read_pairs, read_parallel
+from data_owner_client.decoding.generate import LOOK_AHEAD, MAX_NEW_TOKENS
 from data_owner_client.decoding.interpolation import Interpolation, Schedule
 from data_owner_client.evaluation import text_scores
 from data_owner_client.files import write_atomically
@@ -235,7 +235,7 @@ def translate(
     source_field: SourceField = "source",
     schedule: OptionalSchedule = None,
     lambda_max: LambdaMax = None,
-    max_new_tokens: MaxNewTokens = 256,
+    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS,
     look_ahead: LookAhead = LOOK_AHEAD,
     batch_size: BatchSize = 32,
     dtype: Dtype = "float16",
@@ -281,7 +281,7 @@ def generate(
     source_field: SourceField = "source",
     schedule: OptionalSchedule = None,
     lambda_max: LambdaMax = None,
-    max_new_tokens: MaxNewTokens = 64,
+    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS,
     look_ahead: LookAhead = LOOK_AHEAD,
     batch_size: BatchSize = 32,
     dtype: Dtype = "float16",
@@ -329,7 +329,7 @@ def evaluate(
     target_field: TargetField = "target",
     schedule: OptionalSchedule = None,
     lambda_max: LambdaMax = None,
-    max_new_tokens: MaxNewTokens = 256,
+    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS,
     look_ahead: LookAhead = LOOK_AHEAD,
     batch_size: BatchSize = 32,
     dtype: Dtype = "float16",
@@ -349,7 +349,7 @@ def evaluate(
     _set_threads(threads)
     pairs = _pairs(input_file, sources, targets, file_format, source_field=source_field, target_field=target_field)
     if hypotheses is not None:
-        lines = [pair.source for pair in read_pairs(hypotheses, format="text", need_targets=False)]
+        lines = read_lines(hypotheses)
         if len(lines) != len(pairs):
             raise InvalidData(f"{hypotheses} has {len(lines)} lines for {len(pairs)} references.", hint="One each.")
         scores = text_scores(lines, [pair.target or "" for pair in pairs])

@@ -68,7 +68,7 @@ def read_parallel(sources: str | Path, targets: str | Path) -> list[Pair]:
     Raises:
         InvalidData: the files differ in length, or have an empty line.
     """
-    source_lines, target_lines = _lines(_read(sources)), _lines(_read(targets))
+    source_lines, target_lines = read_lines(sources), read_lines(targets)
     if len(source_lines) != len(target_lines):
         raise InvalidData(
             f"{sources} has {len(source_lines)} lines and {targets} has {len(target_lines)}.",
@@ -77,6 +77,15 @@ def read_parallel(sources: str | Path, targets: str | Path) -> list[Pair]:
     records = enumerate(zip(source_lines, target_lines, strict=True), 1)
     pairs = [_pair({"s": s, "t": t}, "s", "t", place=f"{sources}:{number}") for number, (s, t) in records]
     return _nonempty(pairs, sources)
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file, empty ones included.
+
+    Raises:
+        InvalidData: the file cannot be read.
+    """
+    return _lines(_read(path))
 
 
 def split_validation(pairs: Sequence[Pair], fraction: float, most: int = 300) -> tuple[list[Pair], list[Pair]]:

@@ -21,7 +21,7 @@ from data_owner_client import plotting
 from data_owner_client.adapter import AdapterCard, TrainedAdapter
 from data_owner_client.connection import open_connection
 from data_owner_client.data import Pair, split_validation
-from data_owner_client.decoding.generate import LOOK_AHEAD, Usage
+from data_owner_client.decoding.generate import LOOK_AHEAD, MAX_NEW_TOKENS, Usage
 from data_owner_client.decoding.generate import generate as generate_ids
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.evaluation import Perplexities, TextScores, perplexities, plm_target_logprobs, text_scores
@@ -246,7 +246,7 @@ def translate(
     adapter: TrainedAdapter | None = None,
     task: Task | None = None,
     interpolation: Interpolation | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     look_ahead: int = LOOK_AHEAD,
     batch_size: int = 32,
     reporter: Reporter | None = None,
@@ -293,7 +293,7 @@ def generate(
     adapter: TrainedAdapter | None = None,
     task: Task | None = None,
     interpolation: Interpolation | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     look_ahead: int = LOOK_AHEAD,
     batch_size: int = 32,
     reporter: Reporter | None = None,
@@ -324,7 +324,7 @@ def evaluate(
     *,
     interpolation: Interpolation | None = None,
     share_targets: bool = False,
-    max_new_tokens: int = 256,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     look_ahead: int = LOOK_AHEAD,
     batch_size: int = 32,
     reporter: Reporter | None = None,

@@ -66,8 +66,12 @@ def run(folder: Path, port: int) -> None:
         test = ["--adapter", adapter, "--input", data / "test.jsonl"]
         evaluated = client.step("evaluate", [*test, "--share-targets"])
         console.rule("and once more with the interpolation of the paper")
-        gradual = ["--schedule", "gradual", "--lambda-max", 0.9]
-        published = client.step("evaluate", [*test, *gradual], name="evaluate-gradual")
+        gradual = client.step("translate", [*test, "--schedule", "gradual", "--lambda-max", 0.9])
+        texts = folder / "gradual.txt"
+        texts.write_text("\n".join(record["text"] for record in gradual["texts"]), encoding="utf-8")
+        published = client.step(
+            "evaluate", ["--input", data / "test.jsonl", "--hypotheses", texts], name="score-gradual"
+        )
     seconds = time.perf_counter() - started
 
     report = _report(built, trained, evaluated, published)
@@ -155,7 +159,7 @@ def _report(
     built: dict[str, Any], trained: dict[str, Any], evaluated: dict[str, Any], published: dict[str, Any]
 ) -> dict[str, Any]:
     card, perplexity = trained["card"], evaluated["perplexity"]
-    plm, pema, gradual = (_scores(scores) for scores in (evaluated["plm"], evaluated["pema"], published["pema"]))
+    plm, pema, gradual = (_scores(scores) for scores in (evaluated["plm"], evaluated["pema"], published))
     return {
         "plm": plm | {"ppl": perplexity["plm"]},
         "pema": pema | {"ppl": perplexity["mixture"]},

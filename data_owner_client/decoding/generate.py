@@ -22,6 +22,7 @@ from protocol.head import LMHead
 from protocol.messages import DecodeResponse
 
 LOOK_AHEAD = 4
+MAX_NEW_TOKENS = 128
 _ALONE = Interpolation(schedule="none")
 
 
@@ -60,7 +61,7 @@ def generate(
     interpolation: Interpolation = _ALONE,
     horizons: Sequence[float] | None = None,
     stop_ids: frozenset[int],
-    max_new_tokens: int = 256,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     look_ahead: int = LOOK_AHEAD,
     batch_size: int = 32,
     reporter: Reporter | None = None,
@@ -99,7 +100,8 @@ def generate(
                 f"Prompt {number} has {len(sequence.prompt)} tokens; the server takes less than {limit}.",
                 hint="Shorten the text or use fewer examples in the task.",
             )
-    waiting, active = list(reversed(sequences)), list[_Sequence]()
+    # Longest prompts first: sequences of similar length share a batch, so little of it is padding.
+    waiting, active = sorted(sequences, key=lambda s: len(s.prompt)), list[_Sequence]()
     calls = drafted = accepted = 0
     with (reporter or Reporter()).bar("generating", len(sequences), "sequences") as bar:
         while waiting or active:

@@ -168,43 +168,48 @@ class TransformersEngine:
 
         A sequence's drafting ends after a stop token, which is its last top-1 then and is not run itself.
         """
-        batch = torch.arange(len(token_ids), device=self._device)
-        most = max(look_ahead)
-        state = self._prefill(token_ids, keep_cache=most > 0, prefix_limit=min(map(len, token_ids)))
-        last_hidden_B_D = state.last_hidden_B_T_D[batch, state.lengths_B - 1]
-        cr_B_D = state.cr_B_T_D[batch, state.lengths_B - 1]
-        positions_B = state.lengths_B + state.prefix
-        left_B = torch.tensor(look_ahead, device=self._device)
+        state = self._prefill(token_ids, keep_cache=max(look_ahead) > 0, prefix_limit=min(map(len, token_ids)))
+        newest = (torch.arange(len(token_ids), device=self._device), state.lengths_B - 1)
         stop_S = torch.tensor(sorted(stop_token_ids), dtype=torch.long, device=self._device)
         mask_B_T = self._attention_mask(state)
-        rows_B = torch.zeros_like(left_B)
-        active_B = torch.ones_like(left_B, dtype=torch.bool)
+        positions_B = state.lengths_B + state.prefix
+        left_B = torch.tensor(look_ahead, device=self._device)
+        # B shrinks: sequences that have ended leave once they are half of the batch. A row's owner is its sequence.
+        owner_B = torch.arange(len(token_ids), device=self._device)
+        active_B = torch.ones_like(owner_B, dtype=torch.bool)
+        last_hidden_B_D, cr_B_D = state.last_hidden_B_T_D[newest], state.cr_B_T_D[newest]
         steps: list[tuple[Tensor, ...]] = []
         while True:
-            logsumexp_B, top1_B, top1_logit_B = self._logsumexp_top1(last_hidden_B_D)
-            steps.append((cr_B_D, last_hidden_B_D, logsumexp_B, top1_B, top1_logit_B - logsumexp_B))
-            rows_B += active_B
+            logsumexp_A, top1_A, top1_logit_A = self._logsumexp_top1(last_hidden_B_D[active_B])
+            columns = (cr_B_D[active_B], last_hidden_B_D[active_B], logsumexp_A, top1_A, top1_logit_A - logsumexp_A)
+            steps.append((owner_B[active_B], *columns))
+            top1_B = torch.zeros_like(owner_B).masked_scatter(active_B, top1_A)
             active_B = active_B & (left_B > 0) & ~torch.isin(top1_B, stop_S)
-            if not bool(active_B.any()):
+            remaining = int(active_B.sum())
+            if remaining == 0:
                 break
+            if state.cache is not None and 2 * remaining <= len(active_B):
+                state.cache.batch_select_indices(active_B.nonzero()[:, 0])
+                rows = (mask_B_T, positions_B, left_B, owner_B, top1_B, active_B)
+                mask_B_T, positions_B, left_B, owner_B, top1_B, active_B = (row[active_B] for row in rows)
             mask_B_T = torch.cat([mask_B_T, torch.ones_like(mask_B_T[:, :1])], dim=1)
             last_hidden_B_1_D, cr_B_1_D = self._forward(
                 top1_B[:, None], positions_B[:, None], cache=state.cache, mask_B_T=mask_B_T
             )
             last_hidden_B_D, cr_B_D = last_hidden_B_1_D[:, 0], cr_B_1_D[:, 0]
             positions_B, left_B = positions_B + 1, left_B - 1
-        wanted_B_K = torch.arange(len(steps), device=self._device) < rows_B[:, None]
-        cr, last_hidden, logsumexp, top1, top1_logprob = (
-            torch.stack(parts, dim=1)[wanted_B_K].cpu() for parts in zip(*steps, strict=True)
-        )
+        owner_N, *parts = (torch.cat(column) for column in zip(*steps, strict=True))
+        # From step by step to sequence by sequence.
+        order_N = owner_N.argsort(stable=True)
+        cr_N_D, last_hidden_N_D, logsumexp_N, top1_N, top1_logprob_N = (part[order_N].cpu() for part in parts)
         return Decoded(
-            rows=rows_B.tolist(),
+            rows=owner_N.bincount(minlength=len(token_ids)).tolist(),
             echo=self._echo(state, token_ids),
-            cr_N_D=cr,
-            last_hidden_N_D=last_hidden if self._ffn is not None else None,
-            logsumexp_N=logsumexp,
-            top1_N=top1,
-            top1_logprob_N=top1_logprob,
+            cr_N_D=cr_N_D,
+            last_hidden_N_D=last_hidden_N_D if self._ffn is not None else None,
+            logsumexp_N=logsumexp_N,
+            top1_N=top1_N,
+            top1_logprob_N=top1_logprob_N,
         )
 
     def _prefill(self, token_ids: Sequence[Sequence[int]], *, keep_cache: bool, prefix_limit: int = 0) -> _Prefilled:

@@ -262,13 +262,17 @@ def feed_forward_output(architecture: str, model: PreTrainedModel, ids: Sequence
     if architecture in _BEFORE_FFN:
         norm, factor = _BEFORE_FFN[architecture]
         return (block_out - seen[norm][0]) / factor
-    if architecture == "opt-projected":  # after the sum comes a norm, so the sum is that norm's input
-        return seen["final_layer_norm"][0] - seen["self_attn_layer_norm"][1]
     if architecture in ("cohere", "phi"):  # attention and feed-forward side by side
         return block_out - block_in - seen["self_attn"][1]
     return seen["post_feedforward_layernorm"][0]  # Gemma: a norm before the addition
 
 
+def test_a_feed_forward_output_that_the_head_cannot_take_is_refused(tiny_models: TinyModels) -> None:
+    with pytest.raises(Unsupported, match="32 wide, its head takes 16"):
+        make_service(tiny_models["opt-projected"], cr_kind="ffn_output")
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "opt-projected"], indirect=True)
 def test_ffn_output_is_what_the_last_block_adds(
     architecture: str, model: PreTrainedModel, tiny_models: TinyModels, truth: Truth
 ) -> None:
