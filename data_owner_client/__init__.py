@@ -7,6 +7,7 @@ The verbs of `pema-client` as functions:
 
 from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.data import Pair, read_pairs, read_parallel
+from data_owner_client.decoding.generate import DecodingSettings
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.memory import ExternalMemory
 from data_owner_client.plm import RemotePlm
@@ -26,6 +27,7 @@ from data_owner_client.verbs import (
 )
 
 __all__ = [
+    "DecodingSettings",
     "Evaluation",
     "ExternalMemory",
     "Generation",

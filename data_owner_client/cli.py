@@ -17,8 +17,31 @@ from rich.table import Table
 
 from data_owner_client import verbs
 from data_owner_client.adapter import AdapterForm, TrainedAdapter
+from data_owner_client.cli_options import (
+    DEFAULT_SERVER,
+    AdapterFolder,
+    AsJson,
+    BatchSize,
+    Dtype,
+    FileFormat,
+    InputFile,
+    LambdaMax,
+    LookAhead,
+    MaxNewTokens,
+    MemoryFolder,
+    OptionalAdapter,
+    OptionalSchedule,
+    Output,
+    Server,
+    ShareTargets,
+    SourceField,
+    Sources,
+    TargetField,
+    Targets,
+    Threads,
+)
 from data_owner_client.data import Format, Pair, read_lines, read_pairs, read_parallel
-from data_owner_client.decoding.generate import LOOK_AHEAD, MAX_NEW_TOKENS
+from data_owner_client.decoding.generate import DecodingSettings
 from data_owner_client.decoding.interpolation import Interpolation, Schedule
 from data_owner_client.evaluation import text_scores
 from data_owner_client.files import write_atomically
@@ -27,7 +50,6 @@ from data_owner_client.progress import Reporter, RichReporter
 from data_owner_client.tasks import load_task
 from data_owner_client.training import TrainingSettings
 from protocol.errors import InvalidData, PemaError
-from protocol.messages import WireDtype
 
 _P = ParamSpec("_P")
 
@@ -37,38 +59,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-
-# Options that several verbs share.
-Server = Annotated[str, typer.Option("--server", envvar="PEMA_SERVER", help="Address of the PLM owner's server.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Dtype = Annotated[WireDtype, typer.Option(help="Number format of representations on the wire and on disk.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads of this client; 0 for all cores.")]
-MemoryFolder = Annotated[Path, typer.Option("--memory", help="Folder of the external memory.")]
-AdapterFolder = Annotated[Path, typer.Option("--adapter", help="Folder of the adapter.")]
-OptionalAdapter = Annotated[Path | None, typer.Option("--adapter", help="Folder of the adapter; none: the PLM alone.")]
-InputFile = Annotated[
-    Path | None, typer.Option("--input", help="JSONL, TSV, CSV or text with one source a line; - is standard input.")
-]
-Sources = Annotated[Path | None, typer.Option(help="Text file with one source a line; goes with --targets.")]
-Targets = Annotated[Path | None, typer.Option(help="Text file with one target a line; goes with --sources.")]
-FileFormat = Annotated[Format | None, typer.Option("--format", help="Format of the input; default: from its suffix.")]
-SourceField = Annotated[str, typer.Option(help="Name of the source field or column.")]
-TargetField = Annotated[str, typer.Option(help="Name of the target field or column.")]
-Output = Annotated[
-    Path | None, typer.Option("--output", help="File for the texts, one a line; default: standard output.")
-]
-OptionalSchedule = Annotated[
-    Schedule | None, typer.Option(help="Schedule of λ; default: what training chose on the validation memory.")
-]
-LambdaMax = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="λ_max; default: what training chose, or 0.9.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-LookAhead = Annotated[int, typer.Option(min=0, help="Tokens that the server drafts per call. Never changes the text.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Sequences in one call.")]
-ShareTargets = Annotated[
-    bool, typer.Option("--share-targets", help="Allow target texts to be shown to the owner of the PLM.")
-]
-
-_DEFAULT_SERVER = "http://127.0.0.1:8000"
 
 
 def _clear_errors(command: Callable[_P, None]) -> Callable[_P, None]:
@@ -91,7 +81,7 @@ def _clear_errors(command: Callable[_P, None]) -> Callable[_P, None]:
 
 @app.command()
 @_clear_errors
-def info(server: Server = _DEFAULT_SERVER, as_json: AsJson = False) -> None:
+def info(server: Server = DEFAULT_SERVER, as_json: AsJson = False) -> None:
     """Show which model a server has and what it allows.
 
     Example: `pema-client info --server http://127.0.0.1:8000`
@@ -104,7 +94,7 @@ def info(server: Server = _DEFAULT_SERVER, as_json: AsJson = False) -> None:
 @_clear_errors
 def build_memory(
     memory: MemoryFolder = Path("memory"),
-    server: Server = _DEFAULT_SERVER,
+    server: Server = DEFAULT_SERVER,
     task: Annotated[str, typer.Option(help="Name of a built-in task, or a TOML file.")] = "translate-en-de",
     input_file: InputFile = None,
     sources: Sources = None,
@@ -173,7 +163,7 @@ def build_memory(
 def train(
     memory: MemoryFolder = Path("memory"),
     adapter: AdapterFolder = Path("adapter"),
-    server: Server = _DEFAULT_SERVER,
+    server: Server = DEFAULT_SERVER,
     form: Annotated[AdapterForm | None, typer.Option(help="Form of the adapter; default: residual.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="R, at most the model's hidden size.")] = TrainingSettings.rank,
     kappa: Annotated[
@@ -227,7 +217,7 @@ def train(
 def translate(
     texts: Annotated[list[str] | None, typer.Argument(help="Source texts; or give --input.")] = None,
     adapter: OptionalAdapter = None,
-    server: Server = _DEFAULT_SERVER,
+    server: Server = DEFAULT_SERVER,
     task: Annotated[str | None, typer.Option(help="Built-in task or TOML file; default: the adapter's.")] = None,
     input_file: InputFile = None,
     output: Output = None,
@@ -235,9 +225,9 @@ def translate(
     source_field: SourceField = "source",
     schedule: OptionalSchedule = None,
     lambda_max: LambdaMax = None,
-    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS,
-    look_ahead: LookAhead = LOOK_AHEAD,
-    batch_size: BatchSize = 32,
+    max_new_tokens: MaxNewTokens = DecodingSettings.max_new_tokens,
+    look_ahead: LookAhead = DecodingSettings.look_ahead,
+    batch_size: BatchSize = DecodingSettings.batch_size,
     dtype: Dtype = "float16",
     threads: Threads = 0,
     as_json: AsJson = False,
@@ -261,9 +251,7 @@ def translate(
             adapter=trained,
             task=load_task(task) if task else None,
             interpolation=_interpolation(trained, schedule, lambda_max),
-            max_new_tokens=max_new_tokens,
-            look_ahead=look_ahead,
-            batch_size=batch_size,
+            decoding=DecodingSettings(max_new_tokens, look_ahead, batch_size),
             reporter=_reporter(),
         )
     _write_texts(inputs, result, output, as_json)
@@ -274,16 +262,16 @@ def translate(
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, used as they are; or give --input.")] = None,
     adapter: OptionalAdapter = None,
-    server: Server = _DEFAULT_SERVER,
+    server: Server = DEFAULT_SERVER,
     input_file: InputFile = None,
     output: Output = None,
     file_format: FileFormat = None,
     source_field: SourceField = "source",
     schedule: OptionalSchedule = None,
     lambda_max: LambdaMax = None,
-    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS,
-    look_ahead: LookAhead = LOOK_AHEAD,
-    batch_size: BatchSize = 32,
+    max_new_tokens: MaxNewTokens = DecodingSettings.max_new_tokens,
+    look_ahead: LookAhead = DecodingSettings.look_ahead,
+    batch_size: BatchSize = DecodingSettings.batch_size,
     dtype: Dtype = "float16",
     threads: Threads = 0,
     as_json: AsJson = False,
@@ -304,9 +292,7 @@ def generate(
             inputs,
             adapter=trained,
             interpolation=_interpolation(trained, schedule, lambda_max),
-            max_new_tokens=max_new_tokens,
-            look_ahead=look_ahead,
-            batch_size=batch_size,
+            decoding=DecodingSettings(max_new_tokens, look_ahead, batch_size),
             reporter=_reporter(),
         )
     _write_texts(inputs, result, output, as_json)
@@ -316,7 +302,7 @@ def generate(
 @_clear_errors
 def evaluate(
     adapter: OptionalAdapter = None,
-    server: Server = _DEFAULT_SERVER,
+    server: Server = DEFAULT_SERVER,
     input_file: InputFile = None,
     sources: Sources = None,
     targets: Targets = None,
@@ -329,9 +315,9 @@ def evaluate(
     target_field: TargetField = "target",
     schedule: OptionalSchedule = None,
     lambda_max: LambdaMax = None,
-    max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS,
-    look_ahead: LookAhead = LOOK_AHEAD,
-    batch_size: BatchSize = 32,
+    max_new_tokens: MaxNewTokens = DecodingSettings.max_new_tokens,
+    look_ahead: LookAhead = DecodingSettings.look_ahead,
+    batch_size: BatchSize = DecodingSettings.batch_size,
     dtype: Dtype = "float16",
     threads: Threads = 0,
     as_json: AsJson = False,
@@ -365,9 +351,7 @@ def evaluate(
             trained,
             interpolation=_interpolation(trained, schedule, lambda_max),
             share_targets=share_targets,
-            max_new_tokens=max_new_tokens,
-            look_ahead=look_ahead,
-            batch_size=batch_size,
+            decoding=DecodingSettings(max_new_tokens, look_ahead, batch_size),
             reporter=_reporter(),
         )
     if as_json:

@@ -21,7 +21,7 @@ from data_owner_client import plotting
 from data_owner_client.adapter import AdapterCard, TrainedAdapter
 from data_owner_client.connection import open_connection
 from data_owner_client.data import Pair, split_validation
-from data_owner_client.decoding.generate import LOOK_AHEAD, MAX_NEW_TOKENS, Usage
+from data_owner_client.decoding.generate import DEFAULT_DECODING, DecodingSettings, Usage
 from data_owner_client.decoding.generate import generate as generate_ids
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.evaluation import Perplexities, TextScores, perplexities, plm_target_logprobs, text_scores
@@ -246,9 +246,7 @@ def translate(
     adapter: TrainedAdapter | None = None,
     task: Task | None = None,
     interpolation: Interpolation | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    look_ahead: int = LOOK_AHEAD,
-    batch_size: int = 32,
+    decoding: DecodingSettings = DEFAULT_DECODING,
     reporter: Reporter | None = None,
 ) -> Generation:
     """Answer source texts with a task's prompt.
@@ -259,9 +257,7 @@ def translate(
         adapter: the data owner's adapter; None for the PLM alone.
         task: the adapter's own unless given.
         interpolation: what training chose unless given.
-        max_new_tokens: longest answer, in tokens.
-        look_ahead: tokens that the server drafts per call.
-        batch_size: sequences in one call.
+        decoding: length, look-ahead, batch size.
         reporter: told of the progress.
 
     Raises:
@@ -279,9 +275,7 @@ def translate(
         adapter=adapter,
         interpolation=interpolation,
         horizons=[adapter.horizon(tokenizer.count(source)) for source in sources] if adapter else None,
-        max_new_tokens=max_new_tokens,
-        look_ahead=look_ahead,
-        batch_size=batch_size,
+        decoding=decoding,
         reporter=reporter,
     )
 
@@ -293,9 +287,7 @@ def generate(
     adapter: TrainedAdapter | None = None,
     task: Task | None = None,
     interpolation: Interpolation | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    look_ahead: int = LOOK_AHEAD,
-    batch_size: int = 32,
+    decoding: DecodingSettings = DEFAULT_DECODING,
     reporter: Reporter | None = None,
 ) -> Generation:
     """Continue prompts as they are, without a task's template around them.
@@ -310,9 +302,7 @@ def generate(
         adapter=adapter,
         interpolation=interpolation,
         horizons=[adapter.card.mean_length] * len(prompts) if adapter else None,
-        max_new_tokens=max_new_tokens,
-        look_ahead=look_ahead,
-        batch_size=batch_size,
+        decoding=decoding,
         reporter=reporter,
     )
 
@@ -324,9 +314,7 @@ def evaluate(
     *,
     interpolation: Interpolation | None = None,
     share_targets: bool = False,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    look_ahead: int = LOOK_AHEAD,
-    batch_size: int = 32,
+    decoding: DecodingSettings = DEFAULT_DECODING,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Translate the sources with the PLM alone and with the adapter, and score both against the targets.
@@ -347,9 +335,7 @@ def evaluate(
             adapter=with_adapter,
             task=task,
             interpolation=interpolation,
-            max_new_tokens=max_new_tokens,
-            look_ahead=look_ahead,
-            batch_size=batch_size,
+            decoding=decoding,
             reporter=reporter,
         )
 
@@ -381,9 +367,7 @@ def _generate(
     adapter: TrainedAdapter | None,
     interpolation: Interpolation | None,
     horizons: list[float] | None,
-    max_new_tokens: int,
-    look_ahead: int,
-    batch_size: int,
+    decoding: DecodingSettings,
     reporter: Reporter | None,
 ) -> Generation:
     started = time.perf_counter()
@@ -397,9 +381,7 @@ def _generate(
         interpolation=interpolation or (adapter.card.interpolation if adapter else Interpolation(schedule="none")),
         horizons=horizons,
         stop_ids=task.stop_ids(tokenizer) | frozenset(plm.card.eos_token_ids),
-        max_new_tokens=max_new_tokens,
-        look_ahead=look_ahead,
-        batch_size=batch_size,
+        settings=decoding,
         reporter=reporter,
     )
     texts = [task.answer(ids, tokenizer) for ids in token_ids]

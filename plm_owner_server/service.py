@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Generic, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from plm_owner_server.batching import plan_batches
 from plm_owner_server.engines.base import Decoded, Encoded, Engine
+from plm_owner_server.gathering import Batch, Gathered, present
 from plm_owner_server.settings import ServerSettings
 from protocol.checks import echoes, require_finite
-from protocol.errors import InvalidRequest, OverLimit, Overloaded, ServerFault, Unsupported
+from protocol.errors import InvalidRequest, OverLimit, Overloaded, Unsupported
 from protocol.messages import (
     DTYPES,
     DecodeRequest,
@@ -34,7 +34,6 @@ from protocol.messages import (
     WireDtype,
 )
 
-_Batch = TypeVar("_Batch", bound=Encoded)
 _RETRY_AFTER_S = 2.0
 
 
@@ -192,7 +191,7 @@ class PlmService:
         lengths = [len(ids) for ids in sequences]
         plan = plan_batches(lengths, self._settings.batch_tokens, self._settings.padding_tokens)
         results = self._run(plan, run)
-        gathered = _Gathered(plan, results, len(sequences))
+        gathered = Gathered(plan, results, len(sequences))
         return EncodeResponse(
             digest=self._card.digest,
             echo=gathered.echo,
@@ -236,13 +235,13 @@ class PlmService:
         # A further batch costs a pass for the prompts and one for each drafted token.
         padding = self._settings.padding_tokens * (1 + most) if may_pad else 0
         plan = plan_batches(lengths, self._settings.batch_tokens, padding)
-        gathered = _Gathered(plan, self._run(plan, run), len(sequences))
+        gathered = Gathered(plan, self._run(plan, run), len(sequences))
         return DecodeResponse(
             digest=self._card.digest,
             echo=gathered.echo,
             rows_B=gathered.rows_B,
             cr_N_D=_on_wire(gathered.rows(lambda r: r.cr_N_D), request.dtype, "the context representations"),
-            logsumexp_N=gathered.rows(lambda r: _present(r.logsumexp_N)),
+            logsumexp_N=gathered.rows(lambda r: present(r.logsumexp_N)),
             top1_N=gathered.rows(lambda r: r.top1_N),
             top1_logprob_N=gathered.rows(lambda r: r.top1_logprob_N),
             last_hidden_N_D=_optional_on_wire(gathered.optional_rows(lambda r: r.last_hidden_N_D), request.dtype),
@@ -320,7 +319,7 @@ class PlmService:
                 hint=f"Ids are 0 to {self._card.vocab_size - 1}; tokenise with this server's own tokenizer.",
             )
 
-    def _run(self, plan: list[list[int]], run: Callable[[list[int]], _Batch]) -> list[_Batch]:
+    def _run(self, plan: list[list[int]], run: Callable[[list[int]], Batch]) -> list[Batch]:
         results = []
         with self._place():
             for batch in plan:
@@ -341,47 +340,6 @@ class PlmService:
             yield
         finally:
             self._places.release()
-
-
-class _Gathered(Generic[_Batch]):
-    """Results of several batches, put back into the order of the request's sequences."""
-
-    def __init__(self, plan: list[list[int]], results: Sequence[_Batch], sequences: int) -> None:
-        self._results = results
-        order = [index for batch in plan for index in batch]
-        rows = [count for result in results for count in result.rows]
-        if sorted(order) != list(range(sequences)) or len(rows) != sequences:
-            _not_all_answered()
-        place = sorted(range(sequences), key=order.__getitem__)
-        echo = [value for result in results for value in result.echo]
-        self.echo = [echo[i] for i in place]
-        self.rows_B = torch.tensor([rows[i] for i in place])
-        starts = torch.tensor([0, *rows]).cumsum(0)
-        spans = [torch.arange(int(starts[i]), int(starts[i]) + rows[i]) for i in place]
-        self._order_N = torch.cat(spans)
-
-    def rows(self, part: Callable[[_Batch], Tensor]) -> Tensor:
-        gathered = torch.cat([part(result) for result in self._results])
-        if len(gathered) != len(self._order_N):
-            _not_all_answered()
-        return gathered[self._order_N]
-
-    def optional_rows(self, part: Callable[[_Batch], Tensor | None]) -> Tensor | None:
-        if part(self._results[0]) is None:
-            return None
-        return self.rows(lambda result: _present(part(result)))
-
-
-def _not_all_answered() -> NoReturn:
-    raise ServerFault(
-        "The engine did not answer every position that was asked for.", hint="Report this to the owner; try again."
-    )
-
-
-def _present(value: Tensor | None) -> Tensor:
-    if value is None:
-        _not_all_answered()
-    return value
 
 
 def _check_one_each(name: str, values: Sequence[int], sequences: Sequence[Sequence[int]]) -> None:

@@ -21,9 +21,25 @@ from protocol.errors import InvalidData
 from protocol.head import LMHead
 from protocol.messages import DecodeResponse
 
-LOOK_AHEAD = 4
-MAX_NEW_TOKENS = 128
 _ALONE = Interpolation(schedule="none")
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    """How to generate; of these only `max_new_tokens` can change a text.
+
+    Attributes:
+        max_new_tokens: longest continuation, in tokens.
+        look_ahead: tokens that the server drafts per call while the adapter has a say.
+        batch_size: sequences in one call; one that ends makes room for the next.
+    """
+
+    max_new_tokens: int = 128
+    look_ahead: int = 4
+    batch_size: int = 32
+
+
+DEFAULT_DECODING = DecodingSettings()
 
 
 @dataclass
@@ -61,9 +77,7 @@ def generate(
     interpolation: Interpolation = _ALONE,
     horizons: Sequence[float] | None = None,
     stop_ids: frozenset[int],
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    look_ahead: int = LOOK_AHEAD,
-    batch_size: int = 32,
+    settings: DecodingSettings = DEFAULT_DECODING,
     reporter: Reporter | None = None,
 ) -> tuple[list[list[int]], Usage]:
     """Greedy decoding of the mixture; without an adapter, of the PLM alone.
@@ -75,9 +89,7 @@ def generate(
         interpolation: schedule of λ.
         horizons: SL of every prompt, in tokens; needed with an adapter.
         stop_ids: tokens after which a sequence has ended.
-        max_new_tokens: longest continuation, in tokens.
-        look_ahead: tokens that the server drafts per call while the adapter has a say.
-        batch_size: sequences in one call; one that ends makes room for the next.
+        settings: see there.
         reporter: told of the progress.
 
     Returns:
@@ -105,9 +117,9 @@ def generate(
     calls = drafted = accepted = 0
     with (reporter or Reporter()).bar("generating", len(sequences), "sequences") as bar:
         while waiting or active:
-            while waiting and len(active) < batch_size:
+            while waiting and len(active) < settings.batch_size:
                 active.append(waiting.pop())
-            drafts = [_drafts(s, interpolation, look_ahead, max_new_tokens, plm) for s in active]
+            drafts = [_drafts(s, interpolation, settings, plm) for s in active]
             response = plm.decode([s.prompt + s.generated for s in active], drafts, sorted(stop_ids))
             kept = _advance(active, response, adapter, interpolation, stop_ids)
             calls += 1
@@ -115,22 +127,20 @@ def generate(
             accepted += kept - len(active)
             for sequence in active:
                 room = limit - len(sequence.prompt) - len(sequence.generated)
-                sequence.done |= len(sequence.generated) >= max_new_tokens or room <= 0
+                sequence.done |= len(sequence.generated) >= settings.max_new_tokens or room <= 0
             bar.advance(sum(s.done for s in active))
             active = [s for s in active if not s.done]
     usage = Usage(sum(len(s.generated) for s in sequences), calls, drafted, accepted)
     return [s.generated for s in sequences], usage
 
 
-def _drafts(
-    sequence: _Sequence, interpolation: Interpolation, look_ahead: int, max_new_tokens: int, plm: RemotePlm
-) -> int:
+def _drafts(sequence: _Sequence, interpolation: Interpolation, settings: DecodingSettings, plm: RemotePlm) -> int:
     """How many tokens to have drafted: to the end once the PLM goes on alone."""
     limits = plm.card.limits
     length = len(sequence.generated)
     room = limits.max_sequence_tokens - len(sequence.prompt) - length
-    most = min(max_new_tokens - length - 1, room, limits.max_look_ahead)
-    return most if interpolation.finished(length, sequence.horizon) else min(look_ahead, most)
+    most = min(settings.max_new_tokens - length - 1, room, limits.max_look_ahead)
+    return most if interpolation.finished(length, sequence.horizon) else min(settings.look_ahead, most)
 
 
 def _advance(

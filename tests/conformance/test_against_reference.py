@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from data_owner_client import Pair, TrainingSettings, build_memories, train, verbs
 from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.connection import open_connection
-from data_owner_client.decoding.generate import generate
+from data_owner_client.decoding.generate import DecodingSettings, generate
 from data_owner_client.decoding.interpolation import SCHEDULES, Interpolation
 from data_owner_client.memory import ExternalMemory
 from data_owner_client.memory.build import tokenize_pair
@@ -26,6 +26,7 @@ TASK = Task(name="t", source_label="In", target_label="Out", examples=({"source"
 WORDS = ["the", "thin", "die", "Tür", "an", "on", "shine", "reden", "her"]
 PAIRS = [Pair(" ".join(WORDS[i % 9 :][: 2 + i % 4]), " ".join(WORDS[(3 * i) % 7 :][: 1 + i % 3])) for i in range(24)]
 STEPS = 14
+BRIEF = DecodingSettings(STEPS)
 
 
 class Case:
@@ -107,9 +108,11 @@ def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObj
         interpolation=interpolation,
         horizons=horizons,
         stop_ids=case.stop_ids,
-        max_new_tokens=STEPS,
-        look_ahead=data.draw(st.sampled_from([0, 1, 4, 20])),
-        batch_size=data.draw(st.sampled_from([1, 2, 32])),
+        settings=DecodingSettings(
+            STEPS,
+            look_ahead=data.draw(st.sampled_from([0, 1, 4, 20])),
+            batch_size=data.draw(st.sampled_from([1, 2, 32])),
+        ),
     )
     expected = [
         case.expected(prompt, interpolation, horizon, STEPS) for prompt, horizon in zip(prompts, horizons, strict=True)
@@ -120,7 +123,7 @@ def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObj
 
 def test_pema_really_changes_what_is_generated(case: Case) -> None:
     prompts = case.prompts([pair.source for pair in PAIRS[:8]])
-    alone, _ = generate(case.plm, prompts, stop_ids=case.stop_ids, max_new_tokens=STEPS)
+    alone, _ = generate(case.plm, prompts, stop_ids=case.stop_ids, settings=BRIEF)
     adapted, _ = generate(
         case.plm,
         prompts,
@@ -128,7 +131,7 @@ def test_pema_really_changes_what_is_generated(case: Case) -> None:
         interpolation=Interpolation(schedule="constant", lambda_max=0.7),
         horizons=[5.0] * 8,
         stop_ids=case.stop_ids,
-        max_new_tokens=STEPS,
+        settings=BRIEF,
     )
     assert sum(a != b for a, b in zip(alone, adapted, strict=True)) >= 4
 
@@ -151,12 +154,16 @@ def test_translate_uses_nothing_but_the_source(case: Case) -> None:
     """Gradual Unrolling's horizon comes from the source: the same text alone, in a batch, in any order."""
     sources = [pair.source for pair in PAIRS[:9]]
     gradual = Interpolation(schedule="gradual", lambda_max=0.9)
-    together = verbs.translate(case.plm, sources, adapter=case.adapter, interpolation=gradual, max_new_tokens=STEPS)
+    together = verbs.translate(case.plm, sources, adapter=case.adapter, interpolation=gradual, decoding=BRIEF)
     reverse = verbs.translate(
-        case.plm, sources[::-1], adapter=case.adapter, interpolation=gradual, max_new_tokens=STEPS, batch_size=2
+        case.plm,
+        sources[::-1],
+        adapter=case.adapter,
+        interpolation=gradual,
+        decoding=DecodingSettings(STEPS, batch_size=2),
     )
     alone = [
-        verbs.translate(case.plm, [s], adapter=case.adapter, interpolation=gradual, max_new_tokens=STEPS).texts[0]
+        verbs.translate(case.plm, [s], adapter=case.adapter, interpolation=gradual, decoding=BRIEF).texts[0]
         for s in sources
     ]
     assert together.texts == alone == reverse.texts[::-1]

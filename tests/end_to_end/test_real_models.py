@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from data_owner_client import Pair, Task, TrainingSettings, build_memories, connect, load_task, train, translate
-from data_owner_client.decoding.generate import generate
+from data_owner_client.decoding.generate import DecodingSettings, generate
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.memory.build import tokenize_pair
 from data_owner_client.plm import RemotePlm
@@ -93,7 +93,7 @@ def test_decoding_without_weight_is_generate_token_for_token(real: Real) -> None
     prompts = [real.plm.tokenizer.encode_prompt(real.task.prompt(p.source, real.plm.tokenizer)) for p in PAIRS[:4]]
     prompts += [real.tokenizer(text).input_ids for text in TEXTS]
     tokens = 24
-    ours, usage = generate(real.plm, prompts, stop_ids=frozenset(), max_new_tokens=tokens)
+    ours, usage = generate(real.plm, prompts, stop_ids=frozenset(), settings=DecodingSettings(tokens))
     assert usage.calls == 1
     eos = set(real.plm.card.eos_token_ids)
     for prompt, generated in zip(prompts, ours, strict=True):
@@ -131,9 +131,13 @@ def test_the_whole_of_pema_is_the_slow_reference(real: Real, tmp_path: Path) -> 
         ):
             sources = ["Turn off the light", "Enter the name of the sensor"]
             ours = translate(
-                real.plm, sources, adapter=adapter, interpolation=interpolation, max_new_tokens=8, look_ahead=3
+                real.plm,
+                sources,
+                adapter=adapter,
+                interpolation=interpolation,
+                decoding=DecodingSettings(8, look_ahead=3),
             )
-            alone = translate(real.plm, sources, task=real.task, max_new_tokens=8)
+            alone = translate(real.plm, sources, task=real.task, decoding=DecodingSettings(8))
             for source, token_ids in zip(sources, ours.token_ids, strict=True):
                 horizon = adapter.horizon(tokenizer.count(source))
                 expected = reference.decode(
