@@ -6,7 +6,7 @@ P_PEMA(· | c) = softmax(head(h_pd)) over the candidate vocabulary V' ⊂ V, the
 
 from __future__ import annotations
 
-import json
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -89,9 +89,10 @@ class AdapterCard(BaseModel):
     interpolation_why: str
     logit_scale: float
     softcap: float | None
-    settings: dict[str, float | int | str]
+    settings: dict[str, float | int | str | None]
     validation: dict[str, float]
     memory_digest: str
+    tensors_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,10 @@ class TrainedAdapter:
         tensors |= {"candidate_ids_C": self.candidate_ids_C, "head.weight": self.head.weight_V_D.contiguous()}
         if self.head.bias_V is not None:
             tensors["head.bias"] = self.head.bias_V.contiguous()
-        write_atomically(folder / _TENSORS, safetensors.torch.save(tensors))
-        write_atomically(folder / _JSON, self.card.model_dump_json(indent=1).encode())
+        packed = safetensors.torch.save(tensors)
+        card = self.card.model_copy(update={"tensors_sha256": hashlib.sha256(packed).hexdigest()})
+        write_atomically(folder / _TENSORS, packed)
+        write_atomically(folder / _JSON, card.model_dump_json(indent=1).encode())
 
     @classmethod
     def load(cls, folder: Path) -> TrainedAdapter:
@@ -141,10 +144,13 @@ class TrainedAdapter:
         damaged = InvalidData(f"The adapter in {folder} is damaged.", hint="Train it again: pema-client train.")
         try:
             card = AdapterCard.model_validate_json((folder / _JSON).read_bytes())
-            tensors = safetensors.torch.load((folder / _TENSORS).read_bytes())
+            packed = (folder / _TENSORS).read_bytes()
+            if hashlib.sha256(packed).hexdigest() != card.tensors_sha256:
+                raise damaged
+            tensors = safetensors.torch.load(packed)
         except OSError as error:
             raise InvalidData(f"{folder} holds no adapter.", hint="Train one: pema-client train.") from error
-        except (ValidationError, SafetensorError, json.JSONDecodeError) as error:
+        except (ValidationError, SafetensorError) as error:
             raise damaged from error
         try:
             candidate_ids_C, weight = tensors.pop("candidate_ids_C"), tensors.pop("head.weight")

@@ -46,7 +46,7 @@ from data_owner_client.decoding.interpolation import Interpolation, Schedule
 from data_owner_client.evaluation import text_scores
 from data_owner_client.files import write_atomically
 from data_owner_client.memory.store import ContextMode
-from data_owner_client.progress import Reporter, RichReporter
+from data_owner_client.progress import RichReporter
 from data_owner_client.tasks import load_task
 from data_owner_client.training import TrainingSettings
 from protocol.errors import InvalidData, PemaError
@@ -71,7 +71,7 @@ def _clear_errors(command: Callable[_P, None]) -> Callable[_P, None]:
         except PemaError as error:
             sys.exit(f"pema-client: {error}")
         except KeyboardInterrupt:
-            sys.exit("pema-client: interrupted; run the same command again to go on.")
+            sys.exit("pema-client: interrupted; run the same command again (build-memory goes on where it was).")
         except BrokenPipeError:
             # The reader of our output, such as head, has gone.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -153,7 +153,7 @@ def build_memory(
             context_mode=mode,
             share_targets=share_targets,
             overwrite=overwrite,
-            reporter=_reporter(),
+            reporter=RichReporter(),
         )
     _print(report.model_dump(), as_json, title="external memory")
 
@@ -164,15 +164,19 @@ def train(
     memory: MemoryFolder = Path("memory"),
     adapter: AdapterFolder = Path("adapter"),
     server: Server = DEFAULT_SERVER,
-    form: Annotated[AdapterForm | None, typer.Option(help="Form of the adapter; default: residual.")] = None,
+    form: Annotated[
+        AdapterForm | None, typer.Option(help="Form of the adapter; default: residual where the memory allows it.")
+    ] = None,
     rank: Annotated[int, typer.Option(min=1, help="R, at most the model's hidden size.")] = TrainingSettings.rank,
     kappa: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="κ, weight of the reconstruction loss.")
     ] = TrainingSettings.kappa,
-    learning_rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = TrainingSettings.learning_rate,
+    learning_rate: Annotated[
+        float, typer.Option(min=1e-9, help="Adam's learning rate.")
+    ] = TrainingSettings.learning_rate,
     dropout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Dropout.")] = TrainingSettings.dropout,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of joint training, at most.")] = TrainingSettings.epochs,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = TrainingSettings.seed,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")] = TrainingSettings.seed,
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -186,19 +190,17 @@ def train(
     - `pema-client train --form paper --seed 1 --json`
     """
     _set_threads(threads)
-    # Float32 head rows: the adapter keeps them, and the candidates' logits stay exact.
-    with verbs.connect(server, dtype="float32") as plm:
-        default: AdapterForm = "residual" if plm.card.cr_kind == "last_hidden_state" else "paper"
-        settings = TrainingSettings(
-            form=form or default,
-            rank=rank,
-            kappa=kappa,
-            learning_rate=learning_rate,
-            dropout=dropout,
-            epochs=epochs,
-            seed=seed,
-        )
-        _, report = verbs.train(plm, memory, adapter, settings=settings, reporter=_reporter())
+    settings = TrainingSettings(
+        form=form,
+        rank=rank,
+        kappa=kappa,
+        learning_rate=learning_rate,
+        dropout=dropout,
+        epochs=epochs,
+        seed=seed,
+    )
+    with verbs.connect(server) as plm:
+        _, report = verbs.train(plm, memory, adapter, settings=settings, reporter=RichReporter())
     card = report.card
     shown = {
         "folder": report.folder,
@@ -252,7 +254,7 @@ def translate(
             task=load_task(task) if task else None,
             interpolation=_interpolation(trained, schedule, lambda_max),
             decoding=DecodingSettings(max_new_tokens, look_ahead, batch_size),
-            reporter=_reporter(),
+            reporter=RichReporter(),
         )
     _write_texts(inputs, result, output, as_json)
 
@@ -276,7 +278,7 @@ def generate(
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Continue prompts as they are, without a template; a continuation ends at a newline.
+    """Continue prompts as they are, without a template, up to the stop of the adapter's task (else a newline).
 
     Examples:
 
@@ -293,7 +295,7 @@ def generate(
             adapter=trained,
             interpolation=_interpolation(trained, schedule, lambda_max),
             decoding=DecodingSettings(max_new_tokens, look_ahead, batch_size),
-            reporter=_reporter(),
+            reporter=RichReporter(),
         )
     _write_texts(inputs, result, output, as_json)
 
@@ -352,7 +354,7 @@ def evaluate(
             interpolation=_interpolation(trained, schedule, lambda_max),
             share_targets=share_targets,
             decoding=DecodingSettings(max_new_tokens, look_ahead, batch_size),
-            reporter=_reporter(),
+            reporter=RichReporter(),
         )
     if as_json:
         _print(report.model_dump(), as_json, title="")
@@ -366,7 +368,8 @@ def evaluate(
         table.add_row(name, f"{scores.bleu:.1f}", f"{scores.chrf:.1f}", "–" if ppl is None else f"{ppl:.2f}")
     if perplexity is not None:
         covered = f"the {perplexity.coverage:.1%} of tokens that it covers"
-        table.caption = f"Perplexity of the adapter alone, on {covered}: {perplexity.pema_covered:.2f}."
+        if perplexity.pema_covered is not None:
+            table.caption = f"Perplexity of the adapter alone, on {covered}: {perplexity.pema_covered:.2f}."
     Console().print(table)
     Console().print(report.pema.bleu_signature, report.pema.chrf_signature, sep="\n", highlight=False)
 
@@ -374,10 +377,6 @@ def evaluate(
 def main() -> None:
     """Entry point of `pema-client`."""
     app()
-
-
-def _reporter() -> Reporter:
-    return RichReporter()
 
 
 def _set_threads(threads: int) -> None:
@@ -404,6 +403,8 @@ def _pairs(
 def _sources(
     texts: list[str] | None, input_file: Path | None, file_format: Format | None, source_field: str
 ) -> list[str]:
+    if texts and input_file is not None:
+        raise InvalidData("Texts were given in two ways.", hint="Give them as arguments or with --input.")
     if texts:
         return texts
     path = input_file or Path("-")
@@ -414,18 +415,15 @@ def _sources(
 def _interpolation(
     adapter: TrainedAdapter | None, schedule: Schedule | None, lambda_max: float | None
 ) -> Interpolation | None:
-    if adapter is None or (schedule is None and lambda_max is None):
+    """What training chose, but for what the user says; None for training's own choice."""
+    if schedule is None and lambda_max is None:
         return None
+    if adapter is None:
+        raise InvalidData("--schedule and --lambda-max say how much an adapter counts.", hint="Give --adapter.")
     chosen = adapter.card.interpolation
-    if schedule is None or schedule == chosen.schedule:
-        return Interpolation(
-            schedule=chosen.schedule, lambda_max=chosen.lambda_max if lambda_max is None else lambda_max
-        )
-    return (
-        Interpolation(schedule=schedule)
-        if lambda_max is None
-        else Interpolation(schedule=schedule, lambda_max=lambda_max)
-    )
+    # Another schedule than the chosen one starts from its own default, not from a λ_max that was chosen for this one.
+    base = chosen if schedule in (None, chosen.schedule) else Interpolation(schedule=schedule or "gradual")
+    return base if lambda_max is None else base.model_copy(update={"lambda_max": lambda_max})
 
 
 def _write_texts(inputs: list[str], result: verbs.Generation, output: Path | None, as_json: bool) -> None:

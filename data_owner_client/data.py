@@ -57,7 +57,7 @@ def read_pairs(
             raise InvalidData(f"{path} has no targets.", hint="Give --sources and --targets, or a file with both.")
         records = ((n, {source_field: line}) for n, line in enumerate(_lines(text), 1))
     else:
-        records = _table(text, "tsv" if kind == "tsv" else "excel", source_field, target_field)
+        records = _table(text, path, "tsv" if kind == "tsv" else "excel", source_field, target_field)
     fields = (source_field, target_field if need_targets else None)
     return _nonempty([_pair(record, *fields, place=f"{path}:{number}") for number, record in records], path)
 
@@ -89,22 +89,21 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def split_validation(pairs: Sequence[Pair], fraction: float, most: int = 300) -> tuple[list[Pair], list[Pair]]:
-    """Set aside a part of the pairs for validation, by a hash of the source, so that equal texts stay together.
+    """Set aside a part of the pairs for validation, at least one, by a hash of the source: equal texts stay together.
 
     Args:
         pairs: all pairs.
         fraction: share of the pairs to set aside, 0 to 1.
-        most: at most so many pairs.
+        most: at most so many distinct sources.
 
     Raises:
         InvalidData: nothing would be left on one side.
     """
-    wanted = max(1, min(most, round(fraction * len(pairs))))
     order = sorted({pair.source for pair in pairs}, key=lambda source: hashlib.sha256(source.encode()).digest())
-    held_out = set(order[:wanted])
-    train = [pair for pair in pairs if pair.source not in held_out]
-    if not train:
+    if len(order) < 2:
         raise InvalidData(f"{len(pairs)} pairs are too few to set some aside for validation.", hint="Give more pairs.")
+    held_out = set(order[: max(1, min(most, round(fraction * len(pairs)), len(order) // 2))])
+    train = [pair for pair in pairs if pair.source not in held_out]
     return train, [pair for pair in pairs if pair.source in held_out]
 
 
@@ -150,17 +149,29 @@ def _jsonl(text: str, path: str | Path) -> Iterator[tuple[int, dict[str, object]
 
 
 def _table(
-    text: str, dialect: Literal["tsv", "excel"], source_field: str, target_field: str
+    text: str, path: str | Path, dialect: Literal["tsv", "excel"], source_field: str, target_field: str
 ) -> Iterator[tuple[int, dict[str, object]]]:
     reader = csv.reader(io.StringIO(text, newline=""), dialect)
-    header = [source_field, target_field]
-    for row in reader:
-        if not row:
-            continue
-        if reader.line_num == 1 and source_field in row:
-            header = row
-            continue
-        yield reader.line_num, dict(zip(header, row, strict=False))
+    header: list[str] | None = None
+    try:
+        for row in reader:
+            if not row:
+                continue
+            if header is None:
+                named = source_field in row
+                header = row if named else [source_field, target_field]
+                if named:
+                    continue
+            if header == [source_field, target_field] and len(row) != 2:
+                raise InvalidData(
+                    f"{path}:{reader.line_num} has {len(row)} columns and no header names {source_field!r}.",
+                    hint="Give a header line with both field names, or exactly two columns.",
+                )
+            yield reader.line_num, dict(zip(header, row, strict=False))
+    except csv.Error as error:
+        raise InvalidData(
+            f"{path}:{reader.line_num} is not well-formed: {error}.", hint="Is a quotation mark missing?"
+        ) from error
 
 
 def _pair(record: dict[str, object], source_field: str, target_field: str | None, *, place: str) -> Pair:
@@ -175,6 +186,10 @@ def _field(record: dict[str, object], name: str, place: str) -> str:
             f"{place} has no text in the field {name!r}.",
             hint="Name the fields with --source-field and --target-field.",
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidData(f"{place} has half of a surrogate pair.", hint="Write it as Unicode text.") from None
     return value.strip()
 
 

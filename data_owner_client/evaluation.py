@@ -14,9 +14,9 @@ from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.memory.store import MemoryRows
 from data_owner_client.plm import RemotePlm, token_set
-from data_owner_client.training import TrainingData, ValidationData, target_logprobs
-
-_ROWS_AT_ONCE = 4096
+from data_owner_client.training import ROWS_AT_ONCE, TrainingData, ValidationData, target_logprobs
+from protocol.errors import InvalidData
+from protocol.head import LMHead
 
 
 class TextScores(BaseModel):
@@ -34,14 +34,15 @@ class Perplexities(BaseModel):
     Attributes:
         plm: of the PLM alone.
         mixture: of (1 − λ_t)·P_PLM + λ_t·P_PEMA.
-        pema_covered: of the adapter alone, on the tokens that are candidates; the others have probability 0.
+        pema_covered: of the adapter alone, on the tokens that are candidates; the others have probability 0. None if
+            there are no such tokens.
         coverage: share of tokens that are candidates.
         tokens: how many tokens were counted.
     """
 
     plm: float
     mixture: float
-    pema_covered: float
+    pema_covered: float | None
     coverage: float
     tokens: int
 
@@ -59,16 +60,22 @@ def text_scores(hypotheses: Sequence[str], references: Sequence[str]) -> TextSco
     )
 
 
-def plm_target_logprobs(plm: RemotePlm, rows: MemoryRows) -> Tensor:
-    """log P_PLM(y) of each row, float64, from the head rows of the targets and the stored log-sum-exp."""
-    assert rows.logsumexp_N is not None, "a validation memory has the log-sum-exp"  # noqa: S101
-    target_ids_K = token_set([rows.target_N])
-    head = plm.head_rows(target_ids_K)
+def plm_target_logprobs(head: LMHead, target_ids_K: Tensor, rows: MemoryRows) -> Tensor:
+    """log P_PLM(y) of each row, float64, from head rows and the stored log-sum-exp.
+
+    Args:
+        head: head rows of `target_ids_K`.
+        target_ids_K: int64, sorted; every target of the rows is among them.
+        rows: of a validation memory.
+
+    Raises:
+        InvalidData: the rows were stored without log-sum-exp.
+    """
+    if rows.logsumexp_N is None:
+        raise InvalidData("The validation memory has no log-sum-exp.", hint="Build it again: build-memory --overwrite.")
     label_N = torch.searchsorted(target_ids_K, rows.target_N.long())
     parts = []
-    for input_B_D, label_B in zip(
-        rows.head_input_N_D().split(_ROWS_AT_ONCE), label_N.split(_ROWS_AT_ONCE), strict=True
-    ):
+    for input_B_D, label_B in zip(rows.head_input_N_D().split(ROWS_AT_ONCE), label_N.split(ROWS_AT_ONCE), strict=True):
         parts.append(head.logits(input_B_D.float()).gather(1, label_B[:, None])[:, 0].double())
     return (torch.cat(parts) - rows.logsumexp_N.double()).clamp(max=0.0)
 
@@ -77,7 +84,8 @@ def perplexities(
     plm: RemotePlm, adapter: TrainedAdapter, rows: MemoryRows, interpolation: Interpolation
 ) -> Perplexities:
     """Perplexities on teacher-forced rows with log-sum-exp."""
-    plm_logprob_N = plm_target_logprobs(plm, rows)
+    target_ids_K = token_set([rows.target_N])
+    plm_logprob_N = plm_target_logprobs(plm.head_rows(target_ids_K), target_ids_K, rows)
     data = TrainingData.of(rows, adapter.candidate_ids_C)
     pema_logprob_N = target_logprobs(adapter.adapter, adapter.head, data)
     held_out = ValidationData.of(rows, adapter.candidate_ids_C, plm_logprob_N, adapter.card.length_ratio)
@@ -85,7 +93,7 @@ def perplexities(
     return Perplexities(
         plm=math.exp(-plm_logprob_N.mean().item()),
         mixture=math.exp(held_out.mixture_nll(pema_logprob_N, interpolation)),
-        pema_covered=math.exp(-pema_logprob_N[covered_N].mean().item()) if bool(covered_N.any()) else math.inf,
+        pema_covered=math.exp(-pema_logprob_N[covered_N].mean().item()) if bool(covered_N.any()) else None,
         coverage=covered_N.float().mean().item(),
         tokens=len(plm_logprob_N),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -16,7 +17,7 @@ from data_owner_client.files import write_atomically
 from data_owner_client.tokenization import PlmTokenizer
 from protocol import PROTOCOL_VERSION
 from protocol.checks import echoes, require_finite
-from protocol.errors import IdentityMismatch, ProtocolViolation
+from protocol.errors import IdentityMismatch, InvalidData, InvalidRequest, ProtocolViolation
 from protocol.head import LMHead
 from protocol.messages import (
     DecodeRequest,
@@ -39,7 +40,7 @@ class RemotePlm:
 
     Args:
         connection: any transport.
-        dtype: dtype in which representations and head rows travel.
+        dtype: dtype in which representations travel; head rows always travel as float32.
         cache: folder for tokenizers, which are large and never change under their digest; None for no cache.
 
     Raises:
@@ -78,13 +79,14 @@ class RemotePlm:
     def tokenizer(self) -> PlmTokenizer:
         """The model's tokenizer, from the cache if it is there."""
         path = None if self._cache is None else self._cache / f"{self.card.tokenizer_digest}.json"
-        if path is not None and path.is_file():
-            return PlmTokenizer(TokenizerBundle.from_json(path.read_bytes()))
+        if path is not None and (cached := _read_bundle(path)) is not None:
+            return PlmTokenizer(cached)
         bundle = self._connection.tokenizer()
         if bundle.digest != self.card.tokenizer_digest:
             raise ProtocolViolation("The tokenizer is not the one of the model card.", hint="Has the server changed?")
         if path is not None:
-            write_atomically(path, bundle.to_json())
+            with suppress(InvalidData):  # a cache that cannot be written to is no reason to stop
+                write_atomically(path, bundle.to_json())
         return PlmTokenizer(bundle)
 
     def encode(
@@ -123,8 +125,7 @@ class RemotePlm:
         )
         rows = response.rows_B.tolist()
         complete = len(rows) == len(ids) and all(1 <= n <= k + 1 for n, k in zip(rows, look_ahead, strict=True))
-        per_row = (response.logsumexp_N, response.top1_N, response.top1_logprob_N)
-        if not complete or any(part.shape != (sum(rows),) for part in per_row):
+        if not complete:
             raise _incomplete()
         self._check(response, ids)
         return response
@@ -132,21 +133,22 @@ class RemotePlm:
     def head_rows(self, token_ids_C: Tensor) -> LMHead:
         """Chosen rows of the LM head in float32, asked for in pieces of the server's limit."""
         pieces = token_ids_C.split(self.card.limits.max_head_rows)
-        return _joined([self._head(HeadRequest(token_ids=piece.tolist(), dtype=self.dtype)) for piece in pieces])
+        return _joined([self._head(token_ids=piece.tolist()) for piece in pieces])
 
     def full_head(self) -> LMHead:
         """All rows of the LM head in float32."""
         step, rows = self.card.limits.max_head_rows, self.card.vocab_size
         ranges = [(start, min(start + step, rows)) for start in range(0, rows, step)]
-        return _joined([self._head(HeadRequest(start=a, stop=b, dtype=self.dtype)) for a, b in ranges])
+        return _joined([self._head(start=a, stop=b) for a, b in ranges])
 
-    def _head(self, request: HeadRequest) -> HeadRows:
-        answer = self._connection.lm_head(request)
+    def _head(self, *, token_ids: list[int] | None = None, start: int = 0, stop: int | None = None) -> HeadRows:
+        # Always float32: an adapter keeps its rows, and they are few.
+        answer = self._connection.lm_head(HeadRequest(token_ids=token_ids, start=start, stop=stop, dtype="float32"))
         self._check_digest(answer.digest)
-        wanted = len(request.token_ids) if request.token_ids is not None else (request.stop or 0) - request.start
-        if answer.weight_N_D.shape != (wanted, self.card.hidden_size):
-            raise _incomplete()
-        require_finite(answer.weight_N_D, "the LM head")
+        wanted = len(token_ids) if token_ids is not None else (stop or 0) - start
+        _require_shape(answer.weight_N_D, (wanted, self.card.hidden_size), "the LM head")
+        if answer.bias_N is not None:
+            _require_shape(answer.bias_N, (wanted,), "the LM head's bias")
         return answer
 
     def _check(self, response: EncodeResponse | DecodeResponse, ids: list[list[int]]) -> None:
@@ -156,9 +158,19 @@ class RemotePlm:
                 "The server's echo shows that it ran other token ids than were sent.",
                 hint="Something between client and server changes or mixes requests; nothing was stored.",
             )
-        if response.cr_N_D.shape != (int(response.rows_B.sum()), self.card.hidden_size):
+        rows, size = int(response.rows_B.sum()), self.card.hidden_size
+        _require_shape(response.cr_N_D, (rows, size), "the context representations")
+        if response.logsumexp_N is not None:
+            _require_shape(response.logsumexp_N, (rows,), "the log-sum-exp")
+        if (response.last_hidden_N_D is None) != (self.card.cr_kind == "last_hidden_state"):
             raise _incomplete()
-        require_finite(response.cr_N_D, "the context representations")
+        if response.last_hidden_N_D is not None:
+            _require_shape(response.last_hidden_N_D, (rows, size), "the last hidden states")
+        if isinstance(response, DecodeResponse):
+            _require_shape(response.top1_N, (rows,), "the top-1 tokens")
+            _require_shape(response.top1_logprob_N, (rows,), "the top-1 probabilities")
+            if int(response.top1_N.min()) < 0 or int(response.top1_N.max()) >= self.card.vocab_size:
+                raise ProtocolViolation("A top-1 token of the server lies outside its own vocabulary.")
 
     def _check_digest(self, digest: str) -> None:
         if digest != self.card.digest:
@@ -172,6 +184,20 @@ def token_set(tokens: Sequence[Tensor]) -> Tensor:
     """Sorted distinct token ids (int64) of several tensors."""
     ids_K: Tensor = torch.unique(torch.cat([part.long() for part in tokens]))
     return ids_K
+
+
+def _read_bundle(path: Path) -> TokenizerBundle | None:
+    """A cached tokenizer; None if there is none, or a damaged one."""
+    try:
+        return TokenizerBundle.from_json(path.read_bytes())
+    except (OSError, InvalidRequest):
+        return None
+
+
+def _require_shape(values: Tensor, shape: tuple[int, ...], what: str) -> None:
+    if values.shape != shape:
+        raise _incomplete()
+    require_finite(values, what)
 
 
 def _incomplete() -> ProtocolViolation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 
 from jinja2 import TemplateError
@@ -107,13 +108,17 @@ class PlmTokenizer:
         """
         if self._chat_template is None:
             raise Unsupported("The model has no chat template.", hint='Give the task `format = "plain"`.')
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        # The environment that transformers gives chat templates.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _raise_template_error
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             text = environment.from_string(self._chat_template).render(
                 messages=messages, add_generation_prompt=True, **self._special_tokens
             )
-        except TemplateError as error:
+        except Exception as error:
             raise InvalidData(
                 f"The model's chat template refuses the task's messages: {error}", hint='Try `format = "plain"`.'
             ) from error

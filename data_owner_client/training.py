@@ -1,6 +1,6 @@
 """Training the adapter on an external memory: reconstruction first, then jointly with prediction.
 
-(1) Reconstruction: A and B_rct minimise L_rct = mean ‖B_rct A x − x‖².
+(1) Reconstruction: A and B_rct minimise L_rct, the mean over rows and coordinates of (B_rct A x − x)².
 (2) Joint: B_rct frozen; A and B_pd minimise κ·L_rct + (1 − κ)·L_pd with L_pd = CE(head(h_pd), y).
 """
 
@@ -9,20 +9,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from data_owner_client.adapter import Adapter, AdapterForm
-from data_owner_client.decoding.interpolation import Interpolation, mix
+from data_owner_client.decoding.interpolation import Interpolation, Schedule, mix
 from data_owner_client.memory.store import MemoryRows
 from data_owner_client.progress import Reporter
 from protocol.errors import InvalidData, NumericalFault
 from protocol.head import LMHead
 
-_ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 4096
 _LAMBDAS = tuple(i / 20 for i in range(1, 20))
 
 
@@ -31,7 +31,7 @@ class TrainingSettings:
     """What can be set; the defaults need no tuning for memories of a thousand to some hundred thousand rows.
 
     Attributes:
-        form: of the adapter; `residual` measures better than `paper`.
+        form: of the adapter; None for `residual`, which measures better, where the memory allows it, else `paper`.
         rank: R; at most the model's hidden size.
         kappa: κ, weight of the reconstruction loss in the joint phase.
         learning_rate: Adam's, at its peak; it falls to zero along a cosine.
@@ -43,7 +43,7 @@ class TrainingSettings:
         seed: of initialisation, shuffling and dropout.
     """
 
-    form: AdapterForm = "residual"
+    form: AdapterForm | None = None
     rank: int = 512
     kappa: float = 0.2
     learning_rate: float = 2e-3
@@ -108,10 +108,10 @@ class ValidationData:
         lambda_N = interpolation.weights(self.position_N, self.horizon_N)
         return -mix(self.plm_logprob_N, pema_logprob_N, lambda_N).mean().item()
 
-    def best_constant(self, pema_logprob_N: Tensor) -> tuple[float, Interpolation]:
-        """The constant λ of the highest mixture likelihood, after its negative logarithm per token."""
-        options = [Interpolation(schedule="constant", lambda_max=value) for value in _LAMBDAS]
-        return min(((self.mixture_nll(pema_logprob_N, option), option) for option in options), key=lambda x: x[0])
+    def best(self, pema_logprob_N: Tensor, schedule: Schedule) -> tuple[Interpolation, float]:
+        """The schedule with the λ_max of the highest mixture likelihood, and its negative logarithm per token."""
+        options = [Interpolation(schedule=schedule, lambda_max=value) for value in _LAMBDAS]
+        return min(((option, self.mixture_nll(pema_logprob_N, option)) for option in options), key=lambda x: x[1])
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def train_adapter(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         adapter = Adapter(
-            hidden_size, min(settings.rank, hidden_size), settings.form, rms=rms, dropout=settings.dropout
+            hidden_size, min(settings.rank, hidden_size), settings.form or "residual", rms=rms, dropout=settings.dropout
         )
         history: list[Epoch] = []
         best_nll, best_state = math.inf, copy.deepcopy(adapter.state_dict())
@@ -196,7 +196,7 @@ def train_adapter(
                     predictions.append(prediction.item())
                     validated = "" if math.isinf(best_nll) else f"  validation {best_nll:.4f}"
                     bar.advance(1, f"epoch {epoch}  prediction {predictions[-1]:.3f}{validated}")
-                nll, _ = validation.best_constant(target_logprobs(adapter, head, validation.data))
+                _, nll = validation.best(target_logprobs(adapter, head, validation.data), "constant")
                 history.append(Epoch("joint", epoch, _mean(losses), _mean(predictions), nll))
                 if nll < best_nll:
                     best_nll, best_state, since_best = nll, copy.deepcopy(adapter.state_dict()), 0
@@ -216,11 +216,8 @@ def choose_interpolation(
     Returns:
         The best, and for every schedule its best λ_max with the negative log-likelihood per token.
     """
-    best: dict[str, tuple[Interpolation, float]] = {}
-    for schedule in ("constant", "linear", "gradual"):
-        options = [Interpolation(schedule=schedule, lambda_max=value) for value in _LAMBDAS]
-        scored = [(option, validation.mixture_nll(pema_logprob_N, option)) for option in options]
-        best[schedule] = min(scored, key=lambda pair: pair[1])
+    schedules: tuple[Schedule, ...] = ("constant", "linear", "gradual")
+    best: dict[str, tuple[Interpolation, float]] = {name: validation.best(pema_logprob_N, name) for name in schedules}
     return min(best.values(), key=lambda pair: pair[1])[0], best
 
 
@@ -230,17 +227,12 @@ def target_logprobs(adapter: Adapter, head: LMHead, data: TrainingData) -> Tenso
     was_training = adapter.training
     adapter.eval()
     parts = []
-    for cr_B_D, label_B in zip(data.cr_N_D.split(_ROWS_AT_ONCE), data.label_N.split(_ROWS_AT_ONCE), strict=True):
+    for cr_B_D, label_B in zip(data.cr_N_D.split(ROWS_AT_ONCE), data.label_N.split(ROWS_AT_ONCE), strict=True):
         logprob_B_C = head.logits(adapter.hidden(adapter.scaled(cr_B_D))).log_softmax(dim=-1)
         chosen_B = logprob_B_C.gather(1, label_B.clamp(min=0)[:, None])[:, 0].double()
         parts.append(torch.where(label_B < 0, -math.inf, chosen_B))
     adapter.train(was_training)
     return torch.cat(parts)
-
-
-def settings_record(settings: TrainingSettings) -> dict[str, float | int | str]:
-    """The settings as they are written into an adapter's card."""
-    return asdict(settings)
 
 
 def _batches(rows: int, batch_rows: int, rng: torch.Generator) -> Iterator[Tensor]:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from pydantic import BaseModel
 
 from data_owner_client import plotting
@@ -26,19 +27,17 @@ from data_owner_client.decoding.generate import generate as generate_ids
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.evaluation import Perplexities, TextScores, perplexities, plm_target_logprobs, text_scores
 from data_owner_client.memory import ExternalMemory, MemoryRows, build_memory
-from data_owner_client.memory.build import encode_teacher_forced, tokenize_pair
+from data_owner_client.memory.build import encode_teacher_forced, require_fits, tokenize_pair
 from data_owner_client.memory.store import ContextMode, ModelIdentity
 from data_owner_client.plm import RemotePlm, token_set
 from data_owner_client.progress import Reporter
 from data_owner_client.tasks import Task
 from data_owner_client.tokenization import Prompt
 from data_owner_client.training import (
-    Epoch,
     TrainingData,
     TrainingSettings,
     ValidationData,
     choose_interpolation,
-    settings_record,
     target_logprobs,
     train_adapter,
 )
@@ -126,7 +125,8 @@ def build_memories(
     else:
         train_pairs, held_out = list(pairs), list(validation)
     reporter = reporter or Reporter()
-    reporter.say(disclosure(context_mode))
+    if share_targets or context_mode == "private":
+        reporter.say(disclosure(context_mode))
     memories = [
         build_memory(
             plm,
@@ -183,17 +183,21 @@ def train(
     plan = train_memory.manifest.plan
     for part in (train_memory, validation_memory):
         part.manifest.plan.model.require(ModelIdentity.of(plm.card), f"The memory in {part.folder}", "the server")
-    settings = settings or TrainingSettings(form="residual" if plan.model.cr_kind == "last_hidden_state" else "paper")
-    if settings.form == "residual" and plan.model.cr_kind != "last_hidden_state":
-        raise InvalidData(
-            f"The residual form adds to the LM head's input, and this memory holds {plan.model.cr_kind}.",
-            hint="Use --form paper.",
-        )
+    settings = _with_form(settings or TrainingSettings(), plan.model)
     rows, held_out = train_memory.load(), validation_memory.load()
     candidate_ids_C = token_set([rows.target_N])
-    head = plm.head_rows(candidate_ids_C)
+    # One request for both memories: the server need not know which tokens are those of the few held-out texts.
+    target_ids_K = token_set([rows.target_N, held_out.target_N])
+    reporter.say(
+        "Leaves this machine: which tokens occur anywhere in the targets, as their LM-head rows are asked for."
+    )
+    target_head = plm.head_rows(target_ids_K)
+    head = target_head.rows(torch.searchsorted(target_ids_K, candidate_ids_C))
     validation = ValidationData.of(
-        held_out, candidate_ids_C, plm_target_logprobs(plm, held_out), train_memory.length_ratio
+        held_out,
+        candidate_ids_C,
+        plm_target_logprobs(target_head, target_ids_K, held_out),
+        train_memory.length_ratio,
     )
     trained = train_adapter(TrainingData.of(rows, candidate_ids_C), head, validation, settings, reporter)
 
@@ -203,14 +207,15 @@ def train(
     mixture_nll = validation.mixture_nll(pema_logprob_N, interpolation)
     why = (
         f"{interpolation.schedule} with λ_max {interpolation.lambda_max:.2f} has the highest likelihood on "
-        f"{len(held_out.rows_E)} validation examples: {mixture_nll:.3f} nats per token (the PLM alone: {plm_nll:.3f})"
+        f"{len(held_out.rows_E)} validation examples: {mixture_nll:.3f} nats per token (the PLM alone: {plm_nll:.3f}), "
+        f"in {plan.context_mode} contexts"
     )
     reporter.say(f"Interpolation: {why}.")
     card = AdapterCard(
         model=plan.model,
         task=plan.task,
         context_mode=plan.context_mode,
-        form=settings.form,
+        form=trained.adapter.form,
         rank=trained.adapter.A.out_features,
         candidates=len(candidate_ids_C),
         length_ratio=train_memory.length_ratio,
@@ -219,7 +224,7 @@ def train(
         interpolation_why=why,
         logit_scale=head.logit_scale,
         softcap=head.softcap,
-        settings=settings_record(settings),
+        settings=asdict(settings),
         validation={
             "plm_nll": plm_nll,
             "mixture_nll": mixture_nll,
@@ -233,7 +238,7 @@ def train(
     return adapter, TrainingReport(
         folder=str(folder),
         card=card,
-        history=[_epoch_record(epoch) for epoch in trained.history],
+        history=[asdict(epoch) for epoch in trained.history],
         schedules={name: {"lambda_max": i.lambda_max, "nll": nll} for name, (i, nll) in schedules.items()},
         seconds=time.perf_counter() - started,
     )
@@ -339,6 +344,11 @@ def evaluate(
             reporter=reporter,
         )
 
+    # What could fail should fail before the long work.
+    adapter.card.model.require(ModelIdentity.of(plm.card), "The adapter", "the server")
+    if share_targets:
+        for number, pair in enumerate(pairs, 1):
+            require_fits(plm, tokenize_pair(plm, task, pair, place=f"pair {number}"), place=f"pair {number}")
     alone, adapted = run(None), run(adapter)
     started = time.perf_counter()
     perplexity = None
@@ -405,5 +415,11 @@ def _target(pair: Pair) -> str:
     return pair.target
 
 
-def _epoch_record(epoch: Epoch) -> dict[str, float | int | str | None]:
-    return asdict(epoch)
+def _with_form(settings: TrainingSettings, model: ModelIdentity) -> TrainingSettings:
+    in_head_space = model.cr_kind == "last_hidden_state"
+    if settings.form == "residual" and not in_head_space:
+        raise InvalidData(
+            f"The residual form adds to the LM head's input, and this memory holds {model.cr_kind}.",
+            hint="Use --form paper.",
+        )
+    return replace(settings, form=settings.form or ("residual" if in_head_space else "paper"))

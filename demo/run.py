@@ -25,6 +25,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from data_owner_client.files import write_atomically
 from demo import home_assistant, picture
 
 _READY_WITHIN_S = 600.0
@@ -68,7 +69,7 @@ def run(folder: Path, port: int) -> None:
         console.rule("and once more with the interpolation of the paper")
         gradual = client.step("translate", [*test, "--schedule", "gradual", "--lambda-max", 0.9])
         texts = folder / "gradual.txt"
-        texts.write_text("\n".join(record["text"] for record in gradual["texts"]), encoding="utf-8")
+        texts.write_text("".join(record["text"] + "\n" for record in gradual["texts"]), encoding="utf-8")
         published = client.step(
             "evaluate", ["--input", data / "test.jsonl", "--hypotheses", texts], name="score-gradual"
         )
@@ -93,12 +94,18 @@ class Client:
     def __init__(self, url: str, folder: Path) -> None:
         self._url = url
         self._folder = folder
+        self._fresh = False
 
     def step(self, verb: str, arguments: list[Any], *, name: str = "") -> dict[str, Any]:
         """Run one verb, or read its result if it was run with these arguments before."""
         given = [str(argument) for argument in arguments]
         kept = self._folder / "steps" / f"{name or verb}.json"
-        if kept.exists() and (record := json.loads(kept.read_text(encoding="utf-8")))["arguments"] == given:
+        # A step that ran anew makes the results of all later ones stale.
+        if (
+            not self._fresh
+            and kept.exists()
+            and (record := json.loads(kept.read_text(encoding="utf-8")))["arguments"] == given
+        ):
             console.print(f"done already: pema-client {verb} (delete {kept} to do it again)")
             result: dict[str, Any] = record["result"]
             return result
@@ -110,8 +117,8 @@ class Client:
                 f"demo: pema-client {verb} failed; its message is above, the server's log is {self._folder}/server.log"
             )
         result = json.loads(done.stdout)
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text(json.dumps({"arguments": given, "result": result}, ensure_ascii=False), encoding="utf-8")
+        self._fresh = True
+        write_atomically(kept, json.dumps({"arguments": given, "result": result}, ensure_ascii=False).encode())
         return result
 
 

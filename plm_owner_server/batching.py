@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int, padding_tokens: int) -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int], batch_tokens: int, padding_tokens: int, *, drafted: int = 0
+) -> list[list[int]]:
     """Group sequence indices, similar lengths together.
 
     No padded batch exceeds `batch_tokens` tokens, but for a sequence that does so alone; no batch holds more than
     `padding_tokens` tokens of padding, so that with 0 only equal lengths go together. The plan depends on the lengths
-    alone: the same request is always computed in the same way.
+    alone: the same request is always computed in the same way. `drafted` tokens a sequence count towards the former.
     """
     batches: list[list[int]] = []
     padding = 0
@@ -18,7 +20,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, padding_tokens: int)
         # Sorted by falling length: the first of a batch is its longest.
         longest = lengths[batches[-1][0]] if batches else 0
         padding += longest - lengths[index]
-        if batches and (len(batches[-1]) + 1) * longest <= batch_tokens and padding <= padding_tokens:
+        if batches and (len(batches[-1]) + 1) * (longest + drafted) <= batch_tokens and padding <= padding_tokens:
             batches[-1].append(index)
         else:
             batches.append([index])

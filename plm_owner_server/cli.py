@@ -7,7 +7,7 @@ import sys
 import threading
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import torch
 import uvicorn
@@ -35,7 +35,7 @@ class Serve(ServerSettings):
       pema-server serve                                    the embedded Gemma 3 270M on 127.0.0.1:8000
       pema-server serve --model smollm2-135m --port 9000   the other embedded model
       pema-server serve --model /models/llama --dtype bfloat16
-      PEMA_MODEL=facebook/opt-1.3b pema-server serve --cr-kind ffn_output
+      PEMA_MODEL=Qwen/Qwen3-0.6B pema-server serve --cr-kind ffn_output
     """
 
     def cli_cmd(self) -> None:
@@ -88,7 +88,7 @@ def serve(settings: ServerSettings) -> None:
     def load() -> None:
         try:
             holder.service = load_service(settings)
-            log.info("ready on http://%s:%d (calls: /docs)", settings.host, settings.port)
+            log.info("ready; the calls are described on /docs")
         except PemaError as error:
             failures.append(error)
         except Exception as error:
@@ -102,10 +102,16 @@ def serve(settings: ServerSettings) -> None:
         threading.Thread(target=load, name="load-model", daemon=True).start()
         yield
 
-    app = create_app(holder, max_body_bytes=settings.max_body_bytes, lifespan=lifespan)
+    app = create_app(
+        holder,
+        max_body_bytes=settings.max_body_bytes,
+        max_calls=2 * settings.max_waiting_requests,
+        lifespan=lifespan,
+    )
     config = uvicorn.Config(app, host=settings.host, port=settings.port, log_config=None, access_log=False)
     server = uvicorn.Server(config)
-    server.run()
+    with suppress(KeyboardInterrupt):  # uvicorn has shut down by then, and passes the signal on
+        server.run()
     if failures:
         sys.exit(f"pema-server: {failures[0]}")
 

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ _SAMPLES_PER_FILE = 64
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".gguf"}
 # What decides which function of the token ids the model is; a README beside the weights does not.
 _IDENTITY_SUFFIXES = _WEIGHT_SUFFIXES | {".json", ".jinja", ".model"}
+_VERSIONED = {"config.json", "generation_config.json"}
 _IDENTITY_NAMES = {"merges.txt", "vocab.txt"}
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 
@@ -68,6 +70,11 @@ def digest_folder(folder: Path) -> str:
     digest = hashlib.sha256()
     files = sorted(p for p in folder.iterdir() if p.suffix in _IDENTITY_SUFFIXES or p.name in _IDENTITY_NAMES)
     for path in files:
+        if path.name in _VERSIONED:
+            # The version of transformers that wrote a file does not change the model.
+            config = re.sub(rb'"transformers_version": "[^"]*"', b"", path.read_bytes())
+            digest.update(b"\0".join([path.name.encode(), config, b""]))
+            continue
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
         step = max(_SAMPLE_BYTES, size // _SAMPLES_PER_FILE) if path.suffix in _WEIGHT_SUFFIXES else _SAMPLE_BYTES

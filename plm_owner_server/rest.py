@@ -7,11 +7,11 @@ import logging
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -57,14 +57,19 @@ class ServiceHolder:
         return self.service
 
 
-def create_app(holder: ServiceHolder, *, max_body_bytes: int, lifespan: Lifespan | None = None) -> FastAPI:
+def create_app(
+    holder: ServiceHolder, *, max_body_bytes: int, max_calls: int = 128, lifespan: Lifespan | None = None
+) -> FastAPI:
     """The REST application.
 
     Args:
         holder: gives the service; its calls answer 503 until the model is loaded and warm.
         max_body_bytes: a larger body is refused while it is read, before it fills the memory.
+        max_calls: calls worked on at the same time, those that wait for the model included.
         lifespan: what happens around the application's life, such as loading the model.
     """
+    # More threads than calls may wait for the engine: the service must get to turn the next one away.
+    limiter = CapacityLimiter(max_calls)
     app = FastAPI(title="PEMA PLM server", description=rest_docs.DESCRIPTION, version="1", lifespan=lifespan)
 
     async def answer(
@@ -72,9 +77,13 @@ def create_app(holder: ServiceHolder, *, max_body_bytes: int, lifespan: Lifespan
     ) -> Response:
         service = holder.ready()
         form = _answer_form(request)
-        message = _parse(message_type, await _body(request, max_body_bytes), request.headers.get("content-type", ""))
-        result = await to_thread.run_sync(call, service, message)
-        return await to_thread.run_sync(_response, result, form)
+        body = await _body(request, max_body_bytes)
+
+        def work() -> Response:
+            message = _parse(message_type, body, request.headers.get("content-type", ""))
+            return _response(call(service, message), form)
+
+        return await to_thread.run_sync(work, limiter=limiter)
 
     @app.get("/healthz", tags=["probes"], summary="Is the process alive?", **rest_docs.HEALTHZ)
     async def healthz() -> dict[str, str]:
@@ -104,7 +113,7 @@ def create_app(holder: ServiceHolder, *, max_body_bytes: int, lifespan: Lifespan
         if cached := _cached(request, tag):
             return cached
         wanted = HeadRequest.validated({"start": start, "stop": stop, "dtype": dtype})
-        response = await to_thread.run_sync(_response, service.lm_head(wanted), form)
+        response = await to_thread.run_sync(lambda: _response(service.lm_head(wanted), form), limiter=limiter)
         response.headers["ETag"] = f'"{tag}"'
         return response
 
@@ -167,25 +176,22 @@ def create_app(holder: ServiceHolder, *, max_body_bytes: int, lifespan: Lifespan
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:
-        return _problem(request, InvalidRequest("The request is not valid.", hint="See the OpenAPI page (/docs)."))
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        return _problem(request, InvalidRequest(f"{place}: {first['msg']}.", hint="See the OpenAPI page (/docs)."))
 
     return app
 
 
 async def _body(request: Request, max_body_bytes: int) -> bytes:
     body = bytearray()
-    async for chunk in _chunks(request):
+    async for chunk in request.stream():
         body += chunk
         if len(body) > max_body_bytes:
             raise PayloadTooLarge(
                 f"The body is larger than {max_body_bytes} bytes.", hint="Send fewer sequences in one request."
             )
     return bytes(body)
-
-
-async def _chunks(request: Request) -> AsyncIterator[bytes]:
-    async for chunk in request.stream():
-        yield chunk
 
 
 def _parse(message_type: type[_Request], body: bytes, content_type: str) -> _Request:

@@ -108,6 +108,7 @@ MODEL = _route(
             "max_sequences": 512,
             "max_head_rows": 16384,
             "max_look_ahead": 1024,
+            "max_rows": 65536,
             "max_body_bytes": 16777216,
         },
         "protocol_version": 1,

@@ -109,6 +109,7 @@ class PlmService:
                 max_sequences=settings.max_sequences,
                 max_head_rows=settings.max_head_rows,
                 max_look_ahead=settings.max_look_ahead,
+                max_rows=settings.max_rows,
                 max_body_bytes=settings.max_body_bytes,
             ),
         )
@@ -181,6 +182,8 @@ class PlmService:
                     hint="It counts from 0 and must be less than the sequence's length.",
                 )
 
+        self._check_rows(sum(map(len, sequences)) - sum(request.from_position))
+
         def run(batch: list[int]) -> Encoded:
             return self._engine.encode(
                 [sequences[i] for i in batch],
@@ -221,6 +224,7 @@ class PlmService:
                     f"A prefix of {len(ids)} tokens with {look_ahead} drafted ones is too long.",
                     hint=f"Together they may be {limits.max_sequence_tokens} tokens; lower look_ahead.",
                 )
+        self._check_rows(sum(request.look_ahead) + len(sequences))
         stop_token_ids = frozenset(request.stop_token_ids)
 
         def run(batch: list[int]) -> Decoded:
@@ -232,9 +236,8 @@ class PlmService:
         window = self._engine.info.attention_window
         most = max(request.look_ahead)
         may_pad = window is None or max(lengths) + most <= window
-        # A further batch costs a pass for the prompts and one for each drafted token.
-        padding = self._settings.padding_tokens * (1 + most) if may_pad else 0
-        plan = plan_batches(lengths, self._settings.batch_tokens, padding)
+        padding = self._settings.padding_tokens if may_pad else 0
+        plan = plan_batches(lengths, self._settings.batch_tokens, padding, drafted=most)
         gathered = Gathered(plan, self._run(plan, run), len(sequences))
         return DecodeResponse(
             digest=self._card.digest,
@@ -309,6 +312,13 @@ class PlmService:
             raise InvalidRequest(
                 "The token ids that arrived are not those that the echo was made of.",
                 hint="The body was changed on its way, or the echo is not the CRC-32 of little-endian int32 ids.",
+            )
+
+    def _check_rows(self, rows: int) -> None:
+        if rows > self._card.limits.max_rows:
+            raise OverLimit(
+                f"The answer would have {rows} rows.",
+                hint=f"It may have {self._card.limits.max_rows}; send fewer sequences in one request.",
             )
 
     def _check_vocabulary(self, sequences: Sequence[Sequence[int]]) -> None:

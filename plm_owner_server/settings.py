@@ -62,6 +62,9 @@ class ServerSettings(BaseSettings):
     max_head_rows: int = Field(
         default=16384, ge=1, description="Most LM-head rows in one answer. Bounds its size; clients ask in pieces."
     )
+    max_rows: int = Field(
+        default=65536, ge=1, description="Most representations in one answer. Bounds its size; clients send in pieces."
+    )
     max_body_bytes: int = Field(
         default=16 * 2**20, ge=1024, description="Largest request body in bytes. Bounds memory per request."
     )

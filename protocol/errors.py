@@ -10,7 +10,7 @@
     ├── Overloaded                          429  try again after `retry_after_s`
     ├── NotReady                            503  the model is still loading; try again after `retry_after_s`
     ├── ServerFault                         500  the server's own fault, without any of the caller's data
-    ├── NumericalFault (ArithmeticError)    500  a value that is not finite, with counts
+    ├── NumericalFault (ArithmeticError)    422  a value that is not finite in the dtype asked for, with counts
     ├── ConnectionFailed (ConnectionError)       the server was not reached, or hung up (client only)
     ├── ProtocolViolation                        the answer is not what the protocol says (client only)
     ├── IdentityMismatch (ValueError)            files and server belong to different models (client only)
@@ -104,6 +104,7 @@ class ServerFault(PemaError):
 
 class NumericalFault(PemaError, ArithmeticError):
     code = "numerical-fault"
+    http_status = 422
 
 
 class ConnectionFailed(PemaError, ConnectionError):

@@ -30,6 +30,7 @@ class Limits(Message):
     max_sequences: int = Field(description="most sequences in one request")
     max_head_rows: int = Field(description="most head rows in one answer; ask for more in pieces")
     max_look_ahead: int = Field(description="most tokens drafted for a sequence in one request")
+    max_rows: int = Field(description="most representations in one answer")
     max_body_bytes: int = Field(description="largest request body, in bytes")
 
 

@@ -1,5 +1,9 @@
 """Ways to reach a PLM server. Each translates between messages and a transport, and decides nothing else."""
 
+from contextlib import suppress
+
+import httpx
+
 from data_owner_client.connection.base import Connection
 from data_owner_client.connection.rest import RestConnection
 from protocol.errors import InvalidRequest
@@ -15,7 +19,8 @@ def open_connection(url: str, *, timeout_s: float = 600.0) -> Connection:
     """
     scheme = url.partition("://")[0]
     if scheme in ("http", "https"):
-        return RestConnection(url, timeout_s=timeout_s)
+        with suppress(httpx.InvalidURL):
+            return RestConnection(url, timeout_s=timeout_s)
     raise InvalidRequest(
         f"{url!r} is no address of a PLM server.",
         hint="Give one like http://127.0.0.1:8000 or https://plm.example.com.",

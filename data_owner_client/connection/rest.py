@@ -7,7 +7,7 @@ import uuid
 from typing import TypeVar
 
 import httpx
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import ConnectionFailed, NotReady, Overloaded, PemaError, ProtocolViolation, from_problem
@@ -50,7 +50,8 @@ class RestConnection:
         self._http.close()
 
     def model_card(self) -> ModelCard:
-        return self._call("GET", "/v1/model", ModelCard)
+        # The first call of every command: a server that is not there should be said at once, not after a minute.
+        return self._call("GET", "/v1/model", ModelCard, retry_on=(Overloaded, NotReady))
 
     def tokenizer(self) -> TokenizerBundle:
         return self._call("GET", "/v1/tokenizer", TokenizerBundle)
@@ -70,10 +71,18 @@ class RestConnection:
     def distribution(self, request: DistributionRequest) -> DistributionResponse:
         return self._call("POST", "/v1/next-token-distribution", DistributionResponse, request)
 
-    def _call(self, method: str, path: str, answer: type[_Answer], request: Message | None = None) -> _Answer:
+    def _call(
+        self,
+        method: str,
+        path: str,
+        answer: type[_Answer],
+        request: Message | None = None,
+        *,
+        retry_on: tuple[type[PemaError], ...] = (ConnectionFailed, Overloaded, NotReady),
+    ) -> _Answer:
         body = None if request is None else request.to_bytes()
         attempts = Retrying(
-            retry=retry_if_exception(lambda e: isinstance(e, (ConnectionFailed, Overloaded, NotReady))),
+            retry=retry_if_exception_type(retry_on),
             wait=_wait,
             stop=stop_after_delay(_GIVE_UP_AFTER_S),
             reraise=True,
@@ -88,10 +97,13 @@ class RestConnection:
             headers["Content-Type"] = BINARY
         try:
             response = self._http.request(method, path, content=body, headers=headers)
-        except (httpx.TransportError, httpx.InvalidURL) as error:
+        except httpx.RequestError as error:
+            slow = isinstance(error, httpx.ReadTimeout)
             raise ConnectionFailed(
                 f"No answer from {self._url} ({type(error).__name__}).",
-                hint="Is the address right and the server running? It starts with: pema-server serve",
+                hint="The server is too slow or hangs; ask its owner."
+                if slow
+                else "Is the address right and the server running? It starts with: pema-server serve",
                 request_id=request_id,
             ) from error
         if not response.is_success:

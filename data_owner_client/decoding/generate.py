@@ -85,7 +85,7 @@ def generate(
     Args:
         plm: the PLM.
         prompts: token ids.
-        adapter: the data owner's adapter, trained for this PLM.
+        adapter: the data owner's adapter, trained for this very PLM.
         interpolation: schedule of λ.
         horizons: SL of every prompt, in tokens; needed with an adapter.
         stop_ids: tokens after which a sequence has ended.
@@ -96,11 +96,12 @@ def generate(
         The generated token ids, the stop token included, in the order of the prompts; and what it took.
 
     Raises:
-        InvalidData: a prompt is too long for the server.
-        IdentityMismatch: the adapter belongs to another model.
+        InvalidData: a prompt is too long for the server, or horizons are missing.
     """
     if adapter is None:
         interpolation = _ALONE
+    elif horizons is None:
+        raise InvalidData("An adapter was given without horizons.", hint="Give the expected length of every answer.")
     sequences = [
         _Sequence(list(prompt), horizon)
         for prompt, horizon in zip(prompts, horizons or [1.0] * len(prompts), strict=True)
@@ -113,11 +114,13 @@ def generate(
                 hint="Shorten the text or use fewer examples in the task.",
             )
     # Longest prompts first: sequences of similar length share a batch, so little of it is padding.
+    limits = plm.card.limits
+    batch_size = max(1, min(settings.batch_size, limits.max_sequences, limits.max_rows // settings.max_new_tokens))
     waiting, active = sorted(sequences, key=lambda s: len(s.prompt)), list[_Sequence]()
     calls = drafted = accepted = 0
     with (reporter or Reporter()).bar("generating", len(sequences), "sequences") as bar:
         while waiting or active:
-            while waiting and len(active) < settings.batch_size:
+            while waiting and len(active) < batch_size:
                 active.append(waiting.pop())
             drafts = [_drafts(s, interpolation, settings, plm) for s in active]
             response = plm.decode([s.prompt + s.generated for s in active], drafts, sorted(stop_ids))

@@ -18,7 +18,7 @@ from data_owner_client.memory.store import MANIFEST, ContextMode, ExternalMemory
 from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter
 from data_owner_client.tasks import Task
-from protocol.errors import InvalidData
+from protocol.errors import InvalidData, ProtocolViolation
 
 _EXAMPLES_PER_SHARD = 512
 _EXAMPLES_PER_REQUEST = 256
@@ -36,6 +36,25 @@ class TokenizedPair:
     prompt: list[int]
     target: list[int]
     source_tokens: int
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The longest sequence and the longest target of a data set, in tokens."""
+
+    sequence: int = 1
+    target: int = 1
+
+    def including(self, pair: TokenizedPair) -> Extent:
+        """The extent with one more pair."""
+        return Extent(max(self.sequence, len(pair.prompt) + len(pair.target)), max(self.target, len(pair.target)))
+
+    def pairs_per_request(self, plm: RemotePlm) -> int:
+        """How many pairs go into one request, so that none can break a limit of the server."""
+        limits = plm.card.limits
+        by_body = limits.max_body_bytes // (8 * self.sequence)  # int32 ids, and room for everything else
+        by_rows = limits.max_rows // self.target
+        return max(1, min(_EXAMPLES_PER_REQUEST, limits.max_sequences, by_body, by_rows))
 
 
 def build_memory(
@@ -84,14 +103,17 @@ def build_memory(
         examples_per_shard=_EXAMPLES_PER_SHARD,
     )
     # Before anything is sent: a pair that cannot be used should not stop a build after an hour.
+    longest = Extent()
     for number, pair in enumerate(pairs, 1):
-        _require_fits(tokenize_pair(plm, task, pair, place=f"pair {number}"), plm, f"pair {number}")
-    folder.mkdir(parents=True, exist_ok=True)
+        place = f"pair {number}"
+        tokenized = tokenize_pair(plm, task, pair, place=place)
+        require_fits(plm, tokenized, place=place, drafted=context_mode == "private")
+        longest = longest.including(tokenized)
     with _only_builder(folder):
         if overwrite:
             _empty(folder)
         memory = ExternalMemory.create(folder, plan)
-        _append_missing(memory, plm, pairs, reporter or Reporter())
+        _append_missing(memory, plm, pairs, longest.pairs_per_request(plm), reporter or Reporter())
     return memory
 
 
@@ -140,6 +162,10 @@ def encode_private(plm: RemotePlm, pairs: Sequence[TokenizedPair]) -> MemoryRows
     And, as `look_ahead`, the targets' lengths.
     """
     response = plm.decode([pair.prompt for pair in pairs], [len(pair.target) - 1 for pair in pairs])
+    if response.rows_B.tolist() != [len(pair.target) for pair in pairs]:
+        raise ProtocolViolation(
+            "The server drafted fewer tokens than were asked for.", hint="Nothing was stored; try again."
+        )
     return MemoryRows(
         cr_N_D=response.cr_N_D,
         logsumexp_N=response.logsumexp_N,
@@ -156,9 +182,10 @@ def _labels(pairs: Sequence[TokenizedPair]) -> dict[str, torch.Tensor]:
     }
 
 
-def _append_missing(memory: ExternalMemory, plm: RemotePlm, pairs: Sequence[Pair], reporter: Reporter) -> None:
+def _append_missing(
+    memory: ExternalMemory, plm: RemotePlm, pairs: Sequence[Pair], step: int, reporter: Reporter
+) -> None:
     plan, done = memory.manifest.plan, memory.manifest.examples
-    step = min(_EXAMPLES_PER_REQUEST, plm.card.limits.max_sequences)
 
     def fetch(span: range) -> MemoryRows:
         chunk = [tokenize_pair(plm, plan.task, pairs[i], place=f"pair {i + 1}") for i in span]
@@ -195,12 +222,23 @@ def _in_order(call: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Ou
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _require_fits(pair: TokenizedPair, plm: RemotePlm, place: str) -> None:
-    tokens, limit = len(pair.prompt) + len(pair.target), plm.card.limits.max_sequence_tokens
-    if tokens > limit:
+def require_fits(plm: RemotePlm, pair: TokenizedPair, *, place: str, drafted: bool = False) -> None:
+    """Refuse a pair that is longer than the server takes, or drafts in one call.
+
+    Raises:
+        InvalidData: it is.
+    """
+    limits = plm.card.limits
+    tokens = len(pair.prompt) + len(pair.target)
+    if tokens > limits.max_sequence_tokens or len(pair.target) > limits.max_rows:
         raise InvalidData(
-            f"{place} has {tokens} tokens with its prompt; the server takes {limit}.",
+            f"{place} has {tokens} tokens with its prompt; the server takes {limits.max_sequence_tokens}.",
             hint="Shorten the text or use fewer examples in the task.",
+        )
+    if drafted and len(pair.target) - 1 > limits.max_look_ahead:
+        raise InvalidData(
+            f"The target of {place} has {len(pair.target)} tokens; the server drafts {limits.max_look_ahead}.",
+            hint="Shorten the text.",
         )
 
 
@@ -208,8 +246,13 @@ def _require_fits(pair: TokenizedPair, plm: RemotePlm, place: str) -> None:
 def _only_builder(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / ".lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-    except Timeout as error:
+    except OSError as error:
+        if not isinstance(error, Timeout):
+            raise InvalidData(
+                f"{folder} cannot be written to: {error.strerror}.", hint="Give another --memory folder."
+            ) from error
         raise InvalidData(f"Another build-memory is writing to {folder}.", hint="Wait for it, or stop it.") from error
     try:
         yield

@@ -149,7 +149,7 @@ class TransformersEngine:
         """Representations of all positions ≥ `from_position` of every sequence, from one forward pass."""
         state = self._prefill(token_ids, keep_cache=False, prefix_limit=min(from_position))
         rows = [len(ids) - start for ids, start in zip(token_ids, from_position, strict=True)]
-        wanted_B_T = self._spans([start - state.prefix for start in from_position], state.lengths_B, state)
+        wanted_B_T = self._spans([start - state.prefix for start in from_position], state)
         last_hidden_N_D = state.last_hidden_B_T_D[wanted_B_T]
         logsumexp_N = self._logsumexp_top1(last_hidden_N_D)[0].cpu() if with_logsumexp else None
         return Encoded(
@@ -197,7 +197,8 @@ class TransformersEngine:
                 top1_B[:, None], positions_B[:, None], cache=state.cache, mask_B_T=mask_B_T
             )
             last_hidden_B_D, cr_B_D = last_hidden_B_1_D[:, 0], cr_B_1_D[:, 0]
-            positions_B, left_B = positions_B + 1, left_B - 1
+            # Ended rows stand still, so that none runs past the model's last position.
+            positions_B, left_B = positions_B + active_B, left_B - 1
         owner_N, *parts = (torch.cat(column) for column in zip(*steps, strict=True))
         # From step by step to sequence by sequence.
         order_N = owner_N.argsort(stable=True)
@@ -271,15 +272,15 @@ class TransformersEngine:
         logsumexp_N, top1_N, top1_logit_N = (torch.cat(column) for column in zip(*parts, strict=True))
         return logsumexp_N, top1_N, top1_logit_N
 
-    def _spans(self, starts: Sequence[int], lengths_B: Tensor, state: _Prefilled) -> Tensor:
+    def _spans(self, starts: Sequence[int], state: _Prefilled) -> Tensor:
         """Boolean [B, T]: positions from `starts` to each sequence's end."""
         positions_T = torch.arange(state.token_ids_B_T.shape[1], device=self._device)
         starts_B = torch.tensor(starts, device=self._device)
-        return (positions_T >= starts_B[:, None]) & (positions_T < lengths_B[:, None])
+        return (positions_T >= starts_B[:, None]) & (positions_T < state.lengths_B[:, None])
 
     def _attention_mask(self, state: _Prefilled) -> Tensor:
         """1 for the shared prefix and each sequence's own tokens, 0 for the padding between them and the drafts."""
-        own_B_T = self._spans([0] * len(state.lengths_B), state.lengths_B, state)
+        own_B_T = self._spans([0] * len(state.lengths_B), state)
         return torch.cat([own_B_T.new_ones(len(own_B_T), state.prefix), own_B_T], dim=1).long()
 
     def _echo(self, state: _Prefilled, token_ids: Sequence[Sequence[int]]) -> list[int]:
@@ -303,11 +304,12 @@ def _last_ffn(base: nn.Module) -> nn.Module:
     In Gemma 2 and 3 a further norm stands between; the output here is the feed-forward layer's own.
     """
     stacks = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
-    block = max(stacks, key=len, default=nn.ModuleList())[-1] if stacks else None
-    for name in _FFN_NAMES:
-        module = getattr(block, name, None)
-        if isinstance(module, nn.Module):
-            return module
+    # The longest stack is that of the blocks, unless it holds the experts of one of them.
+    for stack in sorted(stacks, key=len, reverse=True):
+        for name in _FFN_NAMES:
+            module = getattr(stack[-1], name, None)
+            if isinstance(module, nn.Module):
+                return module
     raise Unsupported(
         f"No feed-forward layer was found in the last block of {type(base).__name__}.",
         hint="Serve --cr-kind last_hidden_state, which every model has.",
@@ -333,5 +335,5 @@ def _eos(model: PreTrainedModel) -> tuple[int, ...]:
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None)
     if eos is None:
-        eos = model.config.get_text_config().eos_token_id
+        eos = getattr(model.config.get_text_config(), "eos_token_id", None)
     return tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)

@@ -297,3 +297,12 @@ def test_what_is_just_within_the_limits_is_answered(
 ) -> None:
     answer = small_call(path, fields)
     assert len(answer.weight_N_D if path == HEAD else answer.cr_N_D) == rows
+
+
+def test_the_rows_of_an_answer_are_bounded(tiny_models: TinyModels) -> None:
+    service = make_service(tiny_models["llama"], max_rows=5)
+    assert len(service.encode(EncodeRequest(token_ids=[[5, 6, 7], [8, 9]], from_position=[0, 0])).cr_N_D) == 5
+    with pytest.raises(OverLimit, match="6 rows"):
+        service.encode(EncodeRequest(token_ids=[[5, 6, 7], [8, 9, 5]], from_position=[0, 0]))
+    with pytest.raises(OverLimit, match="6 rows"):
+        service.decode(DecodeRequest(token_ids=[[5, 6, 7], [8, 9, 5]], look_ahead=[2, 2]))

@@ -35,6 +35,10 @@ def test_no_batch_could_have_taken_the_next_one_in(lengths: list[int], budget: i
         assert too_many or padding_of([*batch, following[0]], lengths) > padding
 
 
+def test_drafted_tokens_count_towards_the_budget() -> None:
+    assert plan_batches([10, 10, 10], 60, 0, drafted=20) == [[0, 1], [2]]
+
+
 def test_similar_lengths_go_together() -> None:
     assert plan_batches([1, 50, 2, 49], 100, 10) == [[1, 3], [2, 0]]
     assert plan_batches([5, 7, 5, 7], 100, 0) == [[1, 3], [0, 2]]

@@ -48,7 +48,10 @@ def test_field_names(tmp_path: Path) -> None:
         ("a.jsonl", '{"source": " ", "target": "y"}', ":1 has no text in the field 'source'"),
         ("a.jsonl", '{"source": 3, "target": "y"}', ":1 has no text in the field 'source'"),
         ("a.jsonl", "\n", "is empty"),
-        ("a.tsv", "only one column\n", ":1 has no text in the field 'target'"),
+        ("a.tsv", "only one column\n", ":1 has 1 columns"),
+        ("a.csv", "id,en,de\n1,yes,ja\n", ":1 has 3 columns"),
+        ("a.csv", '"' + "x" * 140000, "is not well-formed"),
+        ("a.jsonl", '{"source": "\\ud800", "target": "y"}', "half of a surrogate pair"),
         ("a.txt", "x\n", "has no targets"),
         ("a.dat", "x\n", "not clear from its name"),
     ],
@@ -76,6 +79,8 @@ def test_validation_split_keeps_equal_sources_together_and_is_stable() -> None:
     assert not {pair.source for pair in train} & {pair.source for pair in held_out}
     assert sorted(map(str, train + held_out)) == sorted(map(str, pairs))
     assert split_validation(list(reversed(pairs)), 0.1)[1] == list(reversed(held_out))
+    few, held_out = split_validation(pairs[:4] * 10, 0.5)
+    assert len({pair.source for pair in few}) == len({pair.source for pair in held_out}) == 2
     with pytest.raises(InvalidData):
         split_validation(pairs[:1], 0.1)
 

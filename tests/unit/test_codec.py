@@ -96,7 +96,9 @@ def test_answers_round_trip_bit_by_bit_and_both_forms_agree(message: DecodeRespo
 
 
 def test_nested_messages_round_trip() -> None:
-    limits = Limits(max_sequence_tokens=1, max_sequences=2, max_head_rows=3, max_look_ahead=4, max_body_bytes=5)
+    limits = Limits(
+        max_sequence_tokens=1, max_sequences=2, max_head_rows=3, max_look_ahead=4, max_rows=6, max_body_bytes=5
+    )
     card = ModelCard(
         name="ü",
         digest="a",

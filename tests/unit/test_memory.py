@@ -206,6 +206,8 @@ def test_unusable_pairs_are_found_before_anything_is_sent(plm: RemotePlm, record
         ({"digest": "other"}, IdentityMismatch),
         ({"rows_B": torch.tensor([1, 1, 1])}, ProtocolViolation),
         ({"cr_N_D": torch.full((1, 32), 0.0)}, ProtocolViolation),
+        ({"cr_N_D": torch.full((1, 32), float("nan"))}, ProtocolViolation),
+        ({"last_hidden_N_D": torch.full((1, 32), 0.0)}, ProtocolViolation),
     ],
 )
 def test_answers_are_checked_before_they_are_stored(
@@ -215,6 +217,31 @@ def test_answers_are_checked_before_they_are_stored(
     with pytest.raises(error):
         build_teacher_forced(plm, tmp_path)
     assert ExternalMemory(tmp_path).manifest.rows == 0
+
+
+def test_private_answers_are_as_long_as_the_targets(plm: RemotePlm, recorder: Recorder, tmp_path: Path) -> None:
+    recorder.tamper = {"rows_B": torch.ones(3, dtype=torch.long)}
+    with pytest.raises(ProtocolViolation):
+        build_memory(plm, TASK, PAIRS, tmp_path)
+    assert ExternalMemory(tmp_path).manifest.rows == 0
+
+
+def test_a_memory_folder_that_cannot_be_is_explained(plm: RemotePlm, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InvalidData, match="cannot be written to"):
+        build_teacher_forced(plm, tmp_path / "file")
+    with pytest.raises(InvalidData, match="cannot be"):
+        build_teacher_forced(plm, tmp_path / "file" / "below")
+
+
+def test_requests_stay_within_the_servers_limits(tiny_models: support.TinyModels, tmp_path: Path) -> None:
+    service = support.make_service(tiny_models["llama"], max_sequences=2, max_rows=40, max_body_bytes=1024)
+    recorder = Recorder(service)
+    with RemotePlm(recorder, dtype="float32", cache=None) as plm:
+        rows = build_teacher_forced(plm, tmp_path).load()
+    assert len(rows.rows_E) == len(PAIRS)
+    assert max(len(request.token_ids) for request in recorder.sent) <= 2
+    assert max(len(request.to_bytes()) for request in recorder.sent) <= 1024
 
 
 def test_rows_of_another_kind_keep_the_heads_input_beside_them(tiny_models: support.TinyModels, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import transformers
 
 from plm_owner_server import models
 from plm_owner_server.models import digest_folder, resolve
@@ -64,6 +65,16 @@ def test_digest_changes_with_any_byte(tiny_models: TinyModels, tmp_path: Path) -
         assert len(digests) == 4, name
         assert original not in digests, name
         (folder / name).write_bytes(data)
+    assert digest_folder(folder) == original
+
+
+def test_digest_does_not_depend_on_who_wrote_the_config(tiny_models: TinyModels, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_models["llama"], folder)
+    original = digest_folder(folder)
+    config = (folder / "config.json").read_text()
+    assert transformers.__version__ in config
+    (folder / "config.json").write_text(config.replace(transformers.__version__, "4.99.0"))
     assert digest_folder(folder) == original
 
 

@@ -181,6 +181,17 @@ def test_decode_is_greedy_generation(
         assert logits_T_V.argmax(-1).tolist() == tokens
 
 
+def test_a_sequence_that_ended_does_not_run_past_the_models_last_position(
+    model: PreTrainedModel, service: PlmService
+) -> None:
+    limit = service.model_card().limits.max_sequence_tokens
+    sequences, look_ahead = random_ids(15, [limit - 1, limit - 9, limit - 8]), [1, 9, 8]
+    answer = service.decode(DecodeRequest(token_ids=sequences, look_ahead=look_ahead, stop_token_ids=[EOS]))
+    # `generate` needs a position for every token it returns, so it goes one less far.
+    expected = [greedy(model, ids, k) for ids, k in zip(sequences, look_ahead, strict=True)]
+    assert [tokens[:-1] if EOS not in tokens else tokens for tokens in drafts(answer)] == expected
+
+
 def test_greedy_texts_vary_enough_to_tell_a_mistake(model: PreTrainedModel) -> None:
     tokens = {token for ids in random_ids(13, [5, 20, 40]) for token in greedy(model, ids, 20)}
     assert len(tokens) >= 8
