@@ -13,7 +13,7 @@ from data_owner_client.training import Epoch
 
 _BARS = (
     ("PLM", "plm", "tab:gray"),
-    ("PEMA, gradual", "pema_gradual_unrolling", "tab:cyan"),
+    ("PEMA, published", "pema_published_interpolation", "tab:cyan"),
     ("PEMA", "pema", "tab:blue"),
 )
 
@@ -30,8 +30,8 @@ def draw(report: dict[str, Any], trained: dict[str, Any], path: Path) -> None:
 
 
 def _bars(axes: Axes, report: dict[str, Any], key: str, title: str) -> None:
-    values = [report[row][key] for _, row, _ in _BARS]
-    container = axes.bar([name for name, _, _ in _BARS], values, color=[color for _, _, color in _BARS])
+    names, rows, colours = zip(*(bar for bar in _BARS if bar[1] in report), strict=True)
+    container = axes.bar(names, [report[row][key] for row in rows], color=colours)
     axes.bar_label(container, fmt="%.1f")
     axes.set(title=f"{title}, 200 test sentences")
     axes.tick_params(axis="x", labelsize=8)

@@ -193,12 +193,13 @@ class TransformersEngine:
                 rows = (mask_B_T, positions_B, left_B, owner_B, top1_B, active_B)
                 mask_B_T, positions_B, left_B, owner_B, top1_B, active_B = (row[active_B] for row in rows)
             mask_B_T = torch.cat([mask_B_T, torch.ones_like(mask_B_T[:, :1])], dim=1)
+            # An ended row is carried along at any position that exists; its own may lie past the model's last.
+            at_B = torch.where(active_B, positions_B, 0)
             last_hidden_B_1_D, cr_B_1_D = self._forward(
-                top1_B[:, None], positions_B[:, None], cache=state.cache, mask_B_T=mask_B_T
+                top1_B[:, None], at_B[:, None], cache=state.cache, mask_B_T=mask_B_T
             )
             last_hidden_B_D, cr_B_D = last_hidden_B_1_D[:, 0], cr_B_1_D[:, 0]
-            # Ended rows stand still, so that none runs past the model's last position.
-            positions_B, left_B = positions_B + active_B, left_B - 1
+            positions_B, left_B = positions_B + 1, left_B - 1
         owner_N, *parts = (torch.cat(column) for column in zip(*steps, strict=True))
         # From step by step to sequence by sequence.
         order_N = owner_N.argsort(stable=True)

@@ -18,7 +18,7 @@ from plm_owner_server.service import PlmService
 from protocol import errors
 from protocol.checks import echoes
 from protocol.codec import BINARY, JSON, Message
-from protocol.errors import PROBLEM_JSON, PemaError, from_problem
+from protocol.errors import PROBLEM_JSON, OverLimit, PemaError, from_problem
 from protocol.messages import (
     DecodeRequest,
     DecodeResponse,
