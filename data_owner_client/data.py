@@ -50,16 +50,19 @@ def read_pairs(
         raise InvalidData(
             f"The format of {path} is not clear from its name.", hint="Say --format jsonl, tsv, csv or text."
         )
-    if kind == "jsonl":
-        records: Iterable[tuple[int, dict[str, object]]] = _jsonl(text, path)
-    elif kind == "text":
+    if kind == "text":
         if need_targets:
             raise InvalidData(f"{path} has no targets.", hint="Give --sources and --targets, or a file with both.")
-        records = ((n, {source_field: line}) for n, line in enumerate(_lines(text), 1))
+        return [Pair(_text(line, f"{path}:{number} is empty")) for number, line in enumerate(_lines(text), 1)]
+    if kind == "jsonl":
+        records: Iterable[tuple[int, dict[str, object]]] = _jsonl(text, path)
     else:
         records = _table(text, path, "tsv" if kind == "tsv" else "excel", source_field, target_field)
     fields = (source_field, target_field if need_targets else None)
-    return _nonempty([_pair(record, *fields, place=f"{path}:{number}") for number, record in records], path)
+    pairs = [_pair(record, *fields, place=f"{path}:{number}") for number, record in records]
+    if not pairs:
+        raise InvalidData(f"{path} is empty.", hint="Give at least one pair.")
+    return pairs
 
 
 def read_parallel(sources: str | Path, targets: str | Path) -> list[Pair]:
@@ -74,9 +77,10 @@ def read_parallel(sources: str | Path, targets: str | Path) -> list[Pair]:
             f"{sources} has {len(source_lines)} lines and {targets} has {len(target_lines)}.",
             hint="Parallel files have the same number of lines.",
         )
-    records = enumerate(zip(source_lines, target_lines, strict=True), 1)
-    pairs = [_pair({"s": s, "t": t}, "s", "t", place=f"{sources}:{number}") for number, (s, t) in records]
-    return _nonempty(pairs, sources)
+    return [
+        Pair(_text(source, f"{sources}:{number} is empty"), _text(target, f"{targets}:{number} is empty"))
+        for number, (source, target) in enumerate(zip(source_lines, target_lines, strict=True), 1)
+    ]
 
 
 def read_lines(path: str | Path) -> list[str]:
@@ -180,20 +184,17 @@ def _pair(record: dict[str, object], source_field: str, target_field: str | None
 
 
 def _field(record: dict[str, object], name: str, place: str) -> str:
-    value = record.get(name)
+    hint = "Name the fields with --source-field and --target-field."
+    return _text(record.get(name), f"{place} has no text in the field {name!r}", hint)
+
+
+def _text(value: object, complaint: str, hint: str = "Every line needs a text.") -> str:
     if not isinstance(value, str) or not value.strip():
-        raise InvalidData(
-            f"{place} has no text in the field {name!r}.",
-            hint="Name the fields with --source-field and --target-field.",
-        )
+        raise InvalidData(f"{complaint}.", hint=hint)
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise InvalidData(f"{place} has half of a surrogate pair.", hint="Write it as Unicode text.") from None
+        raise InvalidData(
+            f"{complaint} that can be encoded: half of a surrogate pair.", hint="Write it as Unicode text."
+        ) from None
     return value.strip()
-
-
-def _nonempty(pairs: list[Pair], path: str | Path) -> list[Pair]:
-    if not pairs:
-        raise InvalidData(f"{path} is empty.", hint="Give at least one pair.")
-    return pairs

@@ -15,6 +15,7 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 
 from plm_owner_server import rest_docs
 from plm_owner_server.service import PlmService
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 _Request = TypeVar("_Request", bound=Message)
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 REQUEST_ID = "X-Request-Id"
+_CLIENT_LEFT = 499  # nginx's number for it; HTTP has none
 _PROBES = frozenset({"/healthz", "/readyz"})
 
 
@@ -144,6 +146,8 @@ def create_app(
         started = time.perf_counter()
         try:
             response: Response = await call_next(request)
+        except ClientDisconnect:
+            response = Response(status_code=_CLIENT_LEFT)  # for the log: nobody reads it
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a problem document
             # Type and place only: an exception's text may quote the data that caused it.
             log.error("%s: %s in %s", request.state.id, type(error).__name__, request.url.path)

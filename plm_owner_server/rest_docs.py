@@ -52,11 +52,12 @@ def _route(
     request_example: dict[str, Any] | None = None,
     *,
     description: str = "",
+    tensors: bool = False,
 ) -> dict[str, Any]:
     content: dict[str, Any] = {JSON: {"example": answer_example}}
     if answer is not None:
         content[JSON]["schema"] = _schema(answer)
-    if request is not None:
+    if tensors:
         content[BINARY] = {"schema": {"type": "string", "format": "binary"}}
     problem = {"description": "Problem", "content": {PROBLEM_JSON: {"example": _PROBLEM_EXAMPLE}}}
     route: dict[str, Any] = {
@@ -128,6 +129,7 @@ LM_HEAD_RANGE = _route(
     HeadRows,
     {"digest": "9d3c…", "vocab_size": 262144, "weight_N_D": [[0.01, -0.02], [0.03, 0.0]], "logit_scale": 1.0},
     description="The rows [start, stop). Has an ETag; answers 304 to a known `If-None-Match`.",
+    tensors=True,
 )
 LM_HEAD = _route(
     HeadRows,
@@ -135,6 +137,7 @@ LM_HEAD = _route(
     HeadRequest,
     {"token_ids": [107, 9259], "dtype": "float32"},
     description="Chosen rows (`token_ids`), or a range (`start`, `stop`).",
+    tensors=True,
 )
 ENCODE = _route(
     EncodeResponse,
@@ -147,6 +150,7 @@ ENCODE = _route(
     },
     EncodeRequest,
     {"token_ids": [[2, 9259, 1902]], "from_position": [1], "dtype": "float32", "with_logsumexp": True},
+    tensors=True,
 )
 DECODE = _route(
     DecodeResponse,
@@ -163,6 +167,7 @@ DECODE = _route(
     {"token_ids": [[2, 9259, 1902]], "look_ahead": [1], "stop_token_ids": [107], "dtype": "float32"},
     description="With `look_ahead` 0 a plain step; with k > 0 the server drafts k tokens greedily from its own "
     "distribution.",
+    tensors=True,
 )
 DISTRIBUTION = _route(
     DistributionResponse,
@@ -171,4 +176,5 @@ DISTRIBUTION = _route(
     {"text": "Hello world", "top_k": 2},
     description="`token_ids` instead of `text` if you have them; `template: chat` wraps the text in the chat template; "
     "`top_k: null` gives the whole distribution.",
+    tensors=True,
 )

@@ -39,11 +39,13 @@ class RestConnection:
     Args:
         url: where the server listens, for example `http://127.0.0.1:8000`.
         timeout_s: longest wait for an answer, in seconds; a large batch on a CPU takes a while.
+        transport: what carries the requests instead of sockets, for tests.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 600.0) -> None:
+    def __init__(self, url: str, *, timeout_s: float = 600.0, transport: httpx.BaseTransport | None = None) -> None:
         self._url = url
-        self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S))
+        timeout = httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S)
+        self._http = httpx.Client(base_url=url, timeout=timeout, transport=transport)
 
     def close(self) -> None:
         """Close the sockets."""
@@ -131,7 +133,12 @@ def _problem(response: httpx.Response, request_id: str) -> PemaError:
     error.request_id = error.request_id or request_id
     # A proxy in front of the server refuses without our problem document.
     if not problem and response.status_code in (429, 502, 503, 504):
-        return NotReady(f"The server answered HTTP {response.status_code}.", hint="Try again later.")
+        after = response.headers.get("retry-after", "")
+        return NotReady(
+            f"The server answered HTTP {response.status_code}.",
+            hint="Try again later.",
+            retry_after_s=float(after) if after.isdecimal() else None,
+        )
     return error
 
 

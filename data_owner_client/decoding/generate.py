@@ -106,15 +106,14 @@ def generate(
         _Sequence(list(prompt), horizon)
         for prompt, horizon in zip(prompts, horizons or [1.0] * len(prompts), strict=True)
     ]
-    limit = plm.card.limits.max_sequence_tokens
+    limits = plm.card.limits
     for number, sequence in enumerate(sequences, 1):
-        if len(sequence.prompt) >= limit:
+        if len(sequence.prompt) >= limits.max_sequence_tokens:
             raise InvalidData(
-                f"Prompt {number} has {len(sequence.prompt)} tokens; the server takes less than {limit}.",
+                f"Prompt {number} has {len(sequence.prompt)} tokens; the server takes less than {limits.max_sequence_tokens}.",
                 hint="Shorten the text or use fewer examples in the task.",
             )
     # Longest prompts first: sequences of similar length share a batch, so little of it is padding.
-    limits = plm.card.limits
     batch_size = max(1, min(settings.batch_size, limits.max_sequences, limits.max_rows // settings.max_new_tokens))
     waiting, active = sorted(sequences, key=lambda s: len(s.prompt)), list[_Sequence]()
     calls = drafted = accepted = 0
@@ -129,7 +128,7 @@ def generate(
             drafted += int(response.rows_B.sum()) - len(active)
             accepted += kept - len(active)
             for sequence in active:
-                room = limit - len(sequence.prompt) - len(sequence.generated)
+                room = limits.max_sequence_tokens - len(sequence.prompt) - len(sequence.generated)
                 sequence.done |= len(sequence.generated) >= settings.max_new_tokens or room <= 0
             bar.advance(sum(s.done for s in active))
             active = [s for s in active if not s.done]

@@ -104,16 +104,19 @@ def build_memory(
     )
     # Before anything is sent: a pair that cannot be used should not stop a build after an hour.
     longest = Extent()
-    for number, pair in enumerate(pairs, 1):
-        place = f"pair {number}"
-        tokenized = tokenize_pair(plm, task, pair, place=place)
-        require_fits(plm, tokenized, place=place, drafted=context_mode == "private")
-        longest = longest.including(tokenized)
+    reporter = reporter or Reporter()
+    with reporter.bar("tokenising", len(pairs), "pairs") as bar:
+        for number, pair in enumerate(pairs, 1):
+            place = f"pair {number}"
+            tokenized = tokenize_pair(plm, task, pair, place=place)
+            require_fits(plm, tokenized, place=place, drafted=context_mode == "private")
+            longest = longest.including(tokenized)
+            bar.advance(1)
     with _only_builder(folder):
         if overwrite:
             _empty(folder)
         memory = ExternalMemory.create(folder, plan)
-        _append_missing(memory, plm, pairs, longest.pairs_per_request(plm), reporter or Reporter())
+        _append_missing(memory, plm, pairs, longest.pairs_per_request(plm), reporter)
     return memory
 
 

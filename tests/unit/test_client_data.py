@@ -70,6 +70,10 @@ def test_unreadable_files(tmp_path: Path) -> None:
         read_pairs(tmp_path / "latin.jsonl")
     with pytest.raises(InvalidData, match=r"2 lines and .* has 1"):
         read_parallel(write(tmp_path / "s", "a\nb\n"), write(tmp_path / "t", "a\n"))
+    with pytest.raises(InvalidData, match="t:2 is empty"):
+        read_parallel(write(tmp_path / "s", "a\nb\n"), write(tmp_path / "t", "a\n\n"))
+    with pytest.raises(InvalidData, match="s.txt:2 is empty"):
+        read_pairs(write(tmp_path / "s.txt", "a\n\nb\n"), need_targets=False)
 
 
 def test_validation_split_keeps_equal_sources_together_and_is_stable() -> None:
