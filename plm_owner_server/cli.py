@@ -63,7 +63,7 @@ def load_service(settings: ServerSettings) -> PlmService:
         torch.set_num_threads(settings.threads)
     files = resolve(settings.model, settings.cache_dir)
     model = load_model(files.folder, device=settings.device, dtype=settings.dtype)
-    engine = TransformersEngine(model, cr_kind=settings.cr_kind, shared_prefix=settings.shared_prefix)
+    engine = TransformersEngine(model, cr_kind=settings.cr_kind, prefix_cache_bytes=settings.prefix_cache_mib * 2**20)
     service = PlmService(
         engine,
         load_tokenizer(files.folder),

@@ -78,9 +78,11 @@ class ServerSettings(BaseSettings):
         ge=0,
         description="Padding in one forward pass, in tokens. About what one more pass costs: more on a fast GPU.",
     )
-    shared_prefix: bool = Field(
-        default=True,
-        description="Compute a prompt that all sequences of a batch begin with once. Off only to compare.",
+    prefix_cache_mib: int = Field(
+        default=1024,
+        ge=0,
+        description="Memory for attention states in MiB: what texts begin with is computed once, and a text that goes "
+        "on is not computed again. 0 turns it off.",
     )
     max_waiting_requests: int = Field(
         default=64, ge=1, description="Requests that may wait for the model. One more is told to come back (429)."

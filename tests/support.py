@@ -159,7 +159,7 @@ def make_service(
     """
     chosen = make_settings(model=str(folder), **settings)
     model = load_model(folder, device="cpu", dtype="float32")
-    engine = TransformersEngine(model, cr_kind=chosen.cr_kind, shared_prefix=chosen.shared_prefix)
+    engine = TransformersEngine(model, cr_kind=chosen.cr_kind, prefix_cache_bytes=chosen.prefix_cache_mib * 2**20)
     engine.warm_up()
     return PlmService(
         wrap(engine) if wrap else engine,

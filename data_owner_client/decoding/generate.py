@@ -30,12 +30,13 @@ class DecodingSettings:
 
     Attributes:
         max_new_tokens: longest continuation, in tokens.
-        look_ahead: tokens that the server drafts per call while the adapter has a say.
+        look_ahead: tokens that the server drafts per call while the adapter has a say. More saves round trips and costs
+            the server more: about two thirds of the drafts agree.
         batch_size: sequences in one call; one that ends makes room for the next.
     """
 
     max_new_tokens: int = 128
-    look_ahead: int = 4
+    look_ahead: int = 2
     batch_size: int = 32
 
 
@@ -110,7 +111,8 @@ def generate(
     for number, sequence in enumerate(sequences, 1):
         if len(sequence.prompt) >= limits.max_sequence_tokens:
             raise InvalidData(
-                f"Prompt {number} has {len(sequence.prompt)} tokens; the server takes less than {limits.max_sequence_tokens}.",
+                f"Prompt {number} has {len(sequence.prompt)} tokens, with nothing left for an answer: the server takes "
+                f"{limits.max_sequence_tokens} for both.",
                 hint="Shorten the text or use fewer examples in the task.",
             )
     # Longest prompts first: sequences of similar length share a batch, so little of it is padding.

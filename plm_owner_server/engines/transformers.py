@@ -20,6 +20,8 @@ from transformers.cache_utils import DynamicCache
 
 from plm_owner_server.batching import common_prefix
 from plm_owner_server.engines.base import Decoded, Encoded, EngineInfo
+from plm_owner_server.engines.kv_rows import KvLayout, pack, pad
+from plm_owner_server.engines.prefix_cache import PrefixCache
 from protocol.checks import echo
 from protocol.errors import ServerFault, Unsupported
 from protocol.head import LMHead
@@ -29,6 +31,11 @@ log = logging.getLogger(__name__)
 
 # Rows × V float32 logits that exist at once: 256 MiB.
 _LOGITS_AT_ONCE = 2**26
+# On a CPU, rows × tokens of the vocabulary at once: what stays in its cache between product and reduction. Twice as
+# fast as all logits of 32 rows (V 262,144) at once.
+_CPU_BLOCK = (512, 2048)
+# Tokens that a pass of its own for a shared prefix must save: about what a pass costs.
+_WORTH_A_PASS = 64
 _FFN_NAMES = ("mlp", "feed_forward", "feedforward", "ffn", "block_sparse_moe", "moe", "fc2")
 
 
@@ -54,14 +61,27 @@ def load_model(folder: Path, *, device: str, dtype: str) -> PreTrainedModel:
 
 @dataclass
 class _Prefilled:
-    """State after the prompt. B sequences, T positions beyond a shared prefix of `prefix` tokens."""
+    """State after the prompts.
+
+    The cache has a slot for every reused state (those of each sequence padded to the most), then for each of the T
+    positions run (padded likewise), then for what is drafted.
+
+    Attributes:
+        token_ids_B_T: what was run: each sequence from its `reused_B`-th token on.
+        reused_B: tokens of each sequence that were not run, as their states were known.
+        lengths_B: tokens of each sequence that were run.
+    """
 
     last_hidden_B_T_D: Tensor
     cr_B_T_D: Tensor
     token_ids_B_T: Tensor
+    reused_B: Tensor
     lengths_B: Tensor
-    prefix: int
     cache: DynamicCache | None
+
+    @property
+    def reused_slots(self) -> int:
+        return int(self.reused_B.max())
 
 
 class TransformersEngine:
@@ -70,13 +90,14 @@ class TransformersEngine:
     Args:
         model: in evaluation mode, on its device.
         cr_kind: which representation `encode` and `decode` give.
-        shared_prefix: compute what all sequences of a batch begin with once.
+        prefix_cache_bytes: bound on the attention states kept for texts that begin alike or go on; 0 keeps none, and
+            computes every token of every sequence.
 
     Raises:
         Unsupported: the model is no attention-based decoder, or has no such representation.
     """
 
-    def __init__(self, model: PreTrainedModel, *, cr_kind: CrKind, shared_prefix: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, *, cr_kind: CrKind, prefix_cache_bytes: int = 2**28) -> None:
         config = model.config.get_text_config()
         output = model.get_output_embeddings()
         if model.config.is_encoder_decoder or not isinstance(output, nn.Linear):
@@ -92,7 +113,8 @@ class TransformersEngine:
         self._model = model
         self._base = model.base_model
         self._accepts = set(inspect.signature(self._base.forward).parameters)
-        self._shared_prefix = shared_prefix
+        self._prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
+        self._layout: KvLayout | None = None  # known after the first pass with a cache
         self._ffn = _last_ffn(self._base) if cr_kind == "ffn_output" else None
         self.head = LMHead(
             output.weight.detach(),
@@ -124,7 +146,7 @@ class TransformersEngine:
         """
         ids_B_T = torch.arange(1, 9, device=self._device).remainder(self.info.vocab_size)[None]
         expected = self._model(input_ids=ids_B_T, use_cache=False).logits.float()
-        state = self._prefill([ids_B_T[0].tolist()], keep_cache=False)
+        state = self._prefill([ids_B_T[0].tolist()], [[]], keep_cache=False)
         ours = self.head.logits(state.last_hidden_B_T_D).float()
         error = ((ours - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
         tolerance = 1e-4 if self._model.dtype == torch.float32 else 3e-2
@@ -147,9 +169,12 @@ class TransformersEngine:
         self, token_ids: Sequence[Sequence[int]], from_position: Sequence[int], *, with_logsumexp: bool
     ) -> Encoded:
         """Representations of all positions ≥ `from_position` of every sequence, from one forward pass."""
-        state = self._prefill(token_ids, keep_cache=False, prefix_limit=min(from_position))
+        shared = self._shared_states(token_ids, at_most=min(from_position))
+        state = self._prefill(token_ids, [shared] * len(token_ids), keep_cache=False)
         rows = [len(ids) - start for ids, start in zip(token_ids, from_position, strict=True)]
-        wanted_B_T = self._spans([start - state.prefix for start in from_position], state)
+        starts_B = torch.tensor(from_position, device=self._device) - state.reused_B
+        steps = state.token_ids_B_T.shape[1]
+        wanted_B_T = _first_of(state.lengths_B, steps) & ~_first_of(starts_B, steps)
         last_hidden_N_D = state.last_hidden_B_T_D[wanted_B_T]
         logsumexp_N = self._logsumexp_top1(last_hidden_N_D)[0].cpu() if with_logsumexp else None
         return Encoded(
@@ -168,17 +193,21 @@ class TransformersEngine:
 
         A sequence's drafting ends after a stop token, which is its last top-1 then and is not run itself.
         """
-        state = self._prefill(token_ids, keep_cache=max(look_ahead) > 0, prefix_limit=min(map(len, token_ids)))
+        keep = self._prefixes is not None
+        state = self._prefill(
+            token_ids, self._known_states(token_ids, max(look_ahead)), keep_cache=keep or max(look_ahead) > 0
+        )
         newest = (torch.arange(len(token_ids), device=self._device), state.lengths_B - 1)
         stop_S = torch.tensor(sorted(stop_token_ids), dtype=torch.long, device=self._device)
-        mask_B_T = self._attention_mask(state)
-        positions_B = state.lengths_B + state.prefix
+        mask_B_T = _attention_mask(state.reused_B, state.lengths_B, state.token_ids_B_T.shape[1])
+        positions_B = state.reused_B + state.lengths_B
         left_B = torch.tensor(look_ahead, device=self._device)
         # B shrinks: sequences that have ended leave once they are half of the batch. A row's owner is its sequence.
         owner_B = torch.arange(len(token_ids), device=self._device)
         active_B = torch.ones_like(owner_B, dtype=torch.bool)
         last_hidden_B_D, cr_B_D = state.last_hidden_B_T_D[newest], state.cr_B_T_D[newest]
         steps: list[tuple[Tensor, ...]] = []
+        drafts: list[list[int]] = [[] for _ in token_ids]
         while True:
             logsumexp_A, top1_A, top1_logit_A = self._logsumexp_top1(last_hidden_B_D[active_B])
             columns = (cr_B_D[active_B], last_hidden_B_D[active_B], logsumexp_A, top1_A, top1_logit_A - logsumexp_A)
@@ -189,9 +218,12 @@ class TransformersEngine:
             if remaining == 0:
                 break
             if state.cache is not None and 2 * remaining <= len(active_B):
+                self._keep(state, token_ids, drafts, owner_B, ~active_B)
                 state.cache.batch_select_indices(active_B.nonzero()[:, 0])
                 rows = (mask_B_T, positions_B, left_B, owner_B, top1_B, active_B)
                 mask_B_T, positions_B, left_B, owner_B, top1_B, active_B = (row[active_B] for row in rows)
+            for owner, token in zip(owner_B[active_B].tolist(), top1_B[active_B].tolist(), strict=True):
+                drafts[owner].append(token)
             mask_B_T = torch.cat([mask_B_T, torch.ones_like(mask_B_T[:, :1])], dim=1)
             # An ended row is carried along at any position that exists; its own may lie past the model's last.
             at_B = torch.where(active_B, positions_B, 0)
@@ -200,6 +232,7 @@ class TransformersEngine:
             )
             last_hidden_B_D, cr_B_D = last_hidden_B_1_D[:, 0], cr_B_1_D[:, 0]
             positions_B, left_B = positions_B + 1, left_B - 1
+        self._keep(state, token_ids, drafts, owner_B, torch.ones_like(active_B))
         owner_N, *parts = (torch.cat(column) for column in zip(*steps, strict=True))
         # From step by step to sequence by sequence.
         order_N = owner_N.argsort(stable=True)
@@ -214,27 +247,91 @@ class TransformersEngine:
             top1_logprob_N=top1_logprob_N,
         )
 
-    def _prefill(self, token_ids: Sequence[Sequence[int]], *, keep_cache: bool, prefix_limit: int = 0) -> _Prefilled:
-        """Run the prompts, padded on the right; a prefix that all share (at most `prefix_limit` tokens) only once.
+    def _shared_states(self, token_ids: Sequence[Sequence[int]], *, at_most: int) -> list[Tensor]:
+        """States [T_i, F] of what all sequences begin with; computed once for all, if that saves more than it costs."""
+        if self._prefixes is None:
+            return []
+        shared = min(common_prefix(token_ids), min(map(len, token_ids)) - 1, at_most)
+        if self.info.attention_window is not None:
+            # Layers with a window forget their first states once it is full.
+            shared = min(shared, self.info.attention_window - 1)
+        prefix = list(token_ids[0][:shared])
+        states = self._prefixes.match(prefix)
+        missing = shared - sum(map(len, states))
+        if missing * (len(token_ids) - 1) > _WORTH_A_PASS:
+            state = self._prefill([prefix], [states], keep_cache=True)
+            states = [*states, self._packed(state, torch.tensor([0], device=self._device))[0]]
+            self._prefixes.insert(prefix, states[-1])
+        return states
 
-        Padding needs no mask: with causal attention no position sees what stands to its right.
+    def _known_states(self, token_ids: Sequence[Sequence[int]], drafted: int) -> list[list[Tensor]]:
+        """States of each sequence's longest known prefix, its last token excluded."""
+        shared = self._shared_states(token_ids, at_most=min(map(len, token_ids)) - 1)
+        if self._prefixes is None:
+            return [shared] * len(token_ids)
+        known = [self._prefixes.match(ids[:-1]) for ids in token_ids]
+        reused = [sum(map(len, states)) for states in known]
+        to_run = max(len(ids) - count for ids, count in zip(token_ids, reused, strict=True))
+        window = self.info.attention_window
+        # Reused states of unequal number are padded, and padding inside a window would push real tokens out of it.
+        if len(set(reused)) > 1 and window is not None and max(reused) + to_run + drafted > window:
+            return [shared] * len(token_ids)
+        return known
+
+    def _keep(
+        self,
+        state: _Prefilled,
+        token_ids: Sequence[Sequence[int]],
+        drafts: Sequence[Sequence[int]],
+        owner_B: Tensor,
+        leaving_B: Tensor,
+    ) -> None:
+        """Keep the states of sequences that leave the batch, drafts included: the next call may go on from there."""
+        window = self.info.attention_window
+        if self._prefixes is None or state.cache is None:
+            return
+        if window is not None and state.cache.get_seq_length() >= window:
+            return
+        kv_R_S_F = self._packed(state, leaving_B.nonzero()[:, 0])
+        ran = state.token_ids_B_T.shape[1]
+        lengths = state.lengths_B.tolist()
+        for owner, kv_S_F in zip(owner_B[leaving_B].tolist(), kv_R_S_F, strict=True):
+            own_S_F = torch.cat([kv_S_F[: lengths[owner]], kv_S_F[ran : ran + len(drafts[owner])]])
+            self._prefixes.insert([*token_ids[owner], *drafts[owner]], own_S_F)
+
+    def _packed(self, state: _Prefilled, rows_R: Tensor) -> Tensor:
+        """States [R, S, F] of some rows of the cache, from the first token that was run on."""
+        if state.cache is None:
+            raise ServerFault("The attention states were not kept.", hint="Report this to the owner.")
+        if self._layout is None:
+            self._layout = KvLayout.of(state.cache)
+        return pack(state.cache, rows_R, state.reused_slots)
+
+    def _prefill(
+        self, token_ids: Sequence[Sequence[int]], known: Sequence[Sequence[Tensor]], *, keep_cache: bool
+    ) -> _Prefilled:
+        """Run the prompts from their known states on, padded on the right.
+
+        Where no states are padded there is no need of a mask: with causal attention no position sees what stands to its
+        right.
         """
-        prefix = 0
-        if self._shared_prefix and len(token_ids) > 1:
-            prefix = min(common_prefix(token_ids), prefix_limit, min(map(len, token_ids)) - 1)
-        cache = DynamicCache(config=self._model.config) if keep_cache or prefix else None
-        if cache is not None and prefix:
-            prefix_1_P = torch.tensor([token_ids[0][:prefix]], device=self._device)
-            self._forward(prefix_1_P, torch.arange(prefix, device=self._device)[None], cache=cache)
-            cache.batch_repeat_interleave(len(token_ids))
-        lengths = [len(ids) - prefix for ids in token_ids]
+        reused = [sum(map(len, states)) for states in known]
+        cache = DynamicCache(config=self._model.config) if keep_cache else None
+        if any(reused) and self._layout is not None:
+            cache = self._layout.unpack(pad(known), self._model.config)
         padded_B_T = nn.utils.rnn.pad_sequence(
-            [torch.tensor(ids[prefix:], dtype=torch.long) for ids in token_ids], batch_first=True
+            [torch.tensor(ids[count:], dtype=torch.long) for ids, count in zip(token_ids, reused, strict=True)],
+            batch_first=True,
         ).to(self._device)
-        positions_1_T = torch.arange(prefix, prefix + padded_B_T.shape[1], device=self._device)[None]
-        last_hidden_B_T_D, cr_B_T_D = self._forward(padded_B_T, positions_1_T.expand_as(padded_B_T), cache=cache)
-        lengths_B = torch.tensor(lengths, device=self._device)
-        return _Prefilled(last_hidden_B_T_D, cr_B_T_D, padded_B_T, lengths_B, prefix, cache)
+        reused_B = torch.tensor(reused, device=self._device)
+        lengths_B = torch.tensor(list(map(len, token_ids)), device=self._device) - reused_B
+        # Padding stands still at the last position: there may be none beyond it.
+        steps_B_T = torch.arange(padded_B_T.shape[1], device=self._device).minimum(lengths_B[:, None] - 1)
+        mask_B_T = _attention_mask(reused_B, lengths_B, padded_B_T.shape[1]) if len(set(reused)) > 1 else None
+        last_hidden_B_T_D, cr_B_T_D = self._forward(
+            padded_B_T, reused_B[:, None] + steps_B_T, cache=cache, mask_B_T=mask_B_T
+        )
+        return _Prefilled(last_hidden_B_T_D, cr_B_T_D, padded_B_T, reused_B, lengths_B, cache)
 
     def _forward(
         self,
@@ -264,31 +361,45 @@ class TransformersEngine:
         return last_hidden_B_T_D, captured[-1].view(*ids_B_T.shape, -1)
 
     def _logsumexp_top1(self, last_hidden_N_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log-sum-exp over V (float32), top-1 token and its logit, without more logits at once than memory allows."""
-        parts = []
-        for chunk_C_D in last_hidden_N_D.split(max(1, _LOGITS_AT_ONCE // self.info.vocab_size)):
-            logits_C_V = self.head.logits(chunk_C_D).float()
-            top1_logit_C, top1_C = logits_C_V.max(dim=-1)
-            parts.append((logits_C_V.logsumexp(dim=-1), top1_C, top1_logit_C))
+        """log-sum-exp over V (float32), top-1 token and its logit; of N×V logits only a block exists at a time."""
+        rows, columns = (
+            _CPU_BLOCK if self._device.type == "cpu" else (_LOGITS_AT_ONCE // self.info.vocab_size + 1, None)
+        )
+        parts = [self._logsumexp_top1_block(block_C_D, columns) for block_C_D in last_hidden_N_D.split(rows)]
         logsumexp_N, top1_N, top1_logit_N = (torch.cat(column) for column in zip(*parts, strict=True))
         return logsumexp_N, top1_N, top1_logit_N
 
-    def _spans(self, starts: Sequence[int], state: _Prefilled) -> Tensor:
-        """Boolean [B, T]: positions from `starts` to each sequence's end."""
-        positions_T = torch.arange(state.token_ids_B_T.shape[1], device=self._device)
-        starts_B = torch.tensor(starts, device=self._device)
-        return (positions_T >= starts_B[:, None]) & (positions_T < state.lengths_B[:, None])
-
-    def _attention_mask(self, state: _Prefilled) -> Tensor:
-        """1 for the shared prefix and each sequence's own tokens, 0 for the padding between them and the drafts."""
-        own_B_T = self._spans([0] * len(state.lengths_B), state)
-        return torch.cat([own_B_T.new_ones(len(own_B_T), state.prefix), own_B_T], dim=1).long()
+    def _logsumexp_top1_block(self, last_hidden_C_D: Tensor, columns: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        vocab_size = self.info.vocab_size
+        step = columns or vocab_size
+        blocks = []
+        for start in range(0, vocab_size, step):
+            logits_C_K = self.head.rows(slice(start, start + step)).logits(last_hidden_C_D).float()
+            top_logit_C, top_C = logits_C_K.max(dim=-1)
+            mass_C = logits_C_K.sub_(top_logit_C[:, None]).exp_().sum(dim=-1)  # relative to the block's top
+            blocks.append((top_logit_C, top_C + start, mass_C))
+        top_logit_C_M, top_C_M, mass_C_M = (torch.stack(column, dim=-1) for column in zip(*blocks, strict=True))
+        top1_logit_C, at_C = top_logit_C_M.max(dim=-1)
+        total_C = ((top_logit_C_M - top1_logit_C[:, None]).exp() * mass_C_M).sum(dim=-1)
+        return top1_logit_C + total_C.log(), top_C_M.gather(-1, at_C[:, None])[:, 0], top1_logit_C
 
     def _echo(self, state: _Prefilled, token_ids: Sequence[Sequence[int]]) -> list[int]:
-        """Echo of what was run: the shared prefix, then each sequence's row of the padded batch."""
-        prefix = list(token_ids[0][: state.prefix])
-        rows = state.token_ids_B_T.tolist()
-        return [echo(prefix + row[:length]) for row, length in zip(rows, state.lengths_B.tolist(), strict=True)]
+        """Echo of what was run: the known prefix, then each sequence's row of the padded batch."""
+        rows, lengths, reused = state.token_ids_B_T.tolist(), state.lengths_B.tolist(), state.reused_B.tolist()
+        return [
+            echo([*ids[:known], *row[:length]])
+            for ids, row, length, known in zip(token_ids, rows, lengths, reused, strict=True)
+        ]
+
+
+def _attention_mask(reused_B: Tensor, lengths_B: Tensor, steps: int) -> Tensor:
+    """1 for reused and run tokens, 0 for the padding after each: [B, slots]."""
+    return torch.cat([_first_of(reused_B, int(reused_B.max())), _first_of(lengths_B, steps)], dim=1).long()
+
+
+def _first_of(counts_B: Tensor, size: int) -> Tensor:
+    """Boolean [B, size]: the first `counts_B` of each row."""
+    return torch.arange(size, device=counts_B.device) < counts_B[:, None]
 
 
 def _first(output: Any) -> Tensor:

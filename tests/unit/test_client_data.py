@@ -72,7 +72,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         read_parallel(write(tmp_path / "s", "a\nb\n"), write(tmp_path / "t", "a\n"))
     with pytest.raises(InvalidData, match="t:2 is empty"):
         read_parallel(write(tmp_path / "s", "a\nb\n"), write(tmp_path / "t", "a\n\n"))
-    with pytest.raises(InvalidData, match="s.txt:2 is empty"):
+    with pytest.raises(InvalidData, match=r"s\.txt:2 is empty"):
         read_pairs(write(tmp_path / "s.txt", "a\n\nb\n"), need_targets=False)
 
 

@@ -75,12 +75,12 @@ COMPOSITIONS = {
 }
 
 
-@pytest.mark.parametrize("shared_prefix", [True, False])
+@pytest.mark.parametrize("cache_bytes", [2**28, 2000, 0])  # roomy, evicting all the time, off
 @pytest.mark.parametrize("composition", COMPOSITIONS)
 def test_encode_is_transformers_own_hidden_state(
-    model: PreTrainedModel, truth: Truth, composition: str, shared_prefix: bool
+    model: PreTrainedModel, truth: Truth, composition: str, cache_bytes: int
 ) -> None:
-    engine = TransformersEngine(model, cr_kind="last_hidden_state", shared_prefix=shared_prefix)
+    engine = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=cache_bytes)
     sequences = COMPOSITIONS[composition]
     chooser = random.Random(composition)
     for starts in (
@@ -190,6 +190,69 @@ def test_a_sequence_that_ended_does_not_run_past_the_models_last_position(
     # `generate` needs a position for every token it returns, so it goes one less far.
     expected = [greedy(model, ids, k) for ids, k in zip(sequences, look_ahead, strict=True)]
     assert [tokens[:-1] if EOS not in tokens else tokens for tokens in drafts(answer)] == expected
+
+
+@pytest.mark.parametrize("block", [(1, 7), (5, 64), (512, 10**6)])
+def test_the_vocabulary_in_blocks_is_the_whole_vocabulary(
+    engine: TransformersEngine, truth: Truth, monkeypatch: pytest.MonkeyPatch, block: tuple[int, int]
+) -> None:
+    monkeypatch.setattr("plm_owner_server.engines.transformers._CPU_BLOCK", block)
+    ids = random_ids(20, [18])[0]
+    logits_T_V = truth(ids)[1]
+    encoded = engine.encode([ids], [0], with_logsumexp=True)
+    assert encoded.logsumexp_N is not None
+    torch.testing.assert_close(encoded.logsumexp_N, logits_T_V.logsumexp(-1), rtol=TOLERANCE, atol=TOLERANCE)
+    decoded = engine.decode([ids], [0], frozenset())
+    assert decoded.top1_N.item() == logits_T_V[-1].argmax()
+    assert_near(decoded.top1_logprob_N, logits_T_V[-1:].log_softmax(-1).max(-1).values)
+
+
+@pytest.mark.parametrize("cache_bytes", [2**28, 3000, 0])  # roomy, evicting all the time, off
+def test_texts_that_go_on_branch_and_return_are_the_models_own(
+    model: PreTrainedModel, truth: Truth, cache_bytes: int
+) -> None:
+    """Calls as a decoding client makes them: drafts kept in part, a token of its own, other texts in between."""
+    engine = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=cache_bytes)
+    chooser = random.Random(7)
+    window = engine.info.attention_window or 10**9
+    texts = random_ids(19, [9, 4, 21, 9, 2], shared=2)
+    for _ in range(12):
+        batch = chooser.sample(range(len(texts)), chooser.randint(1, len(texts)))
+        look_ahead = [chooser.randint(0, 4) for _ in batch]
+        most = max(len(texts[i]) for i in batch) + max(look_ahead)
+        if len({len(texts[i]) for i in batch}) > 1 and most > window:  # as the service plans it
+            batch, look_ahead = batch[:1], look_ahead[:1]
+        decoded = engine.decode([texts[i] for i in batch], look_ahead, frozenset())
+        assert decoded.echo == [echo(texts[i]) for i in batch]
+        parts = zip(batch, decoded.top1_N.split(decoded.rows), decoded.cr_N_D.split(decoded.rows), strict=True)
+        for i, top1_K, cr_K_D in parts:
+            ran = [*texts[i], *top1_K.tolist()[:-1]]
+            hidden_T_D, logits_T_V = (x[len(texts[i]) - 1 :] for x in truth(ran))
+            assert_near(cr_K_D, hidden_T_D)
+            assert top1_K.tolist() == logits_T_V.argmax(-1).tolist()
+            kept = ran[: len(texts[i]) + chooser.randint(0, len(top1_K) - 1)]
+            texts[i] = [*kept, chooser.randrange(3, VOCAB_SIZE)]
+        encoded = engine.encode(texts, [len(ids) - 1 for ids in texts], with_logsumexp=False)
+        for ids, cr_1_D in zip(texts, encoded.cr_N_D.split(1), strict=True):
+            assert_near(cr_1_D, truth(ids)[0][-1:])
+
+
+def test_what_is_known_is_not_computed_again(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    inner = TransformersEngine._forward
+
+    def counted(self: TransformersEngine, ids_B_T: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        computed.append(ids_B_T.numel())
+        return inner(self, ids_B_T, *args, **kwargs)
+
+    monkeypatch.setattr(TransformersEngine, "_forward", counted)
+    engine = TransformersEngine(model, cr_kind="last_hidden_state")
+    texts = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 11, 12]]  # with their drafts, within the narrowest window
+    decoded = engine.decode(texts, [1, 1], frozenset())
+    assert computed == [12, 2]
+    longer = [[*ids, int(draft), 13] for ids, draft in zip(texts, decoded.top1_N[::2], strict=True)]
+    engine.decode(longer, [0, 0], frozenset())
+    assert computed[2:] == [2]
 
 
 def test_greedy_texts_vary_enough_to_tell_a_mistake(model: PreTrainedModel) -> None:

@@ -1,0 +1,110 @@
+"""What the model computed for a beginning of a text, kept for the next text that begins alike.
+
+A radix tree over token ids: texts share the part they share, as the prompts of a task do, and a text that goes on from
+an earlier one finds all of it. Only an optimisation: a miss costs time, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class _Node:
+    """A run of tokens and their states; the way from the root spells out a whole prefix."""
+
+    ids: list[int]
+    kv_T_F: Tensor
+    parent: _Node | None
+    children: dict[int, _Node] = field(default_factory=dict)  # by their first token
+
+    @property
+    def size_bytes(self) -> int:
+        return self.kv_T_F.nbytes
+
+
+class PrefixCache:
+    """Attention states (one row of F numbers a token) of token sequences; the least recently used go first.
+
+    Not thread-safe.
+
+    Args:
+        max_bytes: bound on all rows together, in bytes.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._root = _Node([], torch.empty(0, 0), None)
+        # Least recently used first. Whoever touches a node touches the way to it last, so the first one is a leaf.
+        self._nodes: OrderedDict[_Node, None] = OrderedDict()
+        self.size_bytes = 0
+
+    def match(self, ids: Sequence[int]) -> list[Tensor]:
+        """States of the longest known prefix of `ids`, in pieces [T_i, F]; empty if there is none."""
+        node, at, pieces = self._root, 0, []
+        while (child := node.children.get(ids[at]) if at < len(ids) else None) is not None:
+            common = _common(child.ids, ids, at)
+            pieces.append(child.kv_T_F[:common])
+            node, at = child, at + common
+            if common < len(child.ids):
+                break
+        self._touch(node)
+        return pieces
+
+    def insert(self, ids: Sequence[int], kv_S_F: Tensor) -> None:
+        """Keep the states of the last S tokens of `ids`.
+
+        Those before are kept already, or else nothing is: a tree has no use for states in mid-air.
+
+        Args:
+            ids: a whole sequence.
+            kv_S_F: its last states; copied as far as they are new.
+        """
+        node, at = self._root, 0
+        while at < len(ids) and (child := node.children.get(ids[at])) is not None:
+            common = _common(child.ids, ids, at)
+            node, at = child if common == len(child.ids) else self._split(child, common), at + common
+        new = len(ids) - at
+        if 0 < new <= len(kv_S_F):
+            leaf = _Node(list(ids[at:]), kv_S_F[len(kv_S_F) - new :].clone(), node)
+            node.children[leaf.ids[0]] = leaf
+            self._nodes[leaf] = None
+            self.size_bytes += leaf.size_bytes
+            node = leaf
+        self._touch(node)
+        while self.size_bytes > self._max_bytes:
+            self._evict()
+
+    def _touch(self, node: _Node) -> None:
+        while node.parent is not None:
+            self._nodes.move_to_end(node)
+            node = node.parent
+
+    def _split(self, node: _Node, at: int) -> _Node:
+        """Divide a node in two, so that another text can branch off; the upper part."""
+        assert node.parent is not None  # noqa: S101  (for the type checker: the root is never split)
+        # Copies: a view would keep the memory of both parts until both are gone.
+        upper = _Node(node.ids[:at], node.kv_T_F[:at].clone(), node.parent, {node.ids[at]: node})
+        node.parent.children[upper.ids[0]] = upper
+        node.ids, node.kv_T_F, node.parent = node.ids[at:], node.kv_T_F[at:].clone(), upper
+        self._nodes[upper] = None
+        return upper
+
+    def _evict(self) -> None:
+        leaf, _ = self._nodes.popitem(last=False)
+        assert leaf.parent is not None  # noqa: S101  (for the type checker: the root is not among the nodes)
+        del leaf.parent.children[leaf.ids[0]]
+        self.size_bytes -= leaf.size_bytes
+
+
+def _common(known: Sequence[int], ids: Sequence[int], at: int) -> int:
+    """How many tokens `ids` from position `at` shares with `known`."""
+    for step, (ours, theirs) in enumerate(zip(known, ids[at : at + len(known)], strict=False)):
+        if ours != theirs:
+            return step
+    return min(len(known), len(ids) - at)

@@ -1,0 +1,84 @@
+"""The prefix cache against what it may say at most: the states of exactly these tokens."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from plm_owner_server.engines.prefix_cache import PrefixCache
+
+ROW_BYTES = 8
+IDS = st.lists(st.integers(0, 2), min_size=1, max_size=12)
+
+
+def states(ids: list[int]) -> Tensor:
+    """A state [T, 2] of every token that tells the whole prefix that led to it."""
+    return torch.tensor([[i, hash(tuple(ids[: i + 1])) % 2**20] for i in range(len(ids))], dtype=torch.float32)
+
+
+def known(cache: PrefixCache, ids: list[int]) -> int:
+    """Length of the known prefix; what is known must be right."""
+    pieces = cache.match(ids)
+    length = sum(map(len, pieces))
+    if pieces:
+        assert torch.equal(torch.cat(pieces), states(ids)[:length])
+    return length
+
+
+def common(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@given(st.lists(IDS, max_size=12), st.lists(IDS, max_size=12))
+def test_a_roomy_cache_knows_the_longest_prefix_of_all_it_was_given(
+    given_ids: list[list[int]], asked: list[list[int]]
+) -> None:
+    cache = PrefixCache(2**20)
+    for ids in given_ids:
+        cache.insert(ids, states(ids))
+    for ids in given_ids + asked:
+        assert known(cache, ids) == max((common(ids, other) for other in given_ids), default=0)
+    distinct = {tuple(ids[: i + 1]) for ids in given_ids for i in range(len(ids))}
+    assert cache.size_bytes == ROW_BYTES * len(distinct)
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 30), st.lists(st.tuples(st.booleans(), IDS, st.integers(1, 12)), max_size=60))
+def test_a_small_cache_keeps_its_bound_and_is_never_wrong(rows: int, calls: list[tuple[bool, list[int], int]]) -> None:
+    cache = PrefixCache(rows * ROW_BYTES)
+    for insert, ids, last in calls:
+        if insert:
+            cache.insert(ids, states(ids)[-last:])
+        else:
+            known(cache, ids)
+        assert cache.size_bytes <= rows * ROW_BYTES
+        assert cache.size_bytes == sum(node.size_bytes for node in cache._nodes)
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    cache = PrefixCache(6 * ROW_BYTES)
+    for first in (1, 2, 3):
+        cache.insert([first, 0], states([first, 0]))
+    assert known(cache, [1, 0, 5]) == 2
+    cache.insert([4], states([4]))
+    assert [known(cache, [first, 0]) for first in (1, 2, 3)] == [2, 0, 2]
+
+
+def test_states_without_those_before_them_are_not_kept() -> None:
+    cache = PrefixCache(2**20)
+    cache.insert([1, 2, 3, 4], states([1, 2, 3, 4])[2:])
+    assert known(cache, [1, 2, 3, 4]) == 0
+    cache.insert([1, 2], states([1, 2]))
+    cache.insert([1, 2, 3, 4], states([1, 2, 3, 4])[2:])
+    assert known(cache, [1, 2, 3, 4]) == 4
+
+
+def test_what_is_kept_is_a_copy() -> None:
+    cache = PrefixCache(2**20)
+    big_T_F = torch.zeros(1000, 2)
+    big_T_F[:3] = states([1, 2, 3])
+    cache.insert([1, 2, 3], big_T_F[:3])
+    big_T_F.fill_(torch.nan)
+    assert known(cache, [1, 2, 3]) == 3
