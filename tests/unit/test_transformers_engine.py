@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from plm_owner_server.engines.runner import Runner
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
 from plm_owner_server.service import PlmService
 from protocol.checks import echo
@@ -196,7 +197,7 @@ def test_a_sequence_that_ended_does_not_run_past_the_models_last_position(
 def test_the_vocabulary_in_blocks_is_the_whole_vocabulary(
     engine: TransformersEngine, truth: Truth, monkeypatch: pytest.MonkeyPatch, block: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr("plm_owner_server.engines.transformers._CPU_BLOCK", block)
+    monkeypatch.setattr("plm_owner_server.engines.vocabulary._CPU_BLOCK", block)
     ids = random_ids(20, [18])[0]
     logits_T_V = truth(ids)[1]
     encoded = engine.encode([ids], [0], with_logsumexp=True)
@@ -239,13 +240,13 @@ def test_texts_that_go_on_branch_and_return_are_the_models_own(
 
 def test_what_is_known_is_not_computed_again(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[int] = []
-    inner = TransformersEngine._forward
+    inner = Runner.forward
 
-    def counted(self: TransformersEngine, ids_B_T: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def counted(self: Runner, ids_B_T: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         computed.append(ids_B_T.numel())
         return inner(self, ids_B_T, *args, **kwargs)
 
-    monkeypatch.setattr(TransformersEngine, "_forward", counted)
+    monkeypatch.setattr(Runner, "forward", counted)
     engine = TransformersEngine(model, cr_kind="last_hidden_state")
     texts = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 11, 12]]  # with their drafts, within the narrowest window
     decoded = engine.decode(texts, [1, 1], frozenset())
@@ -404,7 +405,7 @@ def test_warm_up_refuses_a_model_that_is_not_finite(tiny_models: TinyModels) -> 
 def test_what_does_not_fit_the_wire_dtype_is_a_numerical_fault_with_counts(tiny_models: TinyModels) -> None:
     def enlarge(engine: TransformersEngine) -> TransformersEngine:
         with torch.no_grad():
-            engine._base.norm.weight[3] = 1e9  # float16 ends at 65504
+            engine._model.base_model.norm.weight[3] = 1e9  # float16 ends at 65504
         return engine
 
     service = make_service(tiny_models["llama"], wrap=enlarge)
