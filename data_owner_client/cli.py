@@ -52,6 +52,7 @@ from data_owner_client.training import TrainingSettings
 from protocol.errors import InvalidData, PemaError
 
 _P = ParamSpec("_P")
+_INTERRUPTED = 130  # what shells make of SIGINT
 
 app = typer.Typer(
     help="PEMA, the data owner's side: adapt somebody else's language model to your private task.",
@@ -71,7 +72,13 @@ def _clear_errors(command: Callable[_P, None]) -> Callable[_P, None]:
         except PemaError as error:
             sys.exit(f"pema-client: {error}")
         except KeyboardInterrupt:
-            sys.exit("pema-client: interrupted; run the same command again (build-memory goes on where it was).")
+            print(
+                "pema-client: interrupted; run the same command again (build-memory goes on where it was).",
+                file=sys.stderr,
+                flush=True,
+            )
+            # Not sys.exit: it would wait for threads that wait for the server. Every file is written whole or not.
+            os._exit(_INTERRUPTED)
         except BrokenPipeError:
             # The reader of our output, such as head, has gone.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -28,6 +28,31 @@ def plan_batches(
     return batches
 
 
+def plan_drafting(
+    lengths: Sequence[int],
+    look_ahead: Sequence[int],
+    batch_tokens: int,
+    padding_tokens: int,
+    window: int | None,
+) -> list[list[int]]:
+    """The same for sequences that are drafted on; those drafted about equally far go together.
+
+    A batch takes as many steps as its farthest sequence, so a far one should not go on alone in many batches. `window`
+    is the narrowest attention window: beyond it there must be no padding.
+    """
+    groups: dict[int, list[int]] = {}
+    for index, k in enumerate(look_ahead):
+        groups.setdefault(k.bit_length(), []).append(index)  # within a factor of two
+    plan = []
+    for _, group in sorted(groups.items()):
+        most = max(look_ahead[i] for i in group)
+        own = [lengths[i] for i in group]
+        may_pad = window is None or max(own) + most <= window
+        batches = plan_batches(own, batch_tokens, padding_tokens if may_pad else 0, drafted=most)
+        plan += [[group[i] for i in batch] for batch in batches]
+    return plan
+
+
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Number of leading token ids that all sequences share."""
     shortest = min(sequences, key=len)

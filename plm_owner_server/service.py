@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from plm_owner_server.batching import plan_batches
+from plm_owner_server.batching import plan_batches, plan_drafting
 from plm_owner_server.engines.base import Decoded, Encoded, Engine
 from plm_owner_server.gathering import Batch, Gathered, present
 from plm_owner_server.settings import ServerSettings
@@ -233,11 +233,8 @@ class PlmService:
             )
 
         lengths = [len(ids) for ids in sequences]
-        window = self._engine.info.attention_window
-        most = max(request.look_ahead)
-        may_pad = window is None or max(lengths) + most <= window
-        padding = self._settings.padding_tokens if may_pad else 0
-        plan = plan_batches(lengths, self._settings.batch_tokens, padding, drafted=most)
+        settings, window = self._settings, self._engine.info.attention_window
+        plan = plan_drafting(lengths, request.look_ahead, settings.batch_tokens, settings.padding_tokens, window)
         gathered = Gathered(plan, self._run(plan, run), len(sequences))
         return DecodeResponse(
             digest=self._card.digest,

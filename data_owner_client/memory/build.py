@@ -222,7 +222,7 @@ def _in_order(call: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Ou
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)  # an answer may be minutes away, and nobody waits for it
 
 
 def require_fits(plm: RemotePlm, pair: TokenizedPair, *, place: str, drafted: bool = False) -> None:
