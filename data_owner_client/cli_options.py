@@ -13,7 +13,14 @@ from protocol.messages import WireDtype
 
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 
-Server = Annotated[str, typer.Option("--server", envvar="PEMA_SERVER", help="Address of the PLM owner's server.")]
+Server = Annotated[
+    str,
+    typer.Option(
+        "--server",
+        envvar="PEMA_SERVER",
+        help="Address of the PLM owner's server: http://, https://, grpc:// or grpcs://.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Dtype = Annotated[WireDtype, typer.Option(help="Number format of representations on the wire and on disk.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads of this client; 0 for all cores.")]

@@ -7,7 +7,7 @@ import sys
 import threading
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import torch
 import uvicorn
@@ -17,8 +17,10 @@ from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, CliSubCom
 from transformers.utils import logging as transformers_logging
 
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
+from plm_owner_server.grpc import serve_grpc
+from plm_owner_server.holder import ServiceHolder
 from plm_owner_server.models import digest_folder, resolve
-from plm_owner_server.rest import ServiceHolder, create_app
+from plm_owner_server.rest import create_app
 from plm_owner_server.service import PlmService, load_tokenizer
 from plm_owner_server.settings import ServerSettings
 from protocol.errors import PemaError
@@ -27,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Serve(ServerSettings):
-    """Load a model and serve it over REST.
+    """Load a model and serve it over REST and gRPC.
 
     Every flag is also an environment variable, PEMA_<FLAG> (PEMA_MAX_SEQUENCES=64); a flag wins.
 
@@ -99,19 +101,27 @@ def serve(settings: ServerSettings) -> None:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        threading.Thread(target=load, name="load-model", daemon=True).start()
-        yield
+        async with AsyncExitStack() as stack:
+            try:
+                port = await stack.enter_async_context(serve_grpc(holder, settings.host, grpc_port, **bounds))
+                log.info("gRPC on %s:%d, REST on port %d", settings.host, port, settings.port)
+                threading.Thread(target=load, name="load-model", daemon=True).start()
+            except OSError as error:
+                failures.append(PemaError(str(error), hint="Choose another --grpc-port."))
+                server.should_exit = True
+            yield
 
-    app = create_app(
-        holder,
-        max_body_bytes=settings.max_body_bytes,
-        max_calls=2 * settings.max_waiting_requests,
-        lifespan=lifespan,
-    )
+    beside = settings.port + 1 if settings.port else 0
+    grpc_port = beside if settings.grpc_port is None else settings.grpc_port
+    bounds = {"max_body_bytes": settings.max_body_bytes, "max_calls": 2 * settings.max_waiting_requests}
+    app = create_app(holder, **bounds, lifespan=lifespan)
     config = uvicorn.Config(app, host=settings.host, port=settings.port, log_config=None, access_log=False)
     server = uvicorn.Server(config)
-    with suppress(KeyboardInterrupt):  # uvicorn has shut down by then, and passes the signal on
-        server.run()
+    try:
+        with suppress(KeyboardInterrupt):  # uvicorn has shut down by then, and passes the signal on
+            server.run()
+    except SystemExit:  # it has said why
+        sys.exit(f"pema-server: cannot listen on port {settings.port} of {settings.host}. Choose another --port.")
     if failures:
         sys.exit(f"pema-server: {failures[0]}")
 

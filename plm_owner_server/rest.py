@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-import traceback
-import uuid
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
@@ -18,16 +16,16 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from plm_owner_server import rest_docs
+from plm_owner_server.faults import answerable, request_id_of
+from plm_owner_server.holder import ServiceHolder
 from plm_owner_server.service import PlmService
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import (
     PROBLEM_JSON,
     InvalidRequest,
     MalformedMessage,
-    NotReady,
     PayloadTooLarge,
     PemaError,
-    ServerFault,
     UnacceptableAnswer,
     to_problem,
 )
@@ -40,23 +38,6 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 REQUEST_ID = "X-Request-Id"
 _CLIENT_LEFT = 499  # nginx's number for it; HTTP has none
 _PROBES = frozenset({"/healthz", "/readyz"})
-
-
-class ServiceHolder:
-    """The service, once its model is loaded."""
-
-    def __init__(self, service: PlmService | None = None) -> None:
-        self.service = service
-
-    def ready(self) -> PlmService:
-        """The service.
-
-        Raises:
-            NotReady: the model is still loading.
-        """
-        if self.service is None:
-            raise NotReady("The model is still loading.", hint="Try again in a moment.", retry_after_s=2.0)
-        return self.service
 
 
 def create_app(
@@ -139,21 +120,14 @@ def create_app(
 
     @app.middleware("http")
     async def log_and_identify(request: Request, call_next: Callable[[Request], Any]) -> Response:
-        given = request.headers.get(REQUEST_ID, "")
-        request.state.id = (
-            given if given.isascii() and 0 < len(given) <= 64 and given.isprintable() else uuid.uuid4().hex
-        )
+        request.state.id = request_id_of(request.headers.get(REQUEST_ID, ""))
         started = time.perf_counter()
         try:
             response: Response = await call_next(request)
         except ClientDisconnect:
             response = Response(status_code=_CLIENT_LEFT)  # for the log: nobody reads it
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a problem document
-            # Type and place only: an exception's text may quote the data that caused it.
-            log.error("%s: %s in %s", request.state.id, type(error).__name__, request.url.path)
-            log.debug("%s: traceback\n%s", request.state.id, "".join(traceback.format_tb(error.__traceback__)))
-            fault = ServerFault("The server failed.", hint="Report the request id to its owner; trying again may help.")
-            response = _problem(request, fault)
+            response = _problem(request, answerable(error, request.state.id, request.url.path))
         response.headers[REQUEST_ID] = request.state.id
         elapsed_ms = 1000 * (time.perf_counter() - started)
         # Probes come every few seconds; a log of them hides everything else.

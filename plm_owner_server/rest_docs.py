@@ -175,6 +175,6 @@ DISTRIBUTION = _route(
     DistributionRequest,
     {"text": "Hello world", "top_k": 2},
     description="`token_ids` instead of `text` if you have them; `template: chat` wraps the text in the chat template; "
-    "`top_k: null` gives the whole distribution.",
+    "`top_k: 0` gives the whole distribution.",
     tensors=True,
 )

@@ -262,7 +262,7 @@ class PlmService:
         head = self._engine.head
         logits_V = head.logits(last_hidden_1_D.to(head.weight_V_D.device)).float()[0].cpu()
         logprob_V = logits_V.log_softmax(dim=-1)
-        if request.top_k is None:
+        if request.top_k == 0:
             all_ids_V = torch.arange(len(logprob_V))
             return DistributionResponse(digest=self._card.digest, token_ids_K=all_ids_V, logprob_K=logprob_V)
         logprob_K, ids_K = logprob_V.topk(min(request.top_k, len(logprob_V)))

@@ -32,6 +32,12 @@ class ServerSettings(BaseSettings):
         description="Address to listen on. Loopback by default: there are no keys yet, so nobody else should reach it.",
     )
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
+    grpc_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="TCP port of gRPC; 0 takes a free one. By default the one after --port: clients find it there.",
+    )
     cr_kind: CrKind = Field(
         default="last_hidden_state",
         description="Representation served: the LM head's own input, or the last feed-forward output as in the paper.",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
 import safetensors.torch
@@ -121,8 +122,7 @@ class Message(BaseModel):
             if isinstance(value, Tensor):
                 tensors[name] = value.contiguous()
             elif value is not None and _is_ragged(field.metadata):
-                tensors[f"{name}.values"] = torch.tensor([i for row in value for i in row], dtype=torch.int32)
-                tensors[f"{name}.lengths"] = torch.tensor([len(row) for row in value], dtype=torch.int32)
+                tensors[f"{name}.values"], tensors[f"{name}.lengths"] = join_ragged(value)
             else:
                 header[name] = value
         # pydantic knows how to write nested models; the tensors are left out of its sight.
@@ -147,7 +147,7 @@ class Message(BaseModel):
                 raise ValueError("the metadata is not an object")
             for name, field in cls.model_fields.items():
                 if _is_ragged(field.metadata) and f"{name}.values" in tensors:
-                    fields[name] = _split(tensors.pop(f"{name}.values"), tensors.pop(f"{name}.lengths"))
+                    fields[name] = split_ragged(tensors.pop(f"{name}.values"), tensors.pop(f"{name}.lengths"))
         except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, struct.error) as error:
             raise MalformedMessage(
                 "The body is not a well-formed safetensors container of this message.",
@@ -196,7 +196,18 @@ def _is_ragged(metadata: list[Any]) -> bool:
     return any(isinstance(mark, _RaggedMarker) for mark in metadata)
 
 
-def _split(values: Tensor, lengths: Tensor) -> list[list[int]]:
+def join_ragged(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Values and lengths (int32) of ragged token ids."""
+    values = torch.tensor([i for row in rows for i in row], dtype=torch.int32)
+    return values, torch.tensor([len(row) for row in rows], dtype=torch.int32)
+
+
+def split_ragged(values: Tensor, lengths: Tensor) -> list[list[int]]:
+    """Ragged token ids from their values and lengths.
+
+    Raises:
+        ValueError: they are not such.
+    """
     if values.dtype != torch.int32 or lengths.dtype != torch.int32 or values.ndim != 1 or lengths.ndim != 1:
         raise ValueError("token ids travel as one-dimensional int32 values and lengths")
     counts = lengths.tolist()

@@ -1,4 +1,4 @@
-"""The one tree of errors that both sides raise, and its mapping to HTTP problem+json.
+"""The one tree of errors that both sides raise, and its mapping to HTTP problem+json and to gRPC status.
 
     PemaError
     ├── InvalidRequest (ValueError)         400  the caller's mistake; the detail says what to change
@@ -39,6 +39,7 @@ class PemaError(Exception):
 
     code: ClassVar[str] = "error"
     http_status: ClassVar[int] = 500
+    grpc_status: ClassVar[str] = "INTERNAL"
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class PemaError(Exception):
 class InvalidRequest(PemaError, ValueError):
     code = "invalid-request"
     http_status = 400
+    grpc_status = "INVALID_ARGUMENT"
 
 
 class MalformedMessage(InvalidRequest):
@@ -71,16 +73,19 @@ class MalformedMessage(InvalidRequest):
 class OverLimit(InvalidRequest):
     code = "over-limit"
     http_status = 422
+    grpc_status = "OUT_OF_RANGE"
 
 
 class Unsupported(InvalidRequest):
     code = "unsupported"
     http_status = 422
+    grpc_status = "UNIMPLEMENTED"
 
 
 class PayloadTooLarge(PemaError, ValueError):
     code = "payload-too-large"
     http_status = 413
+    grpc_status = "OUT_OF_RANGE"
 
 
 class UnacceptableAnswer(PemaError, ValueError):
@@ -91,11 +96,13 @@ class UnacceptableAnswer(PemaError, ValueError):
 class Overloaded(PemaError):
     code = "overloaded"
     http_status = 429
+    grpc_status = "RESOURCE_EXHAUSTED"
 
 
 class NotReady(PemaError):
     code = "not-ready"
     http_status = 503
+    grpc_status = "UNAVAILABLE"
 
 
 class ServerFault(PemaError):
@@ -105,6 +112,7 @@ class ServerFault(PemaError):
 class NumericalFault(PemaError, ArithmeticError):
     code = "numerical-fault"
     http_status = 422
+    grpc_status = "OUT_OF_RANGE"
 
 
 class ConnectionFailed(PemaError, ConnectionError):

@@ -138,7 +138,7 @@ class DistributionRequest(Message):
     text: Text | None = Field(default=None, description="text to continue; or give token_ids")
     token_ids: list[TokenId] | None = None
     template: str = Field(default="plain", description="`plain`, or `chat` for the model's own chat template")
-    top_k: int | None = Field(default=10, ge=1, description="most probable tokens wanted; null for all of V")
+    top_k: int = Field(default=10, ge=0, description="most probable tokens wanted; 0 for all of V")
 
 
 class DistributionResponse(Message):

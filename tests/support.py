@@ -5,6 +5,7 @@ Everything here is deterministic and needs no network. Tests get at it through t
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -23,8 +24,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from plm_owner_server.engines.base import Engine
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
+from plm_owner_server.grpc import serve_grpc
+from plm_owner_server.holder import ServiceHolder
 from plm_owner_server.models import digest_folder
-from plm_owner_server.rest import ServiceHolder, create_app
+from plm_owner_server.rest import create_app
 from plm_owner_server.service import PlmService, load_tokenizer
 from plm_owner_server.settings import ServerSettings
 
@@ -196,6 +199,31 @@ def serve(service: PlmService | None, *, max_body_bytes: int | None = None) -> I
         max_body_bytes = service.model_card().limits.max_body_bytes if service else 2**20
     with run_app(create_app(ServiceHolder(service), max_body_bytes=max_body_bytes)) as url:
         yield url
+
+
+@contextmanager
+def serve_over_grpc(service: PlmService | None, *, max_body_bytes: int = 2**24) -> Iterator[str]:
+    """Serve over gRPC on an event loop of its own and give the address, grpc://…."""
+    ready, stop = threading.Event(), threading.Event()
+    ports: list[int] = []
+
+    async def run() -> None:
+        async with serve_grpc(
+            ServiceHolder(service), "127.0.0.1", 0, max_body_bytes=max_body_bytes, max_calls=64
+        ) as port:
+            ports.append(port)
+            ready.set()
+            while not stop.is_set():
+                await asyncio.sleep(0.02)
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),), name="grpc")
+    thread.start()
+    try:
+        assert ready.wait(60)
+        yield f"grpc://127.0.0.1:{ports[0]}"
+    finally:
+        stop.set()
+        thread.join()
 
 
 def random_ids(seed: int, lengths: Sequence[int], *, shared: int = 0) -> list[list[int]]:

@@ -5,10 +5,11 @@ from contextlib import suppress
 import httpx
 
 from data_owner_client.connection.base import Connection
+from data_owner_client.connection.grpc import GrpcConnection
 from data_owner_client.connection.rest import RestConnection
 from protocol.errors import InvalidRequest
 
-__all__ = ["Connection", "RestConnection", "open_connection"]
+__all__ = ["Connection", "GrpcConnection", "RestConnection", "open_connection"]
 
 
 def open_connection(url: str, *, timeout_s: float = 600.0) -> Connection:
@@ -17,11 +18,13 @@ def open_connection(url: str, *, timeout_s: float = 600.0) -> Connection:
     Raises:
         InvalidRequest: the URL is none, or its scheme is not known.
     """
-    scheme = url.partition("://")[0]
+    scheme, _, rest = url.partition("://")
     if scheme in ("http", "https"):
         with suppress(httpx.InvalidURL):
             return RestConnection(url, timeout_s=timeout_s)
+    if scheme in ("grpc", "grpcs") and rest:
+        return GrpcConnection(url.rstrip("/"), timeout_s=timeout_s)
     raise InvalidRequest(
         f"{url!r} is no address of a PLM server.",
-        hint="Give one like http://127.0.0.1:8000 or https://plm.example.com.",
+        hint="Give one like http://127.0.0.1:8000, grpc://127.0.0.1:8001 or https://plm.example.com.",
     )

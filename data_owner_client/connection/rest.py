@@ -7,10 +7,10 @@ import uuid
 from typing import TypeVar
 
 import httpx
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
+from data_owner_client.connection.retries import with_retries
 from protocol.codec import BINARY, JSON, Message
-from protocol.errors import ConnectionFailed, NotReady, Overloaded, PemaError, ProtocolViolation, from_problem
+from protocol.errors import ConnectionFailed, NotReady, PemaError, ProtocolViolation, from_problem
 from protocol.messages import (
     DecodeRequest,
     DecodeResponse,
@@ -27,14 +27,10 @@ from protocol.messages import (
 _Answer = TypeVar("_Answer", bound=Message)
 _REQUEST_ID = "X-Request-Id"
 _CONNECT_TIMEOUT_S = 10.0
-_GIVE_UP_AFTER_S = 60.0
 
 
 class RestConnection:
-    """HTTP connection to a PLM server; thread-safe.
-
-    Calls are stateless, so what failed on the way is simply asked again, with exponential back-off and full jitter, or
-    when the server says so, for a minute.
+    """HTTP connection to a PLM server; thread-safe. What failed on the way is asked again (`retries`).
 
     Args:
         url: where the server listens, for example `http://127.0.0.1:8000`.
@@ -53,7 +49,7 @@ class RestConnection:
 
     def model_card(self) -> ModelCard:
         # The first call of every command: a server that is not there should be said at once, not after a minute.
-        return self._call("GET", "/v1/model", ModelCard, retry_on=(Overloaded, NotReady))
+        return self._call("GET", "/v1/model", ModelCard, unless_gone=True)
 
     def tokenizer(self) -> TokenizerBundle:
         return self._call("GET", "/v1/tokenizer", TokenizerBundle)
@@ -80,17 +76,10 @@ class RestConnection:
         answer: type[_Answer],
         request: Message | None = None,
         *,
-        retry_on: tuple[type[PemaError], ...] = (ConnectionFailed, Overloaded, NotReady),
+        unless_gone: bool = False,
     ) -> _Answer:
         body = None if request is None else request.to_bytes()
-        attempts = Retrying(
-            retry=retry_if_exception_type(retry_on),
-            wait=_wait,
-            stop=stop_after_delay(_GIVE_UP_AFTER_S),
-            reraise=True,
-        )
-        result: _Answer = attempts(self._call_once, method, path, answer, body)
-        return result
+        return with_retries(lambda: self._call_once(method, path, answer, body), unless_gone=unless_gone)
 
     def _call_once(self, method: str, path: str, answer: type[_Answer], body: bytes | None) -> _Answer:
         request_id = uuid.uuid4().hex[:16]
@@ -140,12 +129,3 @@ def _problem(response: httpx.Response, request_id: str) -> PemaError:
             retry_after_s=float(after) if after.isdecimal() else None,
         )
     return error
-
-
-_back_off = wait_random_exponential(multiplier=0.25, max=10)
-
-
-def _wait(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    asked = error.retry_after_s if isinstance(error, PemaError) else None
-    return max(_back_off(state), asked or 0.0)

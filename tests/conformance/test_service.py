@@ -1,9 +1,10 @@
-"""Every call gives the same answer in-process and over HTTP in both forms, and the same error for the same mistake."""
+"""Every call gives the same answer in-process, over HTTP in both forms and over gRPC; every mistake the same error."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -13,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from data_owner_client.connection import GrpcConnection
 from plm_owner_server.engines.transformers import load_model
 from plm_owner_server.service import PlmService
 from protocol import errors
@@ -31,9 +33,18 @@ from protocol.messages import (
     ModelCard,
     TokenizerBundle,
 )
-from tests.support import CHAT_TEMPLATE, VOCAB_SIZE, TinyModels, make_service, random_ids, serve, tiny_tokenizer
+from tests.support import (
+    CHAT_TEMPLATE,
+    VOCAB_SIZE,
+    TinyModels,
+    make_service,
+    random_ids,
+    serve,
+    serve_over_grpc,
+    tiny_tokenizer,
+)
 
-TRANSPORTS = ["in-process", "binary", "json"]
+TRANSPORTS = ["in-process", "binary", "json", "grpc"]
 # Path, request, answer and method of the service.
 CALLS: dict[str, tuple[type[Message], type[Message], Callable[[PlmService, Any], Message]]] = {
     "/v1/lm-head": (HeadRequest, HeadRows, PlmService.lm_head),
@@ -53,16 +64,19 @@ SMALL = {
 class Caller:
     """Makes a call over one transport; the fields of the request are given as JSON would have them."""
 
-    def __init__(self, transport: str, service: PlmService, http: httpx.Client) -> None:
+    def __init__(self, transport: str, service: PlmService, http: httpx.Client, grpc: GrpcConnection) -> None:
         self.transport = transport
         self._service = service
         self._http = http
+        self._grpc = grpc
 
     def __call__(self, path: str, fields: dict[str, Any]) -> Any:
         request_type, answer_type, method = CALLS[path]
         body = json.dumps(fields).encode()
         if self.transport == "in-process":
             return method(self._service, request_type.from_json(body))
+        if self.transport == "grpc":
+            return getattr(self._grpc, method.__name__)(request_type.from_json(body))
         form = BINARY if self.transport == "binary" else JSON
         if form == BINARY:
             try:
@@ -95,9 +109,23 @@ def http(tiny_server: str) -> Iterator[httpx.Client]:
         yield client
 
 
+@contextmanager
+def connected(service: PlmService) -> Iterator[GrpcConnection]:
+    with serve_over_grpc(service) as url:
+        connection = GrpcConnection(url)
+        yield connection
+        connection.close()
+
+
+@pytest.fixture(scope="module")
+def grpc(tiny_service: PlmService) -> Iterator[GrpcConnection]:
+    with connected(tiny_service) as connection:
+        yield connection
+
+
 @pytest.fixture(params=TRANSPORTS)
-def call(request: pytest.FixtureRequest, tiny_service: PlmService, http: httpx.Client) -> Caller:
-    return Caller(request.param, tiny_service, http)
+def call(request: pytest.FixtureRequest, tiny_service: PlmService, http: httpx.Client, grpc: GrpcConnection) -> Caller:
+    return Caller(request.param, tiny_service, http, grpc)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +140,17 @@ def small_http(small_service: PlmService) -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def small_grpc(small_service: PlmService) -> Iterator[GrpcConnection]:
+    with connected(small_service) as connection:
+        yield connection
+
+
 @pytest.fixture(params=TRANSPORTS)
-def small_call(request: pytest.FixtureRequest, small_service: PlmService, small_http: httpx.Client) -> Caller:
-    return Caller(request.param, small_service, small_http)
+def small_call(
+    request: pytest.FixtureRequest, small_service: PlmService, small_http: httpx.Client, small_grpc: GrpcConnection
+) -> Caller:
+    return Caller(request.param, small_service, small_http, small_grpc)
 
 
 def assert_equal(ours: Message, theirs: Message) -> None:
@@ -140,26 +176,28 @@ GOOD = [
     ("/v1/decode", {"token_ids": IDS, "look_ahead": [0, 0, 0], "echo": echoes(IDS), "dtype": "bfloat16"}),
     ("/v1/next-token-distribution", {"text": "Größe\n", "top_k": 3}),
     ("/v1/next-token-distribution", {"text": "Hallo", "template": "chat", "top_k": 10**12}),
-    ("/v1/next-token-distribution", {"token_ids": IDS[0], "top_k": None}),
+    ("/v1/next-token-distribution", {"token_ids": IDS[0], "top_k": 0}),
 ]
 
 
 @pytest.mark.parametrize(("path", "fields"), GOOD, ids=[f"{i}{path}" for i, (path, _) in enumerate(GOOD)])
 def test_answers_are_equal_over_every_transport(
-    tiny_service: PlmService, http: httpx.Client, path: str, fields: dict[str, Any]
+    tiny_service: PlmService, http: httpx.Client, grpc: GrpcConnection, path: str, fields: dict[str, Any]
 ) -> None:
-    ours, binary, as_json = (Caller(transport, tiny_service, http)(path, fields) for transport in TRANSPORTS)
+    answers = [Caller(transport, tiny_service, http, grpc)(path, fields) for transport in TRANSPORTS]
+    ours, binary, as_json, over_grpc = answers
     assert_equal(binary, ours)
     assert_equal(as_json, ours)
+    assert over_grpc.to_bytes() == binary.to_bytes()
     if "dtype" in fields:
         tensor = binary.weight_N_D if path == "/v1/lm-head" else binary.cr_N_D
         assert str(tensor.dtype) == f"torch.{fields['dtype']}"
     assert ours.digest == tiny_service.model_card().digest
 
 
-def test_the_model_card_is_the_models(tiny_service: PlmService, http: httpx.Client) -> None:
+def test_the_model_card_is_the_models(tiny_service: PlmService, http: httpx.Client, grpc: GrpcConnection) -> None:
     card = ModelCard.from_json(http.get("/v1/model").content)
-    assert card == tiny_service.model_card()
+    assert card == tiny_service.model_card() == grpc.model_card()
     assert (card.name, card.hidden_size, card.vocab_size, card.dtype) == ("llama", 32, VOCAB_SIZE, "float32")
     assert (card.cr_kind, card.eos_token_ids, card.head_policy) == ("last_hidden_state", [2], "full")
     assert card.limits.max_sequence_tokens == 128  # the model's own limit is under the setting
@@ -175,9 +213,9 @@ def test_identity_tells_models_and_kinds_of_representation_apart(tiny_models: Ti
     assert make_service(tiny_models["llama"], max_sequences=2).model_card().digest == cards[0].digest
 
 
-def test_the_tokenizer_travels_whole(tiny_service: PlmService, http: httpx.Client) -> None:
+def test_the_tokenizer_travels_whole(tiny_service: PlmService, http: httpx.Client, grpc: GrpcConnection) -> None:
     bundle = TokenizerBundle.from_json(http.get("/v1/tokenizer").content)
-    assert bundle == tiny_service.tokenizer()
+    assert bundle == tiny_service.tokenizer() == grpc.tokenizer()
     assert bundle.digest == tiny_service.model_card().tokenizer_digest
     text = "Die Größe\nof the thing 🙂"
     tokenizer = Tokenizer.from_str(bundle.tokenizer_json)
@@ -257,7 +295,7 @@ BAD: dict[str, tuple[str, dict[str, Any], type[PemaError]]] = {
     "no ids at all": (DISTRIBUTION, {"token_ids": []}, INVALID),
     "text too long": (DISTRIBUTION, {"text": "x" * 100}, OVER),
     "lone surrogate": (DISTRIBUTION, {"text": "\ud800"}, INVALID),
-    "top_k zero": (DISTRIBUTION, {"text": "a", "top_k": 0}, INVALID),
+    "top_k negative": (DISTRIBUTION, {"text": "a", "top_k": -1}, INVALID),
     "distribution of an id outside": (DISTRIBUTION, {"token_ids": [VOCAB_SIZE]}, INVALID),
     "head range reversed": (HEAD, {"start": 9, "stop": 3}, INVALID),
     "head range empty": (HEAD, {"start": 9, "stop": 9}, INVALID),

@@ -26,10 +26,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(log: Path, *arguments: str, port: int | None = None) -> Iterator[str]:
-    """`pema-server serve` with these arguments, once it is ready; gives its URL."""
+def server(log: Path, *arguments: str, port: int | None = None, grpc_port: int = 0) -> Iterator[str]:
+    """`pema-server serve` with these arguments, once it is ready; gives its URL for REST."""
     port = port or free_port()
-    command = [sys.executable, "-m", "plm_owner_server.cli", "serve", "--port", str(port), *arguments]
+    ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
+    command = [sys.executable, "-m", "plm_owner_server.cli", "serve", *ports, *arguments]
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -115,6 +116,38 @@ def test_translate_in_all_ways(url: str, adapter: Path, task: Path, tmp_path: Pa
     assert alone["usage"]["calls"] == 1
 
 
+def test_grpc_gives_the_same_as_rest(
+    tiny_models: support.TinyModels, pairs: Path, task: Path, adapter: Path, tmp_path: Path
+) -> None:
+    grpc_port = processes.free_port()
+    model = ["--model", str(tiny_models["llama"]), "--max-sequence-tokens", "512"]
+    with processes.server(tmp_path / "log", *model, "--prefix-cache-mib", "0", grpc_port=grpc_port) as rest:
+        grpc = f"grpc://127.0.0.1:{grpc_port}"
+        assert client_json(grpc, "info") == client_json(rest, "info")
+        memories = {}
+        for name, url in (("grpc", grpc), ("rest", rest)):
+            folder = tmp_path / name
+            client_json(url, "build-memory", "--task", task, "--input", pairs, "--memory", folder, "--share-targets")
+            memories[name] = ExternalMemory(folder / "train").manifest
+        assert memories["grpc"] == memories["rest"]
+        translate = ["translate", "--adapter", adapter, "--max-new-tokens", 20, "the tin on", "die Tür"]
+        assert client_json(grpc, *translate)["texts"] == client_json(rest, *translate)["texts"]
+    assert "gRPC Encode -> OK" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("flag", ["--port", "--grpc-port"])
+def test_a_port_in_use_is_said(tiny_models: support.TinyModels, flag: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ports = {"--port": str(processes.free_port()), "--grpc-port": "0", flag: str(taken.getsockname()[1])}
+        flags = [part for pair in ports.items() for part in pair]
+        command = [sys.executable, "-m", "plm_owner_server.cli", "serve", *flags, "--model", tiny_models["llama"]]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert ports[flag] in done.stderr.splitlines()[-1]
+    assert f"another {flag}" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 def test_generate(url: str, adapter: Path) -> None:
     bare = client_json(url, "generate", "--max-new-tokens", 6, "the thin")
     assert bare["usage"]["tokens"] <= 6
@@ -180,14 +213,13 @@ def test_mistakes_end_with_one_clear_line(
     assert message in last
 
 
-def test_a_server_that_is_not_there_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+def test_a_server_that_is_not_there_is_explained(scheme: str) -> None:
     from data_owner_client import connect
-    from data_owner_client.connection import rest
     from protocol.errors import ConnectionFailed, InvalidRequest
 
-    monkeypatch.setattr(rest, "_GIVE_UP_AFTER_S", 0.1)
     with pytest.raises(ConnectionFailed, match="pema-server serve"):
-        connect(f"http://127.0.0.1:{processes.free_port()}")
+        connect(f"{scheme}://127.0.0.1:{processes.free_port()}")
     with pytest.raises(InvalidRequest, match="no address"):
         connect("localhost:8000")
 

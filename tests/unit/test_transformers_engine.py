@@ -285,7 +285,7 @@ def test_without_stop_tokens_drafting_goes_on_past_the_end_of_text(service: PlmS
 def test_distribution_is_the_models_own(service: PlmService, truth: Truth) -> None:
     sequence = random_ids(16, [25])[0]
     expected_V = truth(sequence)[1][-1].log_softmax(-1)
-    full = service.distribution(DistributionRequest(token_ids=sequence, top_k=None))
+    full = service.distribution(DistributionRequest(token_ids=sequence, top_k=0))
     assert full.token_ids_K.tolist() == list(range(VOCAB_SIZE))
     torch.testing.assert_close(full.logprob_K, expected_V, rtol=TOLERANCE, atol=TOLERANCE)
     top = service.distribution(DistributionRequest(token_ids=sequence, top_k=4))

@@ -1,0 +1,167 @@
+"""The calls over gRPC."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import grpc
+
+from data_owner_client.connection.retries import with_retries
+from protocol import pema_pb2, pema_pb2_grpc
+from protocol.errors import (
+    ConnectionFailed,
+    InvalidRequest,
+    PayloadTooLarge,
+    PemaError,
+    ProtocolViolation,
+    from_problem,
+)
+from protocol.messages import (
+    DecodeRequest,
+    DecodeResponse,
+    DistributionRequest,
+    DistributionResponse,
+    EncodeRequest,
+    EncodeResponse,
+    HeadRequest,
+    HeadRows,
+    ModelCard,
+    TokenizerBundle,
+)
+from protocol.pieces import join_head, join_rows
+from protocol.protobuf import PROBLEM_METADATA, REQUEST_ID_METADATA, from_proto, to_proto
+
+_Result = TypeVar("_Result")
+_Answer = TypeVar("_Answer", EncodeResponse, DecodeResponse)
+_OPTIONS = [
+    # Pieces are of a MiB or so, but one sequence is never divided, and a long one at a large D is larger.
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # A call may compute for minutes without a byte on the wire, and proxies drop connections that seem idle.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+]
+_Attempt = dict[str, Any]  # the arguments of one attempt: its time-out and metadata
+
+
+class GrpcConnection:
+    """gRPC connection to a PLM server; thread-safe.
+
+    Args:
+        url: where the server listens, `grpc://host:port`, or `grpcs://host:port` for TLS.
+        timeout_s: longest wait for an answer, in seconds.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = 600.0) -> None:
+        scheme, _, target = url.partition("://")
+        self._url = url
+        self._timeout_s = timeout_s
+        if scheme == "grpcs":
+            self._channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(), _OPTIONS)
+        else:
+            self._channel = grpc.insecure_channel(target, _OPTIONS)
+        self._stub = pema_pb2_grpc.PlmStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Close the channel."""
+        self._channel.close()
+
+    def model_card(self) -> ModelCard:
+        def fetch(attempt: _Attempt) -> ModelCard:
+            return from_proto(self._stub.GetModelCard(pema_pb2.GetModelCardRequest(), **attempt), ModelCard)
+
+        # The first call of every command: a server that is not there should be said at once, not after a minute.
+        return self._call(fetch, unless_gone=True)
+
+    def tokenizer(self) -> TokenizerBundle:
+        def fetch(attempt: _Attempt) -> TokenizerBundle:
+            pieces = self._stub.GetTokenizer(pema_pb2.GetTokenizerRequest(), **attempt)
+            return TokenizerBundle.from_json(b"".join(piece.data for piece in pieces))
+
+        return self._call(fetch)
+
+    def lm_head(self, request: HeadRequest) -> HeadRows:
+        proto = to_proto(request, pema_pb2.HeadRequest())
+
+        def fetch(attempt: _Attempt) -> HeadRows:
+            return join_head([from_proto(piece, HeadRows) for piece in self._stub.GetLmHead(proto, **attempt)])
+
+        return self._call(fetch)
+
+    def encode(self, request: EncodeRequest) -> EncodeResponse:
+        call = pema_pb2.EncodeCall(request=to_proto(request, pema_pb2.EncodeRequest()))
+        return self._call(lambda attempt: join_rows(_pieces(self._stub.Encode, call, EncodeResponse, attempt)))
+
+    def decode(self, request: DecodeRequest) -> DecodeResponse:
+        call = pema_pb2.DecodeCall(request=to_proto(request, pema_pb2.DecodeRequest()))
+        return self._call(lambda attempt: join_rows(_pieces(self._stub.Decode, call, DecodeResponse, attempt)))
+
+    def distribution(self, request: DistributionRequest) -> DistributionResponse:
+        proto = to_proto(request, pema_pb2.DistributionRequest())
+
+        def fetch(attempt: _Attempt) -> DistributionResponse:
+            return from_proto(self._stub.GetNextTokenDistribution(proto, **attempt), DistributionResponse)
+
+        return self._call(fetch)
+
+    def _call(self, fetch: Callable[[_Attempt], _Result], *, unless_gone: bool = False) -> _Result:
+        return with_retries(lambda: self._call_once(fetch), unless_gone=unless_gone)
+
+    def _call_once(self, fetch: Callable[[_Attempt], _Result]) -> _Result:
+        request_id = uuid.uuid4().hex[:16]
+        try:
+            return fetch({"timeout": self._timeout_s, "metadata": ((REQUEST_ID_METADATA, request_id),)})
+        except grpc.RpcError as error:
+            raise self._understood(error, request_id) from error
+        except InvalidRequest as error:
+            # Of the server's own answer: what the server says of ours comes as a problem, with the request's id.
+            if error.request_id is not None:
+                raise
+            raise ProtocolViolation(
+                f"{self._url} did not answer in the form of this protocol.",
+                hint="Is this a PEMA server of the same version?",
+                request_id=request_id,
+            ) from error
+
+    def _understood(self, error: Any, request_id: str) -> PemaError:
+        """The error that a call ended with: the server's own if it sent a problem, else what the status means."""
+        problem = dict(error.trailing_metadata() or ()).get(PROBLEM_METADATA)
+        if problem is not None:
+            return from_problem(json.loads(problem), 500)
+        status = error.code()
+        if status == grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own refusal: the server's would have a problem
+            return PayloadTooLarge(
+                "The request is larger than the server takes.", hint="Send fewer sequences in one request."
+            )
+        if status in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAUTHENTICATED):
+            return ProtocolViolation(
+                f"{self._url} does not know this call ({status.name}).",
+                hint="Is this a PEMA server of the same version?",
+                request_id=request_id,
+            )
+        return ConnectionFailed(
+            f"No answer from {self._url} ({status.name}).",
+            hint="The server is too slow or hangs; ask its owner."
+            if status == grpc.StatusCode.DEADLINE_EXCEEDED
+            else "Is the address right and the server running? It starts with: pema-server serve",
+            request_id=request_id,
+        )
+
+
+def _pieces(open_stream: Any, call: Any, answer: type[_Answer], attempt: _Attempt) -> list[_Answer]:
+    """All pieces of the answer to one call, on a stream of its own."""
+    call.request_id = dict(attempt["metadata"])[REQUEST_ID_METADATA]
+    pieces = []
+    for piece in open_stream(iter([call]), **attempt):
+        if piece.HasField("problem"):
+            problem = {field.name: value for field, value in piece.problem.ListFields()}
+            raise from_problem(problem, piece.problem.status)
+        pieces.append(from_proto(piece.rows, answer))
+        if piece.last:
+            return pieces
+    raise ProtocolViolation(
+        "The server ended an answer in its middle.", hint="Nothing was stored; try again.", request_id=call.request_id
+    )

@@ -1,0 +1,200 @@
+"""The calls over gRPC. Like `rest.py`, this module only translates; `service.py` decides."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import grpc
+from anyio import CapacityLimiter, to_thread
+from google.protobuf.message import Message as Proto
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from plm_owner_server.faults import answerable, request_id_of
+from plm_owner_server.holder import ServiceHolder
+from plm_owner_server.service import PlmService
+from protocol import pema_pb2, pema_pb2_grpc
+from protocol.codec import Message
+from protocol.errors import PemaError, to_problem
+from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
+from protocol.pieces import PIECE_BYTES, split_head, split_rows
+from protocol.protobuf import PROBLEM_METADATA, REQUEST_ID_METADATA, from_proto, to_proto
+
+log = logging.getLogger(__name__)
+
+_SERVICE = pema_pb2.DESCRIPTOR.services_by_name["Plm"].full_name
+# Requests of one stream that are worked on at the same time. More are not read: with HTTP/2's own windows that is the
+# stream's flow control, in both directions.
+_IN_PROGRESS = 4
+_READY_POLL_S = 0.2
+# Longest wait for calls that are still answered when the server stops, in seconds.
+_DRAIN_S = 30.0
+_Request = TypeVar("_Request", bound=Message)
+_Result = TypeVar("_Result")
+_Piece = TypeVar("_Piece", pema_pb2.EncodePiece, pema_pb2.DecodePiece)
+
+
+@asynccontextmanager
+async def serve_grpc(
+    holder: ServiceHolder, host: str, port: int, *, max_body_bytes: int, max_calls: int
+) -> AsyncIterator[int]:
+    """Serve the calls, health and reflection; gives the port.
+
+    Args:
+        holder: gives the service; its calls are UNAVAILABLE until the model is loaded and warm.
+        host: name or address to listen on.
+        port: 0 takes a free one.
+        max_body_bytes: larger requests are refused.
+        max_calls: calls worked on at the same time, those that wait for the model included.
+
+    Raises:
+        OSError: the address cannot be had.
+    """
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", max_body_bytes),
+            ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, not a replica
+            # Clients ping while they wait for a long computation: proxies drop connections that seem idle, often after
+            # a minute. Without this the server would take pings every 30 s for an attack.
+            ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+        ]
+    )
+    limiter = CapacityLimiter(max_calls)
+    pema_pb2_grpc.add_PlmServicer_to_server(_Servicer(holder, limiter), server)  # type: ignore[no-untyped-call]
+    state = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(state, server)
+    reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    except RuntimeError as error:
+        raise OSError(f"gRPC cannot listen on port {port} of {host}; is it in use?") from error
+    await server.start()
+    announcing = asyncio.create_task(_announce_readiness(holder, state))
+    try:
+        yield bound
+    finally:
+        announcing.cancel()
+        await state.enter_graceful_shutdown()
+        await server.stop(_DRAIN_S)
+
+
+async def _announce_readiness(holder: ServiceHolder, state: health.aio.HealthServicer) -> None:
+    status = health_pb2.HealthCheckResponse
+    for name in ("", _SERVICE):
+        await state.set(name, status.NOT_SERVING)
+    while holder.service is None:
+        await asyncio.sleep(_READY_POLL_S)
+    for name in ("", _SERVICE):
+        await state.set(name, status.SERVING)
+
+
+class _Servicer(pema_pb2_grpc.PlmServicer):
+    def __init__(self, holder: ServiceHolder, limiter: CapacityLimiter) -> None:
+        self._holder = holder
+        self._limiter = limiter
+
+    async def GetModelCard(self, request: Proto, context: Any) -> Proto:
+        return await self._answer(
+            "GetModelCard", context, lambda service: to_proto(service.model_card(), pema_pb2.ModelCard())
+        )
+
+    async def GetTokenizer(self, request: Proto, context: Any) -> AsyncIterator[Proto]:
+        data = await self._answer("GetTokenizer", context, lambda service: service.tokenizer().to_json())
+        for start in range(0, len(data), PIECE_BYTES):
+            yield pema_pb2.TokenizerPiece(data=data[start : start + PIECE_BYTES])
+
+    async def GetLmHead(self, request: Proto, context: Any) -> AsyncIterator[Proto]:
+        rows = await self._answer(
+            "GetLmHead", context, lambda service: service.lm_head(from_proto(request, HeadRequest))
+        )
+        for piece in split_head(rows):
+            yield to_proto(piece, pema_pb2.HeadRows())
+
+    async def Encode(self, calls: AsyncIterator[Any], context: Any) -> None:
+        await self._answer_stream("Encode", calls, context, EncodeRequest, PlmService.encode, pema_pb2.EncodePiece)
+
+    async def Decode(self, calls: AsyncIterator[Any], context: Any) -> None:
+        await self._answer_stream("Decode", calls, context, DecodeRequest, PlmService.decode, pema_pb2.DecodePiece)
+
+    async def GetNextTokenDistribution(self, request: Proto, context: Any) -> Proto:
+        def work(service: PlmService) -> Proto:
+            answer = service.distribution(from_proto(request, DistributionRequest))
+            return to_proto(answer, pema_pb2.DistributionResponse())
+
+        return await self._answer("GetNextTokenDistribution", context, work)
+
+    async def _answer(self, name: str, context: Any, work: Callable[[PlmService], _Result]) -> _Result:
+        """The result of `work`, or the call's end with a status and its problem document."""
+        request_id = request_id_of(dict(context.invocation_metadata() or ()).get(REQUEST_ID_METADATA, ""))
+        try:
+            return await self._work(name, request_id, work)
+        except PemaError as error:
+            metadata = ((PROBLEM_METADATA, json.dumps(to_problem(error)).encode()),)
+            await context.abort(grpc.StatusCode[error.grpc_status], error.detail, metadata)
+            raise  # not reached: abort raises
+
+    async def _answer_stream(
+        self,
+        name: str,
+        calls: AsyncIterator[Any],
+        context: Any,
+        request_type: type[_Request],
+        call: Callable[[PlmService, _Request], Any],
+        piece_type: type[_Piece],
+    ) -> None:
+        """Answer every call of a stream as it is ready, several at a time."""
+        places, writing = asyncio.Semaphore(_IN_PROGRESS), asyncio.Lock()
+
+        async def answer(given: Any) -> None:
+            try:
+                request_id = request_id_of(given.request_id)
+                try:
+                    pieces = await self._work(name, request_id, lambda service: list(pieces_of(service, given.request)))
+                except PemaError as error:
+                    pieces = [piece_type(problem=pema_pb2.Problem(**to_problem(error)), last=True)]
+                async with writing:
+                    for piece in pieces:
+                        piece.request_id = given.request_id
+                        await context.write(piece)
+            finally:
+                places.release()
+
+        def pieces_of(service: PlmService, request: Proto) -> Iterator[_Piece]:
+            last = None
+            for part in split_rows(call(service, from_proto(request, request_type))):
+                if last is not None:
+                    yield last
+                last = piece_type()
+                to_proto(part, last.rows)
+            if last is not None:
+                last.last = True
+                yield last
+
+        async with asyncio.TaskGroup() as tasks:
+            async for given in calls:
+                await places.acquire()
+                tasks.create_task(answer(given))
+
+    async def _work(self, name: str, request_id: str, work: Callable[[PlmService], _Result]) -> _Result:
+        """The result of `work` in a thread, and a line in the log.
+
+        Raises:
+            PemaError: what the client shall see.
+        """
+        started = time.perf_counter()
+        outcome = "OK"
+        try:
+            service = self._holder.ready()
+            return await to_thread.run_sync(lambda: work(service), limiter=self._limiter)
+        except Exception as error:
+            told = answerable(error, request_id, name)
+            outcome = told.grpc_status
+            raise told from error
+        finally:
+            log.info("%s gRPC %s -> %s in %.0f ms", request_id, name, outcome, 1000 * (time.perf_counter() - started))
