@@ -53,6 +53,16 @@ def plan_drafting(
     return plan
 
 
+def fits_together(
+    lengths: Sequence[int], drafted: int, batch_tokens: int, padding_tokens: int, window: int | None
+) -> bool:
+    """Whether sequences make one batch under the same rules."""
+    longest = max(lengths)
+    padding = sum(longest - length for length in lengths)
+    may_pad = window is None or longest + drafted <= window
+    return len(lengths) * (longest + drafted) <= batch_tokens and padding <= (padding_tokens if may_pad else 0)
+
+
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Number of leading token ids that all sequences share."""
     shortest = min(sequences, key=len)

@@ -18,13 +18,14 @@ from grpc_reflection.v1alpha import reflection
 
 from plm_owner_server.faults import answerable, request_id_of
 from plm_owner_server.holder import ServiceHolder
+from plm_owner_server.scheduler import Caller
 from plm_owner_server.service import PlmService
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.codec import Message
 from protocol.errors import PemaError, to_problem
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from protocol.pieces import PIECE_BYTES, split_head, split_rows
-from protocol.protobuf import PROBLEM_METADATA, REQUEST_ID_METADATA, from_proto, to_proto
+from protocol.protobuf import CLIENT_METADATA, PROBLEM_METADATA, REQUEST_ID_METADATA, from_proto, to_proto
 
 log = logging.getLogger(__name__)
 
@@ -123,8 +124,10 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         await self._answer_stream("Decode", calls, context, DecodeRequest, PlmService.decode, pema_pb2.DecodePiece)
 
     async def GetNextTokenDistribution(self, request: Proto, context: Any) -> Proto:
+        caller = _caller(context)
+
         def work(service: PlmService) -> Proto:
-            answer = service.distribution(from_proto(request, DistributionRequest))
+            answer = service.distribution(from_proto(request, DistributionRequest), caller)
             return to_proto(answer, pema_pb2.DistributionResponse())
 
         return await self._answer("GetNextTokenDistribution", context, work)
@@ -145,11 +148,11 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         calls: AsyncIterator[Any],
         context: Any,
         request_type: type[_Request],
-        call: Callable[[PlmService, _Request], Any],
+        call: Callable[[PlmService, _Request, Caller], Any],
         piece_type: type[_Piece],
     ) -> None:
         """Answer every call of a stream as it is ready, several at a time."""
-        places, writing = asyncio.Semaphore(_IN_PROGRESS), asyncio.Lock()
+        places, writing, caller = asyncio.Semaphore(_IN_PROGRESS), asyncio.Lock(), _caller(context)
 
         async def answer(given: Any) -> None:
             try:
@@ -167,7 +170,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
 
         def pieces_of(service: PlmService, request: Proto) -> Iterator[_Piece]:
             last = None
-            for part in split_rows(call(service, from_proto(request, request_type))):
+            for part in split_rows(call(service, from_proto(request, request_type), caller)):
                 if last is not None:
                     yield last
                 last = piece_type()
@@ -198,3 +201,10 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
             raise told from error
         finally:
             log.info("%s gRPC %s -> %s in %.0f ms", request_id, name, outcome, 1000 * (time.perf_counter() - started))
+
+
+def _caller(context: Any) -> Caller:
+    """Whose call it is, and a note when its client hangs up."""
+    caller = Caller(dict(context.invocation_metadata() or ()).get(CLIENT_METADATA) or context.peer())
+    context.add_done_callback(lambda _: caller.departed.set())
+    return caller

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -18,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from plm_owner_server import rest_docs
 from plm_owner_server.faults import answerable, request_id_of
 from plm_owner_server.holder import ServiceHolder
+from plm_owner_server.scheduler import Caller, Departed
 from plm_owner_server.service import PlmService
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import (
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 _Request = TypeVar("_Request", bound=Message)
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 REQUEST_ID = "X-Request-Id"
+CLIENT_HEADER = "X-Pema-Client"
 _CLIENT_LEFT = 499  # nginx's number for it; HTTP has none
 _PROBES = frozenset({"/healthz", "/readyz"})
 
@@ -56,17 +59,27 @@ def create_app(
     app = FastAPI(title="PEMA PLM server", description=rest_docs.DESCRIPTION, version="1", lifespan=lifespan)
 
     async def answer(
-        request: Request, message_type: type[_Request], call: Callable[[PlmService, _Request], Message]
+        request: Request, message_type: type[_Request], call: Callable[[PlmService, _Request, Caller], Message]
     ) -> Response:
         service = holder.ready()
         form = _answer_form(request)
         body = await _body(request, max_body_bytes)
+        caller = Caller(request.headers.get(CLIENT_HEADER) or (request.client.host if request.client else ""))
 
         def work() -> Response:
             message = _parse(message_type, body, request.headers.get("content-type", ""))
-            return _response(call(service, message), form)
+            return _response(call(service, message, caller), form)
 
-        return await to_thread.run_sync(work, limiter=limiter)
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            caller.departed.set()
+
+        watching = asyncio.create_task(watch())
+        try:
+            return await to_thread.run_sync(work, limiter=limiter)
+        finally:
+            watching.cancel()
 
     @app.get("/healthz", tags=["probes"], summary="Is the process alive?", **rest_docs.HEALTHZ)
     async def healthz() -> dict[str, str]:
@@ -102,7 +115,7 @@ def create_app(
 
     @app.post("/v1/lm-head", tags=["model"], summary="Chosen rows of the LM head", **rest_docs.LM_HEAD)
     async def lm_head(request: Request) -> Response:
-        return await answer(request, HeadRequest, PlmService.lm_head)
+        return await answer(request, HeadRequest, lambda service, message, _: service.lm_head(message))
 
     @app.post("/v1/encode", tags=["inference"], summary="Context representations", **rest_docs.ENCODE)
     async def encode(request: Request) -> Response:
@@ -124,7 +137,7 @@ def create_app(
         started = time.perf_counter()
         try:
             response: Response = await call_next(request)
-        except ClientDisconnect:
+        except (ClientDisconnect, Departed):
             response = Response(status_code=_CLIENT_LEFT)  # for the log: nobody reads it
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a problem document
             response = _problem(request, answerable(error, request.state.id, request.url.path))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +11,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from plm_owner_server.batching import plan_batches, plan_drafting
-from plm_owner_server.engines.base import Decoded, Encoded, Engine
-from plm_owner_server.gathering import Batch, Gathered, present
+from plm_owner_server.engines.base import Decoded, Engine
+from plm_owner_server.gathering import Gathered, present
+from plm_owner_server.scheduler import Caller, Scheduler, Work
 from plm_owner_server.settings import ServerSettings
 from protocol.checks import echoes, require_finite
-from protocol.errors import InvalidRequest, OverLimit, Overloaded, Unsupported
+from protocol.errors import InvalidRequest, OverLimit, Unsupported
 from protocol.messages import (
     DTYPES,
     DecodeRequest,
@@ -34,7 +33,7 @@ from protocol.messages import (
     WireDtype,
 )
 
-_RETRY_AFTER_S = 2.0
+_LOCAL = Caller()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -71,7 +70,7 @@ def bundle_tokenizer(tokenizer: PreTrainedTokenizerFast) -> TokenizerBundle:
 class PlmService:
     """Answers the calls of the protocol with one engine.
 
-    Thread-safe: engine calls run one after another, and one more than `max_waiting_requests` is turned away.
+    Thread-safe. The scheduler shares the engine between callers, and turns away what is too much.
 
     Args:
         weights_digest: digest of the model's files (`models.digest_folder`).
@@ -90,8 +89,13 @@ class PlmService:
         self._tokenizer = tokenizer
         self._settings = settings
         self._bundle = bundle_tokenizer(tokenizer)
-        self._engine_lock = threading.Lock()
-        self._places = threading.BoundedSemaphore(settings.max_waiting_requests)
+        self._scheduler = Scheduler(
+            engine,
+            batch_tokens=settings.batch_tokens,
+            padding_tokens=settings.padding_tokens,
+            max_waiting_tokens=settings.max_waiting_tokens,
+            max_waiting_requests=settings.max_waiting_requests,
+        )
         info = engine.info
         identity = f"{weights_digest}\0{self._bundle.digest}\0{info.cr_kind}"
         self._card = ModelCard(
@@ -164,7 +168,7 @@ class PlmService:
             softcap=head.softcap,
         )
 
-    def encode(self, request: EncodeRequest) -> EncodeResponse:
+    def encode(self, request: EncodeRequest, caller: Caller = _LOCAL) -> EncodeResponse:
         """Context representations of given sequences, one forward pass each.
 
         Raises:
@@ -184,17 +188,17 @@ class PlmService:
 
         self._check_rows(sum(map(len, sequences)) - sum(request.from_position))
 
-        def run(batch: list[int]) -> Encoded:
-            return self._engine.encode(
-                [sequences[i] for i in batch],
-                [request.from_position[i] for i in batch],
-                with_logsumexp=request.with_logsumexp,
-            )
-
         lengths = [len(ids) for ids in sequences]
         plan = plan_batches(lengths, self._settings.batch_tokens, self._settings.padding_tokens)
-        results = self._run(plan, run)
-        gathered = Gathered(plan, results, len(sequences))
+        works = [
+            Work(
+                [sequences[i] for i in batch],
+                from_position=[request.from_position[i] for i in batch],
+                with_logsumexp=request.with_logsumexp,
+            )
+            for batch in plan
+        ]
+        gathered = Gathered(plan, self._scheduler.run(caller, works), len(sequences))
         return EncodeResponse(
             digest=self._card.digest,
             echo=gathered.echo,
@@ -204,7 +208,7 @@ class PlmService:
             last_hidden_N_D=_optional_on_wire(gathered.optional_rows(lambda r: r.last_hidden_N_D), request.dtype),
         )
 
-    def decode(self, request: DecodeRequest) -> DecodeResponse:
+    def decode(self, request: DecodeRequest, caller: Caller = _LOCAL) -> DecodeResponse:
         """The newest position of every prefix and of up to `look_ahead` drafted tokens, with log-sum-exp and top-1.
 
         Raises:
@@ -227,15 +231,19 @@ class PlmService:
         self._check_rows(sum(request.look_ahead) + len(sequences))
         stop_token_ids = frozenset(request.stop_token_ids)
 
-        def run(batch: list[int]) -> Decoded:
-            return self._engine.decode(
-                [sequences[i] for i in batch], [request.look_ahead[i] for i in batch], stop_token_ids
-            )
-
         lengths = [len(ids) for ids in sequences]
         settings, window = self._settings, self._engine.info.attention_window
         plan = plan_drafting(lengths, request.look_ahead, settings.batch_tokens, settings.padding_tokens, window)
-        gathered = Gathered(plan, self._run(plan, run), len(sequences))
+        works = [
+            Work(
+                [sequences[i] for i in batch],
+                look_ahead=[request.look_ahead[i] for i in batch],
+                stop_token_ids=stop_token_ids,
+            )
+            for batch in plan
+        ]
+        results = [result for result in self._scheduler.run(caller, works) if isinstance(result, Decoded)]
+        gathered = Gathered(plan, results, len(sequences))
         return DecodeResponse(
             digest=self._card.digest,
             echo=gathered.echo,
@@ -247,7 +255,7 @@ class PlmService:
             last_hidden_N_D=_optional_on_wire(gathered.optional_rows(lambda r: r.last_hidden_N_D), request.dtype),
         )
 
-    def distribution(self, request: DistributionRequest) -> DistributionResponse:
+    def distribution(self, request: DistributionRequest, caller: Caller = _LOCAL) -> DistributionResponse:
         """The next-token distribution after a text or token ids.
 
         Raises:
@@ -255,9 +263,8 @@ class PlmService:
         """
         token_ids = self._distribution_ids(request)
         self._check_sequences([token_ids], None)
-        encoded = self._run(
-            [[0]], lambda _: self._engine.encode([token_ids], [len(token_ids) - 1], with_logsumexp=False)
-        )[0]
+        work = Work([token_ids], from_position=[len(token_ids) - 1])
+        (encoded,) = self._scheduler.run(caller, [work])
         last_hidden_1_D = encoded.cr_N_D if encoded.last_hidden_N_D is None else encoded.last_hidden_N_D
         head = self._engine.head
         logits_V = head.logits(last_hidden_1_D.to(head.weight_V_D.device)).float()[0].cpu()
@@ -325,28 +332,6 @@ class PlmService:
                 "A token id lies outside the vocabulary.",
                 hint=f"Ids are 0 to {self._card.vocab_size - 1}; tokenise with this server's own tokenizer.",
             )
-
-    def _run(self, plan: list[list[int]], run: Callable[[list[int]], Batch]) -> list[Batch]:
-        results = []
-        with self._place():
-            for batch in plan:
-                # The lock is per batch, so that a large request does not keep small ones out until its end.
-                with self._engine_lock:
-                    results.append(run(batch))
-        return results
-
-    @contextmanager
-    def _place(self) -> Iterator[None]:
-        if not self._places.acquire(blocking=False):
-            raise Overloaded(
-                f"{self._settings.max_waiting_requests} requests wait already.",
-                hint="Come back later, or send fewer requests at once.",
-                retry_after_s=_RETRY_AFTER_S,
-            )
-        try:
-            yield
-        finally:
-            self._places.release()
 
 
 def _check_one_each(name: str, values: Sequence[int], sequences: Sequence[Sequence[int]]) -> None:

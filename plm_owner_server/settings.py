@@ -75,9 +75,10 @@ class ServerSettings(BaseSettings):
         default=16 * 2**20, ge=1024, description="Largest request body in bytes. Bounds memory per request."
     )
     batch_tokens: int = Field(
-        default=8192,
+        default=4096,
         ge=1,
-        description="Tokens in one forward pass, padding included. The memory of activations grows with it.",
+        description="Tokens in one forward pass, padding included. The memory of activations grows with it, and the "
+        "time that a short request may wait for another client's long one.",
     )
     padding_tokens: int = Field(
         default=256,
@@ -92,6 +93,12 @@ class ServerSettings(BaseSettings):
     )
     max_waiting_requests: int = Field(
         default=64, ge=1, description="Requests that may wait for the model. One more is told to come back (429)."
+    )
+    max_waiting_tokens: int = Field(
+        default=2**19,
+        ge=1,
+        description="Tokens of all requests that may wait for the model; bounds their answers' memory. More is told to "
+        "come back (429). One client may fill half of it.",
     )
     cache_dir: Path = Field(
         default_factory=lambda: user_cache_path("pema") / "models",

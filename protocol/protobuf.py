@@ -15,6 +15,8 @@ from protocol.errors import InvalidRequest, MalformedMessage
 
 REQUEST_ID_METADATA = "x-request-id"
 """Metadata of unary calls; the calls of a stream carry their ids themselves."""
+CLIENT_METADATA = "x-pema-client"
+"""Metadata that is the same for all calls of a client: the server is fair between these."""
 PROBLEM_METADATA = "pema-problem-bin"
 """Trailing metadata with the error's problem document, JSON in UTF-8."""
 

@@ -32,7 +32,7 @@ from protocol.messages import (
     TokenizerBundle,
 )
 from protocol.pieces import join_head, join_rows
-from protocol.protobuf import PROBLEM_METADATA, REQUEST_ID_METADATA, from_proto, to_proto
+from protocol.protobuf import CLIENT_METADATA, PROBLEM_METADATA, REQUEST_ID_METADATA, from_proto, to_proto
 
 _Result = TypeVar("_Result")
 _Answer = TypeVar("_Answer", EncodeResponse, DecodeResponse)
@@ -59,6 +59,7 @@ class GrpcConnection:
         scheme, _, target = url.partition("://")
         self._url = url
         self._timeout_s = timeout_s
+        self._client = uuid.uuid4().hex  # the server is fair between clients, which may share an address
         if scheme == "grpcs":
             self._channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(), _OPTIONS)
         else:
@@ -113,7 +114,12 @@ class GrpcConnection:
     def _call_once(self, fetch: Callable[[_Attempt], _Result]) -> _Result:
         request_id = uuid.uuid4().hex[:16]
         try:
-            return fetch({"timeout": self._timeout_s, "metadata": ((REQUEST_ID_METADATA, request_id),)})
+            return fetch(
+                {
+                    "timeout": self._timeout_s,
+                    "metadata": ((REQUEST_ID_METADATA, request_id), (CLIENT_METADATA, self._client)),
+                }
+            )
         except grpc.RpcError as error:
             raise self._understood(error, request_id) from error
         except InvalidRequest as error:

@@ -41,7 +41,9 @@ class RestConnection:
     def __init__(self, url: str, *, timeout_s: float = 600.0, transport: httpx.BaseTransport | None = None) -> None:
         self._url = url
         timeout = httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S)
-        self._http = httpx.Client(base_url=url, timeout=timeout, transport=transport)
+        # The server is fair between clients, which may share an address.
+        identity = {"X-Pema-Client": uuid.uuid4().hex}
+        self._http = httpx.Client(base_url=url, timeout=timeout, transport=transport, headers=identity)
 
     def close(self) -> None:
         """Close the sockets."""

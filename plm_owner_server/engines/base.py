@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from typing import Protocol, Self
 
 from torch import Tensor
 
@@ -52,6 +53,20 @@ class Encoded:
     last_hidden_N_D: Tensor | None
     logsumexp_N: Tensor | None
 
+    def split(self, counts: Sequence[int]) -> list[Self]:
+        """One part for each run of so many sequences."""
+        ends = list(accumulate(counts))
+        row_ends = [0, *accumulate(self.rows)]
+        parts = []
+        for start, end in zip([0, *ends], ends, strict=False):
+            columns = {
+                field.name: value[row_ends[start] : row_ends[end]]
+                for field in fields(self)
+                if isinstance(value := getattr(self, field.name), Tensor)
+            }
+            parts.append(replace(self, rows=self.rows[start:end], echo=self.echo[start:end], **columns))
+        return parts
+
 
 @dataclass(frozen=True)
 class Decoded(Encoded):
@@ -64,6 +79,20 @@ class Decoded(Encoded):
 
     top1_N: Tensor
     top1_logprob_N: Tensor
+
+
+class Draft(Protocol):
+    """Drafting that has begun: the prompts have run."""
+
+    @property
+    def sequences(self) -> int:
+        """How many are still being drafted."""
+
+    def step(self) -> bool:
+        """Draft one more token of every sequence that goes on; false once none does."""
+
+    def result(self) -> Decoded:
+        """All positions so far, sequence by sequence."""
 
 
 class Engine(Protocol):
@@ -80,9 +109,9 @@ class Engine(Protocol):
     ) -> Encoded:
         """Representations of all positions ≥ `from_position` of every sequence."""
 
-    def decode(
+    def draft(
         self, token_ids: Sequence[Sequence[int]], look_ahead: Sequence[int], stop_token_ids: frozenset[int]
-    ) -> Decoded:
+    ) -> Draft:
         """The newest position of every sequence, and up to `look_ahead` greedily drafted ones.
 
         Sequences of different lengths may only come together while prompt and drafts fit into `attention_window`:

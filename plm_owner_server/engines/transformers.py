@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from plm_owner_server.engines.base import Decoded, Encoded, EngineInfo
+from plm_owner_server.engines.base import Encoded, EngineInfo
 from plm_owner_server.engines.drafting import Drafting
 from plm_owner_server.engines.runner import Runner, first_of
 from plm_owner_server.engines.vocabulary import logsumexp_top1
@@ -51,7 +51,7 @@ class TransformersEngine:
 
     Args:
         model: in evaluation mode, on its device.
-        cr_kind: which representation `encode` and `decode` give.
+        cr_kind: which representation `encode` and `draft` give.
         prefix_cache_bytes: bound on the attention states kept for texts that begin alike or go on; 0 keeps none, and
             computes every token of every sequence.
 
@@ -140,19 +140,13 @@ class TransformersEngine:
             logsumexp_N=logsumexp_N,
         )
 
-    def decode(
+    def draft(
         self, token_ids: Sequence[Sequence[int]], look_ahead: Sequence[int], stop_token_ids: frozenset[int]
-    ) -> Decoded:
-        """The newest position of every sequence, and up to `look_ahead` greedily drafted ones.
-
-        A sequence's drafting ends after a stop token, which is its last top-1 then and is not run itself.
-        """
-        drafting = Drafting(
+    ) -> Drafting:
+        """Run the prompts, and be ready to draft."""
+        return Drafting(
             self._runner, self.head, token_ids, look_ahead, stop_token_ids, with_last_hidden=self._gives_ffn_output
         )
-        while drafting.step():
-            pass
-        return drafting.result()
 
 
 def _logit_scale(config: Any) -> float:

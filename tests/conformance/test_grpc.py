@@ -190,7 +190,7 @@ class _Failing:
     def encode(self, *args: Any, **kwargs: Any) -> Encoded:
         raise RuntimeError(f"no luck with {SECRET} {args[0]}")
 
-    def decode(self, *args: Any, **kwargs: Any) -> Any:
+    def draft(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(SECRET)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
 
+from data_owner_client.connection import open_connection
 from plm_owner_server.engines.base import Encoded
 from plm_owner_server.engines.transformers import TransformersEngine
 from plm_owner_server.service import PlmService
@@ -32,11 +35,18 @@ from protocol.messages import (
     TokenizerBundle,
 )
 from tests.conformance.test_service import CALLS, checked_problem
-from tests.support import TinyModels, make_service, serve
+from tests.support import TinyModels, make_service, serve, serve_over_grpc
 
 FINE = EncodeRequest(token_ids=[[5, 6]], from_position=[0])
 AS_JSON = {"Content-Type": JSON}
 SECRET = "GEHEIM"
+
+
+@contextmanager
+def without_retries() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_owner_client.connection.retries._GIVE_UP_AFTER_S", 0.0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +165,7 @@ class _Around:
     def __init__(self, engine: TransformersEngine) -> None:
         self.engine = engine
         self.info, self.head = engine.info, engine.head
-        self.warm_up, self.decode = engine.warm_up, engine.decode
+        self.warm_up, self.draft = engine.warm_up, engine.draft
 
     def encode(self, *args: Any, **kwargs: Any) -> Encoded:
         return self.engine.encode(*args, **kwargs)
@@ -167,8 +177,10 @@ class _Blocked(_Around):
     def __init__(self, engine: TransformersEngine) -> None:
         super().__init__(engine)
         self.entered, self.go = threading.Event(), threading.Event()
+        self.seen: list[list[list[int]]] = []
 
     def encode(self, *args: Any, **kwargs: Any) -> Encoded:
+        self.seen.append(args[0])
         self.entered.set()
         assert self.go.wait(100)
         return super().encode(*args, **kwargs)
@@ -209,6 +221,41 @@ def test_one_request_too_many_is_told_to_come_back(tiny_models: TinyModels) -> N
         assert first.result(100).status_code == 200
         for path, body in bodies.items():
             assert client.post(path, content=body, headers=AS_JSON).status_code == 200
+
+
+@pytest.mark.parametrize("transport", ["rest", "grpc"])
+def test_a_client_that_hangs_up_is_skipped(
+    tiny_models: TinyModels, caplog: pytest.LogCaptureFixture, transport: str
+) -> None:
+    engines: list[_Blocked] = []
+
+    def block(engine: TransformersEngine) -> _Blocked:
+        engines.append(_Blocked(engine))
+        return engines[0]
+
+    service = make_service(tiny_models["llama"], wrap=block)
+    engine = engines[0]
+    serving = serve(service) if transport == "rest" else serve_over_grpc(service)
+    with serving as url, ThreadPoolExecutor(1) as pool:
+        patient, impatient = open_connection(url), open_connection(url, timeout_s=0.5)
+        try:
+            first = pool.submit(patient.encode, FINE)
+            assert engine.entered.wait(100)
+            with pytest.raises(errors.ConnectionFailed), without_retries():
+                impatient.encode(EncodeRequest(token_ids=[[77, 78]], from_position=[0]))
+            callers = [ticket.caller for queue in service._scheduler._queues.values() for ticket in queue]
+            deadline = time.monotonic() + 30
+            while not any(caller.departed.is_set() for caller in callers):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            engine.go.set()
+        assert len(first.result(100).cr_N_D) == 2
+        assert len(patient.encode(FINE).cr_N_D) == 2
+        impatient.close()
+        patient.close()
+    assert engine.seen == [FINE.token_ids, FINE.token_ids]
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 class _Failing(_Around):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from plm_owner_server.engines.base import Decoded
 from plm_owner_server.engines.runner import Runner
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
 from plm_owner_server.service import PlmService
@@ -137,6 +138,13 @@ def greedy(model: PreTrainedModel, ids: Sequence[int], tokens: int) -> list[int]
     return list(output[0, len(ids) :].tolist())
 
 
+def drafted(engine: TransformersEngine, *batch: Any) -> Decoded:
+    draft = engine.draft(*batch)
+    while draft.step():
+        pass
+    return draft.result()
+
+
 def drafts(answer: DecodeResponse) -> list[list[int]]:
     return [part.tolist() for part in answer.top1_N.split(answer.rows_B.tolist())]
 
@@ -203,7 +211,7 @@ def test_the_vocabulary_in_blocks_is_the_whole_vocabulary(
     encoded = engine.encode([ids], [0], with_logsumexp=True)
     assert encoded.logsumexp_N is not None
     torch.testing.assert_close(encoded.logsumexp_N, logits_T_V.logsumexp(-1), rtol=TOLERANCE, atol=TOLERANCE)
-    decoded = engine.decode([ids], [0], frozenset())
+    decoded = drafted(engine, [ids], [0], frozenset())
     assert decoded.top1_N.item() == logits_T_V[-1].argmax()
     assert_near(decoded.top1_logprob_N, logits_T_V[-1:].log_softmax(-1).max(-1).values)
 
@@ -223,7 +231,7 @@ def test_texts_that_go_on_branch_and_return_are_the_models_own(
         most = max(len(texts[i]) for i in batch) + max(look_ahead)
         if len({len(texts[i]) for i in batch}) > 1 and most > window:  # as the service plans it
             batch, look_ahead = batch[:1], look_ahead[:1]
-        decoded = engine.decode([texts[i] for i in batch], look_ahead, frozenset())
+        decoded = drafted(engine, [texts[i] for i in batch], look_ahead, frozenset())
         assert decoded.echo == [echo(texts[i]) for i in batch]
         parts = zip(batch, decoded.top1_N.split(decoded.rows), decoded.cr_N_D.split(decoded.rows), strict=True)
         for i, top1_K, cr_K_D in parts:
@@ -249,10 +257,10 @@ def test_what_is_known_is_not_computed_again(model: PreTrainedModel, monkeypatch
     monkeypatch.setattr(Runner, "forward", counted)
     engine = TransformersEngine(model, cr_kind="last_hidden_state")
     texts = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 11, 12]]  # with their drafts, within the narrowest window
-    decoded = engine.decode(texts, [1, 1], frozenset())
+    decoded = drafted(engine, texts, [1, 1], frozenset())
     assert computed == [12, 2]
     longer = [[*ids, int(draft), 13] for ids, draft in zip(texts, decoded.top1_N[::2], strict=True)]
-    engine.decode(longer, [0, 0], frozenset())
+    drafted(engine, longer, [0, 0], frozenset())
     assert computed[2:] == [2]
 
 
