@@ -1,4 +1,5 @@
 # make demo    the main job on real data: server, memory, adapter, translation, scores (about 10 minutes on 2 cores)
+# make bench   what is claimed, measured against peers
 # make test    format, lint, types and all tests, those on the real models included
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,13 +7,16 @@ VENV ?= .venv
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format proto clean
+.PHONY: demo test bench lint format proto clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo.run
 
 test: lint
 	$(BIN)/pytest
+
+bench: $(VENV)/ready
+	$(BIN)/python -m benchmarks.build_memory
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -74,6 +74,15 @@ def load_service(settings: ServerSettings) -> PlmService:
         settings=settings,
     )
     engine.warm_up()
+    # What waits is bounded by its answers: a representation for every token, in float32, until it is on the wire.
+    most = settings.max_waiting_tokens * engine.info.hidden_size * 4 / 2**20
+    log.info(
+        "at most %d requests and %d tokens wait, for answers of at most %.0f MiB; %d MiB for known prefixes",
+        settings.max_waiting_requests,
+        settings.max_waiting_tokens,
+        most,
+        settings.prefix_cache_mib,
+    )
     log.info("%s on %s in %s, CRs of kind %s", files.name, model.device, engine.info.dtype, settings.cr_kind)
     return service
 

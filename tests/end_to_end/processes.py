@@ -29,21 +29,31 @@ def free_port() -> int:
 def server(log: Path, *arguments: str, port: int | None = None, grpc_port: int = 0) -> Iterator[str]:
     """`pema-server serve` with these arguments, once it is ready; gives its URL for REST."""
     port = port or free_port()
-    ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
-    command = [sys.executable, "-m", "plm_owner_server.cli", "serve", *ports, *arguments]
-    with log.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    process = start_server(log, port, grpc_port, *arguments)
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + _READY_WITHIN_S
-        while not _ready(url):
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.1)
+        wait_until_ready(process, url, log)
         yield url
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) in (0, -signal.SIGTERM), log.read_text()[-3000:]
+
+
+def start_server(log: Path, port: int, grpc_port: int, *arguments: str) -> subprocess.Popen[bytes]:
+    """`pema-server serve` on these ports."""
+    ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
+    command = [sys.executable, "-m", "plm_owner_server.cli", "serve", *ports, *arguments]
+    with log.open("ab") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Return once the server is ready; fail if it stops or takes too long."""
+    deadline = time.monotonic() + _READY_WITHIN_S
+    while not _ready(url):
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.1)
 
 
 def _ready(url: str) -> bool:

@@ -252,6 +252,35 @@ def test_a_killed_build_is_resumed_by_the_same_command(
         ours.load()  # checks every checksum
 
 
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+def test_a_server_that_is_killed_and_comes_back_costs_nothing_but_time(
+    tiny_models: support.TinyModels, many: tuple[list[Any], Path], tmp_path: Path, scheme: str
+) -> None:
+    arguments, undisturbed = many
+    ports, log = [processes.free_port(), processes.free_port()], tmp_path / "log"
+    model = ["--model", str(tiny_models["llama"]), "--max-sequence-tokens", "512"]
+    server = processes.start_server(log, *ports, *model)
+    try:
+        processes.wait_until_ready(server, f"http://127.0.0.1:{ports[0]}", log)
+        url = f"{scheme}://127.0.0.1:{ports[scheme == 'grpc']}"
+        command = processes.client_command(url, "build-memory", *arguments, tmp_path)
+        client_process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while not list((tmp_path / "train").glob("shard-*")):
+            assert client_process.poll() is None
+            time.sleep(0.005)
+        server.kill()
+        server.wait()
+        time.sleep(1)
+        assert client_process.poll() is None, "it waits for the server to come back"
+        server = processes.start_server(log, *ports, *model)
+        assert client_process.wait(timeout=200) == 0
+    finally:
+        server.terminate()
+        server.wait()
+    for part in ("train", "validation"):
+        assert ExternalMemory(tmp_path / part).manifest == ExternalMemory(undisturbed / part).manifest
+
+
 def _kill_when_shards_grow(process: "subprocess.Popen[bytes]", folder: Path, rng: random.Random) -> None:
     """SIGKILL at a random moment after one more shard is there, or once the process has ended."""
     before = len(list(folder.glob("shard-*")))
