@@ -20,6 +20,7 @@ from protocol.checks import echoes, require_finite
 from protocol.errors import IdentityMismatch, InvalidData, InvalidRequest, ProtocolViolation
 from protocol.head import LMHead
 from protocol.messages import (
+    DTYPES,
     DecodeRequest,
     DecodeResponse,
     EncodeRequest,
@@ -158,19 +159,26 @@ class RemotePlm:
                 "The server's echo shows that it ran other token ids than were sent.",
                 hint="Something between client and server changes or mixes requests; nothing was stored.",
             )
-        rows, size = int(response.rows_B.sum()), self.card.hidden_size
-        _require_shape(response.cr_N_D, (rows, size), "the context representations")
+        rows = int(response.rows_B.sum())
+        self._check_rows(response.cr_N_D, response.cr_scale_N, rows, "the context representations")
         if response.logsumexp_N is not None:
             _require_shape(response.logsumexp_N, (rows,), "the log-sum-exp")
         if (response.last_hidden_N_D is None) != (self.card.cr_kind == "last_hidden_state"):
             raise _incomplete()
         if response.last_hidden_N_D is not None:
-            _require_shape(response.last_hidden_N_D, (rows, size), "the last hidden states")
+            self._check_rows(response.last_hidden_N_D, response.last_hidden_scale_N, rows, "the last hidden states")
         if isinstance(response, DecodeResponse):
             _require_shape(response.top1_N, (rows,), "the top-1 tokens")
             _require_shape(response.top1_logprob_N, (rows,), "the top-1 probabilities")
             if int(response.top1_N.min()) < 0 or int(response.top1_N.max()) >= self.card.vocab_size:
                 raise ProtocolViolation("A top-1 token of the server lies outside its own vocabulary.")
+
+    def _check_rows(self, values_N_D: Tensor, scale_N: Tensor | None, rows: int, what: str) -> None:
+        if values_N_D.dtype != DTYPES[self.dtype] or (scale_N is None) != (self.dtype != "int8"):
+            raise ProtocolViolation(f"The server did not send {what} as {self.dtype}.", hint="Is it of this version?")
+        _require_shape(values_N_D, (rows, self.card.hidden_size), what)
+        if scale_N is not None:
+            _require_shape(scale_N, (rows,), f"the scales of {what}")
 
     def _check_digest(self, digest: str) -> None:
         if digest != self.card.digest:

@@ -72,7 +72,7 @@ class TrainingData:
         """Rows of a memory; candidate ids are sorted."""
         target_N = rows.target_N.long()
         at_N = torch.searchsorted(candidate_ids_C, target_N).clamp(max=len(candidate_ids_C) - 1)
-        return cls(rows.cr_N_D, torch.where(candidate_ids_C[at_N] == target_N, at_N, -1))
+        return cls(rows.representations_N_D(), torch.where(candidate_ids_C[at_N] == target_N, at_N, -1))
 
 
 @dataclass(frozen=True)

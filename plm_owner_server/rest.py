@@ -31,7 +31,7 @@ from protocol.errors import (
     UnacceptableAnswer,
     to_problem,
 )
-from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest, WireDtype
+from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadDtype, HeadRequest
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def create_app(
 
     @app.get("/v1/lm-head", tags=["model"], summary="A range of rows of the LM head", **rest_docs.LM_HEAD_RANGE)
     async def lm_head_range(
-        request: Request, start: int = 0, stop: int | None = None, dtype: WireDtype = "float16"
+        request: Request, start: int = 0, stop: int | None = None, dtype: HeadDtype = "float16"
     ) -> Response:
         service, form = holder.ready(), _answer_form(request)
         tag = f"{service.model_card().digest}-{start}-{stop}-{dtype}-{form.rpartition('.')[2]}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from plm_owner_server.batching import plan_batches, plan_drafting
-from plm_owner_server.engines.base import Decoded, Engine
+from plm_owner_server.engines.base import Decoded, Encoded, Engine
 from plm_owner_server.gathering import Gathered, present
 from plm_owner_server.scheduler import Caller, Scheduler, Work
 from plm_owner_server.settings import ServerSettings
@@ -25,6 +25,7 @@ from protocol.messages import (
     DistributionResponse,
     EncodeRequest,
     EncodeResponse,
+    HeadDtype,
     HeadRequest,
     HeadRows,
     Limits,
@@ -32,6 +33,7 @@ from protocol.messages import (
     TokenizerBundle,
     WireDtype,
 )
+from protocol.rows import compact
 
 _LOCAL = Caller()
 
@@ -162,8 +164,8 @@ class PlmService:
         return HeadRows(
             digest=self._card.digest,
             vocab_size=self._card.vocab_size,
-            weight_N_D=_on_wire(chosen.weight_V_D, request.dtype, "the LM head"),
-            bias_N=None if chosen.bias_V is None else _on_wire(chosen.bias_V, request.dtype, "the LM head's bias"),
+            weight_N_D=_head_on_wire(chosen.weight_V_D, request.dtype, "the LM head"),
+            bias_N=None if chosen.bias_V is None else _head_on_wire(chosen.bias_V, request.dtype, "the LM head's bias"),
             logit_scale=head.logit_scale,
             softcap=head.softcap,
         )
@@ -203,9 +205,8 @@ class PlmService:
             digest=self._card.digest,
             echo=gathered.echo,
             rows_B=gathered.rows_B,
-            cr_N_D=_on_wire(gathered.rows(lambda r: r.cr_N_D), request.dtype, "the context representations"),
             logsumexp_N=gathered.optional_rows(lambda r: r.logsumexp_N),
-            last_hidden_N_D=_optional_on_wire(gathered.optional_rows(lambda r: r.last_hidden_N_D), request.dtype),
+            **_rows_on_wire(gathered, request.dtype),
         )
 
     def decode(self, request: DecodeRequest, caller: Caller = _LOCAL) -> DecodeResponse:
@@ -248,11 +249,10 @@ class PlmService:
             digest=self._card.digest,
             echo=gathered.echo,
             rows_B=gathered.rows_B,
-            cr_N_D=_on_wire(gathered.rows(lambda r: r.cr_N_D), request.dtype, "the context representations"),
             logsumexp_N=gathered.rows(lambda r: present(r.logsumexp_N)),
             top1_N=gathered.rows(lambda r: r.top1_N),
             top1_logprob_N=gathered.rows(lambda r: r.top1_logprob_N),
-            last_hidden_N_D=_optional_on_wire(gathered.optional_rows(lambda r: r.last_hidden_N_D), request.dtype),
+            **_rows_on_wire(gathered, request.dtype),
         )
 
     def distribution(self, request: DistributionRequest, caller: Caller = _LOCAL) -> DistributionResponse:
@@ -341,11 +341,18 @@ def _check_one_each(name: str, values: Sequence[int], sequences: Sequence[Sequen
         )
 
 
-def _on_wire(values: Tensor, dtype: WireDtype, what: str) -> Tensor:
+def _rows_on_wire(gathered: Gathered[Encoded] | Gathered[Decoded], dtype: WireDtype) -> dict[str, Tensor | None]:
+    """The representations of an answer in the number format asked for."""
+    cr_N_D, cr_scale_N = compact(gathered.rows(lambda r: r.cr_N_D), dtype, "the context representations")
+    columns: dict[str, Tensor | None] = {"cr_N_D": cr_N_D, "cr_scale_N": cr_scale_N}
+    last_hidden_N_D = gathered.optional_rows(lambda r: r.last_hidden_N_D)
+    if last_hidden_N_D is not None:
+        values_N_D, scale_N = compact(last_hidden_N_D, dtype, "the last hidden states")
+        columns |= {"last_hidden_N_D": values_N_D, "last_hidden_scale_N": scale_N}
+    return columns
+
+
+def _head_on_wire(values: Tensor, dtype: HeadDtype, what: str) -> Tensor:
     converted = values.to(DTYPES[dtype]).cpu()
     require_finite(converted, what)
     return converted
-
-
-def _optional_on_wire(values: Tensor | None, dtype: WireDtype) -> Tensor | None:
-    return None if values is None else _on_wire(values, dtype, "the last hidden states")

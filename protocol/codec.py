@@ -2,15 +2,17 @@
 
 A message is a pydantic model. In its binary form its tensors become named safetensors entries, its ragged token ids
 become two int32 entries (`name.values`, `name.lengths`), and everything else is JSON in the container's metadata under
-the key `message`. safetensors validates names, offsets, shapes and sizes in Rust and executes nothing: a hostile body
-is an error, never code.
+the key `message`. An entry `crc32` over all of it gives away what was garbled on the way; it may be left out.
+safetensors validates names, offsets, shapes and sizes in Rust and executes nothing: a hostile body is an error, never
+code.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Self
 
 import safetensors.torch
@@ -33,6 +35,7 @@ from protocol.errors import InvalidRequest, MalformedMessage
 BINARY = "application/vnd.pema.safetensors"
 JSON = "application/json"
 _METADATA_KEY = "message"
+_CHECKSUM = "crc32"
 _MAX_TOKEN_ID = 2**31 - 1
 
 
@@ -57,12 +60,21 @@ def _to_int_tensor(value: Any) -> Any:
     return _to_tensor(value, torch.int64)
 
 
-def _shaped(dimensions: int, *, floating: bool) -> AfterValidator:
-    kind = "floats" if floating else "integers"
+def _is_float(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point
 
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
+
+
+def _is_float_or_int8(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype == torch.int8
+
+
+def _shaped(dimensions: int, kind: str, is_kind: Callable[[torch.dtype], bool]) -> AfterValidator:
     def check(tensor: Tensor) -> Tensor:
-        integral = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
-        if tensor.ndim != dimensions or not (tensor.is_floating_point() if floating else integral):
+        if tensor.ndim != dimensions or not is_kind(tensor.dtype):
             raise ValueError(f"not {kind} in {dimensions} dimension(s)")
         return tensor
 
@@ -82,21 +94,29 @@ _as_list = PlainSerializer(lambda tensor: tensor.tolist(), when_used="json")
 _NUMBERS = {"type": "array", "items": {"type": "number"}}
 
 FloatTensor = Annotated[
-    Tensor, BeforeValidator(_to_float_tensor), _shaped(1, floating=True), _as_list, WithJsonSchema(_NUMBERS)
+    Tensor, BeforeValidator(_to_float_tensor), _shaped(1, "floats", _is_float), _as_list, WithJsonSchema(_NUMBERS)
 ]
 """Float tensor of one dimension (JSON: an array of numbers)."""
 FloatMatrix = Annotated[
     Tensor,
     BeforeValidator(_to_float_tensor),
-    _shaped(2, floating=True),
+    _shaped(2, "floats", _is_float),
     _as_list,
     WithJsonSchema({"type": "array", "items": _NUMBERS}),
 ]
 """Float tensor of two dimensions (JSON: an array of rows)."""
+RowMatrix = Annotated[
+    Tensor,
+    BeforeValidator(_to_float_tensor),
+    _shaped(2, "floats or int8", _is_float_or_int8),
+    _as_list,
+    WithJsonSchema({"type": "array", "items": _NUMBERS}),
+]
+"""Representations: float or int8 tensor of two dimensions."""
 IntTensor = Annotated[
     Tensor,
     BeforeValidator(_to_int_tensor),
-    _shaped(1, floating=False),
+    _shaped(1, "integers", _is_integer),
     _as_list,
     WithJsonSchema({"type": "array", "items": {"type": "integer"}}),
 ]
@@ -127,6 +147,7 @@ class Message(BaseModel):
                 header[name] = value
         # pydantic knows how to write nested models; the tensors are left out of its sight.
         text = self.model_dump_json(include=set(header))
+        tensors[_CHECKSUM] = _checksum(text, tensors)
         packed: bytes = safetensors.torch.save(tensors, metadata={_METADATA_KEY: text})
         return packed
 
@@ -135,14 +156,18 @@ class Message(BaseModel):
         """The message in a binary body.
 
         Raises:
-            MalformedMessage: the bytes are no such container.
+            MalformedMessage: the bytes are no such container, or were changed on their way.
             InvalidRequest: a field is missing, unknown or of the wrong type.
         """
         try:
             tensors = safetensors.torch.load(data)
             (header_bytes,) = struct.unpack("<Q", data[:8])
             metadata = json.loads(data[8 : 8 + header_bytes]).get("__metadata__") or {}
-            fields = json.loads(metadata.get(_METADATA_KEY, "{}"))
+            text = metadata.get(_METADATA_KEY, "{}")
+            given = tensors.pop(_CHECKSUM, None)
+            if given is not None and not torch.equal(given, _checksum(text, tensors)):
+                raise ValueError("the checksum is another one")
+            fields = json.loads(text)
             if not isinstance(fields, dict):
                 raise ValueError("the metadata is not an object")
             for name, field in cls.model_fields.items():
@@ -190,6 +215,21 @@ class Message(BaseModel):
                 f"{place}: {first['msg']} ({error.error_count()} such in this message).",
                 hint="The fields and an example are in the OpenAPI page of the server (/docs).",
             ) from None
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """CRC-32 of the text in UTF-8, then of the tensors' bytes in the order of their names; int64 [1]."""
+    checksum = zlib.crc32(text.encode())
+    for _, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(raw_bytes(tensor), checksum)
+    return torch.tensor([checksum])
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, little-endian as on every machine that torch runs on, row by row; not copied if contiguous."""
+    dense = tensor.contiguous()
+    # Strided by hand, as a dimension of one may have any stride; as bytes, for numpy has no bfloat16.
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _is_ragged(metadata: list[Any]) -> bool:

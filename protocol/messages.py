@@ -11,15 +11,17 @@ import torch
 from pydantic import Field
 
 from protocol import PROTOCOL_VERSION
-from protocol.codec import FloatMatrix, FloatTensor, IntTensor, Message, RaggedIds, Text, TokenId
+from protocol.codec import FloatMatrix, FloatTensor, IntTensor, Message, RaggedIds, RowMatrix, Text, TokenId
 from protocol.head import LMHead
 
 CrKind = Literal["last_hidden_state", "ffn_output"]
-WireDtype = Literal["float16", "bfloat16", "float32"]
+HeadDtype = Literal["float16", "bfloat16", "float32"]
+WireDtype = Literal["float16", "bfloat16", "float32", "int8"]
 DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
+    "int8": torch.int8,
 }
 
 
@@ -65,7 +67,7 @@ class HeadRequest(Message):
     token_ids: list[TokenId] | None = Field(default=None, description="rows wanted, in the order of the answer")
     start: int = Field(default=0, ge=0, description="first row of a range; only without token_ids")
     stop: int | None = Field(default=None, ge=0, description="end of a range (exclusive); only without token_ids")
-    dtype: WireDtype = "float16"
+    dtype: HeadDtype = "float16"
 
 
 class HeadRows(Message):
@@ -93,17 +95,24 @@ class EncodeRequest(Message):
     with_logsumexp: bool = Field(default=False, description="also send each position's log-sum-exp over V")
 
 
-class EncodeResponse(Message):
-    """Answer to `EncodeRequest`; the CR at position t represents the context that ends with token t."""
+class RowsResponse(Message):
+    """What the answers to `EncodeRequest` and `DecodeRequest` have in common."""
 
     digest: str
     echo: list[int] = Field(description="CRC-32 of the token ids that were really run")
     rows_B: IntTensor = Field(description="rows of each sequence")
-    cr_N_D: FloatMatrix = Field(description="context representations f(c)")
-    logsumexp_N: FloatTensor | None = Field(default=None, description="log Σ_v exp(logit_v), if asked for")
-    last_hidden_N_D: FloatMatrix | None = Field(
+    cr_N_D: RowMatrix = Field(description="context representations f(c)")
+    cr_scale_N: FloatTensor | None = Field(default=None, description="int8 only: each row is to be multiplied by it")
+    last_hidden_N_D: RowMatrix | None = Field(
         default=None, description="the head's input, beside CRs of kind ffn_output (P_PLM cannot be had from those)"
     )
+    last_hidden_scale_N: FloatTensor | None = Field(default=None, description="as cr_scale_N, of last_hidden_N_D")
+
+
+class EncodeResponse(RowsResponse):
+    """Answer to `EncodeRequest`; the CR at position t represents the context that ends with token t."""
+
+    logsumexp_N: FloatTensor | None = Field(default=None, description="log Σ_v exp(logit_v), if asked for")
 
 
 class DecodeRequest(Message):
@@ -116,20 +125,16 @@ class DecodeRequest(Message):
     dtype: WireDtype = Field(default="float16", description="dtype of the representations in the answer")
 
 
-class DecodeResponse(Message):
+class DecodeResponse(RowsResponse):
     """Answer to `DecodeRequest`: position j of a sequence follows its prefix and the j tokens drafted before it.
 
-    The drafts are the top-1 tokens themselves: `top1_N[j]` is what position j+1 was conditioned on.
+    A sequence has 1 to look_ahead + 1 positions. The drafts are the top-1 tokens themselves: `top1_N[j]` is what
+    position j+1 was conditioned on.
     """
 
-    digest: str
-    echo: list[int]
-    rows_B: IntTensor = Field(description="positions of each sequence: 1 to look_ahead + 1")
-    cr_N_D: FloatMatrix
     logsumexp_N: FloatTensor
     top1_N: IntTensor = Field(description="the PLM's most probable next token")
     top1_logprob_N: FloatTensor = Field(description="its log-probability")
-    last_hidden_N_D: FloatMatrix | None = None
 
 
 class DistributionRequest(Message):

@@ -7,14 +7,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Tensor(_message.Message):
-    __slots__ = ("dtype", "shape", "data")
+    __slots__ = ("dtype", "shape", "data", "crc32")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    CRC32_FIELD_NUMBER: _ClassVar[int]
     dtype: str
     shape: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
-    def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    crc32: int
+    def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
 
 class TokenSequences(_message.Message):
     __slots__ = ("values", "lengths")
@@ -147,20 +149,24 @@ class EncodeRequest(_message.Message):
     def __init__(self, token_ids: _Optional[_Union[TokenSequences, _Mapping]] = ..., from_position: _Optional[_Iterable[int]] = ..., echo: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., with_logsumexp: _Optional[bool] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
-    __slots__ = ("digest", "echo", "rows_B", "cr_N_D", "logsumexp_N", "last_hidden_N_D")
+    __slots__ = ("digest", "echo", "rows_B", "cr_N_D", "cr_scale_N", "last_hidden_N_D", "last_hidden_scale_N", "logsumexp_N")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     ECHO_FIELD_NUMBER: _ClassVar[int]
     ROWS_B_FIELD_NUMBER: _ClassVar[int]
     CR_N_D_FIELD_NUMBER: _ClassVar[int]
-    LOGSUMEXP_N_FIELD_NUMBER: _ClassVar[int]
+    CR_SCALE_N_FIELD_NUMBER: _ClassVar[int]
     LAST_HIDDEN_N_D_FIELD_NUMBER: _ClassVar[int]
+    LAST_HIDDEN_SCALE_N_FIELD_NUMBER: _ClassVar[int]
+    LOGSUMEXP_N_FIELD_NUMBER: _ClassVar[int]
     digest: str
     echo: _containers.RepeatedScalarFieldContainer[int]
     rows_B: Tensor
     cr_N_D: Tensor
-    logsumexp_N: Tensor
+    cr_scale_N: Tensor
     last_hidden_N_D: Tensor
-    def __init__(self, digest: _Optional[str] = ..., echo: _Optional[_Iterable[int]] = ..., rows_B: _Optional[_Union[Tensor, _Mapping]] = ..., cr_N_D: _Optional[_Union[Tensor, _Mapping]] = ..., logsumexp_N: _Optional[_Union[Tensor, _Mapping]] = ..., last_hidden_N_D: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    last_hidden_scale_N: Tensor
+    logsumexp_N: Tensor
+    def __init__(self, digest: _Optional[str] = ..., echo: _Optional[_Iterable[int]] = ..., rows_B: _Optional[_Union[Tensor, _Mapping]] = ..., cr_N_D: _Optional[_Union[Tensor, _Mapping]] = ..., cr_scale_N: _Optional[_Union[Tensor, _Mapping]] = ..., last_hidden_N_D: _Optional[_Union[Tensor, _Mapping]] = ..., last_hidden_scale_N: _Optional[_Union[Tensor, _Mapping]] = ..., logsumexp_N: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class EncodeCall(_message.Message):
     __slots__ = ("request_id", "request")
@@ -197,24 +203,28 @@ class DecodeRequest(_message.Message):
     def __init__(self, token_ids: _Optional[_Union[TokenSequences, _Mapping]] = ..., look_ahead: _Optional[_Iterable[int]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., echo: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("digest", "echo", "rows_B", "cr_N_D", "logsumexp_N", "top1_N", "top1_logprob_N", "last_hidden_N_D")
+    __slots__ = ("digest", "echo", "rows_B", "cr_N_D", "cr_scale_N", "last_hidden_N_D", "last_hidden_scale_N", "logsumexp_N", "top1_N", "top1_logprob_N")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     ECHO_FIELD_NUMBER: _ClassVar[int]
     ROWS_B_FIELD_NUMBER: _ClassVar[int]
     CR_N_D_FIELD_NUMBER: _ClassVar[int]
+    CR_SCALE_N_FIELD_NUMBER: _ClassVar[int]
+    LAST_HIDDEN_N_D_FIELD_NUMBER: _ClassVar[int]
+    LAST_HIDDEN_SCALE_N_FIELD_NUMBER: _ClassVar[int]
     LOGSUMEXP_N_FIELD_NUMBER: _ClassVar[int]
     TOP1_N_FIELD_NUMBER: _ClassVar[int]
     TOP1_LOGPROB_N_FIELD_NUMBER: _ClassVar[int]
-    LAST_HIDDEN_N_D_FIELD_NUMBER: _ClassVar[int]
     digest: str
     echo: _containers.RepeatedScalarFieldContainer[int]
     rows_B: Tensor
     cr_N_D: Tensor
+    cr_scale_N: Tensor
+    last_hidden_N_D: Tensor
+    last_hidden_scale_N: Tensor
     logsumexp_N: Tensor
     top1_N: Tensor
     top1_logprob_N: Tensor
-    last_hidden_N_D: Tensor
-    def __init__(self, digest: _Optional[str] = ..., echo: _Optional[_Iterable[int]] = ..., rows_B: _Optional[_Union[Tensor, _Mapping]] = ..., cr_N_D: _Optional[_Union[Tensor, _Mapping]] = ..., logsumexp_N: _Optional[_Union[Tensor, _Mapping]] = ..., top1_N: _Optional[_Union[Tensor, _Mapping]] = ..., top1_logprob_N: _Optional[_Union[Tensor, _Mapping]] = ..., last_hidden_N_D: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, digest: _Optional[str] = ..., echo: _Optional[_Iterable[int]] = ..., rows_B: _Optional[_Union[Tensor, _Mapping]] = ..., cr_N_D: _Optional[_Union[Tensor, _Mapping]] = ..., cr_scale_N: _Optional[_Union[Tensor, _Mapping]] = ..., last_hidden_N_D: _Optional[_Union[Tensor, _Mapping]] = ..., last_hidden_scale_N: _Optional[_Union[Tensor, _Mapping]] = ..., logsumexp_N: _Optional[_Union[Tensor, _Mapping]] = ..., top1_N: _Optional[_Union[Tensor, _Mapping]] = ..., top1_logprob_N: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class DecodeCall(_message.Message):
     __slots__ = ("request_id", "request")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ from google.protobuf.message import Message as Proto
 from torch import Tensor
 
 from protocol import pema_pb2
-from protocol.codec import Message, join_ragged, split_ragged
+from protocol.codec import Message, join_ragged, raw_bytes, split_ragged
 from protocol.errors import InvalidRequest, MalformedMessage
 
 REQUEST_ID_METADATA = "x-request-id"
@@ -47,7 +48,7 @@ def from_proto(proto: Proto, message_type: type[_Message]) -> _Message:
     """Our message, validated like every other one. Fields that are unset take their defaults.
 
     Raises:
-        MalformedMessage: a tensor's bytes do not fit its shape and dtype.
+        MalformedMessage: a tensor's bytes do not fit its shape, dtype and checksum.
         InvalidRequest: a field is missing or of the wrong type.
     """
     return message_type.validated(_fields(proto, message_type))
@@ -58,11 +59,12 @@ def _fill(target: Proto, name: str, value: Any) -> None:
     if isinstance(field, pema_pb2.Tensor):
         field.dtype = str(value.dtype).removeprefix("torch.")
         field.shape.extend(value.shape)
-        field.data = _raw(value)
+        field.data = bytes(raw_bytes(value))
+        field.crc32 = zlib.crc32(field.data)
     elif isinstance(field, pema_pb2.TokenSequences):
         field.SetInParent()  # no sequences is not the same as none given
         values_N, lengths_B = join_ragged(value)
-        field.values, field.lengths = _raw(values_N), _raw(lengths_B)
+        field.values, field.lengths = bytes(raw_bytes(values_N)), bytes(raw_bytes(lengths_B))
     elif isinstance(field, pema_pb2.TokenIds):
         field.SetInParent()
         field.ids.extend(value)
@@ -108,16 +110,12 @@ def _tensor(proto: pema_pb2.Tensor) -> Tensor:
     dtype = _DTYPES.get(proto.dtype)
     if dtype is None:
         raise _malformed("a tensor's dtype")
+    if proto.HasField("crc32") and proto.crc32 != zlib.crc32(proto.data):
+        raise _malformed("a tensor")
     try:
         return _from_raw(proto.data, dtype).view(*proto.shape)
     except (ValueError, RuntimeError, TypeError) as error:
         raise _malformed("a tensor") from error
-
-
-def _raw(values: Tensor) -> bytes:
-    # As bytes first: numpy has no bfloat16. Little-endian, as every machine that torch runs on.
-    data: bytes = values.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return data
 
 
 def _from_raw(data: bytes, dtype: torch.dtype) -> Tensor:
@@ -129,5 +127,6 @@ def _from_raw(data: bytes, dtype: torch.dtype) -> Tensor:
 
 def _malformed(what: str) -> MalformedMessage:
     return MalformedMessage(
-        f"The bytes of {what} are not what dtype and shape say.", hint="protocol/pema.proto describes the fields."
+        f"The bytes of {what} are not what its dtype, shape and checksum say.",
+        hint="protocol/pema.proto describes the fields.",
     )

@@ -20,6 +20,7 @@ from data_owner_client.progress import Reporter
 from protocol.errors import InvalidData
 from protocol.head import LMHead
 from protocol.messages import DecodeResponse
+from protocol.rows import expand
 
 _ALONE = Interpolation(schedule="none")
 
@@ -164,7 +165,9 @@ def _advance(
         horizon_N = torch.tensor([s.horizon for s in active], dtype=torch.float64).repeat_interleave(counts_B)
         lambda_N = interpolation.weights(position_N, horizon_N)
         plm = plm_positions(adapter.head, response)
-        chosen_N = choose(plm, adapter.logprobs(response.cr_N_D), adapter.candidate_ids_C, lambda_N)
+        chosen_N = choose(
+            plm, adapter.logprobs(expand(response.cr_N_D, response.cr_scale_N)), adapter.candidate_ids_C, lambda_N
+        )
     kept = 0
     rows = zip(chosen_N.split(counts_B.tolist()), response.top1_N.split(counts_B.tolist()), strict=True)
     for sequence, (chosen_K, draft_K) in zip(active, rows, strict=True):
@@ -179,6 +182,9 @@ def _advance(
 
 def plm_positions(head: LMHead, response: DecodeResponse) -> PlmPositions:
     """The PLM's log-probabilities of the candidates from their head rows and the log-sum-exp over V."""
-    input_N_D = response.cr_N_D if response.last_hidden_N_D is None else response.last_hidden_N_D
+    if response.last_hidden_N_D is None:
+        input_N_D = expand(response.cr_N_D, response.cr_scale_N)
+    else:
+        input_N_D = expand(response.last_hidden_N_D, response.last_hidden_scale_N)
     logprob_N_C = head.logits(input_N_D.float()) - response.logsumexp_N[:, None]
     return PlmPositions(logprob_N_C, response.top1_N, response.top1_logprob_N)

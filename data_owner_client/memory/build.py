@@ -19,6 +19,7 @@ from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter
 from data_owner_client.tasks import Task
 from protocol.errors import InvalidData, ProtocolViolation
+from protocol.messages import DecodeResponse, EncodeResponse
 
 _EXAMPLES_PER_SHARD = 512
 _EXAMPLES_PER_REQUEST = 256
@@ -151,12 +152,7 @@ def encode_teacher_forced(plm: RemotePlm, pairs: Sequence[TokenizedPair], *, wit
         [len(pair.prompt) - 1 for pair in pairs],
         with_logsumexp=with_logsumexp,
     )
-    return MemoryRows(
-        cr_N_D=response.cr_N_D,
-        logsumexp_N=response.logsumexp_N,
-        last_hidden_N_D=response.last_hidden_N_D,
-        **_labels(pairs),
-    )
+    return _labelled(response, pairs)
 
 
 def encode_private(plm: RemotePlm, pairs: Sequence[TokenizedPair]) -> MemoryRows:
@@ -169,20 +165,20 @@ def encode_private(plm: RemotePlm, pairs: Sequence[TokenizedPair]) -> MemoryRows
         raise ProtocolViolation(
             "The server drafted fewer tokens than were asked for.", hint="Nothing was stored; try again."
         )
+    return _labelled(response, pairs)
+
+
+def _labelled(response: EncodeResponse | DecodeResponse, pairs: Sequence[TokenizedPair]) -> MemoryRows:
     return MemoryRows(
         cr_N_D=response.cr_N_D,
+        target_N=torch.tensor([i for pair in pairs for i in pair.target], dtype=torch.int32),
+        rows_E=torch.tensor([len(pair.target) for pair in pairs], dtype=torch.int32),
+        source_tokens_E=torch.tensor([pair.source_tokens for pair in pairs], dtype=torch.int32),
         logsumexp_N=response.logsumexp_N,
         last_hidden_N_D=response.last_hidden_N_D,
-        **_labels(pairs),
+        cr_scale_N=response.cr_scale_N,
+        last_hidden_scale_N=response.last_hidden_scale_N,
     )
-
-
-def _labels(pairs: Sequence[TokenizedPair]) -> dict[str, torch.Tensor]:
-    return {
-        "target_N": torch.tensor([i for pair in pairs for i in pair.target], dtype=torch.int32),
-        "rows_E": torch.tensor([len(pair.target) for pair in pairs], dtype=torch.int32),
-        "source_tokens_E": torch.tensor([pair.source_tokens for pair in pairs], dtype=torch.int32),
-    }
 
 
 def _append_missing(

@@ -21,6 +21,7 @@ from data_owner_client.files import write_atomically
 from data_owner_client.tasks import Task
 from protocol.errors import IdentityMismatch, InvalidData
 from protocol.messages import CrKind, ModelCard, WireDtype
+from protocol.rows import expand
 
 ContextMode = Literal["private", "teacher-forced"]
 MANIFEST = "manifest.json"
@@ -61,12 +62,14 @@ class MemoryRows:
     """Rows of a memory: N rows of E examples, one row for each target token.
 
     Attributes:
-        cr_N_D: context representations f(c_i), in the memory's dtype.
+        cr_N_D: context representations f(c_i), in the memory's number format.
         target_N: int32 token ids y_i.
         rows_E: int32, rows of each example; the last of them is the stop.
         source_tokens_E: int32, length of each source text in tokens.
         logsumexp_N: float32, the PLM's log Σ_v exp(logit_v), where the memory has it.
         last_hidden_N_D: the LM head's input, where `cr_N_D` is something else.
+        cr_scale_N: float32, what each row of `cr_N_D` is to be multiplied by, where that is int8.
+        last_hidden_scale_N: the same of `last_hidden_N_D`.
     """
 
     cr_N_D: Tensor
@@ -75,15 +78,23 @@ class MemoryRows:
     source_tokens_E: Tensor
     logsumexp_N: Tensor | None = None
     last_hidden_N_D: Tensor | None = None
+    cr_scale_N: Tensor | None = None
+    last_hidden_scale_N: Tensor | None = None
 
     def position_N(self) -> Tensor:
         """int64 position t of each row in its target, from 0."""
         starts_E = self.rows_E.long().cumsum(0) - self.rows_E.long()
         return torch.arange(len(self.target_N)) - starts_E.repeat_interleave(self.rows_E.long())
 
+    def representations_N_D(self) -> Tensor:
+        """f(c_i) as floats."""
+        return expand(self.cr_N_D, self.cr_scale_N)
+
     def head_input_N_D(self) -> Tensor:
-        """What the LM head is applied to for P_PLM."""
-        return self.cr_N_D if self.last_hidden_N_D is None else self.last_hidden_N_D
+        """What the LM head is applied to for P_PLM, as floats."""
+        if self.last_hidden_N_D is None:
+            return self.representations_N_D()
+        return expand(self.last_hidden_N_D, self.last_hidden_scale_N)
 
     @classmethod
     def concatenate(cls, parts: list[MemoryRows]) -> Self:

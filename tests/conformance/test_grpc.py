@@ -172,7 +172,7 @@ def test_a_request_over_the_limit_is_refused_as_such(tiny_service: PlmService) -
 def test_damaged_bytes_are_a_mistake_of_the_client(stub: Any, damaged: str) -> None:
     call = encode_call("x", [[5, 6]])
     if damaged == "dtype":
-        call.request.dtype = "int8"
+        call.request.dtype = "int4"
     else:
         setattr(call.request.token_ids, damaged, b"\1\2\3")
     (piece,) = stub.Encode(iter([call]))
@@ -231,6 +231,13 @@ def test_tensors_travel_unchanged(dtype: torch.dtype, shape: tuple[int, int]) ->
     assert back.weight_N_D.dtype == dtype
     assert torch.equal(back.weight_N_D, weight)
     assert back.softcap == 3.0
+
+
+def test_a_garbled_tensor_is_noticed() -> None:
+    rows = to_proto(HeadRows(digest="d", vocab_size=9, weight_N_D=torch.ones(2, 3)), pema_pb2.HeadRows())
+    rows.weight_N_D.data = b"\1" + rows.weight_N_D.data[1:]
+    with pytest.raises(errors.MalformedMessage, match="checksum"):
+        from_proto(rows, HeadRows)
 
 
 def test_the_generated_code_is_not_stale(tmp_path: Path) -> None:

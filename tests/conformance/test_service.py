@@ -174,6 +174,8 @@ GOOD = [
     ("/v1/encode", {"token_ids": IDS[:1], "from_position": [3], "echo": echoes(IDS[:1])}),
     ("/v1/decode", {"token_ids": IDS, "look_ahead": [4, 0, 2], "stop_token_ids": [2], "dtype": "float32"}),
     ("/v1/decode", {"token_ids": IDS, "look_ahead": [0, 0, 0], "echo": echoes(IDS), "dtype": "bfloat16"}),
+    ("/v1/encode", {"token_ids": IDS, "from_position": [0, 0, 0], "dtype": "int8"}),
+    ("/v1/decode", {"token_ids": IDS, "look_ahead": [1, 0, 3], "dtype": "int8"}),
     ("/v1/next-token-distribution", {"text": "Größe\n", "top_k": 3}),
     ("/v1/next-token-distribution", {"text": "Hallo", "template": "chat", "top_k": 10**12}),
     ("/v1/next-token-distribution", {"token_ids": IDS[0], "top_k": 0}),
@@ -184,11 +186,12 @@ GOOD = [
 def test_answers_are_equal_over_every_transport(
     tiny_service: PlmService, http: httpx.Client, grpc: GrpcConnection, path: str, fields: dict[str, Any]
 ) -> None:
+    # Once before: from known prefixes on, the same sums may be taken in another order.
+    CALLS[path][2](tiny_service, CALLS[path][0].from_json(json.dumps(fields).encode()))
     answers = [Caller(transport, tiny_service, http, grpc)(path, fields) for transport in TRANSPORTS]
     ours, binary, as_json, over_grpc = answers
-    assert_equal(binary, ours)
     assert_equal(as_json, ours)
-    assert over_grpc.to_bytes() == binary.to_bytes()
+    assert over_grpc.to_bytes() == binary.to_bytes() == ours.to_bytes()
     if "dtype" in fields:
         tensor = binary.weight_N_D if path == "/v1/lm-head" else binary.cr_N_D
         assert str(tensor.dtype) == f"torch.{fields['dtype']}"
@@ -285,7 +288,7 @@ BAD: dict[str, tuple[str, dict[str, Any], type[PemaError]]] = {
     "wrong echo": (ENCODE, encode(echo=[12345]), INVALID),
     "wrong echo to decode": (DECODE, decode(echo=echoes([[6, 5]])), INVALID),
     "echo too many": (ENCODE, encode(echo=echoes([[5, 6], [5, 6]])), INVALID),
-    "unknown dtype": (ENCODE, encode(dtype="int8"), INVALID),
+    "unknown dtype": (ENCODE, encode(dtype="int4"), INVALID),
     "unknown field": (DECODE, decode(temperature=1.0), INVALID),
     "neither text nor ids": (DISTRIBUTION, {}, INVALID),
     "both text and ids": (DISTRIBUTION, {"text": "a", "token_ids": [5]}, INVALID),

@@ -56,6 +56,9 @@ def answers(draw: st.DrawFn) -> DecodeResponse:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).clamp(-2, 2) * scale
 
+    def scales() -> Tensor | None:
+        return normal(n).abs() if dtype == torch.int8 else None
+
     return DecodeResponse(
         digest=draw(st.text(max_size=10)),
         echo=draw(st.lists(st.integers(0, 2**32 - 1), min_size=len(rows), max_size=len(rows))),
@@ -65,6 +68,8 @@ def answers(draw: st.DrawFn) -> DecodeResponse:
         top1_N=torch.randint(0, 2**31 - 1, (n,), generator=generator),
         top1_logprob_N=normal(n),
         last_hidden_N_D=normal(n, d).to(dtype) if draw(st.booleans()) else None,
+        cr_scale_N=scales(),
+        last_hidden_scale_N=scales(),
     )
 
 
@@ -93,6 +98,18 @@ def test_answers_round_trip_bit_by_bit_and_both_forms_agree(message: DecodeRespo
     binary = DecodeResponse.from_bytes(message.to_bytes())
     assert_same(binary, message)
     assert_same(DecodeResponse.from_json(message.to_json()), binary, dtypes_too=False)
+
+
+@given(message=answers(), where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_a_garbled_answer_is_noticed(message: DecodeResponse, where: float, flip: int) -> None:
+    data = bytearray(message.to_bytes())
+    data[int(where * len(data))] ^= flip
+    try:
+        read = DecodeResponse.from_bytes(bytes(data))
+    except InvalidRequest:
+        return
+    # A space of the header's padding, or a letter's case in a number such as 1e5: the same message.
+    assert_same(read, message)
 
 
 def test_nested_messages_round_trip() -> None:
@@ -224,7 +241,7 @@ BAD_JSON = {
     "flat ids": b'{"token_ids": [1], "from_position": [0]}',
     "null ids": b'{"token_ids": [[null]], "from_position": [0]}',
     "infinite position": b'{"token_ids": [[1]], "from_position": [Infinity]}',
-    "unknown dtype": b'{"token_ids": [[1]], "from_position": [0], "dtype": "int8"}',
+    "unknown dtype": b'{"token_ids": [[1]], "from_position": [0], "dtype": "int4"}',
 }
 
 

@@ -13,7 +13,7 @@ from data_owner_client.plm import RemotePlm
 from data_owner_client.tasks import Task
 from plm_owner_server.service import PlmService
 from protocol.errors import ConnectionFailed, IdentityMismatch, InvalidData, ProtocolViolation
-from protocol.messages import DecodeRequest, EncodeRequest
+from protocol.messages import DTYPES, DecodeRequest, EncodeRequest, WireDtype
 from tests import support
 
 TASK = Task(name="t", source_label="In", target_label="Out", examples=({"source": "an", "target": "on"},))
@@ -81,6 +81,25 @@ def test_rows_are_labelled_with_their_targets(plm: RemotePlm, tmp_path: Path, co
     assert rows.cr_N_D.shape == (len(rows.target_N), plm.card.hidden_size)
     assert memory.length_ratio == pytest.approx(len(rows.target_N) / rows.source_tokens_E.sum().item())
     assert memory.complete
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("int8", 1 / 127), ("float16", 2**-10), ("bfloat16", 2**-7)])
+@pytest.mark.parametrize("cr_kind", ["last_hidden_state", "ffn_output"])
+def test_compact_rows_are_close_to_the_exact_ones(
+    tiny_models: support.TinyModels, tmp_path: Path, dtype: WireDtype, tolerance: float, cr_kind: Any
+) -> None:
+    service = support.make_service(tiny_models["qwen3"], cr_kind=cr_kind)
+    exact = build_teacher_forced(RemotePlm(service, dtype="float32", cache=None), tmp_path / "exact").load()
+    memory = build_teacher_forced(RemotePlm(service, dtype=dtype, cache=None), tmp_path / "compact")
+    assert memory.manifest.plan.dtype == dtype
+    rows = memory.load()
+    assert rows.cr_N_D.dtype == DTYPES[dtype]
+    for ours_N_D, exact_N_D in (
+        (rows.representations_N_D(), exact.representations_N_D()),
+        (rows.head_input_N_D(), exact.head_input_N_D()),
+    ):
+        bound_N_1 = tolerance * exact_N_D.abs().amax(dim=1, keepdim=True)
+        assert ((ours_N_D.float() - exact_N_D).abs() <= bound_N_1).all()
 
 
 @pytest.mark.parametrize("cut", range(5))
