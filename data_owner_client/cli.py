@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from rich.table import Table
 from data_owner_client import verbs
 from data_owner_client.adapter import AdapterForm, TrainedAdapter
 from data_owner_client.cli_options import (
-    DEFAULT_SERVER,
     AdapterFolder,
     AsJson,
     BatchSize,
@@ -39,6 +39,7 @@ from data_owner_client.cli_options import (
     TargetField,
     Targets,
     Threads,
+    with_server,
 )
 from data_owner_client.data import Format, Pair, read_lines, read_pairs, read_parallel
 from data_owner_client.decoding.generate import DecodingSettings
@@ -86,22 +87,35 @@ def _clear_errors(command: Callable[_P, None]) -> Callable[_P, None]:
     return run
 
 
+@app.callback()
+def options(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Log every request with its id, which the server logs, too.")
+    ] = False,
+) -> None:
+    """PEMA, the data owner's side: adapt somebody else's language model to your private task."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("data_owner_client").setLevel(logging.DEBUG if verbose else logging.WARNING)
+
+
 @app.command()
+@with_server
 @_clear_errors
-def info(server: Server = DEFAULT_SERVER, as_json: AsJson = False) -> None:
+def info(server: Server, as_json: AsJson = False) -> None:
     """Show which model a server has and what it allows.
 
     Example: `pema-client info --server http://127.0.0.1:8000`
     """
-    with verbs.connect(server) as plm:
+    with server.connect() as plm:
         _print(plm.card.model_dump(), as_json, title=plm.card.name)
 
 
 @app.command("build-memory")
+@with_server
 @_clear_errors
 def build_memory(
+    server: Server,
     memory: MemoryFolder = Path("memory"),
-    server: Server = DEFAULT_SERVER,
     task: Annotated[str, typer.Option(help="Name of a built-in task, or a TOML file.")] = "translate-en-de",
     input_file: InputFile = None,
     sources: Sources = None,
@@ -149,7 +163,7 @@ def build_memory(
     mode: ContextMode = context or ("teacher-forced" if share_targets else "private")
     pairs = _pairs(input_file, sources, targets, file_format, source_field=source_field, target_field=target_field)
     held_out = read_pairs(validation, source_field=source_field, target_field=target_field) if validation else None
-    with verbs.connect(server, dtype=dtype) as plm:
+    with server.connect(dtype) as plm:
         report = verbs.build_memories(
             plm,
             load_task(task),
@@ -166,11 +180,12 @@ def build_memory(
 
 
 @app.command()
+@with_server
 @_clear_errors
 def train(
+    server: Server,
     memory: MemoryFolder = Path("memory"),
     adapter: AdapterFolder = Path("adapter"),
-    server: Server = DEFAULT_SERVER,
     form: Annotated[
         AdapterForm | None, typer.Option(help="Form of the adapter; default: residual where the memory allows it.")
     ] = None,
@@ -206,7 +221,7 @@ def train(
         epochs=epochs,
         seed=seed,
     )
-    with verbs.connect(server) as plm:
+    with server.connect() as plm:
         _, report = verbs.train(plm, memory, adapter, settings=settings, reporter=RichReporter())
     card = report.card
     shown = {
@@ -222,11 +237,12 @@ def train(
 
 
 @app.command()
+@with_server
 @_clear_errors
 def translate(
+    server: Server,
     texts: Annotated[list[str] | None, typer.Argument(help="Source texts; or give --input.")] = None,
     adapter: OptionalAdapter = None,
-    server: Server = DEFAULT_SERVER,
     task: Annotated[str | None, typer.Option(help="Built-in task or TOML file; default: the adapter's.")] = None,
     input_file: InputFile = None,
     output: Output = None,
@@ -253,7 +269,7 @@ def translate(
     _set_threads(threads)
     inputs = _sources(texts, input_file, file_format, source_field)
     trained = TrainedAdapter.load(adapter) if adapter else None
-    with verbs.connect(server, dtype=dtype) as plm:
+    with server.connect(dtype) as plm:
         result = verbs.translate(
             plm,
             inputs,
@@ -267,11 +283,12 @@ def translate(
 
 
 @app.command()
+@with_server
 @_clear_errors
 def generate(
+    server: Server,
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, used as they are; or give --input.")] = None,
     adapter: OptionalAdapter = None,
-    server: Server = DEFAULT_SERVER,
     input_file: InputFile = None,
     output: Output = None,
     file_format: FileFormat = None,
@@ -295,7 +312,7 @@ def generate(
     _set_threads(threads)
     inputs = _sources(prompts, input_file, file_format, source_field)
     trained = TrainedAdapter.load(adapter) if adapter else None
-    with verbs.connect(server, dtype=dtype) as plm:
+    with server.connect(dtype) as plm:
         result = verbs.generate(
             plm,
             inputs,
@@ -308,10 +325,11 @@ def generate(
 
 
 @app.command()
+@with_server
 @_clear_errors
 def evaluate(
+    server: Server,
     adapter: OptionalAdapter = None,
-    server: Server = DEFAULT_SERVER,
     input_file: InputFile = None,
     sources: Sources = None,
     targets: Targets = None,
@@ -353,7 +371,7 @@ def evaluate(
     if adapter is None:
         raise InvalidData("There is nothing to evaluate.", hint="Give --adapter, or --hypotheses to score a file.")
     trained = TrainedAdapter.load(adapter)
-    with verbs.connect(server, dtype=dtype) as plm:
+    with server.connect(dtype) as plm:
         report = verbs.evaluate(
             plm,
             pairs,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -12,7 +12,7 @@ import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from data_owner_client.connection import Connection
+from data_owner_client.connection.base import Connection, Observer
 from data_owner_client.files import write_atomically
 from data_owner_client.tokenization import PlmTokenizer
 from protocol import PROTOCOL_VERSION
@@ -69,6 +69,15 @@ class RemotePlm:
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
+
+    @contextmanager
+    def observed_by(self, observer: Observer) -> Iterator[None]:
+        """Tell `observer` of every exchange meanwhile."""
+        self._connection.observers.append(observer)
+        try:
+            yield
+        finally:
+            self._connection.observers.remove(observer)
 
     def __enter__(self) -> Self:
         return self

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from data_owner_client import plotting
 from data_owner_client.adapter import AdapterCard, TrainedAdapter
-from data_owner_client.connection import open_connection
+from data_owner_client.connection import GIVE_UP_AFTER_S, open_connection
 from data_owner_client.data import Pair, split_validation
 from data_owner_client.decoding.generate import DEFAULT_DECODING, DecodingSettings, Usage
 from data_owner_client.decoding.generate import generate as generate_ids
@@ -92,13 +92,26 @@ class Evaluation(BaseModel):
     seconds: dict[str, float]
 
 
-def connect(url: str, *, dtype: WireDtype = "float16", timeout_s: float = 600.0) -> RemotePlm:
-    """The PLM behind a server.
+def connect(
+    url: str,
+    *,
+    dtype: WireDtype = "float16",
+    api_key: str | None = None,
+    insecure: bool = False,
+    timeout_s: float = 600.0,
+    give_up_after_s: float = GIVE_UP_AFTER_S,
+) -> RemotePlm:
+    """The PLM behind a server. The arguments: see `connection.open_connection` and `RemotePlm`.
 
     Raises:
         ConnectionFailed: nobody answers there.
+        Unauthenticated: the owner asks for a key.
+        InvalidRequest: the URL is none, or the key would travel in the clear.
     """
-    return RemotePlm(open_connection(url, timeout_s=timeout_s), dtype=dtype)
+    connection = open_connection(
+        url, api_key=api_key, insecure=insecure, timeout_s=timeout_s, give_up_after_s=give_up_after_s
+    )
+    return RemotePlm(connection, dtype=dtype)
 
 
 def build_memories(

@@ -93,7 +93,7 @@ def serve(settings: ServerSettings) -> None:
     transformers_logging.disable_progress_bar()
     for noisy in ("httpx", "httpcore", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    holder = ServiceHolder()
+    holder = ServiceHolder(api_key=settings.api_key.get_secret_value() if settings.api_key else None)
     failures: list[PemaError] = []
 
     def load() -> None:

@@ -6,8 +6,9 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import grpc
@@ -16,16 +17,23 @@ from google.protobuf.message import Message as Proto
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from plm_owner_server.faults import answerable, request_id_of
+from plm_owner_server.accounts import answerable, request_id_of, timing_of
 from plm_owner_server.holder import ServiceHolder
-from plm_owner_server.scheduler import Caller
+from plm_owner_server.scheduler import Caller, Spent
 from plm_owner_server.service import PlmService
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.codec import Message
 from protocol.errors import PemaError, to_problem
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from protocol.pieces import PIECE_BYTES, split_head, split_rows
-from protocol.protobuf import CLIENT_METADATA, PROBLEM_METADATA, REQUEST_ID_METADATA, from_proto, to_proto
+from protocol.protobuf import (
+    CLIENT_METADATA,
+    KEY_METADATA,
+    PROBLEM_METADATA,
+    REQUEST_ID_METADATA,
+    from_proto,
+    to_proto,
+)
 
 log = logging.getLogger(__name__)
 
@@ -134,9 +142,10 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
 
     async def _answer(self, name: str, context: Any, work: Callable[[PlmService], _Result]) -> _Result:
         """The result of `work`, or the call's end with a status and its problem document."""
-        request_id = request_id_of(dict(context.invocation_metadata() or ()).get(REQUEST_ID_METADATA, ""))
+        metadata_given = _metadata(context)
+        request_id = request_id_of(metadata_given.get(REQUEST_ID_METADATA, ""))
         try:
-            return await self._work(name, request_id, work)
+            return await self._work(name, request_id, metadata_given.get(KEY_METADATA), work)
         except PemaError as error:
             metadata = ((PROBLEM_METADATA, json.dumps(to_problem(error)).encode()),)
             await context.abort(grpc.StatusCode[error.grpc_status], error.detail, metadata)
@@ -153,12 +162,13 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
     ) -> None:
         """Answer every call of a stream as it is ready, several at a time."""
         places, writing, caller = asyncio.Semaphore(_IN_PROGRESS), asyncio.Lock(), _caller(context)
+        key = _metadata(context).get(KEY_METADATA)
 
         async def answer(given: Any) -> None:
             try:
                 request_id = request_id_of(given.request_id)
                 try:
-                    pieces = await self._work(name, request_id, lambda service: list(pieces_of(service, given.request)))
+                    pieces = await self._work(name, request_id, key, lambda service: pieces_of(service, given.request))
                 except PemaError as error:
                     pieces = [piece_type(problem=pema_pb2.Problem(**to_problem(error)), last=True)]
                 async with writing:
@@ -168,23 +178,24 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
             finally:
                 places.release()
 
-        def pieces_of(service: PlmService, request: Proto) -> Iterator[_Piece]:
-            last = None
-            for part in split_rows(call(service, from_proto(request, request_type), caller)):
-                if last is not None:
-                    yield last
-                last = piece_type()
-                to_proto(part, last.rows)
-            if last is not None:
-                last.last = True
-                yield last
+        def pieces_of(service: PlmService, request: Proto) -> list[_Piece]:
+            started, own = time.perf_counter(), replace(caller, spent=Spent())
+            pieces = []
+            for part in split_rows(call(service, from_proto(request, request_type), own)):
+                pieces.append(piece_type())
+                to_proto(part, pieces[-1].rows)
+            pieces[-1].last = True
+            pieces[-1].timing.CopyFrom(pema_pb2.Timing(**asdict(timing_of(own, started))))
+            return pieces
 
         async with asyncio.TaskGroup() as tasks:
             async for given in calls:
                 await places.acquire()
                 tasks.create_task(answer(given))
 
-    async def _work(self, name: str, request_id: str, work: Callable[[PlmService], _Result]) -> _Result:
+    async def _work(
+        self, name: str, request_id: str, key: str | None, work: Callable[[PlmService], _Result]
+    ) -> _Result:
         """The result of `work` in a thread, and a line in the log.
 
         Raises:
@@ -193,7 +204,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         started = time.perf_counter()
         outcome = "OK"
         try:
-            service = self._holder.ready()
+            service = self._holder.admit(key)
             return await to_thread.run_sync(lambda: work(service), limiter=self._limiter)
         except Exception as error:
             told = answerable(error, request_id, name)
@@ -203,8 +214,12 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
             log.info("%s gRPC %s -> %s in %.0f ms", request_id, name, outcome, 1000 * (time.perf_counter() - started))
 
 
+def _metadata(context: Any) -> dict[str, str]:
+    return dict(context.invocation_metadata() or ())
+
+
 def _caller(context: Any) -> Caller:
     """Whose call it is, and a note when its client hangs up."""
-    caller = Caller(dict(context.invocation_metadata() or ()).get(CLIENT_METADATA) or context.peer())
+    caller = Caller(_metadata(context).get(CLIENT_METADATA) or context.peer())
     context.add_done_callback(lambda _: caller.departed.set())
     return caller

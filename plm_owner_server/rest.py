@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from plm_owner_server import rest_docs
-from plm_owner_server.faults import answerable, request_id_of
+from plm_owner_server.accounts import answerable, request_id_of, timing_of
 from plm_owner_server.holder import ServiceHolder
 from plm_owner_server.scheduler import Caller, Departed
 from plm_owner_server.service import PlmService
@@ -29,6 +29,7 @@ from protocol.errors import (
     PayloadTooLarge,
     PemaError,
     UnacceptableAnswer,
+    Unauthenticated,
     to_problem,
 )
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadDtype, HeadRequest
@@ -58,17 +59,23 @@ def create_app(
     limiter = CapacityLimiter(max_calls)
     app = FastAPI(title="PEMA PLM server", description=rest_docs.DESCRIPTION, version="1", lifespan=lifespan)
 
+    def admit(request: Request) -> PlmService:
+        return holder.admit(request.headers.get("authorization"))
+
     async def answer(
         request: Request, message_type: type[_Request], call: Callable[[PlmService, _Request, Caller], Message]
     ) -> Response:
-        service = holder.ready()
+        service = admit(request)
         form = _answer_form(request)
         body = await _body(request, max_body_bytes)
         caller = Caller(request.headers.get(CLIENT_HEADER) or (request.client.host if request.client else ""))
 
         def work() -> Response:
+            started = time.perf_counter()
             message = _parse(message_type, body, request.headers.get("content-type", ""))
-            return _response(call(service, message, caller), form)
+            response = _response(call(service, message, caller), form)
+            response.headers["Server-Timing"] = timing_of(caller, started).to_header()
+            return response
 
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -90,12 +97,12 @@ def create_app(
         return {"status": "ready", "model": holder.ready().model_card().name}
 
     @app.get("/v1/model", tags=["model"], summary="The model card", **rest_docs.MODEL)
-    async def model_card() -> Response:
-        return Response(holder.ready().model_card().to_json(), media_type=JSON)
+    async def model_card(request: Request) -> Response:
+        return Response(admit(request).model_card().to_json(), media_type=JSON)
 
     @app.get("/v1/tokenizer", tags=["model"], summary="The fast tokenizer and the chat template", **rest_docs.TOKENIZER)
     async def tokenizer(request: Request) -> Response:
-        bundle = holder.ready().tokenizer()
+        bundle = admit(request).tokenizer()
         return _cached(request, bundle.digest) or Response(
             bundle.to_json(), media_type=JSON, headers={"ETag": f'"{bundle.digest}"'}
         )
@@ -104,7 +111,7 @@ def create_app(
     async def lm_head_range(
         request: Request, start: int = 0, stop: int | None = None, dtype: HeadDtype = "float16"
     ) -> Response:
-        service, form = holder.ready(), _answer_form(request)
+        service, form = admit(request), _answer_form(request)
         tag = f"{service.model_card().digest}-{start}-{stop}-{dtype}-{form.rpartition('.')[2]}"
         if cached := _cached(request, tag):
             return cached
@@ -223,4 +230,6 @@ def _problem(request: Request, error: PemaError, status: int | None = None) -> R
     problem = to_problem(error)
     problem["status"] = status or error.http_status
     headers = {"Retry-After": str(round(error.retry_after_s))} if error.retry_after_s is not None else {}
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
     return Response(json.dumps(problem), problem["status"], headers, PROBLEM_JSON)

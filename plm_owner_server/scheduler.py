@@ -11,7 +11,8 @@ import copy
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from plm_owner_server.batching import fits_together
@@ -31,6 +32,14 @@ class Departed(PemaError):
     """The client has gone: nobody will read the answer."""
 
 
+@dataclass(eq=False)
+class Spent:
+    """Seconds that a call has waited for the engine, and had it."""
+
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class Caller:
     """Who asks, as far as scheduling is concerned.
@@ -38,10 +47,12 @@ class Caller:
     Attributes:
         client: the same for all requests of a client; shares are between these.
         departed: set when the client has gone, so that its work is skipped.
+        spent: what the call has cost so far; the scheduler adds to it.
     """
 
     client: str = "local"
     departed: threading.Event = field(default_factory=threading.Event)
+    spent: Spent = field(default_factory=Spent)
 
 
 @dataclass(eq=False)
@@ -83,6 +94,7 @@ class _Ticket:
         self.waiting = deque(enumerate(works))
         self.results: list[Encoded | None] = [None] * len(works)
         self.left = len(works)
+        self.compute_s = 0.0
         self.error: Exception | None = None
         self.done = threading.Event()
 
@@ -158,9 +170,12 @@ class Scheduler:
         tokens = sum(work.tokens for work in works)
         ticket = _Ticket(caller, works)
         self._admit(ticket, tokens)
+        admitted = time.perf_counter()
         try:
             ticket.done.wait()
         finally:
+            caller.spent.compute_s += ticket.compute_s
+            caller.spent.queue_s += max(0.0, time.perf_counter() - admitted - ticket.compute_s)
             with self._changed:
                 self._requests -= 1
                 self._tokens[caller.client] -= tokens
@@ -276,41 +291,52 @@ class Scheduler:
 
     def _start(self, parts: list[_Part]) -> None:
         work = _joined(parts)
-        started = time.perf_counter()
-        try:
+        result: Encoded | None = None
+        with self._charged(parts, sum(part.work.tokens for part in parts)):
             if work.from_position is not None:
-                encoded = self._engine.encode(work.token_ids, work.from_position, with_logsumexp=work.with_logsumexp)
-                _hand_out(parts, encoded)
+                result = self._engine.encode(work.token_ids, work.from_position, with_logsumexp=work.with_logsumexp)
             else:
                 draft = self._engine.draft(work.token_ids, work.look_ahead, work.stop_token_ids)
                 self._drafting.append(_Drafting(parts, draft))
-        except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
-            _fail(parts, error)
-        self._charge(parts, sum(part.work.tokens for part in parts), time.perf_counter() - started)
+        if result is not None:
+            _hand_out(parts, result)
 
     def _step(self, running: _Drafting) -> None:
         if all(part.ticket.caller.departed.is_set() for part in running.parts):
             self._drafting.remove(running)
             _fail(running.parts, Departed("The client has gone."))
             return
-        try:
-            if not running.draft.step():
-                self._drafting.remove(running)
-                _hand_out(running.parts, running.draft.result())
-        except Exception as error:  # noqa: BLE001 - as above
+        result: Encoded | None = None
+        goes_on = False
+        with self._charged(running.parts, max(_STEP_TOKENS, running.draft.sequences)):
+            goes_on = running.draft.step()
+            if not goes_on:
+                result = running.draft.result()
+        if not goes_on:
             self._drafting.remove(running)
-            _fail(running.parts, error)
-        self._charge(running.parts, max(_STEP_TOKENS, running.draft.sequences))
+        if result is not None:
+            _hand_out(running.parts, result)
 
-    def _charge(self, parts: list[_Part], tokens: int, seconds: float | None = None) -> None:
+    @contextmanager
+    def _charged(self, parts: list[_Part], tokens: int) -> Iterator[None]:
+        """The engine works for some requests: put it down to their clients, and an error to all who wait for it."""
+        started = time.perf_counter()
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:  # noqa: BLE001 - whatever it is, those who wait must hear of it
+            error = caught
+        seconds = time.perf_counter() - started
         with self._changed:
             for part in parts:
+                part.ticket.compute_s += seconds
                 client = part.ticket.caller.client
                 if client in self._given:
                     self._given[client] += tokens / len(parts)
-            if seconds:
-                rate = tokens / seconds
-                self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
+            rate = tokens / max(seconds, 1e-9)
+            self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
+        if error is not None:
+            _fail(parts, error)
 
 
 def _joined(parts: list[_Part]) -> Work:

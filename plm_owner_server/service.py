@@ -120,9 +120,6 @@ class PlmService:
             ),
         )
 
-    def close(self) -> None:
-        """Nothing to let go of: it makes the service itself a connection for clients in the same process."""
-
     def model_card(self) -> ModelCard:
         """Identity, kind of CR, sizes, limits."""
         return self._card

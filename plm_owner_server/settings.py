@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from platformdirs import user_cache_path
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from protocol.messages import CrKind
@@ -29,7 +29,7 @@ class ServerSettings(BaseSettings):
     )
     host: str = Field(
         default="127.0.0.1",
-        description="Address to listen on. Loopback by default: there are no keys yet, so nobody else should reach it.",
+        description="Address to listen on. Loopback by default: set --api-key before others can reach it.",
     )
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
     grpc_port: int | None = Field(
@@ -37,6 +37,11 @@ class ServerSettings(BaseSettings):
         ge=0,
         le=65535,
         description="TCP port of gRPC; 0 takes a free one. By default the one after --port: clients find it there.",
+    )
+    api_key: SecretStr | None = Field(
+        default=None,
+        min_length=8,
+        description="Key that clients must show. Set it as PEMA_API_KEY: everybody on the machine can see flags.",
     )
     cr_kind: CrKind = Field(
         default="last_hidden_state",

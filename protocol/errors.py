@@ -5,6 +5,7 @@
     │   ├── MalformedMessage                400  the body is not what its content type says
     │   ├── OverLimit                       422  longer, larger or more than the model card allows
     │   └── Unsupported                     422  a thing this model or server does not have
+    ├── Unauthenticated (PermissionError)   401  the owner asks for a key, and this is none
     ├── PayloadTooLarge (ValueError)        413  the body is over the server's byte limit
     ├── UnacceptableAnswer (ValueError)     406  no representation of the answer suits the Accept header
     ├── Overloaded                          429  try again after `retry_after_s`
@@ -80,6 +81,12 @@ class Unsupported(InvalidRequest):
     code = "unsupported"
     http_status = 422
     grpc_status = "UNIMPLEMENTED"
+
+
+class Unauthenticated(PemaError, PermissionError):
+    code = "unauthenticated"
+    http_status = 401
+    grpc_status = "UNAUTHENTICATED"
 
 
 class PayloadTooLarge(PemaError, ValueError):

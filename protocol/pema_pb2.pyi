@@ -44,6 +44,16 @@ class Problem(_message.Message):
     request_id: str
     def __init__(self, type: _Optional[str] = ..., title: _Optional[str] = ..., status: _Optional[int] = ..., detail: _Optional[str] = ..., hint: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., request_id: _Optional[str] = ...) -> None: ...
 
+class Timing(_message.Message):
+    __slots__ = ("queue_ms", "compute_ms", "serialise_ms")
+    QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
+    SERIALISE_MS_FIELD_NUMBER: _ClassVar[int]
+    queue_ms: float
+    compute_ms: float
+    serialise_ms: float
+    def __init__(self, queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., serialise_ms: _Optional[float] = ...) -> None: ...
+
 class GetModelCardRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -177,16 +187,18 @@ class EncodeCall(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., request: _Optional[_Union[EncodeRequest, _Mapping]] = ...) -> None: ...
 
 class EncodePiece(_message.Message):
-    __slots__ = ("request_id", "rows", "problem", "last")
+    __slots__ = ("request_id", "rows", "problem", "last", "timing")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     rows: EncodeResponse
     problem: Problem
     last: bool
-    def __init__(self, request_id: _Optional[str] = ..., rows: _Optional[_Union[EncodeResponse, _Mapping]] = ..., problem: _Optional[_Union[Problem, _Mapping]] = ..., last: _Optional[bool] = ...) -> None: ...
+    timing: Timing
+    def __init__(self, request_id: _Optional[str] = ..., rows: _Optional[_Union[EncodeResponse, _Mapping]] = ..., problem: _Optional[_Union[Problem, _Mapping]] = ..., last: _Optional[bool] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
     __slots__ = ("token_ids", "look_ahead", "stop_token_ids", "echo", "dtype")
@@ -235,16 +247,18 @@ class DecodeCall(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., request: _Optional[_Union[DecodeRequest, _Mapping]] = ...) -> None: ...
 
 class DecodePiece(_message.Message):
-    __slots__ = ("request_id", "rows", "problem", "last")
+    __slots__ = ("request_id", "rows", "problem", "last", "timing")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     rows: DecodeResponse
     problem: Problem
     last: bool
-    def __init__(self, request_id: _Optional[str] = ..., rows: _Optional[_Union[DecodeResponse, _Mapping]] = ..., problem: _Optional[_Union[Problem, _Mapping]] = ..., last: _Optional[bool] = ...) -> None: ...
+    timing: Timing
+    def __init__(self, request_id: _Optional[str] = ..., rows: _Optional[_Union[DecodeResponse, _Mapping]] = ..., problem: _Optional[_Union[Problem, _Mapping]] = ..., last: _Optional[bool] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
 
 class DistributionRequest(_message.Message):
     __slots__ = ("text", "token_ids", "template", "top_k")

@@ -18,6 +18,8 @@ REQUEST_ID_METADATA = "x-request-id"
 """Metadata of unary calls; the calls of a stream carry their ids themselves."""
 CLIENT_METADATA = "x-pema-client"
 """Metadata that is the same for all calls of a client: the server is fair between these."""
+KEY_METADATA = "authorization"
+"""Metadata with `Bearer` and the client's key, where the owner asks for one."""
 PROBLEM_METADATA = "pema-problem-bin"
 """Trailing metadata with the error's problem document, JSON in UTF-8."""
 

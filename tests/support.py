@@ -193,23 +193,27 @@ def run_app(app: FastAPI) -> Iterator[str]:
 
 
 @contextmanager
-def serve(service: PlmService | None, *, max_body_bytes: int | None = None) -> Iterator[str]:
+def serve(
+    service: PlmService | None, *, max_body_bytes: int | None = None, api_key: str | None = None
+) -> Iterator[str]:
     """Serve over REST and give the base URL; without a service, as a server whose model is still loading."""
     if max_body_bytes is None:
         max_body_bytes = service.model_card().limits.max_body_bytes if service else 2**20
-    with run_app(create_app(ServiceHolder(service), max_body_bytes=max_body_bytes)) as url:
+    with run_app(create_app(ServiceHolder(service, api_key=api_key), max_body_bytes=max_body_bytes)) as url:
         yield url
 
 
 @contextmanager
-def serve_over_grpc(service: PlmService | None, *, max_body_bytes: int = 2**24) -> Iterator[str]:
+def serve_over_grpc(
+    service: PlmService | None, *, max_body_bytes: int = 2**24, api_key: str | None = None
+) -> Iterator[str]:
     """Serve over gRPC on an event loop of its own and give the address, grpc://…."""
     ready, stop = threading.Event(), threading.Event()
     ports: list[int] = []
 
     async def run() -> None:
         async with serve_grpc(
-            ServiceHolder(service), "127.0.0.1", 0, max_body_bytes=max_body_bytes, max_calls=64
+            ServiceHolder(service, api_key=api_key), "127.0.0.1", 0, max_body_bytes=max_body_bytes, max_calls=64
         ) as port:
             ports.append(port)
             ready.set()

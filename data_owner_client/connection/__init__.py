@@ -1,30 +1,71 @@
 """Ways to reach a PLM server. Each translates between messages and a transport, and decides nothing else."""
 
+from __future__ import annotations
+
+import ipaddress
 from contextlib import suppress
+from urllib.parse import urlsplit
 
 import httpx
 
-from data_owner_client.connection.base import Connection
+from data_owner_client.connection.base import Calls, Connection, Exchange
 from data_owner_client.connection.grpc import GrpcConnection
+from data_owner_client.connection.in_process import InProcessConnection
 from data_owner_client.connection.rest import RestConnection
+from data_owner_client.connection.retries import GIVE_UP_AFTER_S
 from protocol.errors import InvalidRequest
 
-__all__ = ["Connection", "GrpcConnection", "RestConnection", "open_connection"]
+__all__ = [
+    "GIVE_UP_AFTER_S",
+    "Calls",
+    "Connection",
+    "Exchange",
+    "GrpcConnection",
+    "InProcessConnection",
+    "RestConnection",
+    "open_connection",
+]
 
 
-def open_connection(url: str, *, timeout_s: float = 600.0) -> Connection:
+def open_connection(
+    url: str,
+    *,
+    api_key: str | None = None,
+    insecure: bool = False,
+    timeout_s: float = 600.0,
+    give_up_after_s: float = GIVE_UP_AFTER_S,
+) -> Connection:
     """A connection to the server at `url`; its scheme chooses the transport.
 
+    Args:
+        url: http://, https://, grpc:// or grpcs://.
+        api_key: sent with every call, where the owner asks for one.
+        insecure: send the key even where others may read it on the way.
+        timeout_s: longest wait for one answer, in seconds; a large batch on a CPU takes a while.
+        give_up_after_s: how long a call that fails on the way is made again, in seconds.
+
     Raises:
-        InvalidRequest: the URL is none, or its scheme is not known.
+        InvalidRequest: the URL is none, its scheme is not known, or the key would travel in the clear.
     """
     scheme, _, rest = url.partition("://")
+    if api_key and scheme in ("http", "grpc") and not insecure and not _is_loopback(url):
+        raise InvalidRequest(
+            f"The key would travel to {url} in the clear, for everybody on the way to read.",
+            hint="Use https:// or grpcs://. If the network is yours alone, say --insecure.",
+        )
     if scheme in ("http", "https"):
         with suppress(httpx.InvalidURL):
-            return RestConnection(url, timeout_s=timeout_s)
+            return RestConnection(url, api_key=api_key, timeout_s=timeout_s, give_up_after_s=give_up_after_s)
     if scheme in ("grpc", "grpcs") and rest:
-        return GrpcConnection(url.rstrip("/"), timeout_s=timeout_s)
+        return GrpcConnection(url.rstrip("/"), api_key=api_key, timeout_s=timeout_s, give_up_after_s=give_up_after_s)
     raise InvalidRequest(
         f"{url!r} is no address of a PLM server.",
         hint="Give one like http://127.0.0.1:8000, grpc://127.0.0.1:8001 or https://plm.example.com.",
     )
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"

@@ -1,7 +1,9 @@
-"""The calls that every transport offers."""
+"""What every transport offers: the calls, and an account of each exchange."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from protocol.messages import (
@@ -16,16 +18,14 @@ from protocol.messages import (
     ModelCard,
     TokenizerBundle,
 )
+from protocol.timing import ServerTiming
 
 
-class Connection(Protocol):
-    """A way to a PLM. All calls are stateless and may be repeated; the server's own service has this shape, too.
+class Calls(Protocol):
+    """The calls of the wire. All are stateless and may be repeated; the server's own service has this shape, too.
 
     Every call raises `PemaError`: the server's own errors, or `ConnectionFailed` if there was no answer.
     """
-
-    def close(self) -> None:
-        """Let go of sockets and the like."""
 
     def model_card(self) -> ModelCard:
         """Who the model is."""
@@ -44,3 +44,38 @@ class Connection(Protocol):
 
     def distribution(self, request: DistributionRequest) -> DistributionResponse:
         """The next-token distribution."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A call that was answered.
+
+    Attributes:
+        call: its name.
+        request_id: under which both sides logged it.
+        seconds: from sending the request (its last attempt) to having read the answer.
+        refused: attempts before that the server turned away because it had too much to do.
+        timing: where the server says that the time went, if it does.
+    """
+
+    call: str
+    request_id: str
+    seconds: float
+    refused: int
+    timing: ServerTiming | None
+
+
+Observer = Callable[[Exchange], None]
+
+
+class Connection(Calls, Protocol):
+    """A way to a PLM; thread-safe.
+
+    Attributes:
+        observers: told of every exchange, in the thread that made the call.
+    """
+
+    observers: list[Observer]
+
+    def close(self) -> None:
+        """Let go of sockets and the like."""

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import grpc
 
-from data_owner_client.connection.retries import with_retries
+from data_owner_client.connection.base import Observer
+from data_owner_client.connection.retries import GIVE_UP_AFTER_S, answered
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.errors import (
     ConnectionFailed,
@@ -32,7 +33,15 @@ from protocol.messages import (
     TokenizerBundle,
 )
 from protocol.pieces import join_head, join_rows
-from protocol.protobuf import CLIENT_METADATA, PROBLEM_METADATA, REQUEST_ID_METADATA, from_proto, to_proto
+from protocol.protobuf import (
+    CLIENT_METADATA,
+    KEY_METADATA,
+    PROBLEM_METADATA,
+    REQUEST_ID_METADATA,
+    from_proto,
+    to_proto,
+)
+from protocol.timing import ServerTiming
 
 _Result = TypeVar("_Result")
 _Answer = TypeVar("_Answer", EncodeResponse, DecodeResponse)
@@ -45,6 +54,7 @@ _OPTIONS = [
     ("grpc.keepalive_timeout_ms", 20_000),
 ]
 _Attempt = dict[str, Any]  # the arguments of one attempt: its time-out and metadata
+_Fetch = Callable[[_Attempt], tuple[_Result, ServerTiming | None]]
 
 
 class GrpcConnection:
@@ -52,14 +62,28 @@ class GrpcConnection:
 
     Args:
         url: where the server listens, `grpc://host:port`, or `grpcs://host:port` for TLS.
+        api_key: sent with every call.
         timeout_s: longest wait for an answer, in seconds.
+        give_up_after_s: how long a call that fails on the way is made again, in seconds.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
+    ) -> None:
         scheme, _, target = url.partition("://")
+        self.observers: list[Observer] = []
         self._url = url
         self._timeout_s = timeout_s
-        self._client = uuid.uuid4().hex  # the server is fair between clients, which may share an address
+        self._give_up_after_s = give_up_after_s
+        # The server is fair between clients, which may share an address.
+        self._metadata: tuple[tuple[str, str], ...] = ((CLIENT_METADATA, uuid.uuid4().hex),)
+        if api_key:
+            self._metadata += ((KEY_METADATA, f"Bearer {api_key}"),)
         if scheme == "grpcs":
             self._channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(), _OPTIONS)
         else:
@@ -75,14 +99,14 @@ class GrpcConnection:
             return from_proto(self._stub.GetModelCard(pema_pb2.GetModelCardRequest(), **attempt), ModelCard)
 
         # The first call of every command: a server that is not there should be said at once, not after a minute.
-        return self._call(fetch, unless_gone=True)
+        return self._call("GetModelCard", _untimed(fetch), unless_gone=True)
 
     def tokenizer(self) -> TokenizerBundle:
         def fetch(attempt: _Attempt) -> TokenizerBundle:
             pieces = self._stub.GetTokenizer(pema_pb2.GetTokenizerRequest(), **attempt)
             return TokenizerBundle.from_json(b"".join(piece.data for piece in pieces))
 
-        return self._call(fetch)
+        return self._call("GetTokenizer", _untimed(fetch))
 
     def lm_head(self, request: HeadRequest) -> HeadRows:
         proto = to_proto(request, pema_pb2.HeadRequest())
@@ -90,15 +114,15 @@ class GrpcConnection:
         def fetch(attempt: _Attempt) -> HeadRows:
             return join_head([from_proto(piece, HeadRows) for piece in self._stub.GetLmHead(proto, **attempt)])
 
-        return self._call(fetch)
+        return self._call("GetLmHead", _untimed(fetch))
 
     def encode(self, request: EncodeRequest) -> EncodeResponse:
         call = pema_pb2.EncodeCall(request=to_proto(request, pema_pb2.EncodeRequest()))
-        return self._call(lambda attempt: join_rows(_pieces(self._stub.Encode, call, EncodeResponse, attempt)))
+        return self._call("Encode", lambda attempt: _rows(self._stub.Encode, call, EncodeResponse, attempt))
 
     def decode(self, request: DecodeRequest) -> DecodeResponse:
         call = pema_pb2.DecodeCall(request=to_proto(request, pema_pb2.DecodeRequest()))
-        return self._call(lambda attempt: join_rows(_pieces(self._stub.Decode, call, DecodeResponse, attempt)))
+        return self._call("Decode", lambda attempt: _rows(self._stub.Decode, call, DecodeResponse, attempt))
 
     def distribution(self, request: DistributionRequest) -> DistributionResponse:
         proto = to_proto(request, pema_pb2.DistributionRequest())
@@ -106,18 +130,26 @@ class GrpcConnection:
         def fetch(attempt: _Attempt) -> DistributionResponse:
             return from_proto(self._stub.GetNextTokenDistribution(proto, **attempt), DistributionResponse)
 
-        return self._call(fetch)
+        return self._call("GetNextTokenDistribution", _untimed(fetch))
 
-    def _call(self, fetch: Callable[[_Attempt], _Result], *, unless_gone: bool = False) -> _Result:
-        return with_retries(lambda: self._call_once(fetch), unless_gone=unless_gone)
+    def _call(self, name: str, fetch: _Fetch[_Result], *, unless_gone: bool = False) -> _Result:
+        def attempt(request_id: str) -> tuple[_Result, ServerTiming | None]:
+            return self._attempt(fetch, request_id)
 
-    def _call_once(self, fetch: Callable[[_Attempt], _Result]) -> _Result:
-        request_id = uuid.uuid4().hex[:16]
+        return answered(
+            f"gRPC {name}",
+            attempt,
+            self.observers,
+            give_up_after_s=self._give_up_after_s,
+            unless_gone=unless_gone,
+        )
+
+    def _attempt(self, fetch: _Fetch[_Result], request_id: str) -> tuple[_Result, ServerTiming | None]:
         try:
             return fetch(
                 {
                     "timeout": self._timeout_s,
-                    "metadata": ((REQUEST_ID_METADATA, request_id), (CLIENT_METADATA, self._client)),
+                    "metadata": ((REQUEST_ID_METADATA, request_id), *self._metadata),
                 }
             )
         except grpc.RpcError as error:
@@ -142,7 +174,7 @@ class GrpcConnection:
             return PayloadTooLarge(
                 "The request is larger than the server takes.", hint="Send fewer sequences in one request."
             )
-        if status in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAUTHENTICATED):
+        if status == grpc.StatusCode.UNIMPLEMENTED:
             return ProtocolViolation(
                 f"{self._url} does not know this call ({status.name}).",
                 hint="Is this a PEMA server of the same version?",
@@ -157,8 +189,13 @@ class GrpcConnection:
         )
 
 
-def _pieces(open_stream: Any, call: Any, answer: type[_Answer], attempt: _Attempt) -> list[_Answer]:
-    """All pieces of the answer to one call, on a stream of its own."""
+def _untimed(fetch: Callable[[_Attempt], _Result]) -> _Fetch[_Result]:
+    """Of calls that the model has no part in, the server gives no account."""
+    return lambda attempt: (fetch(attempt), None)
+
+
+def _rows(open_stream: Any, call: Any, answer: type[_Answer], attempt: _Attempt) -> tuple[_Answer, ServerTiming | None]:
+    """The answer to one call, on a stream of its own."""
     call.request_id = dict(attempt["metadata"])[REQUEST_ID_METADATA]
     pieces = []
     for piece in open_stream(iter([call]), **attempt):
@@ -167,7 +204,8 @@ def _pieces(open_stream: Any, call: Any, answer: type[_Answer], attempt: _Attemp
             raise from_problem(problem, piece.problem.status)
         pieces.append(from_proto(piece.rows, answer))
         if piece.last:
-            return pieces
+            timing = piece.timing
+            return join_rows(pieces), ServerTiming(timing.queue_ms, timing.compute_ms, timing.serialise_ms)
     raise ProtocolViolation(
         "The server ended an answer in its middle.", hint="Nothing was stored; try again.", request_id=call.request_id
     )

@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import httpx
 
-from data_owner_client.connection.retries import with_retries
+from data_owner_client.connection.base import Observer
+from data_owner_client.connection.retries import GIVE_UP_AFTER_S, answered
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import ConnectionFailed, NotReady, PemaError, ProtocolViolation, from_problem
 from protocol.messages import (
@@ -23,6 +24,7 @@ from protocol.messages import (
     ModelCard,
     TokenizerBundle,
 )
+from protocol.timing import ServerTiming
 
 _Answer = TypeVar("_Answer", bound=Message)
 _REQUEST_ID = "X-Request-Id"
@@ -34,16 +36,30 @@ class RestConnection:
 
     Args:
         url: where the server listens, for example `http://127.0.0.1:8000`.
-        timeout_s: longest wait for an answer, in seconds; a large batch on a CPU takes a while.
+        api_key: sent with every call.
+        timeout_s: longest wait for an answer, in seconds.
+        give_up_after_s: how long a call that fails on the way is made again, in seconds.
         transport: what carries the requests instead of sockets, for tests.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 600.0, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.observers: list[Observer] = []
         self._url = url
+        self._give_up_after_s = give_up_after_s
         timeout = httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S)
         # The server is fair between clients, which may share an address.
-        identity = {"X-Pema-Client": uuid.uuid4().hex}
-        self._http = httpx.Client(base_url=url, timeout=timeout, transport=transport, headers=identity)
+        headers = {"X-Pema-Client": uuid.uuid4().hex}
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
+        self._http = httpx.Client(base_url=url, timeout=timeout, transport=transport, headers=headers)
 
     def close(self) -> None:
         """Close the sockets."""
@@ -81,10 +97,21 @@ class RestConnection:
         unless_gone: bool = False,
     ) -> _Answer:
         body = None if request is None else request.to_bytes()
-        return with_retries(lambda: self._call_once(method, path, answer, body), unless_gone=unless_gone)
 
-    def _call_once(self, method: str, path: str, answer: type[_Answer], body: bytes | None) -> _Answer:
-        request_id = uuid.uuid4().hex[:16]
+        def attempt(request_id: str) -> tuple[_Answer, ServerTiming | None]:
+            return self._attempt(method, path, answer, body, request_id)
+
+        return answered(
+            f"{method} {path}",
+            attempt,
+            self.observers,
+            give_up_after_s=self._give_up_after_s,
+            unless_gone=unless_gone,
+        )
+
+    def _attempt(
+        self, method: str, path: str, answer: type[_Answer], body: bytes | None, request_id: str
+    ) -> tuple[_Answer, ServerTiming | None]:
         headers = {"Accept": f"{BINARY}, {JSON};q=0.5", _REQUEST_ID: request_id}
         if body is not None:
             headers["Content-Type"] = BINARY
@@ -101,10 +128,11 @@ class RestConnection:
             ) from error
         if not response.is_success:
             raise _problem(response, request_id)
+        timing = ServerTiming.from_header(response.headers.get("server-timing", ""))
         try:
             if response.headers.get("content-type", "").startswith(BINARY):
-                return answer.from_bytes(response.content)
-            return answer.from_json(response.content)
+                return answer.from_bytes(response.content), timing
+            return answer.from_json(response.content), timing
         except PemaError as error:
             raise ProtocolViolation(
                 f"{self._url}{path} did not answer in the form of this protocol.",

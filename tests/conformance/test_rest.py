@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -40,13 +39,6 @@ from tests.support import TinyModels, make_service, serve, serve_over_grpc
 FINE = EncodeRequest(token_ids=[[5, 6]], from_position=[0])
 AS_JSON = {"Content-Type": JSON}
 SECRET = "GEHEIM"
-
-
-@contextmanager
-def without_retries() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_owner_client.connection.retries._GIVE_UP_AFTER_S", 0.0)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +205,18 @@ def test_one_request_too_many_is_told_to_come_back(tiny_models: TinyModels) -> N
                 assert error.retry_after_s is not None
             with pytest.raises(Overloaded):
                 service.encode(FINE)
+            with serve_over_grpc(service) as grpc_url:
+                connection = open_connection(grpc_url, give_up_after_s=0)
+                calls = (
+                    lambda: connection.encode(FINE),
+                    lambda: connection.decode(DecodeRequest(token_ids=[[5]], look_ahead=[0])),
+                    lambda: connection.distribution(DistributionRequest(text="a")),
+                )
+                for call in calls:
+                    with pytest.raises(Overloaded) as caught:
+                        call()
+                    assert caught.value.retry_after_s is not None
+                connection.close()
             # What needs no forward pass is answered all the same.
             assert client.get("/readyz").status_code == 200
             assert client.post("/v1/lm-head", content=b'{"stop": 2}', headers=AS_JSON).status_code == 200
@@ -237,11 +241,11 @@ def test_a_client_that_hangs_up_is_skipped(
     engine = engines[0]
     serving = serve(service) if transport == "rest" else serve_over_grpc(service)
     with serving as url, ThreadPoolExecutor(1) as pool:
-        patient, impatient = open_connection(url), open_connection(url, timeout_s=0.5)
+        patient, impatient = open_connection(url), open_connection(url, timeout_s=0.5, give_up_after_s=0)
         try:
             first = pool.submit(patient.encode, FINE)
             assert engine.entered.wait(100)
-            with pytest.raises(errors.ConnectionFailed), without_retries():
+            with pytest.raises(errors.ConnectionFailed):
                 impatient.encode(EncodeRequest(token_ids=[[77, 78]], from_position=[0]))
             callers = [ticket.caller for queue in service._scheduler._queues.values() for ticket in queue]
             deadline = time.monotonic() + 30

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import astuple
 
 import httpx
 import pytest
 import tenacity
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from data_owner_client.connection import Exchange, open_connection
 from data_owner_client.connection.rest import RestConnection
 from protocol import errors
 from protocol.codec import BINARY
 from protocol.errors import PROBLEM_JSON, to_problem
 from protocol.messages import DecodeRequest, DistributionRequest, DistributionResponse
+from protocol.timing import ServerTiming
 
 REQUEST = DecodeRequest(token_ids=[[5]], look_ahead=[0])
 Answer = Callable[[httpx.Request], httpx.Response]
@@ -105,8 +112,74 @@ def test_a_server_that_is_not_there_is_said_at_once(naps: list[float]) -> None:
     ],
 )
 def test_an_answer_of_another_form_is_a_violation(naps: list[float], answer: Answer) -> None:
-    with pytest.raises(errors.ProtocolViolation, match="did not answer in the form of this protocol"):
-        connect(Scripted(answer)).decode(REQUEST)
+    for call, attempts in ((lambda c: c.decode(REQUEST), 3), (lambda c: c.model_card(), 1)):
+        script = Scripted(answer)
+        with pytest.raises(errors.ProtocolViolation, match="did not answer in the form of this protocol"):
+            call(connect(script))
+        assert len(script.calls) == attempts
+
+
+def test_a_garbled_answer_is_asked_for_again(naps: list[float]) -> None:
+    data = DistributionResponse(digest="d", token_ids_K=torch.tensor([3]), logprob_K=torch.tensor([-0.5])).to_bytes()
+    garbled = data[:-1] + bytes([data[-1] ^ 1])
+
+    def answering(body: bytes) -> Answer:
+        return lambda _: httpx.Response(200, content=body, headers={"Content-Type": BINARY})
+
+    script = Scripted(answering(garbled), answering(data))
+    assert connect(script).distribution(DistributionRequest(text="a")).to_bytes() == data
+    assert len(script.calls) == 2
+
+
+def test_observers_are_told_of_every_exchange(naps: list[float]) -> None:
+    body = b'{"digest": "d", "token_ids_K": [3], "logprob_K": [-0.5]}'
+    headers = {"Content-Type": "application/json", "Server-Timing": "queue;dur=1.5, compute;dur=20, serialise;dur=0.25"}
+    overloaded = refused(errors.Overloaded("Full.", hint="Later.", retry_after_s=0.5))
+    script = Scripted(overloaded, overloaded, lambda _: httpx.Response(200, content=body, headers=headers))
+    connection, seen = connect(script), list[Exchange]()
+    connection.observers.append(seen.append)
+    connection.distribution(DistributionRequest(text="a"))
+    (exchange,) = seen
+    assert exchange.call == "POST /v1/next-token-distribution"
+    assert exchange.request_id == script.calls[2].headers["X-Request-Id"]
+    assert exchange.refused == 2
+    assert exchange.timing == ServerTiming(1.5, 20.0, 0.25)
+
+
+@pytest.mark.parametrize("header", ["", "cache;desc=hit", "queue;dur=1", "queue;dur=x, compute;dur=1, serialise;dur=1"])
+def test_a_timing_of_another_kind_is_none(header: str) -> None:
+    assert ServerTiming.from_header(header) is None
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 1e6))
+def test_a_timing_survives_its_header(queue_ms: float, compute_ms: float, serialise_ms: float) -> None:
+    timing = ServerTiming(queue_ms, compute_ms, serialise_ms)
+    read = ServerTiming.from_header(timing.to_header())
+    assert read is not None
+    assert astuple(read) == pytest.approx(astuple(timing), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("url", "allowed"),
+    [
+        ("http://127.0.0.1:8000", True),
+        ("http://127.8.9.1", True),
+        ("http://[::1]:8000", True),
+        ("grpc://localhost:8001", True),
+        ("https://plm.example.com", True),
+        ("grpcs://plm.example.com:443", True),
+        ("http://plm.example.com", False),
+        ("http://localhost.example.com", False),
+        ("http://127.0.0.1.example.com:8000", False),
+        ("http://127.0.0.1@example.com", False),
+        ("grpc://10.0.0.1:8001", False),
+    ],
+)
+def test_a_key_does_not_travel_in_the_clear(url: str, allowed: bool) -> None:
+    with nullcontext() if allowed else pytest.raises(errors.InvalidRequest, match="in the clear"):
+        open_connection(url, api_key="secret-key").close()
+    open_connection(url, api_key="secret-key", insecure=True).close()
+    open_connection(url).close()
 
 
 def test_json_answers_are_understood() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_owner_client.connection import InProcessConnection
 from data_owner_client.data import Pair
 from data_owner_client.memory import ExternalMemory, MemoryRows, build, build_memory
 from data_owner_client.plm import RemotePlm
@@ -30,13 +31,15 @@ class Recorder:
     """A connection that keeps what was sent, and can break or tamper."""
 
     def __init__(self, service: PlmService) -> None:
-        self._service = service
+        self._connection = InProcessConnection(service)
         self.sent: list[Any] = []
         self.fail_after = 10**9
         self.tamper: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
-        call = getattr(self._service, name)
+        call = getattr(self._connection, name)
+        if not callable(call):
+            return call
 
         def recorded(*request: Any) -> Any:
             if request:
@@ -89,8 +92,12 @@ def test_compact_rows_are_close_to_the_exact_ones(
     tiny_models: support.TinyModels, tmp_path: Path, dtype: WireDtype, tolerance: float, cr_kind: Any
 ) -> None:
     service = support.make_service(tiny_models["qwen3"], cr_kind=cr_kind)
-    exact = build_teacher_forced(RemotePlm(service, dtype="float32", cache=None), tmp_path / "exact").load()
-    memory = build_teacher_forced(RemotePlm(service, dtype=dtype, cache=None), tmp_path / "compact")
+    exact = build_teacher_forced(
+        RemotePlm(InProcessConnection(service), dtype="float32", cache=None), tmp_path / "exact"
+    ).load()
+    memory = build_teacher_forced(
+        RemotePlm(InProcessConnection(service), dtype=dtype, cache=None), tmp_path / "compact"
+    )
     assert memory.manifest.plan.dtype == dtype
     rows = memory.load()
     assert rows.cr_N_D.dtype == DTYPES[dtype]
@@ -165,7 +172,7 @@ def test_a_memory_of_another_model_is_refused_by_name(
     plm: RemotePlm, tiny_models: support.TinyModels, tmp_path: Path
 ) -> None:
     build_teacher_forced(plm, tmp_path)
-    other = RemotePlm(support.make_service(tiny_models["qwen2"]), dtype="float32", cache=None)
+    other = RemotePlm(InProcessConnection(support.make_service(tiny_models["qwen2"])), dtype="float32", cache=None)
     with pytest.raises(IdentityMismatch, match=r"llama .* qwen2"):
         build_teacher_forced(other, tmp_path)
 
@@ -264,8 +271,12 @@ def test_requests_stay_within_the_servers_limits(tiny_models: support.TinyModels
 
 
 def test_rows_of_another_kind_keep_the_heads_input_beside_them(tiny_models: support.TinyModels, tmp_path: Path) -> None:
-    ffn = RemotePlm(support.make_service(tiny_models["llama"], cr_kind="ffn_output"), dtype="float32", cache=None)
-    plain = RemotePlm(support.make_service(tiny_models["llama"]), dtype="float32", cache=None)
+    ffn = RemotePlm(
+        InProcessConnection(support.make_service(tiny_models["llama"], cr_kind="ffn_output")),
+        dtype="float32",
+        cache=None,
+    )
+    plain = RemotePlm(InProcessConnection(support.make_service(tiny_models["llama"])), dtype="float32", cache=None)
     rows = build_teacher_forced(ffn, tmp_path / "ffn").load()
     expected = build_teacher_forced(plain, tmp_path / "plain").load()
     assert rows.last_hidden_N_D is not None

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from data_owner_client.connection import InProcessConnection
 from data_owner_client.plm import RemotePlm
 from data_owner_client.tasks import Task, builtin_tasks, load_task
 from data_owner_client.tokenization import PlmTokenizer
@@ -24,7 +25,7 @@ TASK = Task(
 
 @pytest.fixture
 def tokenizer(tiny_service: PlmService) -> PlmTokenizer:
-    return RemotePlm(tiny_service, cache=None).tokenizer
+    return RemotePlm(InProcessConnection(tiny_service), cache=None).tokenizer
 
 
 def test_builtin_tasks_load() -> None:
