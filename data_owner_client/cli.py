@@ -110,6 +110,22 @@ def info(server: Server, as_json: AsJson = False) -> None:
         _print(plm.card.model_dump(), as_json, title=plm.card.name)
 
 
+@app.command("fetch-head")
+@with_server
+@_clear_errors
+def fetch_head(server: Server, as_json: AsJson = False) -> None:
+    """Download the whole LM head into the cache, for work that needs more than the candidates' rows.
+
+    Interrupted, the same command goes on where it stopped. What is there is checked against the server's digest.
+
+    Example: `pema-client fetch-head --server grpc://127.0.0.1:8001`
+    """
+    with server.connect() as plm:
+        head = plm.fetch_head(RichReporter())
+        record = {"folder": str(head.folder), "rows": head.rows, "sha256": plm.card.head_digest}
+    _print(record, as_json, title="LM head")
+
+
 @app.command("build-memory")
 @with_server
 @_clear_errors

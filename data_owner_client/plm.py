@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Self
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from data_owner_client.connection.base import Connection, Observer
 from data_owner_client.files import write_atomically
+from data_owner_client.head_cache import CachedHead
+from data_owner_client.progress import Reporter
 from data_owner_client.tokenization import PlmTokenizer
 from protocol import PROTOCOL_VERSION
 from protocol.checks import echoes, require_finite
@@ -31,6 +34,7 @@ from protocol.messages import (
     TokenizerBundle,
     WireDtype,
 )
+from protocol.pieces import join_head
 
 
 class RemotePlm:
@@ -42,7 +46,8 @@ class RemotePlm:
     Args:
         connection: any transport.
         dtype: dtype in which representations travel; head rows always travel as float32.
-        cache: folder for tokenizers, which are large and never change under their digest; None for no cache.
+        cache: folder for tokenizers and whole LM heads, which are large and never change under their digest; None for
+            no cache.
 
     Raises:
         ProtocolViolation: the server speaks another version of the protocol.
@@ -53,7 +58,7 @@ class RemotePlm:
         connection: Connection,
         *,
         dtype: WireDtype = "float16",
-        cache: Path | None = user_cache_path("pema") / "tokenizers",  # noqa: B008  (a constant of the machine)
+        cache: Path | None = user_cache_path("pema"),  # noqa: B008  (a constant of the machine)
     ) -> None:
         self._connection = connection
         self._cache = cache
@@ -88,7 +93,7 @@ class RemotePlm:
     @cached_property
     def tokenizer(self) -> PlmTokenizer:
         """The model's tokenizer, from the cache if it is there."""
-        path = None if self._cache is None else self._cache / f"{self.card.tokenizer_digest}.json"
+        path = None if self._cache is None else self._cache / "tokenizers" / f"{self.card.tokenizer_digest}.json"
         if path is not None and (cached := _read_bundle(path)) is not None:
             return PlmTokenizer(cached)
         bundle = self._connection.tokenizer()
@@ -142,23 +147,50 @@ class RemotePlm:
 
     def head_rows(self, token_ids_C: Tensor) -> LMHead:
         """Chosen rows of the LM head in float32, asked for in pieces of the server's limit."""
-        pieces = token_ids_C.split(self.card.limits.max_head_rows)
-        return _joined([self._head(token_ids=piece.tolist()) for piece in pieces])
-
-    def full_head(self) -> LMHead:
-        """All rows of the LM head in float32."""
-        step, rows = self.card.limits.max_head_rows, self.card.vocab_size
-        ranges = [(start, min(start + step, rows)) for start in range(0, rows, step)]
-        return _joined([self._head(start=a, stop=b) for a, b in ranges])
-
-    def _head(self, *, token_ids: list[int] | None = None, start: int = 0, stop: int | None = None) -> HeadRows:
         # Always float32: an adapter keeps its rows, and they are few.
-        answer = self._connection.lm_head(HeadRequest(token_ids=token_ids, start=start, stop=stop, dtype="float32"))
+        pieces = [
+            self._head(HeadRequest(token_ids=ids_N.tolist(), dtype="float32"), len(ids_N))
+            for ids_N in token_ids_C.split(self.card.limits.max_head_rows)
+        ]
+        return join_head(pieces).head()
+
+    def full_head(self, reporter: Reporter | None = None) -> LMHead:
+        """All rows of the LM head in the model's own dtype, from the cache if they are there.
+
+        A download that was cut off goes on where it was. The cache holds V × D values, as does the result.
+
+        Raises:
+            ProtocolViolation: the rows are not those of the model card's digest.
+        """
+        with TemporaryDirectory() as nowhere:
+            head = self.cached_head(Path(nowhere) if self._cache is None else None)
+            head.fetch(self._head_range, reporter)
+            return head.load()
+
+    def fetch_head(self, reporter: Reporter | None = None) -> CachedHead:
+        """Get all rows of the LM head into the cache; otherwise as `full_head`."""
+        head = self.cached_head()
+        head.fetch(self._head_range, reporter)
+        return head
+
+    def cached_head(self, folder: Path | None = None) -> CachedHead:
+        """What the cache, or another folder, holds of the LM head."""
+        base = folder or self._cache
+        if base is None:
+            raise InvalidData("There is no cache for LM heads.", hint="Give RemotePlm a `cache` folder.")
+        return CachedHead(base / "heads", self.card)
+
+    def _head_range(self, start: int, stop: int) -> HeadRows:
+        return self._head(HeadRequest(start=start, stop=stop, dtype=self.card.head_dtype), stop - start)
+
+    def _head(self, request: HeadRequest, rows: int) -> HeadRows:
+        answer = self._connection.lm_head(request)
         self._check_digest(answer.digest)
-        wanted = len(token_ids) if token_ids is not None else (stop or 0) - start
-        _require_shape(answer.weight_N_D, (wanted, self.card.hidden_size), "the LM head")
+        _require_shape(answer.weight_N_D, (rows, self.card.hidden_size), "the LM head")
+        if answer.weight_N_D.dtype != DTYPES[request.dtype]:
+            raise ProtocolViolation(f"The server did not send the LM head as {request.dtype}.")
         if answer.bias_N is not None:
-            _require_shape(answer.bias_N, (wanted,), "the LM head's bias")
+            _require_shape(answer.bias_N, (rows,), "the LM head's bias")
         return answer
 
     def _check(self, response: EncodeResponse | DecodeResponse, ids: list[list[int]]) -> None:
@@ -220,14 +252,4 @@ def _require_shape(values: Tensor, shape: tuple[int, ...], what: str) -> None:
 def _incomplete() -> ProtocolViolation:
     return ProtocolViolation(
         "The server did not answer every position that was asked for.", hint="Nothing was stored; try again."
-    )
-
-
-def _joined(pieces: list[HeadRows]) -> LMHead:
-    biases = [piece.bias_N for piece in pieces if piece.bias_N is not None]
-    return LMHead(
-        torch.cat([piece.weight_N_D for piece in pieces]).float(),
-        torch.cat(biases).float() if biases else None,
-        pieces[0].logit_scale,
-        pieces[0].softcap,
     )

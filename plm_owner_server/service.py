@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from plm_owner_server.gathering import Gathered, present
 from plm_owner_server.scheduler import Caller, Scheduler, Work
 from plm_owner_server.settings import ServerSettings
 from protocol.checks import echoes, require_finite
+from protocol.codec import raw_bytes
 from protocol.errors import InvalidRequest, OverLimit, Unsupported
+from protocol.head import LMHead
 from protocol.messages import (
     DTYPES,
     DecodeRequest,
@@ -36,6 +39,8 @@ from protocol.messages import (
 from protocol.rows import compact
 
 _LOCAL = Caller()
+# Of the head, from the device at a time.
+_ROWS_AT_ONCE = 4096
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -99,6 +104,7 @@ class PlmService:
             max_waiting_requests=settings.max_waiting_requests,
         )
         info = engine.info
+        most_rows = max(1, settings.max_answer_bytes // (4 * info.hidden_size))
         identity = f"{weights_digest}\0{self._bundle.digest}\0{info.cr_kind}"
         self._card = ModelCard(
             name=name,
@@ -108,14 +114,16 @@ class PlmService:
             hidden_size=info.hidden_size,
             vocab_size=info.vocab_size,
             dtype=info.dtype,
+            head_dtype=_head_dtype(engine.head),
+            head_digest=_head_digest(engine.head),
             head_policy="full",
             eos_token_ids=list(info.eos_token_ids),
             limits=Limits(
                 max_sequence_tokens=min(settings.max_sequence_tokens, info.max_tokens or settings.max_sequence_tokens),
                 max_sequences=settings.max_sequences,
-                max_head_rows=settings.max_head_rows,
+                max_head_rows=most_rows,
                 max_look_ahead=settings.max_look_ahead,
-                max_rows=settings.max_rows,
+                max_rows=most_rows,
                 max_body_bytes=settings.max_body_bytes,
             ),
         )
@@ -347,6 +355,22 @@ def _rows_on_wire(gathered: Gathered[Encoded] | Gathered[Decoded], dtype: WireDt
         values_N_D, scale_N = compact(last_hidden_N_D, dtype, "the last hidden states")
         columns |= {"last_hidden_N_D": values_N_D, "last_hidden_scale_N": scale_N}
     return columns
+
+
+def _head_dtype(head: LMHead) -> HeadDtype:
+    for name in get_args(HeadDtype):
+        if head.weight_V_D.dtype == DTYPES[name]:
+            return name  # type: ignore[no-any-return]
+    raise Unsupported(
+        f"The LM head's weight is of dtype {head.weight_V_D.dtype}.", hint=f"Load the model as {get_args(HeadDtype)}."
+    )
+
+
+def _head_digest(head: LMHead) -> str:
+    digest = hashlib.sha256()
+    for part in (*head.weight_V_D.split(_ROWS_AT_ONCE), *([] if head.bias_V is None else [head.bias_V])):
+        digest.update(raw_bytes(part.cpu()))
+    return digest.hexdigest()
 
 
 def _head_on_wire(values: Tensor, dtype: HeadDtype, what: str) -> Tensor:

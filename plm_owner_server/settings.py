@@ -70,11 +70,10 @@ class ServerSettings(BaseSettings):
     max_look_ahead: int = Field(
         default=1024, ge=0, description="Most tokens drafted per sequence and request. Bounds the time of one request."
     )
-    max_head_rows: int = Field(
-        default=16384, ge=1, description="Most LM-head rows in one answer. Bounds its size; clients ask in pieces."
-    )
-    max_rows: int = Field(
-        default=65536, ge=1, description="Most representations in one answer. Bounds its size; clients send in pieces."
+    max_answer_bytes: int = Field(
+        default=128 * 2**20,
+        ge=1,
+        description="Largest answer in bytes, counted as float32. Bounds its memory; clients ask in pieces.",
     )
     max_body_bytes: int = Field(
         default=16 * 2**20, ge=1024, description="Largest request body in bytes. Bounds memory per request."

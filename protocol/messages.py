@@ -46,6 +46,8 @@ class ModelCard(Message):
     hidden_size: int = Field(description="D")
     vocab_size: int = Field(description="V, the number of rows of the LM head")
     dtype: str = Field(description="dtype that the model computes in")
+    head_dtype: HeadDtype = Field(description="dtype of the LM head's weight")
+    head_digest: str = Field(description="SHA-256 over the LM head's rows in head_dtype, then its bias if it has one")
     head_policy: Literal["full"] = Field(description="which rows of the LM head a client may have")
     eos_token_ids: list[int] = Field(description="tokens after which the model itself would stop")
     limits: Limits

@@ -55,7 +55,7 @@ CALLS: dict[str, tuple[type[Message], type[Message], Callable[[PlmService, Any],
 SMALL = {
     "max_sequence_tokens": 20,
     "max_sequences": 3,
-    "max_head_rows": 50,
+    "max_answer_bytes": 50 * 32 * 4,  # 50 rows
     "max_look_ahead": 6,
     "max_body_bytes": 4096,
 }
@@ -341,7 +341,7 @@ def test_what_is_just_within_the_limits_is_answered(
 
 
 def test_the_rows_of_an_answer_are_bounded(tiny_models: TinyModels) -> None:
-    service = make_service(tiny_models["llama"], max_rows=5)
+    service = make_service(tiny_models["llama"], max_answer_bytes=5 * 32 * 4)
     assert len(service.encode(EncodeRequest(token_ids=[[5, 6, 7], [8, 9]], from_position=[0, 0])).cr_N_D) == 5
     with pytest.raises(OverLimit, match="6 rows"):
         service.encode(EncodeRequest(token_ids=[[5, 6, 7], [8, 9, 5]], from_position=[0, 0]))

@@ -124,6 +124,8 @@ def test_nested_messages_round_trip() -> None:
         hidden_size=6,
         vocab_size=7,
         dtype="float32",
+        head_dtype="bfloat16",
+        head_digest="c",
         head_policy="full",
         eos_token_ids=[1],
         limits=limits,

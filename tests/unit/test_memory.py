@@ -261,7 +261,9 @@ def test_a_memory_folder_that_cannot_be_is_explained(plm: RemotePlm, tmp_path: P
 
 
 def test_requests_stay_within_the_servers_limits(tiny_models: support.TinyModels, tmp_path: Path) -> None:
-    service = support.make_service(tiny_models["llama"], max_sequences=2, max_rows=40, max_body_bytes=1024)
+    service = support.make_service(
+        tiny_models["llama"], max_sequences=2, max_answer_bytes=40 * 32 * 4, max_body_bytes=1024
+    )
     recorder = Recorder(service)
     with RemotePlm(recorder, dtype="float32", cache=None) as plm:
         rows = build_teacher_forced(plm, tmp_path).load()
