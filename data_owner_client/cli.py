@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
@@ -14,6 +15,7 @@ from typing import Annotated, Any, ParamSpec
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from data_owner_client import verbs
@@ -44,6 +46,7 @@ from data_owner_client.cli_options import (
 from data_owner_client.data import Format, Pair, read_lines, read_pairs, read_parallel
 from data_owner_client.decoding.generate import DecodingSettings
 from data_owner_client.decoding.interpolation import Interpolation, Schedule
+from data_owner_client.doctor import diagnose
 from data_owner_client.evaluation import text_scores
 from data_owner_client.files import write_atomically
 from data_owner_client.memory.store import ContextMode
@@ -53,6 +56,7 @@ from data_owner_client.training import TrainingSettings
 from protocol.errors import InvalidData, PemaError
 
 _P = ParamSpec("_P")
+_DOCTOR_WAITS_S = 10.0
 _INTERRUPTED = 130  # what shells make of SIGINT
 
 app = typer.Typer(
@@ -108,6 +112,42 @@ def info(server: Server, as_json: AsJson = False) -> None:
     """
     with server.connect() as plm:
         _print(plm.card.model_dump(), as_json, title=plm.card.name)
+
+
+@app.command()
+@with_server
+@_clear_errors
+def doctor(
+    server: Server,
+    memory: Annotated[list[Path] | None, typer.Option(help="Memories to check; default: ./memory.")] = None,
+    adapter: Annotated[list[Path] | None, typer.Option(help="Adapters to check; default: ./adapter.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check the way to a server, and that memories, adapters and the cached LM head belong to its model.
+
+    Tells how a round trip's time splits into network, queue, compute and serialisation. Exit status 1 if a check fails.
+
+    Examples:
+
+    - `pema-client doctor --server https://plm.example.com`
+    - `pema-client doctor --memory memory --adapter adapter --json`
+    """
+    impatient = replace(server, give_up_after=min(server.give_up_after, _DOCTOR_WAITS_S))
+    diagnosis = diagnose(
+        impatient.connect,
+        memory if memory is not None else [path for path in [Path("memory")] if path.is_dir()],
+        adapter if adapter is not None else [path for path in [Path("adapter")] if path.is_dir()],
+    )
+    if as_json:
+        _print(diagnosis.model_dump(), as_json, title="")
+    else:
+        table = Table("", "check", "found", "advice", title=server.server)
+        for finding in diagnosis.findings:
+            mark = "[green]✓[/]" if finding.ok else "[red]✗[/]"
+            table.add_row(mark, *map(escape, (finding.check, finding.detail, finding.advice)))
+        Console().print(table)
+    if not diagnosis.healthy:
+        raise typer.Exit(1)
 
 
 @app.command("fetch-head")

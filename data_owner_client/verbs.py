@@ -41,7 +41,7 @@ from data_owner_client.training import (
     target_logprobs,
     train_adapter,
 )
-from protocol.errors import InvalidData
+from protocol.errors import InvalidData, PemaError
 from protocol.messages import WireDtype
 
 TRAIN, VALIDATION = "train", "validation"
@@ -111,7 +111,11 @@ def connect(
     connection = open_connection(
         url, api_key=api_key, insecure=insecure, timeout_s=timeout_s, give_up_after_s=give_up_after_s
     )
-    return RemotePlm(connection, dtype=dtype)
+    try:
+        return RemotePlm(connection, dtype=dtype)
+    except PemaError:
+        connection.close()
+        raise
 
 
 def build_memories(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from filelock import FileLock, Timeout
 
 from data_owner_client.data import Pair, digest_pairs
+from data_owner_client.memory.pipeline import Window, in_order
+from data_owner_client.memory.planning import Sizes, plan_requests
 from data_owner_client.memory.store import MANIFEST, ContextMode, ExternalMemory, MemoryPlan, MemoryRows, ModelIdentity
 from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter
@@ -22,12 +21,6 @@ from protocol.errors import InvalidData, ProtocolViolation
 from protocol.messages import DecodeResponse, EncodeResponse
 
 _EXAMPLES_PER_SHARD = 512
-_EXAMPLES_PER_REQUEST = 256
-# One request computes on the server while the next is tokenised and the last one stored.
-_REQUESTS_IN_FLIGHT = 2
-
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
@@ -37,25 +30,6 @@ class TokenizedPair:
     prompt: list[int]
     target: list[int]
     source_tokens: int
-
-
-@dataclass(frozen=True)
-class Extent:
-    """The longest sequence and the longest target of a data set, in tokens."""
-
-    sequence: int = 1
-    target: int = 1
-
-    def including(self, pair: TokenizedPair) -> Extent:
-        """The extent with one more pair."""
-        return Extent(max(self.sequence, len(pair.prompt) + len(pair.target)), max(self.target, len(pair.target)))
-
-    def pairs_per_request(self, plm: RemotePlm) -> int:
-        """How many pairs go into one request, so that none can break a limit of the server."""
-        limits = plm.card.limits
-        by_body = limits.max_body_bytes // (8 * self.sequence)  # int32 ids, and room for everything else
-        by_rows = limits.max_rows // self.target
-        return max(1, min(_EXAMPLES_PER_REQUEST, limits.max_sequences, by_body, by_rows))
 
 
 def build_memory(
@@ -104,20 +78,20 @@ def build_memory(
         examples_per_shard=_EXAMPLES_PER_SHARD,
     )
     # Before anything is sent: a pair that cannot be used should not stop a build after an hour.
-    longest = Extent()
+    sizes = Sizes()
     reporter = reporter or Reporter()
     with reporter.bar("tokenising", len(pairs), "pairs") as bar:
         for number, pair in enumerate(pairs, 1):
             place = f"pair {number}"
             tokenized = tokenize_pair(plm, task, pair, place=place)
             require_fits(plm, tokenized, place=place, drafted=context_mode == "private")
-            longest = longest.including(tokenized)
+            sizes.append(len(tokenized.prompt) + len(tokenized.target), len(tokenized.target))
             bar.advance(1)
     with _only_builder(folder):
         if overwrite:
             _empty(folder)
         memory = ExternalMemory.create(folder, plan)
-        _append_missing(memory, plm, pairs, longest.pairs_per_request(plm), reporter)
+        _append_missing(memory, plm, pairs, sizes, reporter)
     return memory
 
 
@@ -182,43 +156,30 @@ def _labelled(response: EncodeResponse | DecodeResponse, pairs: Sequence[Tokeniz
 
 
 def _append_missing(
-    memory: ExternalMemory, plm: RemotePlm, pairs: Sequence[Pair], step: int, reporter: Reporter
+    memory: ExternalMemory, plm: RemotePlm, pairs: Sequence[Pair], sizes: Sizes, reporter: Reporter
 ) -> None:
     plan, done = memory.manifest.plan, memory.manifest.examples
 
-    def fetch(span: range) -> MemoryRows:
-        chunk = [tokenize_pair(plm, plan.task, pairs[i], place=f"pair {i + 1}") for i in span]
+    def fetch(run: range) -> MemoryRows:
+        chunk = [tokenize_pair(plm, plan.task, pairs[i], place=f"pair {i + 1}") for i in run]
         if plan.context_mode == "private":
             return encode_private(plm, chunk)
         return encode_teacher_forced(plm, chunk, with_logsumexp=plan.with_logsumexp)
 
-    # Requests never straddle shards, so an interrupted build sends the very same ones as an undisturbed one.
-    shard_starts = range(done, len(pairs), plan.examples_per_shard)
-    shards = [range(start, min(start + plan.examples_per_shard, len(pairs))) for start in shard_starts]
-    spans = [shard[at : at + step] for shard in shards for at in range(0, len(shard), step)]
+    runs = list(plan_requests(sizes, plm.card, plan.dtype, done=done, examples_per_shard=plan.examples_per_shard))
+    window = Window()
     parts: list[MemoryRows] = []
-    with reporter.bar(f"memory {memory.folder.name}", len(pairs), "examples", done=done) as bar:
-        for span, rows in zip(spans, _in_order(fetch, spans), strict=True):
+    # While one request computes on the server, the next are tokenised and on their way, and the last shard is stored.
+    with (
+        reporter.bar(f"memory {memory.folder.name}", len(pairs), "examples", done=done) as bar,
+        plm.observed_by(window.learn),
+    ):
+        for run, rows in zip(runs, in_order(fetch, runs, window), strict=True):
             parts.append(rows)
-            bar.advance(len(span), f"{memory.manifest.rows + sum(len(p.target_N) for p in parts):,} rows")
-            if any(span.stop == shard.stop for shard in shards):
+            bar.advance(len(run), f"{memory.manifest.rows + sum(len(p.target_N) for p in parts):,} rows")
+            if run.stop % plan.examples_per_shard == 0 or run.stop == len(pairs):
                 memory.append(MemoryRows.concatenate(parts))
                 parts = []
-
-
-def _in_order(call: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
-    """Results in the order of the items, a few calls running ahead."""
-    waiting: deque[Future[_Out]] = deque()
-    pool = ThreadPoolExecutor(_REQUESTS_IN_FLIGHT, thread_name_prefix="build-memory")
-    try:
-        for item in items:
-            waiting.append(pool.submit(call, item))
-            if len(waiting) >= _REQUESTS_IN_FLIGHT:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # an answer may be minutes away, and nobody waits for it
 
 
 def require_fits(plm: RemotePlm, pair: TokenizedPair, *, place: str, drafted: bool = False) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor
 
 from plm_owner_server.engines.base import Decoded
 from plm_owner_server.engines.runner import Runner, attention_mask
+from plm_owner_server.engines.to_host import to_host
 from plm_owner_server.engines.vocabulary import logsumexp_top1
 from protocol.head import LMHead
 
@@ -19,13 +20,16 @@ class Drafting:
     A sequence's drafting ends after a stop token, which is its last top-1 then and is not run itself. The prompts run
     at once, then one token of every sequence with each `step`: whoever calls may do other work in between.
 
+    What decides about the next step is kept on the host, so that a step waits for the device once: for the tokens that
+    the last one chose.
+
     Args:
         runner: runs the model.
         head: its LM head.
         token_ids: the sequences.
         look_ahead: the most tokens to draft, for each.
         stop_token_ids: after which a sequence has ended.
-        with_last_hidden: give the head's input, too.
+        with_last_hidden: give the head's input, too, as the CRs are something else.
     """
 
     @torch.inference_mode()
@@ -40,88 +44,108 @@ class Drafting:
         with_last_hidden: bool,
     ) -> None:
         self._runner, self._head, self._token_ids = runner, head, token_ids
+        self._look_ahead, self._stop_token_ids = look_ahead, stop_token_ids
         self._with_last_hidden = with_last_hidden
-        device = runner.device
         most = max(look_ahead)
         state = runner.prefill(
             token_ids, runner.known_states(token_ids, most), keep_cache=runner.keeps_states or most > 0
         )
         self._state = state
-        self._stop_S = torch.tensor(sorted(stop_token_ids), dtype=torch.long, device=device)
         self._drafts: list[list[int]] = [[] for _ in token_ids]
-        # B shrinks: sequences that have ended leave once they are half of the batch. A row's owner is its sequence.
-        self._owner_B = torch.arange(len(token_ids), device=device)
-        self._active_B = torch.ones_like(self._owner_B, dtype=torch.bool)
-        self._mask_B_T = attention_mask(state.reused_B, state.lengths_B, state.token_ids_B_T.shape[1])
-        self._positions_B = state.reused_B + state.lengths_B
-        self._left_B = torch.tensor(look_ahead, device=device)
+        # The sequence of each row. B shrinks: those that have ended leave once they are half of the batch.
+        self._owners = list(range(len(token_ids)))
+        self._active = self._owners  # those of which the last step chose a token
+        # Where nothing is padded there is no need of a mask, which transformers would read on the host every step.
+        self._mask_B_T = (
+            runner.send(attention_mask(state.reused, state.lengths, state.token_ids_B_T.shape[1]))
+            if state.is_padded
+            else None
+        )
         self._steps: list[tuple[Tensor, ...]] = []
-        newest = (self._owner_B, state.lengths_B - 1)
-        self._top1_B = self._read(state.last_hidden_B_T_D[newest], state.cr_B_T_D[newest])
+        self._noted: list[int] = []  # the sequence of each position in the steps
+        newest = state.places([len(ids) - 1 for ids in token_ids])
+        self._top1_A = self._read(state.last_hidden_B_T_D, state.cr_B_T_D, newest)
 
     @property
     def sequences(self) -> int:
         """How many are still being drafted."""
-        return len(self._owner_B)
+        return len(self._owners)
 
     @torch.inference_mode()
     def step(self) -> bool:
         """Draft one more token of every sequence that goes on; false once none does."""
-        self._active_B &= (self._left_B > 0) & ~torch.isin(self._top1_B, self._stop_S)
-        remaining = int(self._active_B.sum())
-        if remaining == 0:
-            self._runner.keep(
-                self._state, self._token_ids, self._drafts, self._owner_B, torch.ones_like(self._active_B)
-            )
+        tokens = self._going_on()
+        if not tokens:
+            self._runner.keep(self._state, self._token_ids, self._drafts, list(enumerate(self._owners)))
             return False
-        if 2 * remaining <= len(self._active_B):
-            self._drop_ended()
-        going_on = zip(self._owner_B[self._active_B].tolist(), self._top1_B[self._active_B].tolist(), strict=True)
-        for owner, token in going_on:
-            self._drafts[owner].append(token)
-        self._mask_B_T = torch.cat([self._mask_B_T, torch.ones_like(self._mask_B_T[:, :1])], dim=1)
+        if 2 * len(tokens) <= len(self._owners):
+            self._drop_ended(tokens)
+        self._active = list(tokens)
+        ids = [tokens.get(owner, 0) for owner in self._owners]
         # An ended row is carried along at any position that exists; its own may lie past the model's last.
-        at_B = torch.where(self._active_B, self._positions_B, 0)
+        positions = [
+            len(self._token_ids[owner]) + len(self._drafts[owner]) if owner in tokens else 0 for owner in self._owners
+        ]
+        for owner, token in tokens.items():
+            self._drafts[owner].append(token)
+        if self._mask_B_T is not None:
+            self._mask_B_T = torch.cat([self._mask_B_T, self._mask_B_T.new_ones(len(ids), 1)], dim=1)
+        ids_B_1, positions_B_1 = self._runner.send(torch.tensor([ids, positions])[..., None])
         last_hidden_B_1_D, cr_B_1_D = self._runner.forward(
-            self._top1_B[:, None], at_B[:, None], cache=self._state.cache, mask_B_T=self._mask_B_T
+            ids_B_1, positions_B_1, cache=self._state.cache, mask_B_T=self._mask_B_T
         )
-        self._positions_B, self._left_B = self._positions_B + 1, self._left_B - 1
-        self._top1_B = self._read(last_hidden_B_1_D[:, 0], cr_B_1_D[:, 0])
+        rows = [row for row, owner in enumerate(self._owners) if owner in tokens]
+        self._top1_A = self._read(last_hidden_B_1_D, cr_B_1_D, rows)
         return True
 
+    @torch.inference_mode()
     def result(self) -> Decoded:
         """All positions so far, sequence by sequence."""
-        owner_N, *parts = (torch.cat(column) for column in zip(*self._steps, strict=True))
         # From step by step to sequence by sequence.
-        order_N = owner_N.argsort(stable=True)
-        cr_N_D, last_hidden_N_D, logsumexp_N, top1_N, top1_logprob_N = (part[order_N].cpu() for part in parts)
+        order = sorted(range(len(self._noted)), key=self._noted.__getitem__)
+        order_N = self._runner.send(torch.tensor(order))
+        columns = [torch.cat(column).index_select(0, order_N) for column in zip(*self._steps, strict=True)]
+        columns.append(self._state.token_ids_B_T)
+        cr_N_D, logsumexp_N, top1_N, top1_logprob_N, *last_hidden, ran_B_T = to_host(*columns)
         return Decoded(
-            rows=owner_N.bincount(minlength=len(self._token_ids)).tolist(),
-            echo=self._state.echo(self._token_ids),
+            rows=[1 + len(draft) for draft in self._drafts],
+            echo=self._state.echo(self._token_ids, ran_B_T),
             cr_N_D=cr_N_D,
-            last_hidden_N_D=last_hidden_N_D if self._with_last_hidden else None,
+            last_hidden_N_D=last_hidden[0] if last_hidden else None,
             logsumexp_N=logsumexp_N,
             top1_N=top1_N,
             top1_logprob_N=top1_logprob_N,
         )
 
-    def _read(self, last_hidden_B_D: Tensor, cr_B_D: Tensor) -> Tensor:
-        """Note a position of every active sequence; its top-1 tokens [B], 0 for those that have ended."""
-        active_B = self._active_B
-        logsumexp_A, top1_A, top1_logit_A = logsumexp_top1(self._head, last_hidden_B_D[active_B])
-        columns = (cr_B_D[active_B], last_hidden_B_D[active_B], logsumexp_A, top1_A, top1_logit_A - logsumexp_A)
-        self._steps.append((self._owner_B[active_B], *columns))
-        return torch.zeros_like(self._owner_B).masked_scatter(active_B, top1_A)
+    def _going_on(self) -> dict[int, int]:
+        """The sequences to draft a token of, in the order of their rows, and these tokens."""
+        wanting = [len(self._drafts[owner]) < self._look_ahead[owner] for owner in self._active]
+        if not any(wanting):
+            return {}  # so nobody need wait for the tokens
+        (top1_A,) = to_host(self._top1_A)
+        return {
+            owner: token
+            for owner, token, wants in zip(self._active, top1_A.tolist(), wanting, strict=True)
+            if wants and token not in self._stop_token_ids
+        }
 
-    def _drop_ended(self) -> None:
-        active_B = self._active_B
-        self._runner.keep(self._state, self._token_ids, self._drafts, self._owner_B, ~active_B)
+    def _read(self, last_hidden_B_T_D: Tensor, cr_B_T_D: Tensor, places: Sequence[int]) -> Tensor:
+        """Note a position of every active sequence, given by its place in the flattened B · T; their top-1 tokens."""
+        places_A = self._runner.send(torch.tensor(places))
+        cr_A_D = cr_B_T_D.flatten(0, 1).index_select(0, places_A)
+        last_hidden = [last_hidden_B_T_D.flatten(0, 1).index_select(0, places_A)] if self._with_last_hidden else []
+        logsumexp_A, top1_A, top1_logit_A = logsumexp_top1(self._head, *(last_hidden or [cr_A_D]))
+        self._steps.append((cr_A_D, logsumexp_A, top1_A, top1_logit_A - logsumexp_A, *last_hidden))
+        self._noted += self._active
+        return top1_A
+
+    def _drop_ended(self, going_on: Container[int]) -> None:
+        leaving = [(row, owner) for row, owner in enumerate(self._owners) if owner not in going_on]
+        staying = [(row, owner) for row, owner in enumerate(self._owners) if owner in going_on]
+        self._runner.keep(self._state, self._token_ids, self._drafts, leaving)
+        rows_R = self._runner.send(torch.tensor([row for row, _ in staying]))
         if self._state.cache is not None:
-            self._state.cache.batch_select_indices(active_B.nonzero()[:, 0])
-        self._mask_B_T, self._positions_B, self._left_B = (
-            self._mask_B_T[active_B],
-            self._positions_B[active_B],
-            self._left_B[active_B],
-        )
-        self._owner_B, self._top1_B = self._owner_B[active_B], self._top1_B[active_B]
-        self._active_B = active_B[active_B]
+            self._state.cache.batch_select_indices(rows_R)
+        if self._mask_B_T is not None:
+            self._mask_B_T = self._mask_B_T.index_select(0, rows_R)
+        self._owners = [owner for _, owner in staying]

@@ -34,28 +34,42 @@ class Prefilled:
     positions run (padded likewise), then for what is drafted.
 
     Attributes:
-        token_ids_B_T: what was run: each sequence from its `reused_B`-th token on.
-        reused_B: tokens of each sequence that were not run, as their states were known.
-        lengths_B: tokens of each sequence that were run.
+        token_ids_B_T: what was run: each sequence after its reused tokens.
+        reused: tokens of each sequence that were not run, as their states were known.
+        lengths: tokens of each sequence that were run.
     """
 
     last_hidden_B_T_D: Tensor
     cr_B_T_D: Tensor
     token_ids_B_T: Tensor
-    reused_B: Tensor
-    lengths_B: Tensor
+    reused: list[int]
+    lengths: list[int]
     cache: DynamicCache | None
 
     @property
     def reused_slots(self) -> int:
-        return int(self.reused_B.max())
+        return max(self.reused)
 
-    def echo(self, token_ids: Sequence[Sequence[int]]) -> list[int]:
-        """Echo of what was run: the known prefix, then each sequence's row of the padded batch."""
-        rows, lengths, reused = self.token_ids_B_T.tolist(), self.lengths_B.tolist(), self.reused_B.tolist()
+    @property
+    def is_padded(self) -> bool:
+        """Whether there is padding anywhere."""
+        return len(set(zip(self.reused, self.lengths, strict=True))) > 1
+
+    def places(self, from_position: Sequence[int]) -> list[int]:
+        """Where in the flattened B · T the positions ≥ `from_position` are, sequence by sequence."""
+        steps = self.token_ids_B_T.shape[1]
+        starts = [start - known for start, known in zip(from_position, self.reused, strict=True)]
+        return [
+            row * steps + step
+            for row, (start, length) in enumerate(zip(starts, self.lengths, strict=True))
+            for step in range(start, length)
+        ]
+
+    def echo(self, token_ids: Sequence[Sequence[int]], ran_B_T: Tensor) -> list[int]:
+        """Echo of what was run: the known prefix, then each sequence's row of `token_ids_B_T`, now on the host."""
         return [
             echo([*ids[:known], *row[:length]])
-            for ids, row, length, known in zip(token_ids, rows, lengths, reused, strict=True)
+            for ids, row, length, known in zip(token_ids, ran_B_T.tolist(), self.lengths, self.reused, strict=True)
         ]
 
 
@@ -88,6 +102,13 @@ class Runner:
         """Where the model's input goes."""
         return self._base.get_input_embeddings().weight.device  # type: ignore[no-any-return]
 
+    def send(self, host: Tensor) -> Tensor:
+        """A tensor of the host on the device, without waiting for what runs there."""
+        if self.device.type != "cuda":
+            return host.to(self.device)
+        # A copy from memory that is not pinned waits for the device.
+        return host.pin_memory().to(self.device, non_blocking=True)
+
     @property
     def keeps_states(self) -> bool:
         """Whether states outlive a batch."""
@@ -106,7 +127,7 @@ class Runner:
         missing = shared - sum(map(len, states))
         if missing * (len(token_ids) - 1) > _WORTH_A_PASS:
             state = self.prefill([prefix], [states], keep_cache=True)
-            states = [*states, self._packed(state, torch.tensor([0], device=self.device))[0]]
+            states = [*states, self._packed(state, [0])[0]]
             self._prefixes.insert(prefix, states[-1])
         return states
 
@@ -129,29 +150,34 @@ class Runner:
         state: Prefilled,
         token_ids: Sequence[Sequence[int]],
         drafts: Sequence[Sequence[int]],
-        owner_B: Tensor,
-        leaving_B: Tensor,
+        leaving: Sequence[tuple[int, int]],
     ) -> None:
-        """Keep the states of sequences that leave the batch, drafts included: the next call may go on from there."""
+        """Keep the states of sequences that leave the batch, drafts included: the next call may go on from there.
+
+        Args:
+            state: after the prompts, with the drafts in its cache.
+            token_ids: the prompts.
+            drafts: what was run after each of them.
+            leaving: of each sequence that leaves, its row of the cache and its index among the prompts.
+        """
         window = self.window
         if self._prefixes is None or state.cache is None:
             return
         if window is not None and state.cache.get_seq_length() >= window:
             return
-        kv_R_S_F = self._packed(state, leaving_B.nonzero()[:, 0])
+        kv_R_S_F = self._packed(state, [row for row, _ in leaving])
         ran = state.token_ids_B_T.shape[1]
-        lengths = state.lengths_B.tolist()
-        for owner, kv_S_F in zip(owner_B[leaving_B].tolist(), kv_R_S_F, strict=True):
-            own_S_F = torch.cat([kv_S_F[: lengths[owner]], kv_S_F[ran : ran + len(drafts[owner])]])
+        for (_, owner), kv_S_F in zip(leaving, kv_R_S_F, strict=True):
+            own_S_F = torch.cat([kv_S_F[: state.lengths[owner]], kv_S_F[ran : ran + len(drafts[owner])]])
             self._prefixes.insert([*token_ids[owner], *drafts[owner]], own_S_F)
 
-    def _packed(self, state: Prefilled, rows_R: Tensor) -> Tensor:
+    def _packed(self, state: Prefilled, rows: Sequence[int]) -> Tensor:
         """States [R, S, F] of some rows of the cache, from the first token that was run on."""
         if state.cache is None:
             raise ServerFault("The attention states were not kept.", hint="Report this to the owner.")
         if self._layout is None:
             self._layout = KvLayout.of(state.cache)
-        return pack(state.cache, rows_R, state.reused_slots)
+        return pack(state.cache, self.send(torch.tensor(rows)), state.reused_slots)
 
     def prefill(
         self, token_ids: Sequence[Sequence[int]], known: Sequence[Sequence[Tensor]], *, keep_cache: bool
@@ -165,19 +191,24 @@ class Runner:
         cache = DynamicCache(config=self._config) if keep_cache else None
         if any(reused) and self._layout is not None:
             cache = self._layout.unpack(pad(known), self._config)
+        lengths = [len(ids) - count for ids, count in zip(token_ids, reused, strict=True)]
         padded_B_T = nn.utils.rnn.pad_sequence(
             [torch.tensor(ids[count:], dtype=torch.long) for ids, count in zip(token_ids, reused, strict=True)],
             batch_first=True,
-        ).to(self.device)
-        reused_B = torch.tensor(reused, device=self.device)
-        lengths_B = torch.tensor(list(map(len, token_ids)), device=self.device) - reused_B
-        # Padding stands still at the last position: there may be none beyond it.
-        steps_B_T = torch.arange(padded_B_T.shape[1], device=self.device).minimum(lengths_B[:, None] - 1)
-        mask_B_T = attention_mask(reused_B, lengths_B, padded_B_T.shape[1]) if len(set(reused)) > 1 else None
-        last_hidden_B_T_D, cr_B_T_D = self.forward(
-            padded_B_T, reused_B[:, None] + steps_B_T, cache=cache, mask_B_T=mask_B_T
         )
-        return Prefilled(last_hidden_B_T_D, cr_B_T_D, padded_B_T, reused_B, lengths_B, cache)
+        steps = padded_B_T.shape[1]
+        positions_B_T = torch.tensor(reused)[:, None] + torch.arange(steps)
+        mask_B_T = None
+        if len(set(reused)) > 1:
+            # Padding stands still at the last position: there may be none beyond it. Elsewhere it must not, or
+            # transformers takes it for packed sequences and builds a mask of its own.
+            positions_B_T = positions_B_T.minimum(torch.tensor(list(map(len, token_ids)))[:, None] - 1)
+            mask_B_T = self.send(attention_mask(reused, lengths, steps))
+        token_ids_B_T = self.send(padded_B_T)
+        last_hidden_B_T_D, cr_B_T_D = self.forward(
+            token_ids_B_T, self.send(positions_B_T), cache=cache, mask_B_T=mask_B_T
+        )
+        return Prefilled(last_hidden_B_T_D, cr_B_T_D, token_ids_B_T, reused, lengths, cache)
 
     def forward(
         self,
@@ -207,14 +238,10 @@ class Runner:
         return last_hidden_B_T_D, captured[-1].view(*ids_B_T.shape, -1)
 
 
-def attention_mask(reused_B: Tensor, lengths_B: Tensor, steps: int) -> Tensor:
-    """1 for reused and run tokens, 0 for the padding after each: [B, slots]."""
-    return torch.cat([first_of(reused_B, int(reused_B.max())), first_of(lengths_B, steps)], dim=1).long()
-
-
-def first_of(counts_B: Tensor, size: int) -> Tensor:
-    """Boolean [B, size]: the first `counts_B` of each row."""
-    return torch.arange(size, device=counts_B.device) < counts_B[:, None]
+def attention_mask(reused: Sequence[int], lengths: Sequence[int], steps: int) -> Tensor:
+    """1 for reused and run tokens, 0 for the padding after each: int64 [B, slots], on the host."""
+    parts = [(reused, max(reused)), (lengths, steps)]
+    return torch.cat([torch.arange(size) < torch.tensor(counts)[:, None] for counts, size in parts], dim=1).long()
 
 
 def _first(output: Any) -> Tensor:

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plm_owner_server.engines.base import Encoded, EngineInfo
 from plm_owner_server.engines.drafting import Drafting
-from plm_owner_server.engines.runner import Runner, first_of
+from plm_owner_server.engines.runner import Runner
+from plm_owner_server.engines.to_host import to_host
 from plm_owner_server.engines.vocabulary import logsumexp_top1
 from protocol.errors import Unsupported
 from protocol.head import LMHead
@@ -127,16 +128,20 @@ class TransformersEngine:
         shared = self._runner.shared_states(token_ids, at_most=min(from_position))
         state = self._runner.prefill(token_ids, [shared] * len(token_ids), keep_cache=False)
         rows = [len(ids) - start for ids, start in zip(token_ids, from_position, strict=True)]
-        starts_B = torch.tensor(from_position, device=self._runner.device) - state.reused_B
-        steps = state.token_ids_B_T.shape[1]
-        wanted_B_T = first_of(state.lengths_B, steps) & ~first_of(starts_B, steps)
-        last_hidden_N_D = state.last_hidden_B_T_D[wanted_B_T]
-        logsumexp_N = logsumexp_top1(self.head, last_hidden_N_D)[0].cpu() if with_logsumexp else None
+        places_N = self._runner.send(torch.tensor(state.places(from_position)))
+        cr_N_D, last_hidden_N_D, logsumexp_N = state.cr_B_T_D.flatten(0, 1).index_select(0, places_N), None, None
+        if self._gives_ffn_output:
+            last_hidden_N_D = state.last_hidden_B_T_D.flatten(0, 1).index_select(0, places_N)
+        if with_logsumexp:
+            logsumexp_N, _, _ = logsumexp_top1(self.head, cr_N_D if last_hidden_N_D is None else last_hidden_N_D)
+        ran_B_T, cr_N_D, last_hidden_N_D, logsumexp_N = to_host(
+            state.token_ids_B_T, cr_N_D, last_hidden_N_D, logsumexp_N
+        )
         return Encoded(
             rows=rows,
-            echo=state.echo(token_ids),
-            cr_N_D=state.cr_B_T_D[wanted_B_T].cpu(),
-            last_hidden_N_D=last_hidden_N_D.cpu() if self._gives_ffn_output else None,
+            echo=state.echo(token_ids, ran_B_T),
+            cr_N_D=cr_N_D,
+            last_hidden_N_D=last_hidden_N_D,
             logsumexp_N=logsumexp_N,
         )
 

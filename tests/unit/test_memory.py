@@ -9,7 +9,7 @@ import torch
 
 from data_owner_client.connection import InProcessConnection
 from data_owner_client.data import Pair
-from data_owner_client.memory import ExternalMemory, MemoryRows, build, build_memory
+from data_owner_client.memory import ExternalMemory, MemoryRows, build, build_memory, planning
 from data_owner_client.plm import RemotePlm
 from data_owner_client.tasks import Task
 from plm_owner_server.service import PlmService
@@ -24,7 +24,7 @@ PAIRS = [Pair(f"the {i} thin", f"die {i} Tür{'en' * (i % 4)}") for i in range(1
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_EXAMPLES_PER_SHARD", 4)
-    monkeypatch.setattr(build, "_EXAMPLES_PER_REQUEST", 3)
+    monkeypatch.setattr(planning, "EXAMPLES_PER_REQUEST", 3)
 
 
 class Recorder:

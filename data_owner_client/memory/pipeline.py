@@ -1,0 +1,63 @@
+"""Calls that run ahead of whoever uses their results: as many as keep the server busy, and no more."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from data_owner_client.connection.base import Exchange
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+# A request that waited for less than this part of its own computing time found the server idle before it.
+_IDLE_BELOW = 0.1
+# And one that waited for more than this multiple of it was sent too early.
+_CROWDED_ABOVE = 2.0
+
+
+class Window:
+    """How many calls are in flight, adapted to what the server says of each.
+
+    One computes while the next one waits: then the server never waits for us. If an answer shows that the server was
+    idle before it, the network is slow and more must be on their way; if it waited for long, others use the server,
+    too, and more would only fill its queue. A refusal halves the window.
+
+    Args:
+        start: size to begin with.
+        smallest: size that waiting alone leads to; refusals go down to one.
+        largest: every call in flight holds an answer in memory.
+    """
+
+    def __init__(self, *, start: int = 2, smallest: int = 2, largest: int = 16) -> None:
+        self.size = start
+        self.largest = largest
+        self._smallest = smallest
+
+    def learn(self, exchange: Exchange) -> None:
+        """Adapt to one answer."""
+        timing = exchange.timing
+        if exchange.refused:
+            self.size = max(1, self.size // 2)
+        elif timing is None:
+            return
+        elif timing.queue_ms < _IDLE_BELOW * timing.compute_ms:
+            self.size = min(self.largest, self.size + 1)
+        elif timing.queue_ms > _CROWDED_ABOVE * timing.compute_ms:
+            self.size = min(self.size, max(self._smallest, self.size - 1))
+
+
+def in_order(call: Callable[[_In], _Out], items: Iterable[_In], window: Window) -> Iterator[_Out]:
+    """Results in the order of the items, while further calls run in threads."""
+    waiting: deque[Future[_Out]] = deque()
+    pool = ThreadPoolExecutor(window.largest, thread_name_prefix="pipeline")
+    try:
+        for item in items:
+            waiting.append(pool.submit(call, item))
+            while len(waiting) >= window.size:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # an answer may be minutes away, and nobody waits for it
