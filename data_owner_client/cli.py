@@ -100,6 +100,8 @@ def options(
     """PEMA, the data owner's side: adapt somebody else's language model to your private task."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("data_owner_client").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    # It logs tracebacks of garbled answers, which we are told of, too, and ask for again.
+    logging.getLogger("grpc").setLevel(logging.CRITICAL)
 
 
 @app.command()

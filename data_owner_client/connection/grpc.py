@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import uuid
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -84,11 +85,10 @@ class GrpcConnection:
         self._metadata: tuple[tuple[str, str], ...] = ((CLIENT_METADATA, uuid.uuid4().hex),)
         if api_key:
             self._metadata += ((KEY_METADATA, f"Bearer {api_key}"),)
-        if scheme == "grpcs":
-            self._channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(), _OPTIONS)
-        else:
-            self._channel = grpc.insecure_channel(target, _OPTIONS)
-        self._stub = pema_pb2_grpc.PlmStub(self._channel)  # type: ignore[no-untyped-call]
+        self._target = target
+        self._credentials = grpc.ssl_channel_credentials() if scheme == "grpcs" else None
+        self._dialling = threading.Lock()
+        self._dial()
 
     def close(self) -> None:
         """Close the channel."""
@@ -144,7 +144,22 @@ class GrpcConnection:
             unless_gone=unless_gone,
         )
 
+    def _dial(self) -> None:
+        if self._credentials is None:
+            self._channel = grpc.insecure_channel(self._target, _OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(self._target, self._credentials, _OPTIONS)
+        self._stub = pema_pb2_grpc.PlmStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def _redial(self, channel: grpc.Channel) -> None:
+        """Leave a channel on which a call timed out: its one connection may be dead, and every retry would use it."""
+        with self._dialling:
+            if channel is self._channel:
+                self._dial()
+                channel.close()
+
     def _attempt(self, fetch: _Fetch[_Result], request_id: str) -> tuple[_Result, ServerTiming | None]:
+        channel = self._channel
         try:
             return fetch(
                 {
@@ -153,6 +168,8 @@ class GrpcConnection:
                 }
             )
         except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                self._redial(channel)
             raise self._understood(error, request_id) from error
         except InvalidRequest as error:
             # Of the server's own answer: what the server says of ours comes as a problem, with the request's id.

@@ -1,0 +1,166 @@
+"""A build of a memory among faults, with the real processes: it ends in the same memory, row for row.
+
+Or in a clear error, after which the same command finishes the job.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import support
+from tests.end_to_end import processes
+from tests.end_to_end.faulty_proxy import Fault, faulty_proxy
+from tests.end_to_end.processes import client_command, free_port
+from tests.end_to_end.test_command_line import write_pairs
+
+EXAMPLES = 1100
+ANSWERS_BYTES = 600_000
+"""About as many bytes as the server sends in a whole build."""
+IMPATIENT = ["--timeout", "1.5", "--give-up-after", "20"]
+
+
+class Owner:
+    """The owner's server, which can be killed and comes back on the same ports."""
+
+    def __init__(self, model: Path, log: Path) -> None:
+        # Small requests, so that a build has many, and a fault meets it anywhere.
+        self._flags = ["--model", str(model), "--max-sequences", "32"]
+        self._log = log
+        self.ports = {"http": free_port(), "grpc": free_port()}
+        self.start()
+
+    def start(self) -> None:
+        self.process = processes.start_server(self._log, self.ports["http"], self.ports["grpc"], *self._flags)
+        processes.wait_until_ready(self.process, f"http://127.0.0.1:{self.ports['http']}", self._log)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def owner(tiny_models: support.TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Owner]:
+    owner = Owner(tiny_models["llama"], tmp_path_factory.mktemp("server") / "log")
+    yield owner
+    owner.process.send_signal(signal.SIGTERM)
+    assert owner.process.wait(timeout=30) in (0, -signal.SIGTERM)
+
+
+class Job:
+    """One `build-memory` command, run as often as it takes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pairs = write_pairs(folder.parent / "pairs.jsonl", EXAMPLES, seed=5)
+        self._task = folder.parent / "task.toml"
+        self._task.write_text('name = "tiny"\nsource_label = "In"\ntarget_label = "Out"\n')
+
+    def command(self, url: str) -> list[str]:
+        what = ["--task", self._task, "--input", self._pairs, "--memory", self._folder, "--share-targets"]
+        return client_command(url, "build-memory", *what, *IMPATIENT)
+
+    def start(self, url: str, *, prefix: str = "") -> subprocess.Popen[str]:
+        command = self.command(url)
+        if prefix:
+            command = ["bash", "-c", f"{prefix}; exec {shlex.join(command)}"]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+    def files(self) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(self._folder)): path.read_bytes()
+            for path in sorted(self._folder.rglob("*"))
+            if path.is_file() and not path.name.startswith(".")
+        }
+
+
+def end(process: subprocess.Popen[str]) -> int:
+    """The exit status of a client that was left to itself: 0, or 1 with one clear line."""
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode in (0, 1), errors[-3000:]
+    assert "Traceback" not in errors
+    if process.returncode == 1:
+        line = errors.strip().splitlines()[-1]
+        assert line.startswith("pema-client: "), errors[-3000:]
+        assert len(line) < 400
+    return process.returncode
+
+
+@pytest.fixture(scope="module")
+def undisturbed(owner: Owner, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    job = Job(tmp_path_factory.mktemp("undisturbed") / "memory")
+    assert end(job.start(f"http://127.0.0.1:{owner.ports['http']}")) == 0
+    files = job.files()
+    assert len(files) == 2 * 1 + 3 + 1, list(files)  # two manifests, three shards to train on, one to validate on
+    return files
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+@pytest.mark.parametrize("kind", ["cut", "stall", "garble"])
+def test_one_fault_of_each_kind_in_the_middle(
+    owner: Owner, undisturbed: dict[str, bytes], tmp_path: Path, scheme: str, kind: str
+) -> None:
+    job = Job(tmp_path / "memory")
+    with faulty_proxy(owner.ports[scheme], [Fault(kind, ANSWERS_BYTES // 2)]) as port:  # type: ignore[arg-type]
+        assert end(job.start(f"{scheme}://127.0.0.1:{port}")) == 0
+    assert job.files() == undisturbed
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+@pytest.mark.parametrize("kind", ["cut", "stall", "garble"])
+def test_a_network_that_never_works_ends_in_a_clear_error(owner: Owner, tmp_path: Path, scheme: str, kind: str) -> None:
+    job = Job(tmp_path / "memory")
+    faults = [Fault(kind, 50)] * 100  # type: ignore[arg-type]
+    with faulty_proxy(owner.ports[scheme], faults) as port:
+        assert end(job.start(f"{scheme}://127.0.0.1:{port}")) == 1
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(
+    owner: Owner, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    job, url = Job(tmp_path / "memory"), f"grpc://127.0.0.1:{owner.ports['grpc']}"
+    process = job.start(url, prefix="ulimit -f 16")  # no file of more than 16 KiB: a shard cannot be written
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "cannot be written" in errors
+    assert "Make room" in errors
+    assert "Traceback" not in errors
+    assert end(job.start(url)) == 0
+    assert job.files() == undisturbed
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_schedule_of_faults_loses_or_doubles_a_row(
+    owner: Owner, undisturbed: dict[str, bytes], tmp_path: Path, seed: int
+) -> None:
+    rng, job = random.Random(seed), Job(tmp_path / "memory")
+    scheme = rng.choice(["http", "grpc"])
+    kinds = rng.choices(["cut", "stall", "garble"], weights=[4, 1, 2], k=rng.randint(1, 4))
+    faults = [Fault(kind, int(math.exp(rng.uniform(0, math.log(ANSWERS_BYTES))))) for kind in kinds]  # type: ignore[arg-type]
+    kills = rng.choices(["client", "server", "none"], k=2)
+    with faulty_proxy(owner.ports[scheme], faults) as port:
+        url = f"{scheme}://127.0.0.1:{port}"
+        for kill in kills:
+            if kill == "none":
+                continue
+            process = job.start(url)
+            time.sleep(rng.uniform(1.5, 4.0))
+            if kill == "client":
+                process.kill()
+                process.communicate()
+            else:
+                owner.kill()
+                owner.start()
+                end(process)
+        for _ in range(len(faults) + 1):
+            if end(job.start(url)) == 0:
+                break
+    assert job.files() == undisturbed
