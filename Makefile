@@ -3,6 +3,8 @@
 # make test    format, lint, types and all tests, those on the real models included
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that run tests at the same time; each may need three GiB.
+WORKERS ?= 2
 # Where the CPU build of torch lives; a local wheel that pip knows of (PIP_FIND_LINKS) serves as well.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
@@ -13,10 +15,11 @@ demo: $(VENV)/ready
 	$(BIN)/python -m demo.run
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.build_memory
+	$(BIN)/python -m benchmarks.compact_rows
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -1,0 +1,84 @@
+"""What each number format of the rows costs: the mixture's negative log-likelihood on the demo task's validation pairs.
+
+One memory is built in float32 and brought into the other formats by the very function that the server uses; training
+is the same for all, seed by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from statistics import mean
+from typing import Any, get_args
+
+import torch
+
+from benchmarks import report
+from benchmarks.processes import server
+from data_owner_client import ExternalMemory, TrainingSettings, build_memories, connect, load_task, read_pairs, train
+from data_owner_client.memory import MemoryRows
+from demo import home_assistant
+from protocol.messages import WireDtype
+from protocol.rows import compact
+
+_WORK = report.FOLDER / "compact_rows"
+_PARTS = ("train", "validation")
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer pairs and one seed")
+    arguments = parser.parse_args()
+    pairs_wanted, seeds = (400, 1) if arguments.quick else (4000, 2)
+    torch.set_num_threads(os.cpu_count() or 1)
+    data = _WORK / "data"
+    home_assistant.prepare(data)
+    task = load_task(data / "task.toml")
+    pairs = [read_pairs(data / f"{part}.jsonl") for part in _PARTS]
+    exact = _WORK / f"float32-{pairs_wanted}"
+    figures: dict[str, Any] = {"pairs": pairs_wanted, "seeds": seeds}
+    with (
+        server(_WORK / "server.log") as (_, grpc_port),
+        connect(f"grpc://127.0.0.1:{grpc_port}", dtype="float32") as plm,
+    ):
+        build_memories(
+            plm,
+            task,
+            pairs[0][:pairs_wanted],
+            exact,
+            validation=pairs[1],
+            context_mode="teacher-forced",
+            share_targets=True,
+        )
+        for dtype in get_args(WireDtype):
+            folder, adapter = _WORK / dtype, _WORK / "adapter"
+            shutil.rmtree(folder, ignore_errors=True)
+            bytes_per_row = sum(_converted(exact / part, folder / part, dtype) for part in _PARTS) / len(_PARTS)
+            cards = [train(plm, folder, adapter, settings=TrainingSettings(seed=seed))[1].card for seed in range(seeds)]
+            figures[dtype] = {
+                "bytes_per_row": bytes_per_row,
+                "plm_nll": cards[0].validation["plm_nll"],
+                "mixture_nll": mean(card.validation["mixture_nll"] for card in cards),
+            }
+    for dtype in get_args(WireDtype):
+        figures[dtype]["loss"] = figures[dtype]["mixture_nll"] - figures["float32"]["mixture_nll"]
+    report.write("compact_rows", figures)
+
+
+def _converted(source: Path, target: Path, dtype: WireDtype) -> float:
+    """Write a float32 memory in another format; its bytes per representation, scales included."""
+    exact = ExternalMemory(source)
+    memory = ExternalMemory.create(target, exact.manifest.plan.model_copy(update={"dtype": dtype}))
+    rows = exact.load()
+    cr_N_D, cr_scale_N = compact(rows.cr_N_D, dtype, "rows")
+    memory.append(
+        MemoryRows(cr_N_D, rows.target_N, rows.rows_E, rows.source_tokens_E, rows.logsumexp_N, cr_scale_N=cr_scale_N)
+    )
+    return (cr_N_D.nbytes + (0 if cr_scale_N is None else cr_scale_N.nbytes)) / len(cr_N_D)
+
+
+if __name__ == "__main__":
+    main()
