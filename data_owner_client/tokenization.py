@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 from protocol.errors import InvalidData, ProtocolViolation, Unsupported
 from protocol.messages import TokenizerBundle
 
+_BLOCK = 256
+_NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 ChatMessages = list[dict[str, str]]
 
 
@@ -75,7 +77,13 @@ class PlmTokenizer:
 
     def _ids_containing(self, text: str) -> frozenset[int]:
         r"""All tokens whose own text contains `text`: in many vocabularies a newline hides in tokens such as `.\n`."""
-        ids = list(range(self._tokenizer.get_vocab_size()))
+        size = self._tokenizer.get_vocab_size()
+        # Many tokens at once first, as one by one takes long; bytes that make no character together may do so alone.
+        blocks = [list(range(start, min(start + _BLOCK, size))) for start in range(0, size, _BLOCK)]
+        joint = self._tokenizer.decode_batch(blocks, skip_special_tokens=False)
+        ids = [
+            i for block, own in zip(blocks, joint, strict=True) if text in own or _NO_CHARACTER in own for i in block
+        ]
         texts = self._tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
         return frozenset(i for i, token in zip(ids, texts, strict=True) if text in token)
 

@@ -130,3 +130,10 @@ def test_every_token_with_a_newline_stops(tokenizer: PlmTokenizer) -> None:
     assert all("\n" in tokenizer.decode([i]) for i in ids)
     others = set(range(3, support.VOCAB_SIZE)) - ids
     assert not any("\n" in tokenizer.decode([i]) for i in others)
+
+
+def test_tokens_that_contain_a_text_are_found_among_all(tokenizer: PlmTokenizer) -> None:
+    inner = tokenizer._tokenizer
+    texts = [inner.decode([i], skip_special_tokens=False) for i in range(inner.get_vocab_size())]
+    for text in sorted({text for text in texts if text}):
+        assert tokenizer.ids_containing(text) == {i for i, own in enumerate(texts) if text in own}, text
