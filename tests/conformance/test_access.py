@@ -1,7 +1,8 @@
-"""The key and the account of a call's time, over both transports."""
+"""What goes with a call besides its answer, over both transports: the key, the id, the account of its time."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -10,7 +11,7 @@ import pytest
 
 from data_owner_client.connection import Connection, Exchange, open_connection
 from plm_owner_server.service import PlmService
-from protocol.errors import Unauthenticated
+from protocol.errors import InvalidRequest, Unauthenticated
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from tests.support import serve, serve_over_grpc
 
@@ -49,6 +50,26 @@ def test_probes_need_no_key_and_browsers_are_told_how(tiny_service: PlmService) 
         refused = httpx.get(f"{url}/v1/model")
     assert refused.status_code == 401
     assert refused.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("server", SERVERS.values(), ids=SERVERS)
+def test_both_sides_log_the_same_id_and_errors_name_it(
+    server: Callable[..., AbstractContextManager[str]], tiny_service: PlmService, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with server(tiny_service) as url:
+        connection = open_connection(url)
+        CALLS["encode"](connection)
+        with pytest.raises(InvalidRequest) as caught:
+            connection.encode(EncodeRequest(token_ids=[[]], from_position=[0]))
+        connection.close()
+    ours, theirs = (
+        {record.getMessage().split()[0] for record in caplog.records if record.name.startswith(name)}
+        for name in ("data_owner_client.connection", "plm_owner_server")
+    )
+    assert len(ours) == 2
+    assert ours <= theirs
+    assert caught.value.request_id in ours
 
 
 @pytest.mark.parametrize("server", SERVERS.values(), ids=SERVERS)
