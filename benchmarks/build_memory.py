@@ -131,6 +131,7 @@ def _many_clients(effort: Effort, rounds: int, threads: int) -> dict[str, Any]:
     spread: dict[int, list[float]] = {count: [] for count in _CLIENTS}
     with server(_LOG, "--threads", str(threads)) as (rest_port, grpc_port):
         urls = [f"http://127.0.0.1:{rest_port}", f"grpc://127.0.0.1:{grpc_port}"]
+        build_at_once(urls[:1], _DATA, [range(8)], _MEMORY)  # warm, and what the prompts begin with is known
         for _ in range(rounds):
             for count in _CLIENTS:
                 spans = list(_spans(count, effort.per_client))

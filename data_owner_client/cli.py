@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any, NoReturn, ParamSpec
 
 import torch
 import typer
@@ -67,6 +67,13 @@ app = typer.Typer(
 )
 
 
+def _leave(message: str, *, status: int) -> NoReturn:
+    """End at once. sys.exit would wait for threads that wait for the server; every file is written whole or not."""
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    os._exit(status)
+
+
 def _clear_errors(command: Callable[_P, None]) -> Callable[_P, None]:
     """Errors as one line that says what to do, and exit status 1; never a traceback for a user's mistake."""
 
@@ -75,15 +82,10 @@ def _clear_errors(command: Callable[_P, None]) -> Callable[_P, None]:
         try:
             command(*args, **kwargs)
         except PemaError as error:
-            sys.exit(f"pema-client: {error}")
+            _leave(f"pema-client: {error}", status=1)
         except KeyboardInterrupt:
-            print(
-                "pema-client: interrupted; run the same command again (build-memory goes on where it was).",
-                file=sys.stderr,
-                flush=True,
-            )
-            # Not sys.exit: it would wait for threads that wait for the server. Every file is written whole or not.
-            os._exit(_INTERRUPTED)
+            again = "run the same command again (build-memory goes on where it was)"
+            _leave(f"pema-client: interrupted; {again}.", status=_INTERRUPTED)
         except BrokenPipeError:
             # The reader of our output, such as head, has gone.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -134,7 +136,11 @@ def doctor(
     - `pema-client doctor --server https://plm.example.com`
     - `pema-client doctor --memory memory --adapter adapter --json`
     """
-    impatient = replace(server, give_up_after=min(server.give_up_after, _DOCTOR_WAITS_S))
+    impatient = replace(
+        server,
+        give_up_after=min(server.give_up_after, _DOCTOR_WAITS_S),
+        timeout=min(server.timeout, 3 * _DOCTOR_WAITS_S),
+    )
     diagnosis = diagnose(
         impatient.connect,
         memory if memory is not None else [path for path in [Path("memory")] if path.is_dir()],

@@ -15,7 +15,7 @@ from data_owner_client.connection import Exchange
 from data_owner_client.memory import ExternalMemory
 from data_owner_client.memory.store import MANIFEST, ModelIdentity
 from data_owner_client.plm import RemotePlm
-from protocol.errors import ConnectionFailed, InvalidData, NotReady, PemaError, Unauthenticated
+from protocol.errors import ConnectionFailed, InvalidData, PemaError, Unauthenticated
 
 _TRIPS = 5
 _PROBE = "The quick brown fox jumps over the lazy dog."
@@ -120,8 +120,6 @@ def _unreachable(error: PemaError) -> Finding:
         cause = str(error.__cause__).lower()
         reason = next((words for signs, words in _REASONS if any(sign in cause for sign in signs)), "")
         return Finding(check="server", ok=False, detail=f"{error.detail} {reason}".rstrip(), advice=error.hint)
-    if isinstance(error, NotReady):
-        return Finding(check="server", ok=False, detail="It is there, but not ready yet.", advice="Wait for its model.")
     check = "key" if isinstance(error, Unauthenticated) else "server"
     return Finding(check=check, ok=False, detail=error.detail, advice=error.hint)
 
@@ -180,7 +178,8 @@ def _advice(trip: RoundTrip) -> str:
 
 def _tokens_per_s(plm: RemotePlm) -> float:
     limits = plm.card.limits
-    sequences, tokens = min(_BULK_SEQUENCES, limits.max_sequences), min(_BULK_TOKENS, limits.max_sequence_tokens)
+    sequences = min(_BULK_SEQUENCES, limits.max_sequences, limits.max_rows)
+    tokens = min(_BULK_TOKENS, limits.max_sequence_tokens)
     # No two begin alike, or the server would know some of them.
     ids = [[(1 + i + sequences * j) % plm.card.vocab_size for j in range(tokens)] for i in range(sequences)]
     started = time.perf_counter()

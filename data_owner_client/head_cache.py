@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from data_owner_client.files import write_atomically
@@ -19,7 +20,7 @@ from protocol.messages import DTYPES, HeadRows, ModelCard
 
 # Bytes of one piece: what a cut connection may cost, and what is in memory at a time.
 _PIECE_BYTES = 16 * 2**20
-_COMPLETE = "complete"
+_COMPLETE, _PIECES = "complete", "rows-*-*.safetensors"
 
 
 class CachedHead:
@@ -55,40 +56,50 @@ class CachedHead:
             ProtocolViolation: the rows are not those of the digest; they are thrown away.
             InvalidData: the disk is full, or a piece on it was damaged.
         """
-        if self.complete:
-            return
-        card, done = self._card, self.rows
-        row_bytes = card.hidden_size * DTYPES[card.head_dtype].itemsize
-        step = max(1, min(card.limits.max_head_rows, _PIECE_BYTES // row_bytes))
-        with (reporter or Reporter()).bar("LM head", card.vocab_size, "rows", done=done) as bar:
-            for start in range(done, card.vocab_size, step):
-                stop = min(start + step, card.vocab_size)
-                write_atomically(self._path(start, stop), ask(start, stop).to_bytes())
-                bar.advance(stop - start)
-        self.verify()
-        write_atomically(self.folder / _COMPLETE, b"")
+        with self._only_writer():
+            if self.complete:
+                return
+            card, done = self._card, self.rows
+            row_bytes = card.hidden_size * DTYPES[card.head_dtype].itemsize
+            step = max(1, min(card.limits.max_head_rows, _PIECE_BYTES // row_bytes))
+            with (reporter or Reporter()).bar("LM head", card.vocab_size, "rows", done=done) as bar:
+                for start in range(done, card.vocab_size, step):
+                    stop = min(start + step, card.vocab_size)
+                    write_atomically(self._path(start, stop), ask(start, stop).to_bytes())
+                    bar.advance(stop - start)
+            self.verify()
+            write_atomically(self.folder / _COMPLETE, b"")
 
     def verify(self) -> None:
         """Check all rows against the digest.
 
         Raises:
             ProtocolViolation: they are others; they are thrown away.
+            InvalidData: not all are there, or a piece is damaged.
         """
-        digest, biases = hashlib.sha256(), list[Tensor]()
+        digest, biases, head = hashlib.sha256(), list[Tensor](), None
         for piece in self._pieces():
-            digest.update(raw_bytes(piece.weight_N_D))
-            biases += [] if piece.bias_N is None else [piece.bias_N]
+            head = piece.head()
+            digest.update(raw_bytes(head.weight_V_D))
+            biases += [] if head.bias_V is None else [head.bias_V]
         for bias_N in biases:
             digest.update(raw_bytes(bias_N))
+        if head is not None:
+            digest.update(head.trailer())
         if digest.hexdigest() != self._card.head_digest:
-            shutil.rmtree(self.folder)
+            for path in (self.folder / _COMPLETE, *self.folder.glob(_PIECES)):
+                path.unlink(missing_ok=True)
             raise ProtocolViolation(
                 "The rows of the LM head are not those that its digest was made of; they were thrown away.",
                 hint="Run this again. If it happens again, ask the owner.",
             )
 
     def load(self) -> LMHead:
-        """The head in the model's own dtype: V × D values in memory, and one piece."""
+        """The head in the model's own dtype: V × D values in memory, and one piece.
+
+        Raises:
+            InvalidData: not all rows are there, or a piece is damaged.
+        """
         card = self._card
         weight_V_D = torch.empty(card.vocab_size, card.hidden_size, dtype=DTYPES[card.head_dtype])
         biases, at = list[Tensor](), 0
@@ -98,24 +109,41 @@ class CachedHead:
             at += len(piece.weight_N_D)
         return LMHead(weight_V_D, torch.cat(biases) if biases else None, piece.logit_scale, piece.softcap)
 
+    @contextmanager
+    def _only_writer(self) -> Iterator[None]:
+        lock = FileLock(self.folder / ".lock")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except OSError as error:
+            raise InvalidData(f"{self.folder} cannot be written to: {error.strerror}.", hint="Mend it.") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     def _spans(self) -> Iterator[tuple[int, int]]:
         """Ranges of the pieces that follow each other without a gap, from the first row on."""
-        there = {}
-        for path in self.folder.glob("rows-*-*.safetensors"):
-            _, start, stop = path.stem.split("-")
-            there[int(start)] = int(stop)
+        there: dict[int, int] = {}
+        for path in self.folder.glob(_PIECES):
+            start, stop = map(int, path.stem.split("-")[1:])
+            there[start] = max(stop, there.get(start, 0))
         at = 0
         while at in there:
             yield at, there[at]
             at = there[at]
 
     def _pieces(self) -> Iterator[HeadRows]:
-        for start, stop in self._spans():
+        """All pieces, from the first row to the last."""
+        spans = list(self._spans())
+        if not spans or spans[-1][1] != self._card.vocab_size:
+            raise InvalidData(f"{self.folder} does not hold all rows.", hint="Fetch them: pema-client fetch-head.")
+        for start, stop in spans:
             path = self._path(start, stop)
             try:
                 yield HeadRows.from_bytes(path.read_bytes())
-            except InvalidRequest as error:
-                path.unlink()
+            except (OSError, InvalidRequest) as error:
+                path.unlink(missing_ok=True)
                 raise InvalidData(f"{path} was damaged, and was deleted.", hint="Run this again.") from error
 
     def _path(self, start: int, stop: int) -> Path:

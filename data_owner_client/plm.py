@@ -93,12 +93,15 @@ class RemotePlm:
     @cached_property
     def tokenizer(self) -> PlmTokenizer:
         """The model's tokenizer, from the cache if it is there."""
-        path = None if self._cache is None else self._cache / "tokenizers" / f"{self.card.tokenizer_digest}.json"
-        if path is not None and (cached := _read_bundle(path)) is not None:
+        digest = self.card.tokenizer_digest
+        path = None if self._cache is None else self._cache / "tokenizers" / f"{digest}.json"
+        if path is not None and (cached := _read_bundle(path)) is not None and cached.digest == digest:
             return PlmTokenizer(cached)
         bundle = self._connection.tokenizer()
-        if bundle.digest != self.card.tokenizer_digest:
-            raise ProtocolViolation("The tokenizer is not the one of the model card.", hint="Has the server changed?")
+        if bundle.digest != digest:
+            raise ProtocolViolation(
+                "The tokenizer is not the one of the model card.", hint="Run this again. Has the server changed?"
+            )
         if path is not None:
             with suppress(InvalidData):  # a cache that cannot be written to is no reason to stop
                 write_atomically(path, bundle.to_json())

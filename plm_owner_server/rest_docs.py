@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi import Depends
+from fastapi.security import HTTPBearer
+
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import PROBLEM_JSON
 from protocol.messages import (
@@ -28,13 +31,18 @@ Context representations, LM-head rows and next-token distributions of a language
 **Two forms.** Bodies are `{BINARY}` or `{JSON}`; answers are binary unless `Accept: {JSON}` asks for JSON.
 The binary form is a safetensors container: tensor fields are entries under their own name, ragged token ids are two
 int32 entries (`token_ids.values`, `token_ids.lengths`), all other fields are a JSON object in the container's
-`__metadata__` under the key `message`.
+`__metadata__` under the key `message`. An int64 entry `crc32` may give the CRC-32 of that object's text and of all
+other entries' bytes in the order of their names.
+
+**Keys.** Where the owner asks for one, every call but the probes wants `Authorization: Bearer <key>`.
 
 **Stateless.** Every call carries all that it needs; any call can be repeated.
 
 **Errors** are `{PROBLEM_JSON}` (RFC 9457) with a `hint` that says what to do.
 """
 
+# For the page's "Authorize" button alone: the key itself is checked elsewhere, for both transports.
+_SHOWN_KEY = Depends(HTTPBearer(auto_error=False, description="The owner's key, if one is asked for"))
 _PROBLEM_EXAMPLE = {
     "type": "urn:pema:error:over-limit",
     "title": "Over limit",
@@ -64,6 +72,8 @@ def _route(
         "description": description,
         "responses": {200: {"description": "Success", "content": content}, "default": problem},
     }
+    if answer is not None:
+        route["dependencies"] = [_SHOWN_KEY]
     if request is not None:
         body = {
             JSON: {"schema": _schema(request), "example": request_example},
@@ -96,14 +106,14 @@ MODEL = _route(
     ModelCard,
     {
         "name": "gemma-3-270m",
-        "digest": "9d3c…",
-        "tokenizer_digest": "41be…",
+        "digest": "9d3c" * 16,
+        "tokenizer_digest": "41be" * 16,
         "cr_kind": "last_hidden_state",
         "hidden_size": 640,
         "vocab_size": 262144,
         "dtype": "float32",
         "head_dtype": "float32",
-        "head_digest": "7c0e…",
+        "head_digest": "7c0e" * 16,
         "head_policy": "full",
         "eos_token_ids": [1],
         "limits": {
@@ -123,19 +133,18 @@ TOKENIZER = _route(
         "tokenizer_json": "{…}",
         "chat_template": "{{ bos_token }}…",
         "special_tokens": {"bos_token": "<bos>"},
-        "digest": "41be…",
     },
     description="Answers 304 to a known `If-None-Match`.",
 )
 LM_HEAD_RANGE = _route(
     HeadRows,
-    {"digest": "9d3c…", "vocab_size": 262144, "weight_N_D": [[0.01, -0.02], [0.03, 0.0]], "logit_scale": 1.0},
+    {"digest": "9d3c" * 16, "vocab_size": 262144, "weight_N_D": [[0.01, -0.02], [0.03, 0.0]], "logit_scale": 1.0},
     description="The rows [start, stop). Has an ETag; answers 304 to a known `If-None-Match`.",
     tensors=True,
 )
 LM_HEAD = _route(
     HeadRows,
-    {"digest": "9d3c…", "vocab_size": 262144, "weight_N_D": [[0.01, -0.02], [0.03, 0.0]], "logit_scale": 1.0},
+    {"digest": "9d3c" * 16, "vocab_size": 262144, "weight_N_D": [[0.01, -0.02], [0.03, 0.0]], "logit_scale": 1.0},
     HeadRequest,
     {"token_ids": [107, 9259], "dtype": "float32"},
     description="Chosen rows (`token_ids`), or a range (`start`, `stop`).",
@@ -144,7 +153,7 @@ LM_HEAD = _route(
 ENCODE = _route(
     EncodeResponse,
     {
-        "digest": "9d3c…",
+        "digest": "9d3c" * 16,
         "echo": [3602296266],
         "rows_B": [2],
         "cr_N_D": [[0.5, -1.2], [0.1, 2.0]],
@@ -157,7 +166,7 @@ ENCODE = _route(
 DECODE = _route(
     DecodeResponse,
     {
-        "digest": "9d3c…",
+        "digest": "9d3c" * 16,
         "echo": [3602296266],
         "rows_B": [2],
         "cr_N_D": [[0.5, -1.2], [0.1, 2.0]],
@@ -173,7 +182,7 @@ DECODE = _route(
 )
 DISTRIBUTION = _route(
     DistributionResponse,
-    {"digest": "9d3c…", "token_ids_K": [236764, 236888], "logprob_K": [-1.4, -1.7], "tokens": [",", "!"]},
+    {"digest": "9d3c" * 16, "token_ids_K": [236764, 236888], "logprob_K": [-1.4, -1.7], "tokens": [",", "!"]},
     DistributionRequest,
     {"text": "Hello world", "top_k": 2},
     description="`token_ids` instead of `text` if you have them; `template: chat` wraps the text in the chat template; "

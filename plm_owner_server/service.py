@@ -68,10 +68,7 @@ def bundle_tokenizer(tokenizer: PreTrainedTokenizerFast) -> TokenizerBundle:
     tokenizer_json = tokenizer.backend_tokenizer.to_str()
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    digest = hashlib.sha256("\0".join([tokenizer_json, template or "", repr(sorted(special.items()))]).encode())
-    return TokenizerBundle(
-        tokenizer_json=tokenizer_json, chat_template=template, special_tokens=special, digest=digest.hexdigest()
-    )
+    return TokenizerBundle(tokenizer_json=tokenizer_json, chat_template=template, special_tokens=special)
 
 
 class PlmService:
@@ -370,6 +367,7 @@ def _head_digest(head: LMHead) -> str:
     digest = hashlib.sha256()
     for part in (*head.weight_V_D.split(_ROWS_AT_ONCE), *([] if head.bias_V is None else [head.bias_V])):
         digest.update(raw_bytes(part.cpu()))
+    digest.update(head.trailer())
     return digest.hexdigest()
 
 

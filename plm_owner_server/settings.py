@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from platformdirs import user_cache_path
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from protocol.messages import CrKind
@@ -43,6 +43,14 @@ class ServerSettings(BaseSettings):
         min_length=8,
         description="Key that clients must show. Set it as PEMA_API_KEY: everybody on the machine can see flags.",
     )
+
+    @field_validator("api_key")
+    @classmethod
+    def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not (value.get_secret_value().isascii() and value.get_secret_value().isprintable()):
+            raise ValueError("it has characters that no header can carry")
+        return value
+
     cr_kind: CrKind = Field(
         default="last_hidden_state",
         description="Representation served: the LM head's own input, or the last feed-forward output as in the paper.",

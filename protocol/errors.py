@@ -22,6 +22,7 @@ Every error carries a `hint`: what to do about it. Errors never carry text, toke
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 PROBLEM_JSON = "application/problem+json"
@@ -154,16 +155,22 @@ def to_problem(error: PemaError) -> dict[str, Any]:
     return problem
 
 
-def from_problem(problem: dict[str, Any], status: int) -> PemaError:
-    """The error that a problem document describes; one of unknown type becomes the base class of its status."""
-    code = str(problem.get("type", "")).removeprefix(_TYPE_PREFIX)
+def from_problem(problem: object, status: int) -> PemaError:
+    """The error that a problem document describes; one of unknown type becomes the base class of its status.
+
+    The document comes from the other side, so nothing is taken for granted.
+    """
+    fields = problem if isinstance(problem, dict) else {}
+    code = str(fields.get("type", "")).removeprefix(_TYPE_PREFIX)
     cls = _BY_CODE.get(code) or (InvalidRequest if 400 <= status < 500 else ServerFault)
-    retry_after_s = problem.get("retry_after_s")
+    retry_after_s, request_id = fields.get("retry_after_s"), fields.get("request_id")
+    if not isinstance(retry_after_s, (int, float)) or not math.isfinite(retry_after_s) or retry_after_s < 0:
+        retry_after_s = None
     return cls(
-        str(problem.get("detail") or problem.get("title") or f"the server answered HTTP {status}"),
-        hint=str(problem.get("hint") or ""),
-        retry_after_s=float(retry_after_s) if isinstance(retry_after_s, (int, float)) else None,
-        request_id=problem.get("request_id"),
+        str(fields.get("detail") or fields.get("title") or f"the server answered HTTP {status}"),
+        hint=str(fields.get("hint") or ""),
+        retry_after_s=retry_after_s,
+        request_id=None if request_id is None else str(request_id),
     )
 
 

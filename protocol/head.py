@@ -7,6 +7,7 @@ P_PEMA lives on exactly the scale of the owner's P_PLM.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,10 @@ class LMHead:
         if self.softcap is not None:
             logits_N_V = torch.tanh(logits_N_V / self.softcap) * self.softcap
         return logits_N_V
+
+    def trailer(self) -> bytes:
+        """What belongs to the head besides weight and bias, for digests: scale and soft-cap."""
+        return json.dumps([self.logit_scale, self.softcap]).encode()
 
     def rows(self, index_C: Tensor | slice) -> LMHead:
         """The head of a part of the vocabulary."""

@@ -5,7 +5,9 @@ Rows of several sequences are concatenated in the order of the sequences; `rows_
 
 from __future__ import annotations
 
-from typing import Literal
+import hashlib
+from functools import cached_property
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -25,6 +27,10 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""SHA-256 in hexadecimal. Clients name files by it, so nothing else may pass for one."""
+
+
 class Limits(Message):
     """What one request may ask for."""
 
@@ -40,14 +46,16 @@ class ModelCard(Message):
     """Who the model is and what may be asked of it."""
 
     name: str
-    digest: str = Field(description="over weights, tokenizer and kind of CR; stamped into every memory and adapter")
-    tokenizer_digest: str
+    digest: Digest = Field(description="over weights, tokenizer and kind of CR; stamped into every memory and adapter")
+    tokenizer_digest: Digest
     cr_kind: CrKind
     hidden_size: int = Field(description="D")
     vocab_size: int = Field(description="V, the number of rows of the LM head")
     dtype: str = Field(description="dtype that the model computes in")
     head_dtype: HeadDtype = Field(description="dtype of the LM head's weight")
-    head_digest: str = Field(description="SHA-256 over the LM head's rows in head_dtype, then its bias if it has one")
+    head_digest: Digest = Field(
+        description="SHA-256 over the LM head's rows in head_dtype, its bias if it has one, then its scale and soft-cap"
+    )
     head_policy: Literal["full"] = Field(description="which rows of the LM head a client may have")
     eos_token_ids: list[int] = Field(description="tokens after which the model itself would stop")
     limits: Limits
@@ -60,7 +68,12 @@ class TokenizerBundle(Message):
     tokenizer_json: str = Field(description="the fast tokenizer's own file (`tokenizers.Tokenizer.from_str`)")
     chat_template: str | None = Field(description="the model's Jinja chat template, if it has one")
     special_tokens: dict[str, str] = Field(description="bos_token, eos_token, …, as the chat template expects them")
-    digest: str
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all of it, in hexadecimal."""
+        special = repr(sorted(self.special_tokens.items()))
+        return hashlib.sha256("\0".join([self.tokenizer_json, self.chat_template or "", special]).encode()).hexdigest()
 
 
 class HeadRequest(Message):

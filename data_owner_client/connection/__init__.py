@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
 from contextlib import suppress
-from urllib.parse import urlsplit
 
 import httpx
 
 from data_owner_client.connection.base import Calls, Connection, Exchange
 from data_owner_client.connection.grpc import GrpcConnection
 from data_owner_client.connection.in_process import InProcessConnection
-from data_owner_client.connection.rest import RestConnection
+from data_owner_client.connection.rest import RestConnection, is_loopback
 from data_owner_client.connection.retries import GIVE_UP_AFTER_S
 from protocol.errors import InvalidRequest
 
@@ -48,7 +46,9 @@ def open_connection(
         InvalidRequest: the URL is none, its scheme is not known, or the key would travel in the clear.
     """
     scheme, _, rest = url.partition("://")
-    if api_key and scheme in ("http", "grpc") and not insecure and not _is_loopback(url):
+    if api_key and not (api_key.isascii() and api_key.isprintable()):
+        raise InvalidRequest("The key has characters that no header can carry.", hint="Copy it again.")
+    if api_key and scheme in ("http", "grpc") and not insecure and not is_loopback(url):
         raise InvalidRequest(
             f"The key would travel to {url} in the clear, for everybody on the way to read.",
             hint="Use https:// or grpcs://. If the network is yours alone, say --insecure.",
@@ -62,10 +62,3 @@ def open_connection(
         f"{url!r} is no address of a PLM server.",
         hint="Give one like http://127.0.0.1:8000, grpc://127.0.0.1:8001 or https://plm.example.com.",
     )
-
-
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"

@@ -48,21 +48,21 @@ class Calls(Protocol):
 
 @dataclass(frozen=True)
 class Exchange:
-    """A call that was answered.
+    """One attempt of a call that the server answered, be it with a refusal because it had too much to do.
 
     Attributes:
         call: its name.
         request_id: under which both sides logged it.
-        seconds: from sending the request (its last attempt) to having read the answer.
-        refused: attempts before that the server turned away because it had too much to do.
+        seconds: from sending the request to having read the answer.
+        refused: whether it was turned away.
         timing: where the server says that the time went, if it does.
     """
 
     call: str
     request_id: str
     seconds: float
-    refused: int
-    timing: ServerTiming | None
+    refused: bool = False
+    timing: ServerTiming | None = None
 
 
 Observer = Callable[[Exchange], None]

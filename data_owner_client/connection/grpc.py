@@ -6,16 +6,16 @@ import json
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
 
-from data_owner_client.connection.base import Observer
-from data_owner_client.connection.retries import GIVE_UP_AFTER_S, answered
+from data_owner_client.connection.retries import GIVE_UP_AFTER_S, Attempts
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.errors import (
     ConnectionFailed,
-    InvalidRequest,
     PayloadTooLarge,
     PemaError,
     ProtocolViolation,
@@ -50,12 +50,24 @@ _OPTIONS = [
     # Pieces are of a MiB or so, but one sequence is never divided, and a long one at a large D is larger.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    # A call may compute for minutes without a byte on the wire, and proxies drop connections that seem idle.
+    # A call may compute for minutes without a byte on the wire, and proxies drop connections that seem idle, often
+    # after a minute. Without the last of these gRPC would ping less and less often.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Else a new channel to the same server would share the connection of the one that was left as dead.
+    ("grpc.use_local_subchannel_pool", 1),
 ]
 _Attempt = dict[str, Any]  # the arguments of one attempt: its time-out and metadata
-_Fetch = Callable[[_Attempt], tuple[_Result, ServerTiming | None]]
+_Fetch = Callable[[Any, _Attempt], tuple[_Result, ServerTiming | None]]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A channel and its stub, which belong together."""
+
+    channel: grpc.Channel
+    stub: Any
 
 
 class GrpcConnection:
@@ -64,7 +76,7 @@ class GrpcConnection:
     Args:
         url: where the server listens, `grpc://host:port`, or `grpcs://host:port` for TLS.
         api_key: sent with every call.
-        timeout_s: longest wait for an answer, in seconds.
+        timeout_s: longest time that one attempt may take, in seconds.
         give_up_after_s: how long a call that fails on the way is made again, in seconds.
     """
 
@@ -77,10 +89,10 @@ class GrpcConnection:
         give_up_after_s: float = GIVE_UP_AFTER_S,
     ) -> None:
         scheme, _, target = url.partition("://")
-        self.observers: list[Observer] = []
         self._url = url
         self._timeout_s = timeout_s
-        self._give_up_after_s = give_up_after_s
+        self._attempts = Attempts(give_up_after_s)
+        self.observers = self._attempts.observers
         # The server is fair between clients, which may share an address.
         self._metadata: tuple[tuple[str, str], ...] = ((CLIENT_METADATA, uuid.uuid4().hex),)
         if api_key:
@@ -88,22 +100,24 @@ class GrpcConnection:
         self._target = target
         self._credentials = grpc.ssl_channel_credentials() if scheme == "grpcs" else None
         self._dialling = threading.Lock()
-        self._dial()
+        self._line = self._dialled()
 
     def close(self) -> None:
         """Close the channel."""
-        self._channel.close()
+        self._attempts.close()
+        with self._dialling:
+            self._line.channel.close()
 
     def model_card(self) -> ModelCard:
-        def fetch(attempt: _Attempt) -> ModelCard:
-            return from_proto(self._stub.GetModelCard(pema_pb2.GetModelCardRequest(), **attempt), ModelCard)
+        def fetch(stub: Any, attempt: _Attempt) -> ModelCard:
+            return from_proto(stub.GetModelCard(pema_pb2.GetModelCardRequest(), **attempt), ModelCard)
 
         # The first call of every command: a server that is not there should be said at once, not after a minute.
         return self._call("GetModelCard", _untimed(fetch), unless_gone=True)
 
     def tokenizer(self) -> TokenizerBundle:
-        def fetch(attempt: _Attempt) -> TokenizerBundle:
-            pieces = self._stub.GetTokenizer(pema_pb2.GetTokenizerRequest(), **attempt)
+        def fetch(stub: Any, attempt: _Attempt) -> TokenizerBundle:
+            pieces = stub.GetTokenizer(pema_pb2.GetTokenizerRequest(), **attempt)
             return TokenizerBundle.from_json(b"".join(piece.data for piece in pieces))
 
         return self._call("GetTokenizer", _untimed(fetch))
@@ -111,24 +125,24 @@ class GrpcConnection:
     def lm_head(self, request: HeadRequest) -> HeadRows:
         proto = to_proto(request, pema_pb2.HeadRequest())
 
-        def fetch(attempt: _Attempt) -> HeadRows:
-            return join_head([from_proto(piece, HeadRows) for piece in self._stub.GetLmHead(proto, **attempt)])
+        def fetch(stub: Any, attempt: _Attempt) -> HeadRows:
+            return join_head([from_proto(piece, HeadRows) for piece in stub.GetLmHead(proto, **attempt)])
 
         return self._call("GetLmHead", _untimed(fetch))
 
     def encode(self, request: EncodeRequest) -> EncodeResponse:
         call = pema_pb2.EncodeCall(request=to_proto(request, pema_pb2.EncodeRequest()))
-        return self._call("Encode", lambda attempt: _rows(self._stub.Encode, call, EncodeResponse, attempt))
+        return self._call("Encode", lambda stub, attempt: _rows(stub.Encode, call, EncodeResponse, attempt))
 
     def decode(self, request: DecodeRequest) -> DecodeResponse:
         call = pema_pb2.DecodeCall(request=to_proto(request, pema_pb2.DecodeRequest()))
-        return self._call("Decode", lambda attempt: _rows(self._stub.Decode, call, DecodeResponse, attempt))
+        return self._call("Decode", lambda stub, attempt: _rows(stub.Decode, call, DecodeResponse, attempt))
 
     def distribution(self, request: DistributionRequest) -> DistributionResponse:
         proto = to_proto(request, pema_pb2.DistributionRequest())
 
-        def fetch(attempt: _Attempt) -> DistributionResponse:
-            return from_proto(self._stub.GetNextTokenDistribution(proto, **attempt), DistributionResponse)
+        def fetch(stub: Any, attempt: _Attempt) -> DistributionResponse:
+            return from_proto(stub.GetNextTokenDistribution(proto, **attempt), DistributionResponse)
 
         return self._call("GetNextTokenDistribution", _untimed(fetch))
 
@@ -136,56 +150,54 @@ class GrpcConnection:
         def attempt(request_id: str) -> tuple[_Result, ServerTiming | None]:
             return self._attempt(fetch, request_id)
 
-        return answered(
-            f"gRPC {name}",
-            attempt,
-            self.observers,
-            give_up_after_s=self._give_up_after_s,
-            unless_gone=unless_gone,
-        )
+        return self._attempts.until_answered(f"gRPC {name}", attempt, unless_gone=unless_gone)
 
-    def _dial(self) -> None:
+    def _dialled(self) -> _Line:
         if self._credentials is None:
-            self._channel = grpc.insecure_channel(self._target, _OPTIONS)
+            channel = grpc.insecure_channel(self._target, _OPTIONS)
         else:
-            self._channel = grpc.secure_channel(self._target, self._credentials, _OPTIONS)
-        self._stub = pema_pb2_grpc.PlmStub(self._channel)  # type: ignore[no-untyped-call]
+            channel = grpc.secure_channel(self._target, self._credentials, _OPTIONS)
+        return _Line(channel, pema_pb2_grpc.PlmStub(channel))  # type: ignore[no-untyped-call]
 
-    def _redial(self, channel: grpc.Channel) -> None:
-        """Leave a channel on which a call timed out: its one connection may be dead, and every retry would use it."""
+    def _leave(self, line: _Line) -> None:
+        """Take another line after a time-out: this one's connection may be dead, and every retry would use it.
+
+        It is not closed, for other calls may still be answered on it; it goes with the last of them.
+        """
         with self._dialling:
-            if channel is self._channel:
-                self._dial()
-                channel.close()
+            if line is self._line:
+                self._line = self._dialled()
 
     def _attempt(self, fetch: _Fetch[_Result], request_id: str) -> tuple[_Result, ServerTiming | None]:
-        channel = self._channel
+        line, metadata = self._line, ((REQUEST_ID_METADATA, request_id), *self._metadata)
         try:
-            return fetch(
-                {
-                    "timeout": self._timeout_s,
-                    "metadata": ((REQUEST_ID_METADATA, request_id), *self._metadata),
-                }
-            )
+            return fetch(line.stub, {"timeout": self._timeout_s, "metadata": metadata})
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-                self._redial(channel)
+                self._leave(line)
             raise self._understood(error, request_id) from error
-        except InvalidRequest as error:
-            # Of the server's own answer: what the server says of ours comes as a problem, with the request's id.
+        except PemaError as error:
+            # What the server says of our request comes as a problem, with the request's id. All else is our own
+            # judgement of its answer.
             if error.request_id is not None:
                 raise
-            raise ProtocolViolation(
-                f"{self._url} did not answer in the form of this protocol.",
-                hint="Is this a PEMA server of the same version?",
-                request_id=request_id,
-            ) from error
+            raise self._unreadable(request_id) from error
+        except (ValueError, TypeError, LookupError, RuntimeError) as error:
+            raise self._unreadable(request_id) from error
+
+    def _unreadable(self, request_id: str) -> ProtocolViolation:
+        return ProtocolViolation(
+            f"{self._url} did not answer in the form of this protocol.",
+            hint="Is this a PEMA server of the same version?",
+            request_id=request_id,
+        )
 
     def _understood(self, error: Any, request_id: str) -> PemaError:
         """The error that a call ended with: the server's own if it sent a problem, else what the status means."""
         problem = dict(error.trailing_metadata() or ()).get(PROBLEM_METADATA)
         if problem is not None:
-            return from_problem(json.loads(problem), 500)
+            with suppress(ValueError):
+                return _problem_of(request_id, json.loads(problem), 500)
         status = error.code()
         if status == grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own refusal: the server's would have a problem
             return PayloadTooLarge(
@@ -206,9 +218,15 @@ class GrpcConnection:
         )
 
 
-def _untimed(fetch: Callable[[_Attempt], _Result]) -> _Fetch[_Result]:
-    """Of calls that the model has no part in, the server gives no account."""
-    return lambda attempt: (fetch(attempt), None)
+def _problem_of(request_id: str, problem: object, status: int) -> PemaError:
+    error = from_problem(problem, status)
+    error.request_id = error.request_id or request_id
+    return error
+
+
+def _untimed(fetch: Callable[[Any, _Attempt], _Result]) -> _Fetch[_Result]:
+    """Only streams of calls carry the server's account of its time."""
+    return lambda stub, attempt: (fetch(stub, attempt), None)
 
 
 def _rows(open_stream: Any, call: Any, answer: type[_Answer], attempt: _Attempt) -> tuple[_Answer, ServerTiming | None]:
@@ -218,7 +236,7 @@ def _rows(open_stream: Any, call: Any, answer: type[_Answer], attempt: _Attempt)
     for piece in open_stream(iter([call]), **attempt):
         if piece.HasField("problem"):
             problem = {field.name: value for field, value in piece.problem.ListFields()}
-            raise from_problem(problem, piece.problem.status)
+            raise _problem_of(call.request_id, problem, piece.problem.status)
         pieces.append(from_proto(piece.rows, answer))
         if piece.last:
             timing = piece.timing

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import time
 import uuid
+from contextlib import suppress
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 
-from data_owner_client.connection.base import Observer
-from data_owner_client.connection.retries import GIVE_UP_AFTER_S, answered
+from data_owner_client.connection.retries import GIVE_UP_AFTER_S, Attempts
 from protocol.codec import BINARY, JSON, Message
-from protocol.errors import ConnectionFailed, NotReady, PemaError, ProtocolViolation, from_problem
+from protocol.errors import ConnectionFailed, NotReady, Overloaded, PemaError, ProtocolViolation, from_problem
 from protocol.messages import (
     DecodeRequest,
     DecodeResponse,
@@ -29,6 +32,12 @@ from protocol.timing import ServerTiming
 _Answer = TypeVar("_Answer", bound=Message)
 _REQUEST_ID = "X-Request-Id"
 _CONNECT_TIMEOUT_S = 10.0
+_OF_PROXIES: dict[int, type[PemaError]] = {
+    429: Overloaded,
+    502: ConnectionFailed,
+    503: NotReady,
+    504: ConnectionFailed,
+}
 
 
 class RestConnection:
@@ -37,7 +46,7 @@ class RestConnection:
     Args:
         url: where the server listens, for example `http://127.0.0.1:8000`.
         api_key: sent with every call.
-        timeout_s: longest wait for an answer, in seconds.
+        timeout_s: longest time that one attempt may take, in seconds.
         give_up_after_s: how long a call that fails on the way is made again, in seconds.
         transport: what carries the requests instead of sockets, for tests.
     """
@@ -51,18 +60,27 @@ class RestConnection:
         give_up_after_s: float = GIVE_UP_AFTER_S,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self.observers: list[Observer] = []
         self._url = url
-        self._give_up_after_s = give_up_after_s
-        timeout = httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S)
+        self._timeout_s = timeout_s
+        self._attempts = Attempts(give_up_after_s)
+        self.observers = self._attempts.observers
+        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
         # The server is fair between clients, which may share an address.
         headers = {"X-Pema-Client": uuid.uuid4().hex}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
-        self._http = httpx.Client(base_url=url, timeout=timeout, transport=transport, headers=headers)
+        self._http = httpx.Client(
+            base_url=url,
+            timeout=timeout,
+            transport=transport,
+            headers=headers,
+            # What goes to this very machine needs no proxy, which would read the key.
+            trust_env=not is_loopback(url),
+        )
 
     def close(self) -> None:
         """Close the sockets."""
+        self._attempts.close()
         self._http.close()
 
     def model_card(self) -> ModelCard:
@@ -101,13 +119,7 @@ class RestConnection:
         def attempt(request_id: str) -> tuple[_Answer, ServerTiming | None]:
             return self._attempt(method, path, answer, body, request_id)
 
-        return answered(
-            f"{method} {path}",
-            attempt,
-            self.observers,
-            give_up_after_s=self._give_up_after_s,
-            unless_gone=unless_gone,
-        )
+        return self._attempts.until_answered(f"{method} {path}", attempt, unless_gone=unless_gone)
 
     def _attempt(
         self, method: str, path: str, answer: type[_Answer], body: bytes | None, request_id: str
@@ -116,8 +128,8 @@ class RestConnection:
         if body is not None:
             headers["Content-Type"] = BINARY
         try:
-            response = self._http.request(method, path, content=body, headers=headers)
-        except httpx.RequestError as error:
+            response = self._exchanged(method, path, body, headers)
+        except (httpx.RequestError, httpx.InvalidURL) as error:
             slow = isinstance(error, httpx.ReadTimeout)
             raise ConnectionFailed(
                 f"No answer from {self._url} ({type(error).__name__}).",
@@ -140,22 +152,43 @@ class RestConnection:
                 request_id=request_id,
             ) from error
 
+    def _exchanged(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> httpx.Response:
+        """The whole response. httpx bounds the wait for each part of it, here they are bounded together."""
+        ends = time.monotonic() + self._timeout_s
+        with self._http.stream(method, path, content=body, headers=headers) as response:
+            parts = []
+            for part in response.iter_bytes():
+                parts.append(part)
+                if time.monotonic() > ends:
+                    raise httpx.ReadTimeout("the answer drips", request=response.request)
+            decoded = [(name, value) for name, value in response.headers.multi_items() if name != "content-encoding"]
+            return httpx.Response(
+                response.status_code, headers=decoded, content=b"".join(parts), request=response.request
+            )
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL's host is this very machine."""
+    with suppress(ValueError):
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    return False
+
 
 def _problem(response: httpx.Response, request_id: str) -> PemaError:
     try:
         problem = json.loads(response.content)
     except ValueError:
-        problem = {}
-    if not isinstance(problem, dict):
-        problem = {}
-    error = from_problem(problem, response.status_code)
-    error.request_id = error.request_id or request_id
-    # A proxy in front of the server refuses without our problem document.
-    if not problem and response.status_code in (429, 502, 503, 504):
+        problem = None
+    if not isinstance(problem, dict) and response.status_code in _OF_PROXIES:
+        # A proxy in front of the server refuses without our problem document.
         after = response.headers.get("retry-after", "")
-        return NotReady(
-            f"The server answered HTTP {response.status_code}.",
-            hint="Try again later.",
+        error = _OF_PROXIES[response.status_code](
+            f"Something in front of the server answered HTTP {response.status_code}.",
+            hint="Try again later, or ask the server's owner.",
             retry_after_s=float(after) if after.isdecimal() else None,
         )
+    else:
+        error = from_problem(problem, response.status_code)
+    error.request_id = error.request_id or request_id
     return error

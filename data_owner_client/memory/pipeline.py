@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,30 +23,36 @@ class Window:
 
     One computes while the next one waits: then the server never waits for us. If an answer shows that the server was
     idle before it, the network is slow and more must be on their way; if it waited for long, others use the server,
-    too, and more would only fill its queue. A refusal halves the window.
+    too, and more would only fill its queue. Refusals halve the window, once for all that come without an answer between
+    them. Thread-safe.
 
     Args:
         start: size to begin with.
-        smallest: size that waiting alone leads to; refusals go down to one.
+        usual: size without any reason for another one; only refusals lead below it, and answers back.
         largest: every call in flight holds an answer in memory.
     """
 
-    def __init__(self, *, start: int = 2, smallest: int = 2, largest: int = 16) -> None:
+    def __init__(self, *, start: int = 2, usual: int = 2, largest: int = 16) -> None:
         self.size = start
         self.largest = largest
-        self._smallest = smallest
+        self._usual = usual
+        self._refused = False
+        self._lock = threading.Lock()
 
     def learn(self, exchange: Exchange) -> None:
         """Adapt to one answer."""
-        timing = exchange.timing
-        if exchange.refused:
-            self.size = max(1, self.size // 2)
-        elif timing is None:
-            return
-        elif timing.queue_ms < _IDLE_BELOW * timing.compute_ms:
-            self.size = min(self.largest, self.size + 1)
-        elif timing.queue_ms > _CROWDED_ABOVE * timing.compute_ms:
-            self.size = min(self.size, max(self._smallest, self.size - 1))
+        with self._lock:
+            if exchange.refused:
+                if not self._refused:
+                    self.size = max(1, self.size // 2)
+                self._refused = True
+                return
+            self._refused = False
+            timing = exchange.timing
+            if self.size < self._usual or (timing and timing.queue_ms < _IDLE_BELOW * timing.compute_ms):
+                self.size = min(self.largest, self.size + 1)
+            elif timing and timing.queue_ms > _CROWDED_ABOVE * timing.compute_ms:
+                self.size = max(self._usual, self.size - 1)
 
 
 def in_order(call: Callable[[_In], _Out], items: Iterable[_In], window: Window) -> Iterator[_Out]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from protocol.messages import DTYPES, ModelCard, WireDtype
 
-EXAMPLES_PER_REQUEST = 256
+# A couple of forward passes on a CPU: enough to keep the server busy, and several requests for a window to work with.
+EXAMPLES_PER_REQUEST = 64
 # Tokens of one request: a few forward passes, and a small part of what may wait on the server.
 _TOKENS_PER_REQUEST = 2**15
 # Bytes of one answer. Several are in memory at a time.

@@ -17,10 +17,11 @@ class Fault:
     """What becomes of a connection once so many bytes have come back from the server.
 
     Attributes:
-        kind: `cut` resets it, `stall` leaves it open and forwards nothing more, `garble` goes on with random bytes.
+        kind: `cut` resets it, `stall` leaves it open and forwards nothing more, `garble` goes on with random bytes,
+            `garble-request` sends random bytes to the server in place of the client's next ones.
     """
 
-    kind: Literal["cut", "stall", "garble"]
+    kind: Literal["cut", "stall", "garble", "garble-request"]
     after_bytes: int
 
 
@@ -31,18 +32,23 @@ def faulty_proxy(port: int, faults: Iterable[Fault]) -> Iterator[int]:
     listener = socket.create_server(("127.0.0.1", 0))
     sockets: list[socket.socket] = []
 
-    def to_server(client: socket.socket, server: socket.socket) -> None:
+    def to_server(client: socket.socket, server: socket.socket, garbling: threading.Event) -> None:
+        noise = random.Random(8)
         with suppress(OSError):
             while data := client.recv(2**16):
-                server.sendall(data)
+                server.sendall(noise.randbytes(len(data)) if garbling.is_set() else data)
         with suppress(OSError):
             server.shutdown(socket.SHUT_WR)
 
-    def to_client(client: socket.socket, server: socket.socket, fault: Fault | None) -> None:
+    def to_client(client: socket.socket, server: socket.socket, fault: Fault | None, garbling: threading.Event) -> None:
         left, noise = fault.after_bytes if fault else 0, random.Random(7)
         with suppress(OSError):
             while data := server.recv(2**16):
-                if fault is not None and len(data) > left:
+                if fault is not None and fault.kind == "garble-request":
+                    left -= len(data)
+                    if left < 0:
+                        garbling.set()
+                elif fault is not None and len(data) > left:
                     client.sendall(data[:left])
                     if fault.kind == "stall":
                         stop.wait()
@@ -50,7 +56,8 @@ def faulty_proxy(port: int, faults: Iterable[Fault]) -> Iterator[int]:
                         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                         break
                     data, left = noise.randbytes(len(data) - left), 0
-                left -= len(data)
+                elif fault is not None:
+                    left -= len(data)
                 client.sendall(data)
         for one in (client, server):
             with suppress(OSError):
@@ -67,8 +74,9 @@ def faulty_proxy(port: int, faults: Iterable[Fault]) -> Iterator[int]:
                     client.close()
                     continue
                 sockets.extend((client, server))
-                threading.Thread(target=to_server, args=(client, server), daemon=True).start()
-                threading.Thread(target=to_client, args=(client, server, next(waiting, None)), daemon=True).start()
+                fault, garbling = next(waiting, None), threading.Event()
+                threading.Thread(target=to_server, args=(client, server, garbling), daemon=True).start()
+                threading.Thread(target=to_client, args=(client, server, fault, garbling), daemon=True).start()
 
     accepting = threading.Thread(target=accept, daemon=True)
     accepting.start()

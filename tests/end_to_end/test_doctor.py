@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from data_owner_client import Pair, verbs
-from data_owner_client.connection import InProcessConnection
+from data_owner_client.connection import InProcessConnection, RestConnection
 from data_owner_client.doctor import Diagnosis, diagnose
 from data_owner_client.memory.store import MANIFEST
 from data_owner_client.plm import RemotePlm
@@ -94,7 +95,24 @@ def test_the_wrong_transport_is_said_in_plain_words(tiny_service: PlmService, sc
 def test_a_server_that_still_loads_is_said() -> None:
     with serve(None) as url:
         diagnosis = diagnose(lambda: verbs.connect(url, give_up_after_s=0))
-    assert findings(diagnosis)["server"] == (False, "It is there, but not ready yet. Wait for its model.")
+    assert findings(diagnosis)["server"] == (False, "The model is still loading. Try again in a moment.")
+
+
+@pytest.mark.parametrize(("status", "words"), [(502, "HTTP 502"), (503, "HTTP 503"), (429, "HTTP 429")])
+def test_a_proxy_before_a_dead_server_is_not_taken_for_it(status: int, words: str) -> None:
+    def connect() -> RemotePlm:
+        refusing = httpx.MockTransport(lambda _: httpx.Response(status, text="<html>"))
+        return RemotePlm(RestConnection("http://owner", give_up_after_s=0, transport=refusing), cache=None)
+
+    ok, text = findings(diagnose(connect))["server"]
+    assert not ok
+    assert "in front of the server" in text
+    assert words in text
+
+
+def test_a_server_with_narrow_limits_is_well(tiny_models: TinyModels, tmp_path: Path) -> None:
+    service = make_service(tiny_models["llama"], max_answer_bytes=3 * 32 * 4, max_sequences=2, max_sequence_tokens=20)
+    assert diagnose(lambda: RemotePlm(InProcessConnection(service), cache=tmp_path)).healthy
 
 
 def test_what_belongs_to_another_model_is_said(work: Path, tiny_models: TinyModels) -> None:

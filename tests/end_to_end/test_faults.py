@@ -104,7 +104,7 @@ def undisturbed(owner: Owner, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
-@pytest.mark.parametrize("kind", ["cut", "stall", "garble"])
+@pytest.mark.parametrize("kind", ["cut", "stall", "garble", "garble-request"])
 def test_one_fault_of_each_kind_in_the_middle(
     owner: Owner, undisturbed: dict[str, bytes], tmp_path: Path, scheme: str, kind: str
 ) -> None:
@@ -143,7 +143,7 @@ def test_no_schedule_of_faults_loses_or_doubles_a_row(
 ) -> None:
     rng, job = random.Random(seed), Job(tmp_path / "memory")
     scheme = rng.choice(["http", "grpc"])
-    kinds = rng.choices(["cut", "stall", "garble"], weights=[4, 1, 2], k=rng.randint(1, 4))
+    kinds = rng.choices(["cut", "stall", "garble", "garble-request"], weights=[4, 1, 2, 2], k=rng.randint(1, 4))
     faults = [Fault(kind, int(math.exp(rng.uniform(0, math.log(ANSWERS_BYTES))))) for kind in kinds]  # type: ignore[arg-type]
     kills = rng.choices(["client", "server", "none"], k=2)
     with faulty_proxy(owner.ports[scheme], faults) as port:

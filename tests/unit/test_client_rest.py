@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import astuple
 
 import httpx
 import pytest
-import tenacity
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_owner_client.connection import Exchange, open_connection
+from data_owner_client.connection import Exchange, open_connection, retries
 from data_owner_client.connection.rest import RestConnection
 from protocol import errors
 from protocol.codec import BINARY
@@ -41,7 +42,7 @@ class Scripted:
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses between attempts, in seconds; they pass at once."""
     passed: list[float] = []
-    monkeypatch.setattr(tenacity.nap.time, "sleep", passed.append)
+    monkeypatch.setattr(retries, "sleep_using_event", lambda _: passed.append)
     return passed
 
 
@@ -135,15 +136,80 @@ def test_observers_are_told_of_every_exchange(naps: list[float]) -> None:
     body = b'{"digest": "d", "token_ids_K": [3], "logprob_K": [-0.5]}'
     headers = {"Content-Type": "application/json", "Server-Timing": "queue;dur=1.5, compute;dur=20, serialise;dur=0.25"}
     overloaded = refused(errors.Overloaded("Full.", hint="Later.", retry_after_s=0.5))
-    script = Scripted(overloaded, overloaded, lambda _: httpx.Response(200, content=body, headers=headers))
+    script = Scripted(overloaded, cut, overloaded, lambda _: httpx.Response(200, content=body, headers=headers))
     connection, seen = connect(script), list[Exchange]()
     connection.observers.append(seen.append)
     connection.distribution(DistributionRequest(text="a"))
-    (exchange,) = seen
-    assert exchange.call == "POST /v1/next-token-distribution"
-    assert exchange.request_id == script.calls[2].headers["X-Request-Id"]
-    assert exchange.refused == 2
-    assert exchange.timing == ServerTiming(1.5, 20.0, 0.25)
+    assert [exchange.refused for exchange in seen] == [True, True, False]
+    assert {exchange.call for exchange in seen} == {"POST /v1/next-token-distribution"}
+    assert [exchange.request_id for exchange in seen] == [script.calls[i].headers["X-Request-Id"] for i in (0, 2, 3)]
+    assert [exchange.timing for exchange in seen] == [None, None, ServerTiming(1.5, 20.0, 0.25)]
+
+
+def test_time_is_counted_from_the_first_failure_and_never_overdrawn(naps: list[float]) -> None:
+    late = refused(errors.Overloaded("Full.", hint="Later.", retry_after_s=86400.0))
+    script = Scripted(late)
+    with pytest.raises(errors.Overloaded):
+        connect(script).decode(REQUEST)
+    assert len(script.calls) == 1  # it would be too late by then
+    assert naps == []
+
+
+@pytest.mark.parametrize("retry_after", ["Infinity", "-1", "1e999", '"soon"', "[]"])
+def test_a_retry_after_that_is_none_is_ignored(naps: list[float], retry_after: str) -> None:
+    problem = (
+        json.dumps(to_problem(errors.Overloaded("Full."))).removesuffix("}") + f', "retry_after_s": {retry_after}}}'
+    )
+    script = Scripted(
+        lambda _: httpx.Response(429, content=problem.encode(), headers={"Content-Type": PROBLEM_JSON}),
+        refused(errors.OverLimit("No.", hint="Less.")),
+    )
+    with pytest.raises(errors.OverLimit):
+        connect(script).decode(REQUEST)
+    assert all(0 <= nap <= 10 for nap in naps)
+
+
+def test_what_was_garbled_on_its_way_to_the_server_is_sent_again(naps: list[float]) -> None:
+    script = Scripted(refused(errors.MalformedMessage("Not well-formed.", hint="Send it well-formed.")))
+    with pytest.raises(errors.MalformedMessage):
+        connect(script).decode(REQUEST)
+    assert len(script.calls) == 3
+    assert len({call.content for call in script.calls}) == 1
+
+
+def test_refusals_do_not_use_up_the_attempts_for_garbled_answers(naps: list[float]) -> None:
+    overloaded = refused(errors.Overloaded("Full.", hint="Later.", retry_after_s=0.1))
+    garbled = fine
+    script = Scripted(overloaded, overloaded, overloaded, garbled, garbled, refused(errors.OverLimit("No.", hint="")))
+    with pytest.raises(errors.OverLimit):
+        connect(script).decode(REQUEST)
+
+
+def test_a_closed_connection_is_not_tried_again(naps: list[float]) -> None:
+    script = Scripted(cut)
+    connection = connect(script)
+    connection.close()
+    with pytest.raises((errors.ConnectionFailed, RuntimeError)):
+        connection.decode(REQUEST)
+    assert len(script.calls) <= 1
+
+
+def test_an_answer_that_drips_is_bounded_as_a_whole() -> None:
+    def dripping(_: httpx.Request) -> httpx.Response:
+        def parts() -> Iterator[bytes]:
+            for _ in range(100):
+                time.sleep(0.05)
+                yield b" "
+
+        return httpx.Response(200, content=parts(), headers={"Content-Type": "application/json"})
+
+    connection = RestConnection(
+        "http://owner", timeout_s=0.2, give_up_after_s=0, transport=httpx.MockTransport(Scripted(dripping))
+    )
+    started = time.perf_counter()
+    with pytest.raises(errors.ConnectionFailed, match="ReadTimeout"):
+        connection.decode(REQUEST)
+    assert time.perf_counter() - started < 3  # of five
 
 
 @pytest.mark.parametrize("header", ["", "cache;desc=hit", "queue;dur=1", "queue;dur=x, compute;dur=1, serialise;dur=1"])
@@ -173,13 +239,28 @@ def test_a_timing_survives_its_header(queue_ms: float, compute_ms: float, serial
         ("http://127.0.0.1.example.com:8000", False),
         ("http://127.0.0.1@example.com", False),
         ("grpc://10.0.0.1:8001", False),
+        ("http://[::1", False),
     ],
 )
 def test_a_key_does_not_travel_in_the_clear(url: str, allowed: bool) -> None:
     with nullcontext() if allowed else pytest.raises(errors.InvalidRequest, match="in the clear"):
         open_connection(url, api_key="secret-key").close()
-    open_connection(url, api_key="secret-key", insecure=True).close()
-    open_connection(url).close()
+    if url != "http://[::1":
+        open_connection(url, api_key="secret-key", insecure=True).close()
+        open_connection(url).close()
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "two\nlines", "\0"])
+def test_a_key_that_no_header_can_carry_is_refused(key: str) -> None:
+    with pytest.raises(errors.InvalidRequest, match="no header can carry"):
+        open_connection("http://127.0.0.1:1", api_key=key)
+
+
+def test_what_goes_to_this_machine_takes_no_proxy(monkeypatch: pytest.MonkeyPatch, tiny_server: str) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    connection = open_connection(tiny_server, api_key="secret-key")
+    assert connection.model_card().name == "llama"
+    connection.close()
 
 
 def test_json_answers_are_understood() -> None:

@@ -118,19 +118,22 @@ def test_nested_messages_round_trip() -> None:
     )
     card = ModelCard(
         name="ü",
-        digest="a",
-        tokenizer_digest="b",
+        digest="a" * 64,
+        tokenizer_digest="b" * 64,
         cr_kind="ffn_output",
         hidden_size=6,
         vocab_size=7,
         dtype="float32",
         head_dtype="bfloat16",
-        head_digest="c",
+        head_digest="c" * 64,
         head_policy="full",
         eos_token_ids=[1],
         limits=limits,
     )
     assert ModelCard.from_json(card.to_json()) == card
+    for digest in ("", "/etc", "../..", "A" * 64, "a" * 64 + "\n"):
+        with pytest.raises(InvalidRequest, match="head_digest"):
+            ModelCard.from_json(card.model_copy(update={"head_digest": digest}).to_json())
     assert ModelCard.from_bytes(card.to_bytes()) == card
 
 

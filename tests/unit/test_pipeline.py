@@ -18,8 +18,12 @@ from protocol.messages import Limits, ModelCard
 from protocol.timing import ServerTiming
 
 
-def exchange(queue_ms: float, compute_ms: float, refused: int = 0) -> Exchange:
-    return Exchange("encode", "id", 1.0, refused, ServerTiming(queue_ms, compute_ms, 0.0))
+def exchange(queue_ms: float, compute_ms: float) -> Exchange:
+    return Exchange("encode", "id", 1.0, timing=ServerTiming(queue_ms, compute_ms, 0.0))
+
+
+REFUSED = Exchange("encode", "id", 0.1, refused=True)
+JUST_RIGHT = exchange(queue_ms=9, compute_ms=10)
 
 
 def test_the_window_grows_while_the_server_idles_and_shrinks_while_it_is_crowded() -> None:
@@ -27,18 +31,27 @@ def test_the_window_grows_while_the_server_idles_and_shrinks_while_it_is_crowded
     for _ in range(9):
         window.learn(exchange(queue_ms=0.1, compute_ms=10))
     assert window.size == 5
-    window.learn(exchange(queue_ms=9, compute_ms=10))  # just right
+    for _ in range(9):
+        window.learn(JUST_RIGHT)
+        window.learn(Exchange("encode", "id", 1.0))
     assert window.size == 5
     for _ in range(9):
         window.learn(exchange(queue_ms=100, compute_ms=10))
     assert window.size == 2
-    window.learn(exchange(queue_ms=9, compute_ms=10, refused=1))
+
+
+def test_refusals_halve_the_window_once_until_an_answer_comes() -> None:
+    window = Window(start=16)
+    for _ in range(5):
+        window.learn(REFUSED)
+    assert window.size == 8
+    for _ in range(3):
+        window.learn(JUST_RIGHT)
+        window.learn(REFUSED)
     assert window.size == 1
-    window.learn(exchange(queue_ms=100, compute_ms=10))
+    window.learn(REFUSED)
     assert window.size == 1
-    window.learn(Exchange("encode", "id", 1.0, 0, None))
-    assert window.size == 1
-    window.learn(exchange(queue_ms=0, compute_ms=10))
+    window.learn(exchange(queue_ms=100, compute_ms=10))  # an answer, be it a late one
     assert window.size == 2
 
 
@@ -80,14 +93,14 @@ def card(**limits: int) -> ModelCard:
     given |= {"max_look_ahead": 10**6, "max_rows": 10**6, "max_body_bytes": 10**9}
     return ModelCard(
         name="m",
-        digest="d",
-        tokenizer_digest="t",
+        digest="d" * 64,
+        tokenizer_digest="e" * 64,
         cr_kind="last_hidden_state",
         hidden_size=64,
         vocab_size=10,
         dtype="float32",
         head_dtype="float32",
-        head_digest="h",
+        head_digest="f" * 64,
         head_policy="full",
         eos_token_ids=[],
         limits=Limits(**given | limits),
@@ -131,7 +144,7 @@ def test_requests_are_as_large_as_they_may_be() -> None:
     for _ in range(1000):
         sizes.append(20, 5)
     runs = list(plan_requests(sizes, card(), "float16", done=0, examples_per_shard=512))
-    assert [len(run) for run in runs] == [256, 256, 256, 232]
+    assert [len(run) for run in runs] == [*[64] * 15, 40]
     long = Sizes()
     for _ in range(100):
         long.append(4096, 100)

@@ -121,7 +121,7 @@ def test_missing_parts_are_explained(tiny_models: support.TinyModels) -> None:
     with pytest.raises(Unsupported, match="chat template"):
         TASK.model_copy(update={"format": "chat"}).prompt("x", plain)
     with pytest.raises(ProtocolViolation, match="cannot be read"):
-        PlmTokenizer(TokenizerBundle(tokenizer_json="{}", chat_template=None, special_tokens={}, digest="x"))
+        PlmTokenizer(TokenizerBundle(tokenizer_json="{}", chat_template=None, special_tokens={}))
 
 
 def test_every_token_with_a_newline_stops(tokenizer: PlmTokenizer) -> None:
