@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -66,23 +67,29 @@ def build_at_once(urls: Sequence[str], data: Path, spans: Sequence[range], folde
         spans: the pairs of each.
         folder: for their memories.
     """
-    clients = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "benchmarks.build_worker", url, str(data)),
-                *(str(span.start), str(span.stop), str(folder / str(number))),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    arguments = [
+        (url, str(data), str(span.start), str(span.stop), str(folder / str(number)))
         for number, (url, span) in enumerate(zip(urls, spans, strict=True))
     ]
-    for client in clients:
-        if client.stdout is None or client.stdout.readline() != "ready\n":
+    return [Built(**record) for record in at_once("benchmarks.build_worker", arguments)]
+
+
+def at_once(module: str, arguments: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """What several workers report that start at the same moment: each says it is ready, and is told to go.
+
+    Args:
+        module: of the worker.
+        arguments: of each of them.
+    """
+    workers = [
+        subprocess.Popen([sys.executable, "-m", module, *own], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for own in arguments
+    ]
+    for worker in workers:
+        if worker.stdout is None or worker.stdout.readline() != "ready\n":
             sys.exit("A client did not start.")
-    for client in clients:
-        if client.stdin is not None:
-            client.stdin.write("go\n")
-            client.stdin.flush()
-    return [Built(**json.loads(client.communicate()[0])) for client in clients]
+    for worker in workers:
+        if worker.stdin is not None:
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+    return [json.loads(worker.communicate()[0]) for worker in workers]

@@ -23,16 +23,13 @@ from data_owner_client.adapter import AdapterForm, TrainedAdapter
 from data_owner_client.cli_options import (
     AdapterFolder,
     AsJson,
-    BatchSize,
+    Decoding,
+    Draws,
     Dtype,
     FileFormat,
     InputFile,
-    LambdaMax,
-    LookAhead,
-    MaxNewTokens,
     MemoryFolder,
     OptionalAdapter,
-    OptionalSchedule,
     Output,
     Server,
     ShareTargets,
@@ -41,11 +38,9 @@ from data_owner_client.cli_options import (
     TargetField,
     Targets,
     Threads,
-    with_server,
+    with_options,
 )
 from data_owner_client.data import Format, Pair, read_lines, read_pairs, read_parallel
-from data_owner_client.decoding.generate import DecodingSettings
-from data_owner_client.decoding.interpolation import Interpolation, Schedule
 from data_owner_client.doctor import diagnose
 from data_owner_client.evaluation import text_scores
 from data_owner_client.files import write_atomically
@@ -107,7 +102,7 @@ def options(
 
 
 @app.command()
-@with_server
+@with_options
 @_clear_errors
 def info(server: Server, as_json: AsJson = False) -> None:
     """Show which model a server has and what it allows.
@@ -119,7 +114,7 @@ def info(server: Server, as_json: AsJson = False) -> None:
 
 
 @app.command()
-@with_server
+@with_options
 @_clear_errors
 def doctor(
     server: Server,
@@ -159,7 +154,7 @@ def doctor(
 
 
 @app.command("fetch-head")
-@with_server
+@with_options
 @_clear_errors
 def fetch_head(server: Server, as_json: AsJson = False) -> None:
     """Download the whole LM head into the cache, for work that needs more than the candidates' rows.
@@ -175,7 +170,7 @@ def fetch_head(server: Server, as_json: AsJson = False) -> None:
 
 
 @app.command("build-memory")
-@with_server
+@with_options
 @_clear_errors
 def build_memory(
     server: Server,
@@ -244,7 +239,7 @@ def build_memory(
 
 
 @app.command()
-@with_server
+@with_options
 @_clear_errors
 def train(
     server: Server,
@@ -301,10 +296,12 @@ def train(
 
 
 @app.command()
-@with_server
+@with_options
 @_clear_errors
 def translate(
     server: Server,
+    decoding: Decoding,
+    draws: Draws,
     texts: Annotated[list[str] | None, typer.Argument(help="Source texts; or give --input.")] = None,
     adapter: OptionalAdapter = None,
     task: Annotated[str | None, typer.Option(help="Built-in task or TOML file; default: the adapter's.")] = None,
@@ -312,13 +309,6 @@ def translate(
     output: Output = None,
     file_format: FileFormat = None,
     source_field: SourceField = "source",
-    schedule: OptionalSchedule = None,
-    lambda_max: LambdaMax = None,
-    max_new_tokens: MaxNewTokens = DecodingSettings.max_new_tokens,
-    look_ahead: LookAhead = DecodingSettings.look_ahead,
-    batch_size: BatchSize = DecodingSettings.batch_size,
-    dtype: Dtype = "float16",
-    threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
     """Translate source texts with a task's prompt, one output line each.
@@ -330,40 +320,38 @@ def translate(
     - `pema-client translate --task translate-en-de < texts.txt`
     - `pema-client translate --adapter adapter --schedule gradual --lambda-max 0.9 --input test.txt`
     """
-    _set_threads(threads)
     inputs = _sources(texts, input_file, file_format, source_field)
     trained = TrainedAdapter.load(adapter) if adapter else None
-    with server.connect(dtype) as plm:
+    with server.connect(decoding.dtype) as plm:
         result = verbs.translate(
             plm,
             inputs,
             adapter=trained,
             task=load_task(task) if task else None,
-            interpolation=_interpolation(trained, schedule, lambda_max),
-            decoding=DecodingSettings(max_new_tokens, look_ahead, batch_size),
+            interpolation=decoding.interpolation(trained),
+            decoding=decoding.settings,
+            lookup=verbs.lookup_in(decoding.lookup) if decoding.lookup else None,
+            sampling=draws.sampling,
+            samples=draws.samples,
+            best=draws.best,
             reporter=RichReporter(),
         )
     _write_texts(inputs, result, output, as_json)
 
 
 @app.command()
-@with_server
+@with_options
 @_clear_errors
 def generate(
     server: Server,
+    decoding: Decoding,
+    draws: Draws,
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, used as they are; or give --input.")] = None,
     adapter: OptionalAdapter = None,
     input_file: InputFile = None,
     output: Output = None,
     file_format: FileFormat = None,
     source_field: SourceField = "source",
-    schedule: OptionalSchedule = None,
-    lambda_max: LambdaMax = None,
-    max_new_tokens: MaxNewTokens = DecodingSettings.max_new_tokens,
-    look_ahead: LookAhead = DecodingSettings.look_ahead,
-    batch_size: BatchSize = DecodingSettings.batch_size,
-    dtype: Dtype = "float16",
-    threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts as they are, without a template, up to the stop of the adapter's task (else a newline).
@@ -373,26 +361,30 @@ def generate(
     - `pema-client generate "The capital of France is"`
     - `pema-client generate --adapter adapter --input prompts.txt --json`
     """
-    _set_threads(threads)
     inputs = _sources(prompts, input_file, file_format, source_field)
     trained = TrainedAdapter.load(adapter) if adapter else None
-    with server.connect(dtype) as plm:
+    with server.connect(decoding.dtype) as plm:
         result = verbs.generate(
             plm,
             inputs,
             adapter=trained,
-            interpolation=_interpolation(trained, schedule, lambda_max),
-            decoding=DecodingSettings(max_new_tokens, look_ahead, batch_size),
+            interpolation=decoding.interpolation(trained),
+            decoding=decoding.settings,
+            lookup=verbs.lookup_in(decoding.lookup) if decoding.lookup else None,
+            sampling=draws.sampling,
+            samples=draws.samples,
+            best=draws.best,
             reporter=RichReporter(),
         )
     _write_texts(inputs, result, output, as_json)
 
 
 @app.command()
-@with_server
+@with_options
 @_clear_errors
 def evaluate(
     server: Server,
+    decoding: Decoding,
     adapter: OptionalAdapter = None,
     input_file: InputFile = None,
     sources: Sources = None,
@@ -404,13 +396,6 @@ def evaluate(
     file_format: FileFormat = None,
     source_field: SourceField = "source",
     target_field: TargetField = "target",
-    schedule: OptionalSchedule = None,
-    lambda_max: LambdaMax = None,
-    max_new_tokens: MaxNewTokens = DecodingSettings.max_new_tokens,
-    look_ahead: LookAhead = DecodingSettings.look_ahead,
-    batch_size: BatchSize = DecodingSettings.batch_size,
-    dtype: Dtype = "float16",
-    threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
     """Score the PLM alone and with the adapter: BLEU, chrF and, with --share-targets, perplexity.
@@ -423,7 +408,6 @@ def evaluate(
     - `pema-client evaluate --adapter adapter --input test.jsonl --share-targets`
     - `pema-client evaluate --sources test.en --targets test.de --hypotheses test.out`
     """
-    _set_threads(threads)
     pairs = _pairs(input_file, sources, targets, file_format, source_field=source_field, target_field=target_field)
     if hypotheses is not None:
         lines = read_lines(hypotheses)
@@ -435,14 +419,15 @@ def evaluate(
     if adapter is None:
         raise InvalidData("There is nothing to evaluate.", hint="Give --adapter, or --hypotheses to score a file.")
     trained = TrainedAdapter.load(adapter)
-    with server.connect(dtype) as plm:
+    with server.connect(decoding.dtype) as plm:
         report = verbs.evaluate(
             plm,
             pairs,
             trained,
-            interpolation=_interpolation(trained, schedule, lambda_max),
+            interpolation=decoding.interpolation(trained),
             share_targets=share_targets,
-            decoding=DecodingSettings(max_new_tokens, look_ahead, batch_size),
+            decoding=decoding.settings,
+            lookup=verbs.lookup_in(decoding.lookup) if decoding.lookup else None,
             reporter=RichReporter(),
         )
     if as_json:
@@ -501,23 +486,12 @@ def _sources(
     return [pair.source for pair in read_pairs(path, format=kind, source_field=source_field, need_targets=False)]
 
 
-def _interpolation(
-    adapter: TrainedAdapter | None, schedule: Schedule | None, lambda_max: float | None
-) -> Interpolation | None:
-    """What training chose, but for what the user says; None for training's own choice."""
-    if schedule is None and lambda_max is None:
-        return None
-    if adapter is None:
-        raise InvalidData("--schedule and --lambda-max say how much an adapter counts.", hint="Give --adapter.")
-    chosen = adapter.card.interpolation
-    # Another schedule than the chosen one starts from its own default, not from a λ_max that was chosen for this one.
-    base = chosen if schedule in (None, chosen.schedule) else Interpolation(schedule=schedule or "gradual")
-    return base if lambda_max is None else base.model_copy(update={"lambda_max": lambda_max})
-
-
 def _write_texts(inputs: list[str], result: verbs.Generation, output: Path | None, as_json: bool) -> None:
     if as_json:
-        texts = [{"source": source, "text": text} for source, text in zip(inputs, result.texts, strict=True)]
+        texts = [
+            {"source": source, "text": best[0]} | ({"best": best} if len(best) > 1 else {})
+            for source, best in zip(inputs, result.best, strict=True)
+        ]
         usage = vars(result.usage) | {"seconds": result.seconds}
         body = json.dumps({"texts": texts, "usage": usage}, ensure_ascii=False, indent=1) + "\n"
     else:

@@ -9,13 +9,18 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from data_owner_client import verbs
+from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.connection import GIVE_UP_AFTER_S
 from data_owner_client.data import Format
-from data_owner_client.decoding.interpolation import Schedule
+from data_owner_client.decoding.generate import DecodingSettings
+from data_owner_client.decoding.interpolation import Interpolation, Schedule
+from data_owner_client.decoding.sampling import Sampling
 from data_owner_client.plm import RemotePlm
+from protocol.errors import InvalidData
 from protocol.messages import WireDtype
 
 _Server = Annotated[
@@ -81,15 +86,53 @@ OptionalSchedule = Annotated[
 ]
 LambdaMax = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="λ_max; default: what training chose, or 0.9.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-LookAhead = Annotated[int, typer.Option(min=0, help="Tokens that the server drafts per call. Never changes the text.")]
+LookAhead = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Tokens that the server drafts per call; default: as many as pay. Never changes the text."
+    ),
+]
+LookupFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--lookup",
+        help="Memory whose targets are looked up for drafts. The owner of the PLM sees the drafts, so it must be a "
+        "memory that was built with --share-targets.",
+    ),
+]
+Temperature = Annotated[
+    float,
+    typer.Option(
+        min=0.0, help="Draw tokens at this temperature; 0 takes the most probable.", rich_help_panel="Sampling"
+    ),
+]
+TopP = Annotated[
+    float,
+    typer.Option(min=0.0, max=1.0, help="Draw from the most probable tokens of this mass.", rich_help_panel="Sampling"),
+]
+TopK = Annotated[
+    int, typer.Option(min=0, help="Draw from so many most probable tokens; 0 for all.", rich_help_panel="Sampling")
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(min=1.0, help="Make tokens that occurred less probable.", rich_help_panel="Sampling")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all draws.", rich_help_panel="Sampling")]
+Samples = Annotated[int, typer.Option(min=1, help="Texts drawn for every input.", rich_help_panel="Sampling")]
+Best = Annotated[
+    int, typer.Option(min=1, help="Of these, how many most probable ones to give.", rich_help_panel="Sampling")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences in one call.")]
 ShareTargets = Annotated[
     bool, typer.Option("--share-targets", help="Allow target texts to be shown to the owner of the PLM.")
 ]
 
 
+class OptionGroup:
+    """Options that several commands share: a command that takes one as an argument has all of its fields as options."""
+
+
 @dataclass(frozen=True)
-class Server:
+class Server(OptionGroup):
     """What the options say of the connection."""
 
     server: _Server = "http://127.0.0.1:8000"
@@ -110,18 +153,93 @@ class Server:
         )
 
 
-def with_server(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a connection; it gets them as one argument, `server`."""
+@dataclass(frozen=True)
+class Decoding(OptionGroup):
+    """What the options say of generating."""
+
+    schedule: OptionalSchedule = None
+    lambda_max: LambdaMax = None
+    max_new_tokens: MaxNewTokens = DecodingSettings.max_new_tokens
+    look_ahead: LookAhead = DecodingSettings.look_ahead
+    batch_size: BatchSize = DecodingSettings.batch_size
+    lookup: LookupFolder = None
+    dtype: Dtype = "float16"
+    threads: Threads = 0
+
+    @property
+    def settings(self) -> DecodingSettings:
+        """Length, look-ahead, batch size."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        return DecodingSettings(self.max_new_tokens, self.look_ahead, self.batch_size)
+
+    def interpolation(self, adapter: TrainedAdapter | None) -> Interpolation | None:
+        """What training chose, but for what the user says; None for training's own choice.
+
+        Raises:
+            InvalidData: there is no adapter to interpolate with.
+        """
+        if self.schedule is None and self.lambda_max is None:
+            return None
+        if adapter is None:
+            raise InvalidData("--schedule and --lambda-max say how much an adapter counts.", hint="Give --adapter.")
+        chosen = adapter.card.interpolation
+        # Another schedule than the chosen one starts from its own default, not from a λ_max chosen for this one.
+        same = self.schedule in (None, chosen.schedule)
+        base = chosen if same else Interpolation(schedule=self.schedule or "gradual")
+        return base if self.lambda_max is None else base.model_copy(update={"lambda_max": self.lambda_max})
+
+
+@dataclass(frozen=True)
+class Draws(OptionGroup):
+    """What the options say of sampling."""
+
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    repetition_penalty: RepetitionPenalty = 1.0
+    seed: Seed = 0
+    samples: Samples = 1
+    best: Best = 1
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How to draw; None for the most probable tokens.
+
+        Raises:
+            InvalidData: the options contradict each other.
+        """
+        if self.best > self.samples:
+            raise InvalidData(f"{self.best} best of {self.samples} were asked for.", hint="Give more --samples.")
+        if self.temperature == 0.0 and self.samples > 1:
+            raise InvalidData(
+                "Without a temperature all samples are the same.", hint="Give --temperature, such as 0.8."
+            )
+        if self.temperature == 0.0 and self.repetition_penalty == 1.0:
+            return None
+        return Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of the groups that it takes as arguments."""
     signature = inspect.signature(command, eval_str=True)
-    options = inspect.signature(Server, eval_str=True).parameters
-    own = [parameter for name, parameter in signature.parameters.items() if name != "server"]
+    own, groups = list[inspect.Parameter](), dict[str, type[OptionGroup]]()
+    for name, parameter in signature.parameters.items():
+        if isinstance(parameter.annotation, type) and issubclass(parameter.annotation, OptionGroup):
+            groups[name] = parameter.annotation
+        else:
+            own.append(parameter)
+    fields = {name: inspect.signature(group, eval_str=True).parameters for name, group in groups.items()}
 
     @wraps(command)
     def run(**arguments: Any) -> None:
-        server = Server(**{name: arguments.pop(name) for name in options})
-        command(**arguments, server=server)
+        made = {
+            name: group(**{field: arguments.pop(field) for field in fields[name]}) for name, group in groups.items()
+        }
+        command(**arguments, **made)
 
-    keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *options.values())]
+    parameters = [*own, *(parameter for group in fields.values() for parameter in group.values())]
+    keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
     vars(run)["__signature__"] = signature.replace(parameters=keyword_only)
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword_only}
     return run

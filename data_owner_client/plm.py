@@ -128,22 +128,29 @@ class RemotePlm:
         return response
 
     def decode(
-        self, prefixes: Sequence[Sequence[int]], look_ahead: Sequence[int], stop_ids: Sequence[int] = ()
+        self,
+        prefixes: Sequence[Sequence[int]],
+        look_ahead: Sequence[int],
+        stop_ids: Sequence[int] = (),
+        *,
+        from_position: Sequence[int] | None = None,
     ) -> DecodeResponse:
-        """The newest position of every prefix and up to `look_ahead` drafted ones."""
+        """Positions of every prefix from `from_position` on (by default the newest), and `look_ahead` drafted ones."""
         ids = [list(prefix) for prefix in prefixes]
+        starts = [len(prefix) - 1 for prefix in ids] if from_position is None else list(from_position)
         response = self._connection.decode(
             DecodeRequest(
                 token_ids=ids,
+                from_position=starts,
                 look_ahead=list(look_ahead),
                 stop_token_ids=list(stop_ids),
                 echo=echoes(ids),
                 dtype=self.dtype,
             )
         )
+        given = [len(prefix) - start for prefix, start in zip(ids, starts, strict=True)]
         rows = response.rows_B.tolist()
-        complete = len(rows) == len(ids) and all(1 <= n <= k + 1 for n, k in zip(rows, look_ahead, strict=True))
-        if not complete:
+        if len(rows) != len(ids) or not all(n <= m <= n + k for m, n, k in zip(rows, given, look_ahead, strict=True)):
             raise _incomplete()
         self._check(response, ids)
         return response

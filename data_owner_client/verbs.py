@@ -22,9 +22,11 @@ from data_owner_client import plotting
 from data_owner_client.adapter import AdapterCard, TrainedAdapter
 from data_owner_client.connection import GIVE_UP_AFTER_S, open_connection
 from data_owner_client.data import Pair, split_validation
-from data_owner_client.decoding.generate import DEFAULT_DECODING, DecodingSettings, Usage
+from data_owner_client.decoding.generate import DEFAULT_DECODING, Continuation, DecodingSettings, Usage
 from data_owner_client.decoding.generate import generate as generate_ids
 from data_owner_client.decoding.interpolation import Interpolation
+from data_owner_client.decoding.lookup import Lookup
+from data_owner_client.decoding.sampling import Sampling
 from data_owner_client.evaluation import Perplexities, TextScores, perplexities, plm_target_logprobs, text_scores
 from data_owner_client.memory import ExternalMemory, MemoryRows, build_memory
 from data_owner_client.memory.build import encode_teacher_forced, require_fits, tokenize_pair
@@ -73,10 +75,17 @@ class TrainingReport(BaseModel):
 
 @dataclass(frozen=True)
 class Generation:
-    """Texts in the order of the inputs, their token ids, and what they took."""
+    """What was generated, in the order of the inputs, and what it took.
+
+    Attributes:
+        texts: one for each input, the best if several were drawn.
+        token_ids: of these texts.
+        best: for each input all texts that were asked for, the most probable one first.
+    """
 
     texts: list[str]
     token_ids: list[list[int]]
+    best: list[list[str]]
     usage: Usage
     seconds: float
 
@@ -177,6 +186,24 @@ def disclosure(context_mode: ContextMode) -> str:
     return "Leaves this machine: the prompts with their source texts, and every target text (--share-targets)."
 
 
+def lookup_in(memory: Path) -> Lookup:
+    """Where drafts are looked up: the targets of a memory.
+
+    The owner of the PLM sees the drafts, so it must have seen the targets before.
+
+    Raises:
+        InvalidData: the memory's targets were not shared, or it is missing or damaged.
+    """
+    part = ExternalMemory(memory / TRAIN)
+    if part.manifest.plan.context_mode != "teacher-forced":
+        raise InvalidData(
+            f"The targets of {memory} were never shown to the PLM's owner, and drafts would be pieces of them.",
+            hint="Leave --lookup away, or use a memory that was built with --share-targets.",
+        )
+    rows = part.load()
+    return Lookup(ids_T.tolist() for ids_T in rows.target_N.split(rows.rows_E.tolist()))
+
+
 def train(
     plm: RemotePlm,
     memory: Path,
@@ -269,6 +296,10 @@ def translate(
     task: Task | None = None,
     interpolation: Interpolation | None = None,
     decoding: DecodingSettings = DEFAULT_DECODING,
+    lookup: Lookup | None = None,
+    sampling: Sampling | None = None,
+    samples: int = 1,
+    best: int = 1,
     reporter: Reporter | None = None,
 ) -> Generation:
     """Answer source texts with a task's prompt.
@@ -280,6 +311,10 @@ def translate(
         task: the adapter's own unless given.
         interpolation: what training chose unless given.
         decoding: length, look-ahead, batch size.
+        lookup: where drafts are looked up (`lookup_in`); the owner of the PLM sees them.
+        sampling: how to draw tokens; None for the most probable ones. The text depends on the seed, not on drafts.
+        samples: texts to draw for each source.
+        best: of these, how many of the most probable ones to give.
         reporter: told of the progress.
 
     Raises:
@@ -298,6 +333,10 @@ def translate(
         interpolation=interpolation,
         horizons=[adapter.horizon(tokenizer.count(source)) for source in sources] if adapter else None,
         decoding=decoding,
+        lookup=lookup,
+        sampling=sampling,
+        samples=samples,
+        best=best,
         reporter=reporter,
     )
 
@@ -310,6 +349,10 @@ def generate(
     task: Task | None = None,
     interpolation: Interpolation | None = None,
     decoding: DecodingSettings = DEFAULT_DECODING,
+    lookup: Lookup | None = None,
+    sampling: Sampling | None = None,
+    samples: int = 1,
+    best: int = 1,
     reporter: Reporter | None = None,
 ) -> Generation:
     """Continue prompts as they are, without a task's template around them.
@@ -325,6 +368,10 @@ def generate(
         interpolation=interpolation,
         horizons=[adapter.card.mean_length] * len(prompts) if adapter else None,
         decoding=decoding,
+        lookup=lookup,
+        sampling=sampling,
+        samples=samples,
+        best=best,
         reporter=reporter,
     )
 
@@ -337,6 +384,7 @@ def evaluate(
     interpolation: Interpolation | None = None,
     share_targets: bool = False,
     decoding: DecodingSettings = DEFAULT_DECODING,
+    lookup: Lookup | None = None,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Translate the sources with the PLM alone and with the adapter, and score both against the targets.
@@ -358,6 +406,7 @@ def evaluate(
             task=task,
             interpolation=interpolation,
             decoding=decoding,
+            lookup=lookup if with_adapter else None,
             reporter=reporter,
         )
 
@@ -395,24 +444,47 @@ def _generate(
     interpolation: Interpolation | None,
     horizons: list[float] | None,
     decoding: DecodingSettings,
+    lookup: Lookup | None,
+    sampling: Sampling | None,
+    samples: int,
+    best: int,
     reporter: Reporter | None,
 ) -> Generation:
     started = time.perf_counter()
     if adapter is not None:
         adapter.card.model.require(ModelIdentity.of(plm.card), "The adapter", "the server")
     tokenizer = plm.tokenizer
-    token_ids, usage = generate_ids(
+    # Samples of the same prompt one after another: they share all of its attention states.
+    continuations, usage = generate_ids(
         plm,
-        [tokenizer.encode_prompt(prompt) for prompt in prompts],
+        [ids for prompt in prompts for ids in [tokenizer.encode_prompt(prompt)] * samples],
         adapter=adapter,
         interpolation=interpolation or (adapter.card.interpolation if adapter else Interpolation(schedule="none")),
-        horizons=horizons,
+        horizons=None if horizons is None else [horizon for horizon in horizons for _ in range(samples)],
         stop_ids=task.stop_ids(tokenizer) | frozenset(plm.card.eos_token_ids),
         settings=decoding,
+        sampling=sampling,
+        samples=list(range(samples)) * len(prompts),
+        lookup=lookup,
         reporter=reporter,
     )
-    texts = [task.answer(ids, tokenizer) for ids in token_ids]
-    return Generation(texts, token_ids, usage, time.perf_counter() - started)
+    ranked = [
+        sorted(continuations[at : at + samples], key=_mean_logprob, reverse=True)[:best]
+        for at in range(0, len(continuations), samples)
+    ]
+    texts = [[task.answer(one.token_ids, tokenizer) for one in own] for own in ranked]
+    return Generation(
+        texts=[own[0] for own in texts],
+        token_ids=[own[0].token_ids for own in ranked],
+        best=texts,
+        usage=usage,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _mean_logprob(continuation: Continuation) -> float:
+    # Of its tokens: the sum would prefer short texts.
+    return (continuation.logprob or 0.0) / len(continuation.token_ids)
 
 
 def _teacher_forced_rows(plm: RemotePlm, task: Task, pairs: Sequence[Pair], reporter: Reporter) -> MemoryRows:

@@ -61,29 +61,29 @@ class Work:
 
     Attributes:
         token_ids: its sequences.
-        from_position: first position wanted of each, to encode; None to draft.
+        from_position: first position wanted of each.
         with_logsumexp: encode: also the log-sum-exp.
-        look_ahead: draft: the most tokens of each sequence.
+        look_ahead: the most tokens to draft after each sequence; None to encode.
         stop_token_ids: draft: after which a sequence ends.
     """
 
     token_ids: list[list[int]]
-    from_position: list[int] | None = None
+    from_position: list[int]
     with_logsumexp: bool = False
-    look_ahead: list[int] = field(default_factory=list)
+    look_ahead: list[int] | None = None
     stop_token_ids: frozenset[int] = frozenset()
 
     @property
     def kind(self) -> tuple[object, ...]:
         """Only work of one kind goes together."""
-        if self.from_position is not None:
+        if self.look_ahead is None:
             return ("encode", self.with_logsumexp)
         return ("draft", self.stop_token_ids, max(self.look_ahead).bit_length())
 
     @property
     def tokens(self) -> int:
         """Tokens that the engine may have to run, padding and drafts included."""
-        return len(self.token_ids) * (max(map(len, self.token_ids)) + max(self.look_ahead, default=0))
+        return len(self.token_ids) * (max(map(len, self.token_ids)) + max(self.look_ahead or [0]))
 
 
 class _Ticket:
@@ -246,7 +246,7 @@ class Scheduler:
             if any(self._given_to(other) <= self._given_to(client) for other in drafting):
                 return None
             first = self._peek(client)
-            if first is not None and (first.work.from_position is not None or len(self._drafting) < _MOST_DRAFTING):
+            if first is not None and (first.work.look_ahead is None or len(self._drafting) < _MOST_DRAFTING):
                 first.ticket.waiting.popleft()
                 return self._with_others(first)
         return None
@@ -281,7 +281,7 @@ class Scheduler:
         if ours.kind != theirs.kind:
             return False
         lengths = [len(ids) for ids in (*ours.token_ids, *theirs.token_ids)]
-        drafted = max((*ours.look_ahead, *theirs.look_ahead), default=0)
+        drafted = max((*(ours.look_ahead or []), *(theirs.look_ahead or [])), default=0)
         window = self._engine.info.attention_window if drafted else None
         return fits_together(lengths, drafted, self._batch_tokens, self._padding_tokens, window)
 
@@ -293,10 +293,10 @@ class Scheduler:
         work = _joined(parts)
         result: Encoded | None = None
         with self._charged(parts, sum(part.work.tokens for part in parts)):
-            if work.from_position is not None:
+            if work.look_ahead is None:
                 result = self._engine.encode(work.token_ids, work.from_position, with_logsumexp=work.with_logsumexp)
             else:
-                draft = self._engine.draft(work.token_ids, work.look_ahead, work.stop_token_ids)
+                draft = self._engine.draft(work.token_ids, work.from_position, work.look_ahead, work.stop_token_ids)
                 self._drafting.append(_Drafting(parts, draft))
         if result is not None:
             _hand_out(parts, result)
@@ -343,12 +343,11 @@ def _joined(parts: list[_Part]) -> Work:
     first = parts[0].work
     if len(parts) == 1:
         return first
-    starts = [part.work.from_position for part in parts]
     return Work(
         token_ids=[ids for part in parts for ids in part.work.token_ids],
-        from_position=None if first.from_position is None else [start for own in starts for start in own or []],
+        from_position=[start for part in parts for start in part.work.from_position],
         with_logsumexp=first.with_logsumexp,
-        look_ahead=[k for part in parts for k in part.work.look_ahead],
+        look_ahead=None if first.look_ahead is None else [k for part in parts for k in part.work.look_ahead or []],
         stop_token_ids=first.stop_token_ids,
     )
 

@@ -182,14 +182,7 @@ class PlmService:
         """
         sequences = request.token_ids
         self._check_sequences(sequences, request.echo)
-        _check_one_each("from_position", request.from_position, sequences)
-        for ids, start in zip(sequences, request.from_position, strict=True):
-            if not 0 <= start < len(ids):
-                raise InvalidRequest(
-                    f"from_position {start} lies outside a sequence of {len(ids)} tokens.",
-                    hint="It counts from 0 and must be less than the sequence's length.",
-                )
-
+        _check_from_position(request.from_position, sequences)
         self._check_rows(sum(map(len, sequences)) - sum(request.from_position))
 
         lengths = [len(ids) for ids in sequences]
@@ -212,7 +205,7 @@ class PlmService:
         )
 
     def decode(self, request: DecodeRequest, caller: Caller = _LOCAL) -> DecodeResponse:
-        """The newest position of every prefix and of up to `look_ahead` drafted tokens, with log-sum-exp and top-1.
+        """Positions of every prefix and of up to `look_ahead` drafted tokens, with log-sum-exp and top-1.
 
         Raises:
             InvalidRequest, OverLimit, Overloaded, NumericalFault: as `encode`.
@@ -231,7 +224,11 @@ class PlmService:
                     f"A prefix of {len(ids)} tokens with {look_ahead} drafted ones is too long.",
                     hint=f"Together they may be {limits.max_sequence_tokens} tokens; lower look_ahead.",
                 )
-        self._check_rows(sum(request.look_ahead) + len(sequences))
+        starts = request.from_position
+        if starts is None:
+            starts = [len(ids) - 1 for ids in sequences]
+        _check_from_position(starts, sequences)
+        self._check_rows(sum(map(len, sequences)) - sum(starts) + sum(request.look_ahead))
         stop_token_ids = frozenset(request.stop_token_ids)
 
         lengths = [len(ids) for ids in sequences]
@@ -240,6 +237,7 @@ class PlmService:
         works = [
             Work(
                 [sequences[i] for i in batch],
+                from_position=[starts[i] for i in batch],
                 look_ahead=[request.look_ahead[i] for i in batch],
                 stop_token_ids=stop_token_ids,
             )
@@ -341,6 +339,16 @@ def _check_one_each(name: str, values: Sequence[int], sequences: Sequence[Sequen
         raise InvalidRequest(
             f"{name} has {len(values)} values for {len(sequences)} sequences.", hint="Give one a sequence."
         )
+
+
+def _check_from_position(values: Sequence[int], sequences: Sequence[Sequence[int]]) -> None:
+    _check_one_each("from_position", values, sequences)
+    for ids, start in zip(sequences, values, strict=True):
+        if not 0 <= start < len(ids):
+            raise InvalidRequest(
+                f"from_position {start} lies outside a sequence of {len(ids)} tokens.",
+                hint="It counts from 0 and must be less than the sequence's length.",
+            )
 
 
 def _rows_on_wire(gathered: Gathered[Encoded] | Gathered[Decoded], dtype: WireDtype) -> dict[str, Tensor | None]:

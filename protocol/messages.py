@@ -131,9 +131,16 @@ class EncodeResponse(RowsResponse):
 
 
 class DecodeRequest(Message):
-    """The newest position of every prefix, and `look_ahead` more that the server drafts greedily."""
+    """The newest position of every prefix, and `look_ahead` more that the server drafts greedily.
 
-    token_ids: RaggedIds = Field(description="prompt and everything generated so far")
+    A client with drafts of its own appends them to the prefix and asks for the positions before them, too: all of them
+    are computed in one forward pass.
+    """
+
+    token_ids: RaggedIds = Field(description="prompt, everything generated so far, and the client's drafts if any")
+    from_position: list[int] | None = Field(
+        default=None, description="first position wanted, one a sequence; by default that of the last token"
+    )
     look_ahead: list[int] = Field(description="k, the most tokens to draft, one number a sequence")
     stop_token_ids: list[TokenId] = Field(default=[], description="a sequence's drafting ends after one of these")
     echo: list[int] | None = Field(default=None, description="CRC-32 of every prefix; checked if given")
@@ -141,10 +148,10 @@ class DecodeRequest(Message):
 
 
 class DecodeResponse(RowsResponse):
-    """Answer to `DecodeRequest`: position j of a sequence follows its prefix and the j tokens drafted before it.
+    """Answer to `DecodeRequest`: the positions from `from_position` to the prefix's last, then those of drafted tokens.
 
-    A sequence has 1 to look_ahead + 1 positions. The drafts are the top-1 tokens themselves: `top1_N[j]` is what
-    position j+1 was conditioned on.
+    A sequence has up to look_ahead drafted ones. The drafts are the top-1 tokens themselves: from the prefix's last
+    position on, `top1_N[j]` is what position j+1 was conditioned on.
     """
 
     logsumexp_N: FloatTensor

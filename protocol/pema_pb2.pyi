@@ -205,18 +205,20 @@ class EncodePiece(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., rows: _Optional[_Union[EncodeResponse, _Mapping]] = ..., problem: _Optional[_Union[Problem, _Mapping]] = ..., last: _Optional[bool] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("token_ids", "look_ahead", "stop_token_ids", "echo", "dtype")
+    __slots__ = ("token_ids", "from_position", "look_ahead", "stop_token_ids", "echo", "dtype")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FROM_POSITION_FIELD_NUMBER: _ClassVar[int]
     LOOK_AHEAD_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     ECHO_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     token_ids: TokenSequences
+    from_position: _containers.RepeatedScalarFieldContainer[int]
     look_ahead: _containers.RepeatedScalarFieldContainer[int]
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     echo: _containers.RepeatedScalarFieldContainer[int]
     dtype: str
-    def __init__(self, token_ids: _Optional[_Union[TokenSequences, _Mapping]] = ..., look_ahead: _Optional[_Iterable[int]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., echo: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ...) -> None: ...
+    def __init__(self, token_ids: _Optional[_Union[TokenSequences, _Mapping]] = ..., from_position: _Optional[_Iterable[int]] = ..., look_ahead: _Optional[_Iterable[int]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., echo: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
     __slots__ = ("digest", "echo", "rows_B", "cr_N_D", "cr_scale_N", "last_hidden_N_D", "last_hidden_scale_N", "logsumexp_N", "top1_N", "top1_logprob_N")

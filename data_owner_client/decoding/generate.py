@@ -1,28 +1,37 @@
 """The decoding loop: one call to the server for all sequences of a batch, several tokens a call.
 
-The server drafts tokens greedily from its own distribution. The client takes the mixture's choice at each drafted
-position: as long as that is the draft itself, the next position's representation is the right one; at the first
-difference the client's choice stands, the rest is thrown away, and the next call goes on from there. The text is the
-same as without drafts.
+The server drafts tokens greedily from its own distribution, or the client offers drafts of its own, looked up in texts
+that it has. The client takes the mixture's choice at each drafted position: as long as that is the draft itself, the
+next position's representation is the right one; at the first difference the client's choice stands, the rest is thrown
+away, and the next call goes on from there. The text is the same as without drafts.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os.path import commonprefix
 
 import torch
 
 from data_owner_client.adapter import TrainedAdapter
-from data_owner_client.decoding.interpolation import Interpolation, PlmPositions, choose
+from data_owner_client.connection import Exchange
+from data_owner_client.decoding.choosing import Chooser, Position
+from data_owner_client.decoding.interpolation import Interpolation
+from data_owner_client.decoding.lookahead import Agreement, Costs, plan
+from data_owner_client.decoding.lookup import Lookup, Offer
+from data_owner_client.decoding.sampling import Noise, Sampling
 from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter
 from protocol.errors import InvalidData
-from protocol.head import LMHead
 from protocol.messages import DecodeResponse
-from protocol.rows import expand
 
 _ALONE = Interpolation(schedule="none")
+# Drafts of the first rounds, until the costs are known, and for servers that do not tell them.
+_UNMEASURED_LOOK_AHEAD = 2
+# What a sequence has shown of itself counts as much as all others together after so many drafts.
+_OWN_WEIGHT = 8.0
 
 
 @dataclass(frozen=True)
@@ -31,13 +40,13 @@ class DecodingSettings:
 
     Attributes:
         max_new_tokens: longest continuation, in tokens.
-        look_ahead: tokens that the server drafts per call while the adapter has a say. More saves round trips and costs
-            the server more: about two thirds of the drafts agree.
+        look_ahead: tokens that the server drafts per call while the adapter has a say; None to adapt it to each
+            sequence's agreement and to the measured times.
         batch_size: sequences in one call; one that ends makes room for the next.
     """
 
     max_new_tokens: int = 128
-    look_ahead: int = 2
+    look_ahead: int | None = None
     batch_size: int = 32
 
 
@@ -50,25 +59,72 @@ class _Sequence:
 
     Attributes:
         prompt: token ids of the prompt.
-        horizon: SL, its expected length in tokens.
+        lambdas: λ_t for every token that it may have.
+        finished_at: the position from which on λ is 0 for good.
         generated: token ids so far.
+        compared: positions at which the mixture's choice was compared with the server's.
+        agreed: those of them at which they were the same.
+        noise: what its draws depend on, when sampling.
+        logprob: of the tokens so far under the mixture, when sampling.
         done: whether it ended, by a stop token or by length.
     """
 
     prompt: list[int]
-    horizon: float
+    lambdas: list[float]
+    finished_at: int
+    noise: Noise | None = None
+    logprob: float = 0.0
     generated: list[int] = field(default_factory=list)
+    compared: int = 0
+    agreed: int = 0
     done: bool = False
+
+    @property
+    def context(self) -> list[int]:
+        return self.prompt + self.generated
+
+    @property
+    def most(self) -> int:
+        """Tokens that may still be drafted, one more coming after them; negative if there is room for none."""
+        return len(self.lambdas) - len(self.generated) - 1
 
 
 @dataclass(frozen=True)
-class Usage:
-    """What a generation took: tokens made, calls to the server, drafted tokens and how many of them were kept."""
+class Continuation:
+    """What was generated after one prompt.
 
-    tokens: int
-    calls: int
-    drafted: int
-    accepted: int
+    Attributes:
+        token_ids: the stop token included.
+        logprob: of all of them under the mixture, before temperature and the like; None unless sampled.
+    """
+
+    token_ids: list[int]
+    logprob: float | None = None
+
+
+@dataclass
+class Usage:
+    """What a generation took.
+
+    Attributes:
+        tokens: generated.
+        calls: to the server.
+        round_trips: of all sequences: a call counts once for each sequence in it.
+        drafted: tokens drafted by either side.
+        accepted: of these, how many were kept.
+        network_s: waited for the network.
+        server_s: waited for the server.
+        client_s: the client's own work.
+    """
+
+    tokens: int = 0
+    calls: int = 0
+    round_trips: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    network_s: float = 0.0
+    server_s: float = 0.0
+    client_s: float = 0.0
 
 
 def generate(
@@ -80,9 +136,12 @@ def generate(
     horizons: Sequence[float] | None = None,
     stop_ids: frozenset[int],
     settings: DecodingSettings = DEFAULT_DECODING,
+    sampling: Sampling | None = None,
+    samples: Sequence[int] | None = None,
+    lookup: Lookup | None = None,
     reporter: Reporter | None = None,
-) -> tuple[list[list[int]], Usage]:
-    """Greedy decoding of the mixture; without an adapter, of the PLM alone.
+) -> tuple[list[Continuation], Usage]:
+    """Continue prompts by the mixture; without an adapter, by the PLM alone.
 
     Args:
         plm: the PLM.
@@ -92,10 +151,14 @@ def generate(
         horizons: SL of every prompt, in tokens; needed with an adapter.
         stop_ids: tokens after which a sequence has ended.
         settings: see there.
+        sampling: how to draw tokens; None for the most probable ones. Needs all rows of the LM head, which are fetched
+            unless the cache has them: any token may be drawn.
+        samples: of every prompt, the number of this continuation among those of the same prompt; 0 unless given.
+        lookup: where the client looks for drafts of its own.
         reporter: told of the progress.
 
     Returns:
-        The generated token ids, the stop token included, in the order of the prompts; and what it took.
+        What follows each prompt, in their order; and what it took.
 
     Raises:
         InvalidData: a prompt is too long for the server, or horizons are missing.
@@ -104,87 +167,178 @@ def generate(
         interpolation = _ALONE
     elif horizons is None:
         raise InvalidData("An adapter was given without horizons.", hint="Give the expected length of every answer.")
-    sequences = [
-        _Sequence(list(prompt), horizon)
-        for prompt, horizon in zip(prompts, horizons or [1.0] * len(prompts), strict=True)
-    ]
     limits = plm.card.limits
-    for number, sequence in enumerate(sequences, 1):
-        if len(sequence.prompt) >= limits.max_sequence_tokens:
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) >= limits.max_sequence_tokens:
             raise InvalidData(
-                f"Prompt {number} has {len(sequence.prompt)} tokens, with nothing left for an answer: the server takes "
+                f"Prompt {number} has {len(prompt)} tokens, with nothing left for an answer: the server takes "
                 f"{limits.max_sequence_tokens} for both.",
                 hint="Shorten the text or use fewer examples in the task.",
             )
-    # Longest prompts first: sequences of similar length share a batch, so little of it is padding.
+    sequences = [
+        _begin(prompt, horizon, interpolation, min(settings.max_new_tokens, limits.max_sequence_tokens - len(prompt)))
+        for prompt, horizon in zip(prompts, horizons or [1.0] * len(prompts), strict=True)
+    ]
+    if sampling is not None:
+        for sequence, sample in zip(sequences, samples or [0] * len(sequences), strict=True):
+            sequence.noise = Noise(sampling.seed, sequence.prompt, sample)
+            # The server drafts the most probable tokens, so it can go on alone only where these are wanted.
+            sequence.finished_at = len(sequence.lambdas)
+    shared = len(commonprefix([list(prompt) for prompt in prompts]))  # noqa: RUF071  (of lists, not of paths)
+    chooser = Chooser(adapter, None if sampling is None else plm.full_head(reporter).to(torch.float32), sampling)
+    decoding = _Decoding(plm, chooser, stop_ids, settings, lookup, shared_tokens=shared)
     batch_size = max(1, min(settings.batch_size, limits.max_sequences, limits.max_rows // settings.max_new_tokens))
-    waiting, active = sorted(sequences, key=lambda s: len(s.prompt)), list[_Sequence]()
-    calls = drafted = accepted = 0
+    # Longest prompts first: sequences of similar length share a batch, so little of it is padding.
+    waiting, active, alone = sorted(sequences, key=lambda s: len(s.prompt)), list[_Sequence](), list[_Sequence]()
     with (reporter or Reporter()).bar("generating", len(sequences), "sequences") as bar:
-        while waiting or active:
+        while waiting or active or alone:
             while waiting and len(active) < batch_size:
-                active.append(waiting.pop())
-            drafts = [_drafts(s, interpolation, settings, plm) for s in active]
-            response = plm.decode([s.prompt + s.generated for s in active], drafts, sorted(stop_ids))
-            kept = _advance(active, response, adapter, interpolation, stop_ids)
-            calls += 1
-            drafted += int(response.rows_B.sum()) - len(active)
-            accepted += kept - len(active)
-            for sequence in active:
-                room = limits.max_sequence_tokens - len(sequence.prompt) - len(sequence.generated)
-                sequence.done |= len(sequence.generated) >= settings.max_new_tokens or room <= 0
+                newest = waiting.pop()
+                (alone if newest.finished_at == 0 else active).append(newest)
+            # Where λ is 0 for good the server goes on alone, to the end in one call. It may be a long one, so the
+            # others do not wait in it.
+            ending = alone[:batch_size] if len(alone) >= batch_size or not active else []
+            if ending:
+                del alone[: len(ending)]
+                decoding.go_on(ending, [min(s.most, limits.max_look_ahead) for s in ending])
+                alone += [s for s in ending if not s.done]
+                bar.advance(sum(s.done for s in ending))
+                continue
+            decoding.go_on(active)
             bar.advance(sum(s.done for s in active))
-            active = [s for s in active if not s.done]
-    usage = Usage(sum(len(s.generated) for s in sequences), calls, drafted, accepted)
-    return [s.generated for s in sequences], usage
+            alone += [s for s in active if not s.done and len(s.generated) >= s.finished_at]
+            active = [s for s in active if not s.done and len(s.generated) < s.finished_at]
+    decoding.usage.tokens = sum(len(s.generated) for s in sequences)
+    logprobs = [None if sampling is None else s.logprob for s in sequences]
+    return [Continuation(s.generated, logprob) for s, logprob in zip(sequences, logprobs, strict=True)], decoding.usage
 
 
-def _drafts(sequence: _Sequence, interpolation: Interpolation, settings: DecodingSettings, plm: RemotePlm) -> int:
-    """How many tokens to have drafted: to the end once the PLM goes on alone."""
-    limits = plm.card.limits
-    length = len(sequence.generated)
-    room = limits.max_sequence_tokens - len(sequence.prompt) - length
-    most = min(settings.max_new_tokens - length - 1, room, limits.max_look_ahead)
-    return most if interpolation.finished(length, sequence.horizon) else min(settings.look_ahead, most)
+def _begin(prompt: Sequence[int], horizon: float, interpolation: Interpolation, most_tokens: int) -> _Sequence:
+    positions_T = torch.arange(most_tokens)
+    lambdas = interpolation.weights(positions_T, torch.full((most_tokens,), horizon, dtype=torch.float64)).tolist()
+    finished_at = next((t for t in range(most_tokens) if interpolation.finished(t, horizon)), most_tokens)
+    return _Sequence(list(prompt), lambdas, finished_at)
 
 
-def _advance(
-    active: list[_Sequence],
-    response: DecodeResponse,
-    adapter: TrainedAdapter | None,
-    interpolation: Interpolation,
-    stop_ids: frozenset[int],
-) -> int:
-    """Append the mixture's tokens to every sequence, up to its first difference from the drafts; their number."""
-    counts_B = response.rows_B
-    chosen_N = response.top1_N
-    if adapter is not None:
-        starts_B = counts_B.cumsum(0) - counts_B
-        step_N = torch.arange(int(counts_B.sum())) - starts_B.repeat_interleave(counts_B)
-        position_N = step_N + torch.tensor([len(s.generated) for s in active]).repeat_interleave(counts_B)
-        horizon_N = torch.tensor([s.horizon for s in active], dtype=torch.float64).repeat_interleave(counts_B)
-        lambda_N = interpolation.weights(position_N, horizon_N)
-        plm = plm_positions(adapter.head, response)
-        chosen_N = choose(
-            plm, adapter.logprobs(expand(response.cr_N_D, response.cr_scale_N)), adapter.candidate_ids_C, lambda_N
-        )
-    kept = 0
-    rows = zip(chosen_N.split(counts_B.tolist()), response.top1_N.split(counts_B.tolist()), strict=True)
-    for sequence, (chosen_K, draft_K) in zip(active, rows, strict=True):
-        for chosen, draft in zip(chosen_K.tolist(), draft_K.tolist(), strict=True):
-            sequence.generated.append(chosen)
-            kept += 1
-            sequence.done = chosen in stop_ids
-            if sequence.done or chosen != draft:
-                break
-    return kept
+class _Decoding:
+    """Rounds of one generation, and what is learned from them."""
 
+    def __init__(
+        self,
+        plm: RemotePlm,
+        chooser: Chooser,
+        stop_ids: frozenset[int],
+        settings: DecodingSettings,
+        lookup: Lookup | None,
+        *,
+        shared_tokens: int,
+    ) -> None:
+        self._plm = plm
+        self._chooser = chooser
+        self._stop_ids = stop_ids
+        self._look_ahead = settings.look_ahead
+        self._lookup = lookup
+        self._shared = shared_tokens  # what all prompts begin with; the server computes it once
+        self._agreement = Agreement()
+        self._costs = Costs()
+        self.usage = Usage()
 
-def plm_positions(head: LMHead, response: DecodeResponse) -> PlmPositions:
-    """The PLM's log-probabilities of the candidates from their head rows and the log-sum-exp over V."""
-    if response.last_hidden_N_D is None:
-        input_N_D = expand(response.cr_N_D, response.cr_scale_N)
-    else:
-        input_N_D = expand(response.last_hidden_N_D, response.last_hidden_scale_N)
-    logprob_N_C = head.logits(input_N_D.float()) - response.logsumexp_N[:, None]
-    return PlmPositions(logprob_N_C, response.top1_N, response.top1_logprob_N)
+    def go_on(self, batch: Sequence[_Sequence], look_ahead: Sequence[int] | None = None) -> None:
+        """One call to the server for all sequences: every one of them grows by at least one token.
+
+        Args:
+            batch: sequences that are not done.
+            look_ahead: what the server shall draft; None for what pays.
+        """
+        started = time.perf_counter()
+        offers: list[list[Offer]] = [[] for _ in batch]
+        if look_ahead is None:
+            offers = [self._offers(s) for s in batch]
+            look_ahead = self._plan(batch, offers)
+        exchanges: list[Exchange] = []
+        asked = time.perf_counter()
+        with self._plm.observed_by(exchanges.append):
+            response = self._plm.decode(
+                [s.context + [o.token for o in own] for s, own in zip(batch, offers, strict=True)],
+                look_ahead,
+                sorted(self._stop_ids),
+                from_position=[len(s.context) - 1 for s in batch],
+            )
+        waited_s = time.perf_counter() - asked
+        new_rows = sum(len(s.prompt) - self._shared for s in batch if not s.generated)
+        self._advance(batch, offers, response)
+        round_s = time.perf_counter() - started
+        timing = exchanges[-1].timing if exchanges else None  # the one that was answered
+        rows, usage = response.rows_B.tolist(), self.usage
+        usage.calls += 1
+        usage.round_trips += len(batch)
+        usage.drafted += sum(rows) - len(batch)
+        server_s = waited_s if timing is None else min(waited_s, timing.total_ms / 1000)
+        usage.server_s += server_s
+        usage.network_s += waited_s - server_s
+        usage.client_s += round_s - waited_s
+        # The first call runs what all prompts begin with, and may open the connection.
+        if timing is not None and usage.calls > 1:
+            self._costs.learn(
+                round_s=round_s,
+                compute_s=timing.compute_ms / 1000,
+                steps=max(count - len(own) for count, own in zip(rows, offers, strict=True)),
+                rows=sum(rows) + new_rows,
+            )
+
+    def _offers(self, sequence: _Sequence) -> list[Offer]:
+        """Drafts of the client's own, if they are likelier to be agreed with than the server's."""
+        if self._lookup is None:
+            return []
+        chance = self._chance(sequence, len(sequence.generated))
+        return self._lookup.after(sequence.generated, sequence.most, better_than=chance)
+
+    def _plan(self, batch: Sequence[_Sequence], offers: Sequence[Sequence[Offer]]) -> list[int]:
+        """How many tokens the server shall draft for each sequence."""
+        limit = self._plm.card.limits.max_look_ahead
+        most = [0 if own else min(s.most, limit) for s, own in zip(batch, offers, strict=True)]
+        if self._look_ahead is not None:
+            return [min(self._look_ahead, own) for own in most]
+        if not self._costs.known:
+            return [min(_UNMEASURED_LOOK_AHEAD, own) for own in most]
+        chances = [
+            [self._chance(s, t) for t in range(len(s.generated), len(s.generated) + own)]
+            for s, own in zip(batch, most, strict=True)
+        ]
+        return plan(chances, self._costs)
+
+    def _chance(self, sequence: _Sequence, position: int) -> float:
+        """That the mixture agrees with the server's draft at a position, if it does with all before."""
+        rate = self._agreement.rate(sequence.lambdas[position])
+        return (_OWN_WEIGHT * rate + sequence.agreed) / (_OWN_WEIGHT + sequence.compared)
+
+    def _advance(self, batch: Sequence[_Sequence], offers: Sequence[Sequence[Offer]], response: DecodeResponse) -> None:
+        """Append the mixture's tokens to every sequence, up to its first difference from the drafts."""
+        counts = response.rows_B.tolist()
+        # What each next position is conditioned on: the client's drafts, then the server's.
+        drafts = [
+            [*(offer.token for offer in own), *top1_K.tolist()[len(own) :]]
+            for own, top1_K in zip(offers, response.top1_N.split(counts), strict=True)
+        ]
+        positions = [
+            Position(s.lambdas[len(s.generated) + step], s.context + own[:step], len(s.generated) + step, s.noise)
+            for s, own in zip(batch, drafts, strict=True)
+            for step in range(len(own))
+        ]
+        answers = zip(*self._chooser.choose(response, positions), response.top1_N.tolist(), strict=True)
+        for sequence, own, row in zip(batch, offers, drafts, strict=True):
+            kept = 0
+            for step, draft in enumerate(row):
+                chosen, logprob, top1 = next(answers)
+                if kept < step or sequence.done:
+                    continue  # behind a difference, or the end
+                self._agreement.learn(sequence.lambdas[len(sequence.generated)], agreed=chosen == top1)
+                sequence.compared += 1
+                sequence.agreed += chosen == top1
+                if step < len(own) and self._lookup is not None:
+                    self._lookup.learn(own[step], agreed=chosen == draft)
+                sequence.generated.append(chosen)
+                sequence.logprob += logprob
+                sequence.done = chosen in self._stop_ids or sequence.most < 0
+                self.usage.accepted += step > 0
+                kept += chosen == draft

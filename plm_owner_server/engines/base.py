@@ -70,7 +70,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Decoded(Encoded):
-    """The newest position of each sequence and those drafted after it.
+    """The positions wanted of each sequence and those drafted after it.
 
     Attributes:
         top1_N: int64, most probable next token of each position, and so the draft that the next position is built on.
@@ -110,9 +110,13 @@ class Engine(Protocol):
         """Representations of all positions ≥ `from_position` of every sequence."""
 
     def draft(
-        self, token_ids: Sequence[Sequence[int]], look_ahead: Sequence[int], stop_token_ids: frozenset[int]
+        self,
+        token_ids: Sequence[Sequence[int]],
+        from_position: Sequence[int],
+        look_ahead: Sequence[int],
+        stop_token_ids: frozenset[int],
     ) -> Draft:
-        """The newest position of every sequence, and up to `look_ahead` greedily drafted ones.
+        """All positions ≥ `from_position` of every sequence, and up to `look_ahead` greedily drafted ones.
 
         Sequences of different lengths may only come together while prompt and drafts fit into `attention_window`:
         drafts follow the padding, and padding inside a sliding window would push real tokens out of it.

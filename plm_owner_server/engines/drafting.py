@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from protocol.head import LMHead
 
 
 class Drafting:
-    """The newest position of every sequence, and up to `look_ahead` greedily drafted ones.
+    """The positions wanted of every sequence, and up to `look_ahead` greedily drafted ones.
 
     A sequence's drafting ends after a stop token, which is its last top-1 then and is not run itself. The prompts run
     at once, then one token of every sequence with each `step`: whoever calls may do other work in between.
@@ -27,6 +28,7 @@ class Drafting:
         runner: runs the model.
         head: its LM head.
         token_ids: the sequences.
+        from_position: the first position wanted of each.
         look_ahead: the most tokens to draft, for each.
         stop_token_ids: after which a sequence has ended.
         with_last_hidden: give the head's input, too, as the CRs are something else.
@@ -38,6 +40,7 @@ class Drafting:
         runner: Runner,
         head: LMHead,
         token_ids: Sequence[Sequence[int]],
+        from_position: Sequence[int],
         look_ahead: Sequence[int],
         stop_token_ids: frozenset[int],
         *,
@@ -48,7 +51,9 @@ class Drafting:
         self._with_last_hidden = with_last_hidden
         most = max(look_ahead)
         state = runner.prefill(
-            token_ids, runner.known_states(token_ids, most), keep_cache=runner.keeps_states or most > 0
+            token_ids,
+            runner.known_states(token_ids, from_position, most),
+            keep_cache=runner.keeps_states or most > 0,
         )
         self._state = state
         self._drafts: list[list[int]] = [[] for _ in token_ids]
@@ -63,8 +68,10 @@ class Drafting:
         )
         self._steps: list[tuple[Tensor, ...]] = []
         self._noted: list[int] = []  # the sequence of each position in the steps
-        newest = state.places([len(ids) - 1 for ids in token_ids])
-        self._top1_A = self._read(state.last_hidden_B_T_D, state.cr_B_T_D, newest)
+        self._wanted = [len(ids) - start for ids, start in zip(token_ids, from_position, strict=True)]
+        owners = [owner for owner, count in enumerate(self._wanted) for _ in range(count)]
+        top1_N = self._read(state.last_hidden_B_T_D, state.cr_B_T_D, state.places(from_position), owners)
+        self._top1_A = top1_N.index_select(0, runner.send(torch.tensor(list(accumulate(self._wanted))) - 1))
 
     @property
     def sequences(self) -> int:
@@ -95,7 +102,7 @@ class Drafting:
             ids_B_1, positions_B_1, cache=self._state.cache, mask_B_T=self._mask_B_T
         )
         rows = [row for row, owner in enumerate(self._owners) if owner in tokens]
-        self._top1_A = self._read(last_hidden_B_1_D, cr_B_1_D, rows)
+        self._top1_A = self._read(last_hidden_B_1_D, cr_B_1_D, rows, self._active)
         return True
 
     @torch.inference_mode()
@@ -108,7 +115,7 @@ class Drafting:
         columns.append(self._state.token_ids_B_T)
         cr_N_D, logsumexp_N, top1_N, top1_logprob_N, *last_hidden, ran_B_T = to_host(*columns)
         return Decoded(
-            rows=[1 + len(draft) for draft in self._drafts],
+            rows=[count + len(draft) for count, draft in zip(self._wanted, self._drafts, strict=True)],
             echo=self._state.echo(self._token_ids, ran_B_T),
             cr_N_D=cr_N_D,
             last_hidden_N_D=last_hidden[0] if last_hidden else None,
@@ -129,14 +136,16 @@ class Drafting:
             if wants and token not in self._stop_token_ids
         }
 
-    def _read(self, last_hidden_B_T_D: Tensor, cr_B_T_D: Tensor, places: Sequence[int]) -> Tensor:
-        """Note a position of every active sequence, given by its place in the flattened B · T; their top-1 tokens."""
+    def _read(
+        self, last_hidden_B_T_D: Tensor, cr_B_T_D: Tensor, places: Sequence[int], owners: Sequence[int]
+    ) -> Tensor:
+        """Note positions, given by their places in the flattened B · T and their sequences; their top-1 tokens."""
         places_A = self._runner.send(torch.tensor(places))
         cr_A_D = cr_B_T_D.flatten(0, 1).index_select(0, places_A)
         last_hidden = [last_hidden_B_T_D.flatten(0, 1).index_select(0, places_A)] if self._with_last_hidden else []
         logsumexp_A, top1_A, top1_logit_A = logsumexp_top1(self._head, *(last_hidden or [cr_A_D]))
         self._steps.append((cr_A_D, logsumexp_A, top1_A, top1_logit_A - logsumexp_A, *last_hidden))
-        self._noted += self._active
+        self._noted += owners
         return top1_A
 
     def _drop_ended(self, going_on: Container[int]) -> None:

@@ -131,12 +131,14 @@ class Runner:
             self._prefixes.insert(prefix, states[-1])
         return states
 
-    def known_states(self, token_ids: Sequence[Sequence[int]], drafted: int) -> list[list[Tensor]]:
-        """States of each sequence's longest known prefix, its last token excluded."""
-        shared = self.shared_states(token_ids, at_most=min(map(len, token_ids)) - 1)
+    def known_states(
+        self, token_ids: Sequence[Sequence[int]], from_position: Sequence[int], drafted: int
+    ) -> list[list[Tensor]]:
+        """States of each sequence's longest known prefix before `from_position`."""
+        shared = self.shared_states(token_ids, at_most=min(from_position))
         if self._prefixes is None:
             return [shared] * len(token_ids)
-        known = [self._prefixes.match(ids[:-1]) for ids in token_ids]
+        known = [self._prefixes.match(ids[:start]) for ids, start in zip(token_ids, from_position, strict=True)]
         reused = [sum(map(len, states)) for states in known]
         to_run = max(len(ids) - count for ids, count in zip(token_ids, reused, strict=True))
         window = self.window

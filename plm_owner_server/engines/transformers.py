@@ -146,11 +146,21 @@ class TransformersEngine:
         )
 
     def draft(
-        self, token_ids: Sequence[Sequence[int]], look_ahead: Sequence[int], stop_token_ids: frozenset[int]
+        self,
+        token_ids: Sequence[Sequence[int]],
+        from_position: Sequence[int],
+        look_ahead: Sequence[int],
+        stop_token_ids: frozenset[int],
     ) -> Drafting:
         """Run the prompts, and be ready to draft."""
         return Drafting(
-            self._runner, self.head, token_ids, look_ahead, stop_token_ids, with_last_hidden=self._gives_ffn_output
+            self._runner,
+            self.head,
+            token_ids,
+            from_position,
+            look_ahead,
+            stop_token_ids,
+            with_last_hidden=self._gives_ffn_output,
         )
 
 

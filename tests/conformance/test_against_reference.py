@@ -15,6 +15,8 @@ from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.connection import open_connection
 from data_owner_client.decoding.generate import DecodingSettings, generate
 from data_owner_client.decoding.interpolation import SCHEDULES, Interpolation
+from data_owner_client.decoding.lookup import Lookup
+from data_owner_client.decoding.sampling import Sampling
 from data_owner_client.memory import ExternalMemory
 from data_owner_client.memory.build import tokenize_pair
 from data_owner_client.plm import RemotePlm
@@ -41,6 +43,8 @@ class Case:
         training = TrainingSettings(form=form, rank=16, epochs=3, batch_rows=16, learning_rate=0.02)
         self.adapter: TrainedAdapter = train(self.plm, memory, memory / "adapter", settings=training)[0]
         self.memory = ExternalMemory(memory / "train").load()
+        targets = self.memory.target_N.split(self.memory.rows_E.tolist())
+        self.lookup = Lookup(ids.tolist() for ids in targets)
         self.reference = Reference(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
         self.stop_ids = TASK.stop_ids(self.plm.tokenizer) | {support.EOS}
 
@@ -101,7 +105,7 @@ def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObj
     )
     horizons = [case.adapter.horizon(case.plm.tokenizer.count(source)) for source in sources]
     prompts = case.prompts(sources)
-    token_ids, usage = generate(
+    continuations, usage = generate(
         case.plm,
         prompts,
         adapter=case.adapter,
@@ -110,15 +114,77 @@ def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObj
         stop_ids=case.stop_ids,
         settings=DecodingSettings(
             STEPS,
-            look_ahead=data.draw(st.sampled_from([0, 1, 4, 20])),
-            batch_size=data.draw(st.sampled_from([1, 2, 32])),
+            look_ahead=data.draw(st.sampled_from([0, 1, 4, 8, None])),
+            batch_size=data.draw(st.sampled_from([1, 2, 7, 64])),
         ),
+        lookup=data.draw(st.sampled_from([None, case.lookup])),
     )
     expected = [
         case.expected(prompt, interpolation, horizon, STEPS) for prompt, horizon in zip(prompts, horizons, strict=True)
     ]
-    assert token_ids == expected
+    assert [continuation.token_ids for continuation in continuations] == expected
     assert usage.tokens == sum(map(len, expected))
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(st.data())
+def test_the_same_seed_draws_the_same_text_with_and_without_drafts(case: Case, data: st.DataObject) -> None:
+    sampling = Sampling(
+        temperature=data.draw(st.sampled_from([0.7, 1.0, 1.5])),
+        top_k=data.draw(st.sampled_from([0, 40])),
+        top_p=data.draw(st.sampled_from([1.0, 0.9])),
+        repetition_penalty=data.draw(st.sampled_from([1.0, 1.3])),
+        seed=data.draw(st.integers(0, 5)),
+    )
+    prompts = case.prompts(["the thin shine", "her", "die Tür"])
+
+    def drawn(prompts: list[list[int]], settings: DecodingSettings, lookup: Lookup | None = None) -> list[list[int]]:
+        continuations, _ = generate(
+            case.plm,
+            prompts,
+            adapter=case.adapter,
+            interpolation=Interpolation(schedule="gradual", lambda_max=0.9),
+            horizons=[6.0] * len(prompts),
+            stop_ids=case.stop_ids,
+            settings=settings,
+            sampling=sampling,
+            lookup=lookup,
+        )
+        return [continuation.token_ids for continuation in continuations]
+
+    plain = drawn(prompts, DecodingSettings(STEPS, look_ahead=0, batch_size=1))
+    assert drawn(prompts, DecodingSettings(STEPS, look_ahead=4)) == plain
+    assert drawn(prompts, DecodingSettings(STEPS), case.lookup) == plain
+    assert drawn(prompts[::-1], DecodingSettings(STEPS, batch_size=2)) == plain[::-1]
+
+
+def test_draws_are_distributed_as_the_references_mixture(case: Case) -> None:
+    (prompt,), draws, weight = case.prompts(["her"]), 3000, 0.6
+    continuations, _ = generate(
+        case.plm,
+        [prompt] * draws,
+        adapter=case.adapter,
+        interpolation=Interpolation(schedule="constant", lambda_max=weight),
+        horizons=[5.0] * draws,
+        stop_ids=case.stop_ids,
+        settings=DecodingSettings(1, batch_size=256),
+        sampling=Sampling(seed=3),
+        samples=range(draws),
+    )
+    f_D, p_plm_V = case.reference.context(prompt)
+    adapter, weights = case.adapter, case.adapter.adapter.state_dict()
+    p_pema_V = case.reference.pema(f_D, weights, adapter.card.form, adapter.candidate_ids_C.tolist())
+    p_V = (1 - weight) * p_plm_V + weight * p_pema_V
+    counts_V = torch.bincount(torch.tensor([c.token_ids[0] for c in continuations]), minlength=len(p_V)).double()
+    # Tokens expected fewer than five times are counted together, as Pearson's test wants it.
+    often_V = p_V * draws >= 5
+    seen = torch.cat([counts_V[often_V], counts_V[~often_V].sum()[None]])
+    expected = draws * torch.cat([p_V[often_V], p_V[~often_V].sum()[None]])
+    statistic = ((seen - expected).square() / expected.clamp(min=1e-9)).sum().item()
+    degrees = len(seen) - 1
+    assert statistic < degrees + 5 * (2 * degrees) ** 0.5
+    for continuation in continuations[:20]:
+        assert continuation.logprob == pytest.approx(float(p_V[continuation.token_ids[0]].log()), abs=1e-3)
 
 
 def test_pema_really_changes_what_is_generated(case: Case) -> None:

@@ -173,6 +173,7 @@ GOOD = [
     ("/v1/encode", {"token_ids": IDS, "from_position": [0, 29, 1], "dtype": "float32", "with_logsumexp": True}),
     ("/v1/encode", {"token_ids": IDS[:1], "from_position": [3], "echo": echoes(IDS[:1])}),
     ("/v1/decode", {"token_ids": IDS, "look_ahead": [4, 0, 2], "stop_token_ids": [2], "dtype": "float32"}),
+    ("/v1/decode", {"token_ids": IDS, "look_ahead": [2, 0, 1], "from_position": [3, 29, 0], "dtype": "float32"}),
     ("/v1/decode", {"token_ids": IDS, "look_ahead": [0, 0, 0], "echo": echoes(IDS), "dtype": "bfloat16"}),
     ("/v1/encode", {"token_ids": IDS, "from_position": [0, 0, 0], "dtype": "int8"}),
     ("/v1/decode", {"token_ids": IDS, "look_ahead": [1, 0, 3], "dtype": "int8"}),

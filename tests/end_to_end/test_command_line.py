@@ -155,6 +155,34 @@ def test_generate(url: str, adapter: Path) -> None:
     assert len(adapted["texts"]) == 2
 
 
+def test_sampling_and_lookup(url: str, adapter: Path, task: Path, pairs: Path, tmp_path: Path) -> None:
+    drawn = ["--adapter", adapter, "--temperature", 1.2, "--seed", 4, "--max-new-tokens", 8]
+    one = client_json(url, "translate", *drawn, "the thin", "shine on")
+    assert one == client_json(url, "translate", *drawn, "--look-ahead", 0, "the thin", "shine on") | {
+        "usage": one["usage"]
+    }
+    three = client_json(url, "translate", *drawn, "--samples", 5, "--best", 3, "the thin")
+    (text,) = three["texts"]
+    assert text["text"] == text["best"][0]
+    assert len(set(text["best"])) > 1
+    for arguments, words in (
+        (["--samples", 2], "Without a temperature"),
+        (["--temperature", 1, "--best", 2], "Give more --samples"),
+    ):
+        done = client(url, "translate", "--adapter", adapter, *arguments, "the thin")
+        assert done.returncode == 1
+        assert words in done.stderr
+
+    memory = adapter.parent / "memory"
+    plain = client_json(url, "translate", "--adapter", adapter, "the thin")
+    looked_up = client_json(url, "translate", "--adapter", adapter, "--lookup", memory, "the thin")
+    assert looked_up["texts"] == plain["texts"]
+    client_json(url, "build-memory", "--task", task, "--input", pairs, "--memory", tmp_path)
+    done = client(url, "translate", "--adapter", adapter, "--lookup", tmp_path, "the thin")
+    assert done.returncode == 1
+    assert "never shown to the PLM's owner" in done.stderr
+
+
 def test_evaluate(url: str, adapter: Path, tmp_path: Path) -> None:
     test = write_pairs(tmp_path / "test.jsonl", 7, seed=2)
     scores = client_json(url, "evaluate", "--adapter", adapter, "--input", test, "--max-new-tokens", 8)

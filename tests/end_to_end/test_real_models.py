@@ -96,7 +96,8 @@ def test_decoding_without_weight_is_generate_token_for_token(real: Real) -> None
     ours, usage = generate(real.plm, prompts, stop_ids=frozenset(), settings=DecodingSettings(tokens))
     assert usage.calls == 1
     eos = set(real.plm.card.eos_token_ids)
-    for prompt, generated in zip(prompts, ours, strict=True):
+    for prompt, continuation in zip(prompts, ours, strict=True):
+        generated = continuation.token_ids
         ids = torch.tensor([prompt])
         out = real.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens)
         expected = out[0, len(prompt) :].tolist()

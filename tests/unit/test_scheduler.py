@@ -49,7 +49,7 @@ class NotingEngine:
         logsumexp_N = cr[:, 0] if with_logsumexp else None
         return Encoded(rows, [echo(ids) for ids in token_ids], cr, None, logsumexp_N)
 
-    def draft(self, token_ids: Any, look_ahead: Any, stop_token_ids: Any) -> NotingDraft:
+    def draft(self, token_ids: Any, from_position: Any, look_ahead: Any, stop_token_ids: Any) -> NotingDraft:
         self.note("prompts", token_ids)
         return NotingDraft(self, token_ids, look_ahead)
 
@@ -123,7 +123,7 @@ def encode(*firsts: int, tokens: int = 10, logsumexp: bool = False) -> Work:
 
 
 def draft(*firsts: int, k: int, tokens: int = 10) -> Work:
-    return Work([[first] * tokens for first in firsts], look_ahead=[k] * len(firsts))
+    return Work([[first] * tokens for first in firsts], [tokens - 1] * len(firsts), look_ahead=[k] * len(firsts))
 
 
 def test_clients_take_turns_by_tokens(desk: Callable[..., Desk]) -> None:

@@ -140,8 +140,15 @@ def greedy(model: PreTrainedModel, ids: Sequence[int], tokens: int) -> list[int]
     return list(output[0, len(ids) :].tolist())
 
 
-def drafted(engine: TransformersEngine, *batch: Any) -> Decoded:
-    draft = engine.draft(*batch)
+def drafted(
+    engine: TransformersEngine,
+    texts: list[list[int]],
+    look_ahead: list[int],
+    stop_ids: frozenset[int],
+    from_position: list[int] | None = None,
+) -> Decoded:
+    starts = [len(ids) - 1 for ids in texts] if from_position is None else from_position
+    draft = engine.draft(texts, starts, look_ahead, stop_ids)
     while draft.step():
         pass
     return draft.result()
@@ -248,6 +255,22 @@ def test_texts_that_go_on_branch_and_return_are_the_models_own(
             assert_near(cr_1_D, truth(ids)[0][-1:])
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 2**28])
+def test_drafts_of_the_clients_are_checked_in_one_pass(model: PreTrainedModel, truth: Truth, cache_bytes: int) -> None:
+    engine = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=cache_bytes)
+    texts = random_ids(31, [7, 4, 5], shared=2)
+    starts, look_ahead = [3, 3, 0], [2, 0, 1]
+    for _ in range(2):  # the second time from known states
+        decoded = drafted(engine, texts, look_ahead, frozenset(), starts)
+        assert decoded.rows == [4 + 2, 1, 5 + 1]
+        parts = zip(texts, starts, decoded.top1_N.split(decoded.rows), decoded.cr_N_D.split(decoded.rows), strict=True)
+        for ids, start, top1_K, cr_K_D in parts:
+            given = len(ids) - start
+            hidden_T_D, logits_T_V = (x[start:] for x in truth([*ids, *top1_K.tolist()[given - 1 : -1]]))
+            assert_near(cr_K_D, hidden_T_D)
+            assert top1_K.tolist() == logits_T_V.argmax(-1).tolist()
+
+
 def test_what_is_known_is_not_computed_again(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[int] = []
     inner = Runner.forward
@@ -347,7 +370,8 @@ def test_a_batch_takes_one_copy_from_the_device_and_a_step_one_more(
         decoded_there = []
         for batch in drafting:
             ours, watch.copies = engine(), 0
-            draft, steps = ours.draft(*batch), 0
+            starts = [len(ids) - 1 for ids in batch[0]]
+            draft, steps = ours.draft(batch[0], starts, *batch[1:]), 0
             assert watch.copies == 0
             while draft.step():
                 steps += 1

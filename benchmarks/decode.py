@@ -1,0 +1,158 @@
+"""Decoding with the whole of PEMA over a wire: with and without look-ahead, near and far, against local `generate`.
+
+The owner's server is a process of its own. A proxy on this machine adds the round-trip time. The peer is transformers'
+own greedy `generate` of the bare model, with the same prompts, stops, batch size and threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import report
+from benchmarks.processes import at_once, server
+from benchmarks.proxy import delaying_proxy
+from data_owner_client import (
+    DecodingSettings,
+    ExternalMemory,
+    Generation,
+    Interpolation,
+    TrainedAdapter,
+    build_memories,
+    connect,
+    load_task,
+    read_pairs,
+    train,
+    translate,
+)
+from demo import home_assistant
+from plm_owner_server.engines.transformers import load_model
+from plm_owner_server.models import resolve
+from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
+from protocol.errors import InvalidData
+
+_WORK = report.FOLDER / "decode"
+_DATA, _LOG = _WORK / "data", _WORK / "server.log"
+_ROUND_TRIPS_MS = (0, 20, 100)
+_GRADUAL = Interpolation(schedule="gradual", lambda_max=0.9)
+_BATCH = 32
+_PER_CLIENT = 12
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer sentences and one round")
+    arguments = parser.parse_args()
+    sentences, rounds = (48, 1) if arguments.quick else (200, 3)
+    threads = os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    home_assistant.prepare(_DATA)
+    adapter_folder = _prepare()
+    adapter = TrainedAdapter.load(adapter_folder)
+    sources = [pair.source for pair in read_pairs(_DATA / "test.jsonl")][:sentences]
+    speedups: dict[int, list[float]] = {ms: [] for ms in _ROUND_TRIPS_MS}
+    trips: dict[int, list[float]] = {ms: [] for ms in _ROUND_TRIPS_MS}
+    against_local, clients = list[float](), list[float]()
+    for _ in range(rounds):
+        with server(_LOG, "--threads", str(threads)) as (_, grpc_port):
+            for ms in _ROUND_TRIPS_MS:
+                with delaying_proxy("127.0.0.1", grpc_port, ms / 1000) as port:
+                    without, with_drafts = (_translate(port, adapter, sources, k) for k in (0, None))
+                speedups[ms].append(_tokens_per_s(with_drafts) / _tokens_per_s(without))
+                trips[ms].append(with_drafts.usage.round_trips / with_drafts.usage.tokens)
+            ours = _translate(grpc_port, adapter, sources, None)
+            one, eight = (_clients(count, grpc_port, adapter_folder) for count in (1, 8))
+            clients.append(eight / one)
+        against_local.append(_tokens_per_s(ours) / _generate_tokens_per_s(adapter, sources))
+    report.write(
+        "decode",
+        {
+            "sentences": sentences,
+            "rounds": rounds,
+            "threads": threads,
+            "round_trips_per_token": {str(ms): median(values) for ms, values in trips.items()},
+            "lookahead_speedup": {str(ms): median(values) for ms, values in speedups.items()},
+            "vs_local_generate": median(against_local),
+            "clients_8_over_1": median(clients),
+        },
+    )
+
+
+def _prepare() -> Path:
+    """An adapter of a memory of 1,000 pairs, made once."""
+    memory, adapter = _WORK / "memory", _WORK / "adapter"
+    try:
+        TrainedAdapter.load(adapter)
+        ExternalMemory(memory / "train")
+    except InvalidData:
+        task, pairs = load_task(_DATA / "task.toml"), read_pairs(_DATA / "train.jsonl")[:1000]
+        held_out = read_pairs(_DATA / "validation.jsonl")[:100]
+        with server(_LOG) as (_, grpc_port), connect(f"grpc://127.0.0.1:{grpc_port}") as plm:
+            build_memories(
+                plm, task, pairs, memory, validation=held_out, context_mode="teacher-forced", share_targets=True
+            )
+            train(plm, memory, adapter)
+    return adapter
+
+
+def _translate(port: int, adapter: TrainedAdapter, sources: Sequence[str], look_ahead: int | None) -> Generation:
+    with connect(f"grpc://127.0.0.1:{port}") as plm:
+        adapter.card.task.stop_ids(plm.tokenizer)  # loaded before the clock starts
+        settings = DecodingSettings(look_ahead=look_ahead, batch_size=_BATCH)
+        return translate(plm, sources, adapter=adapter, interpolation=_GRADUAL, decoding=settings)
+
+
+def _tokens_per_s(generation: Generation) -> float:
+    return generation.usage.tokens / generation.seconds
+
+
+def _clients(count: int, port: int, adapter: Path) -> float:
+    """Tokens per second of several clients together, each of which translates one sentence at a time."""
+    spans = [range(i * _PER_CLIENT, (i + 1) * _PER_CLIENT) for i in range(count)]
+    url = f"grpc://127.0.0.1:{port}"
+    records = at_once(
+        "benchmarks.decode_worker", [(url, str(_DATA), str(adapter), str(s.start), str(s.stop)) for s in spans]
+    )
+    return float(sum(record["tokens"] for record in records) / max(record["seconds"] for record in records))
+
+
+@torch.inference_mode()
+def _generate_tokens_per_s(adapter: TrainedAdapter, sources: Sequence[str]) -> float:
+    """The peer: local, of the bare model, longest prompts first, padded on the left."""
+    settings = ServerSettings(_env_file=None)
+    model: Any = load_model(resolve(DEFAULT_MODEL, settings.cache_dir).folder, device="cpu", dtype="float32")
+    with server(_LOG) as (port, _), connect(f"http://127.0.0.1:{port}") as plm:
+        tokenizer, task = plm.tokenizer, adapter.card.task
+        prompts = [tokenizer.encode_prompt(task.prompt(source, tokenizer)) for source in sources]
+        stops = sorted(task.stop_ids(tokenizer) | frozenset(plm.card.eos_token_ids))
+    tokens, started = 0, time.perf_counter()
+    prompts.sort(key=len, reverse=True)
+    for at in range(0, len(prompts), _BATCH):
+        batch = [torch.tensor(ids) for ids in prompts[at : at + _BATCH]]
+        ids_B_T = nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_side="left")
+        mask_B_T = nn.utils.rnn.pad_sequence(
+            [torch.ones_like(ids) for ids in batch], batch_first=True, padding_side="left"
+        )
+        output_B_T = model.generate(
+            ids_B_T,
+            attention_mask=mask_B_T,
+            do_sample=False,
+            max_new_tokens=DecodingSettings().max_new_tokens,
+            eos_token_id=stops,
+            pad_token_id=0,
+        )[:, ids_B_T.shape[1] :]
+        tokens += sum(next((i + 1 for i, t in enumerate(row) if t in stops), len(row)) for row in output_B_T.tolist())
+    return tokens / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What is drafted: as much as pays, by whoever is agreed with more often."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_owner_client.decoding.lookahead import Agreement, Costs, plan
+from data_owner_client.decoding.lookup import Lookup
+
+
+def costs(overhead_s: float, step_s: float, row_s: float) -> Costs:
+    """Costs that were learned from rounds of these."""
+    learned = Costs()
+    for steps, rows in itertools.product([1, 2, 5], [4, 9, 30]):
+        compute_s = steps * step_s + rows * row_s
+        learned.learn(round_s=overhead_s + compute_s, compute_s=compute_s, steps=steps, rows=rows)
+    return learned
+
+
+@pytest.mark.parametrize(("overhead_s", "step_s", "row_s"), [(0.1, 0.02, 0.004), (0.0, 0.05, 0.0), (1.0, 0.0, 0.01)])
+def test_costs_are_learned(overhead_s: float, step_s: float, row_s: float) -> None:
+    learned = costs(overhead_s, step_s, row_s)
+    assert learned.overhead_s == pytest.approx(overhead_s, abs=1e-9)
+    ours = learned.step_and_row()
+    assert ours[0] == pytest.approx(step_s, abs=2e-3)
+    assert ours[1] == pytest.approx(row_s, abs=2e-4)
+
+
+def test_costs_are_never_negative() -> None:
+    learned = Costs()
+    for steps, rows, compute_s in [(1, 30, 0.1), (5, 30, 0.05), (1, 5, 0.2), (9, 60, 0.01)]:
+        learned.learn(round_s=compute_s, compute_s=compute_s, steps=steps, rows=rows)
+    assert min(learned.step_and_row()) >= 0
+
+
+chances = st.lists(st.lists(st.floats(0.01, 0.99), max_size=4), min_size=1, max_size=3)
+seconds = st.sampled_from([0.0, 0.001, 0.02, 0.3])
+
+
+@given(chances, seconds, seconds, seconds)
+def test_the_plan_expects_the_most_tokens_per_second(
+    chances: list[list[float]], overhead_s: float, step_s: float, row_s: float
+) -> None:
+    known = costs(overhead_s + 1e-3, step_s, row_s)
+    learned_step_s, learned_row_s = known.step_and_row()
+
+    def rate(drafts: list[int]) -> float:
+        expected = sum(sum(math.prod(own[: j + 1]) for j in range(k)) for own, k in zip(chances, drafts, strict=True))
+        rows = len(chances) + sum(drafts)
+        time_s = (known.overhead_s or 0) + (1 + max(drafts)) * learned_step_s + rows * learned_row_s
+        return (len(chances) + expected) / time_s
+
+    options = itertools.product(*(range(len(own) + 1) for own in chances))
+    assert rate(plan(chances, known)) == pytest.approx(max(rate(list(option)) for option in options), rel=1e-6)
+
+
+def test_a_slow_network_wants_more_drafts_and_costly_rows_fewer() -> None:
+    chances = [[0.7] * 16] * 8
+    near, far = plan(chances, costs(0.001, 0.02, 0.01)), plan(chances, costs(0.3, 0.02, 0.002))
+    assert max(near) < min(far)
+
+
+def test_agreement_starts_from_the_prior_and_follows_what_is_seen() -> None:
+    agreement = Agreement()
+    assert agreement.rate(0.0) == 1.0
+    assert agreement.rate(0.9) == pytest.approx(0.595)
+    for _ in range(1000):
+        agreement.learn(0.9, agreed=False)
+    assert agreement.rate(0.9) < 0.01
+    assert agreement.rate(0.2) == pytest.approx(0.91)
+
+
+def test_a_lookup_goes_on_as_its_texts_do() -> None:
+    lookup = Lookup([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [9, 2, 3, 8]])
+    offers = lookup.after([1, 2, 3], 10, better_than=0.3)
+    assert [offer.token for offer in offers][:2] == [4, 5]
+    assert lookup.after([1, 2, 3], 1, better_than=0.3) == offers[:1]
+    assert lookup.after([1, 2, 3], 10, better_than=0.99) == []
+    assert lookup.after([4, 4, 4], 10, better_than=0.0) == []
+    assert lookup.after([3], 10, better_than=0.0) == []
+    for _ in range(50):
+        lookup.learn(offers[0], agreed=False)
+    assert lookup.after([1, 2, 3], 10, better_than=0.3) == []
