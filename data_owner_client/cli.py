@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -41,9 +41,11 @@ from data_owner_client.cli_options import (
     with_options,
 )
 from data_owner_client.data import Format, Pair, read_lines, read_pairs, read_parallel
+from data_owner_client.decoding.generate import Usage
 from data_owner_client.doctor import diagnose
 from data_owner_client.evaluation import text_scores
 from data_owner_client.files import write_atomically
+from data_owner_client.jobs import Job
 from data_owner_client.memory.store import ContextMode
 from data_owner_client.progress import RichReporter
 from data_owner_client.tasks import load_task
@@ -323,20 +325,36 @@ def translate(
     inputs = _sources(texts, input_file, file_format, source_field)
     trained = TrainedAdapter.load(adapter) if adapter else None
     with server.connect(decoding.dtype) as plm:
-        result = verbs.translate(
-            plm,
+        chosen = load_task(task) if task else None
+        interpolation, sampling = decoding.interpolation(trained), draws.sampling
+        lookup = verbs.lookup_in(decoding.lookup) if decoding.lookup else None
+
+        def run(part: Sequence[str], on_failure: verbs.OnFailure | None) -> verbs.Generation:
+            return verbs.translate(
+                plm,
+                part,
+                adapter=trained,
+                task=chosen,
+                interpolation=interpolation,
+                decoding=decoding.settings,
+                lookup=lookup,
+                sampling=sampling,
+                samples=draws.samples,
+                best=draws.best,
+                on_failure=on_failure,
+                reporter=RichReporter(),
+            )
+
+        identity = [
+            "translate",
+            plm.card.digest,
+            trained and trained.card,
+            chosen,
+            *decoding.identity(trained),
+            draws,
             inputs,
-            adapter=trained,
-            task=load_task(task) if task else None,
-            interpolation=decoding.interpolation(trained),
-            decoding=decoding.settings,
-            lookup=verbs.lookup_in(decoding.lookup) if decoding.lookup else None,
-            sampling=draws.sampling,
-            samples=draws.samples,
-            best=draws.best,
-            reporter=RichReporter(),
-        )
-    _write_texts(inputs, result, output, as_json)
+        ]
+        _write_texts(inputs, run, identity, output, as_json)
 
 
 @app.command()
@@ -364,19 +382,26 @@ def generate(
     inputs = _sources(prompts, input_file, file_format, source_field)
     trained = TrainedAdapter.load(adapter) if adapter else None
     with server.connect(decoding.dtype) as plm:
-        result = verbs.generate(
-            plm,
-            inputs,
-            adapter=trained,
-            interpolation=decoding.interpolation(trained),
-            decoding=decoding.settings,
-            lookup=verbs.lookup_in(decoding.lookup) if decoding.lookup else None,
-            sampling=draws.sampling,
-            samples=draws.samples,
-            best=draws.best,
-            reporter=RichReporter(),
-        )
-    _write_texts(inputs, result, output, as_json)
+        interpolation, sampling = decoding.interpolation(trained), draws.sampling
+        lookup = verbs.lookup_in(decoding.lookup) if decoding.lookup else None
+
+        def run(part: Sequence[str], on_failure: verbs.OnFailure | None) -> verbs.Generation:
+            return verbs.generate(
+                plm,
+                part,
+                adapter=trained,
+                interpolation=interpolation,
+                decoding=decoding.settings,
+                lookup=lookup,
+                sampling=sampling,
+                samples=draws.samples,
+                best=draws.best,
+                on_failure=on_failure,
+                reporter=RichReporter(),
+            )
+
+        identity = ["generate", plm.card.digest, trained and trained.card, *decoding.identity(trained), draws, inputs]
+        _write_texts(inputs, run, identity, output, as_json)
 
 
 @app.command()
@@ -486,22 +511,58 @@ def _sources(
     return [pair.source for pair in read_pairs(path, format=kind, source_field=source_field, need_targets=False)]
 
 
-def _write_texts(inputs: list[str], result: verbs.Generation, output: Path | None, as_json: bool) -> None:
+def _write_texts(
+    inputs: list[str],
+    run: Callable[[Sequence[str], verbs.OnFailure | None], verbs.Generation],
+    identity: Sequence[object],
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Generate and write: to a file in parts that an interruption leaves behind, to standard output at the end."""
+    if output is not None and not as_json:
+        usage = Usage()
+
+        def work(numbers: list[int]) -> dict[int, str]:
+            nonlocal usage
+            failed: set[int] = set()
+
+            def on_failure(at: int, error: PemaError) -> None:
+                failed.add(at)
+                print(f"pema-client: text {numbers[at] + 1}: {error}", file=sys.stderr)
+
+            result = run([inputs[number] for number in numbers], on_failure)
+            usage += result.usage
+            return {
+                number: _line(text)
+                for at, (number, text) in enumerate(zip(numbers, result.texts, strict=True))
+                if at not in failed
+            }
+
+        before = Job(output, identity).run(len(inputs), work)
+        done_before = f" ({before} of them done before)" if before else ""
+        print(f"{len(inputs)} texts{done_before}: {usage}.", file=sys.stderr)
+        return
+    result = run(inputs, None)
     if as_json:
         texts = [
             {"source": source, "text": best[0]} | ({"best": best} if len(best) > 1 else {})
             for source, best in zip(inputs, result.best, strict=True)
         ]
-        usage = vars(result.usage) | {"seconds": result.seconds}
-        body = json.dumps({"texts": texts, "usage": usage}, ensure_ascii=False, indent=1) + "\n"
+        usage_record = vars(result.usage) | {"seconds": result.seconds}
+        body = json.dumps({"texts": texts, "usage": usage_record}, ensure_ascii=False, indent=1) + "\n"
     else:
-        # A text is one line of the output, also where the task's stop lets newlines through.
-        body = "".join(" ".join(text.split("\n")) + "\n" for text in result.texts)
+        body = "".join(_line(text) + "\n" for text in result.texts)
+        print(f"{len(inputs)} texts: {result.usage}.", file=sys.stderr)
     if output is None:
         sys.stdout.write(body)
         sys.stdout.flush()
     else:
         write_atomically(output, body.encode())
+
+
+def _line(text: str) -> str:
+    # A text is one line of the output, also where the task's stop lets newlines through.
+    return " ".join(text.split("\n"))
 
 
 def _print(record: dict[str, Any], as_json: bool, *, title: str) -> None:

@@ -173,6 +173,10 @@ class Decoding(OptionGroup):
             torch.set_num_threads(self.threads)
         return DecodingSettings(self.max_new_tokens, self.look_ahead, self.batch_size)
 
+    def identity(self, adapter: TrainedAdapter | None) -> list[object]:
+        """What of these options can change a text."""
+        return [self.interpolation(adapter), self.max_new_tokens, self.dtype]
+
     def interpolation(self, adapter: TrainedAdapter | None) -> Interpolation | None:
         """What training chose, but for what the user says; None for training's own choice.
 

@@ -11,7 +11,7 @@ All raise `protocol.errors.PemaError`.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,13 @@ from data_owner_client import plotting
 from data_owner_client.adapter import AdapterCard, TrainedAdapter
 from data_owner_client.connection import GIVE_UP_AFTER_S, open_connection
 from data_owner_client.data import Pair, split_validation
-from data_owner_client.decoding.generate import DEFAULT_DECODING, Continuation, DecodingSettings, Usage
+from data_owner_client.decoding.generate import (
+    DEFAULT_DECODING,
+    Continuation,
+    DecodingSettings,
+    Usage,
+    require_room,
+)
 from data_owner_client.decoding.generate import generate as generate_ids
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.decoding.lookup import Lookup
@@ -46,6 +52,8 @@ from data_owner_client.training import (
 from protocol.errors import InvalidData, PemaError
 from protocol.messages import WireDtype
 
+OnFailure = Callable[[int, PemaError], None]
+"""Told of a text, by its number from 0, and why it cannot be answered."""
 TRAIN, VALIDATION = "train", "validation"
 _PAIRS_PER_REQUEST = 64
 
@@ -300,6 +308,7 @@ def translate(
     sampling: Sampling | None = None,
     samples: int = 1,
     best: int = 1,
+    on_failure: OnFailure | None = None,
     reporter: Reporter | None = None,
 ) -> Generation:
     """Answer source texts with a task's prompt.
@@ -315,6 +324,8 @@ def translate(
         sampling: how to draw tokens; None for the most probable ones. The text depends on the seed, not on drafts.
         samples: texts to draw for each source.
         best: of these, how many of the most probable ones to give.
+        on_failure: told of each text (by its number, from 0) that cannot be answered; its result is then empty. Without
+            it, such a text is an error of the whole.
         reporter: told of the progress.
 
     Raises:
@@ -337,6 +348,7 @@ def translate(
         sampling=sampling,
         samples=samples,
         best=best,
+        on_failure=on_failure,
         reporter=reporter,
     )
 
@@ -353,6 +365,7 @@ def generate(
     sampling: Sampling | None = None,
     samples: int = 1,
     best: int = 1,
+    on_failure: OnFailure | None = None,
     reporter: Reporter | None = None,
 ) -> Generation:
     """Continue prompts as they are, without a task's template around them.
@@ -372,6 +385,7 @@ def generate(
         sampling=sampling,
         samples=samples,
         best=best,
+        on_failure=on_failure,
         reporter=reporter,
     )
 
@@ -448,30 +462,40 @@ def _generate(
     sampling: Sampling | None,
     samples: int,
     best: int,
+    on_failure: OnFailure | None,
     reporter: Reporter | None,
 ) -> Generation:
     started = time.perf_counter()
     if adapter is not None:
         adapter.card.model.require(ModelIdentity.of(plm.card), "The adapter", "the server")
     tokenizer = plm.tokenizer
+    prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    numbers = list(range(len(prompts)))
+    if on_failure is not None:
+        for number, ids in enumerate(prompt_ids):
+            try:
+                require_room(plm, ids, place=f"text {number + 1}")
+            except InvalidData as error:
+                on_failure(number, error)
+                numbers.remove(number)
     # Samples of the same prompt one after another: they share all of its attention states.
     continuations, usage = generate_ids(
         plm,
-        [ids for prompt in prompts for ids in [tokenizer.encode_prompt(prompt)] * samples],
+        [prompt_ids[number] for number in numbers for _ in range(samples)],
         adapter=adapter,
         interpolation=interpolation or (adapter.card.interpolation if adapter else Interpolation(schedule="none")),
-        horizons=None if horizons is None else [horizon for horizon in horizons for _ in range(samples)],
+        horizons=None if horizons is None else [horizons[number] for number in numbers for _ in range(samples)],
         stop_ids=task.stop_ids(tokenizer) | frozenset(plm.card.eos_token_ids),
         settings=decoding,
         sampling=sampling,
-        samples=list(range(samples)) * len(prompts),
+        samples=list(range(samples)) * len(numbers),
         lookup=lookup,
         reporter=reporter,
     )
-    ranked = [
-        sorted(continuations[at : at + samples], key=_mean_logprob, reverse=True)[:best]
-        for at in range(0, len(continuations), samples)
-    ]
+    ranked: list[list[Continuation]] = [[Continuation([])] for _ in prompts]
+    for at, number in enumerate(numbers):
+        own = continuations[at * samples : (at + 1) * samples]
+        ranked[number] = sorted(own, key=_mean_logprob, reverse=True)[:best]
     texts = [[task.answer(one.token_ids, tokenizer) for one in own] for own in ranked]
     return Generation(
         texts=[own[0] for own in texts],

@@ -26,15 +26,15 @@ class Position:
 
     Attributes:
         weight: λ_t.
-        context: token ids of prompt and continuation before it.
-        written: how many of them are of the continuation; t.
+        t: of the token, among those of the continuation.
         noise: of its sequence; None to take the most probable token.
+        context: when sampling, token ids of prompt and continuation before it.
     """
 
     weight: float
-    context: Sequence[int]
-    written: int
+    t: int
     noise: Noise | None
+    context: Sequence[int]
 
 
 class Chooser:
@@ -55,7 +55,7 @@ class Chooser:
         """The choice at each position, and when sampling its log-probability under the mixture (else 0)."""
         if self._sampling is not None and self._head is not None:
             return self._draw(self._sampling, self._head, response, positions)
-        if self._adapter is None:
+        if self._adapter is None or not any(position.weight for position in positions):
             return response.top1_N.tolist(), [0.0] * len(positions)
         adapter, plm = self._adapter, plm_positions(self._adapter.head, response)
         pema_logprob_N_C = adapter.logprobs(expand(response.cr_N_D, response.cr_scale_N))
@@ -75,7 +75,7 @@ class Chooser:
             for logprob_V, position in zip(mixture_N_V, positions[rows], strict=True):
                 if position.noise is None:
                     raise ValueError("a sampled sequence needs its noise")
-                token = sampling.draw(logprob_V, position.context, position.noise, position.written)
+                token = sampling.draw(logprob_V, position.context, position.noise, position.t)
                 tokens.append(token)
                 logprobs.append(float(logprob_V[token]))
         return tokens, logprobs

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from os.path import commonprefix
 
 import torch
@@ -19,7 +19,7 @@ from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.connection import Exchange
 from data_owner_client.decoding.choosing import Chooser, Position
 from data_owner_client.decoding.interpolation import Interpolation
-from data_owner_client.decoding.lookahead import Agreement, Costs, plan
+from data_owner_client.decoding.lookahead import MOST_DRAFTS, Agreement, Costs, plan
 from data_owner_client.decoding.lookup import Lookup, Offer
 from data_owner_client.decoding.sampling import Noise, Sampling
 from data_owner_client.plm import RemotePlm
@@ -83,6 +83,11 @@ class _Sequence:
     def context(self) -> list[int]:
         return self.prompt + self.generated
 
+    def position(self, t: int, drafts: Sequence[int]) -> Position:
+        """Where the choice of token t is made, if the drafts before it agree."""
+        # Only draws look at the context.
+        return Position(self.lambdas[t], t, self.noise, [*self.context, *drafts] if self.noise else ())
+
     @property
     def most(self) -> int:
         """Tokens that may still be drafted, one more coming after them; negative if there is room for none."""
@@ -104,7 +109,7 @@ class Continuation:
 
 @dataclass
 class Usage:
-    """What a generation took.
+    """What a generation took; usages add up.
 
     Attributes:
         tokens: generated.
@@ -125,6 +130,17 @@ class Usage:
     network_s: float = 0.0
     server_s: float = 0.0
     client_s: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def __str__(self) -> str:
+        """In words."""
+        return (
+            f"{self.tokens:,} tokens, {self.round_trips / max(1, self.tokens):.2f} round trips per token, "
+            f"{self.accepted:,} of {self.drafted:,} drafts kept; waited {self.server_s:.1f} s for the server and "
+            f"{self.network_s:.1f} s for the network, {self.client_s:.1f} s of own work"
+        )
 
 
 def generate(
@@ -169,12 +185,7 @@ def generate(
         raise InvalidData("An adapter was given without horizons.", hint="Give the expected length of every answer.")
     limits = plm.card.limits
     for number, prompt in enumerate(prompts, 1):
-        if len(prompt) >= limits.max_sequence_tokens:
-            raise InvalidData(
-                f"Prompt {number} has {len(prompt)} tokens, with nothing left for an answer: the server takes "
-                f"{limits.max_sequence_tokens} for both.",
-                hint="Shorten the text or use fewer examples in the task.",
-            )
+        require_room(plm, prompt, place=f"text {number}")
     sequences = [
         _begin(prompt, horizon, interpolation, min(settings.max_new_tokens, limits.max_sequence_tokens - len(prompt)))
         for prompt, horizon in zip(prompts, horizons or [1.0] * len(prompts), strict=True)
@@ -211,6 +222,21 @@ def generate(
     decoding.usage.tokens = sum(len(s.generated) for s in sequences)
     logprobs = [None if sampling is None else s.logprob for s in sequences]
     return [Continuation(s.generated, logprob) for s, logprob in zip(sequences, logprobs, strict=True)], decoding.usage
+
+
+def require_room(plm: RemotePlm, prompt: Sequence[int], *, place: str) -> None:
+    """Refuse a prompt that leaves no room for an answer.
+
+    Raises:
+        InvalidData: it does.
+    """
+    limit = plm.card.limits.max_sequence_tokens
+    if len(prompt) >= limit:
+        raise InvalidData(
+            f"The prompt of {place} has {len(prompt)} tokens, with nothing left for an answer: the server takes "
+            f"{limit} for both.",
+            hint="Shorten the text or use fewer examples in the task.",
+        )
 
 
 def _begin(prompt: Sequence[int], horizon: float, interpolation: Interpolation, most_tokens: int) -> _Sequence:
@@ -295,10 +321,12 @@ class _Decoding:
 
     def _plan(self, batch: Sequence[_Sequence], offers: Sequence[Sequence[Offer]]) -> list[int]:
         """How many tokens the server shall draft for each sequence."""
-        limit = self._plm.card.limits.max_look_ahead
+        limit = min(
+            self._look_ahead if self._look_ahead is not None else MOST_DRAFTS, self._plm.card.limits.max_look_ahead
+        )
         most = [0 if own else min(s.most, limit) for s, own in zip(batch, offers, strict=True)]
         if self._look_ahead is not None:
-            return [min(self._look_ahead, own) for own in most]
+            return most
         if not self._costs.known:
             return [min(_UNMEASURED_LOOK_AHEAD, own) for own in most]
         chances = [
@@ -321,7 +349,7 @@ class _Decoding:
             for own, top1_K in zip(offers, response.top1_N.split(counts), strict=True)
         ]
         positions = [
-            Position(s.lambdas[len(s.generated) + step], s.context + own[:step], len(s.generated) + step, s.noise)
+            s.position(len(s.generated) + step, own[:step])
             for s, own in zip(batch, drafts, strict=True)
             for step in range(len(own))
         ]

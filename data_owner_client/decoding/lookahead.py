@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+MOST_DRAFTS = 16
+"""Tokens that are worth planning for: beyond them hardly any draft agrees with all before it."""
 # Before anything is measured: what a prototype saw of the PLM's own top token agreeing with the mixture's.
 _PRIOR_DISAGREEMENT = 0.45  # times λ
 _PRIOR_WEIGHT = 8.0
 _BUCKETS = 10
 _DECAY = 0.9
-_MOST = 16
 
 
 @dataclass
@@ -92,7 +93,7 @@ def plan(chances: Sequence[Sequence[float]], costs: Costs) -> list[int]:
     batch = len(chances)
     step_s, row_s = costs.step_and_row()
     base_s = (costs.overhead_s or 0.0) + step_s + batch * row_s
-    longest = min(_MOST, max(map(len, chances), default=0))
+    longest = max(map(len, chances), default=0)
     survival_B_K = np.zeros((batch, longest))
     for row, own in zip(survival_B_K, chances, strict=True):
         row[: len(own)] = np.cumprod(own[:longest])

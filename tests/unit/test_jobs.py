@@ -1,0 +1,75 @@
+"""Long work on texts: interrupted anywhere, it goes on; what failed is tried again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_owner_client import jobs
+from data_owner_client.jobs import Job
+from protocol.errors import InvalidData
+
+TEXTS = [f"text {i}" for i in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_TEXTS_AT_ONCE", 3)
+
+
+class Worker:
+    def __init__(self, *, dies_at: int = -1, fails: frozenset[int] = frozenset()) -> None:
+        self.dies_at, self.fails = dies_at, fails
+        self.asked: list[list[int]] = []
+
+    def __call__(self, numbers: list[int]) -> dict[int, str]:
+        self.asked.append(numbers)
+        if len(self.asked) == self.dies_at:
+            raise KeyboardInterrupt
+        return {number: TEXTS[number].upper() for number in numbers if number not in self.fails}
+
+
+def expected() -> str:
+    return "".join(text.upper() + "\n" for text in TEXTS)
+
+
+@pytest.mark.parametrize("dies_at", [1, 2, 4])
+def test_an_interrupted_job_goes_on_where_it_was(tmp_path: Path, dies_at: int) -> None:
+    output = tmp_path / "new" / "out.txt"
+    with pytest.raises(KeyboardInterrupt):
+        Job(output, "a").run(len(TEXTS), Worker(dies_at=dies_at))
+    assert not output.exists()
+    for half in output.parent.glob(".*"):  # a kill in the middle of a write
+        half.write_bytes(half.read_bytes() + b'{"job": "x", "num')
+    worker = Worker()
+    assert Job(output, "a").run(len(TEXTS), worker) == 3 * (dies_at - 1)
+    assert sum(map(len, worker.asked)) == len(TEXTS) - 3 * (dies_at - 1)
+    assert output.read_text() == expected()
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_what_failed_is_named_and_tried_again(tmp_path: Path) -> None:
+    output = tmp_path / "out.txt"
+    with pytest.raises(InvalidData, match="2 of 10 texts have no answer, text 5 for one"):
+        Job(output, "a").run(len(TEXTS), Worker(fails=frozenset({4, 9})))
+    worker = Worker()
+    Job(output, "a").run(len(TEXTS), worker)
+    assert worker.asked == [[4, 9]]
+    assert output.read_text() == expected()
+
+
+def test_another_job_takes_nothing_over(tmp_path: Path) -> None:
+    output = tmp_path / "out.txt"
+    with pytest.raises(KeyboardInterrupt):
+        Job(output, {"adapter": 1}).run(len(TEXTS), Worker(dies_at=3))
+    worker = Worker()
+    assert Job(output, {"adapter": 2}).run(len(TEXTS), worker) == 0
+    assert output.read_text() == expected()
+
+
+def test_a_finished_job_is_done_anew(tmp_path: Path) -> None:
+    for _ in range(2):
+        worker = Worker()
+        Job(tmp_path / "out.txt", "a").run(len(TEXTS), worker)
+        assert len(worker.asked) == 4
