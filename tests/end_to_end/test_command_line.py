@@ -155,6 +155,26 @@ def test_generate(url: str, adapter: Path) -> None:
     assert len(adapted["texts"]) == 2
 
 
+def test_a_file_with_a_text_that_is_too_long_goes_on_once_it_is_mended(url: str, adapter: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.txt", tmp_path / "out.txt"
+    lines = ["the thin", "die " * 600, "shine on"]
+    arguments = ["--adapter", adapter, "--input", source, "--output", output]
+    source.write_text("\n".join(lines) + "\n")
+    done = client(url, "translate", *arguments)
+    assert done.returncode == 1
+    assert "text 2: The prompt of text 2 has" in done.stderr
+    assert "1 of 3 texts have no answer, text 2 for one; the others are kept" in done.stderr
+    assert not output.exists()
+    again = client(url, "translate", *arguments)  # the same failure, and nothing else is done again
+    assert again.returncode == 1
+    source.write_text("\n".join([lines[0], "die", lines[2]]) + "\n")
+    done = client(url, "translate", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "round trips per token" in done.stderr
+    assert len(output.read_text().splitlines()) == 3
+    assert sorted(tmp_path.iterdir()) == [source, output]
+
+
 def test_sampling_and_lookup(url: str, adapter: Path, task: Path, pairs: Path, tmp_path: Path) -> None:
     drawn = ["--adapter", adapter, "--temperature", 1.2, "--seed", 4, "--max-new-tokens", 8]
     one = client_json(url, "translate", *drawn, "the thin", "shine on")
