@@ -400,7 +400,7 @@ def generate(
                 reporter=RichReporter(),
             )
 
-        identity = ["generate", plm.card.digest, trained and trained.card, *decoding.identity(trained), draws, inputs]
+        identity = ["generate", plm.card.digest, trained and trained.card, *decoding.identity(trained), draws]
         _write_texts(inputs, run, identity, output, as_json)
 
 
@@ -538,7 +538,7 @@ def _write_texts(
                 if at not in failed
             }
 
-        before = Job(output, identity).run(len(inputs), work)
+        before = Job(output, identity).run(inputs, work)
         done_before = f" ({before} of them done before)" if before else ""
         print(f"{len(inputs)} texts{done_before}: {usage}.", file=sys.stderr)
         return

@@ -22,7 +22,7 @@ class Job:
 
     Args:
         output: the file.
-        identity: all that decides what the texts become; records of another job are not taken over.
+        identity: all that decides what a text becomes; records of another job are not taken over.
     """
 
     def __init__(self, output: Path, identity: object) -> None:
@@ -30,51 +30,55 @@ class Job:
         self._records = output.with_name(f".{output.name}.partial")
         self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
-    def run(self, count: int, work: Callable[[list[int]], dict[int, str]]) -> int:
+    def run(self, texts: Sequence[str], work: Callable[[list[int]], dict[int, str]]) -> int:
         """Do what is not done, and write the file; the number of texts that were done before.
 
+        Texts are known by themselves, not by their place: those around one that is mended need not be done again.
+
         Args:
-            count: how many texts there are.
+            texts: all of them.
             work: gives the results for some of their numbers. What it leaves out is tried again the next time.
 
         Raises:
             InvalidData: the disk is full; or some texts have no result, so the file is not written.
         """
+        keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
         done = self._done()
-        before = len(done)
-        for numbers in _runs([number for number in range(count) if number not in done]):
-            results = work(numbers)
+        before = sum(key in done for key in keys)
+        for numbers in _runs([number for number, key in enumerate(keys) if key not in done]):
+            results = {keys[number]: text for number, text in work(numbers).items()}
             self._keep(results, begin=not done)
             done |= results
-        missing = [number for number in range(count) if number not in done]
+        missing = [number for number, key in enumerate(keys) if key not in done]
         if missing:
             raise InvalidData(
-                f"{len(missing)} of {count} texts have no answer, text {missing[0] + 1} for one; the others are kept.",
+                f"{len(missing)} of {len(texts)} texts have no answer, text {missing[0] + 1} for one; the others are "
+                "kept.",
                 hint="Mend them, or run the same command again.",
             )
-        write_atomically(self._output, "".join(done[number] + "\n" for number in range(count)).encode())
+        write_atomically(self._output, "".join(done[key] + "\n" for key in keys).encode())
         self._records.unlink(missing_ok=True)
         return before
 
-    def _done(self) -> dict[int, str]:
+    def _done(self) -> dict[str, str]:
         try:
             lines = self._records.read_bytes().split(b"\n")
         except OSError:
             return {}
-        done: dict[int, str] = {}
+        done: dict[str, str] = {}
         for line in lines:  # some may be empty, or halves
             try:
                 record = json.loads(line)
                 if record["job"] == self._identity:
-                    done[record["number"]] = record["text"]
+                    done[record["source"]] = record["text"]
             except (ValueError, KeyError, TypeError):
                 continue
         return done
 
-    def _keep(self, results: dict[int, str], *, begin: bool) -> None:
+    def _keep(self, results: dict[str, str], *, begin: bool) -> None:
         lines = [
-            json.dumps({"job": self._identity, "number": number, "text": text}, ensure_ascii=False) + "\n"
-            for number, text in results.items()
+            json.dumps({"job": self._identity, "source": key, "text": text}, ensure_ascii=False) + "\n"
+            for key, text in results.items()
         ]
         try:
             self._records.parent.mkdir(parents=True, exist_ok=True)

@@ -170,6 +170,7 @@ def test_a_file_with_a_text_that_is_too_long_goes_on_once_it_is_mended(url: str,
     source.write_text("\n".join([lines[0], "die", lines[2]]) + "\n")
     done = client(url, "translate", *arguments)
     assert done.returncode == 0, done.stderr
+    assert "3 texts (2 of them done before)" in done.stderr
     assert "round trips per token" in done.stderr
     assert len(output.read_text().splitlines()) == 3
     assert sorted(tmp_path.iterdir()) == [source, output]
