@@ -20,6 +20,7 @@ test: lint
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.build_memory
 	$(BIN)/python -m benchmarks.compact_rows
+	$(BIN)/python -m benchmarks.decode
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

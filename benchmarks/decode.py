@@ -25,6 +25,8 @@ from data_owner_client import (
     ExternalMemory,
     Generation,
     Interpolation,
+    RemotePlm,
+    Task,
     TrainedAdapter,
     build_memories,
     connect,
@@ -44,7 +46,6 @@ _DATA, _LOG = _WORK / "data", _WORK / "server.log"
 _ROUND_TRIPS_MS = (0, 20, 100)
 _GRADUAL = Interpolation(schedule="gradual", lambda_max=0.9)
 _BATCH = 32
-_PER_CLIENT = 12
 
 
 def main() -> None:
@@ -52,13 +53,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer sentences and one round")
     arguments = parser.parse_args()
-    sentences, rounds = (48, 1) if arguments.quick else (200, 3)
+    sentences, per_client, rounds = (48, 4, 1) if arguments.quick else (200, 12, 3)
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     home_assistant.prepare(_DATA)
     adapter_folder = _prepare()
     adapter = TrainedAdapter.load(adapter_folder)
     sources = [pair.source for pair in read_pairs(_DATA / "test.jsonl")][:sentences]
+    with server(_LOG) as (port, _), connect(f"http://127.0.0.1:{port}") as plm:
+        peer = Peer(plm, adapter.card.task, sources)
     speedups: dict[int, list[float]] = {ms: [] for ms in _ROUND_TRIPS_MS}
     trips: dict[int, list[float]] = {ms: [] for ms in _ROUND_TRIPS_MS}
     against_local, clients = list[float](), list[float]()
@@ -70,9 +73,9 @@ def main() -> None:
                 speedups[ms].append(_tokens_per_s(with_drafts) / _tokens_per_s(without))
                 trips[ms].append(with_drafts.usage.round_trips / with_drafts.usage.tokens)
             ours = _translate(grpc_port, adapter, sources, None)
-            one, eight = (_clients(count, grpc_port, adapter_folder) for count in (1, 8))
+            one, eight = (_clients(count, per_client, grpc_port, adapter_folder) for count in (1, 8))
             clients.append(eight / one)
-        against_local.append(_tokens_per_s(ours) / _generate_tokens_per_s(adapter, sources))
+        against_local.append(_tokens_per_s(ours) / peer.tokens_per_s())
     report.write(
         "decode",
         {
@@ -115,9 +118,9 @@ def _tokens_per_s(generation: Generation) -> float:
     return generation.usage.tokens / generation.seconds
 
 
-def _clients(count: int, port: int, adapter: Path) -> float:
+def _clients(count: int, sentences: int, port: int, adapter: Path) -> float:
     """Tokens per second of several clients together, each of which translates one sentence at a time."""
-    spans = [range(i * _PER_CLIENT, (i + 1) * _PER_CLIENT) for i in range(count)]
+    spans = [range(i * sentences, (i + 1) * sentences) for i in range(count)]
     url = f"grpc://127.0.0.1:{port}"
     records = at_once(
         "benchmarks.decode_worker", [(url, str(_DATA), str(adapter), str(s.start), str(s.stop)) for s in spans]
@@ -125,33 +128,44 @@ def _clients(count: int, port: int, adapter: Path) -> float:
     return float(sum(record["tokens"] for record in records) / max(record["seconds"] for record in records))
 
 
-@torch.inference_mode()
-def _generate_tokens_per_s(adapter: TrainedAdapter, sources: Sequence[str]) -> float:
-    """The peer: local, of the bare model, longest prompts first, padded on the left."""
-    settings = ServerSettings(_env_file=None)
-    model: Any = load_model(resolve(DEFAULT_MODEL, settings.cache_dir).folder, device="cpu", dtype="float32")
-    with server(_LOG) as (port, _), connect(f"http://127.0.0.1:{port}") as plm:
-        tokenizer, task = plm.tokenizer, adapter.card.task
+class Peer:
+    """transformers' own greedy `generate` of the bare model on this machine.
+
+    Args:
+        plm: tokenises the prompts.
+        task: makes them.
+        sources: the texts.
+    """
+
+    def __init__(self, plm: RemotePlm, task: Task, sources: Sequence[str]) -> None:
+        settings, tokenizer = ServerSettings(_env_file=None), plm.tokenizer
+        folder = resolve(DEFAULT_MODEL, settings.cache_dir).folder
+        self._model: Any = load_model(folder, device="cpu", dtype="float32")
         prompts = [tokenizer.encode_prompt(task.prompt(source, tokenizer)) for source in sources]
-        stops = sorted(task.stop_ids(tokenizer) | frozenset(plm.card.eos_token_ids))
-    tokens, started = 0, time.perf_counter()
-    prompts.sort(key=len, reverse=True)
-    for at in range(0, len(prompts), _BATCH):
-        batch = [torch.tensor(ids) for ids in prompts[at : at + _BATCH]]
-        ids_B_T = nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_side="left")
-        mask_B_T = nn.utils.rnn.pad_sequence(
-            [torch.ones_like(ids) for ids in batch], batch_first=True, padding_side="left"
-        )
-        output_B_T = model.generate(
-            ids_B_T,
-            attention_mask=mask_B_T,
-            do_sample=False,
-            max_new_tokens=DecodingSettings().max_new_tokens,
-            eos_token_id=stops,
-            pad_token_id=0,
-        )[:, ids_B_T.shape[1] :]
-        tokens += sum(next((i + 1 for i, t in enumerate(row) if t in stops), len(row)) for row in output_B_T.tolist())
-    return tokens / (time.perf_counter() - started)
+        self._prompts = sorted(prompts, key=len, reverse=True)
+        self._stops = sorted(task.stop_ids(tokenizer) | frozenset(plm.card.eos_token_ids))
+
+    @torch.inference_mode()
+    def tokens_per_s(self) -> float:
+        """Longest prompts first, padded on the left."""
+        tokens, started = 0, time.perf_counter()
+        for at in range(0, len(self._prompts), _BATCH):
+            batch = [torch.tensor(ids) for ids in self._prompts[at : at + _BATCH]]
+            ids_B_T, mask_B_T = (
+                nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+                for rows in (batch, [torch.ones_like(ids) for ids in batch])
+            )
+            output_B_T = self._model.generate(
+                ids_B_T,
+                attention_mask=mask_B_T,
+                do_sample=False,
+                max_new_tokens=DecodingSettings().max_new_tokens,
+                eos_token_id=self._stops,
+                pad_token_id=0,
+            )[:, ids_B_T.shape[1] :]
+            for row in output_B_T.tolist():
+                tokens += next((i + 1 for i, token in enumerate(row) if token in self._stops), len(row))
+        return tokens / (time.perf_counter() - started)
 
 
 if __name__ == "__main__":
