@@ -341,7 +341,7 @@ def _kill_when_shards_grow(process: "subprocess.Popen[bytes]", folder: Path, rng
 
 
 def test_help_has_examples() -> None:
-    for verb in ("info", "build-memory", "train", "translate", "generate", "evaluate"):
+    for verb in ("info", "doctor", "fetch-head", "build-memory", "train", "translate", "generate", "evaluate"):
         shown = client(None, verb, "--help").stdout
         assert f"pema-client {verb}" in shown
     done = subprocess.run(
