@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec
 
@@ -326,34 +326,8 @@ def translate(
     trained = TrainedAdapter.load(adapter) if adapter else None
     with server.connect(decoding.dtype) as plm:
         chosen = load_task(task) if task else None
-        interpolation, sampling = decoding.interpolation(trained), draws.sampling
-        lookup = verbs.lookup_in(decoding.lookup) if decoding.lookup else None
-
-        def run(part: Sequence[str], on_failure: verbs.OnFailure | None) -> verbs.Generation:
-            return verbs.translate(
-                plm,
-                part,
-                adapter=trained,
-                task=chosen,
-                interpolation=interpolation,
-                decoding=decoding.settings,
-                lookup=lookup,
-                sampling=sampling,
-                samples=draws.samples,
-                best=draws.best,
-                on_failure=on_failure,
-                reporter=RichReporter(),
-            )
-
-        identity = [
-            "translate",
-            plm.card.digest,
-            trained and trained.card,
-            chosen,
-            *decoding.identity(trained),
-            draws,
-            inputs,
-        ]
+        run = partial(verbs.translate, plm, adapter=trained, task=chosen, **_how(decoding, draws, trained))
+        identity = ["translate", plm.card.digest, trained and trained.card, chosen, *decoding.identity(trained), draws]
         _write_texts(inputs, run, identity, output, as_json)
 
 
@@ -382,24 +356,7 @@ def generate(
     inputs = _sources(prompts, input_file, file_format, source_field)
     trained = TrainedAdapter.load(adapter) if adapter else None
     with server.connect(decoding.dtype) as plm:
-        interpolation, sampling = decoding.interpolation(trained), draws.sampling
-        lookup = verbs.lookup_in(decoding.lookup) if decoding.lookup else None
-
-        def run(part: Sequence[str], on_failure: verbs.OnFailure | None) -> verbs.Generation:
-            return verbs.generate(
-                plm,
-                part,
-                adapter=trained,
-                interpolation=interpolation,
-                decoding=decoding.settings,
-                lookup=lookup,
-                sampling=sampling,
-                samples=draws.samples,
-                best=draws.best,
-                on_failure=on_failure,
-                reporter=RichReporter(),
-            )
-
+        run = partial(verbs.generate, plm, adapter=trained, **_how(decoding, draws, trained))
         identity = ["generate", plm.card.digest, trained and trained.card, *decoding.identity(trained), draws]
         _write_texts(inputs, run, identity, output, as_json)
 
@@ -511,9 +468,22 @@ def _sources(
     return [pair.source for pair in read_pairs(path, format=kind, source_field=source_field, need_targets=False)]
 
 
+def _how(decoding: Decoding, draws: Draws, adapter: TrainedAdapter | None) -> dict[str, Any]:
+    """What `translate` and `generate` have in common."""
+    return {
+        "interpolation": decoding.interpolation(adapter),
+        "decoding": decoding.settings,
+        "lookup": verbs.lookup_in(decoding.lookup) if decoding.lookup else None,
+        "sampling": draws.sampling,
+        "samples": draws.samples,
+        "best": draws.best,
+        "reporter": RichReporter(),
+    }
+
+
 def _write_texts(
     inputs: list[str],
-    run: Callable[[Sequence[str], verbs.OnFailure | None], verbs.Generation],
+    run: Callable[..., verbs.Generation],
     identity: Sequence[object],
     output: Path | None,
     as_json: bool,
@@ -530,7 +500,7 @@ def _write_texts(
                 failed.add(at)
                 print(f"pema-client: text {numbers[at] + 1}: {error}", file=sys.stderr)
 
-            result = run([inputs[number] for number in numbers], on_failure)
+            result = run([inputs[number] for number in numbers], on_failure=on_failure)
             usage += result.usage
             return {
                 number: _line(text)
@@ -542,7 +512,7 @@ def _write_texts(
         done_before = f" ({before} of them done before)" if before else ""
         print(f"{len(inputs)} texts{done_before}: {usage}.", file=sys.stderr)
         return
-    result = run(inputs, None)
+    result = run(inputs)
     if as_json:
         texts = [
             {"source": source, "text": best[0]} | ({"best": best} if len(best) > 1 else {})
