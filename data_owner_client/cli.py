@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
@@ -26,6 +26,7 @@ from data_owner_client.cli_options import (
     Decoding,
     Draws,
     Dtype,
+    Explain,
     FileFormat,
     InputFile,
     MemoryFolder,
@@ -35,20 +36,19 @@ from data_owner_client.cli_options import (
     ShareTargets,
     SourceField,
     Sources,
+    Stream,
     TargetField,
     Targets,
     Threads,
     with_options,
 )
+from data_owner_client.cli_output import stream_text, write_texts
 from data_owner_client.data import Format, Pair, read_lines, read_pairs, read_parallel
-from data_owner_client.decoding.generate import Usage
 from data_owner_client.doctor import diagnose
 from data_owner_client.evaluation import text_scores
-from data_owner_client.files import write_atomically
-from data_owner_client.jobs import Job
 from data_owner_client.memory.store import ContextMode
 from data_owner_client.progress import RichReporter
-from data_owner_client.tasks import load_task
+from data_owner_client.tasks import Task, load_task
 from data_owner_client.training import TrainingSettings
 from protocol.errors import InvalidData, PemaError
 
@@ -311,6 +311,8 @@ def translate(
     output: Output = None,
     file_format: FileFormat = None,
     source_field: SourceField = "source",
+    stream: Stream = False,
+    explain: Explain = None,
     as_json: AsJson = False,
 ) -> None:
     """Translate source texts with a task's prompt, one output line each.
@@ -321,6 +323,7 @@ def translate(
     - `pema-client translate --adapter adapter --input test.jsonl --output test.de`
     - `pema-client translate --task translate-en-de < texts.txt`
     - `pema-client translate --adapter adapter --schedule gradual --lambda-max 0.9 --input test.txt`
+    - `pema-client translate --adapter adapter --explain why.jsonl "The device is offline."`
     """
     inputs = _sources(texts, input_file, file_format, source_field)
     trained = TrainedAdapter.load(adapter) if adapter else None
@@ -328,7 +331,10 @@ def translate(
         chosen = load_task(task) if task else None
         run = partial(verbs.translate, plm, adapter=trained, task=chosen, **_how(decoding, draws, trained))
         identity = ["translate", plm.card.digest, trained and trained.card, chosen, *decoding.identity(trained), draws]
-        _write_texts(inputs, run, identity, output, as_json)
+        if stream:
+            stream_text(inputs, run, chosen or (trained.card.task if trained else Task(name="bare")), plm.tokenizer)
+        else:
+            write_texts(inputs, run, identity, output, as_json, explain, plm.tokenizer)
 
 
 @app.command()
@@ -344,6 +350,8 @@ def generate(
     output: Output = None,
     file_format: FileFormat = None,
     source_field: SourceField = "source",
+    stream: Stream = False,
+    explain: Explain = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts as they are, without a template, up to the stop of the adapter's task (else a newline).
@@ -358,7 +366,10 @@ def generate(
     with server.connect(decoding.dtype) as plm:
         run = partial(verbs.generate, plm, adapter=trained, **_how(decoding, draws, trained))
         identity = ["generate", plm.card.digest, trained and trained.card, *decoding.identity(trained), draws]
-        _write_texts(inputs, run, identity, output, as_json)
+        if stream:
+            stream_text(inputs, run, trained.card.task if trained else Task(name="bare"), plm.tokenizer)
+        else:
+            write_texts(inputs, run, identity, output, as_json, explain, plm.tokenizer)
 
 
 @app.command()
@@ -479,60 +490,6 @@ def _how(decoding: Decoding, draws: Draws, adapter: TrainedAdapter | None) -> di
         "best": draws.best,
         "reporter": RichReporter(),
     }
-
-
-def _write_texts(
-    inputs: list[str],
-    run: Callable[..., verbs.Generation],
-    identity: Sequence[object],
-    output: Path | None,
-    as_json: bool,
-) -> None:
-    """Generate and write: to a file in parts that an interruption leaves behind, to standard output at the end."""
-    if output is not None and not as_json:
-        usage = Usage()
-
-        def work(numbers: list[int]) -> dict[int, str]:
-            nonlocal usage
-            failed: set[int] = set()
-
-            def on_failure(at: int, error: PemaError) -> None:
-                failed.add(at)
-                print(f"pema-client: text {numbers[at] + 1}: {error}", file=sys.stderr)
-
-            result = run([inputs[number] for number in numbers], on_failure=on_failure)
-            usage += result.usage
-            return {
-                number: _line(text)
-                for at, (number, text) in enumerate(zip(numbers, result.texts, strict=True))
-                if at not in failed
-            }
-
-        before = Job(output, identity).run(inputs, work)
-        done_before = f" ({before} of them done before)" if before else ""
-        print(f"{len(inputs)} texts{done_before}: {usage}.", file=sys.stderr)
-        return
-    result = run(inputs)
-    if as_json:
-        texts = [
-            {"source": source, "text": best[0]} | ({"best": best} if len(best) > 1 else {})
-            for source, best in zip(inputs, result.best, strict=True)
-        ]
-        usage_record = vars(result.usage) | {"seconds": result.seconds}
-        body = json.dumps({"texts": texts, "usage": usage_record}, ensure_ascii=False, indent=1) + "\n"
-    else:
-        body = "".join(_line(text) + "\n" for text in result.texts)
-        print(f"{len(inputs)} texts: {result.usage}.", file=sys.stderr)
-    if output is None:
-        sys.stdout.write(body)
-        sys.stdout.flush()
-    else:
-        write_atomically(output, body.encode())
-
-
-def _line(text: str) -> str:
-    # A text is one line of the output, also where the task's stop lets newlines through.
-    return " ".join(text.split("\n"))
 
 
 def _print(record: dict[str, Any], as_json: bool, *, title: str) -> None:

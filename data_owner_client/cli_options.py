@@ -92,6 +92,14 @@ LookAhead = Annotated[
         min=0, help="Tokens that the server drafts per call; default: as many as pay. Never changes the text."
     ),
 ]
+Stream = Annotated[bool, typer.Option("--stream", help="Show one text as it grows.")]
+Explain = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSONL file for how every token was chosen: λ, its probabilities, what PLM and adapter alone would have "
+        "chosen."
+    ),
+]
 LookupFolder = Annotated[
     Path | None,
     typer.Option(

@@ -22,6 +22,7 @@ from data_owner_client import plotting
 from data_owner_client.adapter import AdapterCard, TrainedAdapter
 from data_owner_client.connection import GIVE_UP_AFTER_S, open_connection
 from data_owner_client.data import Pair, split_validation
+from data_owner_client.decoding.choosing import Choice
 from data_owner_client.decoding.generate import (
     DEFAULT_DECODING,
     Continuation,
@@ -54,6 +55,8 @@ from protocol.messages import WireDtype
 
 OnFailure = Callable[[int, PemaError], None]
 """Told of a text, by its number from 0, and why it cannot be answered."""
+OnToken = Callable[[int, int], None]
+"""Told of a token: the number of its text from 0, and its id."""
 TRAIN, VALIDATION = "train", "validation"
 _PAIRS_PER_REQUEST = 64
 
@@ -89,11 +92,13 @@ class Generation:
         texts: one for each input, the best if several were drawn.
         token_ids: of these texts.
         best: for each input all texts that were asked for, the most probable one first.
+        choices: how each of the token ids was chosen.
     """
 
     texts: list[str]
     token_ids: list[list[int]]
     best: list[list[str]]
+    choices: list[list[Choice]]
     usage: Usage
     seconds: float
 
@@ -309,6 +314,7 @@ def translate(
     samples: int = 1,
     best: int = 1,
     on_failure: OnFailure | None = None,
+    on_token: OnToken | None = None,
     reporter: Reporter | None = None,
 ) -> Generation:
     """Answer source texts with a task's prompt.
@@ -326,6 +332,7 @@ def translate(
         best: of these, how many of the most probable ones to give.
         on_failure: told of each text (by its number, from 0) that cannot be answered; its result is then empty. Without
             it, such a text is an error of the whole.
+        on_token: told of every token as soon as it is certain: the number of its text, and its id.
         reporter: told of the progress.
 
     Raises:
@@ -349,6 +356,7 @@ def translate(
         samples=samples,
         best=best,
         on_failure=on_failure,
+        on_token=on_token,
         reporter=reporter,
     )
 
@@ -366,6 +374,7 @@ def generate(
     samples: int = 1,
     best: int = 1,
     on_failure: OnFailure | None = None,
+    on_token: OnToken | None = None,
     reporter: Reporter | None = None,
 ) -> Generation:
     """Continue prompts as they are, without a task's template around them.
@@ -386,6 +395,7 @@ def generate(
         samples=samples,
         best=best,
         on_failure=on_failure,
+        on_token=on_token,
         reporter=reporter,
     )
 
@@ -463,6 +473,7 @@ def _generate(
     samples: int,
     best: int,
     on_failure: OnFailure | None,
+    on_token: OnToken | None,
     reporter: Reporter | None,
 ) -> Generation:
     started = time.perf_counter()
@@ -490,9 +501,10 @@ def _generate(
         sampling=sampling,
         samples=list(range(samples)) * len(numbers),
         lookup=lookup,
+        on_token=None if on_token is None else lambda at, token: on_token(numbers[at // samples], token),
         reporter=reporter,
     )
-    ranked: list[list[Continuation]] = [[Continuation([])] for _ in prompts]
+    ranked: list[list[Continuation]] = [[Continuation([], [])] for _ in prompts]
     for at, number in enumerate(numbers):
         own = continuations[at * samples : (at + 1) * samples]
         ranked[number] = sorted(own, key=_mean_logprob, reverse=True)[:best]
@@ -501,6 +513,7 @@ def _generate(
         texts=[own[0] for own in texts],
         token_ids=[own[0].token_ids for own in ranked],
         best=texts,
+        choices=[own[0].choices for own in ranked],
         usage=usage,
         seconds=time.perf_counter() - started,
     )
@@ -508,7 +521,7 @@ def _generate(
 
 def _mean_logprob(continuation: Continuation) -> float:
     # Of its tokens: the sum would prefer short texts.
-    return (continuation.logprob or 0.0) / len(continuation.token_ids)
+    return continuation.logprob / len(continuation.token_ids)
 
 
 def _teacher_forced_rows(plm: RemotePlm, task: Task, pairs: Sequence[Pair], reporter: Reporter) -> MemoryRows:

@@ -37,6 +37,35 @@ class Position:
     context: Sequence[int]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The token chosen at a position, and why.
+
+    Attributes:
+        token: its id.
+        weight: λ_t.
+        plm_logprob: log P_PLM of it.
+        pema_logprob: log P_PEMA of it, −∞ where it is no candidate; None where the adapter was not asked.
+        plm_token: what the PLM alone holds most probable.
+        pema_token: what the adapter alone does; None where it was not asked.
+    """
+
+    token: int
+    weight: float
+    plm_logprob: float
+    pema_logprob: float | None
+    plm_token: int
+    pema_token: int | None
+
+    @property
+    def logprob(self) -> float:
+        """log P of the token, the mixture's."""
+        if self.pema_logprob is None:
+            return self.plm_logprob
+        parts = torch.tensor([self.plm_logprob, self.pema_logprob, self.weight], dtype=torch.float64)
+        return float(mix(*parts))
+
+
 class Chooser:
     """Chooses tokens of the mixture.
 
@@ -51,40 +80,70 @@ class Chooser:
         self._head = head
         self._sampling = sampling
 
-    def choose(self, response: DecodeResponse, positions: Sequence[Position]) -> tuple[list[int], list[float]]:
-        """The choice at each position, and when sampling its log-probability under the mixture (else 0)."""
+    def choose(self, response: DecodeResponse, positions: Sequence[Position]) -> list[Choice]:
+        """The choice at each position."""
         if self._sampling is not None and self._head is not None:
             return self._draw(self._sampling, self._head, response, positions)
         if self._adapter is None or not any(position.weight for position in positions):
-            return response.top1_N.tolist(), [0.0] * len(positions)
-        adapter, plm = self._adapter, plm_positions(self._adapter.head, response)
-        pema_logprob_N_C = adapter.logprobs(expand(response.cr_N_D, response.cr_scale_N))
-        lambda_N = _weights(positions)
-        return choose(plm, pema_logprob_N_C, adapter.candidate_ids_C, lambda_N).tolist(), [0.0] * len(positions)
+            return [
+                Choice(token, position.weight, logprob, None, token, None)
+                for token, logprob, position in zip(
+                    response.top1_N.tolist(), response.top1_logprob_N.tolist(), positions, strict=True
+                )
+            ]
+        ids_C, plm = self._adapter.candidate_ids_C, plm_positions(self._adapter.head, response)
+        pema_logprob_N_C = self._adapter.logprobs(expand(response.cr_N_D, response.cr_scale_N))
+        token_N = choose(plm, pema_logprob_N_C, ids_C, _weights(positions))
+        # Every chosen token is a candidate, or else the PLM's top-1.
+        at_N = torch.searchsorted(ids_C, token_N).clamp(max=len(ids_C) - 1)
+        inside_N = ids_C[at_N] == token_N
+        top1_logprob_N = plm.top1_logprob_N
+        own_plm_N = torch.where(
+            token_N == plm.top1_N,
+            top1_logprob_N,
+            plm.logprob_N_C.gather(1, at_N[:, None])[:, 0].minimum(top1_logprob_N),
+        )
+        own_pema_N = pema_logprob_N_C.gather(1, at_N[:, None])[:, 0].masked_fill(~inside_N, -math.inf)
+        columns = (token_N, own_plm_N, own_pema_N, plm.top1_N, ids_C[pema_logprob_N_C.argmax(dim=-1)])
+        return [
+            Choice(token, position.weight, plm_logprob, pema_logprob, plm_token, pema_token)
+            for position, token, plm_logprob, pema_logprob, plm_token, pema_token in zip(
+                positions, *(column.tolist() for column in columns), strict=True
+            )
+        ]
 
     def _draw(
         self, sampling: Sampling, head: LMHead, response: DecodeResponse, positions: Sequence[Position]
-    ) -> tuple[list[int], list[float]]:
+    ) -> list[Choice]:
         cr_N_D, input_N_D = expand(response.cr_N_D, response.cr_scale_N), _head_input(response)
-        tokens, logprobs = list[int](), list[float]()
+        choices: list[Choice] = []
         for start in range(0, len(positions), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
-            mixture_N_V = head.logits(input_N_D[rows].float()).double().log_softmax(dim=-1)
-            if self._adapter is not None:
-                mixture_N_V = self._mixture(self._adapter, mixture_N_V, cr_N_D[rows], _weights(positions[rows]))
-            for logprob_V, position in zip(mixture_N_V, positions[rows], strict=True):
+            plm_N_V = head.logits(input_N_D[rows].float()).double().log_softmax(dim=-1)
+            pema_N_V = None if self._adapter is None else _over_all(self._adapter, cr_N_D[rows], plm_N_V)
+            mixture_N_V = plm_N_V if pema_N_V is None else mix(plm_N_V, pema_N_V, _weights(positions[rows])[:, None])
+            for row, position in enumerate(positions[rows]):
                 if position.noise is None:
                     raise ValueError("a sampled sequence needs its noise")
-                token = sampling.draw(logprob_V, position.context, position.noise, position.t)
-                tokens.append(token)
-                logprobs.append(float(logprob_V[token]))
-        return tokens, logprobs
+                token = sampling.draw(mixture_N_V[row], position.context, position.noise, position.t)
+                choices.append(
+                    Choice(
+                        token,
+                        position.weight,
+                        float(plm_N_V[row, token]),
+                        None if pema_N_V is None else float(pema_N_V[row, token]),
+                        int(plm_N_V[row].argmax()),
+                        None if pema_N_V is None else int(pema_N_V[row].argmax()),
+                    )
+                )
+        return choices
 
-    @staticmethod
-    def _mixture(adapter: TrainedAdapter, plm_logprob_N_V: Tensor, cr_N_D: Tensor, lambda_N: Tensor) -> Tensor:
-        pema_logprob_N_V = torch.full_like(plm_logprob_N_V, -math.inf)
-        pema_logprob_N_V[:, adapter.candidate_ids_C] = adapter.logprobs(cr_N_D).double()
-        return mix(plm_logprob_N_V, pema_logprob_N_V, lambda_N[:, None])
+
+def _over_all(adapter: TrainedAdapter, cr_N_D: Tensor, like_N_V: Tensor) -> Tensor:
+    """log P_PEMA over all of V: −∞ but for the candidates."""
+    pema_logprob_N_V = torch.full_like(like_N_V, -math.inf)
+    pema_logprob_N_V[:, adapter.candidate_ids_C] = adapter.logprobs(cr_N_D).double()
+    return pema_logprob_N_V
 
 
 def plm_positions(head: LMHead, response: DecodeResponse) -> PlmPositions:

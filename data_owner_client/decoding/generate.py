@@ -9,7 +9,7 @@ away, and the next call goes on from there. The text is the same as without draf
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from os.path import commonprefix
 
@@ -17,7 +17,7 @@ import torch
 
 from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.connection import Exchange
-from data_owner_client.decoding.choosing import Chooser, Position
+from data_owner_client.decoding.choosing import Choice, Chooser, Position
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.decoding.lookahead import MOST_DRAFTS, Agreement, Costs, plan
 from data_owner_client.decoding.lookup import Lookup, Offer
@@ -58,6 +58,7 @@ class _Sequence:
     """One sequence as it grows.
 
     Attributes:
+        number: of its prompt.
         prompt: token ids of the prompt.
         lambdas: λ_t for every token that it may have.
         finished_at: the position from which on λ is 0 for good.
@@ -65,15 +66,16 @@ class _Sequence:
         compared: positions at which the mixture's choice was compared with the server's.
         agreed: those of them at which they were the same.
         noise: what its draws depend on, when sampling.
-        logprob: of the tokens so far under the mixture, when sampling.
+        choices: its tokens so far, and why.
         done: whether it ended, by a stop token or by length.
     """
 
+    number: int
     prompt: list[int]
     lambdas: list[float]
     finished_at: int
     noise: Noise | None = None
-    logprob: float = 0.0
+    choices: list[Choice] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
     compared: int = 0
     agreed: int = 0
@@ -100,11 +102,16 @@ class Continuation:
 
     Attributes:
         token_ids: the stop token included.
-        logprob: of all of them under the mixture, before temperature and the like; None unless sampled.
+        choices: how each of them was chosen.
     """
 
     token_ids: list[int]
-    logprob: float | None = None
+    choices: list[Choice]
+
+    @property
+    def logprob(self) -> float:
+        """Of all tokens under the mixture, before temperature and the like."""
+        return sum(choice.logprob for choice in self.choices)
 
 
 @dataclass
@@ -155,6 +162,7 @@ def generate(
     sampling: Sampling | None = None,
     samples: Sequence[int] | None = None,
     lookup: Lookup | None = None,
+    on_token: Callable[[int, int], None] | None = None,
     reporter: Reporter | None = None,
 ) -> tuple[list[Continuation], Usage]:
     """Continue prompts by the mixture; without an adapter, by the PLM alone.
@@ -171,6 +179,7 @@ def generate(
             unless the cache has them: any token may be drawn.
         samples: of every prompt, the number of this continuation among those of the same prompt; 0 unless given.
         lookup: where the client looks for drafts of its own.
+        on_token: told of every token as soon as it is certain: the number of its prompt, from 0, and its id.
         reporter: told of the progress.
 
     Returns:
@@ -187,8 +196,10 @@ def generate(
     for number, prompt in enumerate(prompts, 1):
         require_room(plm, prompt, place=f"text {number}")
     sequences = [
-        _begin(prompt, horizon, interpolation, min(settings.max_new_tokens, limits.max_sequence_tokens - len(prompt)))
-        for prompt, horizon in zip(prompts, horizons or [1.0] * len(prompts), strict=True)
+        _begin(
+            n, prompt, horizon, interpolation, min(settings.max_new_tokens, limits.max_sequence_tokens - len(prompt))
+        )
+        for n, (prompt, horizon) in enumerate(zip(prompts, horizons or [1.0] * len(prompts), strict=True))
     ]
     if sampling is not None:
         for sequence, sample in zip(sequences, samples or [0] * len(sequences), strict=True):
@@ -197,7 +208,7 @@ def generate(
             sequence.finished_at = len(sequence.lambdas)
     shared = len(commonprefix([list(prompt) for prompt in prompts]))  # noqa: RUF071  (of lists, not of paths)
     chooser = Chooser(adapter, None if sampling is None else plm.full_head(reporter).to(torch.float32), sampling)
-    decoding = _Decoding(plm, chooser, stop_ids, settings, lookup, shared_tokens=shared)
+    decoding = _Decoding(plm, chooser, stop_ids, settings, lookup, on_token, shared_tokens=shared)
     batch_size = max(1, min(settings.batch_size, limits.max_sequences, limits.max_rows // settings.max_new_tokens))
     # Longest prompts first: sequences of similar length share a batch, so little of it is padding.
     waiting, active, alone = sorted(sequences, key=lambda s: len(s.prompt)), list[_Sequence](), list[_Sequence]()
@@ -220,8 +231,7 @@ def generate(
             alone += [s for s in active if not s.done and len(s.generated) >= s.finished_at]
             active = [s for s in active if not s.done and len(s.generated) < s.finished_at]
     decoding.usage.tokens = sum(len(s.generated) for s in sequences)
-    logprobs = [None if sampling is None else s.logprob for s in sequences]
-    return [Continuation(s.generated, logprob) for s, logprob in zip(sequences, logprobs, strict=True)], decoding.usage
+    return [Continuation(s.generated, s.choices) for s in sequences], decoding.usage
 
 
 def require_room(plm: RemotePlm, prompt: Sequence[int], *, place: str) -> None:
@@ -239,11 +249,13 @@ def require_room(plm: RemotePlm, prompt: Sequence[int], *, place: str) -> None:
         )
 
 
-def _begin(prompt: Sequence[int], horizon: float, interpolation: Interpolation, most_tokens: int) -> _Sequence:
+def _begin(
+    number: int, prompt: Sequence[int], horizon: float, interpolation: Interpolation, most_tokens: int
+) -> _Sequence:
     positions_T = torch.arange(most_tokens)
     lambdas = interpolation.weights(positions_T, torch.full((most_tokens,), horizon, dtype=torch.float64)).tolist()
     finished_at = next((t for t in range(most_tokens) if interpolation.finished(t, horizon)), most_tokens)
-    return _Sequence(list(prompt), lambdas, finished_at)
+    return _Sequence(number, list(prompt), lambdas, finished_at)
 
 
 class _Decoding:
@@ -256,6 +268,7 @@ class _Decoding:
         stop_ids: frozenset[int],
         settings: DecodingSettings,
         lookup: Lookup | None,
+        on_token: Callable[[int, int], None] | None,
         *,
         shared_tokens: int,
     ) -> None:
@@ -264,6 +277,7 @@ class _Decoding:
         self._stop_ids = stop_ids
         self._look_ahead = settings.look_ahead
         self._lookup = lookup
+        self._on_token = on_token
         self._shared = shared_tokens  # what all prompts begin with; the server computes it once
         self._agreement = Agreement()
         self._costs = Costs()
@@ -353,20 +367,23 @@ class _Decoding:
             for s, own in zip(batch, drafts, strict=True)
             for step in range(len(own))
         ]
-        answers = zip(*self._chooser.choose(response, positions), response.top1_N.tolist(), strict=True)
+        answers = iter(self._chooser.choose(response, positions))
         for sequence, own, row in zip(batch, offers, drafts, strict=True):
             kept = 0
             for step, draft in enumerate(row):
-                chosen, logprob, top1 = next(answers)
+                choice = next(answers)
                 if kept < step or sequence.done:
                     continue  # behind a difference, or the end
-                self._agreement.learn(sequence.lambdas[len(sequence.generated)], agreed=chosen == top1)
+                chosen = choice.token
+                self._agreement.learn(choice.weight, agreed=chosen == choice.plm_token)
                 sequence.compared += 1
-                sequence.agreed += chosen == top1
+                sequence.agreed += chosen == choice.plm_token
                 if step < len(own) and self._lookup is not None:
                     self._lookup.learn(own[step], agreed=chosen == draft)
                 sequence.generated.append(chosen)
-                sequence.logprob += logprob
+                sequence.choices.append(choice)
+                if self._on_token is not None:
+                    self._on_token(sequence.number, chosen)
                 sequence.done = chosen in self._stop_ids or sequence.most < 0
                 self.usage.accepted += step > 0
                 kept += chosen == draft

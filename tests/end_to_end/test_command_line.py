@@ -176,6 +176,22 @@ def test_a_file_with_a_text_that_is_too_long_goes_on_once_it_is_mended(url: str,
     assert sorted(tmp_path.iterdir()) == [source, output]
 
 
+def test_stream_and_explain(url: str, adapter: Path, tmp_path: Path) -> None:
+    arguments = ["--adapter", adapter, "--schedule", "constant", "--lambda-max", 0.6, "--dtype", "float32"]
+    (plain,) = client_json(url, "translate", *arguments, "the thin")["texts"]
+    assert client(url, "translate", *arguments, "--stream", "the thin").stdout == plain["text"] + "\n"
+    done = client(url, "translate", *arguments, "--stream", "the thin", "her")
+    assert done.returncode == 1
+    assert "one text" in done.stderr
+    client_json(url, "translate", *arguments, "--explain", tmp_path / "why.jsonl", "the thin", "her")
+    first, second = map(json.loads, (tmp_path / "why.jsonl").read_text().splitlines())
+    assert (first["text"], second["source"]) == (plain["text"], "her")
+    for token in [*first["tokens"], *second["tokens"]]:
+        assert token["lambda"] == 0.6
+        assert token["p"] == pytest.approx(0.4 * token["p_plm"] + 0.6 * token["p_pema"])
+        assert token["token"] in (token["plm_alone"], token["pema_alone"]) or token["p_plm"] * token["p_pema"] > 0
+
+
 def test_sampling_and_lookup(url: str, adapter: Path, task: Path, pairs: Path, tmp_path: Path) -> None:
     drawn = ["--adapter", adapter, "--temperature", 1.2, "--seed", 4, "--max-new-tokens", 8]
     one = client_json(url, "translate", *drawn, "the thin", "shine on")

@@ -1,0 +1,121 @@
+"""Generated texts on their way to files and standard output."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_owner_client import verbs
+from data_owner_client.decoding.choosing import Choice
+from data_owner_client.decoding.generate import Usage
+from data_owner_client.files import write_atomically
+from data_owner_client.jobs import Job
+from data_owner_client.tasks import Task
+from data_owner_client.tokenization import PlmTokenizer
+from protocol.errors import InvalidData, PemaError
+
+
+def write_texts(
+    inputs: list[str],
+    run: Callable[..., verbs.Generation],
+    identity: Sequence[object],
+    output: Path | None,
+    as_json: bool,
+    explain: Path | None,
+    tokenizer: PlmTokenizer,
+) -> None:
+    """Generate and write: to a file in parts that an interruption leaves behind, to standard output at the end."""
+    if output is not None and not as_json and explain is None:
+        usage = Usage()
+
+        def work(numbers: list[int]) -> dict[int, str]:
+            nonlocal usage
+            failed: set[int] = set()
+
+            def on_failure(at: int, error: PemaError) -> None:
+                failed.add(at)
+                print(f"pema-client: text {numbers[at] + 1}: {error}", file=sys.stderr)
+
+            result = run([inputs[number] for number in numbers], on_failure=on_failure)
+            usage += result.usage
+            return {
+                number: _line(text)
+                for at, (number, text) in enumerate(zip(numbers, result.texts, strict=True))
+                if at not in failed
+            }
+
+        before = Job(output, identity).run(inputs, work)
+        done_before = f" ({before} of them done before)" if before else ""
+        print(f"{len(inputs)} texts{done_before}: {usage}.", file=sys.stderr)
+        return
+    result = run(inputs)
+    if explain is not None:
+        write_atomically(explain, _explained(inputs, result, tokenizer).encode())
+    if as_json:
+        texts = [
+            {"source": source, "text": best[0]} | ({"best": best} if len(best) > 1 else {})
+            for source, best in zip(inputs, result.best, strict=True)
+        ]
+        usage_record = vars(result.usage) | {"seconds": result.seconds}
+        body = json.dumps({"texts": texts, "usage": usage_record}, ensure_ascii=False, indent=1) + "\n"
+    else:
+        body = "".join(_line(text) + "\n" for text in result.texts)
+        print(f"{len(inputs)} texts: {result.usage}.", file=sys.stderr)
+    if output is None:
+        sys.stdout.write(body)
+        sys.stdout.flush()
+    else:
+        write_atomically(output, body.encode())
+
+
+def _explained(inputs: list[str], result: verbs.Generation, tokenizer: PlmTokenizer) -> str:
+    """A JSON object a line for every input: its tokens, the distribution that each was chosen from, who wanted it."""
+
+    def token(choice: Choice) -> dict[str, Any]:
+        return {
+            "token": tokenizer.decode([choice.token]),
+            "id": choice.token,
+            "lambda": choice.weight,
+            "p": math.exp(choice.logprob),
+            "p_plm": math.exp(choice.plm_logprob),
+            "p_pema": None if choice.pema_logprob is None else math.exp(choice.pema_logprob),
+            "plm_alone": tokenizer.decode([choice.plm_token]),
+            "pema_alone": None if choice.pema_token is None else tokenizer.decode([choice.pema_token]),
+        }
+
+    records = [
+        {"source": source, "text": text, "tokens": [token(choice) for choice in choices]}
+        for source, text, choices in zip(inputs, result.texts, result.choices, strict=True)
+    ]
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def stream_text(inputs: list[str], run: Callable[..., verbs.Generation], task: Task, tokenizer: PlmTokenizer) -> None:
+    """Show one text on standard output as it grows."""
+    if len(inputs) != 1:
+        raise InvalidData(f"--stream shows one text as it grows, and there are {len(inputs)}.", hint="Give one.")
+    shown, ids = "", list[int]()
+
+    def show(text: str) -> None:
+        nonlocal shown
+        if text.startswith(shown):
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+
+    def on_token(_: int, token_id: int) -> None:
+        ids.append(token_id)
+        show(task.answer(ids, tokenizer).rstrip("\N{REPLACEMENT CHARACTER}"))  # half of a character
+
+    show(run(inputs, on_token=on_token, reporter=None).texts[0])
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def _line(text: str) -> str:
+    # A text is one line of the output, also where the task's stop lets newlines through.
+    return " ".join(text.split("\n"))
