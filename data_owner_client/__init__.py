@@ -9,21 +9,19 @@ from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.data import Pair, read_pairs, read_parallel
 from data_owner_client.decoding.generate import DecodingSettings
 from data_owner_client.decoding.interpolation import Interpolation
+from data_owner_client.generation import Generation, generate, translate
 from data_owner_client.memory import ExternalMemory
 from data_owner_client.plm import RemotePlm
 from data_owner_client.tasks import Task, load_task
 from data_owner_client.training import TrainingSettings
 from data_owner_client.verbs import (
     Evaluation,
-    Generation,
     MemoryReport,
     TrainingReport,
     build_memories,
     connect,
     evaluate,
-    generate,
     train,
-    translate,
 )
 
 __all__ = [

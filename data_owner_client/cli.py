@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data_owner_client import verbs
+from data_owner_client import generation, verbs
 from data_owner_client.adapter import AdapterForm, TrainedAdapter
 from data_owner_client.cli_options import (
     AdapterFolder,
@@ -325,11 +325,12 @@ def translate(
     - `pema-client translate --adapter adapter --schedule gradual --lambda-max 0.9 --input test.txt`
     - `pema-client translate --adapter adapter --explain why.jsonl "The device is offline."`
     """
+    _set_threads(decoding.threads)
     inputs = _sources(texts, input_file, file_format, source_field)
     trained = TrainedAdapter.load(adapter) if adapter else None
     with server.connect(decoding.dtype) as plm:
         chosen = load_task(task) if task else None
-        run = partial(verbs.translate, plm, adapter=trained, task=chosen, **_how(decoding, draws, trained))
+        run = partial(generation.translate, plm, adapter=trained, task=chosen, **_how(decoding, draws, trained))
         identity = ["translate", plm.card.digest, trained and trained.card, chosen, *decoding.identity(trained), draws]
         if stream:
             stream_text(inputs, run, chosen or (trained.card.task if trained else Task(name="bare")), plm.tokenizer)
@@ -361,10 +362,11 @@ def generate(
     - `pema-client generate "The capital of France is"`
     - `pema-client generate --adapter adapter --input prompts.txt --json`
     """
+    _set_threads(decoding.threads)
     inputs = _sources(prompts, input_file, file_format, source_field)
     trained = TrainedAdapter.load(adapter) if adapter else None
     with server.connect(decoding.dtype) as plm:
-        run = partial(verbs.generate, plm, adapter=trained, **_how(decoding, draws, trained))
+        run = partial(generation.generate, plm, adapter=trained, **_how(decoding, draws, trained))
         identity = ["generate", plm.card.digest, trained and trained.card, *decoding.identity(trained), draws]
         if stream:
             stream_text(inputs, run, trained.card.task if trained else Task(name="bare"), plm.tokenizer)
@@ -401,6 +403,7 @@ def evaluate(
     - `pema-client evaluate --adapter adapter --input test.jsonl --share-targets`
     - `pema-client evaluate --sources test.en --targets test.de --hypotheses test.out`
     """
+    _set_threads(decoding.threads)
     pairs = _pairs(input_file, sources, targets, file_format, source_field=source_field, target_field=target_field)
     if hypotheses is not None:
         lines = read_lines(hypotheses)
@@ -420,7 +423,7 @@ def evaluate(
             interpolation=decoding.interpolation(trained),
             share_targets=share_targets,
             decoding=decoding.settings,
-            lookup=verbs.lookup_in(decoding.lookup) if decoding.lookup else None,
+            lookup=decoding.drafts(),
             reporter=RichReporter(),
         )
     if as_json:
@@ -484,7 +487,7 @@ def _how(decoding: Decoding, draws: Draws, adapter: TrainedAdapter | None) -> di
     return {
         "interpolation": decoding.interpolation(adapter),
         "decoding": decoding.settings,
-        "lookup": verbs.lookup_in(decoding.lookup) if decoding.lookup else None,
+        "lookup": decoding.drafts(),
         "sampling": draws.sampling,
         "samples": draws.samples,
         "best": draws.best,

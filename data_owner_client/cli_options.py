@@ -9,7 +9,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from data_owner_client import verbs
@@ -18,7 +17,9 @@ from data_owner_client.connection import GIVE_UP_AFTER_S
 from data_owner_client.data import Format
 from data_owner_client.decoding.generate import DecodingSettings
 from data_owner_client.decoding.interpolation import Interpolation, Schedule
+from data_owner_client.decoding.lookup import Lookup
 from data_owner_client.decoding.sampling import Sampling
+from data_owner_client.generation import lookup_in
 from data_owner_client.plm import RemotePlm
 from protocol.errors import InvalidData
 from protocol.messages import WireDtype
@@ -177,9 +178,11 @@ class Decoding(OptionGroup):
     @property
     def settings(self) -> DecodingSettings:
         """Length, look-ahead, batch size."""
-        if self.threads:
-            torch.set_num_threads(self.threads)
         return DecodingSettings(self.max_new_tokens, self.look_ahead, self.batch_size)
+
+    def drafts(self) -> Lookup | None:
+        """Where drafts are looked up."""
+        return lookup_in(self.lookup) if self.lookup else None
 
     def identity(self, adapter: TrainedAdapter | None) -> list[object]:
         """What of these options can change a text."""

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_owner_client import verbs
 from data_owner_client.decoding.choosing import Choice
 from data_owner_client.decoding.generate import Usage
 from data_owner_client.files import write_atomically
+from data_owner_client.generation import Generation
 from data_owner_client.jobs import Job
 from data_owner_client.tasks import Task
 from data_owner_client.tokenization import PlmTokenizer
@@ -21,7 +21,7 @@ from protocol.errors import InvalidData, PemaError
 
 def write_texts(
     inputs: list[str],
-    run: Callable[..., verbs.Generation],
+    run: Callable[..., Generation],
     identity: Sequence[object],
     output: Path | None,
     as_json: bool,
@@ -72,7 +72,7 @@ def write_texts(
         write_atomically(output, body.encode())
 
 
-def _explained(inputs: list[str], result: verbs.Generation, tokenizer: PlmTokenizer) -> str:
+def _explained(inputs: list[str], result: Generation, tokenizer: PlmTokenizer) -> str:
     """A JSON object a line for every input: its tokens, the distribution that each was chosen from, who wanted it."""
 
     def token(choice: Choice) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _explained(inputs: list[str], result: verbs.Generation, tokenizer: PlmTokeni
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def stream_text(inputs: list[str], run: Callable[..., verbs.Generation], task: Task, tokenizer: PlmTokenizer) -> None:
+def stream_text(inputs: list[str], run: Callable[..., Generation], task: Task, tokenizer: PlmTokenizer) -> None:
     """Show one text on standard output as it grows."""
     if len(inputs) != 1:
         raise InvalidData(f"--stream shows one text as it grows, and there are {len(inputs)}.", hint="Give one.")

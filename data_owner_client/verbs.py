@@ -11,8 +11,8 @@ All raise `protocol.errors.PemaError`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -22,26 +22,18 @@ from data_owner_client import plotting
 from data_owner_client.adapter import AdapterCard, TrainedAdapter
 from data_owner_client.connection import GIVE_UP_AFTER_S, open_connection
 from data_owner_client.data import Pair, split_validation
-from data_owner_client.decoding.choosing import Choice
-from data_owner_client.decoding.generate import (
-    DEFAULT_DECODING,
-    Continuation,
-    DecodingSettings,
-    Usage,
-    require_room,
-)
-from data_owner_client.decoding.generate import generate as generate_ids
+from data_owner_client.decoding.generate import DEFAULT_DECODING, DecodingSettings
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.decoding.lookup import Lookup
-from data_owner_client.decoding.sampling import Sampling
 from data_owner_client.evaluation import Perplexities, TextScores, perplexities, plm_target_logprobs, text_scores
+from data_owner_client.generation import Generation, translate
 from data_owner_client.memory import ExternalMemory, MemoryRows, build_memory
-from data_owner_client.memory.build import encode_teacher_forced, require_fits, tokenize_pair
-from data_owner_client.memory.store import ContextMode, ModelIdentity
+from data_owner_client.memory.build import TokenizedPair, encode_teacher_forced, require_fits, tokenize_pair
+from data_owner_client.memory.planning import Sizes, plan_requests
+from data_owner_client.memory.store import TRAIN, VALIDATION, ContextMode, ModelIdentity
 from data_owner_client.plm import RemotePlm, token_set
 from data_owner_client.progress import Reporter
 from data_owner_client.tasks import Task
-from data_owner_client.tokenization import Prompt
 from data_owner_client.training import (
     TrainingData,
     TrainingSettings,
@@ -52,13 +44,6 @@ from data_owner_client.training import (
 )
 from protocol.errors import InvalidData, PemaError
 from protocol.messages import WireDtype
-
-OnFailure = Callable[[int, PemaError], None]
-"""Told of a text, by its number from 0, and why it cannot be answered."""
-OnToken = Callable[[int, int], None]
-"""Told of a token: the number of its text from 0, and its id."""
-TRAIN, VALIDATION = "train", "validation"
-_PAIRS_PER_REQUEST = 64
 
 
 class MemoryReport(BaseModel):
@@ -81,25 +66,6 @@ class TrainingReport(BaseModel):
     card: AdapterCard
     history: list[dict[str, float | int | str | None]]
     schedules: dict[str, dict[str, float]]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What was generated, in the order of the inputs, and what it took.
-
-    Attributes:
-        texts: one for each input, the best if several were drawn.
-        token_ids: of these texts.
-        best: for each input all texts that were asked for, the most probable one first.
-        choices: how each of the token ids was chosen.
-    """
-
-    texts: list[str]
-    token_ids: list[list[int]]
-    best: list[list[str]]
-    choices: list[list[Choice]]
-    usage: Usage
     seconds: float
 
 
@@ -199,24 +165,6 @@ def disclosure(context_mode: ContextMode) -> str:
     return "Leaves this machine: the prompts with their source texts, and every target text (--share-targets)."
 
 
-def lookup_in(memory: Path) -> Lookup:
-    """Where drafts are looked up: the targets of a memory.
-
-    The owner of the PLM sees the drafts, so it must have seen the targets before.
-
-    Raises:
-        InvalidData: the memory's targets were not shared, or it is missing or damaged.
-    """
-    part = ExternalMemory(memory / TRAIN)
-    if part.manifest.plan.context_mode != "teacher-forced":
-        raise InvalidData(
-            f"The targets of {memory} were never shown to the PLM's owner, and drafts would be pieces of them.",
-            hint="Leave --lookup away, or use a memory that was built with --share-targets.",
-        )
-    rows = part.load()
-    return Lookup(ids_T.tolist() for ids_T in rows.target_N.split(rows.rows_E.tolist()))
-
-
 def train(
     plm: RemotePlm,
     memory: Path,
@@ -301,105 +249,6 @@ def train(
     )
 
 
-def translate(
-    plm: RemotePlm,
-    sources: Sequence[str],
-    *,
-    adapter: TrainedAdapter | None = None,
-    task: Task | None = None,
-    interpolation: Interpolation | None = None,
-    decoding: DecodingSettings = DEFAULT_DECODING,
-    lookup: Lookup | None = None,
-    sampling: Sampling | None = None,
-    samples: int = 1,
-    best: int = 1,
-    on_failure: OnFailure | None = None,
-    on_token: OnToken | None = None,
-    reporter: Reporter | None = None,
-) -> Generation:
-    """Answer source texts with a task's prompt.
-
-    Args:
-        plm: the PLM.
-        sources: texts.
-        adapter: the data owner's adapter; None for the PLM alone.
-        task: the adapter's own unless given.
-        interpolation: what training chose unless given.
-        decoding: length, look-ahead, batch size.
-        lookup: where drafts are looked up (`lookup_in`); the owner of the PLM sees them.
-        sampling: how to draw tokens; None for the most probable ones. The text depends on the seed, not on drafts.
-        samples: texts to draw for each source.
-        best: of these, how many of the most probable ones to give.
-        on_failure: told of each text (by its number, from 0) that cannot be answered; its result is then empty. Without
-            it, such a text is an error of the whole.
-        on_token: told of every token as soon as it is certain: the number of its text, and its id.
-        reporter: told of the progress.
-
-    Raises:
-        InvalidData: neither adapter nor task is given, or a text is too long.
-        IdentityMismatch: the adapter belongs to another model.
-    """
-    task = task or (adapter.card.task if adapter else None)
-    if task is None:
-        raise InvalidData("Without an adapter there is no task.", hint="Give one with --task.")
-    tokenizer = plm.tokenizer
-    return _generate(
-        plm,
-        [task.prompt(source, tokenizer) for source in sources],
-        task,
-        adapter=adapter,
-        interpolation=interpolation,
-        horizons=[adapter.horizon(tokenizer.count(source)) for source in sources] if adapter else None,
-        decoding=decoding,
-        lookup=lookup,
-        sampling=sampling,
-        samples=samples,
-        best=best,
-        on_failure=on_failure,
-        on_token=on_token,
-        reporter=reporter,
-    )
-
-
-def generate(
-    plm: RemotePlm,
-    prompts: Sequence[str],
-    *,
-    adapter: TrainedAdapter | None = None,
-    task: Task | None = None,
-    interpolation: Interpolation | None = None,
-    decoding: DecodingSettings = DEFAULT_DECODING,
-    lookup: Lookup | None = None,
-    sampling: Sampling | None = None,
-    samples: int = 1,
-    best: int = 1,
-    on_failure: OnFailure | None = None,
-    on_token: OnToken | None = None,
-    reporter: Reporter | None = None,
-) -> Generation:
-    """Continue prompts as they are, without a task's template around them.
-
-    A bare prompt has no source text to predict a length from: Gradual Unrolling then uses the mean target length of the
-    memory. The other arguments, and what is raised: see `translate`. The task only says where an answer stops.
-    """
-    return _generate(
-        plm,
-        [Prompt(prompt) for prompt in prompts],
-        task or (adapter.card.task if adapter else Task(name="bare")),
-        adapter=adapter,
-        interpolation=interpolation,
-        horizons=[adapter.card.mean_length] * len(prompts) if adapter else None,
-        decoding=decoding,
-        lookup=lookup,
-        sampling=sampling,
-        samples=samples,
-        best=best,
-        on_failure=on_failure,
-        on_token=on_token,
-        reporter=reporter,
-    )
-
-
 def evaluate(
     plm: RemotePlm,
     pairs: Sequence[Pair],
@@ -436,14 +285,16 @@ def evaluate(
 
     # What could fail should fail before the long work.
     adapter.card.model.require(ModelIdentity.of(plm.card), "The adapter", "the server")
+    tokenized: list[TokenizedPair] = []
     if share_targets:
         for number, pair in enumerate(pairs, 1):
-            require_fits(plm, tokenize_pair(plm, task, pair, place=f"pair {number}"), place=f"pair {number}")
+            tokenized.append(tokenize_pair(plm, task, pair, place=f"pair {number}"))
+            require_fits(plm, tokenized[-1], place=f"pair {number}")
     alone, adapted = run(None), run(adapter)
     started = time.perf_counter()
     perplexity = None
     if share_targets:
-        rows = _teacher_forced_rows(plm, task, pairs, reporter or Reporter())
+        rows = _teacher_forced_rows(plm, tokenized, reporter or Reporter())
         perplexity = perplexities(plm, adapter, rows, interpolation)
     return Evaluation(
         plm=text_scores(alone.texts, references),
@@ -459,79 +310,15 @@ def evaluate(
     )
 
 
-def _generate(
-    plm: RemotePlm,
-    prompts: Sequence[Prompt],
-    task: Task,
-    *,
-    adapter: TrainedAdapter | None,
-    interpolation: Interpolation | None,
-    horizons: list[float] | None,
-    decoding: DecodingSettings,
-    lookup: Lookup | None,
-    sampling: Sampling | None,
-    samples: int,
-    best: int,
-    on_failure: OnFailure | None,
-    on_token: OnToken | None,
-    reporter: Reporter | None,
-) -> Generation:
-    started = time.perf_counter()
-    if adapter is not None:
-        adapter.card.model.require(ModelIdentity.of(plm.card), "The adapter", "the server")
-    tokenizer = plm.tokenizer
-    prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    numbers = list(range(len(prompts)))
-    if on_failure is not None:
-        for number, ids in enumerate(prompt_ids):
-            try:
-                require_room(plm, ids, place=f"text {number + 1}")
-            except InvalidData as error:
-                on_failure(number, error)
-                numbers.remove(number)
-    # Samples of the same prompt one after another: they share all of its attention states.
-    continuations, usage = generate_ids(
-        plm,
-        [prompt_ids[number] for number in numbers for _ in range(samples)],
-        adapter=adapter,
-        interpolation=interpolation or (adapter.card.interpolation if adapter else Interpolation(schedule="none")),
-        horizons=None if horizons is None else [horizons[number] for number in numbers for _ in range(samples)],
-        stop_ids=task.stop_ids(tokenizer) | frozenset(plm.card.eos_token_ids),
-        settings=decoding,
-        sampling=sampling,
-        samples=list(range(samples)) * len(numbers),
-        lookup=lookup,
-        on_token=None if on_token is None else lambda at, token: on_token(numbers[at // samples], token),
-        reporter=reporter,
-    )
-    ranked: list[list[Continuation]] = [[Continuation([], [])] for _ in prompts]
-    for at, number in enumerate(numbers):
-        own = continuations[at * samples : (at + 1) * samples]
-        ranked[number] = sorted(own, key=_mean_logprob, reverse=True)[:best]
-    texts = [[task.answer(one.token_ids, tokenizer) for one in own] for own in ranked]
-    return Generation(
-        texts=[own[0] for own in texts],
-        token_ids=[own[0].token_ids for own in ranked],
-        best=texts,
-        choices=[own[0].choices for own in ranked],
-        usage=usage,
-        seconds=time.perf_counter() - started,
-    )
-
-
-def _mean_logprob(continuation: Continuation) -> float:
-    # Of its tokens: the sum would prefer short texts.
-    return continuation.logprob / len(continuation.token_ids)
-
-
-def _teacher_forced_rows(plm: RemotePlm, task: Task, pairs: Sequence[Pair], reporter: Reporter) -> MemoryRows:
-    tokenized = [tokenize_pair(plm, task, pair, place=f"pair {n}") for n, pair in enumerate(pairs, 1)]
-    step = min(_PAIRS_PER_REQUEST, plm.card.limits.max_sequences)
+def _teacher_forced_rows(plm: RemotePlm, pairs: Sequence[TokenizedPair], reporter: Reporter) -> MemoryRows:
+    sizes = Sizes()
+    for pair in pairs:
+        sizes.append(len(pair.prompt) + len(pair.target), len(pair.target))
     parts = []
     with reporter.bar("perplexity", len(pairs), "pairs") as bar:
-        for at in range(0, len(pairs), step):
-            parts.append(encode_teacher_forced(plm, tokenized[at : at + step], with_logsumexp=True))
-            bar.advance(len(parts[-1].rows_E))
+        for run in plan_requests(sizes, plm.card, plm.dtype, done=0, examples_per_shard=len(pairs)):
+            parts.append(encode_teacher_forced(plm, [pairs[i] for i in run], with_logsumexp=True))
+            bar.advance(len(run))
     return MemoryRows.concatenate(parts)
 
 

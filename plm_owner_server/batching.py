@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import commonprefix
 
 
 def plan_batches(
@@ -47,8 +48,8 @@ def plan_drafting(
     for _, group in sorted(groups.items()):
         most = max(look_ahead[i] for i in group)
         own = [lengths[i] for i in group]
-        may_pad = window is None or max(own) + most <= window
-        batches = plan_batches(own, batch_tokens, padding_tokens if may_pad else 0, drafted=most)
+        allowed = _padding_allowed(own, most, padding_tokens, window)
+        batches = plan_batches(own, batch_tokens, allowed, drafted=most)
         plan += [[group[i] for i in batch] for batch in batches]
     return plan
 
@@ -56,18 +57,16 @@ def plan_drafting(
 def fits_together(
     lengths: Sequence[int], drafted: int, batch_tokens: int, padding_tokens: int, window: int | None
 ) -> bool:
-    """Whether sequences make one batch under the same rules."""
-    longest = max(lengths)
-    padding = sum(longest - length for length in lengths)
-    may_pad = window is None or longest + drafted <= window
-    return len(lengths) * (longest + drafted) <= batch_tokens and padding <= (padding_tokens if may_pad else 0)
+    """Whether several sequences make one batch under the same rules."""
+    allowed = _padding_allowed(lengths, drafted, padding_tokens, window)
+    return len(plan_batches(lengths, batch_tokens, allowed, drafted=drafted)) == 1
+
+
+def _padding_allowed(lengths: Sequence[int], drafted: int, padding_tokens: int, window: int | None) -> int:
+    """Padding in a batch of such sequences: none once the longest may reach beyond the window."""
+    return padding_tokens if window is None or max(lengths) + drafted <= window else 0
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Number of leading token ids that all sequences share."""
-    shortest = min(sequences, key=len)
-    others = [sequence for sequence in sequences if sequence is not shortest]
-    for position, token_id in enumerate(shortest):
-        if any(sequence[position] != token_id for sequence in others):
-            return position
-    return len(shortest)
+    return len(commonprefix([list(sequence) for sequence in sequences]))  # noqa: RUF071  (of lists, not of paths)

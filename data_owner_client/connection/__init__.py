@@ -6,10 +6,11 @@ from contextlib import suppress
 
 import httpx
 
+from data_owner_client.connection.addresses import is_loopback
 from data_owner_client.connection.base import Calls, Connection, Exchange
 from data_owner_client.connection.grpc import GrpcConnection
 from data_owner_client.connection.in_process import InProcessConnection
-from data_owner_client.connection.rest import RestConnection, is_loopback
+from data_owner_client.connection.rest import RestConnection
 from data_owner_client.connection.retries import GIVE_UP_AFTER_S
 from protocol.errors import InvalidRequest
 

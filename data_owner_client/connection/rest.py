@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import time
 import uuid
-from contextlib import suppress
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 
+from data_owner_client.connection.addresses import is_loopback
 from data_owner_client.connection.retries import GIVE_UP_AFTER_S, Attempts
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import ConnectionFailed, NotReady, Overloaded, PemaError, ProtocolViolation, from_problem
@@ -165,14 +163,6 @@ class RestConnection:
             return httpx.Response(
                 response.status_code, headers=decoded, content=b"".join(parts), request=response.request
             )
-
-
-def is_loopback(url: str) -> bool:
-    """Whether a URL's host is this very machine."""
-    with suppress(ValueError):
-        host = urlsplit(url).hostname or ""
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    return False
 
 
 def _problem(response: httpx.Response, request_id: str) -> PemaError:

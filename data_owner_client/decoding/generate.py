@@ -62,7 +62,6 @@ class _Sequence:
         prompt: token ids of the prompt.
         lambdas: λ_t for every token that it may have.
         finished_at: the position from which on λ is 0 for good.
-        generated: token ids so far.
         compared: positions at which the mixture's choice was compared with the server's.
         agreed: those of them at which they were the same.
         noise: what its draws depend on, when sampling.
@@ -76,10 +75,19 @@ class _Sequence:
     finished_at: int
     noise: Noise | None = None
     choices: list[Choice] = field(default_factory=list)
-    generated: list[int] = field(default_factory=list)
     compared: int = 0
     agreed: int = 0
     done: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return len(self.choices)
+
+    @property
+    def generated(self) -> list[int]:
+        """These tokens' ids."""
+        return [choice.token for choice in self.choices]
 
     @property
     def context(self) -> list[int]:
@@ -93,7 +101,7 @@ class _Sequence:
     @property
     def most(self) -> int:
         """Tokens that may still be drafted, one more coming after them; negative if there is room for none."""
-        return len(self.lambdas) - len(self.generated) - 1
+        return len(self.lambdas) - self.length - 1
 
 
 @dataclass(frozen=True)
@@ -101,12 +109,15 @@ class Continuation:
     """What was generated after one prompt.
 
     Attributes:
-        token_ids: the stop token included.
-        choices: how each of them was chosen.
+        choices: its tokens, the stop token included, and how each of them was chosen.
     """
 
-    token_ids: list[int]
     choices: list[Choice]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens alone."""
+        return [choice.token for choice in self.choices]
 
     @property
     def logprob(self) -> float:
@@ -228,10 +239,10 @@ def generate(
                 continue
             decoding.go_on(active)
             bar.advance(sum(s.done for s in active))
-            alone += [s for s in active if not s.done and len(s.generated) >= s.finished_at]
-            active = [s for s in active if not s.done and len(s.generated) < s.finished_at]
-    decoding.usage.tokens = sum(len(s.generated) for s in sequences)
-    return [Continuation(s.generated, s.choices) for s in sequences], decoding.usage
+            alone += [s for s in active if not s.done and s.length >= s.finished_at]
+            active = [s for s in active if not s.done and s.length < s.finished_at]
+    decoding.usage.tokens = sum(s.length for s in sequences)
+    return [Continuation(s.choices) for s in sequences], decoding.usage
 
 
 def require_room(plm: RemotePlm, prompt: Sequence[int], *, place: str) -> None:
@@ -302,10 +313,10 @@ class _Decoding:
                 [s.context + [o.token for o in own] for s, own in zip(batch, offers, strict=True)],
                 look_ahead,
                 sorted(self._stop_ids),
-                from_position=[len(s.context) - 1 for s in batch],
+                from_position=[len(s.prompt) + s.length - 1 for s in batch],
             )
         waited_s = time.perf_counter() - asked
-        new_rows = sum(len(s.prompt) - self._shared for s in batch if not s.generated)
+        new_rows = sum(len(s.prompt) - self._shared for s in batch if not s.choices)
         self._advance(batch, offers, response)
         round_s = time.perf_counter() - started
         timing = exchanges[-1].timing if exchanges else None  # the one that was answered
@@ -330,7 +341,7 @@ class _Decoding:
         """Drafts of the client's own, if they are likelier to be agreed with than the server's."""
         if self._lookup is None:
             return []
-        chance = self._chance(sequence, len(sequence.generated))
+        chance = self._chance(sequence, sequence.length)
         return self._lookup.after(sequence.generated, sequence.most, better_than=chance)
 
     def _plan(self, batch: Sequence[_Sequence], offers: Sequence[Sequence[Offer]]) -> list[int]:
@@ -344,8 +355,7 @@ class _Decoding:
         if not self._costs.known:
             return [min(_UNMEASURED_LOOK_AHEAD, own) for own in most]
         chances = [
-            [self._chance(s, t) for t in range(len(s.generated), len(s.generated) + own)]
-            for s, own in zip(batch, most, strict=True)
+            [self._chance(s, t) for t in range(s.length, s.length + own)] for s, own in zip(batch, most, strict=True)
         ]
         return plan(chances, self._costs)
 
@@ -363,7 +373,7 @@ class _Decoding:
             for own, top1_K in zip(offers, response.top1_N.split(counts), strict=True)
         ]
         positions = [
-            s.position(len(s.generated) + step, own[:step])
+            s.position(s.length + step, own[:step])
             for s, own in zip(batch, drafts, strict=True)
             for step in range(len(own))
         ]
@@ -380,7 +390,6 @@ class _Decoding:
                 sequence.agreed += chosen == choice.plm_token
                 if step < len(own) and self._lookup is not None:
                     self._lookup.learn(own[step], agreed=chosen == draft)
-                sequence.generated.append(chosen)
                 sequence.choices.append(choice)
                 if self._on_token is not None:
                     self._on_token(sequence.number, chosen)

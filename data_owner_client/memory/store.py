@@ -7,6 +7,7 @@ therefore leaves a valid memory of the examples so far, and the next run goes on
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -25,6 +26,8 @@ from protocol.rows import expand
 
 ContextMode = Literal["private", "teacher-forced"]
 MANIFEST = "manifest.json"
+TRAIN, VALIDATION = "train", "validation"
+"""Folders of the two memories that a training takes."""
 
 
 class ModelIdentity(BaseModel):
@@ -239,7 +242,11 @@ class ExternalMemory:
         write_atomically(self.folder / MANIFEST, self.manifest.model_dump_json(indent=1).encode())
 
     def load(self) -> MemoryRows:
-        """All rows.
+        """All rows. What is raised: see `shards`."""
+        return MemoryRows.concatenate(list(self.shards()))
+
+    def shards(self) -> Iterator[MemoryRows]:
+        """All rows, shard by shard.
 
         Raises:
             InvalidData: the memory is not complete, or a shard is missing or damaged.
@@ -249,7 +256,7 @@ class ExternalMemory:
                 f"{self.folder} holds {self.manifest.examples} of {self.manifest.plan.examples} examples.",
                 hint="Run the same build-memory command again: it goes on where it stopped.",
             )
-        return MemoryRows.concatenate([self._shard(record) for record in self.manifest.shards])
+        yield from map(self._shard, self.manifest.shards)
 
     def _shard(self, record: ShardRecord) -> MemoryRows:
         path = self.folder / record.file

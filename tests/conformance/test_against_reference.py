@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from data_owner_client import Pair, TrainingSettings, build_memories, train, verbs
+from data_owner_client import Pair, TrainingSettings, build_memories, train, translate
 from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.connection import open_connection
 from data_owner_client.decoding.generate import DecodingSettings, generate
@@ -220,8 +220,8 @@ def test_translate_uses_nothing_but_the_source(case: Case) -> None:
     """Gradual Unrolling's horizon comes from the source: the same text alone, in a batch, in any order."""
     sources = [pair.source for pair in PAIRS[:9]]
     gradual = Interpolation(schedule="gradual", lambda_max=0.9)
-    together = verbs.translate(case.plm, sources, adapter=case.adapter, interpolation=gradual, decoding=BRIEF)
-    reverse = verbs.translate(
+    together = translate(case.plm, sources, adapter=case.adapter, interpolation=gradual, decoding=BRIEF)
+    reverse = translate(
         case.plm,
         sources[::-1],
         adapter=case.adapter,
@@ -229,7 +229,6 @@ def test_translate_uses_nothing_but_the_source(case: Case) -> None:
         decoding=DecodingSettings(STEPS, batch_size=2),
     )
     alone = [
-        verbs.translate(case.plm, [s], adapter=case.adapter, interpolation=gradual, decoding=BRIEF).texts[0]
-        for s in sources
+        translate(case.plm, [s], adapter=case.adapter, interpolation=gradual, decoding=BRIEF).texts[0] for s in sources
     ]
     assert together.texts == alone == reverse.texts[::-1]

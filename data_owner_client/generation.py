@@ -1,0 +1,227 @@
+"""From texts to texts: prompts made and tokenised, continuations chosen and read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+from data_owner_client.adapter import TrainedAdapter
+from data_owner_client.decoding.choosing import Choice
+from data_owner_client.decoding.generate import (
+    DEFAULT_DECODING,
+    Continuation,
+    DecodingSettings,
+    Usage,
+    require_room,
+)
+from data_owner_client.decoding.generate import generate as generate_ids
+from data_owner_client.decoding.interpolation import Interpolation
+from data_owner_client.decoding.lookup import Lookup
+from data_owner_client.decoding.sampling import Sampling
+from data_owner_client.memory import ExternalMemory
+from data_owner_client.memory.store import TRAIN, ModelIdentity
+from data_owner_client.plm import RemotePlm
+from data_owner_client.progress import Reporter
+from data_owner_client.tasks import Task
+from data_owner_client.tokenization import Prompt
+from protocol.errors import InvalidData, PemaError
+
+OnFailure = Callable[[int, PemaError], None]
+"""Told of a text, by its number from 0, and why it cannot be answered."""
+OnToken = Callable[[int, int], None]
+"""Told of a token: the number of its text from 0, and its id."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated, in the order of the inputs, and what it took.
+
+    Attributes:
+        best: for each input all texts that were asked for, the most probable one first.
+        choices: how each token of the first of them was chosen.
+    """
+
+    best: list[list[str]]
+    choices: list[list[Choice]]
+    usage: Usage
+    seconds: float
+
+    @property
+    def texts(self) -> list[str]:
+        """One for each input, the best if several were drawn."""
+        return [own[0] for own in self.best]
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        """Of these texts."""
+        return [[choice.token for choice in own] for own in self.choices]
+
+
+class GenerationOptions(TypedDict, total=False):
+    """How to generate; each may be left away.
+
+    Attributes:
+        interpolation: what training chose unless given.
+        decoding: length, look-ahead, batch size.
+        lookup: where drafts are looked up (`lookup_in`); the owner of the PLM sees them.
+        sampling: how to draw tokens; None for the most probable ones. The text depends on the seed, not on drafts.
+        samples: texts to draw for each input.
+        best: of these, how many of the most probable ones to give.
+        on_failure: told of each text (by its number, from 0) that cannot be answered; its result is then empty. Without
+            it, such a text is an error of the whole.
+        on_token: told of every token as soon as it is certain: the number of its text, and its id.
+        reporter: told of the progress.
+    """
+
+    interpolation: Interpolation | None
+    decoding: DecodingSettings
+    lookup: Lookup | None
+    sampling: Sampling | None
+    samples: int
+    best: int
+    on_failure: OnFailure | None
+    on_token: OnToken | None
+    reporter: Reporter | None
+
+
+def translate(
+    plm: RemotePlm,
+    sources: Sequence[str],
+    *,
+    adapter: TrainedAdapter | None = None,
+    task: Task | None = None,
+    **options: Unpack[GenerationOptions],
+) -> Generation:
+    """Answer source texts with a task's prompt.
+
+    Args:
+        plm: the PLM.
+        sources: texts.
+        adapter: the data owner's adapter; None for the PLM alone.
+        task: the adapter's own unless given.
+        options: see `GenerationOptions`.
+
+    Raises:
+        InvalidData: neither adapter nor task is given, or a text is too long.
+        IdentityMismatch: the adapter belongs to another model.
+    """
+    task = task or (adapter.card.task if adapter else None)
+    if task is None:
+        raise InvalidData("Without an adapter there is no task.", hint="Give one with --task.")
+    tokenizer = plm.tokenizer
+    return _generate(
+        plm,
+        [task.prompt(source, tokenizer) for source in sources],
+        task,
+        adapter=adapter,
+        horizons=[adapter.horizon(tokenizer.count(source)) for source in sources] if adapter else None,
+        **options,
+    )
+
+
+def generate(
+    plm: RemotePlm,
+    prompts: Sequence[str],
+    *,
+    adapter: TrainedAdapter | None = None,
+    task: Task | None = None,
+    **options: Unpack[GenerationOptions],
+) -> Generation:
+    """Continue prompts as they are, without a task's template around them.
+
+    A bare prompt has no source text to predict a length from: Gradual Unrolling then uses the mean target length of the
+    memory. The other arguments, and what is raised: see `translate`. The task only says where an answer
+    stops.
+    """
+    return _generate(
+        plm,
+        [Prompt(prompt) for prompt in prompts],
+        task or (adapter.card.task if adapter else Task(name="bare")),
+        adapter=adapter,
+        horizons=[adapter.card.mean_length] * len(prompts) if adapter else None,
+        **options,
+    )
+
+
+def lookup_in(memory: Path) -> Lookup:
+    """Where drafts are looked up: the targets of a memory.
+
+    The owner of the PLM sees the drafts, so it must have seen the targets before.
+
+    Raises:
+        InvalidData: the memory's targets were not shared, or it is missing or damaged.
+    """
+    part = ExternalMemory(memory / TRAIN)
+    if part.manifest.plan.context_mode != "teacher-forced":
+        raise InvalidData(
+            f"The targets of {memory} were never shown to the PLM's owner, and drafts would be pieces of them.",
+            hint="Leave --lookup away, or use a memory that was built with --share-targets.",
+        )
+    # Shard by shard: the representations, which are nearly all of a memory, are not needed.
+    return Lookup(ids_T.tolist() for rows in part.shards() for ids_T in rows.target_N.split(rows.rows_E.tolist()))
+
+
+def _generate(
+    plm: RemotePlm,
+    prompts: Sequence[Prompt],
+    task: Task,
+    *,
+    adapter: TrainedAdapter | None,
+    horizons: list[float] | None,
+    interpolation: Interpolation | None = None,
+    decoding: DecodingSettings = DEFAULT_DECODING,
+    lookup: Lookup | None = None,
+    sampling: Sampling | None = None,
+    samples: int = 1,
+    best: int = 1,
+    on_failure: OnFailure | None = None,
+    on_token: OnToken | None = None,
+    reporter: Reporter | None = None,
+) -> Generation:
+    started = time.perf_counter()
+    if adapter is not None:
+        adapter.card.model.require(ModelIdentity.of(plm.card), "The adapter", "the server")
+    tokenizer = plm.tokenizer
+    prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    numbers = []  # of the texts that can be answered
+    for number, ids in enumerate(prompt_ids):
+        try:
+            require_room(plm, ids, place=f"text {number + 1}")
+            numbers.append(number)
+        except InvalidData as error:
+            if on_failure is None:
+                raise
+            on_failure(number, error)
+    # Samples of the same prompt one after another: they share all of its attention states.
+    continuations, usage = generate_ids(
+        plm,
+        [prompt_ids[number] for number in numbers for _ in range(samples)],
+        adapter=adapter,
+        interpolation=interpolation or (adapter.card.interpolation if adapter else Interpolation(schedule="none")),
+        horizons=None if horizons is None else [horizons[number] for number in numbers for _ in range(samples)],
+        stop_ids=task.stop_ids(tokenizer) | frozenset(plm.card.eos_token_ids),
+        settings=decoding,
+        sampling=sampling,
+        samples=list(range(samples)) * len(numbers),
+        lookup=lookup,
+        on_token=None if on_token is None else lambda at, token: on_token(numbers[at // samples], token),
+        reporter=reporter,
+    )
+    ranked: list[list[Continuation]] = [[Continuation([])] for _ in prompts]
+    for at, number in enumerate(numbers):
+        own = continuations[at * samples : (at + 1) * samples]
+        ranked[number] = sorted(own, key=_mean_logprob, reverse=True)[:best] if samples > 1 else own
+    return Generation(
+        best=[[task.answer(one.token_ids, tokenizer) for one in own] for own in ranked],
+        choices=[own[0].choices for own in ranked],
+        usage=usage,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _mean_logprob(continuation: Continuation) -> float:
+    # Of its tokens: the sum would prefer short texts.
+    return continuation.logprob / len(continuation.token_ids)
