@@ -65,7 +65,12 @@ def load_service(settings: ServerSettings) -> PlmService:
         torch.set_num_threads(settings.threads)
     files = resolve(settings.model, settings.cache_dir)
     model = load_model(files.folder, device=settings.device, dtype=settings.dtype)
-    engine = TransformersEngine(model, cr_kind=settings.cr_kind, prefix_cache_bytes=settings.prefix_cache_mib * 2**20)
+    engine = TransformersEngine(
+        model,
+        cr_kind=settings.cr_kind,
+        prefix_cache_bytes=settings.prefix_cache_mib * 2**20,
+        pack_weights=settings.pack_weights,
+    )
     service = PlmService(
         engine,
         load_tokenizer(files.folder),

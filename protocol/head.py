@@ -33,7 +33,10 @@ class LMHead:
 
     def logits(self, h_N_D: Tensor) -> Tensor:
         """Logits [N, V] in the dtype of the weight."""
-        logits_N_V = F.linear(h_N_D.to(self.weight_V_D.dtype), self.weight_V_D, self.bias_V)
+        return self.of_products(F.linear(h_N_D.to(self.weight_V_D.dtype), self.weight_V_D, self.bias_V))
+
+    def of_products(self, logits_N_V: Tensor) -> Tensor:
+        """Logits of h Wᵀ + b, for whoever has a faster product."""
         if self.logit_scale != 1.0:
             logits_N_V = logits_N_V * self.logit_scale
         if self.softcap is not None:

@@ -162,7 +162,12 @@ def make_service(
     """
     chosen = make_settings(model=str(folder), **settings)
     model = load_model(folder, device="cpu", dtype="float32")
-    engine = TransformersEngine(model, cr_kind=chosen.cr_kind, prefix_cache_bytes=chosen.prefix_cache_mib * 2**20)
+    engine = TransformersEngine(
+        model,
+        cr_kind=chosen.cr_kind,
+        prefix_cache_bytes=chosen.prefix_cache_mib * 2**20,
+        pack_weights=chosen.pack_weights,
+    )
     engine.warm_up()
     return PlmService(
         wrap(engine) if wrap else engine,

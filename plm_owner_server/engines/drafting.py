@@ -11,8 +11,7 @@ from torch import Tensor
 from plm_owner_server.engines.base import Decoded
 from plm_owner_server.engines.runner import Runner, attention_mask
 from plm_owner_server.engines.to_host import to_host
-from plm_owner_server.engines.vocabulary import logsumexp_top1
-from protocol.head import LMHead
+from plm_owner_server.engines.vocabulary import Vocabulary
 
 
 class Drafting:
@@ -26,7 +25,7 @@ class Drafting:
 
     Args:
         runner: runs the model.
-        head: its LM head.
+        vocabulary: as its LM head sees it.
         token_ids: the sequences.
         from_position: the first position wanted of each.
         look_ahead: the most tokens to draft, for each.
@@ -38,7 +37,7 @@ class Drafting:
     def __init__(
         self,
         runner: Runner,
-        head: LMHead,
+        vocabulary: Vocabulary,
         token_ids: Sequence[Sequence[int]],
         from_position: Sequence[int],
         look_ahead: Sequence[int],
@@ -46,7 +45,7 @@ class Drafting:
         *,
         with_last_hidden: bool,
     ) -> None:
-        self._runner, self._head, self._token_ids = runner, head, token_ids
+        self._runner, self._vocabulary, self._token_ids = runner, vocabulary, token_ids
         self._look_ahead, self._stop_token_ids = look_ahead, stop_token_ids
         self._with_last_hidden = with_last_hidden
         most = max(look_ahead)
@@ -143,7 +142,7 @@ class Drafting:
         places_A = self._runner.send(torch.tensor(places))
         cr_A_D = cr_B_T_D.flatten(0, 1).index_select(0, places_A)
         last_hidden = [last_hidden_B_T_D.flatten(0, 1).index_select(0, places_A)] if self._with_last_hidden else []
-        logsumexp_A, top1_A, top1_logit_A = logsumexp_top1(self._head, *(last_hidden or [cr_A_D]))
+        logsumexp_A, top1_A, top1_logit_A = self._vocabulary.logsumexp_top1(*(last_hidden or [cr_A_D]))
         self._steps.append((cr_A_D, logsumexp_A, top1_A, top1_logit_A - logsumexp_A, *last_hidden))
         self._noted += owners
         return top1_A

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
@@ -210,11 +210,24 @@ def test_a_sequence_that_ended_does_not_run_past_the_models_last_position(
     assert [tokens[:-1] if EOS not in tokens else tokens for tokens in drafts(answer)] == expected
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("block", [(1, 7), (5, 64), (512, 10**6)])
 def test_the_vocabulary_in_blocks_is_the_whole_vocabulary(
-    engine: TransformersEngine, truth: Truth, monkeypatch: pytest.MonkeyPatch, block: tuple[int, int]
+    architecture: str,
+    tiny_models: TinyModels,
+    truth: Truth,
+    monkeypatch: pytest.MonkeyPatch,
+    block: tuple[int, int],
+    *,
+    packed: bool,
 ) -> None:
-    monkeypatch.setattr("plm_owner_server.engines.vocabulary._CPU_BLOCK", block)
+    for name in ("_CPU_BLOCK", "_PACKED_BLOCK"):
+        monkeypatch.setattr(f"plm_owner_server.engines.vocabulary.{name}", block)
+    model = load_model(tiny_models[architecture], device="cpu", dtype="float32")
+    engine = TransformersEngine(model, cr_kind="last_hidden_state", pack_weights=packed)
+    linear = [module for module in model.base_model.modules() if type(module) is nn.Linear]
+    assert bool(linear) == (not packed and architecture != "gpt2"), "GPT-2 has layers of its own"
+    engine.warm_up()
     ids = random_ids(20, [18])[0]
     logits_T_V = truth(ids)[1]
     encoded = engine.encode([ids], [0], with_logsumexp=True)

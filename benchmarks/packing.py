@@ -1,0 +1,71 @@
+"""The engine with packed weights against the same engine without, on a CPU: a pass over prompts, and steps of drafting."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from benchmarks import report
+from plm_owner_server.engines.transformers import TransformersEngine, load_model
+from plm_owner_server.models import resolve
+from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
+
+_PROMPT_TOKENS = 80
+_STEPS = 12
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one round")
+    rounds = 1 if parser.parse_args().quick else 5
+    torch.set_num_threads(os.cpu_count() or 1)
+    engines = {packed: _engine(packed=packed) for packed in (False, True)}
+    figures: dict[str, object] = {"rounds": rounds, "prompt_tokens": _PROMPT_TOKENS}
+    for sequences in (1, 8, 32):
+        generator = torch.Generator().manual_seed(sequences)
+        ids = torch.randint(10, 10_000, (sequences, _PROMPT_TOKENS), generator=generator).tolist()
+        measures: dict[str, Callable[[TransformersEngine], float]] = {
+            "prompts_s": lambda engine, ids=ids: _prompts_s(engine, ids),
+            "step_s": lambda engine, ids=ids: _step_s(engine, ids),
+        }
+        for name, measure in measures.items():
+            seconds: dict[bool, list[float]] = {False: [], True: []}
+            for _ in range(rounds):
+                for packed, engine in engines.items():
+                    seconds[packed].append(measure(engine))
+            plain_s, packed_s = median(seconds[False]), median(seconds[True])
+            figures[f"{name}.{sequences}"] = {"plain": plain_s, "packed": packed_s, "speedup": plain_s / packed_s}
+    report.write("packing", figures)
+
+
+def _engine(*, packed: bool) -> TransformersEngine:
+    folder = resolve(DEFAULT_MODEL, ServerSettings(_env_file=None).cache_dir).folder
+    model = load_model(folder, device="cpu", dtype="float32")
+    engine = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=0, pack_weights=packed)
+    engine.warm_up()
+    return engine
+
+
+def _prompts_s(engine: TransformersEngine, ids: list[list[int]]) -> float:
+    started = time.perf_counter()
+    engine.encode(ids, [0] * len(ids), with_logsumexp=False)
+    return time.perf_counter() - started
+
+
+def _step_s(engine: TransformersEngine, ids: list[list[int]]) -> float:
+    draft = engine.draft(ids, [_PROMPT_TOKENS - 1] * len(ids), [_STEPS + 1] * len(ids), frozenset())
+    draft.step()
+    started = time.perf_counter()
+    for _ in range(_STEPS):
+        draft.step()
+    return (time.perf_counter() - started) / _STEPS
+
+
+if __name__ == "__main__":
+    main()
