@@ -1,16 +1,16 @@
-"""The engine with packed weights against the same engine without, on a CPU: a pass over prompts, and steps of drafting."""
+"""The engine with packed weights against the same engine without, on a CPU: passes over prompts, and drafting."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import time
-from collections.abc import Callable
 from statistics import median
 
 import torch
 
 from benchmarks import report
+from plm_owner_server.engines.base import DraftBatch, EncodeBatch
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
 from plm_owner_server.models import resolve
 from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
@@ -30,15 +30,12 @@ def main() -> None:
     for sequences in (1, 8, 32):
         generator = torch.Generator().manual_seed(sequences)
         ids = torch.randint(10, 10_000, (sequences, _PROMPT_TOKENS), generator=generator).tolist()
-        measures: dict[str, Callable[[TransformersEngine], float]] = {
-            "prompts_s": lambda engine, ids=ids: _prompts_s(engine, ids),
-            "step_s": lambda engine, ids=ids: _step_s(engine, ids),
-        }
+        measures = {"prompts_s": _prompts_s, "step_s": _step_s}
         for name, measure in measures.items():
             seconds: dict[bool, list[float]] = {False: [], True: []}
             for _ in range(rounds):
                 for packed, engine in engines.items():
-                    seconds[packed].append(measure(engine))
+                    seconds[packed].append(measure(engine, ids))
             plain_s, packed_s = median(seconds[False]), median(seconds[True])
             figures[f"{name}.{sequences}"] = {"plain": plain_s, "packed": packed_s, "speedup": plain_s / packed_s}
     report.write("packing", figures)
@@ -54,16 +51,17 @@ def _engine(*, packed: bool) -> TransformersEngine:
 
 def _prompts_s(engine: TransformersEngine, ids: list[list[int]]) -> float:
     started = time.perf_counter()
-    engine.encode(ids, [0] * len(ids), with_logsumexp=False)
+    engine.encode(EncodeBatch(ids, [0] * len(ids)))
     return time.perf_counter() - started
 
 
 def _step_s(engine: TransformersEngine, ids: list[list[int]]) -> float:
-    draft = engine.draft(ids, [_PROMPT_TOKENS - 1] * len(ids), [_STEPS + 1] * len(ids), frozenset())
-    draft.step()
+    drafting = engine.drafting(batch_tokens=4096)
+    drafting.join([DraftBatch(ids, [_PROMPT_TOKENS - 1] * len(ids), [_STEPS + 1] * len(ids))])
+    drafting.step()
     started = time.perf_counter()
     for _ in range(_STEPS):
-        draft.step()
+        drafting.step()
     return (time.perf_counter() - started) / _STEPS
 
 

@@ -1,8 +1,9 @@
 """What the engine does next: batches of all clients in turn, each client its fair share.
 
 A request comes as batches that were planned for it. The engine takes one at a time, of the client that was given least
-so far (in tokens, as a fair queue counts virtual time); small ones of several clients go together. Drafting goes step
-by step, so that nobody waits for another's last token.
+so far (in tokens, as a fair queue counts virtual time); small ones of several clients go together. Sequences to draft
+on join those that are being drafted at the next step, and leave when they are done: nobody waits for another's last
+token.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ import copy
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from plm_owner_server.batching import fits_together
-from plm_owner_server.engines.base import Draft, Encoded, Engine
+from plm_owner_server.batching import plan_batches
+from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Encoded, Engine
 from protocol.errors import Overloaded, PemaError
+
+Work = EncodeBatch | DraftBatch
 
 # A step costs about as much as so many tokens, however few sequences take part: it reads all the weights.
 _STEP_TOKENS = 16
-# Drafting of so many batches at once. Each holds the attention states of its sequences.
-_MOST_DRAFTING = 4
 # The thread ends after so many idle seconds; the next request starts another one.
 _LINGER_S = 5.0
 _RETRY_AFTER_S = (1.0, 60.0)
@@ -46,44 +47,15 @@ class Caller:
 
     Attributes:
         client: the same for all requests of a client; shares are between these.
+        tenant: to whom the client belongs; tenants never share what is known of a text.
         departed: set when the client has gone, so that its work is skipped.
         spent: what the call has cost so far; the scheduler adds to it.
     """
 
     client: str = "local"
+    tenant: str = ""
     departed: threading.Event = field(default_factory=threading.Event)
     spent: Spent = field(default_factory=Spent)
-
-
-@dataclass(eq=False)
-class Work:
-    """One batch of one request.
-
-    Attributes:
-        token_ids: its sequences.
-        from_position: first position wanted of each.
-        with_logsumexp: encode: also the log-sum-exp.
-        look_ahead: the most tokens to draft after each sequence; None to encode.
-        stop_token_ids: draft: after which a sequence ends.
-    """
-
-    token_ids: list[list[int]]
-    from_position: list[int]
-    with_logsumexp: bool = False
-    look_ahead: list[int] | None = None
-    stop_token_ids: frozenset[int] = frozenset()
-
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """Only work of one kind goes together."""
-        if self.look_ahead is None:
-            return ("encode", self.with_logsumexp)
-        return ("draft", self.stop_token_ids, max(self.look_ahead).bit_length())
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the engine may have to run, padding and drafts included."""
-        return len(self.token_ids) * (max(map(len, self.token_ids)) + max(self.look_ahead or [0]))
 
 
 class _Ticket:
@@ -99,6 +71,7 @@ class _Ticket:
         self.done = threading.Event()
 
     def finish(self, index: int, result: Encoded) -> None:
+        """Note the result of a batch."""
         self.results[index] = result
         self.left -= 1
         if self.left == 0:
@@ -110,7 +83,7 @@ class _Ticket:
         self.done.set()
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Part:
     """A request's batch within what the engine runs."""
 
@@ -118,11 +91,9 @@ class _Part:
     index: int
     work: Work
 
-
-@dataclass(eq=False)
-class _Drafting:
-    parts: list[_Part]
-    draft: Draft
+    @property
+    def client(self) -> str:
+        return self.ticket.caller.client
 
 
 class Scheduler:
@@ -132,6 +103,7 @@ class Scheduler:
         engine: called from one thread at a time.
         batch_tokens: tokens in one forward pass.
         padding_tokens: padding in one forward pass.
+        drafting_tokens: tokens whose attention states all that is drafted may come to hold.
         max_waiting_tokens: tokens of all requests that wait or run; more are turned away.
         max_waiting_requests: requests that wait or run, likewise.
     """
@@ -142,23 +114,27 @@ class Scheduler:
         *,
         batch_tokens: int,
         padding_tokens: int,
+        drafting_tokens: int,
         max_waiting_tokens: int,
         max_waiting_requests: int,
     ) -> None:
         self._engine = engine
         self._batch_tokens = batch_tokens
         self._padding_tokens = padding_tokens
+        self._drafting_tokens = drafting_tokens
         self._max_tokens = max_waiting_tokens
         self._max_requests = max_waiting_requests
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        # The rest is guarded by `_changed`, but for `_drafting`, which is the thread's own.
+        # The thread's own: what is being drafted.
+        self._drafting = engine.drafting(batch_tokens)
+        self._drafted: dict[DraftBatch, _Part] = {}
+        # The rest is guarded by `_changed`.
         self._queues: dict[str, deque[_Ticket]] = {}
         self._given: dict[str, float] = {}  # tokens given to each client that is here
         self._tokens: dict[str, int] = {}  # tokens of each client's requests that wait or run
         self._requests = 0
         self._rate = 0.0  # tokens per second, smoothed
-        self._drafting: list[_Drafting] = []
 
     def run(self, caller: Caller, works: Sequence[Work]) -> list[Encoded]:
         """The results of all batches of a request, in their order; waits for them.
@@ -221,35 +197,23 @@ class Scheduler:
                 for ticket in [ticket for queue in self._queues.values() for ticket in queue]:
                     ticket.fail(error)
                 self._queues.clear()
-            for running in self._drafting:
-                _fail(running.parts, error)
-            self._drafting.clear()
+            self._give_up_drafting(error)
             raise
 
     def _take_turns(self) -> None:
         while True:
             with self._changed:
-                while not self._queues and not self._drafting:
+                while not self._queues and not self._drafted:
                     if not self._changed.wait(_LINGER_S) and not self._queues:
                         self._thread = None
                         return
-                parts = self._next_parts()
-            if parts is not None:
-                self._start(parts)
-            elif self._drafting:
-                self._step(self._next_drafting())
-
-    def _next_parts(self) -> list[_Part] | None:
-        """The next batch to start; none if some drafting should go on first."""
-        drafting = [part.ticket.caller.client for running in self._drafting for part in running.parts]
-        for client in sorted(self._queues, key=self._given_to):
-            if any(self._given_to(other) <= self._given_to(client) for other in drafting):
-                return None
-            first = self._peek(client)
-            if first is not None and (first.work.look_ahead is None or len(self._drafting) < _MOST_DRAFTING):
-                first.ticket.waiting.popleft()
-                return self._with_others(first)
-        return None
+                heads = [part for client in sorted(self._queues, key=self._given_to) if (part := self._peek(client))]
+                encoding = self._next_to_encode(heads)
+                joining = [] if encoding else self._next_to_draft(heads)
+            if encoding:
+                self._encode(encoding)
+            elif joining or self._drafted:
+                self._draft(joining)
 
     def _given_to(self, client: str) -> float:
         return self._given.get(client, 0.0)
@@ -267,98 +231,134 @@ class Scheduler:
         del self._queues[client]
         return None
 
-    def _with_others(self, first: _Part) -> list[_Part]:
-        """Fill a batch up with other clients' small ones. A client alone is always computed in the same way."""
-        parts = [first]
-        for client in sorted(self._queues, key=self._given_to):
-            other = None if client == first.ticket.caller.client else self._peek(client)
-            if other is not None and self._go_together(_joined(parts), other.work):
-                other.ticket.waiting.popleft()
-                parts.append(other)
+    def _next_to_encode(self, heads: Sequence[_Part]) -> list[_Part]:
+        """The next batch to encode, unless it is the turn of those who draft; filled up with others' small ones.
+
+        A client's own are never put together: alone it is always computed in the same way.
+        """
+        drafting = [self._given_to(part.client) for part in self._drafted.values()]
+        drafting += [self._given_to(part.client) for part in heads if isinstance(part.work, DraftBatch)]
+        parts: list[_Part] = []
+        batch: EncodeBatch | None = None
+        for part in heads:
+            if not isinstance(part.work, EncodeBatch):
+                continue
+            if batch is None and any(given <= self._given_to(part.client) for given in drafting):
+                return []
+            if batch is None or self._go_together(batch, part.work):
+                part.ticket.waiting.popleft()
+                parts.append(part)
+                batch = _joined(parts)
         return parts
 
-    def _go_together(self, ours: Work, theirs: Work) -> bool:
-        if ours.kind != theirs.kind:
+    def _go_together(self, ours: EncodeBatch, theirs: EncodeBatch) -> bool:
+        if (ours.with_logsumexp, ours.tenant) != (theirs.with_logsumexp, theirs.tenant):
             return False
         lengths = [len(ids) for ids in (*ours.token_ids, *theirs.token_ids)]
-        drafted = max((*(ours.look_ahead or []), *(theirs.look_ahead or [])), default=0)
-        window = self._engine.info.attention_window if drafted else None
-        return fits_together(lengths, drafted, self._batch_tokens, self._padding_tokens, window)
+        return len(plan_batches(lengths, self._batch_tokens, self._padding_tokens)) == 1
 
-    def _next_drafting(self) -> _Drafting:
-        with self._changed:
-            return min(self._drafting, key=lambda d: min(self._given_to(p.ticket.caller.client) for p in d.parts))
+    def _next_to_draft(self, heads: Sequence[_Part]) -> list[_Part]:
+        """What joins those that are being drafted: as much as there is room for.
 
-    def _start(self, parts: list[_Part]) -> None:
-        work = _joined(parts)
-        result: Encoded | None = None
-        with self._charged(parts, sum(part.work.tokens for part in parts)):
-            if work.look_ahead is None:
-                result = self._engine.encode(work.token_ids, work.from_position, with_logsumexp=work.with_logsumexp)
-            else:
-                draft = self._engine.draft(work.token_ids, work.from_position, work.look_ahead, work.stop_token_ids)
-                self._drafting.append(_Drafting(parts, draft))
-        if result is not None:
-            _hand_out(parts, result)
+        A client's next request waits for its last one: alone it is always computed in the same way.
+        """
+        joining: list[_Part] = []
+        for head in heads:
+            part: _Part | None = head
+            while part is not None and self._may_join(part, joining):
+                part.ticket.waiting.popleft()
+                joining.append(part)
+                part = _Part(part.ticket, *part.ticket.waiting[0]) if part.ticket.waiting else None
+        return joining
 
-    def _step(self, running: _Drafting) -> None:
-        if all(part.ticket.caller.departed.is_set() for part in running.parts):
-            self._drafting.remove(running)
-            _fail(running.parts, Departed("The client has gone."))
+    def _may_join(self, part: _Part, joining: Sequence[_Part]) -> bool:
+        if not isinstance(part.work, DraftBatch):
+            return False
+        there = [*self._drafted.values(), *joining]
+        if any(other.client == part.client and other.ticket is not part.ticket for other in there):
+            return False
+        return not there or sum(other.work.tokens for other in (*there, part)) <= self._drafting_tokens
+
+    def _encode(self, parts: list[_Part]) -> None:
+        batch, results = _joined(parts), list[Encoded]()
+        with self._charged(parts) as spend:
+            results = self._engine.encode(batch).split([len(part.work.token_ids) for part in parts])
+            spend(batch.tokens, parts)
+        for part, result in zip(parts, results, strict=False):  # none after an error
+            part.ticket.finish(part.index, result)
+
+    def _draft(self, joining: list[_Part]) -> None:
+        """One step of all that is being drafted, and of what joins it."""
+        self._let_go_of_departed()
+        if not joining and not self._drafted:
             return
-        result: Encoded | None = None
-        goes_on = False
-        with self._charged(running.parts, max(_STEP_TOKENS, running.draft.sequences)):
-            goes_on = running.draft.step()
-            if not goes_on:
-                result = running.draft.result()
-        if not goes_on:
-            self._drafting.remove(running)
-        if result is not None:
-            _hand_out(running.parts, result)
+        batches = {part.work: part for part in joining if isinstance(part.work, DraftBatch)}
+        self._drafted |= batches
+        done: list[tuple[DraftBatch, Decoded]] = []
+        with self._charged(list(self._drafted.values())) as spend:
+            if batches:
+                spend(self._drafting.join(list(batches)), joining)
+            done = self._drafting.step()
+            parts = list(self._drafted.values())
+            spend(max(_STEP_TOKENS, sum(len(part.work.token_ids) for part in parts)), parts)
+        for batch, result in done:
+            part = self._drafted.pop(batch)
+            part.ticket.finish(part.index, result)
+
+    def _let_go_of_departed(self) -> None:
+        for batch, part in list(self._drafted.items()):
+            if part.ticket.caller.departed.is_set():
+                self._drafting.leave(batch)
+                del self._drafted[batch]
+                _fail([part], Departed("The client has gone."))
+
+    def _give_up_drafting(self, error: Exception) -> None:
+        """After an error nobody knows in what state the drafts are."""
+        _fail(list(self._drafted.values()), error)
+        self._drafted.clear()
+        self._drafting = self._engine.drafting(self._batch_tokens)
 
     @contextmanager
-    def _charged(self, parts: list[_Part], tokens: int) -> Iterator[None]:
-        """The engine works for some requests: put it down to their clients, and an error to all who wait for it."""
+    def _charged(self, parts: list[_Part]) -> Iterator[Callable[[int, Sequence[_Part]], None]]:
+        """The engine works for some requests; an error reaches all who wait for it.
+
+        Gives what puts tokens down to the clients of some of these requests, by their number of sequences.
+        """
         started = time.perf_counter()
+        spent: list[tuple[int, Sequence[_Part]]] = []
         error: Exception | None = None
         try:
-            yield
+            yield lambda tokens, own: spent.append((tokens, own))
         except Exception as caught:  # noqa: BLE001 - whatever it is, those who wait must hear of it
             error = caught
         seconds = time.perf_counter() - started
         with self._changed:
-            for part in parts:
-                part.ticket.compute_s += seconds
-                client = part.ticket.caller.client
-                if client in self._given:
-                    self._given[client] += tokens / len(parts)
-            rate = tokens / max(seconds, 1e-9)
+            for ticket in {part.ticket for part in parts}:
+                ticket.compute_s += seconds
+            for tokens, own in spent:
+                sequences = sum(len(part.work.token_ids) for part in own)
+                for part in own:
+                    if part.client in self._given:
+                        self._given[part.client] += tokens * len(part.work.token_ids) / sequences
+            rate = sum(tokens for tokens, _ in spent) / max(seconds, 1e-9)
             self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
         if error is not None:
             _fail(parts, error)
+            if any(isinstance(part.work, DraftBatch) for part in parts):
+                self._give_up_drafting(error)
 
 
-def _joined(parts: list[_Part]) -> Work:
-    first = parts[0].work
-    if len(parts) == 1:
-        return first
-    return Work(
-        token_ids=[ids for part in parts for ids in part.work.token_ids],
-        from_position=[start for part in parts for start in part.work.from_position],
-        with_logsumexp=first.with_logsumexp,
-        look_ahead=None if first.look_ahead is None else [k for part in parts for k in part.work.look_ahead or []],
-        stop_token_ids=first.stop_token_ids,
+def _joined(parts: Sequence[_Part]) -> EncodeBatch:
+    works = [part.work for part in parts if isinstance(part.work, EncodeBatch)]
+    return EncodeBatch(
+        [ids for work in works for ids in work.token_ids],
+        [start for work in works for start in work.from_position],
+        works[0].with_logsumexp,
+        works[0].tenant,
     )
 
 
-def _hand_out(parts: list[_Part], result: Encoded) -> None:
-    counts = [len(part.work.token_ids) for part in parts]
-    for part, own in zip(parts, result.split(counts), strict=True):
-        part.ticket.finish(part.index, own)
-
-
-def _fail(parts: list[_Part], error: Exception) -> None:
+def _fail(parts: Sequence[_Part], error: Exception) -> None:
     for part in parts:
         # Each its own: transports note the request's id on it.
         part.ticket.fail(copy.copy(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from plm_owner_server.batching import plan_batches, plan_drafting
-from plm_owner_server.engines.base import Decoded, Encoded, Engine
+from plm_owner_server.batching import plan_batches
+from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Encoded, Engine
 from plm_owner_server.gathering import Gathered, present
-from plm_owner_server.scheduler import Caller, Scheduler, Work
+from plm_owner_server.scheduler import Caller, Scheduler
 from plm_owner_server.settings import ServerSettings
 from protocol.checks import echoes, require_finite
 from protocol.codec import raw_bytes
@@ -97,6 +98,7 @@ class PlmService:
             engine,
             batch_tokens=settings.batch_tokens,
             padding_tokens=settings.padding_tokens,
+            drafting_tokens=settings.drafting_tokens,
             max_waiting_tokens=settings.max_waiting_tokens,
             max_waiting_requests=settings.max_waiting_requests,
         )
@@ -188,10 +190,11 @@ class PlmService:
         lengths = [len(ids) for ids in sequences]
         plan = plan_batches(lengths, self._settings.batch_tokens, self._settings.padding_tokens)
         works = [
-            Work(
+            EncodeBatch(
                 [sequences[i] for i in batch],
-                from_position=[request.from_position[i] for i in batch],
-                with_logsumexp=request.with_logsumexp,
+                [request.from_position[i] for i in batch],
+                request.with_logsumexp,
+                caller.tenant,
             )
             for batch in plan
         ]
@@ -232,14 +235,16 @@ class PlmService:
         stop_token_ids = frozenset(request.stop_token_ids)
 
         lengths = [len(ids) for ids in sequences]
-        settings, window = self._settings, self._engine.info.attention_window
-        plan = plan_drafting(lengths, request.look_ahead, settings.batch_tokens, settings.padding_tokens, window)
+        # No client may take all the room. Padding costs next to nothing: a step runs one token of each sequence.
+        room = self._settings.drafting_tokens // 2
+        plan = plan_batches(lengths, room, math.inf, drafted=max(request.look_ahead))
         works = [
-            Work(
+            DraftBatch(
                 [sequences[i] for i in batch],
-                from_position=[starts[i] for i in batch],
-                look_ahead=[request.look_ahead[i] for i in batch],
-                stop_token_ids=stop_token_ids,
+                [starts[i] for i in batch],
+                [request.look_ahead[i] for i in batch],
+                stop_token_ids,
+                caller.tenant,
             )
             for batch in plan
         ]
@@ -263,7 +268,7 @@ class PlmService:
         """
         token_ids = self._distribution_ids(request)
         self._check_sequences([token_ids], None)
-        work = Work([token_ids], from_position=[len(token_ids) - 1])
+        work = EncodeBatch([token_ids], [len(token_ids) - 1], tenant=caller.tenant)
         (encoded,) = self._scheduler.run(caller, [work])
         last_hidden_1_D = encoded.cr_N_D if encoded.last_hidden_N_D is None else encoded.last_hidden_N_D
         head = self._engine.head

@@ -102,6 +102,12 @@ class ServerSettings(BaseSettings):
         ge=0,
         description="Padding in one forward pass, in tokens. About what one more pass costs: more on a fast GPU.",
     )
+    drafting_tokens: int = Field(
+        default=2**15,
+        ge=1,
+        description="Tokens whose attention states all sequences that are being drafted may come to hold together. "
+        "Bounds memory; one client may have half of it, and what does not fit waits.",
+    )
     prefix_cache_mib: int = Field(
         default=1024,
         ge=0,

@@ -22,7 +22,6 @@ class EngineInfo:
         vocab_size: V, rows of the LM head.
         max_tokens: longest sequence the model was made for; None if it does not say.
         dtype: name of the dtype of the weights.
-        attention_window: tokens that the narrowest attention layer sees; None if all layers see everything.
         eos_token_ids: tokens after which the model itself would stop.
     """
 
@@ -31,7 +30,6 @@ class EngineInfo:
     max_tokens: int | None
     dtype: str
     cr_kind: CrKind
-    attention_window: int | None
     eos_token_ids: tuple[int, ...]
 
 
@@ -81,18 +79,63 @@ class Decoded(Encoded):
     top1_logprob_N: Tensor
 
 
-class Draft(Protocol):
-    """Drafting that has begun: the prompts have run."""
+@dataclass(frozen=True, eq=False)
+class EncodeBatch:
+    """Sequences to encode in one pass.
+
+    Attributes:
+        token_ids: the sequences.
+        from_position: first position wanted of each.
+        with_logsumexp: also the log-sum-exp.
+        tenant: who asks; what is known of a text is known to its tenant alone.
+    """
+
+    token_ids: list[list[int]]
+    from_position: list[int]
+    with_logsumexp: bool = False
+    tenant: str = ""
 
     @property
-    def sequences(self) -> int:
-        """How many are still being drafted."""
+    def tokens(self) -> int:
+        """Tokens that the engine may have to run, padding included."""
+        return len(self.token_ids) * max(map(len, self.token_ids))
 
-    def step(self) -> bool:
-        """Draft one more token of every sequence that goes on; false once none does."""
 
-    def result(self) -> Decoded:
-        """All positions so far, sequence by sequence."""
+@dataclass(frozen=True, eq=False)
+class DraftBatch:
+    """Sequences to draft on.
+
+    Attributes:
+        token_ids: the sequences.
+        from_position: first position wanted of each.
+        look_ahead: the most tokens to draft after each.
+        stop_token_ids: after which a sequence ends.
+        tenant: who asks.
+    """
+
+    token_ids: list[list[int]]
+    from_position: list[int]
+    look_ahead: list[int]
+    stop_token_ids: frozenset[int] = frozenset()
+    tenant: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose attention states it may come to hold, padding included."""
+        return len(self.token_ids) * (max(map(len, self.token_ids)) + max(self.look_ahead))
+
+
+class Drafting(Protocol):
+    """Sequences that are drafted together, one token of each a step; batches join and leave between any two steps."""
+
+    def join(self, batches: Sequence[DraftBatch]) -> int:
+        """Take batches in, and run their prompts as far as they are not known; the number of tokens run."""
+
+    def step(self) -> list[tuple[DraftBatch, Decoded]]:
+        """Draft one more token of every sequence that goes on; what has become of batches of which none does."""
+
+    def leave(self, batch: DraftBatch) -> None:
+        """Let go of a batch that nobody waits for any more."""
 
 
 class Engine(Protocol):
@@ -104,20 +147,12 @@ class Engine(Protocol):
     def warm_up(self) -> None:
         """Run a real forward pass and check the head against the model's own logits."""
 
-    def encode(
-        self, token_ids: Sequence[Sequence[int]], from_position: Sequence[int], *, with_logsumexp: bool
-    ) -> Encoded:
+    def encode(self, batch: EncodeBatch) -> Encoded:
         """Representations of all positions ≥ `from_position` of every sequence."""
 
-    def draft(
-        self,
-        token_ids: Sequence[Sequence[int]],
-        from_position: Sequence[int],
-        look_ahead: Sequence[int],
-        stop_token_ids: frozenset[int],
-    ) -> Draft:
-        """All positions ≥ `from_position` of every sequence, and up to `look_ahead` greedily drafted ones.
+    def drafting(self, batch_tokens: int) -> Drafting:
+        """Drafting that nothing has joined yet.
 
-        Sequences of different lengths may only come together while prompt and drafts fit into `attention_window`:
-        drafts follow the padding, and padding inside a sliding window would push real tokens out of it.
+        Args:
+            batch_tokens: the most tokens, padding included, in one forward pass.
         """

@@ -1,24 +1,81 @@
-"""Greedy drafting of several sequences together, one token of each a step."""
+"""Greedy drafting of sequences of several requests together, one token of each a step."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from plm_owner_server.engines.base import Decoded
-from plm_owner_server.engines.runner import Runner, attention_mask
+from plm_owner_server.batching import plan_batches
+from plm_owner_server.engines.base import Decoded, DraftBatch
+from plm_owner_server.engines.kv_cache import AlignedCache
+from plm_owner_server.engines.runner import WORTH_A_PASS, Pass, Runner
 from plm_owner_server.engines.to_host import to_host
 from plm_owner_server.engines.vocabulary import Vocabulary
+from protocol.checks import echo
 
 
-class Drafting:
-    """The positions wanted of every sequence, and up to `look_ahead` greedily drafted ones.
+@dataclass(frozen=True, eq=False)
+class _Noted:
+    """What is kept of a forward pass: the positions wanted of all its sequences.
 
-    A sequence's drafting ends after a stop token, which is its last top-1 then and is not run itself. The prompts run
-    at once, then one token of every sequence with each `step`: whoever calls may do other work in between.
+    Attributes:
+        run: the pass.
+        columns: CRs, log-sum-exp, top-1, its log-probability and, where it is something else, the head's input.
+    """
+
+    run: Pass
+    columns: tuple[Tensor, ...]
+
+
+@dataclass(eq=False)
+class _Batch:
+    """A batch while it is drafted.
+
+    Attributes:
+        asked: what was asked for.
+        noted: passes that it took part in.
+        going_on: sequences that are still drafted.
+    """
+
+    asked: DraftBatch
+    sequences: list[_Sequence] = field(default_factory=list)
+    noted: list[_Noted] = field(default_factory=list)
+    going_on: int = 0
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """One sequence of a batch.
+
+    Attributes:
+        token_ids: the prompt, and the drafts that were run or are run next.
+        prompt: tokens of the prompt.
+        start: first position wanted.
+        last: tokens that it may have at most.
+        known: tokens whose states were kept before.
+        places: of each wanted position so far, its pass among the batch's and its row in that one's columns.
+        prompt_run: the pass that ran the end of the prompt, and the sequence's row in it.
+    """
+
+    batch: _Batch
+    token_ids: list[int]
+    prompt: int
+    start: int
+    last: int
+    known: int
+    places: list[tuple[int, int]] = field(default_factory=list)
+    prompt_run: tuple[Pass, int] | None = None
+
+
+class BatchedDrafting:
+    """Batches that are drafted together.
+
+    A sequence ends after a stop token, which is its last top-1 then and is not run itself, or when it has as many
+    drafts as were asked for; it leaves at once, and the others stay where they are.
 
     What decides about the next step is kept on the host, so that a step waits for the device once: for the tokens that
     the last one chose.
@@ -26,134 +83,180 @@ class Drafting:
     Args:
         runner: runs the model.
         vocabulary: as its LM head sees it.
-        token_ids: the sequences.
-        from_position: the first position wanted of each.
-        look_ahead: the most tokens to draft, for each.
-        stop_token_ids: after which a sequence has ended.
+        batch_tokens: tokens of prompts, padding included, in one pass.
         with_last_hidden: give the head's input, too, as the CRs are something else.
     """
 
-    @torch.inference_mode()
-    def __init__(
-        self,
-        runner: Runner,
-        vocabulary: Vocabulary,
-        token_ids: Sequence[Sequence[int]],
-        from_position: Sequence[int],
-        look_ahead: Sequence[int],
-        stop_token_ids: frozenset[int],
-        *,
-        with_last_hidden: bool,
-    ) -> None:
-        self._runner, self._vocabulary, self._token_ids = runner, vocabulary, token_ids
-        self._look_ahead, self._stop_token_ids = look_ahead, stop_token_ids
+    def __init__(self, runner: Runner, vocabulary: Vocabulary, *, batch_tokens: int, with_last_hidden: bool) -> None:
+        self._runner = runner
+        self._vocabulary = vocabulary
+        self._batch_tokens = batch_tokens
         self._with_last_hidden = with_last_hidden
-        most = max(look_ahead)
-        state = runner.prefill(
-            token_ids,
-            runner.known_states(token_ids, from_position, most),
-            keep_cache=runner.keeps_states or most > 0,
-        )
-        self._state = state
-        self._drafts: list[list[int]] = [[] for _ in token_ids]
-        # The sequence of each row. B shrinks: those that have ended leave once they are half of the batch.
-        self._owners = list(range(len(token_ids)))
-        self._active = self._owners  # those of which the last step chose a token
-        # Where nothing is padded there is no need of a mask, which transformers would read on the host every step.
-        self._mask_B_T = (
-            runner.send(attention_mask(state.reused, state.lengths, state.token_ids_B_T.shape[1]))
-            if state.is_padded
-            else None
-        )
-        self._steps: list[tuple[Tensor, ...]] = []
-        self._noted: list[int] = []  # the sequence of each position in the steps
-        self._wanted = [len(ids) - start for ids, start in zip(token_ids, from_position, strict=True)]
-        owners = [owner for owner, count in enumerate(self._wanted) for _ in range(count)]
-        top1_N = self._read(state.last_hidden_B_T_D, state.cr_B_T_D, state.places(from_position), owners)
-        self._top1_A = top1_N.index_select(0, runner.send(torch.tensor(list(accumulate(self._wanted))) - 1))
-
-    @property
-    def sequences(self) -> int:
-        """How many are still being drafted."""
-        return len(self._owners)
+        self._cache = AlignedCache()
+        self._rows: list[_Sequence] = []  # of the cache
+        # Tokens that the device has chosen, and the sequences to go on with them: the host does not know them yet.
+        self._chosen: list[tuple[Tensor, list[_Sequence]]] = []
+        self._ended: list[_Batch] = []
 
     @torch.inference_mode()
-    def step(self) -> bool:
-        """Draft one more token of every sequence that goes on; false once none does."""
-        tokens = self._going_on()
-        if not tokens:
-            self._runner.keep(self._state, self._token_ids, self._drafts, list(enumerate(self._owners)))
-            return False
-        if 2 * len(tokens) <= len(self._owners):
-            self._drop_ended(tokens)
-        self._active = list(tokens)
-        ids = [tokens.get(owner, 0) for owner in self._owners]
-        # An ended row is carried along at any position that exists; its own may lie past the model's last.
-        positions = [
-            len(self._token_ids[owner]) + len(self._drafts[owner]) if owner in tokens else 0 for owner in self._owners
-        ]
-        for owner, token in tokens.items():
-            self._drafts[owner].append(token)
-        if self._mask_B_T is not None:
-            self._mask_B_T = torch.cat([self._mask_B_T, self._mask_B_T.new_ones(len(ids), 1)], dim=1)
-        ids_B_1, positions_B_1 = self._runner.send(torch.tensor([ids, positions])[..., None])
-        last_hidden_B_1_D, cr_B_1_D = self._runner.forward(
-            ids_B_1, positions_B_1, cache=self._state.cache, mask_B_T=self._mask_B_T
-        )
-        rows = [row for row, owner in enumerate(self._owners) if owner in tokens]
-        self._top1_A = self._read(last_hidden_B_1_D, cr_B_1_D, rows, self._active)
-        return True
+    def join(self, batches: Sequence[DraftBatch]) -> int:
+        """Take batches in, and run their prompts as far as they are not known; the number of tokens run."""
+        entering: list[_Sequence] = []
+        states: list[list[Tensor]] = []
+        for asked in batches:
+            batch = _Batch(asked, going_on=len(asked.token_ids))
+            known = self._runner.known_states(asked.tenant, asked.token_ids, asked.from_position)
+            for ids, start, look_ahead, own in zip(
+                asked.token_ids, asked.from_position, asked.look_ahead, known, strict=True
+            ):
+                kept = sum(map(len, own))
+                batch.sequences.append(_Sequence(batch, list(ids), len(ids), start, len(ids) + look_ahead, kept))
+            entering += batch.sequences
+            states += known
+        # Those of which only the last token is not known can take part in the next step as they are.
+        ready = [i for i, s in enumerate(entering) if s.prompt - s.known == 1 and s.known]
+        others = [i for i in range(len(entering)) if i not in set(ready)]
+        needed = [entering[i].prompt - entering[i].known for i in others]
+        plan = plan_batches(needed, self._batch_tokens, WORTH_A_PASS)
+        for group in plan:
+            chosen = [others[i] for i in group]
+            self._prefill([entering[i] for i in chosen], [states[i] for i in chosen])
+        if ready:
+            recalled = self._runner.recall([states[i] for i in ready], [entering[i].known for i in ready])
+            self._take_in([entering[i] for i in ready], recalled)
+        return sum(len(group) * max(needed[i] for i in group) for group in plan)
 
     @torch.inference_mode()
-    def result(self) -> Decoded:
-        """All positions so far, sequence by sequence."""
-        # From step by step to sequence by sequence.
-        order = sorted(range(len(self._noted)), key=self._noted.__getitem__)
+    def step(self) -> list[tuple[DraftBatch, Decoded]]:
+        """Draft one more token of every sequence that goes on; what has become of batches of which none does."""
+        self._decide()
+        if self._rows:
+            lengths = [len(sequence.token_ids) for sequence in self._rows]
+            self._cache.trim(max(lengths) - 1)
+            run = self._runner.step([sequence.token_ids[-1] for sequence in self._rows], lengths, self._cache)
+            self._note(run, self._rows)
+            for sequence in [sequence for sequence in self._rows if len(sequence.token_ids) == sequence.last]:
+                self._leave(sequence)
+        ended, self._ended = self._ended, []
+        return [(batch.asked, self._result(batch)) for batch in ended]
+
+    @torch.inference_mode()
+    def leave(self, batch: DraftBatch) -> None:
+        """Let go of a batch that nobody waits for any more."""
+        for sequence in [sequence for sequence in self._rows if sequence.batch.asked is batch]:
+            self._remove(sequence)
+        self._ended = [ended for ended in self._ended if ended.asked is not batch]
+
+    def _prefill(self, entering: Sequence[_Sequence], known: Sequence[Sequence[Tensor]]) -> None:
+        run, cache = self._runner.prefill([sequence.token_ids for sequence in entering], known)
+        self._note(run, entering)
+        staying = []
+        for row, sequence in enumerate(entering):
+            if len(sequence.token_ids) < sequence.last:
+                staying.append(row)
+            else:
+                self._keep(sequence, cache, row)
+                self._end(sequence)
+        if staying:
+            if len(staying) < len(entering):
+                cache.select(self._runner.send(torch.tensor(staying)))
+            self._take_in([entering[row] for row in staying], cache)
+
+    def _take_in(self, sequences: Sequence[_Sequence], cache: AlignedCache) -> None:
+        self._cache.join(cache)
+        self._rows += sequences
+
+    def _note(self, run: Pass, sequences: Sequence[_Sequence]) -> None:
+        """Note the positions wanted of a pass, and what it chose for those that go on."""
+        places, numbers, newest = list[int](), dict[_Batch, int](), list[int]()
+        for row, sequence in enumerate(sequences):
+            if sequence.prompt_run is None:
+                sequence.prompt_run = run, row
+            number = numbers.setdefault(sequence.batch, len(sequence.batch.noted))
+            start = sequence.start + len(sequence.places)
+            wanted = run.places(row, start, len(sequence.token_ids))
+            sequence.places += [(number, len(places) + i) for i in range(len(wanted))]
+            places += wanted
+            newest.append(len(places) - 1)
+        noted = _Noted(run, self._columns(run, places))
+        for batch in numbers:
+            batch.noted.append(noted)
+        going_on = [row for row, sequence in enumerate(sequences) if len(sequence.token_ids) < sequence.last]
+        if going_on:
+            rows_A = self._runner.send(torch.tensor([newest[row] for row in going_on]))
+            self._chosen.append((noted.columns[2].index_select(0, rows_A), [sequences[row] for row in going_on]))
+
+    def _columns(self, run: Pass, places: Sequence[int]) -> tuple[Tensor, ...]:
+        places_N = self._runner.send(torch.tensor(places))
+        cr_N_D = run.cr_B_T_D.flatten(0, 1).index_select(0, places_N)
+        last_hidden = [run.last_hidden_B_T_D.flatten(0, 1).index_select(0, places_N)] if self._with_last_hidden else []
+        logsumexp_N, top1_N, top1_logit_N = self._vocabulary.logsumexp_top1(*(last_hidden or [cr_N_D]))
+        return (cr_N_D, logsumexp_N, top1_N, top1_logit_N - logsumexp_N, *last_hidden)
+
+    def _decide(self) -> None:
+        """Learn what the last passes chose; who chose a stop token leaves."""
+        if not self._chosen:
+            return  # so nobody need wait for tokens
+        (top1_A,) = to_host(torch.cat([tokens for tokens, _ in self._chosen]))
+        sequences = [sequence for _, own in self._chosen for sequence in own]
+        self._chosen = []
+        staying = set(self._rows)
+        for sequence, token in zip(sequences, top1_A.tolist(), strict=True):
+            if sequence not in staying:
+                continue
+            if token in sequence.batch.asked.stop_token_ids:
+                self._leave(sequence)
+            else:
+                sequence.token_ids.append(token)
+
+    def _leave(self, sequence: _Sequence) -> None:
+        self._keep(sequence, self._cache, self._rows.index(sequence))
+        self._remove(sequence)
+        self._end(sequence)
+
+    def _keep(self, sequence: _Sequence, cache: AlignedCache, row: int) -> None:
+        self._runner.keep(sequence.batch.asked.tenant, sequence.token_ids, cache, row, sequence.known)
+
+    def _remove(self, sequence: _Sequence) -> None:
+        row = self._rows.index(sequence)
+        self._cache.remove(row)
+        self._rows[row] = self._rows[-1]
+        self._rows.pop()
+
+    def _end(self, sequence: _Sequence) -> None:
+        sequence.batch.going_on -= 1
+        if not sequence.batch.going_on:
+            self._ended.append(sequence.batch)
+
+    def _result(self, batch: _Batch) -> Decoded:
+        """All positions, sequence by sequence."""
+        starts = [0, *accumulate(len(noted.columns[0]) for noted in batch.noted)]
+        order = [starts[number] + row for sequence in batch.sequences for number, row in sequence.places]
         order_N = self._runner.send(torch.tensor(order))
-        columns = [torch.cat(column).index_select(0, order_N) for column in zip(*self._steps, strict=True)]
-        columns.append(self._state.token_ids_B_T)
-        cr_N_D, logsumexp_N, top1_N, top1_logprob_N, *last_hidden, ran_B_T = to_host(*columns)
+        columns = [
+            torch.cat(parts).index_select(0, order_N)
+            for parts in zip(*(noted.columns for noted in batch.noted), strict=True)
+        ]
+        prompts = [sequence.prompt_run for sequence in batch.sequences if sequence.prompt_run is not None]
+        runs = list(dict.fromkeys(run for run, _ in prompts))
+        columns += [run.token_ids_B_T for run in runs]
+        cr_N_D, logsumexp_N, top1_N, top1_logprob_N, *rest = to_host(*columns)
+        ran = {run: tokens_B_T.tolist() for run, tokens_B_T in zip(runs, rest[-len(runs) :], strict=True)}
         return Decoded(
-            rows=[count + len(draft) for count, draft in zip(self._wanted, self._drafts, strict=True)],
-            echo=self._state.echo(self._token_ids, ran_B_T),
+            rows=[len(sequence.places) for sequence in batch.sequences],
+            echo=[
+                _echo(sequence, run.first[row], ran[run][row])
+                for sequence, (run, row) in zip(batch.sequences, prompts, strict=True)
+            ],
             cr_N_D=cr_N_D,
-            last_hidden_N_D=last_hidden[0] if last_hidden else None,
+            last_hidden_N_D=rest[0] if self._with_last_hidden else None,
             logsumexp_N=logsumexp_N,
             top1_N=top1_N,
             top1_logprob_N=top1_logprob_N,
         )
 
-    def _going_on(self) -> dict[int, int]:
-        """The sequences to draft a token of, in the order of their rows, and these tokens."""
-        wanting = [len(self._drafts[owner]) < self._look_ahead[owner] for owner in self._active]
-        if not any(wanting):
-            return {}  # so nobody need wait for the tokens
-        (top1_A,) = to_host(self._top1_A)
-        return {
-            owner: token
-            for owner, token, wants in zip(self._active, top1_A.tolist(), wanting, strict=True)
-            if wants and token not in self._stop_token_ids
-        }
 
-    def _read(
-        self, last_hidden_B_T_D: Tensor, cr_B_T_D: Tensor, places: Sequence[int], owners: Sequence[int]
-    ) -> Tensor:
-        """Note positions, given by their places in the flattened B · T and their sequences; their top-1 tokens."""
-        places_A = self._runner.send(torch.tensor(places))
-        cr_A_D = cr_B_T_D.flatten(0, 1).index_select(0, places_A)
-        last_hidden = [last_hidden_B_T_D.flatten(0, 1).index_select(0, places_A)] if self._with_last_hidden else []
-        logsumexp_A, top1_A, top1_logit_A = self._vocabulary.logsumexp_top1(*(last_hidden or [cr_A_D]))
-        self._steps.append((cr_A_D, logsumexp_A, top1_A, top1_logit_A - logsumexp_A, *last_hidden))
-        self._noted += owners
-        return top1_A
-
-    def _drop_ended(self, going_on: Container[int]) -> None:
-        leaving = [(row, owner) for row, owner in enumerate(self._owners) if owner not in going_on]
-        staying = [(row, owner) for row, owner in enumerate(self._owners) if owner in going_on]
-        self._runner.keep(self._state, self._token_ids, self._drafts, leaving)
-        rows_R = self._runner.send(torch.tensor([row for row, _ in staying]))
-        if self._state.cache is not None:
-            self._state.cache.batch_select_indices(rows_R)
-        if self._mask_B_T is not None:
-            self._mask_B_T = self._mask_B_T.index_select(0, rows_R)
-        self._owners = [owner for _, owner in staying]
+def _echo(sequence: _Sequence, first: int, ran: Sequence[int]) -> int:
+    """Echo of a prompt: what was known of it, then what was really run; `first` is the position of column 0."""
+    known = sequence.token_ids[: max(0, first)]
+    return echo([*known, *ran[max(0, -first) : sequence.prompt - first]])

@@ -1,7 +1,8 @@
 """What the model computed for a beginning of a text, kept for the next text that begins alike.
 
 A radix tree over token ids: texts share the part they share, as the prompts of a task do, and a text that goes on from
-an earlier one finds all of it. Only an optimisation: a miss costs time, and nothing else.
+an earlier one finds all of it. Only an optimisation: a miss costs time, and nothing else. Each tenant has branches of
+its own from the root on, so that nobody learns from the time an answer takes what another has asked.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+# Of a node among its parent's children: its first token; among those of the root also the tenant.
+_Key = int | tuple[str, int]
+
 
 @dataclass(eq=False)
 class _Node:
     """A run of tokens and their states; the way from the root spells out a whole prefix."""
 
+    key: _Key
     ids: list[int]
     kv_T_F: Tensor
     parent: _Node | None
-    children: dict[int, _Node] = field(default_factory=dict)  # by their first token
+    children: dict[_Key, _Node] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -39,15 +44,15 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._root = _Node([], torch.empty(0, 0), None)
+        self._root = _Node(0, [], torch.empty(0, 0), None)
         # Least recently used first. Whoever touches a node touches the way to it last, so the first one is a leaf.
         self._nodes: OrderedDict[_Node, None] = OrderedDict()
         self.size_bytes = 0
 
-    def match(self, ids: Sequence[int]) -> list[Tensor]:
-        """States of the longest known prefix of `ids`, in pieces [T_i, F]; empty if there is none."""
-        node, at, pieces = self._root, 0, []
-        while (child := node.children.get(ids[at]) if at < len(ids) else None) is not None:
+    def match(self, tenant: str, ids: Sequence[int]) -> list[Tensor]:
+        """States of the longest prefix of `ids` known of a tenant, in pieces [T_i, F]; empty if there is none."""
+        node, at, pieces = self._root, 0, list[Tensor]()
+        while at < len(ids) and (child := node.children.get(_key(tenant, ids, at))) is not None:
             common = _common(child.ids, ids, at)
             pieces.append(child.kv_T_F[:common])
             node, at = child, at + common
@@ -56,23 +61,24 @@ class PrefixCache:
         self._touch(node)
         return pieces
 
-    def insert(self, ids: Sequence[int], kv_S_F: Tensor) -> None:
+    def insert(self, tenant: str, ids: Sequence[int], kv_S_F: Tensor) -> None:
         """Keep the states of the last S tokens of `ids`.
 
         Those before are kept already, or else nothing is: a tree has no use for states in mid-air.
 
         Args:
+            tenant: who asked for it.
             ids: a whole sequence.
             kv_S_F: its last states; copied as far as they are new.
         """
         node, at = self._root, 0
-        while at < len(ids) and (child := node.children.get(ids[at])) is not None:
+        while at < len(ids) and (child := node.children.get(_key(tenant, ids, at))) is not None:
             common = _common(child.ids, ids, at)
             node, at = child if common == len(child.ids) else self._split(child, common), at + common
         new = len(ids) - at
         if 0 < new <= len(kv_S_F):
-            leaf = _Node(list(ids[at:]), kv_S_F[len(kv_S_F) - new :].clone(), node)
-            node.children[leaf.ids[0]] = leaf
+            leaf = _Node(_key(tenant, ids, at), list(ids[at:]), kv_S_F[len(kv_S_F) - new :].clone(), node)
+            node.children[leaf.key] = leaf
             self._nodes[leaf] = None
             self.size_bytes += leaf.size_bytes
             node = leaf
@@ -89,17 +95,22 @@ class PrefixCache:
         """Divide a node in two, so that another text can branch off; the upper part."""
         assert node.parent is not None  # noqa: S101  (for the type checker: the root is never split)
         # Copies: a view would keep the memory of both parts until both are gone.
-        upper = _Node(node.ids[:at], node.kv_T_F[:at].clone(), node.parent, {node.ids[at]: node})
-        node.parent.children[upper.ids[0]] = upper
-        node.ids, node.kv_T_F, node.parent = node.ids[at:], node.kv_T_F[at:].clone(), upper
+        upper = _Node(node.key, node.ids[:at], node.kv_T_F[:at].clone(), node.parent)
+        node.parent.children[upper.key] = upper
+        node.key, node.ids, node.kv_T_F, node.parent = node.ids[at], node.ids[at:], node.kv_T_F[at:].clone(), upper
+        upper.children[node.key] = node
         self._nodes[upper] = None
         return upper
 
     def _evict(self) -> None:
         leaf, _ = self._nodes.popitem(last=False)
         assert leaf.parent is not None  # noqa: S101  (for the type checker: the root is not among the nodes)
-        del leaf.parent.children[leaf.ids[0]]
+        del leaf.parent.children[leaf.key]
         self.size_bytes -= leaf.size_bytes
+
+
+def _key(tenant: str, ids: Sequence[int], at: int) -> _Key:
+    return ids[at] if at else (tenant, ids[at])
 
 
 def _common(known: Sequence[int], ids: Sequence[int], at: int) -> int:

@@ -13,64 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from plm_owner_server.batching import common_prefix
-from plm_owner_server.engines.kv_rows import KvLayout, pack, pad
+from plm_owner_server.engines.kv_cache import AlignedCache, KvLayout, aligned
 from plm_owner_server.engines.prefix_cache import PrefixCache
-from protocol.checks import echo
 from protocol.errors import ServerFault, Unsupported
 
-# Tokens that a pass of its own for a shared prefix must save: about what a pass costs.
-_WORTH_A_PASS = 64
+# Tokens that a pass of its own must save: about what a pass costs.
+WORTH_A_PASS = 64
 _FFN_NAMES = ("mlp", "feed_forward", "feedforward", "ffn", "block_sparse_moe", "moe", "fc2")
 
 
-@dataclass
-class Prefilled:
-    """State after the prompts.
-
-    The cache has a slot for every reused state (those of each sequence padded to the most), then for each of the T
-    positions run (padded likewise), then for what is drafted.
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What one forward pass has computed.
 
     Attributes:
-        token_ids_B_T: what was run: each sequence after its reused tokens.
-        reused: tokens of each sequence that were not run, as their states were known.
-        lengths: tokens of each sequence that were run.
+        token_ids_B_T: what was run, padding included.
+        first: the position of each sequence's column 0; negative where the row begins with padding.
     """
 
     last_hidden_B_T_D: Tensor
     cr_B_T_D: Tensor
     token_ids_B_T: Tensor
-    reused: list[int]
-    lengths: list[int]
-    cache: DynamicCache | None
+    first: list[int]
 
-    @property
-    def reused_slots(self) -> int:
-        return max(self.reused)
-
-    @property
-    def is_padded(self) -> bool:
-        """Whether there is padding anywhere."""
-        return len(set(zip(self.reused, self.lengths, strict=True))) > 1
-
-    def places(self, from_position: Sequence[int]) -> list[int]:
-        """Where in the flattened B · T the positions ≥ `from_position` are, sequence by sequence."""
-        steps = self.token_ids_B_T.shape[1]
-        starts = [start - known for start, known in zip(from_position, self.reused, strict=True)]
-        return [
-            row * steps + step
-            for row, (start, length) in enumerate(zip(starts, self.lengths, strict=True))
-            for step in range(start, length)
-        ]
-
-    def echo(self, token_ids: Sequence[Sequence[int]], ran_B_T: Tensor) -> list[int]:
-        """Echo of what was run: the known prefix, then each sequence's row of `token_ids_B_T`, now on the host."""
-        return [
-            echo([*ids[:known], *row[:length]])
-            for ids, row, length, known in zip(token_ids, ran_B_T.tolist(), self.lengths, self.reused, strict=True)
-        ]
+    def places(self, row: int, start: int, stop: int) -> range:
+        """Where in the flattened B · T a sequence's positions [start, stop) are."""
+        origin = row * self.token_ids_B_T.shape[1] - self.first[row]
+        return range(origin + start, origin + stop)
 
 
 class Runner:
@@ -81,21 +52,16 @@ class Runner:
         ffn_output: also give the last block's feed-forward output as the representation.
         prefix_cache_bytes: bound on the attention states kept for texts that begin alike or go on; 0 keeps none.
 
-    Attributes:
-        window: tokens that the narrowest attention layer sees; None if all layers see everything.
-
     Raises:
         Unsupported: the model has no feed-forward layer that could be found.
     """
 
     def __init__(self, model: PreTrainedModel, *, ffn_output: bool, prefix_cache_bytes: int) -> None:
-        self._config = model.config
         self._base = model.base_model
         self._accepts = set(inspect.signature(self._base.forward).parameters)
         self._ffn = _last_ffn(self._base) if ffn_output else None
         self._prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
-        self._layout: KvLayout | None = None  # known after the first pass with a cache
-        self.window = _attention_window(model.config.get_text_config())
+        self._layout: KvLayout | None = None  # known once states were kept
 
     @property
     def device(self) -> torch.device:
@@ -109,121 +75,113 @@ class Runner:
         # A copy from memory that is not pinned waits for the device.
         return host.pin_memory().to(self.device, non_blocking=True)
 
-    @property
-    def keeps_states(self) -> bool:
-        """Whether states outlive a batch."""
-        return self._prefixes is not None
-
-    def shared_states(self, token_ids: Sequence[Sequence[int]], *, at_most: int) -> list[Tensor]:
+    def shared_states(self, tenant: str, token_ids: Sequence[Sequence[int]], *, at_most: int) -> list[Tensor]:
         """States [T_i, F] of what all sequences begin with; computed once for all, if that saves more than it costs."""
         if self._prefixes is None:
             return []
         shared = min(common_prefix(token_ids), min(map(len, token_ids)) - 1, at_most)
-        if self.window is not None:
-            # Layers with a window forget their first states once it is full.
-            shared = min(shared, self.window - 1)
         prefix = list(token_ids[0][:shared])
-        states = self._prefixes.match(prefix)
-        missing = shared - sum(map(len, states))
-        if missing * (len(token_ids) - 1) > _WORTH_A_PASS:
-            state = self.prefill([prefix], [states], keep_cache=True)
-            states = [*states, self._packed(state, [0])[0]]
-            self._prefixes.insert(prefix, states[-1])
+        states = self._prefixes.match(tenant, prefix)
+        missing = shared - _tokens(states)
+        if missing * (len(token_ids) - 1) > WORTH_A_PASS:
+            _, cache = self.prefill([prefix], [states])
+            self.keep(tenant, prefix, cache, 0, shared - missing)
+            # Not asked of what is kept: it may have had no room.
+            states = [*states, cache.states(0, -missing, 0)]
         return states
 
     def known_states(
-        self, token_ids: Sequence[Sequence[int]], from_position: Sequence[int], drafted: int
+        self, tenant: str, token_ids: Sequence[Sequence[int]], from_position: Sequence[int]
     ) -> list[list[Tensor]]:
         """States of each sequence's longest known prefix before `from_position`."""
-        shared = self.shared_states(token_ids, at_most=min(from_position))
         if self._prefixes is None:
-            return [shared] * len(token_ids)
-        known = [self._prefixes.match(ids[:start]) for ids, start in zip(token_ids, from_position, strict=True)]
-        reused = [sum(map(len, states)) for states in known]
-        to_run = max(len(ids) - count for ids, count in zip(token_ids, reused, strict=True))
-        window = self.window
-        # Reused states of unequal number are padded, and padding inside a window would push real tokens out of it.
-        if len(set(reused)) > 1 and window is not None and max(reused) + to_run + drafted > window:
-            return [shared] * len(token_ids)
-        return known
+            return [[] for _ in token_ids]
+        shared = self.shared_states(tenant, token_ids, at_most=min(from_position))
+        known = [self._prefixes.match(tenant, ids[:at]) for ids, at in zip(token_ids, from_position, strict=True)]
+        return [max(own, shared, key=_tokens) for own in known]
 
-    def keep(
-        self,
-        state: Prefilled,
-        token_ids: Sequence[Sequence[int]],
-        drafts: Sequence[Sequence[int]],
-        leaving: Sequence[tuple[int, int]],
-    ) -> None:
-        """Keep the states of sequences that leave the batch, drafts included: the next call may go on from there.
+    def keep(self, tenant: str, token_ids: Sequence[int], cache: AlignedCache, row: int, known: int) -> None:
+        """Keep the states of a sequence: the next call may go on from there.
 
         Args:
-            state: after the prompts, with the drafts in its cache.
-            token_ids: the prompts.
-            drafts: what was run after each of them.
-            leaving: of each sequence that leaves, its row of the cache and its index among the prompts.
+            tenant: to whom it belongs.
+            token_ids: all that was run of it, and what was known before.
+            cache: where its states are.
+            row: its row there.
+            known: number of its first states that were kept before.
         """
-        window = self.window
-        if self._prefixes is None or state.cache is None:
+        if self._prefixes is None or known >= len(token_ids):
             return
-        if window is not None and state.cache.get_seq_length() >= window:
-            return
-        kv_R_S_F = self._packed(state, [row for row, _ in leaving])
-        ran = state.token_ids_B_T.shape[1]
-        for (_, owner), kv_S_F in zip(leaving, kv_R_S_F, strict=True):
-            own_S_F = torch.cat([kv_S_F[: state.lengths[owner]], kv_S_F[ran : ran + len(drafts[owner])]])
-            self._prefixes.insert([*token_ids[owner], *drafts[owner]], own_S_F)
-
-    def _packed(self, state: Prefilled, rows: Sequence[int]) -> Tensor:
-        """States [R, S, F] of some rows of the cache, from the first token that was run on."""
-        if state.cache is None:
-            raise ServerFault("The attention states were not kept.", hint="Report this to the owner.")
         if self._layout is None:
-            self._layout = KvLayout.of(state.cache)
-        return pack(state.cache, self.send(torch.tensor(rows)), state.reused_slots)
+            self._layout = KvLayout.of(cache)
+        self._prefixes.insert(tenant, token_ids, cache.states(row, known - len(token_ids), 0))
+
+    def recall(self, known: Sequence[Sequence[Tensor]], lengths: Sequence[int]) -> AlignedCache:
+        """A cache with the first so many known states of each sequence."""
+        if self._layout is None or not any(lengths):
+            return AlignedCache()
+        return self._layout.unpack(aligned(known, lengths))
+
+    def encode(self, token_ids: Sequence[Sequence[int]], shared: Sequence[Tensor]) -> Pass:
+        """Run sequences that all begin with the same known states, padded on the right.
+
+        There is no need of a mask: with causal attention no position sees what stands to its right.
+        """
+        reused = _tokens(shared)
+        cache = self.recall([shared] * len(token_ids), [reused] * len(token_ids)) if reused else None
+        ids_B_T = nn.utils.rnn.pad_sequence([torch.tensor(ids[reused:]) for ids in token_ids], batch_first=True)
+        return self._pass(ids_B_T, [reused] * len(token_ids), cache)
 
     def prefill(
-        self, token_ids: Sequence[Sequence[int]], known: Sequence[Sequence[Tensor]], *, keep_cache: bool
-    ) -> Prefilled:
-        """Run the prompts from their known states on, padded on the right.
+        self, token_ids: Sequence[Sequence[int]], known: Sequence[Sequence[Tensor]]
+    ) -> tuple[Pass, AlignedCache]:
+        """Run sequences up to their last token, padded on the left, and keep all states to go on from.
 
-        Where no states are padded there is no need of a mask: with causal attention no position sees what stands to its
-        right.
+        All run equally many tokens: who would need fewer runs known ones again, which costs no more than padding.
         """
-        reused = [sum(map(len, states)) for states in known]
-        cache = DynamicCache(config=self._config) if keep_cache else None
-        if any(reused) and self._layout is not None:
-            cache = self._layout.unpack(pad(known), self._config)
-        lengths = [len(ids) - count for ids, count in zip(token_ids, reused, strict=True)]
-        padded_B_T = nn.utils.rnn.pad_sequence(
-            [torch.tensor(ids[count:], dtype=torch.long) for ids, count in zip(token_ids, reused, strict=True)],
-            batch_first=True,
+        lengths = [len(ids) for ids in token_ids]
+        steps = max(length - _tokens(states) for length, states in zip(lengths, known, strict=True))
+        reused = [max(0, length - steps) for length in lengths]
+        cache = self.recall(known, reused)
+        ids_B_T = nn.utils.rnn.pad_sequence(
+            [torch.tensor(ids[-steps:]) for ids in token_ids], batch_first=True, padding_side="left"
         )
-        steps = padded_B_T.shape[1]
-        positions_B_T = torch.tensor(reused)[:, None] + torch.arange(steps)
-        mask_B_T = None
-        if len(set(reused)) > 1:
-            # Padding stands still at the last position: there may be none beyond it. Elsewhere it must not, or
-            # transformers takes it for packed sequences and builds a mask of its own.
-            positions_B_T = positions_B_T.minimum(torch.tensor(list(map(len, token_ids)))[:, None] - 1)
-            mask_B_T = self.send(attention_mask(reused, lengths, steps))
-        token_ids_B_T = self.send(padded_B_T)
-        last_hidden_B_T_D, cr_B_T_D = self.forward(
-            token_ids_B_T, self.send(positions_B_T), cache=cache, mask_B_T=mask_B_T
-        )
-        return Prefilled(last_hidden_B_T_D, cr_B_T_D, token_ids_B_T, reused, lengths, cache)
+        return self._pass(ids_B_T, [length - steps for length in lengths], cache, lengths), cache
+
+    def step(self, token_ids: Sequence[int], lengths: Sequence[int], cache: AlignedCache) -> Pass:
+        """Run one more token of every sequence in the cache.
+
+        Args:
+            token_ids: of each.
+            lengths: of the sequences, that token included.
+            cache: takes the new states in.
+        """
+        return self._pass(torch.tensor(token_ids)[:, None], [length - 1 for length in lengths], cache, lengths)
+
+    def _pass(
+        self, ids_B_T: Tensor, first: list[int], cache: AlignedCache | None, lengths: Sequence[int] | None = None
+    ) -> Pass:
+        """One pass; with lengths, of sequences that end at the last slot."""
+        positions_B_T = (torch.tensor(first)[:, None] + torch.arange(ids_B_T.shape[1])).clamp(min=0)
+        mask_B_S = None
+        if lengths is not None and len(set(lengths)) > 1:  # else nothing is padded
+            mask_B_S = self.send(attention_mask(lengths))
+        token_ids_B_T = self.send(ids_B_T)
+        hidden = self.forward(token_ids_B_T, self.send(positions_B_T), cache=cache, mask_B_S=mask_B_S)
+        return Pass(*hidden, token_ids_B_T, first)
 
     def forward(
         self,
         ids_B_T: Tensor,
         positions_B_T: Tensor,
         *,
-        cache: DynamicCache | None = None,
-        mask_B_T: Tensor | None = None,
+        cache: AlignedCache | None = None,
+        mask_B_S: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One pass of the model without its head: the head's input and the CRs, both [B, T, D]."""
         inputs: dict[str, Any] = {"input_ids": ids_B_T, "use_cache": cache is not None, "past_key_values": cache}
-        if mask_B_T is not None:
-            inputs["attention_mask"] = mask_B_T
+        if mask_B_S is not None:
+            inputs["attention_mask"] = mask_B_S
         # OPT and GPT-2 count positions themselves unless told; where padding lies inside the cache they must be told.
         if "position_ids" in self._accepts:
             inputs["position_ids"] = positions_B_T
@@ -240,10 +198,14 @@ class Runner:
         return last_hidden_B_T_D, captured[-1].view(*ids_B_T.shape, -1)
 
 
-def attention_mask(reused: Sequence[int], lengths: Sequence[int], steps: int) -> Tensor:
-    """1 for reused and run tokens, 0 for the padding after each: int64 [B, slots], on the host."""
-    parts = [(reused, max(reused)), (lengths, steps)]
-    return torch.cat([torch.arange(size) < torch.tensor(counts)[:, None] for counts, size in parts], dim=1).long()
+def attention_mask(lengths: Sequence[int]) -> Tensor:
+    """1 for the tokens of sequences that end at the last slot, 0 for the padding before: int64 [B, S], on the host."""
+    slots = max(lengths)
+    return (torch.arange(slots) >= slots - torch.tensor(lengths)[:, None]).long()
+
+
+def _tokens(states: Sequence[Tensor]) -> int:
+    return sum(map(len, states))
 
 
 def _first(output: Any) -> Tensor:
@@ -270,11 +232,3 @@ def _last_ffn(base: nn.Module) -> nn.Module:
         f"No feed-forward layer was found in the last block of {type(base).__name__}.",
         hint="Serve --cr-kind last_hidden_state, which every model has.",
     )
-
-
-def _attention_window(config: Any) -> int | None:
-    """Tokens that the narrowest attention layer sees; None if all layers see everything."""
-    windows = [getattr(config, "attention_chunk_size", None)]
-    if getattr(config, "use_sliding_window", True):
-        windows.append(getattr(config, "sliding_window", None))
-    return min((window for window in windows if window), default=None)

@@ -7,7 +7,6 @@ declares as its output embedding, and `warm_up` proves both against the model's 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from plm_owner_server.engines.base import Encoded, EngineInfo
-from plm_owner_server.engines.drafting import Drafting
+from plm_owner_server.engines.base import EncodeBatch, Encoded, EngineInfo
+from plm_owner_server.engines.drafting import BatchedDrafting
 from plm_owner_server.engines.packing import pack_linear_layers
 from plm_owner_server.engines.runner import Runner
 from plm_owner_server.engines.to_host import to_host
 from plm_owner_server.engines.vocabulary import Vocabulary
+from protocol.checks import echo
 from protocol.errors import Unsupported
 from protocol.head import LMHead
 from protocol.messages import CrKind
@@ -100,7 +100,6 @@ class TransformersEngine:
             max_tokens=getattr(config, "max_position_embeddings", None),
             dtype=str(model.dtype).removeprefix("torch."),
             cr_kind=cr_kind,
-            attention_window=self._runner.window,
             eos_token_ids=_eos(model),
         )
 
@@ -114,7 +113,7 @@ class TransformersEngine:
         """
         ids_B_T = torch.arange(1, 9, device=self._runner.device).remainder(self.info.vocab_size)[None]
         expected = self._model(input_ids=ids_B_T, use_cache=False).logits.float()
-        state = self._runner.prefill([ids_B_T[0].tolist()], [[]], keep_cache=False)
+        state = self._runner.encode(ids_B_T.tolist(), [])
         ours = self.head.logits(state.last_hidden_B_T_D).float()
         logsumexp_T, _, top_logit_T = self._vocabulary.logsumexp_top1(state.last_hidden_B_T_D[0])
         differences = [
@@ -140,46 +139,35 @@ class TransformersEngine:
         log.info("warm-up: logits agree with the model's own to %.1e", error)
 
     @torch.inference_mode()
-    def encode(
-        self, token_ids: Sequence[Sequence[int]], from_position: Sequence[int], *, with_logsumexp: bool
-    ) -> Encoded:
+    def encode(self, batch: EncodeBatch) -> Encoded:
         """Representations of all positions ≥ `from_position` of every sequence, from one forward pass."""
-        shared = self._runner.shared_states(token_ids, at_most=min(from_position))
-        state = self._runner.prefill(token_ids, [shared] * len(token_ids), keep_cache=False)
-        rows = [len(ids) - start for ids, start in zip(token_ids, from_position, strict=True)]
-        places_N = self._runner.send(torch.tensor(state.places(from_position)))
-        cr_N_D, last_hidden_N_D, logsumexp_N = state.cr_B_T_D.flatten(0, 1).index_select(0, places_N), None, None
+        token_ids, starts = batch.token_ids, batch.from_position
+        shared = self._runner.shared_states(batch.tenant, token_ids, at_most=min(starts))
+        run = self._runner.encode(token_ids, shared)
+        bounds = [(start, len(ids)) for ids, start in zip(token_ids, starts, strict=True)]
+        places = [place for row, (start, stop) in enumerate(bounds) for place in run.places(row, start, stop)]
+        places_N = self._runner.send(torch.tensor(places))
+        cr_N_D, last_hidden_N_D, logsumexp_N = run.cr_B_T_D.flatten(0, 1).index_select(0, places_N), None, None
         if self._gives_ffn_output:
-            last_hidden_N_D = state.last_hidden_B_T_D.flatten(0, 1).index_select(0, places_N)
-        if with_logsumexp:
+            last_hidden_N_D = run.last_hidden_B_T_D.flatten(0, 1).index_select(0, places_N)
+        if batch.with_logsumexp:
             logsumexp_N, _, _ = self._vocabulary.logsumexp_top1(cr_N_D if last_hidden_N_D is None else last_hidden_N_D)
-        ran_B_T, cr_N_D, last_hidden_N_D, logsumexp_N = to_host(
-            state.token_ids_B_T, cr_N_D, last_hidden_N_D, logsumexp_N
-        )
+        ran_B_T, cr_N_D, last_hidden_N_D, logsumexp_N = to_host(run.token_ids_B_T, cr_N_D, last_hidden_N_D, logsumexp_N)
         return Encoded(
-            rows=rows,
-            echo=state.echo(token_ids, ran_B_T),
+            rows=[stop - start for start, stop in bounds],
+            echo=[
+                echo([*ids[:first], *row[: len(ids) - first]])
+                for ids, row, first in zip(token_ids, ran_B_T.tolist(), run.first, strict=True)
+            ],
             cr_N_D=cr_N_D,
             last_hidden_N_D=last_hidden_N_D,
             logsumexp_N=logsumexp_N,
         )
 
-    def draft(
-        self,
-        token_ids: Sequence[Sequence[int]],
-        from_position: Sequence[int],
-        look_ahead: Sequence[int],
-        stop_token_ids: frozenset[int],
-    ) -> Drafting:
-        """Run the prompts, and be ready to draft."""
-        return Drafting(
-            self._runner,
-            self._vocabulary,
-            token_ids,
-            from_position,
-            look_ahead,
-            stop_token_ids,
-            with_last_hidden=self._gives_ffn_output,
+    def drafting(self, batch_tokens: int) -> BatchedDrafting:
+        """Drafting that nothing has joined yet."""
+        return BatchedDrafting(
+            self._runner, self._vocabulary, batch_tokens=batch_tokens, with_last_hidden=self._gives_ffn_output
         )
 
 

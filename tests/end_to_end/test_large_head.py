@@ -34,7 +34,6 @@ class _HeadOnly:
         max_tokens=None,
         dtype="bfloat16",
         cr_kind="last_hidden_state",
-        attention_window=None,
         eos_token_ids=(),
     )
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plm_owner_server.batching import common_prefix, plan_batches, plan_drafting
+from plm_owner_server.batching import common_prefix, plan_batches
 
 lengths_of = st.lists(st.integers(1, 200), min_size=1, max_size=40)
 
@@ -37,25 +37,6 @@ def test_no_batch_could_have_taken_the_next_one_in(lengths: list[int], budget: i
 
 def test_drafted_tokens_count_towards_the_budget() -> None:
     assert plan_batches([10, 10, 10], 60, 0, drafted=20) == [[0, 1], [2]]
-
-
-@given(
-    drafted=st.lists(st.tuples(st.integers(1, 60), st.integers(0, 40)), min_size=1, max_size=30),
-    budget=st.integers(1, 600),
-    padding=st.integers(0, 100),
-    window=st.none() | st.integers(1, 80),
-)
-def test_drafting_is_planned_within_window_and_budget_and_about_equally_far(
-    drafted: list[tuple[int, int]], budget: int, padding: int, window: int | None
-) -> None:
-    lengths, look_ahead = map(list, zip(*drafted, strict=True))
-    plan = plan_drafting(lengths, look_ahead, budget, padding, window)
-    assert sorted(i for batch in plan for i in batch) == list(range(len(lengths)))
-    for batch in plan:
-        longest, most = max(lengths[i] for i in batch), max(look_ahead[i] for i in batch)
-        assert most <= max(1, 2 * min(look_ahead[i] for i in batch))
-        assert len(batch) == 1 or len(batch) * (longest + most) <= budget
-        assert padding_of(batch, lengths) <= (padding if window is None or longest + most <= window else 0)
 
 
 def test_similar_lengths_go_together() -> None:

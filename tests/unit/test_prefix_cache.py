@@ -18,9 +18,9 @@ def states(ids: list[int]) -> Tensor:
     return torch.tensor([[i, hash(tuple(ids[: i + 1])) % 2**20] for i in range(len(ids))], dtype=torch.float32)
 
 
-def known(cache: PrefixCache, ids: list[int]) -> int:
+def known(cache: PrefixCache, ids: list[int], tenant: str = "a") -> int:
     """Length of the known prefix; what is known must be right."""
-    pieces = cache.match(ids)
+    pieces = cache.match(tenant, ids)
     length = sum(map(len, pieces))
     if pieces:
         assert torch.equal(torch.cat(pieces), states(ids)[:length])
@@ -37,7 +37,7 @@ def test_a_roomy_cache_knows_the_longest_prefix_of_all_it_was_given(
 ) -> None:
     cache = PrefixCache(2**20)
     for ids in given_ids:
-        cache.insert(ids, states(ids))
+        cache.insert("a", ids, states(ids))
     for ids in given_ids + asked:
         assert known(cache, ids) == max((common(ids, other) for other in given_ids), default=0)
     distinct = {tuple(ids[: i + 1]) for ids in given_ids for i in range(len(ids))}
@@ -50,7 +50,7 @@ def test_a_small_cache_keeps_its_bound_and_is_never_wrong(rows: int, calls: list
     cache = PrefixCache(rows * ROW_BYTES)
     for insert, ids, last in calls:
         if insert:
-            cache.insert(ids, states(ids)[-last:])
+            cache.insert("a", ids, states(ids)[-last:])
         else:
             known(cache, ids)
         assert cache.size_bytes <= rows * ROW_BYTES
@@ -60,18 +60,18 @@ def test_a_small_cache_keeps_its_bound_and_is_never_wrong(rows: int, calls: list
 def test_the_least_recently_used_goes_first() -> None:
     cache = PrefixCache(6 * ROW_BYTES)
     for first in (1, 2, 3):
-        cache.insert([first, 0], states([first, 0]))
+        cache.insert("a", [first, 0], states([first, 0]))
     assert known(cache, [1, 0, 5]) == 2
-    cache.insert([4], states([4]))
+    cache.insert("a", [4], states([4]))
     assert [known(cache, [first, 0]) for first in (1, 2, 3)] == [2, 0, 2]
 
 
 def test_states_without_those_before_them_are_not_kept() -> None:
     cache = PrefixCache(2**20)
-    cache.insert([1, 2, 3, 4], states([1, 2, 3, 4])[2:])
+    cache.insert("a", [1, 2, 3, 4], states([1, 2, 3, 4])[2:])
     assert known(cache, [1, 2, 3, 4]) == 0
-    cache.insert([1, 2], states([1, 2]))
-    cache.insert([1, 2, 3, 4], states([1, 2, 3, 4])[2:])
+    cache.insert("a", [1, 2], states([1, 2]))
+    cache.insert("a", [1, 2, 3, 4], states([1, 2, 3, 4])[2:])
     assert known(cache, [1, 2, 3, 4]) == 4
 
 
@@ -79,6 +79,22 @@ def test_what_is_kept_is_a_copy() -> None:
     cache = PrefixCache(2**20)
     big_T_F = torch.zeros(1000, 2)
     big_T_F[:3] = states([1, 2, 3])
-    cache.insert([1, 2, 3], big_T_F[:3])
+    cache.insert("a", [1, 2, 3], big_T_F[:3])
     big_T_F.fill_(torch.nan)
     assert known(cache, [1, 2, 3]) == 3
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), IDS), max_size=20), st.integers(1, 40))
+def test_tenants_share_the_bound_and_nothing_else(calls: list[tuple[str, list[int]]], rows: int) -> None:
+    cache, alone = PrefixCache(2**20), {tenant: PrefixCache(2**20) for tenant in "abc"}
+    small = PrefixCache(rows * ROW_BYTES)
+    for tenant, ids in calls:
+        for one in (cache, small):
+            one.insert(tenant, ids, states(ids))
+        alone[tenant].insert("a", ids, states(ids))
+        assert small.size_bytes <= rows * ROW_BYTES
+    for tenant in "abc":
+        for _, ids in calls:
+            assert known(cache, ids, tenant) == known(alone[tenant], ids)
+            assert known(small, ids, tenant) <= known(alone[tenant], ids)
+    assert cache.size_bytes == sum(one.size_bytes for one in alone.values())

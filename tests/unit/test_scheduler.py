@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from plm_owner_server import scheduler as module
-from plm_owner_server.engines.base import Decoded, Encoded, EngineInfo
+from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Encoded, EngineInfo
 from plm_owner_server.scheduler import Caller, Departed, Scheduler, Work
 from protocol.checks import echo
 from protocol.errors import Overloaded
@@ -24,7 +24,7 @@ class NotingEngine:
     """A row of a sequence is its first token; holds its first call until `go`."""
 
     def __init__(self) -> None:
-        self.info = EngineInfo(1, 10, None, "float32", "last_hidden_state", None, ())
+        self.info = EngineInfo(1, 10, None, "float32", "last_hidden_state", ())
         self.head = LMHead(torch.zeros(10, 1))
         self.calls: list[tuple[str, list[int]]] = []
         self.entered, self.go = threading.Event(), threading.Event()
@@ -42,38 +42,42 @@ class NotingEngine:
         if any(ids[0] == 666 for ids in token_ids):
             raise RuntimeError("no luck")
 
-    def encode(self, token_ids: Any, from_position: Any, *, with_logsumexp: bool) -> Encoded:
-        self.note("encode", token_ids)
-        rows = [len(ids) - start for ids, start in zip(token_ids, from_position, strict=True)]
-        cr = torch.tensor([[float(ids[0])] for ids, n in zip(token_ids, rows, strict=True) for _ in range(n)])
-        logsumexp_N = cr[:, 0] if with_logsumexp else None
-        return Encoded(rows, [echo(ids) for ids in token_ids], cr, None, logsumexp_N)
+    def encode(self, batch: EncodeBatch) -> Encoded:
+        self.note("encode", batch.token_ids)
+        rows = [len(ids) - start for ids, start in zip(batch.token_ids, batch.from_position, strict=True)]
+        cr = torch.tensor([[float(ids[0])] for ids, n in zip(batch.token_ids, rows, strict=True) for _ in range(n)])
+        logsumexp_N = cr[:, 0] if batch.with_logsumexp else None
+        return Encoded(rows, [echo(ids) for ids in batch.token_ids], cr, None, logsumexp_N)
 
-    def draft(self, token_ids: Any, from_position: Any, look_ahead: Any, stop_token_ids: Any) -> NotingDraft:
-        self.note("prompts", token_ids)
-        return NotingDraft(self, token_ids, look_ahead)
+    def drafting(self, batch_tokens: int) -> NotingDrafting:
+        return NotingDrafting(self)
 
 
-class NotingDraft:
-    def __init__(self, engine: NotingEngine, token_ids: Any, look_ahead: Any) -> None:
-        self.engine, self.token_ids, self.look_ahead, self.steps = engine, token_ids, look_ahead, 0
+class NotingDrafting:
+    def __init__(self, engine: NotingEngine) -> None:
+        self.engine = engine
+        self.steps: dict[DraftBatch, int] = {}
 
-    @property
-    def sequences(self) -> int:
-        return len(self.token_ids)
+    def join(self, batches: Sequence[DraftBatch]) -> int:
+        self.engine.note("join", [ids for batch in batches for ids in batch.token_ids])
+        self.steps |= dict.fromkeys(batches, 0)
+        return sum(batch.tokens for batch in batches)
 
-    def step(self) -> bool:
-        self.steps += 1
-        if self.steps > max(self.look_ahead):
-            return False
-        self.engine.note("step", self.token_ids)
-        return True
+    def step(self) -> list[tuple[DraftBatch, Decoded]]:
+        self.engine.note("step", [ids for batch in self.steps for ids in batch.token_ids])
+        self.steps = {batch: steps + 1 for batch, steps in self.steps.items()}
+        done = [batch for batch, steps in self.steps.items() if steps >= max(batch.look_ahead)]
+        return [(batch, self.result(batch)) for batch in done if self.steps.pop(batch) is not None]
 
-    def result(self) -> Decoded:
-        rows = [k + 1 for k in self.look_ahead]
-        top1_N = torch.tensor([ids[0] for ids, n in zip(self.token_ids, rows, strict=True) for _ in range(n)])
+    def leave(self, batch: DraftBatch) -> None:
+        del self.steps[batch]
+
+    def result(self, batch: DraftBatch) -> Decoded:
+        rows = [k + 1 for k in batch.look_ahead]
+        top1_N = torch.tensor([ids[0] for ids, n in zip(batch.token_ids, rows, strict=True) for _ in range(n)])
         values_N = top1_N.float()
-        return Decoded(rows, [echo(i) for i in self.token_ids], values_N[:, None], None, values_N, top1_N, values_N)
+        echoes = [echo(ids) for ids in batch.token_ids]
+        return Decoded(rows, echoes, values_N[:, None], None, values_N, top1_N, values_N)
 
 
 class Desk:
@@ -81,7 +85,8 @@ class Desk:
 
     def __init__(self, **settings: Any) -> None:
         self.engine = NotingEngine()
-        limits = {"batch_tokens": 100, "padding_tokens": 20, "max_waiting_tokens": 10**6, "max_waiting_requests": 50}
+        limits = {"batch_tokens": 100, "padding_tokens": 20, "drafting_tokens": 10**7}
+        limits |= {"max_waiting_tokens": 10**6, "max_waiting_requests": 50}
         self.scheduler = Scheduler(self.engine, **(limits | settings))
         self.pool = ThreadPoolExecutor(64)
         self.asked = 0
@@ -118,12 +123,12 @@ def desk() -> Iterator[Callable[..., Desk]]:
         made.pool.shutdown()
 
 
-def encode(*firsts: int, tokens: int = 10, logsumexp: bool = False) -> Work:
-    return Work([[first] * tokens for first in firsts], [0] * len(firsts), logsumexp)
+def encode(*firsts: int, tokens: int = 10, logsumexp: bool = False, tenant: str = "") -> EncodeBatch:
+    return EncodeBatch([[first] * tokens for first in firsts], [0] * len(firsts), logsumexp, tenant)
 
 
-def draft(*firsts: int, k: int, tokens: int = 10) -> Work:
-    return Work([[first] * tokens for first in firsts], [tokens - 1] * len(firsts), look_ahead=[k] * len(firsts))
+def draft(*firsts: int, k: int, tokens: int = 10) -> DraftBatch:
+    return DraftBatch([[first] * tokens for first in firsts], [tokens - 1] * len(firsts), [k] * len(firsts))
 
 
 def test_clients_take_turns_by_tokens(desk: Callable[..., Desk]) -> None:
@@ -171,7 +176,48 @@ def test_small_batches_of_several_clients_go_together(desk: Callable[..., Desk])
     assert others[0].result(30)[0].logsumexp_N is not None
     others[1].result(30)
     batches = [sorted(firsts) for what, firsts in d.engine.calls[1:] if what != "step"]
-    assert sorted(batches) == [[1, 2, 3, 4, 101, 102, 103, 104], [50], [60], [70, 71], [72]]
+    assert sorted(batches) == [[1, 2, 3, 4, 101, 102, 103, 104], [50], [60], [70, 71, 72]]
+
+
+def test_who_comes_later_joins_at_the_next_step_and_nobody_waits_for_the_last(desk: Callable[..., Desk]) -> None:
+    d = desk()
+    long = d.ask("long", draft(1, k=200))
+    assert d.engine.entered.wait(30)
+    short = d.ask("short", draft(2, k=2))
+    waiting = d.ask("long", draft(3, k=1))
+    d.engine.go.set()
+    short.result(30)
+    assert not long.done()
+    long.result(30)
+    waiting.result(30)
+    steps = [firsts for what, firsts in d.engine.calls if what == "step"]
+    assert steps[1:4] == [[1, 2], [1, 2], [1]]
+    # A client's own next request waits: alone it is always computed in the same way.
+    assert [firsts for what, firsts in d.engine.calls if what == "join"] == [[1], [2], [3]]
+    assert steps[-1] == [3]
+
+
+def test_what_is_drafted_is_bounded(desk: Callable[..., Desk]) -> None:
+    d = desk(drafting_tokens=45)
+    d.hold()
+    futures = [d.ask(f"client {i}", draft(i, k=5)) for i in range(1, 9)]
+    too_long = d.ask("long", draft(9, k=100))
+    d.engine.go.set()
+    for future in futures:
+        future.result(30)
+    too_long.result(30)
+    assert max(len(firsts) for what, firsts in d.engine.calls if what == "step") == 3
+    assert all(firsts == [9] for _, firsts in d.engine.calls if 9 in firsts)
+
+
+def test_tenants_are_not_encoded_together(desk: Callable[..., Desk]) -> None:
+    d = desk()
+    d.hold()
+    futures = [d.ask(f"client {i}", encode(i, tenant="ab"[i % 2])) for i in range(1, 5)]
+    d.engine.go.set()
+    for future in futures:
+        future.result(30)
+    assert sorted(sorted(firsts) for _, firsts in d.engine.calls[1:]) == [[1, 3], [2, 4]]
 
 
 def test_a_client_alone_is_always_computed_in_the_same_way(desk: Callable[..., Desk]) -> None:
@@ -281,4 +327,4 @@ def test_many_clients_at_once_all_get_their_own(desk: Callable[..., Desk]) -> No
 
     for future in [d.pool.submit(client, i) for i in range(24)]:
         future.result(60)
-    assert not d.scheduler._drafting
+    assert not d.scheduler._drafted

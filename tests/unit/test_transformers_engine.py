@@ -14,14 +14,14 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from plm_owner_server.engines import to_host
-from plm_owner_server.engines.base import Decoded, Encoded
+from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Encoded
 from plm_owner_server.engines.runner import Runner
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
 from plm_owner_server.service import PlmService
 from protocol.checks import echo
 from protocol.errors import NumericalFault, Unsupported
 from protocol.messages import CrKind, DecodeRequest, DecodeResponse, DistributionRequest, EncodeRequest
-from tests.support import ARCHITECTURES, EOS, VOCAB_SIZE, WINDOW, WINDOWED, TinyModels, make_service, random_ids
+from tests.support import ARCHITECTURES, EOS, VOCAB_SIZE, WINDOW, TinyModels, make_service, random_ids
 
 TOLERANCE = 1e-4
 Truth = Callable[[Sequence[int]], tuple[Tensor, Tensor]]
@@ -92,7 +92,7 @@ def test_encode_is_transformers_own_hidden_state(
         [len(ids) - 1 for ids in sequences],
         [chooser.randrange(len(ids)) for ids in sequences],
     ):
-        encoded = engine.encode(sequences, starts, with_logsumexp=True)
+        encoded = engine.encode(EncodeBatch(sequences, starts, with_logsumexp=True))
         assert encoded.rows == [len(ids) - start for ids, start in zip(sequences, starts, strict=True)]
         assert encoded.echo == [echo(ids) for ids in sequences]
         assert encoded.last_hidden_N_D is None
@@ -128,7 +128,6 @@ def test_head_of_the_last_hidden_state_is_the_models_logits(engine: Transformers
 def test_what_acts_after_the_head_is_really_tried(architecture: str, engine: TransformersEngine) -> None:
     expected = {"gemma2": (1.0, 3.0), "cohere": (0.25, None), "granite": (0.25, None)}
     assert (engine.head.logit_scale, engine.head.softcap) == expected.get(architecture, (1.0, None))
-    assert engine.info.attention_window == (WINDOW if architecture in WINDOWED else None)
 
 
 def greedy(model: PreTrainedModel, ids: Sequence[int], tokens: int) -> list[int]:
@@ -148,10 +147,12 @@ def drafted(
     from_position: list[int] | None = None,
 ) -> Decoded:
     starts = [len(ids) - 1 for ids in texts] if from_position is None else from_position
-    draft = engine.draft(texts, starts, look_ahead, stop_ids)
-    while draft.step():
-        pass
-    return draft.result()
+    drafting, done = engine.drafting(batch_tokens=4096), list[tuple[DraftBatch, Decoded]]()
+    drafting.join([DraftBatch(texts, starts, look_ahead, stop_ids)])
+    while not done:
+        done = drafting.step()
+    ((_, decoded),) = done
+    return decoded
 
 
 def drafts(answer: DecodeResponse) -> list[list[int]]:
@@ -230,7 +231,7 @@ def test_the_vocabulary_in_blocks_is_the_whole_vocabulary(
     engine.warm_up()
     ids = random_ids(20, [18])[0]
     logits_T_V = truth(ids)[1]
-    encoded = engine.encode([ids], [0], with_logsumexp=True)
+    encoded = engine.encode(EncodeBatch([ids], [0], with_logsumexp=True))
     assert encoded.logsumexp_N is not None
     torch.testing.assert_close(encoded.logsumexp_N, logits_T_V.logsumexp(-1), rtol=TOLERANCE, atol=TOLERANCE)
     decoded = drafted(engine, [ids], [0], frozenset())
@@ -245,14 +246,10 @@ def test_texts_that_go_on_branch_and_return_are_the_models_own(
     """Calls as a decoding client makes them: drafts kept in part, a token of its own, other texts in between."""
     engine = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=cache_bytes)
     chooser = random.Random(7)
-    window = engine.info.attention_window or 10**9
     texts = random_ids(19, [9, 4, 21, 9, 2], shared=2)
     for _ in range(12):
         batch = chooser.sample(range(len(texts)), chooser.randint(1, len(texts)))
         look_ahead = [chooser.randint(0, 4) for _ in batch]
-        most = max(len(texts[i]) for i in batch) + max(look_ahead)
-        if len({len(texts[i]) for i in batch}) > 1 and most > window:  # as the service plans it
-            batch, look_ahead = batch[:1], look_ahead[:1]
         decoded = drafted(engine, [texts[i] for i in batch], look_ahead, frozenset())
         assert decoded.echo == [echo(texts[i]) for i in batch]
         parts = zip(batch, decoded.top1_N.split(decoded.rows), decoded.cr_N_D.split(decoded.rows), strict=True)
@@ -263,7 +260,7 @@ def test_texts_that_go_on_branch_and_return_are_the_models_own(
             assert top1_K.tolist() == logits_T_V.argmax(-1).tolist()
             kept = ran[: len(texts[i]) + chooser.randint(0, len(top1_K) - 1)]
             texts[i] = [*kept, chooser.randrange(3, VOCAB_SIZE)]
-        encoded = engine.encode(texts, [len(ids) - 1 for ids in texts], with_logsumexp=False)
+        encoded = engine.encode(EncodeBatch(texts, [len(ids) - 1 for ids in texts]))
         for ids, cr_1_D in zip(texts, encoded.cr_N_D.split(1), strict=True):
             assert_near(cr_1_D, truth(ids)[0][-1:])
 
@@ -284,6 +281,51 @@ def test_drafts_of_the_clients_are_checked_in_one_pass(model: PreTrainedModel, t
             assert top1_K.tolist() == logits_T_V.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("cache_bytes", [2**28, 3000, 0])  # roomy, evicting all the time, off
+def test_batches_join_and_leave_at_any_step(model: PreTrainedModel, truth: Truth, cache_bytes: int) -> None:
+    """Requests of two tenants come, go on, end and are given up in any order: each gets what the model says."""
+    engine = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=cache_bytes)
+    drafting, chooser = engine.drafting(batch_tokens=64), random.Random(5)
+    texts = random_ids(41, [9, 30, 21, 2, 1, 40, 12, 9], shared=2)
+    waiting: dict[DraftBatch, list[int]] = {}  # and the numbers of their texts
+    answered = 0
+    for turn in range(60):
+        busy = {number for numbers in waiting.values() for number in numbers}
+        idle = [number for number in range(len(texts)) if number not in busy]
+        joining: list[DraftBatch] = []
+        for _ in range(chooser.randint(0, 2) if turn < 45 else 0):
+            numbers = chooser.sample(idle, min(len(idle), chooser.randint(1, 3)))
+            if numbers:
+                idle = [number for number in idle if number not in numbers]
+                ids = [texts[number] for number in numbers]
+                starts = [len(own) - chooser.randint(1, min(4, len(own))) for own in ids]
+                look_ahead = [chooser.randint(0, 6) for _ in ids]
+                stops = frozenset([EOS, *chooser.sample(range(VOCAB_SIZE), 40)])
+                joining.append(DraftBatch(ids, starts, look_ahead, stops, chooser.choice("ab")))
+                waiting[joining[-1]] = numbers
+        drafting.join(joining)
+        if waiting and turn < 45 and chooser.random() < 0.1:
+            given_up = chooser.choice(list(waiting))
+            drafting.leave(given_up)
+            del waiting[given_up]
+        for batch, decoded in drafting.step():
+            answered += 1
+            assert decoded.echo == [echo(ids) for ids in batch.token_ids]
+            parts = zip(decoded.top1_N.split(decoded.rows), decoded.cr_N_D.split(decoded.rows), strict=True)
+            for i, (number, (top1_K, cr_K_D)) in enumerate(zip(waiting.pop(batch), parts, strict=True)):
+                ids, start, stops = batch.token_ids[i], batch.from_position[i], batch.stop_token_ids
+                tokens = top1_K.tolist()[len(ids) - 1 - start :]
+                hidden_T_D, logits_T_V = (x[start:] for x in truth([*ids, *tokens[:-1]]))
+                assert_near(cr_K_D, hidden_T_D)
+                assert top1_K.tolist() == logits_T_V.argmax(-1).tolist()
+                assert len(tokens) == batch.look_ahead[i] + 1 or tokens[-1] in stops
+                assert not stops & set(tokens[:-1])
+                kept = chooser.randint(1, len(ids) + len(tokens) - 1)
+                texts[number] = [*[*ids, *tokens[:-1]][:kept][:60], chooser.randrange(3, VOCAB_SIZE)]
+    assert not waiting
+    assert answered > 25
+
+
 def test_what_is_known_is_not_computed_again(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[int] = []
     inner = Runner.forward
@@ -297,6 +339,11 @@ def test_what_is_known_is_not_computed_again(model: PreTrainedModel, monkeypatch
     texts = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 11, 12]]  # with their drafts, within the narrowest window
     decoded = drafted(engine, texts, [1, 1], frozenset())
     assert computed == [12, 2]
+    for tenant in ("", "another"):
+        drafting = engine.drafting(4096)
+        run = drafting.join([DraftBatch(texts, [5, 5], [1, 1], tenant=tenant)])
+        assert run == (0 if tenant == "" else 12)
+    del computed[2:]
     longer = [[*ids, int(draft), 13] for ids, draft in zip(texts, decoded.top1_N[::2], strict=True)]
     drafted(engine, longer, [0, 0], frozenset())
     assert computed[2:] == [2]
@@ -370,7 +417,7 @@ def test_a_batch_takes_one_copy_from_the_device_and_a_step_one_more(
         (random_ids(23, [2, 4, 3]), [3, 0, 1], frozenset()),  # padded, and so within the window
         (random_ids(24, [5, 5]), [0, 0], frozenset()),
     ]
-    encoded = engine().encode(*encoding, with_logsumexp=True)
+    encoded = engine().encode(EncodeBatch(*encoding, with_logsumexp=True))
     decoded = [drafted(engine(), *batch) for batch in drafting]
     stop = decoded[0].top1_N[:1].tolist()  # the first of them never goes on
     drafting.append((drafting[0][0][:1], [9], frozenset(stop)))
@@ -378,21 +425,21 @@ def test_a_batch_takes_one_copy_from_the_device_and_a_step_one_more(
 
     watch = OnADevice(monkeypatch)
     with watch:
-        encoded_there = engine().encode(*encoding, with_logsumexp=True)
+        encoded_there = engine().encode(EncodeBatch(*encoding, with_logsumexp=True))
         assert watch.copies == 1
         decoded_there = []
         for batch in drafting:
             ours, watch.copies = engine(), 0
             starts = [len(ids) - 1 for ids in batch[0]]
-            draft, steps = ours.draft(batch[0], starts, *batch[1:]), 0
+            drafting, done = ours.drafting(4096), list[tuple[DraftBatch, Decoded]]()
+            drafting.join([DraftBatch(batch[0], starts, *batch[1:])])
             assert watch.copies == 0
-            while draft.step():
-                steps += 1
-                assert watch.copies == steps
-            waited = watch.copies
-            assert waited == steps + bool(batch[2])  # nobody need know the token after the last
-            decoded_there.append(draft.result())
-            assert watch.copies == waited + 1
+            while not done:
+                before, done = watch.copies, drafting.step()
+                assert watch.copies - before <= 1 + len(done)
+            # Nobody need know the token after the last, but what is asked to stop at it.
+            assert watch.copies == max(batch[1]) + 1 if not batch[2] else 2
+            decoded_there.append(done[0][1])
     assert_same(encoded_there, encoded)
     for there, here in zip(decoded_there, decoded, strict=True):
         assert_same(there, here)

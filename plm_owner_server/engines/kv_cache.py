@@ -1,0 +1,195 @@
+"""Attention states of sequences that advance together, of which any may come and go at any step.
+
+All of them end at the last slot; before a shorter one there is padding. So all go on at the same slot, no padding lies
+between two tokens, and slots are as far apart as positions, which is what sliding windows need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+# Free slots at the end of a new buffer: so many steps go by without a copy.
+_ROOM = 32
+
+
+class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
+    """One layer's keys and values [B, H, S, W]: views of buffers with room for more slots.
+
+    It keeps all of them, also where the layer attends to a window only: another sequence may need them.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append slots; all keys and all values."""
+        news = key_states, value_states
+        if not self.is_initialized:
+            self.lazy_initialization(*news)
+            self.hold(news)
+            return self.keys, self.values
+        steps, slots = key_states.shape[2], self.keys.shape[2]
+        if self._end + steps > self._buffers[0].shape[2]:
+            self.hold([_room_for(old, slots, steps + _ROOM) for old in (self.keys, self.values)], slots)
+        for buffer, new in zip(self._buffers, news, strict=True):
+            buffer[: len(new), :, self._end : self._end + steps] = new
+        self._show(rows=len(key_states), slots=slots + steps, end=self._end + steps)
+        return self.keys, self.values
+
+    def hold(self, buffers: Sequence[Tensor], slots: int | None = None) -> None:
+        """Take these buffers [B, H, ≥ slots, W], of which the first slots are taken."""
+        self.is_initialized = True
+        self._buffers = tuple(buffers)
+        slots = self._buffers[0].shape[2] if slots is None else slots
+        self._show(rows=len(self._buffers[0]), slots=slots, end=slots)
+
+    def remove(self, row: int) -> None:
+        """Let the last sequence take the place of one that leaves."""
+        last = len(self.keys) - 1
+        if row != last:
+            self.keys[row], self.values[row] = self.keys[last], self.values[last]
+        self._show(rows=last, slots=self.keys.shape[2], end=self._end)
+
+    def trim(self, slots: int) -> None:
+        """Let go of all but the last slots."""
+        self._show(rows=len(self.keys), slots=slots, end=self._end)
+
+    def _show(self, *, rows: int, slots: int, end: int) -> None:
+        self._end = end
+        self.keys, self.values = (buffer[:rows, :, end - slots : end] for buffer in self._buffers)
+
+
+class AlignedCache(Cache):  # type: ignore[misc]
+    """A transformers cache of sequences that all end at the last slot."""
+
+    layers: list[_Layer]
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=_Layer)
+
+    @property
+    def held(self) -> list[_Layer]:
+        """Layers with states of their own: some models share them between layers."""
+        return [layer for layer in self.layers if layer.is_initialized]
+
+    @property
+    def rows(self) -> int:
+        """Number of sequences."""
+        return len(self.held[0].keys) if self.held else 0
+
+    def select(self, rows_R: Tensor) -> None:
+        """Go on with some of the sequences."""
+        for layer in self.held:
+            layer.hold([layer.keys[rows_R], layer.values[rows_R]])
+
+    def join(self, other: AlignedCache) -> None:
+        """Take in the sequences of another cache, which is spent."""
+        if not self.rows:
+            self.layers = other.layers
+            return
+        for ours, theirs in zip(self.held, other.held, strict=True):
+            slots = max(ours.keys.shape[2], theirs.keys.shape[2])
+            pairs = ((ours.keys, theirs.keys), (ours.values, theirs.values))
+            ours.hold([_stacked(own, new, slots) for own, new in pairs], slots)
+
+    def remove(self, row: int) -> None:
+        """Let the last sequence take the place of one that leaves; the others stay where they are."""
+        for layer in self.held:
+            layer.remove(row)
+
+    def trim(self, slots: int) -> None:
+        """Let go of slots that are padding in all sequences."""
+        for layer in self.held:
+            layer.trim(slots)
+
+    def states(self, row: int, start: int, stop: int) -> Tensor:
+        """States [stop − start, F] of a sequence at some slots, counted from the end (−1 is the last)."""
+        slots = slice(start, stop or None)
+        parts = [part[row, :, slots].transpose(0, 1).flatten(1) for layer in self.held for part in _both(layer)]
+        return torch.cat(parts, dim=-1)
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """How a token's F numbers divide into the layers' keys and values.
+
+    Attributes:
+        heads: for each layer, its keys' (heads, width) and its values' (heads, width); None if it has none of its own.
+    """
+
+    heads: tuple[tuple[tuple[int, int], tuple[int, int]] | None, ...]
+
+    @classmethod
+    def of(cls, cache: Cache) -> KvLayout:
+        """The layout of a cache that holds something."""
+        return cls(
+            tuple(
+                (_heads(layer.keys), _heads(layer.values)) if layer.is_initialized else None for layer in cache.layers
+            )
+        )
+
+    def unpack(self, kv_B_S_F: Tensor) -> AlignedCache:
+        """A new cache with these states."""
+        cache = AlignedCache()
+        sizes = [heads * width for pair in self.heads if pair for heads, width in pair]
+        parts = iter(kv_B_S_F.split(sizes, dim=-1))
+        for index, pair in enumerate(self.heads):
+            if pair is not None:
+                keys, values = (next(parts).unflatten(-1, heads).transpose(1, 2) for heads in pair)
+                cache.update(keys, values, index)
+        return cache
+
+
+def aligned(pieces: Sequence[Sequence[Tensor]], lengths: Sequence[int]) -> Tensor:
+    """The first states of each sequence, given in pieces [S_i, F], padded on the left: [B, S, F].
+
+    Args:
+        pieces: of each sequence.
+        lengths: number of states wanted of each, not more than there are.
+    """
+    some = next(parts[0] for parts in pieces if parts)
+    slots = max(lengths)
+    # Zeros, as not even a masked NaN is harmless.
+    kv_B_S_F = some.new_zeros(len(pieces), slots, some.shape[1])
+    for row_S_F, parts, length in zip(kv_B_S_F, pieces, lengths, strict=True):
+        for at, part_S_F in _cut(parts, length):
+            start = slots - length + at
+            row_S_F[start : start + len(part_S_F)] = part_S_F
+    return kv_B_S_F
+
+
+def _cut(parts: Sequence[Tensor], length: int) -> Iterator[tuple[int, Tensor]]:
+    """The first `length` states, each piece with its place."""
+    at = 0
+    for part_S_F in parts:
+        if at < length:
+            yield at, part_S_F[: length - at]
+        at += len(part_S_F)
+
+
+def _room_for(old: Tensor, slots: int, room: int) -> Tensor:
+    batch, heads, _, width = old.shape
+    buffer = old.new_empty(batch, heads, slots + room, width)
+    buffer[:, :, :slots] = old
+    return buffer
+
+
+def _stacked(own: Tensor, new: Tensor, slots: int) -> Tensor:
+    _, heads, _, width = own.shape
+    buffer = own.new_empty(len(own) + len(new), heads, slots + _ROOM, width)
+    for part, rows in ((own, slice(0, len(own))), (new, slice(len(own), None))):
+        padding = slots - part.shape[2]
+        buffer[rows, :, :padding] = 0
+        buffer[rows, :, padding:slots] = part
+    return buffer
+
+
+def _both(layer: _Layer) -> tuple[Tensor, Tensor]:
+    return layer.keys, layer.values
+
+
+def _heads(state_B_H_S_W: Tensor) -> tuple[int, int]:
+    return state_B_H_S_W.shape[1], state_B_H_S_W.shape[3]
