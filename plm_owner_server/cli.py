@@ -68,7 +68,7 @@ def load_service(settings: ServerSettings) -> PlmService:
     engine = TransformersEngine(
         model,
         cr_kind=settings.cr_kind,
-        prefix_cache_bytes=settings.prefix_cache_mib * 2**20,
+        prefix_cache_bytes=int(settings.prefix_cache_mib * 2**20),
         pack_weights=settings.pack_weights,
     )
     service = PlmService(
@@ -82,7 +82,7 @@ def load_service(settings: ServerSettings) -> PlmService:
     # What waits is bounded by its answers: a representation for every token, in float32, until it is on the wire.
     most = settings.max_waiting_tokens * engine.info.hidden_size * 4 / 2**20
     log.info(
-        "at most %d requests and %d tokens wait, for answers of at most %.0f MiB; %d MiB for known prefixes",
+        "at most %d requests and %d tokens wait, for answers of at most %.0f MiB; %g MiB for known prefixes",
         settings.max_waiting_requests,
         settings.max_waiting_tokens,
         most,

@@ -108,7 +108,7 @@ class ServerSettings(BaseSettings):
         description="Tokens whose attention states all sequences that are being drafted may come to hold together. "
         "Bounds memory; one client may have half of it, and what does not fit waits.",
     )
-    prefix_cache_mib: int = Field(
+    prefix_cache_mib: float = Field(
         default=1024,
         ge=0,
         description="Memory for attention states in MiB: what texts begin with is computed once, and a text that goes "

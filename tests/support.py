@@ -165,7 +165,7 @@ def make_service(
     engine = TransformersEngine(
         model,
         cr_kind=chosen.cr_kind,
-        prefix_cache_bytes=chosen.prefix_cache_mib * 2**20,
+        prefix_cache_bytes=int(chosen.prefix_cache_mib * 2**20),
         pack_weights=chosen.pack_weights,
     )
     engine.warm_up()

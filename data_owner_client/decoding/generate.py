@@ -11,6 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
+from itertools import accumulate
+from operator import mul
 from os.path import commonprefix
 
 import torch
@@ -19,8 +21,8 @@ from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.connection import Exchange
 from data_owner_client.decoding.choosing import Choice, Chooser, Position
 from data_owner_client.decoding.interpolation import Interpolation
-from data_owner_client.decoding.lookahead import MOST_DRAFTS, Agreement, Costs, plan
-from data_owner_client.decoding.lookup import Lookup, Offer
+from data_owner_client.decoding.lookahead import MOST_DRAFTS, Agreement, Costs, Drafts, plan
+from data_owner_client.decoding.lookup import Copying, Drafter, Lookup, Offer
 from data_owner_client.decoding.sampling import Noise, Sampling
 from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter
@@ -41,7 +43,7 @@ class DecodingSettings:
     Attributes:
         max_new_tokens: longest continuation, in tokens.
         look_ahead: tokens that the server drafts per call while the adapter has a say; None to adapt it to each
-            sequence's agreement and to the measured times.
+            sequence's agreement and to the measured times, and to copy from the prompt where that pays more.
         batch_size: sequences in one call; one that ends makes room for the next.
     """
 
@@ -62,8 +64,9 @@ class _Sequence:
         prompt: token ids of the prompt.
         lambdas: λ_t for every token that it may have.
         finished_at: the position from which on λ is 0 for good.
-        compared: positions at which the mixture's choice was compared with the server's.
-        agreed: those of them at which they were the same.
+        expected: positions at which the mixture's choice was compared with the server's, each counted by the chance
+            that they agree.
+        agreed: those of them at which they did.
         noise: what its draws depend on, when sampling.
         choices: its tokens so far, and why.
         done: whether it ended, by a stop token or by length.
@@ -75,7 +78,7 @@ class _Sequence:
     finished_at: int
     noise: Noise | None = None
     choices: list[Choice] = field(default_factory=list)
-    compared: int = 0
+    expected: float = 0.0
     agreed: int = 0
     done: bool = False
 
@@ -287,7 +290,9 @@ class _Decoding:
         self._chooser = chooser
         self._stop_ids = stop_ids
         self._look_ahead = settings.look_ahead
-        self._lookup = lookup
+        # Copying costs nothing but rows; still, who fixes the look-ahead wants no other drafts than he asks for.
+        self._drafters: list[Drafter] = [] if settings.look_ahead is not None else [Copying()]
+        self._drafters += [] if lookup is None else [lookup]
         self._on_token = on_token
         self._shared = shared_tokens  # what all prompts begin with; the server computes it once
         self._agreement = Agreement()
@@ -305,7 +310,9 @@ class _Decoding:
         offers: list[list[Offer]] = [[] for _ in batch]
         if look_ahead is None:
             offers = [self._offers(s) for s in batch]
-            look_ahead = self._plan(batch, offers)
+            drafts = self._plan(batch, offers)
+            offers = [own[: d.offered] for own, d in zip(offers, drafts, strict=True)]
+            look_ahead = [d.look_ahead for d in drafts]
         exchanges: list[Exchange] = []
         asked = time.perf_counter()
         with self._plm.observed_by(exchanges.append):
@@ -321,6 +328,7 @@ class _Decoding:
         round_s = time.perf_counter() - started
         timing = exchanges[-1].timing if exchanges else None  # the one that was answered
         rows, usage = response.rows_B.tolist(), self.usage
+        mixed = any(offers) and not all(offers)  # a pass for those with drafts of the client's own, and one without
         usage.calls += 1
         usage.round_trips += len(batch)
         usage.drafted += sum(rows) - len(batch)
@@ -333,36 +341,36 @@ class _Decoding:
             self._costs.learn(
                 round_s=round_s,
                 compute_s=timing.compute_ms / 1000,
-                steps=max(count - len(own) for count, own in zip(rows, offers, strict=True)),
+                steps=max(count - len(own) for count, own in zip(rows, offers, strict=True)) + mixed,
                 rows=sum(rows) + new_rows,
             )
 
     def _offers(self, sequence: _Sequence) -> list[Offer]:
-        """Drafts of the client's own, if they are likelier to be agreed with than the server's."""
-        if self._lookup is None:
-            return []
-        chance = self._chance(sequence, sequence.length)
-        return self._lookup.after(sequence.generated, sequence.most, better_than=chance)
+        """The most promising drafts of the client's own."""
+        found = [drafter.after(sequence.prompt, sequence.generated, sequence.most) for drafter in self._drafters]
+        return max(found, key=lambda own: sum(accumulate((offer.chance for offer in own), mul)), default=[])
 
-    def _plan(self, batch: Sequence[_Sequence], offers: Sequence[Sequence[Offer]]) -> list[int]:
-        """How many tokens the server shall draft for each sequence."""
-        limit = min(
-            self._look_ahead if self._look_ahead is not None else MOST_DRAFTS, self._plm.card.limits.max_look_ahead
-        )
-        most = [0 if own else min(s.most, limit) for s, own in zip(batch, offers, strict=True)]
-        if self._look_ahead is not None:
-            return most
+    def _plan(self, batch: Sequence[_Sequence], offers: Sequence[Sequence[Offer]]) -> list[Drafts]:
+        """What is drafted of each sequence, by either side."""
+        fixed, limit = self._look_ahead, min(MOST_DRAFTS, self._plm.card.limits.max_look_ahead)
+        offered = [[offer.chance for offer in own] for own in offers]
+        if fixed is not None:
+            return [self._fixed(s, own, fixed) for s, own in zip(batch, offered, strict=True)]
         if not self._costs.known:
-            return [min(_UNMEASURED_LOOK_AHEAD, own) for own in most]
-        chances = [
-            [self._chance(s, t) for t in range(s.length, s.length + own)] for s, own in zip(batch, most, strict=True)
-        ]
-        return plan(chances, self._costs)
+            return [Drafts(look_ahead=min(_UNMEASURED_LOOK_AHEAD, s.most, limit)) for s in batch]
+        chances = [[self._chance(s, s.length + step) for step in range(min(s.most, limit))] for s in batch]
+        return plan(chances, offered, self._costs)
+
+    def _fixed(self, sequence: _Sequence, offered: Sequence[float], look_ahead: int) -> Drafts:
+        """The server drafts as much as was asked for, unless the client's own drafts are likelier to be agreed with."""
+        if offered and offered[0] > self._chance(sequence, sequence.length):
+            return Drafts(offered=len(offered))
+        return Drafts(look_ahead=min(sequence.most, look_ahead, self._plm.card.limits.max_look_ahead))
 
     def _chance(self, sequence: _Sequence, position: int) -> float:
         """That the mixture agrees with the server's draft at a position, if it does with all before."""
-        rate = self._agreement.rate(sequence.lambdas[position])
-        return (_OWN_WEIGHT * rate + sequence.agreed) / (_OWN_WEIGHT + sequence.compared)
+        own = (_OWN_WEIGHT + sequence.agreed) / (_OWN_WEIGHT + sequence.expected)
+        return min(1.0, own * self._agreement.rate(sequence.lambdas[position]))
 
     def _advance(self, batch: Sequence[_Sequence], offers: Sequence[Sequence[Offer]], response: DecodeResponse) -> None:
         """Append the mixture's tokens to every sequence, up to its first difference from the drafts."""
@@ -385,11 +393,11 @@ class _Decoding:
                 if kept < step or sequence.done:
                     continue  # behind a difference, or the end
                 chosen = choice.token
-                self._agreement.learn(choice.weight, agreed=chosen == choice.plm_token)
-                sequence.compared += 1
+                sequence.expected += self._agreement.rate(choice.weight)
                 sequence.agreed += chosen == choice.plm_token
-                if step < len(own) and self._lookup is not None:
-                    self._lookup.learn(own[step], agreed=chosen == draft)
+                self._agreement.learn(choice.weight, agreed=chosen == choice.plm_token)
+                if step < len(own):
+                    own[step].drafter.learn(own[step], agreed=chosen == draft)
                 sequence.choices.append(choice)
                 if self._on_token is not None:
                     self._on_token(sequence.number, chosen)

@@ -1,4 +1,4 @@
-"""How many tokens the server shall draft: as many as pay.
+"""How many tokens are drafted, and by whom: as many as pay.
 
 A draft that the mixture agrees with saves a round trip; one that it rejects has cost the server a row for nothing. The
 plan is the one with the most expected tokens per second, from the agreement seen so far and the measured costs.
@@ -49,7 +49,7 @@ class Agreement:
 class Costs:
     """Seconds of a round: overhead + steps · step + rows · row, learned from the rounds themselves.
 
-    `steps` are the server's forward passes in a row, `rows` the positions in them, of all sequences together.
+    `steps` are the server's forward passes one after another, `rows` the positions in them, of all sequences together.
     """
 
     overhead_s: float | None = None
@@ -80,34 +80,87 @@ class Costs:
         return float(step_s), float(row_s)
 
 
-def plan(chances: Sequence[Sequence[float]], costs: Costs) -> list[int]:
+@dataclass(frozen=True)
+class Drafts:
+    """What is drafted of one sequence in a round: by the client or by the server.
+
+    Attributes:
+        offered: drafts of the client's own, checked in one pass.
+        look_ahead: drafts of the server, a step each.
+    """
+
+    offered: int = 0
+    look_ahead: int = 0
+
+
+def plan(chances: Sequence[Sequence[float]], offers: Sequence[Sequence[float]], costs: Costs) -> list[Drafts]:
     """Drafts for each sequence of a batch, so that the tokens expected per second are the most.
 
     The ratio is maximised by Dinkelbach's method: at the price of time that the best ratio so far sets, every draft
-    that is worth more than its row is taken, and the number of steps that gains most.
+    that is worth more than its row is taken, from the side that gains more by it, and the number of steps that gains
+    most.
 
     Args:
-        chances: for each sequence, the probability that its next draft agrees, then the one after that, and so on.
+        chances: for each sequence, the probability that the server's next draft agrees, then the one after that, and
+            so on.
+        offers: the same of the client's own drafts.
         costs: of a round.
     """
     batch = len(chances)
     step_s, row_s = costs.step_and_row()
     base_s = (costs.overhead_s or 0.0) + step_s + batch * row_s
-    longest = max(map(len, chances), default=0)
-    survival_B_K = np.zeros((batch, longest))
-    for row, own in zip(survival_B_K, chances, strict=True):
-        row[: len(own)] = np.cumprod(own[:longest])
-    best = np.zeros(batch, dtype=int)
+    server_B_K, client_B_M = _survival(chances), _survival(offers)
+    best = [Drafts()] * batch
     rate = batch / max(base_s, 1e-9)
     for _ in range(10):
-        worth_B_K = survival_B_K - rate * row_s
-        # Survival falls along a sequence, so what is worth its row comes first.
-        gain_K = np.maximum(worth_B_K, 0.0).sum(axis=0) - rate * step_s
-        steps = int(np.argmax(np.concatenate([[0.0], np.cumsum(gain_K)])))
-        drafts_B = np.minimum((worth_B_K > 0).sum(axis=1), steps)
-        expected = batch + sum(own[:k].sum() for own, k in zip(survival_B_K, drafts_B, strict=True))
-        seconds = base_s + steps * step_s + int(drafts_B.sum()) * row_s
+        drafts = _plan_at(server_B_K, client_B_M, rate * row_s, rate * step_s)
+        expected = float(batch)
+        for d, server_K, client_M in zip(drafts, server_B_K, client_B_M, strict=True):
+            expected += server_K[: d.look_ahead].sum() + client_M[: d.offered].sum()
+        steps = max(d.look_ahead for d in drafts) + (len({d.offered > 0 for d in drafts}) > 1)
+        seconds = base_s + steps * step_s + sum(d.look_ahead + d.offered for d in drafts) * row_s
         if expected / max(seconds, 1e-9) <= rate * (1 + 1e-9):
             break
-        rate, best = expected / max(seconds, 1e-9), drafts_B
-    return [int(k) for k in best]
+        rate, best = expected / max(seconds, 1e-9), drafts
+    return best
+
+
+def _plan_at(server_B_K: np.ndarray, client_B_M: np.ndarray, row: float, step: float) -> list[Drafts]:
+    """The drafts that gain most if rows and steps cost so many tokens."""
+    batch, longest = server_B_K.shape
+    # Survival falls along a sequence, so what is worth its row comes first.
+    server_B_S = np.cumsum(np.maximum(server_B_K - row, 0.0), axis=1)
+    server_B_S = np.concatenate([np.zeros((batch, 1)), server_B_S], axis=1)
+    price_S = step * np.arange(longest + 1)
+    drafted_B = (server_B_K > row).sum(axis=1)
+    offered_B = (client_B_M > row).sum(axis=1)
+    own_B_1 = np.maximum(client_B_M - row, 0.0).sum(axis=1, keepdims=True)
+
+    without_S = server_B_S.sum(axis=0) - price_S
+    # Drafts of the client's own run in a pass of their own, besides that of the sequences which have none.
+    with_own_S = np.maximum(server_B_S, own_B_1).sum(axis=0) - price_S - step
+    # Unless all have one, even where it is not worth its row.
+    all_own = np.maximum(client_B_M[:, :1] - row, own_B_1).sum() if _all_have(client_B_M) else -np.inf
+    if all_own >= max(without_S.max(), with_own_S.max()):
+        return [Drafts(offered=max(1, int(m))) for m in offered_B]
+    if with_own_S.max() > without_S.max():
+        steps = int(np.argmax(with_own_S))
+        takes_own_B = own_B_1[:, 0] > server_B_S[:, steps]
+    else:
+        steps, takes_own_B = int(np.argmax(without_S)), np.zeros(batch, dtype=bool)
+    return [
+        Drafts(offered=int(m)) if own else Drafts(look_ahead=min(int(k), steps))
+        for own, m, k in zip(takes_own_B, offered_B, drafted_B, strict=True)
+    ]
+
+
+def _all_have(survival_B_K: np.ndarray) -> bool:
+    return survival_B_K.shape[1] > 0 and bool((survival_B_K[:, 0] > 0).all())
+
+
+def _survival(chances: Sequence[Sequence[float]]) -> np.ndarray:
+    """Probability [B, K] that a draft agrees and all before it do; 0 where there is none."""
+    survival_B_K = np.zeros((len(chances), max(map(len, chances), default=0)))
+    for row, own in zip(survival_B_K, chances, strict=True):
+        row[: len(own)] = np.cumprod(own)
+    return survival_B_K

@@ -1,6 +1,9 @@
 """The real client against the real server, token for token what the slow reference says."""
 
+import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +35,11 @@ BRIEF = DecodingSettings(STEPS)
 
 
 class Case:
-    """One architecture: a server over HTTP, an adapter trained through it, and the reference."""
+    """One architecture: servers with roomy, tiny and no caches over both transports, an adapter, and the reference."""
 
-    def __init__(self, architecture: str, folder: Path, url: str, memory: Path, form: Any) -> None:
-        self.plm = RemotePlm(open_connection(url), dtype="float32", cache=None)
+    def __init__(self, folder: Path, urls: list[str], memory: Path, form: Any) -> None:
+        self.plms = [RemotePlm(open_connection(url), dtype="float32", cache=None) for url in urls]
+        self.plm = self.plms[0]
         build_memories(
             self.plm, TASK, PAIRS, memory, validation=PAIRS[:4], context_mode="teacher-forced", share_targets=True
         )
@@ -58,6 +62,12 @@ class Case:
         return self.reference.decode(prompt, weights, self.adapter.card.form, targets, lambdas, self.stop_ids)
 
 
+DECODING = st.builds(
+    DecodingSettings,
+    st.just(STEPS),
+    look_ahead=st.sampled_from([0, 1, 4, 8, None]),
+    batch_size=st.sampled_from([1, 2, 7, 64]),
+)
 CASES = [("llama", "residual"), ("opt", "paper"), ("gemma2", "residual"), ("cohere", "paper"), ("gpt2", "residual")]
 
 
@@ -67,10 +77,17 @@ def case(
 ) -> Iterator[Case]:
     architecture, form = request.param
     folder = tiny_models[architecture]
-    with support.serve(support.make_service(folder)) as url:
-        case = Case(architecture, folder, url, tmp_path_factory.mktemp("memory"), form)
-        with case.plm:
-            yield case
+    with ExitStack() as stack:
+        urls = []
+        for cache_mib in (1024, 0.003, 0):  # roomy, evicting all the time, off
+            service = support.make_service(folder, prefix_cache_mib=cache_mib, drafting_tokens=2000)
+            urls += [
+                stack.enter_context(open_server(service)) for open_server in (support.serve, support.serve_over_grpc)
+            ]
+        case = Case(folder, urls, tmp_path_factory.mktemp("memory"), form)
+        for plm in case.plms:
+            stack.enter_context(plm)
+        yield case
 
 
 def test_teacher_forced_rows(case: Case) -> None:
@@ -106,17 +123,13 @@ def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObj
     horizons = [case.adapter.horizon(case.plm.tokenizer.count(source)) for source in sources]
     prompts = case.prompts(sources)
     continuations, usage = generate(
-        case.plm,
+        data.draw(st.sampled_from(case.plms)),
         prompts,
         adapter=case.adapter,
         interpolation=interpolation,
         horizons=horizons,
         stop_ids=case.stop_ids,
-        settings=DecodingSettings(
-            STEPS,
-            look_ahead=data.draw(st.sampled_from([0, 1, 4, 8, None])),
-            batch_size=data.draw(st.sampled_from([1, 2, 7, 64])),
-        ),
+        settings=data.draw(DECODING),
         lookup=data.draw(st.sampled_from([None, case.lookup])),
     )
     expected = [
@@ -124,6 +137,39 @@ def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObj
     ]
     assert [continuation.token_ids for continuation in continuations] == expected
     assert usage.tokens == sum(map(len, expected))
+
+
+def test_clients_at_once_each_get_the_references_tokens(case: Case) -> None:
+    """Clients with batches, look-aheads and schedules of their own share the steps of the servers they meet at."""
+    sources = [" ".join(WORDS[i % 9 :][: 1 + i % 4]) for i in range(12)]
+    schedules = [Interpolation(schedule=name, lambda_max=0.8) for name in SCHEDULES]
+    horizons = {source: case.adapter.horizon(case.plm.tokenizer.count(source)) for source in sources}
+    expected = {
+        (source, interpolation.schedule): case.expected(prompt, interpolation, horizons[source], STEPS)
+        for source, prompt in zip(sources, case.prompts(sources), strict=True)
+        for interpolation in schedules
+    }
+
+    def client(seed: int) -> None:
+        chooser = random.Random(seed)
+        plm = case.plms[seed % len(case.plms)]
+        interpolation, own = chooser.choice(schedules), chooser.sample(sources, len(sources))
+        look_ahead, batch_size = chooser.choice([0, 1, 4, 8, None]), chooser.choice([1, 7, 64])
+        continuations, _ = generate(
+            plm,
+            case.prompts(own),
+            adapter=case.adapter,
+            interpolation=interpolation,
+            horizons=[horizons[source] for source in own],
+            stop_ids=case.stop_ids,
+            settings=DecodingSettings(STEPS, look_ahead, batch_size),
+        )
+        ours = [continuation.token_ids for continuation in continuations]
+        assert ours == [expected[source, interpolation.schedule] for source in own]
+
+    with ThreadPoolExecutor(12) as pool:
+        for future in [pool.submit(client, seed) for seed in range(24)]:
+            future.result(120)
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)

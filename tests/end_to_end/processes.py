@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,41 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> N
         assert process.poll() is None, log.read_text()[-3000:]
         assert time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.1)
+
+
+class Owner:
+    """The owner's server, which can be killed and comes back on the same ports."""
+
+    def __init__(self, log: Path, flags: Sequence[str]) -> None:
+        self._flags = flags
+        self._log = log
+        self.ports = {"http": free_port(), "grpc": free_port()}
+        self.start()
+
+    def url(self, scheme: str) -> str:
+        """Where clients find it: `http` or `grpc`."""
+        return f"{scheme}://127.0.0.1:{self.ports[scheme]}"
+
+    def start(self) -> None:
+        """Start the server, and wait until it is ready."""
+        self.process = start_server(self._log, self.ports["http"], self.ports["grpc"], *self._flags)
+        wait_until_ready(self.process, self.url("http"), self._log)
+
+    def kill(self) -> None:
+        """Kill it, as a lack of memory would."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def owner_that_can_be_killed(log: Path, *flags: str) -> Iterator[Owner]:
+    """A server that is stopped properly at the end."""
+    owner = Owner(log, flags)
+    try:
+        yield owner
+    finally:
+        owner.process.send_signal(signal.SIGTERM)
+        assert owner.process.wait(timeout=30) in (0, -signal.SIGTERM)
 
 
 def _ready(url: str) -> bool:

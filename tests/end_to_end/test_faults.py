@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import random
 import shlex
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,9 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests import support
-from tests.end_to_end import processes
 from tests.end_to_end.faulty_proxy import Fault, faulty_proxy
-from tests.end_to_end.processes import client_command, free_port
+from tests.end_to_end.processes import Owner, client_command, owner_that_can_be_killed
 from tests.end_to_end.test_command_line import write_pairs
 
 EXAMPLES = 1100
@@ -28,31 +26,12 @@ ANSWERS_BYTES = 600_000
 IMPATIENT = ["--timeout", "1.5", "--give-up-after", "20"]
 
 
-class Owner:
-    """The owner's server, which can be killed and comes back on the same ports."""
-
-    def __init__(self, model: Path, log: Path) -> None:
-        # Small requests, so that a build has many, and a fault meets it anywhere.
-        self._flags = ["--model", str(model), "--max-sequences", "32"]
-        self._log = log
-        self.ports = {"http": free_port(), "grpc": free_port()}
-        self.start()
-
-    def start(self) -> None:
-        self.process = processes.start_server(self._log, self.ports["http"], self.ports["grpc"], *self._flags)
-        processes.wait_until_ready(self.process, f"http://127.0.0.1:{self.ports['http']}", self._log)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def owner(tiny_models: support.TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Owner]:
-    owner = Owner(tiny_models["llama"], tmp_path_factory.mktemp("server") / "log")
-    yield owner
-    owner.process.send_signal(signal.SIGTERM)
-    assert owner.process.wait(timeout=30) in (0, -signal.SIGTERM)
+    # Small requests, so that a build has many, and a fault meets it anywhere.
+    log = tmp_path_factory.mktemp("server") / "log"
+    with owner_that_can_be_killed(log, "--model", str(tiny_models["llama"]), "--max-sequences", "32") as owner:
+        yield owner
 
 
 class Job:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_owner_client.decoding.lookahead import Agreement, Costs, plan
-from data_owner_client.decoding.lookup import Lookup
+from data_owner_client.decoding.lookahead import Agreement, Costs, Drafts, plan
+from data_owner_client.decoding.lookup import Copying, Lookup
 
 
 def costs(overhead_s: float, step_s: float, row_s: float) -> Costs:
@@ -38,31 +39,45 @@ def test_costs_are_never_negative() -> None:
     assert min(learned.step_and_row()) >= 0
 
 
-chances = st.lists(st.lists(st.floats(0.01, 0.99), max_size=4), min_size=1, max_size=3)
+some = st.lists(st.floats(0.01, 0.99), max_size=3)
+chances = st.lists(some, min_size=1, max_size=3)
 seconds = st.sampled_from([0.0, 0.001, 0.02, 0.3])
 
 
-@given(chances, seconds, seconds, seconds)
+@given(
+    chances, st.lists(st.lists(st.floats(0.01, 0.99), max_size=3), min_size=3, max_size=3), seconds, seconds, seconds
+)
 def test_the_plan_expects_the_most_tokens_per_second(
-    chances: list[list[float]], overhead_s: float, step_s: float, row_s: float
+    chances: list[list[float]], offers: list[list[float]], overhead_s: float, step_s: float, row_s: float
 ) -> None:
     known = costs(overhead_s + 1e-3, step_s, row_s)
     learned_step_s, learned_row_s = known.step_and_row()
+    offers = offers[: len(chances)]
 
-    def rate(drafts: list[int]) -> float:
-        expected = sum(sum(math.prod(own[: j + 1]) for j in range(k)) for own, k in zip(chances, drafts, strict=True))
-        rows = len(chances) + sum(drafts)
-        time_s = (known.overhead_s or 0) + (1 + max(drafts)) * learned_step_s + rows * learned_row_s
-        return (len(chances) + expected) / time_s
+    def rate(drafts: Sequence[Drafts]) -> float:
+        expected = sum(
+            sum(math.prod(own[: j + 1]) for j in range(d.look_ahead))
+            + sum(math.prod(offered[: j + 1]) for j in range(d.offered))
+            for own, offered, d in zip(chances, offers, drafts, strict=True)
+        )
+        rows = len(chances) + sum(d.look_ahead + d.offered for d in drafts)
+        mixed = len({d.offered > 0 for d in drafts}) > 1
+        steps = 1 + max(d.look_ahead for d in drafts) + mixed
+        return (len(chances) + expected) / ((known.overhead_s or 0) + steps * learned_step_s + rows * learned_row_s)
 
-    options = itertools.product(*(range(len(own) + 1) for own in chances))
-    assert rate(plan(chances, known)) == pytest.approx(max(rate(list(option)) for option in options), rel=1e-6)
+    options = itertools.product(
+        *(
+            [Drafts(look_ahead=k) for k in range(len(own) + 1)] + [Drafts(offered=m + 1) for m in range(len(offered))]
+            for own, offered in zip(chances, offers, strict=True)
+        )
+    )
+    assert rate(plan(chances, offers, known)) == pytest.approx(max(map(rate, options)), rel=1e-6)
 
 
 def test_a_slow_network_wants_more_drafts_and_costly_rows_fewer() -> None:
-    chances = [[0.7] * 16] * 8
-    near, far = plan(chances, costs(0.001, 0.02, 0.01)), plan(chances, costs(0.3, 0.02, 0.002))
-    assert max(near) < min(far)
+    chances, none = [[0.7] * 16] * 8, [list[float]()] * 8
+    near, far = plan(chances, none, costs(0.001, 0.02, 0.01)), plan(chances, none, costs(0.3, 0.02, 0.002))
+    assert max(d.look_ahead for d in near) < min(d.look_ahead for d in far)
 
 
 def test_agreement_starts_from_the_prior_and_follows_what_is_seen() -> None:
@@ -77,12 +92,25 @@ def test_agreement_starts_from_the_prior_and_follows_what_is_seen() -> None:
 
 def test_a_lookup_goes_on_as_its_texts_do() -> None:
     lookup = Lookup([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [9, 2, 3, 8]])
-    offers = lookup.after([1, 2, 3], 10, better_than=0.3)
+    offers = lookup.after([], [1, 2, 3], 10)
     assert [offer.token for offer in offers][:2] == [4, 5]
-    assert lookup.after([1, 2, 3], 1, better_than=0.3) == offers[:1]
-    assert lookup.after([1, 2, 3], 10, better_than=0.99) == []
-    assert lookup.after([4, 4, 4], 10, better_than=0.0) == []
-    assert lookup.after([3], 10, better_than=0.0) == []
+    assert lookup.after([], [1, 2, 3], 1) == offers[:1]
+    assert lookup.after([1, 2], [3], 10) == []  # a prompt is no target
+    assert lookup.after([], [4, 4, 4], 10) == []
     for _ in range(50):
-        lookup.learn(offers[0], agreed=False)
-    assert lookup.after([1, 2, 3], 10, better_than=0.3) == []
+        offers[0].drafter.learn(offers[0], agreed=False)
+    assert lookup.after([], [1, 2, 3], 10)[0].chance < 0.2 < offers[0].chance
+
+
+def test_copying_goes_on_as_the_same_text_did() -> None:
+    copying = Copying()
+    prompt = [1, 2, 3, 4, 5, 9, 2, 8]
+    assert [offer.token for offer in copying.after(prompt, [7, 2, 3], 3)] == [4, 5, 9]  # two tokens match, not one
+    assert [offer.token for offer in copying.after(prompt, [2], 9)] == [8, 2]  # the last place, up to the end
+    assert copying.after(prompt, [7], 9) == []
+    assert copying.after(prompt, [], 9) == []  # what the prompt ends with is no match
+    first, *rest = copying.after(prompt, [2, 3], 4)
+    assert all(later.chance >= first.chance for later in rest)  # if they agree so far, more tokens match
+    for _ in range(50):
+        copying.learn(first, agreed=False)
+    assert copying.after(prompt, [2, 3], 1)[0].chance < 0.1 < first.chance

@@ -1,0 +1,121 @@
+"""A translation among faults, with the real processes: the file that comes out is the same, line for line."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_owner_client import DecodingSettings, connect
+from data_owner_client.decoding.generate import generate
+from tests import support
+from tests.end_to_end.faulty_proxy import Fault, faulty_proxy
+from tests.end_to_end.processes import Owner, client_command, client_json, owner_that_can_be_killed
+from tests.end_to_end.test_command_line import WORDS, write_pairs
+
+LINES = 240
+IMPATIENT = ["--timeout", "1.5", "--give-up-after", "30"]
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A server, an adapter, texts, and what becomes of them undisturbed."""
+
+    owner: Owner
+    adapter: Path
+    texts: Path
+    expected: bytes
+
+    def start(self, url: str, output: Path, *flags: str) -> subprocess.Popen[str]:
+        what = ["--adapter", self.adapter, "--input", self.texts, "--output", output, *IMPATIENT, *flags]
+        command = client_command(url, "translate", *what)
+        return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_models: support.TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
+    folder = tmp_path_factory.mktemp("decode")
+    flags = ["--model", str(tiny_models["llama"]), "--prefix-cache-mib", "1"]
+    with owner_that_can_be_killed(folder / "log", *flags) as owner:
+        (folder / "task.toml").write_text('name = "tiny"\nsource_label = "In"\ntarget_label = "Out"\n')
+        pairs, url = write_pairs(folder / "pairs.jsonl", 60, seed=1), owner.url("http")
+        built = ["--task", folder / "task.toml", "--input", pairs, "--memory", folder / "memory", "--share-targets"]
+        client_json(url, "build-memory", *built)
+        trained = ["--memory", folder / "memory", "--adapter", folder / "adapter", "--epochs", 3, "--rank", 8]
+        client_json(url, "train", *trained)
+        rng = random.Random(3)
+        texts = folder / "texts.txt"
+        texts.write_text("".join(f"{' '.join(rng.choices(WORDS, k=4))} {i}\n" for i in range(LINES)))
+        undisturbed = folder / "undisturbed.txt"
+        setting = Setting(owner, folder / "adapter", texts, b"")
+        assert _end(setting.start(url, undisturbed, "--look-ahead", "0")) == 0
+        expected = undisturbed.read_bytes()
+        assert len(set(expected.splitlines())) > LINES / 4
+        yield Setting(owner, folder / "adapter", texts, expected)
+
+
+def _end(process: subprocess.Popen[str]) -> int:
+    """The exit status of a client that was left to itself: 0, or 1 with one clear line."""
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode in (0, 1), errors[-3000:]
+    assert "Traceback" not in errors
+    return process.returncode
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+@pytest.mark.parametrize("kind", ["cut", "stall", "garble", "garble-request"])
+def test_one_fault_of_each_kind(setting: Setting, tmp_path: Path, scheme: str, kind: str) -> None:
+    output = tmp_path / "output.txt"
+    with faulty_proxy(setting.owner.ports[scheme], [Fault(kind, 60_000)]) as port:  # type: ignore[arg-type]
+        assert _end(setting.start(f"{scheme}://127.0.0.1:{port}", output)) == 0
+    assert output.read_bytes() == setting.expected
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+def test_a_server_that_is_killed_and_comes_back_changes_nothing(setting: Setting, tmp_path: Path, scheme: str) -> None:
+    output = tmp_path / "output.txt"
+    process = setting.start(setting.owner.url(scheme), output, "--batch-size", "7")
+    for pause_s in (3.0, 1.0):
+        time.sleep(pause_s)
+        setting.owner.kill()
+        setting.owner.start()
+    assert _end(process) == 0
+    assert output.read_bytes() == setting.expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_client_that_is_killed_goes_on_where_it_was(setting: Setting, tmp_path: Path, seed: int) -> None:
+    output, rng = tmp_path / "output.txt", random.Random(seed)
+    url = setting.owner.url(rng.choice(["http", "grpc"]))
+    for _ in range(2):
+        flags = ["--batch-size", str(rng.choice([1, 7, 64])), *rng.choice([[], ["--look-ahead", "4"]])]
+        process = setting.start(url, output, *flags)
+        time.sleep(rng.uniform(1.5, 4.0))
+        process.kill()
+        process.communicate()
+    assert _end(setting.start(url, output)) == 0
+    assert output.read_bytes() == setting.expected
+
+
+def test_the_servers_memory_is_flat_through_random_traffic(setting: Setting) -> None:
+    """The cache turns over many times within its bound of 1 MiB: as many tokens as hours of work would bring."""
+    rng, process = random.Random(5), psutil.Process(setting.owner.process.pid)
+    resident: list[int] = []
+    with connect(setting.owner.url("grpc"), dtype="float16") as plm:
+        for _ in range(6):
+            for _ in range(60):
+                prompts = [rng.choices(range(3, support.VOCAB_SIZE), k=rng.randint(2, 60)) for _ in range(32)]
+                settings = DecodingSettings(
+                    rng.randint(1, 20), batch_size=rng.choice([1, 7, 32]) if rng.random() < 0.1 else 32
+                )
+                generate(plm, prompts, stop_ids=frozenset([support.EOS]), settings=settings)
+            resident.append(process.memory_info().rss)
+    # What comes first fills the cache and the allocator.
+    assert resident[-1] - resident[1] < 24 * MIB, [size // MIB for size in resident]
