@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data_owner_client.connection import GrpcConnection, open_connection
-from plm_owner_server.engines.base import Encoded
+from plm_owner_server.engines.base import EncodeBatch, Encoded
 from plm_owner_server.engines.transformers import TransformersEngine
 from plm_owner_server.service import PlmService
 from protocol import errors, messages, pema_pb2, pema_pb2_grpc
@@ -183,15 +183,12 @@ class _Failing:
     """Fails with an error whose text quotes the request."""
 
     def __init__(self, engine: TransformersEngine) -> None:
-        self.info, self.head = engine.info, engine.head
+        self.info, self.head, self.drafting = engine.info, engine.head, engine.drafting
 
     def warm_up(self) -> None: ...
 
-    def encode(self, *args: Any, **kwargs: Any) -> Encoded:
-        raise RuntimeError(f"no luck with {SECRET} {args[0]}")
-
-    def draft(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(SECRET)
+    def encode(self, batch: EncodeBatch) -> Encoded:
+        raise RuntimeError(f"no luck with {SECRET} {batch.token_ids}")
 
 
 def test_a_fault_of_the_server_quotes_nothing(tiny_models: TinyModels, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from data_owner_client.connection import open_connection
-from plm_owner_server.engines.base import Encoded
+from plm_owner_server.engines.base import EncodeBatch, Encoded
 from plm_owner_server.engines.transformers import TransformersEngine
 from plm_owner_server.service import PlmService
 from protocol import errors
@@ -157,10 +157,10 @@ class _Around:
     def __init__(self, engine: TransformersEngine) -> None:
         self.engine = engine
         self.info, self.head = engine.info, engine.head
-        self.warm_up, self.draft = engine.warm_up, engine.draft
+        self.warm_up, self.drafting = engine.warm_up, engine.drafting
 
-    def encode(self, *args: Any, **kwargs: Any) -> Encoded:
-        return self.engine.encode(*args, **kwargs)
+    def encode(self, batch: EncodeBatch) -> Encoded:
+        return self.engine.encode(batch)
 
 
 class _Blocked(_Around):
@@ -171,11 +171,11 @@ class _Blocked(_Around):
         self.entered, self.go = threading.Event(), threading.Event()
         self.seen: list[list[list[int]]] = []
 
-    def encode(self, *args: Any, **kwargs: Any) -> Encoded:
-        self.seen.append(args[0])
+    def encode(self, batch: EncodeBatch) -> Encoded:
+        self.seen.append(batch.token_ids)
         self.entered.set()
         assert self.go.wait(100)
-        return super().encode(*args, **kwargs)
+        return super().encode(batch)
 
 
 def test_one_request_too_many_is_told_to_come_back(tiny_models: TinyModels) -> None:
@@ -265,8 +265,8 @@ def test_a_client_that_hangs_up_is_skipped(
 class _Failing(_Around):
     """Fails with an error whose text quotes the request."""
 
-    def encode(self, *args: Any, **kwargs: Any) -> Encoded:
-        raise RuntimeError(f"no luck with {SECRET} {args[0]}")
+    def encode(self, batch: EncodeBatch) -> Encoded:
+        raise RuntimeError(f"no luck with {SECRET} {batch.token_ids}")
 
 
 def test_a_fault_of_the_server_is_500_and_quotes_nothing(

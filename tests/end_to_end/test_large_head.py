@@ -44,6 +44,8 @@ class _HeadOnly:
         weight_V_D[:, :2] = torch.stack([torch.arange(V) // 256, torch.arange(V) % 256], dim=1)
         self.head = LMHead(weight_V_D)
 
+    def drafting(self, batch_tokens: int) -> None: ...
+
 
 @pytest.fixture(scope="module")
 def service() -> PlmService:
