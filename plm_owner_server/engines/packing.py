@@ -6,11 +6,17 @@ that takes longer than the product: packed once, it is two to four times as fast
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Rows that the layout is chosen for; it serves other numbers nearly as well.
 _USUAL_ROWS = 32
+# Numbers of rows that are really multiplied: oneDNN makes a kernel of about a MiB for every number that it meets, and
+# would keep a thousand of them.
+_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, *range(24, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, 513, 64))
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -44,8 +50,17 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out]."""
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-        return result
+        products = [self._product(rows_N_I) for rows_N_I in x.reshape(-1, self.in_features).split(_ROWS[-1])]
+        result_N_O = products[0] if len(products) == 1 else torch.cat(products)
+        return result_N_O.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, rows_N_I: Tensor) -> Tensor:
+        rows = len(rows_N_I)
+        padding = _ROWS[bisect_left(_ROWS, rows)] - rows
+        if padding:
+            rows_N_I = F.pad(rows_N_I, (0, 0, 0, padding))
+        result_N_O: Tensor = torch.ops.mkldnn._linear_pointwise(rows_N_I, self._packed, self.bias, "none", [], "")
+        return result_N_O[:rows]
 
 
 def pack_linear_layers(module: nn.Module) -> None:

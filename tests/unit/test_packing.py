@@ -9,7 +9,7 @@ from plm_owner_server.engines.packing import PackedLinear, can_pack, pack_linear
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("out_features", "in_features"), [(1, 1), (7, 3), (48, 32), (300, 640)])
-@pytest.mark.parametrize("shape", [(), (1,), (33,), (2, 5)])
+@pytest.mark.parametrize("shape", [(), (1,), (33,), (2, 5), (2, 521)])
 @torch.inference_mode()
 def test_product(out_features: int, in_features: int, shape: tuple[int, ...], *, bias: bool) -> None:
     generator = torch.Generator().manual_seed(out_features)
