@@ -52,8 +52,9 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer sentences and one round")
+    parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured (15 minutes each)")
     arguments = parser.parse_args()
-    sentences, per_client, rounds = (48, 4, 1) if arguments.quick else (200, 12, 3)
+    sentences, per_client, rounds = (48, 4, 1) if arguments.quick else (200, 12, arguments.rounds)
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     home_assistant.prepare(_DATA)

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import grpc
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter
 from google.protobuf.message import Message as Proto
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -21,6 +21,7 @@ from plm_owner_server.accounts import answerable, request_id_of, timing_of
 from plm_owner_server.holder import ServiceHolder
 from plm_owner_server.scheduler import Caller, Spent
 from plm_owner_server.service import PlmService
+from plm_owner_server.workers import in_worker
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.codec import Message
 from protocol.errors import PemaError, to_problem
@@ -205,7 +206,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         outcome = "OK"
         try:
             service = self._holder.admit(key)
-            return await to_thread.run_sync(lambda: work(service), limiter=self._limiter)
+            return await in_worker(lambda: work(service), self._limiter)
         except Exception as error:
             told = answerable(error, request_id, name)
             outcome = told.grpc_status

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -21,6 +21,7 @@ from plm_owner_server.accounts import answerable, request_id_of, timing_of
 from plm_owner_server.holder import ServiceHolder
 from plm_owner_server.scheduler import Caller, Departed
 from plm_owner_server.service import PlmService
+from plm_owner_server.workers import in_worker
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import (
     PROBLEM_JSON,
@@ -84,7 +85,7 @@ def create_app(
 
         watching = asyncio.create_task(watch())
         try:
-            return await to_thread.run_sync(work, limiter=limiter)
+            return await in_worker(work, limiter)
         finally:
             watching.cancel()
 
@@ -116,7 +117,7 @@ def create_app(
         if cached := _cached(request, tag):
             return cached
         wanted = HeadRequest.validated({"start": start, "stop": stop, "dtype": dtype})
-        response = await to_thread.run_sync(lambda: _response(service.lm_head(wanted), form), limiter=limiter)
+        response = await in_worker(lambda: _response(service.lm_head(wanted), form), limiter)
         response.headers["ETag"] = f'"{tag}"'
         return response
 

@@ -101,6 +101,7 @@ class Scheduler:
 
     Args:
         engine: called from one thread at a time.
+        begin_thread: called first in the thread that calls the engine.
         batch_tokens: tokens in one forward pass.
         padding_tokens: padding in one forward pass.
         drafting_tokens: tokens whose attention states all that is drafted may come to hold.
@@ -112,6 +113,7 @@ class Scheduler:
         self,
         engine: Engine,
         *,
+        begin_thread: Callable[[], None] = lambda: None,
         batch_tokens: int,
         padding_tokens: int,
         drafting_tokens: int,
@@ -119,6 +121,7 @@ class Scheduler:
         max_waiting_requests: int,
     ) -> None:
         self._engine = engine
+        self._begin_thread = begin_thread
         self._batch_tokens = batch_tokens
         self._padding_tokens = padding_tokens
         self._drafting_tokens = drafting_tokens
@@ -190,6 +193,7 @@ class Scheduler:
 
     def _work(self) -> None:
         try:
+            self._begin_thread()
             self._take_turns()
         except Exception as error:  # a mistake in this very module: nobody must wait for ever
             with self._changed:
@@ -234,7 +238,7 @@ class Scheduler:
     def _next_to_encode(self, heads: Sequence[_Part]) -> list[_Part]:
         """The next batch to encode, unless it is the turn of those who draft; filled up with others' small ones.
 
-        A client's own are never put together: alone it is always computed in the same way.
+        A client's own are never put together: a memory is computed in the same way whenever it is built alone.
         """
         drafting = [self._given_to(part.client) for part in self._drafted.values()]
         drafting += [self._given_to(part.client) for part in heads if isinstance(part.work, DraftBatch)]
@@ -258,10 +262,7 @@ class Scheduler:
         return len(plan_batches(lengths, self._batch_tokens, self._padding_tokens)) == 1
 
     def _next_to_draft(self, heads: Sequence[_Part]) -> list[_Part]:
-        """What joins those that are being drafted: as much as there is room for.
-
-        A client's next request waits for its last one: alone it is always computed in the same way.
-        """
+        """What joins those that are being drafted: as much as there is room for."""
         joining: list[_Part] = []
         for head in heads:
             part: _Part | None = head
@@ -275,8 +276,6 @@ class Scheduler:
         if not isinstance(part.work, DraftBatch):
             return False
         there = [*self._drafted.values(), *joining]
-        if any(other.client == part.client and other.ticket is not part.ticket for other in there):
-            return False
         return not there or sum(other.work.tokens for other in (*there, part)) <= self._drafting_tokens
 
     def _encode(self, parts: list[_Part]) -> None:

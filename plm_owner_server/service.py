@@ -94,8 +94,10 @@ class PlmService:
         self._tokenizer = tokenizer
         self._settings = settings
         self._bundle = bundle_tokenizer(tokenizer)
+        threads = torch.get_num_threads()
         self._scheduler = Scheduler(
             engine,
+            begin_thread=lambda: torch.set_num_threads(threads),
             batch_tokens=settings.batch_tokens,
             padding_tokens=settings.padding_tokens,
             drafting_tokens=settings.drafting_tokens,

@@ -8,12 +8,15 @@ away, and the next call goes on from there. The text is the same as without draf
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field
 from itertools import accumulate
 from operator import mul
-from os.path import commonprefix
+from typing import Self
 
 import torch
 
@@ -28,10 +31,13 @@ from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter
 from protocol.errors import InvalidData
 from protocol.messages import DecodeResponse
+from protocol.timing import ServerTiming
 
 _ALONE = Interpolation(schedule="none")
 # Drafts of the first rounds, until the costs are known, and for servers that do not tell them.
 _UNMEASURED_LOOK_AHEAD = 2
+# Calls for sequences that the server finishes alone, on their way at the same time.
+_MOST_ENDING = 4
 # What a sequence has shown of itself counts as much as all others together after so many drafts.
 _OWN_WEIGHT = 8.0
 
@@ -220,32 +226,67 @@ def generate(
             sequence.noise = Noise(sampling.seed, sequence.prompt, sample)
             # The server drafts the most probable tokens, so it can go on alone only where these are wanted.
             sequence.finished_at = len(sequence.lambdas)
-    shared = len(commonprefix([list(prompt) for prompt in prompts]))  # noqa: RUF071  (of lists, not of paths)
     chooser = Chooser(adapter, None if sampling is None else plm.full_head(reporter).to(torch.float32), sampling)
-    decoding = _Decoding(plm, chooser, stop_ids, settings, lookup, on_token, shared_tokens=shared)
+    decoding = _Decoding(plm, chooser, stop_ids, settings, lookup, on_token)
     batch_size = max(1, min(settings.batch_size, limits.max_sequences, limits.max_rows // settings.max_new_tokens))
-    # Longest prompts first: sequences of similar length share a batch, so little of it is padding.
+    # Longest prompts first, or the last one to begin might be the longest.
     waiting, active, alone = sorted(sequences, key=lambda s: len(s.prompt)), list[_Sequence](), list[_Sequence]()
-    with (reporter or Reporter()).bar("generating", len(sequences), "sequences") as bar:
-        while waiting or active or alone:
+    ending = _Ending(decoding)
+    with (reporter or Reporter()).bar("generating", len(sequences), "sequences") as bar, ending:
+        while waiting or active or alone or ending.calls:
             while waiting and len(active) < batch_size:
                 newest = waiting.pop()
                 (alone if newest.finished_at == 0 else active).append(newest)
-            # Where λ is 0 for good the server goes on alone, to the end in one call. It may be a long one, so the
-            # others do not wait in it.
-            ending = alone[:batch_size] if len(alone) >= batch_size or not active else []
-            if ending:
-                del alone[: len(ending)]
-                decoding.go_on(ending, [min(s.most, limits.max_look_ahead) for s in ending])
-                alone += [s for s in ending if not s.done]
-                bar.advance(sum(s.done for s in ending))
-                continue
-            decoding.go_on(active)
-            bar.advance(sum(s.done for s in active))
-            alone += [s for s in active if not s.done and s.length >= s.finished_at]
-            active = [s for s in active if not s.done and s.length < s.finished_at]
+            while alone and ending.has_room:
+                ending.begin(alone[:batch_size])
+                del alone[:batch_size]
+            came: list[_Sequence] = []
+            if active:
+                decoding.go_on(active)
+                came, active = active, []
+            came += ending.those_back(wait=not came)
+            bar.advance(sum(s.done for s in came))
+            for sequence in came:
+                if not sequence.done:
+                    (active if sequence.length < sequence.finished_at else alone).append(sequence)
     decoding.usage.tokens = sum(s.length for s in sequences)
     return [Continuation(s.choices) for s in sequences], decoding.usage
+
+
+class _Ending:
+    """Sequences that the server finishes alone, where λ is 0 for good: to the end in one call, beside the others'."""
+
+    def __init__(self, decoding: _Decoding) -> None:
+        self._decoding = decoding
+        self._pool = ThreadPoolExecutor(_MOST_ENDING, thread_name_prefix="ending")
+        self.calls: list[Future[_Answer]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)  # an answer may be far away, and nobody waits for it
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more call may be on its way."""
+        return len(self.calls) < _MOST_ENDING
+
+    def begin(self, batch: list[_Sequence]) -> None:
+        """Let the server finish these."""
+        rest = [self._decoding.rest(s) for s in batch]
+        self.calls.append(self._pool.submit(self._decoding.ask, batch, [[]] * len(batch), rest))
+
+    def those_back(self, *, wait: bool) -> list[_Sequence]:
+        """The sequences whose call was answered meanwhile; `wait` for one of them."""
+        started = time.perf_counter()
+        done = futures.wait(self.calls, None if wait else 0, futures.FIRST_COMPLETED).done
+        self._decoding.usage.server_s += time.perf_counter() - started
+        self.calls = [call for call in self.calls if call not in done]
+        answers = [call.result() for call in done]
+        for answer in answers:
+            self._decoding.take_in(answer)
+        return [sequence for answer in answers for sequence in answer.batch]
 
 
 def require_room(plm: RemotePlm, prompt: Sequence[int], *, place: str) -> None:
@@ -272,6 +313,24 @@ def _begin(
     return _Sequence(number, list(prompt), lambdas, finished_at)
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What the server made of a call.
+
+    Attributes:
+        batch: the sequences asked about.
+        offers: drafts of the client's own that were sent.
+        waited_s: for the answer.
+        timing: where the server says that the time went.
+    """
+
+    batch: Sequence[_Sequence]
+    offers: Sequence[Sequence[Offer]]
+    response: DecodeResponse
+    waited_s: float
+    timing: ServerTiming | None
+
+
 class _Decoding:
     """Rounds of one generation, and what is learned from them."""
 
@@ -283,8 +342,6 @@ class _Decoding:
         settings: DecodingSettings,
         lookup: Lookup | None,
         on_token: Callable[[int, int], None] | None,
-        *,
-        shared_tokens: int,
     ) -> None:
         self._plm = plm
         self._chooser = chooser
@@ -294,56 +351,66 @@ class _Decoding:
         self._drafters: list[Drafter] = [] if settings.look_ahead is not None else [Copying()]
         self._drafters += [] if lookup is None else [lookup]
         self._on_token = on_token
-        self._shared = shared_tokens  # what all prompts begin with; the server computes it once
         self._agreement = Agreement()
         self._costs = Costs()
         self.usage = Usage()
 
-    def go_on(self, batch: Sequence[_Sequence], look_ahead: Sequence[int] | None = None) -> None:
-        """One call to the server for all sequences: every one of them grows by at least one token.
-
-        Args:
-            batch: sequences that are not done.
-            look_ahead: what the server shall draft; None for what pays.
-        """
+    def go_on(self, batch: Sequence[_Sequence]) -> None:
+        """One call to the server for all sequences: every one of them grows by at least one token."""
         started = time.perf_counter()
-        offers: list[list[Offer]] = [[] for _ in batch]
-        if look_ahead is None:
-            offers = [self._offers(s) for s in batch]
-            drafts = self._plan(batch, offers)
-            offers = [own[: d.offered] for own, d in zip(offers, drafts, strict=True)]
-            look_ahead = [d.look_ahead for d in drafts]
-        exchanges: list[Exchange] = []
-        asked = time.perf_counter()
-        with self._plm.observed_by(exchanges.append):
-            response = self._plm.decode(
-                [s.context + [o.token for o in own] for s, own in zip(batch, offers, strict=True)],
-                look_ahead,
-                sorted(self._stop_ids),
-                from_position=[len(s.prompt) + s.length - 1 for s in batch],
-            )
-        waited_s = time.perf_counter() - asked
-        new_rows = sum(len(s.prompt) - self._shared for s in batch if not s.choices)
-        self._advance(batch, offers, response)
+        offers = [self._offers(s) for s in batch]
+        drafts = self._plan(batch, offers)
+        offers = [own[: d.offered] for own, d in zip(offers, drafts, strict=True)]
+        begins = any(not s.choices for s in batch)
+        answer = self.ask(batch, offers, [d.look_ahead for d in drafts])
+        self.take_in(answer)
         round_s = time.perf_counter() - started
-        timing = exchanges[-1].timing if exchanges else None  # the one that was answered
-        rows, usage = response.rows_B.tolist(), self.usage
-        mixed = any(offers) and not all(offers)  # a pass for those with drafts of the client's own, and one without
-        usage.calls += 1
-        usage.round_trips += len(batch)
-        usage.drafted += sum(rows) - len(batch)
+        timing, waited_s, usage = answer.timing, answer.waited_s, self.usage
         server_s = waited_s if timing is None else min(waited_s, timing.total_ms / 1000)
         usage.server_s += server_s
         usage.network_s += waited_s - server_s
         usage.client_s += round_s - waited_s
         # The first call runs what all prompts begin with, and may open the connection.
         if timing is not None and usage.calls > 1:
+            rows = answer.response.rows_B.tolist()
+            mixed = any(offers) and not all(offers)  # a pass for those with drafts of the client's own, and one without
             self._costs.learn(
                 round_s=round_s,
                 compute_s=timing.compute_ms / 1000,
                 steps=max(count - len(own) for count, own in zip(rows, offers, strict=True)) + mixed,
-                rows=sum(rows) + new_rows,
+                rows=sum(rows),
+                begins=begins,
             )
+
+    def ask(self, batch: Sequence[_Sequence], offers: Sequence[Sequence[Offer]], look_ahead: Sequence[int]) -> _Answer:
+        """The call alone, in any thread."""
+        thread, timings = threading.get_ident(), list[ServerTiming | None]()
+
+        def note(exchange: Exchange) -> None:
+            if threading.get_ident() == thread:  # and not another call's
+                timings.append(exchange.timing)
+
+        asked = time.perf_counter()
+        with self._plm.observed_by(note):
+            response = self._plm.decode(
+                [s.context + [o.token for o in own] for s, own in zip(batch, offers, strict=True)],
+                look_ahead,
+                sorted(self._stop_ids),
+                from_position=[len(s.prompt) + s.length - 1 for s in batch],
+            )
+        # The last exchange is the one that was answered.
+        return _Answer(batch, offers, response, time.perf_counter() - asked, timings[-1] if timings else None)
+
+    def take_in(self, answer: _Answer) -> None:
+        """Let sequences grow by what the server answered."""
+        self._advance(answer.batch, answer.offers, answer.response)
+        self.usage.calls += 1
+        self.usage.round_trips += len(answer.batch)
+        self.usage.drafted += int(answer.response.rows_B.sum()) - len(answer.batch)
+
+    def rest(self, sequence: _Sequence) -> int:
+        """Tokens that the server may go on with, alone."""
+        return min(sequence.most, self._plm.card.limits.max_look_ahead)
 
     def _offers(self, sequence: _Sequence) -> list[Offer]:
         """The most promising drafts of the client's own."""

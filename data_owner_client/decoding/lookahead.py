@@ -18,6 +18,9 @@ _PRIOR_DISAGREEMENT = 0.45  # times λ
 _PRIOR_WEIGHT = 8.0
 _BUCKETS = 10
 _DECAY = 0.9
+# What a step costs besides its rows, in rows; and how much that counts against what was measured.
+_ROWS_A_STEP = 20.0
+_TRUST = 1e-2
 
 
 @dataclass
@@ -50,29 +53,42 @@ class Costs:
     """Seconds of a round: overhead + steps · step + rows · row, learned from the rounds themselves.
 
     `steps` are the server's forward passes one after another, `rows` the positions in them, of all sequences together.
+    Rounds are often alike, and then cannot tell a step from its rows: as far as they cannot, a step is taken to cost as
+    much as a few rows.
     """
 
     overhead_s: float | None = None
-    _products: np.ndarray = field(default_factory=lambda: np.diag([1e-2, 1e-2]))
-    _moments: np.ndarray = field(default_factory=lambda: np.array([1e-2 * 2e-2, 1e-2 * 1e-3]))
+    _products: np.ndarray = field(default_factory=lambda: np.zeros((2, 2)))
+    _moments: np.ndarray = field(default_factory=lambda: np.zeros(2))
+    _begun: bool = False
 
-    def learn(self, *, round_s: float, compute_s: float, steps: int, rows: int) -> None:
-        """One round: how long it took in all, and how long the model worked on it."""
+    def learn(self, *, round_s: float, compute_s: float, steps: int, rows: int, begins: bool = False) -> None:
+        """One round: how long it took in all, and how long the model worked on it.
+
+        One that also ran prompts (`begins`), of unknown cost, counts for less than any other.
+        """
         overhead_s = max(0.0, round_s - compute_s)
         self.overhead_s = overhead_s if self.overhead_s is None else 0.7 * self.overhead_s + 0.3 * overhead_s
+        if begins and self.known:
+            return
         sizes = np.array([steps, rows], dtype=float)
-        self._products = _DECAY * self._products + np.outer(sizes, sizes)
-        self._moments = _DECAY * self._moments + sizes * compute_s
+        # What was learned from a round with prompts gives way to any other.
+        decay = 0.0 if self._begun and not begins else _DECAY
+        self._begun = begins
+        self._products = decay * self._products + np.outer(sizes, sizes)
+        self._moments = decay * self._moments + sizes * compute_s
 
     @property
     def known(self) -> bool:
         """Whether anything was measured."""
-        return self.overhead_s is not None
+        return bool(self._products.any())
 
     def step_and_row(self) -> tuple[float, float]:
         """Seconds of a step and of a row, neither negative."""
-        ridge = np.diag(np.diag(self._products)) * 1e-3
-        step_s, row_s = np.linalg.solve(self._products + ridge, self._moments)
+        usual = np.array([_ROWS_A_STEP, 1.0])
+        usual *= usual @ self._moments / (usual @ self._products @ usual)
+        ridge = np.diag(np.diag(self._products)) * _TRUST
+        step_s, row_s = np.linalg.solve(self._products + ridge, self._moments + ridge @ usual)
         if row_s < 0:
             return float(self._moments[0] / self._products[0, 0]), 0.0
         if step_s < 0:

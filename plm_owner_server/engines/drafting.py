@@ -135,7 +135,8 @@ class BatchedDrafting:
             self._cache.trim(max(lengths) - 1)
             run = self._runner.step([sequence.token_ids[-1] for sequence in self._rows], lengths, self._cache)
             self._note(run, self._rows)
-            for sequence in [sequence for sequence in self._rows if len(sequence.token_ids) == sequence.last]:
+            # From the last row on: where all leave, none moves.
+            for sequence in [s for s in reversed(self._rows) if len(s.token_ids) == s.last]:
                 self._leave(sequence)
         ended, self._ended = self._ended, []
         return [(batch.asked, self._result(batch)) for batch in ended]
@@ -143,7 +144,7 @@ class BatchedDrafting:
     @torch.inference_mode()
     def leave(self, batch: DraftBatch) -> None:
         """Let go of a batch that nobody waits for any more."""
-        for sequence in [sequence for sequence in self._rows if sequence.batch.asked is batch]:
+        for sequence in [s for s in reversed(self._rows) if s.batch.asked is batch]:
             self._remove(sequence)
         self._ended = [ended for ended in self._ended if ended.asked is not batch]
 

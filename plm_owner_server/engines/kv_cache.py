@@ -28,7 +28,6 @@ class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
         """Append slots; all keys and all values."""
         news = key_states, value_states
         if not self.is_initialized:
-            self.lazy_initialization(*news)
             self.hold(news)
             return self.keys, self.values
         steps, slots = key_states.shape[2], self.keys.shape[2]
@@ -41,7 +40,8 @@ class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
 
     def hold(self, buffers: Sequence[Tensor], slots: int | None = None) -> None:
         """Take these buffers [B, H, ≥ slots, W], of which the first slots are taken."""
-        self.is_initialized = True
+        if not self.is_initialized:
+            self.lazy_initialization(buffers[0], buffers[1])
         self._buffers = tuple(buffers)
         slots = self._buffers[0].shape[2] if slots is None else slots
         self._show(rows=len(self._buffers[0]), slots=slots, end=slots)
@@ -131,34 +131,31 @@ class KvLayout:
             )
         )
 
-    def unpack(self, kv_B_S_F: Tensor) -> AlignedCache:
-        """A new cache with these states."""
+    def unpack(self, pieces: Sequence[Sequence[Tensor]], lengths: Sequence[int]) -> AlignedCache:
+        """A cache with the first states of each sequence.
+
+        Args:
+            pieces: states [S_i, F] of each sequence.
+            lengths: number of states wanted of each, not more than there are.
+        """
+        some = next(parts[0] for parts in pieces if parts)
+        slots = max(lengths)
+        # With room, so that the first steps need no copy.
+        buffer_B_S_F = some.new_empty(len(pieces), slots + _ROOM, some.shape[1])
+        for row_S_F, parts, length in zip(buffer_B_S_F, pieces, lengths, strict=True):
+            row_S_F[: slots - length] = 0  # not even a masked NaN is harmless
+            for at, part_S_F in _cut(parts, length):
+                start = slots - length + at
+                row_S_F[start : start + len(part_S_F)] = part_S_F
         cache = AlignedCache()
         sizes = [heads * width for pair in self.heads if pair for heads, width in pair]
-        parts = iter(kv_B_S_F.split(sizes, dim=-1))
-        for index, pair in enumerate(self.heads):
+        parts_B_S_F = iter(buffer_B_S_F.split(sizes, dim=-1))
+        for pair in self.heads:
+            layer = _Layer()
             if pair is not None:
-                keys, values = (next(parts).unflatten(-1, heads).transpose(1, 2) for heads in pair)
-                cache.update(keys, values, index)
+                layer.hold([next(parts_B_S_F).unflatten(-1, heads).transpose(1, 2) for heads in pair], slots)
+            cache.layers.append(layer)
         return cache
-
-
-def aligned(pieces: Sequence[Sequence[Tensor]], lengths: Sequence[int]) -> Tensor:
-    """The first states of each sequence, given in pieces [S_i, F], padded on the left: [B, S, F].
-
-    Args:
-        pieces: of each sequence.
-        lengths: number of states wanted of each, not more than there are.
-    """
-    some = next(parts[0] for parts in pieces if parts)
-    slots = max(lengths)
-    # Zeros, as not even a masked NaN is harmless.
-    kv_B_S_F = some.new_zeros(len(pieces), slots, some.shape[1])
-    for row_S_F, parts, length in zip(kv_B_S_F, pieces, lengths, strict=True):
-        for at, part_S_F in _cut(parts, length):
-            start = slots - length + at
-            row_S_F[start : start + len(part_S_F)] = part_S_F
-    return kv_B_S_F
 
 
 def _cut(parts: Sequence[Tensor], length: int) -> Iterator[tuple[int, Tensor]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plm_owner_server.batching import common_prefix
-from plm_owner_server.engines.kv_cache import AlignedCache, KvLayout, aligned
+from plm_owner_server.engines.kv_cache import AlignedCache, KvLayout
 from plm_owner_server.engines.prefix_cache import PrefixCache
 from protocol.errors import ServerFault, Unsupported
 
@@ -120,7 +120,7 @@ class Runner:
         """A cache with the first so many known states of each sequence."""
         if self._layout is None or not any(lengths):
             return AlignedCache()
-        return self._layout.unpack(aligned(known, lengths))
+        return self._layout.unpack(known, lengths)
 
     def encode(self, token_ids: Sequence[Sequence[int]], shared: Sequence[Tensor]) -> Pass:
         """Run sequences that all begin with the same known states, padded on the right.

@@ -28,8 +28,8 @@ def test_costs_are_learned(overhead_s: float, step_s: float, row_s: float) -> No
     learned = costs(overhead_s, step_s, row_s)
     assert learned.overhead_s == pytest.approx(overhead_s, abs=1e-9)
     ours = learned.step_and_row()
-    assert ours[0] == pytest.approx(step_s, abs=2e-3)
-    assert ours[1] == pytest.approx(row_s, abs=2e-4)
+    assert ours[0] == pytest.approx(step_s, abs=1e-2)
+    assert ours[1] == pytest.approx(row_s, abs=5e-4)
 
 
 def test_costs_are_never_negative() -> None:
