@@ -46,6 +46,7 @@ _DATA, _LOG = _WORK / "data", _WORK / "server.log"
 _ROUND_TRIPS_MS = (0, 20, 100)
 _GRADUAL = Interpolation(schedule="gradual", lambda_max=0.9)
 _BATCH = 32
+_PER_CLIENT = 25  # test sentences of its own
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer sentences and one round")
     parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured (15 minutes each)")
     arguments = parser.parse_args()
-    sentences, per_client, rounds = (48, 4, 1) if arguments.quick else (200, 12, arguments.rounds)
+    sentences, seconds, rounds = (48, 10, 1) if arguments.quick else (200, 30, arguments.rounds)
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     home_assistant.prepare(_DATA)
@@ -74,7 +75,7 @@ def main() -> None:
                 speedups[ms].append(_tokens_per_s(with_drafts) / _tokens_per_s(without))
                 trips[ms].append(with_drafts.usage.round_trips / with_drafts.usage.tokens)
             ours = _translate(grpc_port, adapter, sources, None)
-            one, eight = (_clients(count, per_client, grpc_port, adapter_folder) for count in (1, 8))
+            one, eight = (_clients(count, seconds, grpc_port, adapter_folder) for count in (1, 8))
             clients.append(eight / one)
         against_local.append(_tokens_per_s(ours) / peer.tokens_per_s())
     report.write(
@@ -119,14 +120,12 @@ def _tokens_per_s(generation: Generation) -> float:
     return generation.usage.tokens / generation.seconds
 
 
-def _clients(count: int, sentences: int, port: int, adapter: Path) -> float:
+def _clients(count: int, seconds: float, port: int, adapter: Path) -> float:
     """Tokens per second of several clients together, each of which translates one sentence at a time."""
-    spans = [range(i * sentences, (i + 1) * sentences) for i in range(count)]
+    spans = [range(i * _PER_CLIENT, (i + 1) * _PER_CLIENT) for i in range(count)]
     url = f"grpc://127.0.0.1:{port}"
-    records = at_once(
-        "benchmarks.decode_worker", [(url, str(_DATA), str(adapter), str(s.start), str(s.stop)) for s in spans]
-    )
-    return float(sum(record["tokens"] for record in records) / max(record["seconds"] for record in records))
+    arguments = [(url, str(_DATA), str(adapter), str(s.start), str(s.stop), str(seconds)) for s in spans]
+    return float(sum(record["tokens"] for record in at_once("benchmarks.decode_worker", arguments)) / seconds)
 
 
 class Peer:

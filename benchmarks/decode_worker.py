@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -12,22 +13,31 @@ import torch
 from data_owner_client import DecodingSettings, Interpolation, TrainedAdapter, connect, read_pairs, translate
 
 
-def main(url: str, data: str, adapter: str, start: str, stop: str) -> None:
-    """Translate the test sentences [start, stop) one at a time, as somebody at a keyboard would."""
+def main(url: str, data: str, adapter: str, start: str, stop: str, seconds: str) -> None:
+    """Translate the test sentences [start, stop), one at a time as somebody at a keyboard would, again and again.
+
+    Tokens count that are certain before `seconds` are over: all clients are busy until then.
+    """
     torch.set_num_threads(1)
     sources = [pair.source for pair in read_pairs(Path(data) / "test.jsonl")][int(start) : int(stop)]
     trained = TrainedAdapter.load(Path(adapter))
-    settings = DecodingSettings(batch_size=1)
+    gradual, settings = Interpolation(schedule="gradual"), DecodingSettings(batch_size=1)
+    tokens = 0
     with connect(url) as plm:
         trained.card.task.stop_ids(plm.tokenizer)  # loaded before the clock starts
         print("ready", flush=True)
         sys.stdin.readline()
-        started = time.perf_counter()
-        result = translate(
-            plm, sources, adapter=trained, interpolation=Interpolation(schedule="gradual"), decoding=settings
-        )
-        seconds = time.perf_counter() - started
-    print(json.dumps({"tokens": result.usage.tokens, "seconds": seconds}))
+        deadline = time.perf_counter() + float(seconds)
+
+        def count(text: int, token: int) -> None:
+            nonlocal tokens
+            tokens += time.perf_counter() < deadline
+
+        for source in itertools.cycle(sources):
+            if time.perf_counter() >= deadline:
+                break
+            translate(plm, [source], adapter=trained, interpolation=gradual, decoding=settings, on_token=count)
+    print(json.dumps({"tokens": tokens}))
 
 
 if __name__ == "__main__":
