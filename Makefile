@@ -21,6 +21,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.build_memory
 	$(BIN)/python -m benchmarks.compact_rows
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.packing
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -9,6 +9,7 @@ token.
 from __future__ import annotations
 
 import copy
+import math
 import threading
 import time
 from collections import deque
@@ -159,7 +160,10 @@ class Scheduler:
                 self._requests -= 1
                 self._tokens[caller.client] -= tokens
                 if not self._tokens[caller.client]:
-                    del self._tokens[caller.client], self._given[caller.client]
+                    del self._tokens[caller.client]
+                    # Who comes back soon is not forgiven what it was given; the others have caught up.
+                    least = min((self._given[client] for client in self._tokens), default=math.inf)
+                    self._given = {c: given for c, given in self._given.items() if c in self._tokens or given > least}
         if ticket.error is not None:
             raise ticket.error
         return [result for result in ticket.results if result is not None]
@@ -180,7 +184,8 @@ class Scheduler:
             self._requests += 1
             self._tokens[client] = own + tokens
             # Who was away has saved up nothing.
-            self._given[client] = max(self._given.get(client, 0.0), min(self._given.values(), default=0.0))
+            least = min((self._given[other] for other in self._tokens if other in self._given), default=0.0)
+            self._given[client] = max(self._given.get(client, 0.0), least)
             self._queues.setdefault(client, deque()).append(ticket)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
@@ -201,7 +206,7 @@ class Scheduler:
                 for ticket in [ticket for queue in self._queues.values() for ticket in queue]:
                     ticket.fail(error)
                 self._queues.clear()
-            self._give_up_drafting(error)
+                self._give_up_drafting(list(self._drafted.values()), error)
             raise
 
     def _take_turns(self) -> None:
@@ -211,7 +216,7 @@ class Scheduler:
                     if not self._changed.wait(_LINGER_S) and not self._queues:
                         self._thread = None
                         return
-                heads = [part for client in sorted(self._queues, key=self._given_to) if (part := self._peek(client))]
+                heads = [part for client in sorted(self._queues, key=self._given_to) for part in self._heads(client)]
                 encoding = self._next_to_encode(heads)
                 joining = [] if encoding else self._next_to_draft(heads)
             if encoding:
@@ -222,32 +227,32 @@ class Scheduler:
     def _given_to(self, client: str) -> float:
         return self._given.get(client, 0.0)
 
-    def _peek(self, client: str) -> _Part | None:
-        """A client's next batch whose reader still waits for it."""
-        queue = self._queues[client]
-        while queue:
-            ticket = queue[0]
+    def _heads(self, client: str) -> list[_Part]:
+        """The next batch of each of a client's requests, as far as somebody still waits for it."""
+        for ticket in self._queues[client]:
             if ticket.waiting and ticket.caller.departed.is_set():
                 ticket.fail(Departed("The client has gone."))
-            if ticket.waiting:
-                return _Part(ticket, *ticket.waiting[0])
-            queue.popleft()
-        del self._queues[client]
-        return None
+        queue = deque(ticket for ticket in self._queues[client] if ticket.waiting)
+        if queue:
+            self._queues[client] = queue
+        else:
+            del self._queues[client]
+        return [_Part(ticket, *ticket.waiting[0]) for ticket in queue]
 
     def _next_to_encode(self, heads: Sequence[_Part]) -> list[_Part]:
         """The next batch to encode, unless it is the turn of those who draft; filled up with others' small ones.
 
         A client's own are never put together: a memory is computed in the same way whenever it is built alone.
         """
-        drafting = [self._given_to(part.client) for part in self._drafted.values()]
-        drafting += [self._given_to(part.client) for part in heads if isinstance(part.work, DraftBatch)]
+        drafting = {part.client for part in self._drafted.values()}
+        drafting |= {part.client for part in heads if self._may_join(part, [])}
         parts: list[_Part] = []
         batch: EncodeBatch | None = None
         for part in heads:
-            if not isinstance(part.work, EncodeBatch):
+            if not isinstance(part.work, EncodeBatch) or part.client in {other.client for other in parts}:
                 continue
-            if batch is None and any(given <= self._given_to(part.client) for given in drafting):
+            before = drafting - {part.client}
+            if batch is None and any(self._given_to(client) <= self._given_to(part.client) for client in before):
                 return []
             if batch is None or self._go_together(batch, part.work):
                 part.ticket.waiting.popleft()
@@ -264,19 +269,25 @@ class Scheduler:
     def _next_to_draft(self, heads: Sequence[_Part]) -> list[_Part]:
         """What joins those that are being drafted: as much as there is room for."""
         joining: list[_Part] = []
-        for head in heads:
-            part: _Part | None = head
-            while part is not None and self._may_join(part, joining):
+        for part in heads:
+            if self._may_join(part, joining):
                 part.ticket.waiting.popleft()
                 joining.append(part)
-                part = _Part(part.ticket, *part.ticket.waiting[0]) if part.ticket.waiting else None
+            elif isinstance(part.work, DraftBatch) and not self._exceeds_its_half(part, joining):
+                break  # or small ones could take its room again and again
         return joining
 
     def _may_join(self, part: _Part, joining: Sequence[_Part]) -> bool:
         if not isinstance(part.work, DraftBatch):
             return False
         there = [*self._drafted.values(), *joining]
-        return not there or sum(other.work.tokens for other in (*there, part)) <= self._drafting_tokens
+        fits = not there or _room([*there, part]) <= self._drafting_tokens
+        return fits and not self._exceeds_its_half(part, joining)
+
+    def _exceeds_its_half(self, part: _Part, joining: Sequence[_Part]) -> bool:
+        """Whether a client would have more than half of the room for drafts."""
+        own = [other for other in (*self._drafted.values(), *joining) if other.client == part.client]
+        return bool(own) and _room([*own, part]) > self._drafting_tokens // 2
 
     def _encode(self, parts: list[_Part]) -> None:
         batch, results = _joined(parts), list[Encoded]()
@@ -293,12 +304,14 @@ class Scheduler:
             return
         batches = {part.work: part for part in joining if isinstance(part.work, DraftBatch)}
         self._drafted |= batches
-        done: list[tuple[DraftBatch, Decoded]] = []
-        with self._charged(list(self._drafted.values())) as spend:
-            if batches:
+        if batches:
+            with self._charged(joining) as spend:
                 spend(self._drafting.join(list(batches)), joining)
+        parts, done = list(self._drafted.values()), list[tuple[DraftBatch, Decoded]]()
+        if not parts:
+            return
+        with self._charged(parts) as spend:
             done = self._drafting.step()
-            parts = list(self._drafted.values())
             spend(max(_STEP_TOKENS, sum(len(part.work.token_ids) for part in parts)), parts)
         for batch, result in done:
             part = self._drafted.pop(batch)
@@ -311,9 +324,11 @@ class Scheduler:
                 del self._drafted[batch]
                 _fail([part], Departed("The client has gone."))
 
-    def _give_up_drafting(self, error: Exception) -> None:
-        """After an error nobody knows in what state the drafts are."""
-        _fail(list(self._drafted.values()), error)
+    def _give_up_drafting(self, failed: Sequence[_Part], error: Exception) -> None:
+        """After an error nobody knows in what state the drafts are: others' requests can be made again."""
+        _fail(failed, error)
+        again = Overloaded("A request beside this one failed.", hint="Make it again.", retry_after_s=_RETRY_AFTER_S[0])
+        _fail([part for part in self._drafted.values() if part not in failed], again)
         self._drafted.clear()
         self._drafting = self._engine.drafting(self._batch_tokens)
 
@@ -341,10 +356,16 @@ class Scheduler:
                         self._given[part.client] += tokens * len(part.work.token_ids) / sequences
             rate = sum(tokens for tokens, _ in spent) / max(seconds, 1e-9)
             self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
-        if error is not None:
+        if error is not None and any(isinstance(part.work, DraftBatch) for part in parts):
+            self._give_up_drafting(parts, error)
+        elif error is not None:
             _fail(parts, error)
-            if any(isinstance(part.work, DraftBatch) for part in parts):
-                self._give_up_drafting(error)
+
+
+def _room(parts: Sequence[_Part]) -> int:
+    """Tokens that batches may come to hold together: all their sequences are padded to the longest."""
+    works = [part.work for part in parts if isinstance(part.work, DraftBatch)]
+    return sum(len(work.token_ids) for work in works) * max(work.width for work in works)
 
 
 def _joined(parts: Sequence[_Part]) -> EncodeBatch:

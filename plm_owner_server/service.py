@@ -97,7 +97,7 @@ class PlmService:
         threads = torch.get_num_threads()
         self._scheduler = Scheduler(
             engine,
-            begin_thread=lambda: torch.set_num_threads(threads),
+            begin_thread=lambda: _use_threads(threads),
             batch_tokens=settings.batch_tokens,
             padding_tokens=settings.padding_tokens,
             drafting_tokens=settings.drafting_tokens,
@@ -339,6 +339,11 @@ class PlmService:
                 "A token id lies outside the vocabulary.",
                 hint=f"Ids are 0 to {self._card.vocab_size - 1}; tokenise with this server's own tokenizer.",
             )
+
+
+def _use_threads(threads: int) -> None:
+    torch.get_num_threads()  # which may still take the process's number over, and that may be a worker's
+    torch.set_num_threads(threads)
 
 
 def _check_one_each(name: str, values: Sequence[int], sequences: Sequence[Sequence[int]]) -> None:

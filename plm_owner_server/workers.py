@@ -22,6 +22,7 @@ def _alone(work: Callable[[], _Result]) -> _Result:
     # Every thread that lets torch use several cores gets a team of helpers. More teams than cores make OpenMP put
     # helpers to sleep after each operation: then the model's own steps take half as long again.
     if not getattr(_thread, "is_set", False):
+        torch.get_num_threads()  # which may still take the process's number over
         torch.set_num_threads(1)
         _thread.is_set = True
     return work()

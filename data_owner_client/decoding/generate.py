@@ -12,11 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import astuple, dataclass, field
 from itertools import accumulate
 from operator import mul
-from typing import Self
 
 import torch
 
@@ -231,15 +230,13 @@ def generate(
     batch_size = max(1, min(settings.batch_size, limits.max_sequences, limits.max_rows // settings.max_new_tokens))
     # Longest prompts first, or the last one to begin might be the longest.
     waiting, active, alone = sorted(sequences, key=lambda s: len(s.prompt)), list[_Sequence](), list[_Sequence]()
-    ending = _Ending(decoding)
-    with (reporter or Reporter()).bar("generating", len(sequences), "sequences") as bar, ending:
+    ending = _Ending(decoding, batch_size)
+    with (reporter or Reporter()).bar("generating", len(sequences), "sequences") as bar:
         while waiting or active or alone or ending.calls:
             while waiting and len(active) < batch_size:
                 newest = waiting.pop()
                 (alone if newest.finished_at == 0 else active).append(newest)
-            while alone and ending.has_room:
-                ending.begin(alone[:batch_size])
-                del alone[:batch_size]
+            ending.begin(alone)
             came: list[_Sequence] = []
             if active:
                 decoding.go_on(active)
@@ -256,33 +253,35 @@ def generate(
 class _Ending:
     """Sequences that the server finishes alone, where λ is 0 for good: to the end in one call, beside the others'."""
 
-    def __init__(self, decoding: _Decoding) -> None:
+    def __init__(self, decoding: _Decoding, batch_size: int) -> None:
         self._decoding = decoding
-        self._pool = ThreadPoolExecutor(_MOST_ENDING, thread_name_prefix="ending")
-        self.calls: list[Future[_Answer]] = []
+        self._batch_size = batch_size
+        self.calls: dict[Future[_Answer], int] = {}  # and how many sequences each has
 
-    def __enter__(self) -> Self:
-        return self
+    def begin(self, alone: list[_Sequence]) -> None:
+        """Let the server finish some of these, which leave the list: a batch with those on their way."""
+        room = self._batch_size - sum(self.calls.values())
+        if not alone or room <= 0 or len(self.calls) >= _MOST_ENDING:
+            return
+        batch, alone[:] = alone[:room], alone[room:]
+        rest, call = [self._decoding.rest(s) for s in batch], Future[_Answer]()
 
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)  # an answer may be far away, and nobody waits for it
+        def ask() -> None:
+            try:
+                call.set_result(self._decoding.ask(batch, [[]] * len(batch), rest))
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the call must hear of it
+                call.set_exception(error)
 
-    @property
-    def has_room(self) -> bool:
-        """Whether one more call may be on its way."""
-        return len(self.calls) < _MOST_ENDING
-
-    def begin(self, batch: list[_Sequence]) -> None:
-        """Let the server finish these."""
-        rest = [self._decoding.rest(s) for s in batch]
-        self.calls.append(self._pool.submit(self._decoding.ask, batch, [[]] * len(batch), rest))
+        # A pool's threads would keep a program from ending before their answers are there.
+        threading.Thread(target=ask, name="ending", daemon=True).start()
+        self.calls[call] = len(batch)
 
     def those_back(self, *, wait: bool) -> list[_Sequence]:
         """The sequences whose call was answered meanwhile; `wait` for one of them."""
         started = time.perf_counter()
         done = futures.wait(self.calls, None if wait else 0, futures.FIRST_COMPLETED).done
         self._decoding.usage.server_s += time.perf_counter() - started
-        self.calls = [call for call in self.calls if call not in done]
+        self.calls = {call: size for call, size in self.calls.items() if call not in done}
         answers = [call.result() for call in done]
         for answer in answers:
             self._decoding.take_in(answer)

@@ -106,6 +106,8 @@ class Copying:
                 matching += 1
             if matching > longest:
                 longest, follows = matching, at
+            if longest == min(len(generated), 4):
+                break
         copied = ids[follows : follows + min(most, MOST_OFFERS)] if longest else []
         return [self._offer(token, min(longest + step, 4)) for step, token in enumerate(copied)]
 

@@ -120,9 +120,14 @@ class DraftBatch:
     tenant: str = ""
 
     @property
+    def width(self) -> int:
+        """Tokens that its longest sequence may come to have."""
+        return max(map(len, self.token_ids)) + max(self.look_ahead)
+
+    @property
     def tokens(self) -> int:
-        """Tokens whose attention states it may come to hold, padding included."""
-        return len(self.token_ids) * (max(map(len, self.token_ids)) + max(self.look_ahead))
+        """Tokens that it may come to hold, padding included, if it is drafted alone."""
+        return len(self.token_ids) * self.width
 
 
 class Drafting(Protocol):

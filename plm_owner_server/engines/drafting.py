@@ -18,32 +18,20 @@ from plm_owner_server.engines.vocabulary import Vocabulary
 from protocol.checks import echo
 
 
-@dataclass(frozen=True, eq=False)
-class _Noted:
-    """What is kept of a forward pass: the positions wanted of all its sequences.
-
-    Attributes:
-        run: the pass.
-        columns: CRs, log-sum-exp, top-1, its log-probability and, where it is something else, the head's input.
-    """
-
-    run: Pass
-    columns: tuple[Tensor, ...]
-
-
 @dataclass(eq=False)
 class _Batch:
     """A batch while it is drafted.
 
     Attributes:
         asked: what was asked for.
-        noted: passes that it took part in.
+        noted: of each pass that it took part in, the positions wanted: CRs, log-sum-exp, top-1, its log-probability
+            and, where it is something else, the head's input.
         going_on: sequences that are still drafted.
     """
 
     asked: DraftBatch
     sequences: list[_Sequence] = field(default_factory=list)
-    noted: list[_Noted] = field(default_factory=list)
+    noted: list[tuple[Tensor, ...]] = field(default_factory=list)
     going_on: int = 0
 
 
@@ -58,7 +46,8 @@ class _Sequence:
         last: tokens that it may have at most.
         known: tokens whose states were kept before.
         places: of each wanted position so far, its pass among the batch's and its row in that one's columns.
-        prompt_run: the pass that ran the end of the prompt, and the sequence's row in it.
+        prompt_run: the tokens of the pass that ran the end of the prompt, the sequence's row in it, and the position of
+            that row's first token.
     """
 
     batch: _Batch
@@ -68,7 +57,7 @@ class _Sequence:
     last: int
     known: int
     places: list[tuple[int, int]] = field(default_factory=list)
-    prompt_run: tuple[Pass, int] | None = None
+    prompt_run: tuple[Tensor, int, int] | None = None
 
 
 class BatchedDrafting:
@@ -169,23 +158,27 @@ class BatchedDrafting:
 
     def _note(self, run: Pass, sequences: Sequence[_Sequence]) -> None:
         """Note the positions wanted of a pass, and what it chose for those that go on."""
-        places, numbers, newest = list[int](), dict[_Batch, int](), list[int]()
+        places, newest = list[int](), list[int]()
+        rows: dict[_Batch, list[int]] = {}  # of each batch, among the places
         for row, sequence in enumerate(sequences):
             if sequence.prompt_run is None:
-                sequence.prompt_run = run, row
-            number = numbers.setdefault(sequence.batch, len(sequence.batch.noted))
+                sequence.prompt_run = run.token_ids_B_T, row, run.first[row]
+            own = rows.setdefault(sequence.batch, [])
             start = sequence.start + len(sequence.places)
             wanted = run.places(row, start, len(sequence.token_ids))
-            sequence.places += [(number, len(places) + i) for i in range(len(wanted))]
+            sequence.places += [(len(sequence.batch.noted), len(own) + i) for i in range(len(wanted))]
+            own += range(len(places), len(places) + len(wanted))
             places += wanted
             newest.append(len(places) - 1)
-        noted = _Noted(run, self._columns(run, places))
-        for batch in numbers:
-            batch.noted.append(noted)
+        columns = self._columns(run, places)
+        for batch, own in rows.items():
+            # Its own rows alone: it may be drafted long after the others.
+            own_N = self._runner.send(torch.tensor(own))
+            batch.noted.append(columns if len(rows) == 1 else tuple(c.index_select(0, own_N) for c in columns))
         going_on = [row for row, sequence in enumerate(sequences) if len(sequence.token_ids) < sequence.last]
         if going_on:
             rows_A = self._runner.send(torch.tensor([newest[row] for row in going_on]))
-            self._chosen.append((noted.columns[2].index_select(0, rows_A), [sequences[row] for row in going_on]))
+            self._chosen.append((columns[2].index_select(0, rows_A), [sequences[row] for row in going_on]))
 
     def _columns(self, run: Pass, places: Sequence[int]) -> tuple[Tensor, ...]:
         places_N = self._runner.send(torch.tensor(places))
@@ -223,6 +216,8 @@ class BatchedDrafting:
         self._cache.remove(row)
         self._rows[row] = self._rows[-1]
         self._rows.pop()
+        if not self._rows:
+            self._cache = AlignedCache()  # its buffers are let go
 
     def _end(self, sequence: _Sequence) -> None:
         sequence.batch.going_on -= 1
@@ -231,23 +226,20 @@ class BatchedDrafting:
 
     def _result(self, batch: _Batch) -> Decoded:
         """All positions, sequence by sequence."""
-        starts = [0, *accumulate(len(noted.columns[0]) for noted in batch.noted)]
+        starts = [0, *accumulate(len(columns[0]) for columns in batch.noted)]
         order = [starts[number] + row for sequence in batch.sequences for number, row in sequence.places]
         order_N = self._runner.send(torch.tensor(order))
-        columns = [
-            torch.cat(parts).index_select(0, order_N)
-            for parts in zip(*(noted.columns for noted in batch.noted), strict=True)
-        ]
+        columns = [torch.cat(parts).index_select(0, order_N) for parts in zip(*batch.noted, strict=True)]
         prompts = [sequence.prompt_run for sequence in batch.sequences if sequence.prompt_run is not None]
-        runs = list(dict.fromkeys(run for run, _ in prompts))
-        columns += [run.token_ids_B_T for run in runs]
+        runs = list({id(ids_B_T): ids_B_T for ids_B_T, _, _ in prompts}.values())
+        columns += runs
         cr_N_D, logsumexp_N, top1_N, top1_logprob_N, *rest = to_host(*columns)
-        ran = {run: tokens_B_T.tolist() for run, tokens_B_T in zip(runs, rest[-len(runs) :], strict=True)}
+        ran = {id(run): ids_B_T.tolist() for run, ids_B_T in zip(runs, rest[-len(runs) :], strict=True)}
         return Decoded(
             rows=[len(sequence.places) for sequence in batch.sequences],
             echo=[
-                _echo(sequence, run.first[row], ran[run][row])
-                for sequence, (run, row) in zip(batch.sequences, prompts, strict=True)
+                _echo(sequence, first, ran[id(run)][row])
+                for sequence, (run, row, first) in zip(batch.sequences, prompts, strict=True)
             ],
             cr_N_D=cr_N_D,
             last_hidden_N_D=rest[0] if self._with_last_hidden else None,

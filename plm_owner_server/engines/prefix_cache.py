@@ -2,7 +2,7 @@
 
 A radix tree over token ids: texts share the part they share, as the prompts of a task do, and a text that goes on from
 an earlier one finds all of it. Only an optimisation: a miss costs time, and nothing else. Each tenant has branches of
-its own from the root on, so that nobody learns from the time an answer takes what another has asked.
+its own from the root on, so that none learns from the time an answer takes what another has asked.
 """
 
 from __future__ import annotations
@@ -94,10 +94,12 @@ class PrefixCache:
     def _split(self, node: _Node, at: int) -> _Node:
         """Divide a node in two, so that another text can branch off; the upper part."""
         assert node.parent is not None  # noqa: S101  (for the type checker: the root is never split)
-        # Copies: a view would keep the memory of both parts until both are gone.
-        upper = _Node(node.key, node.ids[:at], node.kv_T_F[:at].clone(), node.parent)
+        # Copies: a view would keep the memory of both parts until both are gone. Both before the tree is touched, as
+        # there may be no memory for them.
+        upper_T_F, lower_T_F = node.kv_T_F[:at].clone(), node.kv_T_F[at:].clone()
+        upper = _Node(node.key, node.ids[:at], upper_T_F, node.parent)
         node.parent.children[upper.key] = upper
-        node.key, node.ids, node.kv_T_F, node.parent = node.ids[at], node.ids[at:], node.kv_T_F[at:].clone(), upper
+        node.key, node.ids, node.kv_T_F, node.parent = node.ids[at], node.ids[at:], lower_T_F, upper
         upper.children[node.key] = node
         self._nodes[upper] = None
         return upper

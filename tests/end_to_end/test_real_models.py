@@ -44,9 +44,10 @@ PAIRS = [
 
 @dataclass(frozen=True)
 class Real:
-    """A served model and the same one in this process."""
+    """A served model, over both transports, and the same one in this process."""
 
     plm: RemotePlm
+    over_grpc: RemotePlm
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     task: Task
@@ -56,13 +57,18 @@ class Real:
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
     name = request.param
     log = tmp_path_factory.mktemp("server") / "log"
-    with processes.server(log, "--model", name) as url, connect(url, dtype="float32") as plm:
+    grpc_port = processes.free_port()
+    with (
+        processes.server(log, "--model", name, grpc_port=grpc_port) as url,
+        connect(url, dtype="float32") as plm,
+        connect(f"grpc://127.0.0.1:{grpc_port}", dtype="float32") as over_grpc,
+    ):
         folder = resolve(name, ServerSettings(_env_file=None).cache_dir).folder
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         task = load_task("translate-en-de")
         if name == "smollm2-135m":  # an instruct model: the same task through its own chat template
             task = task.model_copy(update={"format": "chat", "stop": None})
-        yield Real(plm, model, AutoTokenizer.from_pretrained(folder), task)
+        yield Real(plm, over_grpc, model, AutoTokenizer.from_pretrained(folder), task)
 
 
 def test_tokenizer_is_the_owners(real: Real) -> None:
@@ -131,17 +137,23 @@ def test_the_whole_of_pema_is_the_slow_reference(real: Real, tmp_path: Path) -> 
             Interpolation(schedule="constant", lambda_max=0.7),
         ):
             sources = ["Turn off the light", "Enter the name of the sensor"]
-            ours = translate(
-                real.plm,
-                sources,
-                adapter=adapter,
-                interpolation=interpolation,
-                decoding=DecodingSettings(8, look_ahead=3),
-            )
+            ours = [
+                translate(
+                    plm,
+                    sources,
+                    adapter=adapter,
+                    interpolation=interpolation,
+                    decoding=DecodingSettings(8, k, batch_size),
+                ).token_ids
+                for plm in (real.plm, real.over_grpc)
+                for k in (0, 1, 4, 8, None)
+                for batch_size in (1, 7)
+            ]
             alone = translate(real.plm, sources, task=real.task, decoding=DecodingSettings(8))
-            for source, token_ids in zip(sources, ours.token_ids, strict=True):
+            expected = []
+            for source in sources:
                 horizon = adapter.horizon(tokenizer.count(source))
-                expected = reference.decode(
+                text = reference.decode(
                     tokenizer.encode_prompt(real.task.prompt(source, tokenizer)),
                     adapter.adapter.state_dict(),
                     adapter.card.form,
@@ -149,7 +161,8 @@ def test_the_whole_of_pema_is_the_slow_reference(real: Real, tmp_path: Path) -> 
                     schedule(interpolation.schedule, interpolation.lambda_max, horizon, 8),
                     real.task.stop_ids(tokenizer) | frozenset(real.plm.card.eos_token_ids),
                 )
-                assert token_ids == expected
-            assert ours.token_ids != alone.token_ids
+                expected.append(text)
+            assert all(token_ids == expected for token_ids in ours)
+            assert expected != alone.token_ids
     finally:
         real.model.float()
