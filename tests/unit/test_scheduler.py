@@ -265,8 +265,7 @@ def test_what_is_too_much_is_turned_away_with_a_time_to_come_back(desk: Callable
     d.engine.go.clear()
     d.engine.entered.clear()
     d.asked = 0
-    d.hold()  # 10 tokens
-    waiting = [d.ask("one", encode(3, tokens=45))]
+    waiting = [d.hold(), d.ask("one", encode(3, tokens=45))]  # 10 and 45 tokens
     with pytest.raises(Overloaded):  # its half is full
         d.ask("one", encode(4)).result(30)
     d.asked -= 1
