@@ -20,7 +20,7 @@ from tests.end_to_end.processes import Owner, client_command, client_json, owner
 from tests.end_to_end.test_command_line import WORDS, write_pairs
 
 LINES = 120
-IMPATIENT = ["--timeout", "1.5", "--give-up-after", "30", "--max-new-tokens", "24"]
+IMPATIENT = ["--timeout", "1.5", "--give-up-after", "120", "--max-new-tokens", "24"]
 MIB = 2**20
 
 
