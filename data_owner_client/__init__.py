@@ -7,8 +7,8 @@ The verbs of `pema-client` as functions:
 
 from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.data import Pair, read_pairs, read_parallel
-from data_owner_client.decoding.generate import DecodingSettings
 from data_owner_client.decoding.interpolation import Interpolation
+from data_owner_client.decoding.rounds import DecodingSettings
 from data_owner_client.generation import Generation, generate, translate
 from data_owner_client.memory import ExternalMemory
 from data_owner_client.plm import RemotePlm

@@ -15,9 +15,9 @@ from data_owner_client import verbs
 from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.connection import GIVE_UP_AFTER_S
 from data_owner_client.data import Format
-from data_owner_client.decoding.generate import DecodingSettings
 from data_owner_client.decoding.interpolation import Interpolation, Schedule
 from data_owner_client.decoding.lookup import Lookup
+from data_owner_client.decoding.rounds import DecodingSettings
 from data_owner_client.decoding.sampling import Sampling
 from data_owner_client.generation import lookup_in
 from data_owner_client.plm import RemotePlm

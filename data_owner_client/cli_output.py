@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_owner_client.decoding.choosing import Choice
-from data_owner_client.decoding.generate import Usage
+from data_owner_client.decoding.rounds import Usage
 from data_owner_client.files import write_atomically
 from data_owner_client.generation import Generation
 from data_owner_client.jobs import Job

@@ -10,16 +10,11 @@ from typing import TypedDict, Unpack
 
 from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.decoding.choosing import Choice
-from data_owner_client.decoding.generate import (
-    DEFAULT_DECODING,
-    Continuation,
-    DecodingSettings,
-    Usage,
-    require_room,
-)
+from data_owner_client.decoding.generate import Continuation, require_room
 from data_owner_client.decoding.generate import generate as generate_ids
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.decoding.lookup import Lookup
+from data_owner_client.decoding.rounds import DEFAULT_DECODING, DecodingSettings, Usage
 from data_owner_client.decoding.sampling import Sampling
 from data_owner_client.memory import ExternalMemory
 from data_owner_client.memory.store import TRAIN, ModelIdentity

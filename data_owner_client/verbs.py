@@ -22,9 +22,9 @@ from data_owner_client import plotting
 from data_owner_client.adapter import AdapterCard, TrainedAdapter
 from data_owner_client.connection import GIVE_UP_AFTER_S, open_connection
 from data_owner_client.data import Pair, split_validation
-from data_owner_client.decoding.generate import DEFAULT_DECODING, DecodingSettings
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.decoding.lookup import Lookup
+from data_owner_client.decoding.rounds import DEFAULT_DECODING, DecodingSettings
 from data_owner_client.evaluation import Perplexities, TextScores, perplexities, plm_target_logprobs, text_scores
 from data_owner_client.generation import Generation, translate
 from data_owner_client.memory import ExternalMemory, MemoryRows, build_memory

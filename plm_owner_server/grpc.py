@@ -21,7 +21,7 @@ from plm_owner_server.accounts import answerable, request_id_of, timing_of
 from plm_owner_server.holder import ServiceHolder
 from plm_owner_server.scheduler import Caller, Spent
 from plm_owner_server.service import PlmService
-from plm_owner_server.workers import in_worker
+from plm_owner_server.threads import in_worker
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.codec import Message
 from protocol.errors import PemaError, to_problem

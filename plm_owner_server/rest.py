@@ -21,7 +21,7 @@ from plm_owner_server.accounts import answerable, request_id_of, timing_of
 from plm_owner_server.holder import ServiceHolder
 from plm_owner_server.scheduler import Caller, Departed
 from plm_owner_server.service import PlmService
-from plm_owner_server.workers import in_worker
+from plm_owner_server.threads import in_worker
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import (
     PROBLEM_JSON,

@@ -17,6 +17,7 @@ from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Enco
 from plm_owner_server.gathering import Gathered, present
 from plm_owner_server.scheduler import Caller, Scheduler
 from plm_owner_server.settings import ServerSettings
+from plm_owner_server.threads import use_cores
 from protocol.checks import echoes, require_finite
 from protocol.codec import raw_bytes
 from protocol.errors import InvalidRequest, OverLimit, Unsupported
@@ -94,10 +95,10 @@ class PlmService:
         self._tokenizer = tokenizer
         self._settings = settings
         self._bundle = bundle_tokenizer(tokenizer)
-        threads = torch.get_num_threads()
+        cores = torch.get_num_threads()
         self._scheduler = Scheduler(
             engine,
-            begin_thread=lambda: _use_threads(threads),
+            begin_thread=lambda: use_cores(cores),
             batch_tokens=settings.batch_tokens,
             padding_tokens=settings.padding_tokens,
             drafting_tokens=settings.drafting_tokens,
@@ -339,11 +340,6 @@ class PlmService:
                 "A token id lies outside the vocabulary.",
                 hint=f"Ids are 0 to {self._card.vocab_size - 1}; tokenise with this server's own tokenizer.",
             )
-
-
-def _use_threads(threads: int) -> None:
-    torch.get_num_threads()  # which may still take the process's number over, and that may be a worker's
-    torch.set_num_threads(threads)
 
 
 def _check_one_each(name: str, values: Sequence[int], sequences: Sequence[Sequence[int]]) -> None:

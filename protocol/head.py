@@ -33,10 +33,14 @@ class LMHead:
 
     def logits(self, h_N_D: Tensor) -> Tensor:
         """Logits [N, V] in the dtype of the weight."""
-        return self.of_products(F.linear(h_N_D.to(self.weight_V_D.dtype), self.weight_V_D, self.bias_V))
+        return self.of_products(self.products(h_N_D))
+
+    def products(self, h_N_D: Tensor) -> Tensor:
+        """h Wᵀ + b [N, V] in the dtype of the weight."""
+        return F.linear(h_N_D.to(self.weight_V_D.dtype), self.weight_V_D, self.bias_V)
 
     def of_products(self, logits_N_V: Tensor) -> Tensor:
-        """Logits of h Wᵀ + b, for whoever has a faster product."""
+        """The logits that products h Wᵀ + b are; for whoever has a faster product, too."""
         if self.logit_scale != 1.0:
             logits_N_V = logits_N_V * self.logit_scale
         if self.softcap is not None:

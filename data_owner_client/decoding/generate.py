@@ -1,115 +1,23 @@
-"""The decoding loop: one call to the server for all sequences of a batch, several tokens a call.
-
-The server drafts tokens greedily from its own distribution, or the client offers drafts of its own, looked up in texts
-that it has. The client takes the mixture's choice at each drafted position: as long as that is the draft itself, the
-next position's representation is the right one; at the first difference the client's choice stands, the rest is thrown
-away, and the next call goes on from there. The text is the same as without drafts.
-"""
+"""Generating: prompts in, texts of the mixture out, batch by batch and round by round."""
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent import futures
-from concurrent.futures import Future
-from dataclasses import astuple, dataclass, field
-from itertools import accumulate
-from operator import mul
+from dataclasses import dataclass
 
 import torch
 
 from data_owner_client.adapter import TrainedAdapter
-from data_owner_client.connection import Exchange
-from data_owner_client.decoding.choosing import Choice, Chooser, Position
+from data_owner_client.decoding.choosing import Choice, Chooser
 from data_owner_client.decoding.interpolation import Interpolation
-from data_owner_client.decoding.lookahead import MOST_DRAFTS, Agreement, Costs, Drafts, plan
-from data_owner_client.decoding.lookup import Copying, Drafter, Lookup, Offer
+from data_owner_client.decoding.lookup import Lookup
+from data_owner_client.decoding.rounds import DEFAULT_DECODING, DecodingSettings, Ending, Hypothesis, Rounds, Usage
 from data_owner_client.decoding.sampling import Noise, Sampling
 from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter
 from protocol.errors import InvalidData
-from protocol.messages import DecodeResponse
-from protocol.timing import ServerTiming
 
 _ALONE = Interpolation(schedule="none")
-# Drafts of the first rounds, until the costs are known, and for servers that do not tell them.
-_UNMEASURED_LOOK_AHEAD = 2
-# Calls for sequences that the server finishes alone, on their way at the same time.
-_MOST_ENDING = 4
-# What a sequence has shown of itself counts as much as all others together after so many drafts.
-_OWN_WEIGHT = 8.0
-
-
-@dataclass(frozen=True)
-class DecodingSettings:
-    """How to generate; of these only `max_new_tokens` can change a text.
-
-    Attributes:
-        max_new_tokens: longest continuation, in tokens.
-        look_ahead: tokens that the server drafts per call while the adapter has a say; None to adapt it to each
-            sequence's agreement and to the measured times, and to copy from the prompt where that pays more.
-        batch_size: sequences in one call; one that ends makes room for the next.
-    """
-
-    max_new_tokens: int = 128
-    look_ahead: int | None = None
-    batch_size: int = 32
-
-
-DEFAULT_DECODING = DecodingSettings()
-
-
-@dataclass
-class _Sequence:
-    """One sequence as it grows.
-
-    Attributes:
-        number: of its prompt.
-        prompt: token ids of the prompt.
-        lambdas: λ_t for every token that it may have.
-        finished_at: the position from which on λ is 0 for good.
-        expected: positions at which the mixture's choice was compared with the server's, each counted by the chance
-            that they agree.
-        agreed: those of them at which they did.
-        noise: what its draws depend on, when sampling.
-        choices: its tokens so far, and why.
-        done: whether it ended, by a stop token or by length.
-    """
-
-    number: int
-    prompt: list[int]
-    lambdas: list[float]
-    finished_at: int
-    noise: Noise | None = None
-    choices: list[Choice] = field(default_factory=list)
-    expected: float = 0.0
-    agreed: int = 0
-    done: bool = False
-
-    @property
-    def length(self) -> int:
-        """Tokens so far."""
-        return len(self.choices)
-
-    @property
-    def generated(self) -> list[int]:
-        """These tokens' ids."""
-        return [choice.token for choice in self.choices]
-
-    @property
-    def context(self) -> list[int]:
-        return self.prompt + self.generated
-
-    def position(self, t: int, drafts: Sequence[int]) -> Position:
-        """Where the choice of token t is made, if the drafts before it agree."""
-        # Only draws look at the context.
-        return Position(self.lambdas[t], t, self.noise, [*self.context, *drafts] if self.noise else ())
-
-    @property
-    def most(self) -> int:
-        """Tokens that may still be drafted, one more coming after them; negative if there is room for none."""
-        return len(self.lambdas) - self.length - 1
 
 
 @dataclass(frozen=True)
@@ -131,42 +39,6 @@ class Continuation:
     def logprob(self) -> float:
         """Of all tokens under the mixture, before temperature and the like."""
         return sum(choice.logprob for choice in self.choices)
-
-
-@dataclass
-class Usage:
-    """What a generation took; usages add up.
-
-    Attributes:
-        tokens: generated.
-        calls: to the server.
-        round_trips: of all sequences: a call counts once for each sequence in it.
-        drafted: tokens drafted by either side.
-        accepted: of these, how many were kept.
-        network_s: waited for the network.
-        server_s: waited for the server.
-        client_s: the client's own work.
-    """
-
-    tokens: int = 0
-    calls: int = 0
-    round_trips: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    network_s: float = 0.0
-    server_s: float = 0.0
-    client_s: float = 0.0
-
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
-
-    def __str__(self) -> str:
-        """In words."""
-        return (
-            f"{self.tokens:,} tokens, {self.round_trips / max(1, self.tokens):.2f} round trips per token, "
-            f"{self.accepted:,} of {self.drafted:,} drafts kept; waited {self.server_s:.1f} s for the server and "
-            f"{self.network_s:.1f} s for the network, {self.client_s:.1f} s of own work"
-        )
 
 
 def generate(
@@ -226,66 +98,28 @@ def generate(
             # The server drafts the most probable tokens, so it can go on alone only where these are wanted.
             sequence.finished_at = len(sequence.lambdas)
     chooser = Chooser(adapter, None if sampling is None else plm.full_head(reporter).to(torch.float32), sampling)
-    decoding = _Decoding(plm, chooser, stop_ids, settings, lookup, on_token)
+    rounds = Rounds(plm, chooser, stop_ids, settings, lookup, on_token)
     batch_size = max(1, min(settings.batch_size, limits.max_sequences, limits.max_rows // settings.max_new_tokens))
     # Longest prompts first, or the last one to begin might be the longest.
-    waiting, active, alone = sorted(sequences, key=lambda s: len(s.prompt)), list[_Sequence](), list[_Sequence]()
-    ending = _Ending(decoding, batch_size)
+    waiting, active, alone = sorted(sequences, key=lambda s: len(s.prompt)), list[Hypothesis](), list[Hypothesis]()
+    ending = Ending(rounds, batch_size)
     with (reporter or Reporter()).bar("generating", len(sequences), "sequences") as bar:
         while waiting or active or alone or ending.calls:
             while waiting and len(active) < batch_size:
                 newest = waiting.pop()
                 (alone if newest.finished_at == 0 else active).append(newest)
             ending.begin(alone)
-            came: list[_Sequence] = []
+            came: list[Hypothesis] = []
             if active:
-                decoding.go_on(active)
+                rounds.go_on(active)
                 came, active = active, []
             came += ending.those_back(wait=not came)
             bar.advance(sum(s.done for s in came))
             for sequence in came:
                 if not sequence.done:
                     (active if sequence.length < sequence.finished_at else alone).append(sequence)
-    decoding.usage.tokens = sum(s.length for s in sequences)
-    return [Continuation(s.choices) for s in sequences], decoding.usage
-
-
-class _Ending:
-    """Sequences that the server finishes alone, where λ is 0 for good: to the end in one call, beside the others'."""
-
-    def __init__(self, decoding: _Decoding, batch_size: int) -> None:
-        self._decoding = decoding
-        self._batch_size = batch_size
-        self.calls: dict[Future[_Answer], int] = {}  # and how many sequences each has
-
-    def begin(self, alone: list[_Sequence]) -> None:
-        """Let the server finish some of these, which leave the list: a batch with those on their way."""
-        room = self._batch_size - sum(self.calls.values())
-        if not alone or room <= 0 or len(self.calls) >= _MOST_ENDING:
-            return
-        batch, alone[:] = alone[:room], alone[room:]
-        rest, call = [self._decoding.rest(s) for s in batch], Future[_Answer]()
-
-        def ask() -> None:
-            try:
-                call.set_result(self._decoding.ask(batch, [[]] * len(batch), rest))
-            except BaseException as error:  # noqa: BLE001 - whoever waits for the call must hear of it
-                call.set_exception(error)
-
-        # A pool's threads would keep a program from ending before their answers are there.
-        threading.Thread(target=ask, name="ending", daemon=True).start()
-        self.calls[call] = len(batch)
-
-    def those_back(self, *, wait: bool) -> list[_Sequence]:
-        """The sequences whose call was answered meanwhile; `wait` for one of them."""
-        started = time.perf_counter()
-        done = futures.wait(self.calls, None if wait else 0, futures.FIRST_COMPLETED).done
-        self._decoding.usage.server_s += time.perf_counter() - started
-        self.calls = {call: size for call, size in self.calls.items() if call not in done}
-        answers = [call.result() for call in done]
-        for answer in answers:
-            self._decoding.take_in(answer)
-        return [sequence for answer in answers for sequence in answer.batch]
+    rounds.usage.tokens = sum(s.length for s in sequences)
+    return [Continuation(s.choices) for s in sequences], rounds.usage
 
 
 def require_room(plm: RemotePlm, prompt: Sequence[int], *, place: str) -> None:
@@ -305,168 +139,8 @@ def require_room(plm: RemotePlm, prompt: Sequence[int], *, place: str) -> None:
 
 def _begin(
     number: int, prompt: Sequence[int], horizon: float, interpolation: Interpolation, most_tokens: int
-) -> _Sequence:
+) -> Hypothesis:
     positions_T = torch.arange(most_tokens)
     lambdas = interpolation.weights(positions_T, torch.full((most_tokens,), horizon, dtype=torch.float64)).tolist()
     finished_at = next((t for t in range(most_tokens) if interpolation.finished(t, horizon)), most_tokens)
-    return _Sequence(number, list(prompt), lambdas, finished_at)
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What the server made of a call.
-
-    Attributes:
-        batch: the sequences asked about.
-        offers: drafts of the client's own that were sent.
-        waited_s: for the answer.
-        timing: where the server says that the time went.
-    """
-
-    batch: Sequence[_Sequence]
-    offers: Sequence[Sequence[Offer]]
-    response: DecodeResponse
-    waited_s: float
-    timing: ServerTiming | None
-
-
-class _Decoding:
-    """Rounds of one generation, and what is learned from them."""
-
-    def __init__(
-        self,
-        plm: RemotePlm,
-        chooser: Chooser,
-        stop_ids: frozenset[int],
-        settings: DecodingSettings,
-        lookup: Lookup | None,
-        on_token: Callable[[int, int], None] | None,
-    ) -> None:
-        self._plm = plm
-        self._chooser = chooser
-        self._stop_ids = stop_ids
-        self._look_ahead = settings.look_ahead
-        # Copying costs nothing but rows; still, who fixes the look-ahead wants no other drafts than he asks for.
-        self._drafters: list[Drafter] = [] if settings.look_ahead is not None else [Copying()]
-        self._drafters += [] if lookup is None else [lookup]
-        self._on_token = on_token
-        self._agreement = Agreement()
-        self._costs = Costs()
-        self.usage = Usage()
-
-    def go_on(self, batch: Sequence[_Sequence]) -> None:
-        """One call to the server for all sequences: every one of them grows by at least one token."""
-        started = time.perf_counter()
-        offers = [self._offers(s) for s in batch]
-        drafts = self._plan(batch, offers)
-        offers = [own[: d.offered] for own, d in zip(offers, drafts, strict=True)]
-        begins = any(not s.choices for s in batch)
-        answer = self.ask(batch, offers, [d.look_ahead for d in drafts])
-        self.take_in(answer)
-        round_s = time.perf_counter() - started
-        timing, waited_s, usage = answer.timing, answer.waited_s, self.usage
-        server_s = waited_s if timing is None else min(waited_s, timing.total_ms / 1000)
-        usage.server_s += server_s
-        usage.network_s += waited_s - server_s
-        usage.client_s += round_s - waited_s
-        # The first call runs what all prompts begin with, and may open the connection.
-        if timing is not None and usage.calls > 1:
-            rows = answer.response.rows_B.tolist()
-            mixed = any(offers) and not all(offers)  # a pass for those with drafts of the client's own, and one without
-            self._costs.learn(
-                round_s=round_s,
-                compute_s=timing.compute_ms / 1000,
-                steps=max(count - len(own) for count, own in zip(rows, offers, strict=True)) + mixed,
-                rows=sum(rows),
-                begins=begins,
-            )
-
-    def ask(self, batch: Sequence[_Sequence], offers: Sequence[Sequence[Offer]], look_ahead: Sequence[int]) -> _Answer:
-        """The call alone, in any thread."""
-        thread, timings = threading.get_ident(), list[ServerTiming | None]()
-
-        def note(exchange: Exchange) -> None:
-            if threading.get_ident() == thread:  # and not another call's
-                timings.append(exchange.timing)
-
-        asked = time.perf_counter()
-        with self._plm.observed_by(note):
-            response = self._plm.decode(
-                [s.context + [o.token for o in own] for s, own in zip(batch, offers, strict=True)],
-                look_ahead,
-                sorted(self._stop_ids),
-                from_position=[len(s.prompt) + s.length - 1 for s in batch],
-            )
-        # The last exchange is the one that was answered.
-        return _Answer(batch, offers, response, time.perf_counter() - asked, timings[-1] if timings else None)
-
-    def take_in(self, answer: _Answer) -> None:
-        """Let sequences grow by what the server answered."""
-        self._advance(answer.batch, answer.offers, answer.response)
-        self.usage.calls += 1
-        self.usage.round_trips += len(answer.batch)
-        self.usage.drafted += int(answer.response.rows_B.sum()) - len(answer.batch)
-
-    def rest(self, sequence: _Sequence) -> int:
-        """Tokens that the server may go on with, alone."""
-        return min(sequence.most, self._plm.card.limits.max_look_ahead)
-
-    def _offers(self, sequence: _Sequence) -> list[Offer]:
-        """The most promising drafts of the client's own."""
-        found = [drafter.after(sequence.prompt, sequence.generated, sequence.most) for drafter in self._drafters]
-        return max(found, key=lambda own: sum(accumulate((offer.chance for offer in own), mul)), default=[])
-
-    def _plan(self, batch: Sequence[_Sequence], offers: Sequence[Sequence[Offer]]) -> list[Drafts]:
-        """What is drafted of each sequence, by either side."""
-        fixed, limit = self._look_ahead, min(MOST_DRAFTS, self._plm.card.limits.max_look_ahead)
-        offered = [[offer.chance for offer in own] for own in offers]
-        if fixed is not None:
-            return [self._fixed(s, own, fixed) for s, own in zip(batch, offered, strict=True)]
-        if not self._costs.known:
-            return [Drafts(look_ahead=min(_UNMEASURED_LOOK_AHEAD, s.most, limit)) for s in batch]
-        chances = [[self._chance(s, s.length + step) for step in range(min(s.most, limit))] for s in batch]
-        return plan(chances, offered, self._costs)
-
-    def _fixed(self, sequence: _Sequence, offered: Sequence[float], look_ahead: int) -> Drafts:
-        """The server drafts as much as was asked for, unless the client's own drafts are likelier to be agreed with."""
-        if offered and offered[0] > self._chance(sequence, sequence.length):
-            return Drafts(offered=len(offered))
-        return Drafts(look_ahead=min(sequence.most, look_ahead, self._plm.card.limits.max_look_ahead))
-
-    def _chance(self, sequence: _Sequence, position: int) -> float:
-        """That the mixture agrees with the server's draft at a position, if it does with all before."""
-        own = (_OWN_WEIGHT + sequence.agreed) / (_OWN_WEIGHT + sequence.expected)
-        return min(1.0, own * self._agreement.rate(sequence.lambdas[position]))
-
-    def _advance(self, batch: Sequence[_Sequence], offers: Sequence[Sequence[Offer]], response: DecodeResponse) -> None:
-        """Append the mixture's tokens to every sequence, up to its first difference from the drafts."""
-        counts = response.rows_B.tolist()
-        # What each next position is conditioned on: the client's drafts, then the server's.
-        drafts = [
-            [*(offer.token for offer in own), *top1_K.tolist()[len(own) :]]
-            for own, top1_K in zip(offers, response.top1_N.split(counts), strict=True)
-        ]
-        positions = [
-            s.position(s.length + step, own[:step])
-            for s, own in zip(batch, drafts, strict=True)
-            for step in range(len(own))
-        ]
-        answers = iter(self._chooser.choose(response, positions))
-        for sequence, own, row in zip(batch, offers, drafts, strict=True):
-            kept = 0
-            for step, draft in enumerate(row):
-                choice = next(answers)
-                if kept < step or sequence.done:
-                    continue  # behind a difference, or the end
-                chosen = choice.token
-                sequence.expected += self._agreement.rate(choice.weight)
-                sequence.agreed += chosen == choice.plm_token
-                self._agreement.learn(choice.weight, agreed=chosen == choice.plm_token)
-                if step < len(own):
-                    own[step].drafter.learn(own[step], agreed=chosen == draft)
-                sequence.choices.append(choice)
-                if self._on_token is not None:
-                    self._on_token(sequence.number, chosen)
-                sequence.done = chosen in self._stop_ids or sequence.most < 0
-                self.usage.accepted += step > 0
-                kept += chosen == draft
+    return Hypothesis(number, list(prompt), lambdas, finished_at)

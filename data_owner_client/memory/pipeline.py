@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
+from data_owner_client.background import in_background
 from data_owner_client.connection.base import Exchange
 
 _In = TypeVar("_In")
@@ -58,13 +60,9 @@ class Window:
 def in_order(call: Callable[[_In], _Out], items: Iterable[_In], window: Window) -> Iterator[_Out]:
     """Results in the order of the items, while further calls run in threads."""
     waiting: deque[Future[_Out]] = deque()
-    pool = ThreadPoolExecutor(window.largest, thread_name_prefix="pipeline")
-    try:
-        for item in items:
-            waiting.append(pool.submit(call, item))
-            while len(waiting) >= window.size:
-                yield waiting.popleft().result()
-        while waiting:
+    for item in items:
+        waiting.append(in_background(partial(call, item)))
+        while len(waiting) >= window.size:
             yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # an answer may be minutes away, and nobody waits for it
+    while waiting:
+        yield waiting.popleft().result()

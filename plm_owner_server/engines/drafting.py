@@ -46,8 +46,8 @@ class _Sequence:
         last: tokens that it may have at most.
         known: tokens whose states were kept before.
         places: of each wanted position so far, its pass among the batch's and its row in that one's columns.
-        prompt_run: the tokens of the pass that ran the end of the prompt, the sequence's row in it, and the position of
-            that row's first token.
+        prompt_run: the tokens [T] of its row in the pass that ran the end of the prompt, padding included, and the
+            position of the first.
     """
 
     batch: _Batch
@@ -57,7 +57,7 @@ class _Sequence:
     last: int
     known: int
     places: list[tuple[int, int]] = field(default_factory=list)
-    prompt_run: tuple[Tensor, int, int] | None = None
+    prompt_run: tuple[Tensor, int] | None = None
 
 
 class BatchedDrafting:
@@ -162,7 +162,7 @@ class BatchedDrafting:
         rows: dict[_Batch, list[int]] = {}  # of each batch, among the places
         for row, sequence in enumerate(sequences):
             if sequence.prompt_run is None:
-                sequence.prompt_run = run.token_ids_B_T, row, run.first[row]
+                sequence.prompt_run = run.token_ids_B_T[row], run.first[row]
             own = rows.setdefault(sequence.batch, [])
             start = sequence.start + len(sequence.places)
             wanted = run.places(row, start, len(sequence.token_ids))
@@ -231,18 +231,17 @@ class BatchedDrafting:
         order_N = self._runner.send(torch.tensor(order))
         columns = [torch.cat(parts).index_select(0, order_N) for parts in zip(*batch.noted, strict=True)]
         prompts = [sequence.prompt_run for sequence in batch.sequences if sequence.prompt_run is not None]
-        runs = list({id(ids_B_T): ids_B_T for ids_B_T, _, _ in prompts}.values())
-        columns += runs
-        cr_N_D, logsumexp_N, top1_N, top1_logprob_N, *rest = to_host(*columns)
-        ran = {id(run): ids_B_T.tolist() for run, ids_B_T in zip(runs, rest[-len(runs) :], strict=True)}
+        columns.insert(0, torch.cat([ids_T for ids_T, _ in prompts]))
+        ran_P, cr_N_D, logsumexp_N, top1_N, top1_logprob_N, *last_hidden = to_host(*columns)
+        ran = ran_P.split([len(ids_T) for ids_T, _ in prompts])
         return Decoded(
             rows=[len(sequence.places) for sequence in batch.sequences],
             echo=[
-                _echo(sequence, first, ran[id(run)][row])
-                for sequence, (run, row, first) in zip(batch.sequences, prompts, strict=True)
+                _echo(sequence, first, ids_T.tolist())
+                for sequence, (_, first), ids_T in zip(batch.sequences, prompts, ran, strict=True)
             ],
             cr_N_D=cr_N_D,
-            last_hidden_N_D=rest[0] if self._with_last_hidden else None,
+            last_hidden_N_D=last_hidden[0] if last_hidden else None,
             logsumexp_N=logsumexp_N,
             top1_N=top1_N,
             top1_logprob_N=top1_logprob_N,

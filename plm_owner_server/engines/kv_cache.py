@@ -32,7 +32,7 @@ class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
             return self.keys, self.values
         steps, slots = key_states.shape[2], self.keys.shape[2]
         if self._end + steps > self._buffers[0].shape[2]:
-            self.hold([_room_for(old, slots, steps + _ROOM) for old in (self.keys, self.values)], slots)
+            self.hold([_stacked([old], slots, room=steps + _ROOM) for old in (self.keys, self.values)], slots)
         for buffer, new in zip(self._buffers, news, strict=True):
             buffer[: len(new), :, self._end : self._end + steps] = new
         self._show(rows=len(key_states), slots=slots + steps, end=self._end + steps)
@@ -93,7 +93,7 @@ class AlignedCache(Cache):  # type: ignore[misc]
         for ours, theirs in zip(self.held, other.held, strict=True):
             slots = max(ours.keys.shape[2], theirs.keys.shape[2])
             pairs = ((ours.keys, theirs.keys), (ours.values, theirs.values))
-            ours.hold([_stacked(own, new, slots) for own, new in pairs], slots)
+            ours.hold([_stacked(pair, slots, room=_ROOM) for pair in pairs], slots)
 
     def remove(self, row: int) -> None:
         """Let the last sequence take the place of one that leaves; the others stay where they are."""
@@ -167,20 +167,14 @@ def _cut(parts: Sequence[Tensor], length: int) -> Iterator[tuple[int, Tensor]]:
         at += len(part_S_F)
 
 
-def _room_for(old: Tensor, slots: int, room: int) -> Tensor:
-    batch, heads, _, width = old.shape
-    buffer = old.new_empty(batch, heads, slots + room, width)
-    buffer[:, :, :slots] = old
-    return buffer
-
-
-def _stacked(own: Tensor, new: Tensor, slots: int) -> Tensor:
-    _, heads, _, width = own.shape
-    buffer = own.new_empty(len(own) + len(new), heads, slots + _ROOM, width)
-    for part, rows in ((own, slice(0, len(own))), (new, slice(len(own), None))):
+def _stacked(parts: Sequence[Tensor], slots: int, *, room: int) -> Tensor:
+    """States of several sequences [B, H, slots + room, W]: padded on the left, with room on the right."""
+    _, heads, _, width = parts[0].shape
+    buffer = parts[0].new_empty(sum(map(len, parts)), heads, slots + room, width)
+    for rows, part in zip(buffer.split([len(part) for part in parts]), parts, strict=True):
         padding = slots - part.shape[2]
-        buffer[rows, :, :padding] = 0
-        buffer[rows, :, padding:slots] = part
+        rows[:, :, :padding] = 0
+        rows[:, :, padding:slots] = part
     return buffer
 
 

@@ -53,7 +53,7 @@ class TransformersEngine:
 
     Args:
         model: in evaluation mode, on its device.
-        cr_kind: which representation `encode` and `draft` give.
+        cr_kind: which representation its answers hold.
         prefix_cache_bytes: bound on the attention states kept for texts that begin alike or go on; 0 keeps none, and
             computes every token of every sequence.
         pack_weights: on a CPU, change the model's linear layers to a faster layout, and hold the LM head in it too.

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from plm_owner_server.engines.packing import PackedLinear, can_pack
 from protocol.head import LMHead
@@ -37,8 +36,11 @@ class Vocabulary:
             self._rows, block = _CPU_BLOCK
         else:
             self._rows, block = max(1, _LOGITS_AT_ONCE // vocab_size), vocab_size
-        self._blocks = [_product(head.rows(slice(at, at + block)), packed=packed) for at in range(0, vocab_size, block)]
-        self._starts = list(range(0, vocab_size, block))
+        # Products with blocks of the vocabulary, by the first token of each.
+        self._blocks = {
+            start: _product(head.rows(slice(start, start + block)), packed=packed)
+            for start in range(0, vocab_size, block)
+        }
 
     def logsumexp_top1(self, last_hidden_N_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log-sum-exp over V, the most probable token (int64) and its logit, each [N]; logits are taken as float32."""
@@ -48,7 +50,7 @@ class Vocabulary:
 
     def _reduced(self, last_hidden_C_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         blocks = []
-        for start, product in zip(self._starts, self._blocks, strict=True):
+        for start, product in self._blocks.items():
             logits_C_K = self._head.of_products(product(last_hidden_C_D)).float()
             top_logit_C, top_C = logits_C_K.max(dim=-1)
             mass_C = logits_C_K.sub_(top_logit_C[:, None]).exp_().sum(dim=-1)  # relative to the block's top
@@ -60,7 +62,4 @@ class Vocabulary:
 
 
 def _product(head: LMHead, *, packed: bool) -> Callable[[Tensor], Tensor]:
-    """Product with the weight, and bias."""
-    if packed:
-        return PackedLinear(head.weight_V_D, head.bias_V)
-    return lambda h_C_D: F.linear(h_C_D.to(head.weight_V_D.dtype), head.weight_V_D, head.bias_V)
+    return PackedLinear(head.weight_V_D, head.bias_V) if packed else head.products

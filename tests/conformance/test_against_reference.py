@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 from data_owner_client import Pair, TrainingSettings, build_memories, train, translate
 from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.connection import open_connection
-from data_owner_client.decoding.generate import DecodingSettings, generate
+from data_owner_client.decoding.generate import generate
 from data_owner_client.decoding.interpolation import SCHEDULES, Interpolation
 from data_owner_client.decoding.lookup import Lookup
+from data_owner_client.decoding.rounds import DecodingSettings
 from data_owner_client.decoding.sampling import Sampling
 from data_owner_client.memory import ExternalMemory
 from data_owner_client.memory.build import tokenize_pair

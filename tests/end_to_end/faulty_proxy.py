@@ -6,7 +6,7 @@ import random
 import socket
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -19,10 +19,12 @@ class Fault:
     Attributes:
         kind: `cut` resets it, `stall` leaves it open and forwards nothing more, `garble` goes on with random bytes,
             `garble-request` sends random bytes to the server in place of the client's next ones.
+        then: what happens elsewhere at that moment; not for `garble-request`.
     """
 
     kind: Literal["cut", "stall", "garble", "garble-request"]
     after_bytes: int
+    then: Callable[[], None] = lambda: None
 
 
 @contextmanager
@@ -50,6 +52,7 @@ def faulty_proxy(port: int, faults: Iterable[Fault]) -> Iterator[int]:
                         garbling.set()
                 elif fault is not None and len(data) > left:
                     client.sendall(data[:left])
+                    fault.then()
                     if fault.kind == "stall":
                         stop.wait()
                     if fault.kind == "cut":

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,8 +36,7 @@ def server(log: Path, *arguments: str, port: int | None = None, grpc_port: int =
         wait_until_ready(process, url, log)
         yield url
     finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) in (0, -signal.SIGTERM), log.read_text()[-3000:]
+        _stop(process, log)
 
 
 def start_server(log: Path, port: int, grpc_port: int, *arguments: str) -> subprocess.Popen[bytes]:
@@ -63,6 +63,8 @@ class Owner:
         self._flags = flags
         self._log = log
         self.ports = {"http": free_port(), "grpc": free_port()}
+        self.restarts = 0
+        self._restarting = threading.Lock()
         self.start()
 
     def url(self, scheme: str) -> str:
@@ -79,6 +81,13 @@ class Owner:
         self.process.kill()
         self.process.wait()
 
+    def restart(self) -> None:
+        """Kill it, and have it back."""
+        with self._restarting:
+            self.kill()
+            self.start()
+            self.restarts += 1
+
 
 @contextmanager
 def owner_that_can_be_killed(log: Path, *flags: str) -> Iterator[Owner]:
@@ -87,8 +96,12 @@ def owner_that_can_be_killed(log: Path, *flags: str) -> Iterator[Owner]:
     try:
         yield owner
     finally:
-        owner.process.send_signal(signal.SIGTERM)
-        assert owner.process.wait(timeout=30) in (0, -signal.SIGTERM)
+        _stop(owner.process, log)
+
+
+def _stop(process: subprocess.Popen[bytes], log: Path) -> None:
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) in (0, -signal.SIGTERM), log.read_text()[-3000:]
 
 
 def _ready(url: str) -> bool:
@@ -116,3 +129,16 @@ def client_json(url: str | None, verb: str, *arguments: Any, stdin: str | None =
     done = client(url, verb, "--json", *arguments, stdin=stdin)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
+
+
+def end(process: subprocess.Popen[str], *, within_s: float = 120) -> int:
+    """The exit status of a client that was left to itself: 0, or 1 with one clear line."""
+    _, errors = process.communicate(timeout=within_s)
+    assert process.returncode in (0, 1), errors[-3000:]
+    assert "Traceback" not in errors
+    if process.returncode == 1:
+        line = errors.strip().splitlines()[-1]
+        assert line.startswith("pema-client: "), errors[-3000:]
+        assert len(line) < 400
+        print(line)
+    return process.returncode

@@ -17,7 +17,7 @@ import pytest
 
 from tests import support
 from tests.end_to_end.faulty_proxy import Fault, faulty_proxy
-from tests.end_to_end.processes import Owner, client_command, owner_that_can_be_killed
+from tests.end_to_end.processes import Owner, client_command, end, owner_that_can_be_killed
 from tests.end_to_end.test_command_line import write_pairs
 
 EXAMPLES = 1100
@@ -59,18 +59,6 @@ class Job:
             for path in sorted(self._folder.rglob("*"))
             if path.is_file() and not path.name.startswith(".")
         }
-
-
-def end(process: subprocess.Popen[str]) -> int:
-    """The exit status of a client that was left to itself: 0, or 1 with one clear line."""
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode in (0, 1), errors[-3000:]
-    assert "Traceback" not in errors
-    if process.returncode == 1:
-        line = errors.strip().splitlines()[-1]
-        assert line.startswith("pema-client: "), errors[-3000:]
-        assert len(line) < 400
-    return process.returncode
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from data_owner_client import Pair, Task, TrainingSettings, build_memories, connect, load_task, train, translate
-from data_owner_client.decoding.generate import DecodingSettings, generate
+from data_owner_client.decoding.generate import generate
 from data_owner_client.decoding.interpolation import Interpolation
+from data_owner_client.decoding.rounds import DecodingSettings
 from data_owner_client.memory.build import tokenize_pair
 from data_owner_client.plm import RemotePlm
 from data_owner_client.tokenization import Prompt

@@ -1,0 +1,27 @@
+"""Calls beside the program's own work."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+_Result = TypeVar("_Result")
+
+
+def in_background(work: Callable[[], _Result]) -> Future[_Result]:
+    """What `work` will give, done in a thread that the program does not wait for at its end.
+
+    A `ThreadPoolExecutor` would: an answer may be minutes away, and nobody waits for it any more.
+    """
+    future = Future[_Result]()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the result must hear of it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
