@@ -19,7 +19,7 @@ class Fault:
     Attributes:
         kind: `cut` resets it, `stall` leaves it open and forwards nothing more, `garble` goes on with random bytes,
             `garble-request` sends random bytes to the server in place of the client's next ones.
-        then: what happens elsewhere at that moment; not for `garble-request`.
+        then: called as that happens; for `garble`, every time.
     """
 
     kind: Literal["cut", "stall", "garble", "garble-request"]
@@ -48,7 +48,8 @@ def faulty_proxy(port: int, faults: Iterable[Fault]) -> Iterator[int]:
             while data := server.recv(2**16):
                 if fault is not None and fault.kind == "garble-request":
                     left -= len(data)
-                    if left < 0:
+                    if left < 0 and not garbling.is_set():
+                        fault.then()
                         garbling.set()
                 elif fault is not None and len(data) > left:
                     client.sendall(data[:left])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from tests.end_to_end.faulty_proxy import Fault, faulty_proxy
 from tests.end_to_end.processes import Owner, client_command, client_json, end, owner_that_can_be_killed
 from tests.end_to_end.test_command_line import WORDS, write_pairs
 
-LINES = 120
+LINES = 60
 IMPATIENT = ["--timeout", "1.5", "--give-up-after", "120", "--max-new-tokens", "24"]
 MIB = 2**20
 
@@ -63,9 +64,10 @@ def setting(tiny_models: support.TinyModels, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
 @pytest.mark.parametrize("kind", ["cut", "stall", "garble", "garble-request"])
 def test_one_fault_of_each_kind(setting: Setting, tmp_path: Path, scheme: str, kind: str) -> None:
-    output = tmp_path / "output.txt"
-    with faulty_proxy(setting.owner.ports[scheme], [Fault(kind, 40_000)]) as port:  # type: ignore[arg-type]
+    output, struck = tmp_path / "output.txt", threading.Event()
+    with faulty_proxy(setting.owner.ports[scheme], [Fault(kind, 20_000, then=struck.set)]) as port:  # type: ignore[arg-type]
         assert end(setting.start(f"{scheme}://127.0.0.1:{port}", output)) == 0
+    assert struck.is_set()
     assert output.read_bytes() == setting.expected
 
 
@@ -73,7 +75,7 @@ def test_one_fault_of_each_kind(setting: Setting, tmp_path: Path, scheme: str, k
 def test_a_server_that_is_killed_and_comes_back_changes_nothing(setting: Setting, tmp_path: Path, scheme: str) -> None:
     output, owner = tmp_path / "output.txt", setting.owner
     before = owner.restarts
-    kills = [Fault("cut", after, then=owner.restart) for after in (40_000, 20_000)]
+    kills = [Fault("cut", after, then=owner.restart) for after in (20_000, 10_000)]
     with faulty_proxy(owner.ports[scheme], kills) as port:
         process = setting.start(f"{scheme}://127.0.0.1:{port}", output, "--batch-size", "7")
         assert end(process, within_s=300) == 0
