@@ -35,6 +35,7 @@ from data_owner_client import (
     train,
     translate,
 )
+from data_owner_client.decoding.rounds import Usage
 from demo import home_assistant
 from plm_owner_server.engines.transformers import load_model
 from plm_owner_server.models import resolve
@@ -71,9 +72,10 @@ def main() -> None:
         with server(_LOG, "--threads", str(threads)) as (_, grpc_port):
             for ms in _ROUND_TRIPS_MS:
                 with delaying_proxy("127.0.0.1", grpc_port, ms / 1000) as port:
-                    without, with_drafts = (_translate(port, adapter, sources, k) for k in (0, None))
-                speedups[ms].append(_tokens_per_s(with_drafts) / _tokens_per_s(without))
-                trips[ms].append(with_drafts.usage.round_trips / with_drafts.usage.tokens)
+                    without, with_drafts = _in_turns(port, adapter, sources)
+                speedups[ms].append(_tokens_per_s(*with_drafts) / _tokens_per_s(*without))
+                usage = sum((generation.usage for generation in with_drafts), start=Usage())
+                trips[ms].append(usage.round_trips / usage.tokens)
             ours = _translate(grpc_port, adapter, sources, None)
             one, eight = (_clients(count, seconds, grpc_port, adapter_folder) for count in (1, 8))
             clients.append(eight / one)
@@ -116,8 +118,21 @@ def _translate(port: int, adapter: TrainedAdapter, sources: Sequence[str], look_
         return translate(plm, sources, adapter=adapter, interpolation=_GRADUAL, decoding=settings)
 
 
-def _tokens_per_s(generation: Generation) -> float:
-    return generation.usage.tokens / generation.seconds
+def _in_turns(
+    port: int, adapter: TrainedAdapter, sources: Sequence[str]
+) -> tuple[tuple[Generation, ...], tuple[Generation, ...]]:
+    """Without look-ahead, and with it; half of the texts in one order, half in the other.
+
+    What else runs on a shared machine makes both of them slower.
+    """
+    one, other = sources[::2], sources[1::2]
+    first, second = (_translate(port, adapter, one, k) for k in (0, None))
+    third, fourth = (_translate(port, adapter, other, k) for k in (None, 0))
+    return (first, fourth), (second, third)
+
+
+def _tokens_per_s(*generations: Generation) -> float:
+    return sum(g.usage.tokens for g in generations) / sum(g.seconds for g in generations)
 
 
 def _clients(count: int, seconds: float, port: int, adapter: Path) -> float:

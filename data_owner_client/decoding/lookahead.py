@@ -24,7 +24,7 @@ _ROWS_A_STEP = 20.0
 _TRUST = 1e-2
 # A round trip is taken to cost so many times the overhead that was measured: networks have bad moments that averages
 # hide, and near the best plan others are nearly as fast that need far fewer round trips.
-_CAUTION = 4.0
+_CAUTION = 5.0
 
 
 @dataclass
