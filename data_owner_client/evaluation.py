@@ -14,7 +14,7 @@ from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.memory.store import MemoryRows
 from data_owner_client.plm import RemotePlm, token_set
-from data_owner_client.training import ROWS_AT_ONCE, TrainingData, ValidationData, target_logprobs
+from data_owner_client.training import ROWS_AT_ONCE, Batch, ValidationData, target_logprobs
 from protocol.errors import InvalidData
 from protocol.head import LMHead
 
@@ -86,7 +86,7 @@ def perplexities(
     """Perplexities on teacher-forced rows with log-sum-exp."""
     target_ids_K = token_set([rows.target_N])
     plm_logprob_N = plm_target_logprobs(plm.head_rows(target_ids_K), target_ids_K, rows)
-    data = TrainingData.of(rows, adapter.candidate_ids_C)
+    data = Batch.of(rows, adapter.candidate_ids_C)
     pema_logprob_N = target_logprobs(adapter.adapter, adapter.head, data)
     held_out = ValidationData.of(rows, adapter.candidate_ids_C, plm_logprob_N, adapter.card.length_ratio)
     covered_N = data.label_N >= 0

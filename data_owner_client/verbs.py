@@ -35,7 +35,7 @@ from data_owner_client.plm import RemotePlm, token_set
 from data_owner_client.progress import Reporter
 from data_owner_client.tasks import Task
 from data_owner_client.training import (
-    TrainingData,
+    Survey,
     TrainingSettings,
     ValidationData,
     choose_interpolation,
@@ -44,6 +44,9 @@ from data_owner_client.training import (
 )
 from protocol.errors import InvalidData, PemaError
 from protocol.messages import WireDtype
+
+# In the adapter's folder, until it is done.
+_CHECKPOINT = ".training.safetensors"
 
 
 class MemoryReport(BaseModel):
@@ -178,6 +181,9 @@ def train(
     The server is asked for the head rows of the candidate vocabulary only. The schedule and λ_max to translate with are
     those of the highest likelihood on the validation memory.
 
+    The memory is read from disk as it is needed, so it may be larger than RAM. Interrupted, the same call goes on where
+    it was, to the same adapter.
+
     Raises:
         InvalidData: a memory is missing, incomplete or damaged.
         IdentityMismatch: the memory was built with another model.
@@ -189,10 +195,10 @@ def train(
     for part in (train_memory, validation_memory):
         part.manifest.plan.model.require(ModelIdentity.of(plm.card), f"The memory in {part.folder}", "the server")
     settings = _with_form(settings or TrainingSettings(), plan.model)
-    rows, held_out = train_memory.load(), validation_memory.load()
-    candidate_ids_C = token_set([rows.target_N])
+    survey, held_out = Survey.of(train_memory), validation_memory.load()
+    candidate_ids_C = survey.candidate_ids_C
     # One request for both memories: the server need not know which tokens are those of the few held-out texts.
-    target_ids_K = token_set([rows.target_N, held_out.target_N])
+    target_ids_K = token_set([candidate_ids_C, held_out.target_N])
     reporter.say(
         "Leaves this machine: which tokens occur anywhere in the targets, as their LM-head rows are asked for."
     )
@@ -204,7 +210,17 @@ def train(
         plm_target_logprobs(target_head, target_ids_K, held_out),
         train_memory.length_ratio,
     )
-    trained = train_adapter(TrainingData.of(rows, candidate_ids_C), head, validation, settings, reporter)
+    checkpoint = folder / _CHECKPOINT
+    trained = train_adapter(
+        train_memory,
+        survey,
+        head,
+        validation,
+        settings,
+        checkpoint=checkpoint,
+        identity=[train_memory.digest, validation_memory.digest, plan.model.model_dump()],
+        reporter=reporter,
+    )
 
     pema_logprob_N = target_logprobs(trained.adapter, head, validation.data)
     interpolation, schedules = choose_interpolation(validation, pema_logprob_N)
@@ -224,7 +240,7 @@ def train(
         rank=trained.adapter.A.out_features,
         candidates=len(candidate_ids_C),
         length_ratio=train_memory.length_ratio,
-        mean_length=len(rows.target_N) / len(rows.rows_E),
+        mean_length=train_memory.manifest.rows / train_memory.manifest.examples,
         interpolation=interpolation,
         interpolation_why=why,
         logit_scale=head.logit_scale,
@@ -239,6 +255,7 @@ def train(
     )
     adapter = TrainedAdapter(card, trained.adapter, candidate_ids_C, head)
     adapter.save(folder)
+    checkpoint.unlink(missing_ok=True)
     plotting.training(trained.history, plm_nll, folder / "training.png")
     return adapter, TrainingReport(
         folder=str(folder),

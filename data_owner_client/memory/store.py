@@ -251,14 +251,30 @@ class ExternalMemory:
         Raises:
             InvalidData: the memory is not complete, or a shard is missing or damaged.
         """
+        self.require_complete()
+        yield from map(self.shard, range(len(self.manifest.shards)))
+
+    def require_complete(self) -> None:
+        """Refuse a memory that is still being built.
+
+        Raises:
+            InvalidData: it is.
+        """
         if not self.complete:
             raise InvalidData(
                 f"{self.folder} holds {self.manifest.examples} of {self.manifest.plan.examples} examples.",
                 hint="Run the same build-memory command again: it goes on where it stopped.",
             )
-        yield from map(self._shard, self.manifest.shards)
 
-    def _shard(self, record: ShardRecord) -> MemoryRows:
+    @property
+    def shard_rows(self) -> list[int]:
+        """Rows of each shard."""
+        return [shard.rows for shard in self.manifest.shards]
+
+    def shard(self, number: int) -> MemoryRows:
+        """One shard. What is raised: see `shards`."""
+        self.require_complete()
+        record = self.manifest.shards[number]
         path = self.folder / record.file
         damaged = InvalidData(f"{path} is damaged.", hint="Delete the folder and build the memory again.")
         try:

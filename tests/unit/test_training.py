@@ -1,7 +1,10 @@
 """Training against the formulas in float64, and the adapter's file."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,21 @@ from data_owner_client.adapter import Adapter, AdapterCard, TrainedAdapter
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.memory import MemoryRows
 from data_owner_client.memory.store import ModelIdentity
+from data_owner_client.progress import Bar, Reporter
 from data_owner_client.tasks import Task
 from data_owner_client.training import (
-    TrainingData,
+    Batch,
+    Survey,
+    Trained,
     TrainingSettings,
     ValidationData,
     choose_interpolation,
+    loop,
     target_logprobs,
     train_adapter,
 )
+from data_owner_client.training.loss import cross_entropy
+from data_owner_client.training.stream import RowStream
 from protocol.errors import InvalidData, NumericalFault
 from protocol.head import LMHead
 from tests import reference
@@ -46,8 +55,36 @@ def make_rows(seed: int, rows: int = N, examples: int = 9) -> MemoryRows:
 CANDIDATES = torch.arange(C) * 2
 
 
+class InMemory:
+    """Rows that are there already, in shards of so many examples."""
+
+    def __init__(self, rows: MemoryRows, shards: int = 1) -> None:
+        rows_E = rows.rows_E.tolist()
+        size = math.ceil(len(rows_E) / shards)
+        self.shard_rows = [sum(rows_E[start : start + size]) for start in range(0, len(rows_E), size)]
+        ends = list(accumulate(self.shard_rows))
+        self._shards = [
+            replace(rows, cr_N_D=rows.cr_N_D[end - count : end], target_N=rows.target_N[end - count : end])
+            for count, end in zip(self.shard_rows, ends, strict=True)
+        ]
+
+    def shard(self, number: int) -> MemoryRows:
+        return self._shards[number]
+
+
+def fit(rows: MemoryRows, settings: TrainingSettings, *, shards: int = 1, **options: Any) -> Trained:
+    memory = InMemory(rows, shards)
+    survey = replace(Survey.of(memory), candidate_ids_C=CANDIDATES)
+    return train_adapter(memory, survey, make_head(), make_validation(), settings, **options)
+
+
 def make_head() -> LMHead:
     return LMHead(torch.randn(C, D, generator=torch.Generator().manual_seed(2)))
+
+
+def numbers_of(cr_B_D: Tensor, cr_N_D: Tensor) -> Tensor:
+    """Which rows of a memory these are."""
+    return (cr_B_D[:, None] == cr_N_D).all(dim=-1).int().argmax(dim=1)
 
 
 def make_validation(plm_probability: float = 0.2) -> ValidationData:
@@ -59,20 +96,19 @@ def make_validation(plm_probability: float = 0.2) -> ValidationData:
 def test_both_phases_are_the_formulas(form: Any) -> None:
     settings = replace(SETTINGS, form=form)
     rows, head = make_rows(3), make_head()
-    data = TrainingData.of(rows, CANDIDATES)
-    trained = train_adapter(data, head, make_validation(), settings)
+    trained = fit(rows, settings)
     assert trained.best_nll == trained.history[-1].validation_nll, "the last epoch is the best, so its weights are kept"
 
     rms = rows.cr_N_D.square().mean().sqrt().item()
     torch.manual_seed(settings.seed)
     initial = Adapter(D, settings.rank, form, rms=rms).state_dict()
-    generator = torch.Generator().manual_seed(settings.seed)
-    batches = [torch.randperm(N, generator=generator).split(settings.batch_rows) for _ in range(5)]
+    stream = RowStream(InMemory(rows), CANDIDATES, batch_rows=settings.batch_rows, seed=settings.seed)
+    batches = [[numbers_of(batch.cr_N_D, rows.cr_N_D) for batch in stream.epoch(epoch)] for epoch in range(5)]
     steps = settings.epochs * math.ceil(N / settings.batch_rows)
     rates = [settings.learning_rate * (1 + math.cos(math.pi * i / steps)) / 2 for i in range(steps)]
     expected = reference.train(
         rows.cr_N_D,
-        data.label_N,
+        Batch.of(rows, CANDIDATES).label_N,
         head.weight_V_D,
         initial,
         batches,
@@ -89,11 +125,8 @@ def test_both_phases_are_the_formulas(form: Any) -> None:
 
 def test_training_learns_and_is_repeatable() -> None:
     settings = replace(SETTINGS, rank=12, epochs=20, learning_rate=1e-2, dropout=0.1)
-    data, head = TrainingData.of(make_rows(3, rows=900), CANDIDATES), make_head()
-    validation = make_validation()
-    first = train_adapter(data, head, validation, settings)
-    again = train_adapter(data, head, validation, settings)
-    other = train_adapter(data, head, validation, replace(settings, seed=1))
+    rows = make_rows(3, rows=900)
+    first, again, other = fit(rows, settings), fit(rows, settings), fit(rows, replace(settings, seed=1))
     assert first.best_nll < -math.log(0.2) - 0.3
     assert first.history == again.history
     assert all(torch.equal(a, b) for a, b in zip(first.adapter.parameters(), again.adapter.parameters(), strict=True))
@@ -104,8 +137,7 @@ def test_training_learns_and_is_repeatable() -> None:
 
 def test_the_best_epoch_is_kept_and_patience_ends_training() -> None:
     settings = replace(SETTINGS, epochs=60, patience=2, learning_rate=0.1)
-    data, head, validation = TrainingData.of(make_rows(3, rows=18), CANDIDATES), make_head(), make_validation()
-    trained = train_adapter(data, head, validation, settings)
+    trained, head, validation = fit(make_rows(3, rows=18), settings), make_head(), make_validation()
     nlls = [epoch.validation_nll for epoch in trained.history if epoch.validation_nll is not None]
     assert len(nlls) < 60
     assert trained.best_nll == min(nlls) == nlls[-3]
@@ -113,19 +145,101 @@ def test_the_best_epoch_is_kept_and_patience_ends_training() -> None:
     assert kept == trained.best_nll
 
 
+class Stopped(Exception):
+    pass
+
+
+class StoppingReporter(Reporter):
+    """Stops a training after so many steps."""
+
+    def __init__(self, after: int) -> None:
+        self._after = after
+
+    @contextmanager
+    def bar(self, description: str, total: int, unit: str, *, done: int = 0) -> Iterator[Bar]:
+        reporter = self
+
+        class StoppingBar:
+            def advance(self, steps: int = 1, note: str | None = None) -> None:
+                reporter._after -= steps
+                if reporter._after <= 0:
+                    raise Stopped
+
+        yield StoppingBar()
+
+
+@pytest.mark.parametrize("form", ["paper", "residual"])
+@pytest.mark.parametrize("every_s", [0.0, 1e9])
+def test_a_training_that_is_stopped_anywhere_ends_in_the_same_adapter(
+    form: Any, every_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_CHECKPOINT_EVERY_S", every_s)
+    settings = replace(SETTINGS, form=form, dropout=0.3, epochs=4)
+    rows, checkpoint = make_rows(3), tmp_path / "checkpoint"
+    whole = fit(rows, settings, shards=3)
+    for after in (1, 2, 4, 1, 5, 4):
+        with pytest.raises(Stopped):
+            fit(rows, settings, shards=3, checkpoint=checkpoint, reporter=StoppingReporter(after))
+    resumed = fit(rows, settings, shards=3, checkpoint=checkpoint)
+    assert resumed.history == whole.history
+    for name, weight in whole.adapter.state_dict().items():
+        assert torch.equal(resumed.adapter.state_dict()[name], weight), name
+    # Not what another training has left, and not half of a file.
+    other = fit(rows, replace(settings, seed=4), shards=3, checkpoint=checkpoint)
+    assert other.history == fit(rows, replace(settings, seed=4), shards=3).history
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
+    assert fit(rows, settings, shards=3, checkpoint=checkpoint).history == whole.history
+
+
+@pytest.mark.parametrize("shards", [1, 2, 9])
+@pytest.mark.parametrize("pool_bytes", [1, 3_000, 2**20])
+@pytest.mark.parametrize("batch_rows", [1, 32, 45, 1000])
+def test_every_epoch_has_every_row_once(shards: int, pool_bytes: int, batch_rows: int) -> None:
+    rows = make_rows(3)
+    stream = RowStream(InMemory(rows, shards), CANDIDATES, batch_rows=batch_rows, seed=2, pool_bytes=pool_bytes)
+    orders = []
+    for epoch in (0, 1):
+        batches = list(stream.epoch(epoch))
+        assert len(batches) == stream.steps
+        assert all(len(batch) == batch_rows for batch in batches[:-1])
+        whole = Batch.concatenate(batches)
+        orders.append(numbers_of(whole.cr_N_D, rows.cr_N_D))
+        assert sorted(orders[-1].tolist()) == list(range(N))
+        assert torch.equal(whole.label_N, Batch.of(rows, CANDIDATES).label_N[orders[-1]])
+        later = list(stream.epoch(epoch, start=1))
+        assert len(later) == len(batches) - 1
+        assert all(torch.equal(a.cr_N_D, b.cr_N_D) for a, b in zip(later, batches[1:], strict=True))
+    assert not torch.equal(*orders)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("at_once", [1, 20, 2**20])
+def test_cross_entropy_in_chunks_is_cross_entropy(softcap: float | None, at_once: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    weight_C_D, bias_C = torch.randn(C, D, generator=generator), torch.randn(C, generator=generator)
+    head, label_N = LMHead(weight_C_D, bias_C, 0.7, softcap), torch.randint(C, (N,), generator=generator)
+    ours_N_D = torch.randn(N, D, generator=generator).requires_grad_()
+    (3 * cross_entropy(ours_N_D, head, label_N, at_once=at_once)).backward()
+    theirs_N_D = ours_N_D.detach().double().requires_grad_()
+    logits_N_C = (theirs_N_D @ weight_C_D.double().T + bias_C.double()) * 0.7
+    logits_N_C = logits_N_C if softcap is None else softcap * torch.tanh(logits_N_C / softcap)
+    loss = -logits_N_C.log_softmax(-1)[torch.arange(N), label_N].mean()
+    (3 * loss).backward()
+    torch.testing.assert_close(cross_entropy(ours_N_D, head, label_N, at_once=at_once), loss.float())
+    torch.testing.assert_close(ours_N_D.grad, theirs_N_D.grad, check_dtype=False)
+
+
 def test_training_refuses_what_it_cannot_learn_from() -> None:
     rows = make_rows(3)
-    empty = TrainingData(rows.cr_N_D[:0], torch.zeros(0, dtype=torch.long))
     with pytest.raises(InvalidData, match="no rows"):
-        train_adapter(empty, make_head(), make_validation(), SETTINGS)
-    broken = TrainingData(rows.cr_N_D * float("nan"), torch.zeros(N, dtype=torch.long))
+        Survey.of(InMemory(replace(rows, cr_N_D=rows.cr_N_D[:0], rows_E=torch.zeros(1, dtype=torch.int32))))
     with pytest.raises(NumericalFault, match="not finite"):
-        train_adapter(broken, make_head(), make_validation(), SETTINGS)
+        fit(replace(rows, cr_N_D=rows.cr_N_D * float("nan")), SETTINGS)
 
 
 def test_targets_outside_the_candidates_have_probability_zero() -> None:
     rows = replace(make_rows(3), target_N=torch.arange(N, dtype=torch.int32))
-    data = TrainingData.of(rows, CANDIDATES)
+    data = Batch.of(rows, CANDIDATES)
     assert data.label_N[:14].tolist() == [0, -1, 1, -1, 2, -1, 3, -1, 4, -1, 5, -1, 6, -1]
     adapter, head = Adapter(D, 4, "residual"), make_head()
     logprob_N = target_logprobs(adapter, head, data)

@@ -1,0 +1,82 @@
+"""A training that was stopped, on disk: all that decides how it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from data_owner_client.files import write_atomically
+
+_BEST, _ADAPTER, _OPTIMISER, _RNG = "best.", "adapter.", "optimiser.", "rng"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where the state of one training lies.
+
+    Args:
+        path: of the file.
+        identity: all that decides the result; what another training has left there is ignored.
+    """
+
+    path: Path
+    identity: object
+
+    def save(
+        self, progress: dict[str, Any], adapter: nn.Module, optimiser: torch.optim.Optimizer, best: dict[str, Tensor]
+    ) -> None:
+        """Write the state, in place of the last one.
+
+        Raises:
+            InvalidData: the disk is full.
+        """
+        tensors = {_ADAPTER + name: value for name, value in adapter.state_dict().items()}
+        tensors |= {_BEST + name: value for name, value in best.items()}
+        for number, state in optimiser.state_dict()["state"].items():
+            tensors |= {f"{_OPTIMISER}{number}.{name}": value for name, value in state.items()}
+        tensors[_RNG] = torch.get_rng_state()
+        if torch.cuda.is_initialized():
+            tensors[_RNG + ".cuda"] = torch.cuda.get_rng_state()
+        metadata = {"identity": self._digest, "progress": json.dumps(progress)}
+        # Clones: the best state may share its tensors with the adapter.
+        packed = safetensors.torch.save({k: v.detach().cpu().clone() for k, v in tensors.items()}, metadata)
+        write_atomically(self.path, packed)
+
+    def load(self, adapter: nn.Module) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]], dict[str, Tensor]] | None:
+        """Bring adapter and random numbers to where they were; progress, state of the optimiser and best adapter.
+
+        None if there is nothing of this training.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("identity") != self._digest:
+                    return None
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        except (OSError, SafetensorError):
+            return None
+        adapter.load_state_dict(_part(tensors, _ADAPTER))
+        torch.set_rng_state(tensors[_RNG])
+        if _RNG + ".cuda" in tensors:
+            torch.cuda.set_rng_state(tensors[_RNG + ".cuda"])
+        optimiser: dict[int, dict[str, Tensor]] = {}
+        for name, value in _part(tensors, _OPTIMISER).items():
+            number, _, field = name.partition(".")
+            optimiser.setdefault(int(number), {})[field] = value
+        return json.loads(metadata["progress"]), optimiser, _part(tensors, _BEST)
+
+    @property
+    def _digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

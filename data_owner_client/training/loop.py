@@ -1,0 +1,258 @@
+"""Training the adapter on an external memory: reconstruction first, then jointly with prediction.
+
+(1) Reconstruction: A and B_rct minimise L_rct, the mean over rows and coordinates of (B_rct A x − x)².
+(2) Joint: B_rct frozen; A and B_pd minimise κ·L_rct + (1 − κ)·L_pd with L_pd = CE(head(h_pd), y).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data_owner_client.adapter import Adapter
+from data_owner_client.background import in_background
+from data_owner_client.progress import Reporter
+from data_owner_client.training.checkpoint import Checkpoint
+from data_owner_client.training.loss import cross_entropy
+from data_owner_client.training.settings import TrainingSettings
+from data_owner_client.training.stream import Batch, RowStream, Sharded, Survey
+from data_owner_client.training.validation import ValidationData, target_logprobs
+from protocol.errors import NumericalFault
+from protocol.head import LMHead
+
+_CHECKPOINT_EVERY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the memory.
+
+    Losses are means over its batches; `validation_nll` is the mixture's at its best constant λ.
+    """
+
+    phase: str
+    epoch: int
+    reconstruction_loss: float
+    prediction_loss: float | None
+    validation_nll: float | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The adapter of the best validation epoch, and how it got there."""
+
+    adapter: Adapter
+    history: list[Epoch]
+    best_nll: float
+
+
+@dataclass
+class _Progress:
+    """How far a training is.
+
+    Attributes:
+        epoch: the one that is running, of both phases together, from 0.
+        step: batches of it that are done.
+        reconstruction: sum of their reconstruction losses.
+        prediction: sum of their prediction losses.
+        best_nll: of the best epoch so far.
+        since_best: epochs since then.
+        history: the epochs that are over.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    reconstruction: float = 0.0
+    prediction: float = 0.0
+    best_nll: float = math.inf
+    since_best: int = 0
+    history: list[Epoch] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def of_json(cls, record: dict[str, Any]) -> _Progress:
+        """From a checkpoint."""
+        return cls(**record | {"history": [Epoch(**epoch) for epoch in record["history"]]})
+
+
+def train_adapter(
+    memory: Sharded,
+    survey: Survey,
+    head: LMHead,
+    validation: ValidationData,
+    settings: TrainingSettings,
+    *,
+    checkpoint: Path | None = None,
+    identity: object = None,
+    reporter: Reporter | None = None,
+) -> Trained:
+    """Train an adapter; the same data, settings and thread count give the same adapter, interrupted or not.
+
+    Args:
+        memory: the rows, of which a few shards are in memory at a time.
+        survey: of the memory.
+        head: float32 head rows of the candidates.
+        validation: held-out rows; the adapter of the best epoch is kept.
+        settings: see there.
+        checkpoint: a file where the state is kept until all is done, to go on from if the process is stopped.
+        identity: what decides the result besides `settings`: a checkpoint of something else is ignored.
+        reporter: told of the progress, with a live loss.
+
+    Raises:
+        InvalidData: a shard is damaged, or the disk is full.
+        NumericalFault: the loss is no longer finite.
+    """
+    stream = RowStream(memory, survey.candidate_ids_C, batch_rows=settings.batch_rows, seed=settings.seed)
+    kept = None if checkpoint is None else Checkpoint(checkpoint, [identity, asdict(settings), torch.get_num_threads()])
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        training = _Training(stream, head, validation, settings, survey.rms, kept)
+        training.run(reporter or Reporter())
+    return training.result()
+
+
+class _Training:
+    """One training, from its beginning or from a checkpoint."""
+
+    def __init__(
+        self,
+        stream: RowStream,
+        head: LMHead,
+        validation: ValidationData,
+        settings: TrainingSettings,
+        rms: float,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self._stream = stream
+        self._validation = validation
+        self._settings = settings
+        self._checkpoint = checkpoint
+        self._device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._head = head.to(self._device)
+        hidden_size = head.weight_V_D.shape[1]
+        rank = min(settings.rank, hidden_size)
+        self._adapter = Adapter(hidden_size, rank, settings.form or "residual", rms=rms, dropout=settings.dropout).to(
+            self._device
+        )
+        self._progress, self._best = _Progress(), copy.deepcopy(self._adapter.state_dict())
+        state: dict[int, dict[str, Tensor]] = {}
+        if checkpoint is not None and (found := checkpoint.load(self._adapter)) is not None:
+            progress, state, self._best = found
+            self._progress = _Progress.of_json(progress)
+        self._optimiser = self._new_optimiser()
+        if state:
+            self._optimiser.load_state_dict(
+                {"state": state, "param_groups": self._optimiser.state_dict()["param_groups"]}
+            )
+
+    def run(self, reporter: Reporter) -> None:
+        """Train to the end."""
+        settings, progress = self._settings, self._progress
+        total = settings.reconstruction_epochs + settings.epochs
+        done = progress.epoch * self._stream.steps + progress.step
+        with reporter.bar("training", self._stream.steps * total, "steps", done=done) as bar:
+            while progress.epoch < total and progress.since_best < settings.patience:
+                saved_at = time.monotonic()
+                for batch in self._batches():
+                    bar.advance(1, self._step(batch))
+                    if time.monotonic() - saved_at > _CHECKPOINT_EVERY_S:
+                        self._save()
+                        saved_at = time.monotonic()
+                self._end_epoch()
+                self._save()
+
+    def result(self) -> Trained:
+        """What came of it."""
+        self._adapter.load_state_dict(self._best)
+        return Trained(self._adapter.cpu().eval(), self._progress.history, self._progress.best_nll)
+
+    @property
+    def _joint(self) -> bool:
+        return self._progress.epoch >= self._settings.reconstruction_epochs
+
+    def _new_optimiser(self) -> torch.optim.Optimizer:
+        adapter = self._adapter
+        adapter.B_rct.requires_grad_(not self._joint)
+        trained = [adapter.A.weight, adapter.B_pd.weight if self._joint else adapter.B_rct.weight]
+        return torch.optim.Adam(trained, lr=self._settings.learning_rate)
+
+    def _batches(self) -> Iterator[Batch]:
+        batches = self._stream.epoch(self._progress.epoch, start=self._progress.step)
+        if self._device.type != "cuda":
+            yield from batches
+            return
+        # The next one is read and sent while the GPU works on the last.
+        following = in_background(lambda: next(batches, None))
+        while (batch := following.result()) is not None:
+            following = in_background(lambda: next(batches, None))
+            yield batch.to(self._device)
+
+    def _step(self, batch: Batch) -> str:
+        """One step of the phase that is on; the losses, in words."""
+        progress, adapter, kappa = self._progress, self._adapter, self._settings.kappa
+        self._set_learning_rate()
+        with torch.autocast("cuda", torch.bfloat16) if self._device.type == "cuda" else nullcontext():
+            x_B_D = adapter.scaled(batch.cr_N_D)
+            loss = reconstruction = F.mse_loss(adapter.reconstruction(x_B_D), x_B_D)
+            words = ""
+            if self._joint:
+                prediction = cross_entropy(adapter.hidden(x_B_D), self._head, batch.label_N)
+                loss = kappa * reconstruction + (1 - kappa) * prediction
+                progress.prediction += prediction.item()
+                words = f"epoch {progress.epoch - self._settings.reconstruction_epochs + 1}  "
+                words += f"prediction {prediction.item():.3f}"
+                words += "" if math.isinf(progress.best_nll) else f"  validation {progress.best_nll:.4f}"
+        if not torch.isfinite(loss):
+            raise NumericalFault("The training loss is not finite.", hint="Try a smaller --learning-rate.")
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimiser.step()
+        progress.reconstruction += reconstruction.item()
+        progress.step += 1
+        return words or f"reconstruction {reconstruction.item():.3f}"
+
+    def _set_learning_rate(self) -> None:
+        """Adam's rate falls along a cosine in the joint phase."""
+        settings, progress = self._settings, self._progress
+        rate = settings.learning_rate
+        if self._joint:
+            step = (progress.epoch - settings.reconstruction_epochs) * self._stream.steps + progress.step
+            rate *= (1 + math.cos(math.pi * step / (settings.epochs * self._stream.steps))) / 2
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+
+    def _end_epoch(self) -> None:
+        progress, before = self._progress, self._settings.reconstruction_epochs
+        reconstruction, prediction = (total / progress.step for total in (progress.reconstruction, progress.prediction))
+        if self._joint:
+            logprob_N = target_logprobs(self._adapter, self._head, self._validation.data)
+            _, nll = self._validation.best(logprob_N, "constant")
+            progress.history.append(Epoch("joint", progress.epoch - before + 1, reconstruction, prediction, nll))
+            progress.since_best += 1
+            if nll < progress.best_nll:
+                progress.best_nll, progress.since_best = nll, 0
+                self._best = copy.deepcopy(self._adapter.state_dict())
+        else:
+            progress.history.append(Epoch("reconstruction", progress.epoch + 1, reconstruction, None, None))
+        was_joint = self._joint
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        progress.reconstruction = progress.prediction = 0.0
+        if self._joint != was_joint:
+            self._optimiser = self._new_optimiser()
+
+    def _save(self) -> None:
+        if self._checkpoint is not None:
+            self._checkpoint.save(self._progress.as_json(), self._adapter, self._optimiser, self._best)

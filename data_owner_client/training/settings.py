@@ -1,0 +1,38 @@
+"""What can be set in training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from data_owner_client.adapter import AdapterForm
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What can be set; the defaults need no tuning for memories of a thousand to some hundred thousand rows.
+
+    Attributes:
+        form: of the adapter; None for `residual`, which measures better, where the memory allows it, else `paper`.
+        rank: R; at most the model's hidden size.
+        kappa: κ, weight of the reconstruction loss in the joint phase.
+        learning_rate: Adam's, at its peak; it falls to zero along a cosine.
+        dropout: probability, on all the time.
+        reconstruction_epochs: passes of phase 1.
+        epochs: passes of phase 2, at most.
+        patience: epochs without a better validation likelihood after which phase 2 ends.
+        batch_rows: rows of a step.
+        seed: of initialisation, shuffling and dropout.
+        device: where to train; None for CUDA, in bfloat16, where there is CUDA, else the CPU.
+    """
+
+    form: AdapterForm | None = None
+    rank: int = 512
+    kappa: float = 0.2
+    learning_rate: float = 2e-3
+    dropout: float = 0.2
+    reconstruction_epochs: int = 2
+    epochs: int = 12
+    patience: int = 3
+    batch_rows: int = 512
+    seed: int = 0
+    device: str | None = None

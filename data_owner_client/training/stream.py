@@ -1,0 +1,165 @@
+"""The rows of a memory in shuffled batches, from disk: however many there are, a few shards are in memory.
+
+Every epoch takes the shards in another order, a few at a time, and shuffles the rows of those. With rows of so many
+examples in a batch, that is as good as an order of all rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from data_owner_client.memory.store import MemoryRows
+from data_owner_client.plm import token_set
+from protocol.errors import InvalidData
+
+# Of the representations that are shuffled together; more, where one shard has more.
+_POOL_BYTES = 2**26
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows with their labels among the candidates.
+
+    Attributes:
+        cr_N_D: float16 or float32 representations.
+        label_N: int64 index into the candidates; −1 where the target is none of them.
+    """
+
+    cr_N_D: Tensor
+    label_N: Tensor
+
+    @classmethod
+    def of(cls, rows: MemoryRows, candidate_ids_C: Tensor) -> Batch:
+        """Rows of a memory; candidate ids are sorted."""
+        target_N = rows.target_N.long()
+        at_N = torch.searchsorted(candidate_ids_C, target_N).clamp(max=len(candidate_ids_C) - 1)
+        return cls(rows.representations_N_D(), torch.where(candidate_ids_C[at_N] == target_N, at_N, -1))
+
+    def __len__(self) -> int:
+        return len(self.label_N)
+
+    def __getitem__(self, index: Tensor | slice) -> Batch:
+        return Batch(self.cr_N_D[index], self.label_N[index])
+
+    def to(self, device: torch.device) -> Batch:
+        """The rows on a device; a copy to a GPU does not wait for what runs there."""
+        if device.type != "cuda":
+            return self
+        columns = (column.pin_memory().to(device, non_blocking=True) for column in (self.cr_N_D, self.label_N))
+        return Batch(*columns)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Batch]) -> Batch:
+        """Rows of several parts, in their order."""
+        return cls(torch.cat([part.cr_N_D for part in parts]), torch.cat([part.label_N for part in parts]))
+
+
+class Sharded(Protocol):
+    """What can be streamed: a memory on disk, or rows that are there already."""
+
+    @property
+    def shard_rows(self) -> Sequence[int]:
+        """Rows of each shard."""
+
+    def shard(self, number: int) -> MemoryRows:
+        """One shard."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What must be known of a memory before training.
+
+    Attributes:
+        candidate_ids_C: int64, sorted: all its targets.
+        rms: root mean square of its representations.
+    """
+
+    candidate_ids_C: Tensor
+    rms: float
+
+    @classmethod
+    def of(cls, memory: Sharded) -> Survey:
+        """Read all shards once.
+
+        Raises:
+            InvalidData: one is missing or damaged, or there are no rows.
+        """
+        tokens, square, numbers = list[Tensor](), 0.0, 0
+        for number in range(len(memory.shard_rows)):
+            rows = memory.shard(number)
+            tokens.append(rows.target_N)
+            for cr_B_D in rows.representations_N_D().split(_ROWS_AT_ONCE):
+                square += cr_B_D.float().square().sum(dtype=torch.float64).item()
+                numbers += cr_B_D.numel()
+        if not numbers:
+            raise InvalidData("The memory has no rows.", hint="Build it from at least one pair.")
+        return cls(token_set(tokens), math.sqrt(square / numbers))
+
+
+class RowStream:
+    """All rows of a memory, in another order each time; the same epoch always in the same one.
+
+    Args:
+        memory: of N rows.
+        candidate_ids_C: int64, sorted.
+        batch_rows: rows of a batch; the last one of an epoch may have fewer.
+        seed: of the orders.
+        pool_bytes: about as much of the memory is shuffled, and held, together.
+    """
+
+    def __init__(
+        self, memory: Sharded, candidate_ids_C: Tensor, *, batch_rows: int, seed: int, pool_bytes: int = _POOL_BYTES
+    ) -> None:
+        self._memory = memory
+        self._candidate_ids_C = candidate_ids_C
+        self._batch_rows = batch_rows
+        self._seed = seed
+        self._pool_bytes = pool_bytes
+        self.rows = sum(memory.shard_rows)
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch."""
+        return -(-self.rows // self._batch_rows)
+
+    def epoch(self, number: int, *, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from the one with number `start` on.
+
+        Raises:
+            InvalidData: a shard is missing or damaged.
+        """
+        rng = torch.Generator().manual_seed(self._seed)
+        # An epoch's order must not depend on whether the ones before it were run.
+        seeds_E = torch.randint(2**62, (number + 1,), generator=rng)
+        rng.manual_seed(int(seeds_E[number]))
+        step, begun = 0, None
+        for rows, order_N in self._pools(rng):
+            missing = self._batch_rows - (len(begun) if begun else 0)
+            for index_B in (order_N[:missing], *order_N[missing:].split(self._batch_rows)):
+                batch = rows[index_B] if begun is None else Batch.concatenate([begun, rows[index_B]])
+                begun = batch if len(batch) < self._batch_rows else None
+                if begun is None:
+                    if step >= start:
+                        yield batch
+                    step += 1
+        if begun and step >= start:
+            yield begun
+
+    def _pools(self, rng: torch.Generator) -> Iterator[tuple[Batch, Tensor]]:
+        """The rows of some shards at a time, and an order for them."""
+        order = torch.randperm(len(self._memory.shard_rows), generator=rng).tolist()
+        pool, size = list[Batch](), 0
+        for place, number in enumerate(order, 1):
+            pool.append(Batch.of(self._memory.shard(number), self._candidate_ids_C))
+            size += pool[-1].cr_N_D.nbytes
+            if size >= self._pool_bytes or place == len(order):
+                rows = Batch.concatenate(pool)
+                pool, size = [], 0
+                yield rows, torch.randperm(len(rows), generator=rng)

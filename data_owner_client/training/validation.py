@@ -1,0 +1,84 @@
+"""Held-out rows: how likely the mixture finds their targets, and which interpolation finds them likeliest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_owner_client.adapter import Adapter
+from data_owner_client.decoding.interpolation import Interpolation, Schedule, mix
+from data_owner_client.memory.store import MemoryRows
+from data_owner_client.training.stream import Batch
+from protocol.head import LMHead
+
+ROWS_AT_ONCE = 4096
+_LAMBDAS = tuple(i / 20 for i in range(1, 20))
+
+
+@dataclass(frozen=True)
+class ValidationData:
+    """Held-out rows, with the PLM's likelihood of their targets and the λ schedule's inputs.
+
+    Attributes:
+        plm_logprob_N: log P_PLM(y), float64.
+        position_N: t of each row.
+        horizon_N: SL of each row's sequence, in tokens.
+    """
+
+    data: Batch
+    plm_logprob_N: Tensor
+    position_N: Tensor
+    horizon_N: Tensor
+
+    @classmethod
+    def of(
+        cls, rows: MemoryRows, candidate_ids_C: Tensor, plm_logprob_N: Tensor, length_ratio: float
+    ) -> ValidationData:
+        """Rows of a memory; `length_ratio` is the training memory's."""
+        horizon_E = (rows.source_tokens_E.double() * length_ratio).clamp(min=1.0)
+        return cls(
+            Batch.of(rows, candidate_ids_C),
+            plm_logprob_N,
+            rows.position_N(),
+            horizon_E.repeat_interleave(rows.rows_E.long()),
+        )
+
+    def mixture_nll(self, pema_logprob_N: Tensor, interpolation: Interpolation) -> float:
+        """Mean of −log((1 − λ_t)·P_PLM(y) + λ_t·P_PEMA(y)), in nats per token."""
+        lambda_N = interpolation.weights(self.position_N, self.horizon_N)
+        return -mix(self.plm_logprob_N, pema_logprob_N, lambda_N).mean().item()
+
+    def best(self, pema_logprob_N: Tensor, schedule: Schedule) -> tuple[Interpolation, float]:
+        """The schedule with the λ_max of the highest mixture likelihood, and its negative logarithm per token."""
+        options = [Interpolation(schedule=schedule, lambda_max=value) for value in _LAMBDAS]
+        return min(((option, self.mixture_nll(pema_logprob_N, option)) for option in options), key=lambda x: x[1])
+
+
+def choose_interpolation(
+    validation: ValidationData, pema_logprob_N: Tensor
+) -> tuple[Interpolation, dict[str, tuple[Interpolation, float]]]:
+    """The schedule and λ_max of the highest mixture likelihood on held-out rows.
+
+    Returns:
+        The best, and for every schedule its best λ_max with the negative log-likelihood per token.
+    """
+    schedules: tuple[Schedule, ...] = ("constant", "linear", "gradual")
+    best: dict[str, tuple[Interpolation, float]] = {name: validation.best(pema_logprob_N, name) for name in schedules}
+    return min(best.values(), key=lambda pair: pair[1])[0], best
+
+
+@torch.inference_mode()
+def target_logprobs(adapter: Adapter, head: LMHead, data: Batch) -> Tensor:
+    """log P_PEMA(y) of each row, float64; −∞ where the target is no candidate."""
+    was_training = adapter.training
+    adapter.eval()
+    parts = []
+    for cr_B_D, label_B in zip(data.cr_N_D.split(ROWS_AT_ONCE), data.label_N.split(ROWS_AT_ONCE), strict=True):
+        logprob_B_C = head.logits(adapter.hidden(adapter.scaled(cr_B_D))).log_softmax(dim=-1)
+        chosen_B = logprob_B_C.gather(1, label_B.clamp(min=0)[:, None])[:, 0].double()
+        parts.append(torch.where(label_B < 0, -math.inf, chosen_B))
+    adapter.train(was_training)
+    return torch.cat(parts)
