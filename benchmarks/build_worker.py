@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.processes import peak_rss_mib
 from data_owner_client import connect, load_task, read_pairs
 from data_owner_client.memory import build_memory
 
@@ -27,13 +28,7 @@ def main(url: str, data: str, start: str, stop: str, folder: str) -> None:
         started = time.perf_counter()
         memory = build_memory(plm, task, pairs, Path(folder), context_mode="teacher-forced", share_targets=True)
         seconds = time.perf_counter() - started
-    print(json.dumps({"rows": memory.manifest.rows, "seconds": seconds, "peak_rss_mib": _peak_rss_mib()}))
-
-
-def _peak_rss_mib() -> float:
-    # Not getrusage: its maximum counts what the parent had when it forked.
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-    return float(line.split()[1]) / 1024
+    print(json.dumps({"rows": memory.manifest.rows, "seconds": seconds, "peak_rss_mib": peak_rss_mib()}))
 
 
 if __name__ == "__main__":

@@ -59,8 +59,7 @@ def main() -> None:
     sentences, seconds, rounds = (48, 10, 1) if arguments.quick else (200, 30, arguments.rounds)
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
-    home_assistant.prepare(_DATA)
-    adapter_folder = _prepare()
+    adapter_folder = prepare()
     adapter = TrainedAdapter.load(adapter_folder)
     sources = [pair.source for pair in read_pairs(_DATA / "test.jsonl")][:sentences]
     with server(_LOG) as (port, _), connect(f"http://127.0.0.1:{port}") as plm:
@@ -94,8 +93,9 @@ def main() -> None:
     )
 
 
-def _prepare() -> Path:
-    """An adapter of a memory of 1,000 pairs, made once."""
+def prepare() -> Path:
+    """An adapter, and beside it the memory of 1,000 pairs that it comes from; made once."""
+    home_assistant.prepare(_DATA)
     memory, adapter = _WORK / "memory", _WORK / "adapter"
     try:
         TrainedAdapter.load(adapter)

@@ -1,0 +1,118 @@
+"""Training against the reference's way, and its memory on a large external memory.
+
+The peer is the training loop of the reference implementation as the paper describes it: the paper's form and settings,
+rows loaded one at a time, softmax over the full vocabulary. Both run one epoch of each phase on the same memory, each
+in a process of its own, in turn. The large memory is synthetic: 1,000,000 rows x 2,048 (float16) whose targets are any of
+50,272 tokens, as OPT-1.3B has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import report
+from benchmarks.decode import prepare
+from data_owner_client import ExternalMemory
+from data_owner_client.memory import MemoryRows
+from data_owner_client.memory.store import MemoryPlan
+from plm_owner_server.engines.transformers import load_model
+from plm_owner_server.models import resolve
+from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
+
+_WORK = report.FOLDER / "train"
+_WIDTH, _VOCABULARY = 2048, 50_272
+_ROWS_PER_EXAMPLE, _EXAMPLES_PER_SHARD = 16, 512
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one round, and a large memory of 100,000 rows")
+    parser.add_argument("--rounds", type=int, default=3, help="how often both are measured (5 minutes each)")
+    arguments = parser.parse_args()
+    rounds, large_rows = (1, 100_000) if arguments.quick else (arguments.rounds, 1_000_000)
+    memory, head = prepare().parent / "memory", _WORK / "head.npy"
+    _write_head(head)
+    rows = {"ours": list[dict[str, float]](), "reference": list[dict[str, float]]()}
+    for _ in range(rounds):
+        for kind, records in rows.items():
+            records.append(_run(kind, memory, head))
+    large, large_head = _large_memory(large_rows)
+    try:
+        peak = _run("large", large, large_head)
+    finally:
+        shutil.rmtree(large, ignore_errors=True)
+    ours, reference = (
+        {name: median(record[name] for record in records) for name in records[0]} for records in rows.values()
+    )
+    report.write(
+        "train",
+        {
+            "rounds": rounds,
+            "threads": torch.get_num_threads(),
+            "memory_rows": ExternalMemory(memory / "train").manifest.rows,
+            "ours": ours,
+            "reference": reference,
+            "rows_over_reference": ours["rows_per_s"] / reference["rows_per_s"],
+            "large": {"rows": large_rows} | peak,
+            f"peak_rss_mb_{'1m' if large_rows == 1_000_000 else f'{large_rows // 1000}k'}_rows": peak["peak_rss_mb"],
+        },
+    )
+
+
+def _run(kind: str, memory: Path, head: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.train_worker", kind, str(memory), str(head)]
+    record: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    return record
+
+
+def _write_head(path: Path) -> None:
+    """All rows of the default model's LM head."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = resolve(DEFAULT_MODEL, ServerSettings(_env_file=None).cache_dir).folder
+    head: Any = load_model(folder, device="cpu", dtype="float32").get_output_embeddings()
+    np.save(path, head.weight.detach().numpy())
+
+
+def _large_memory(rows: int) -> tuple[Path, Path]:
+    """A synthetic memory with as many rows, and a head for it."""
+    folder, rng = _WORK / "large", torch.Generator().manual_seed(0)
+    shutil.rmtree(folder, ignore_errors=True)
+    of_demo = ExternalMemory(prepare().parent / "memory" / "train").manifest.plan
+    model = of_demo.model.model_copy(update={"hidden_size": _WIDTH, "vocab_size": _VOCABULARY, "name": "synthetic"})
+    for part, count in (("train", rows), ("validation", 2_000)):
+        examples = count // _ROWS_PER_EXAMPLE
+        changed = {"model": model, "examples": examples, "examples_per_shard": _EXAMPLES_PER_SHARD}
+        memory = ExternalMemory.create(folder / part, MemoryPlan(**dict(of_demo) | changed))
+        for start in range(0, examples, _EXAMPLES_PER_SHARD):
+            memory.append(_synthetic(min(_EXAMPLES_PER_SHARD, examples - start), rng))
+    head = folder / "head.npy"
+    np.save(head, torch.randn(_VOCABULARY, _WIDTH, generator=rng).div(_WIDTH**0.5).numpy())
+    return folder, head
+
+
+def _synthetic(examples: int, rng: torch.Generator) -> MemoryRows:
+    rows = examples * _ROWS_PER_EXAMPLE
+    return MemoryRows(
+        cr_N_D=torch.randn(rows, _WIDTH, generator=rng).half(),
+        target_N=torch.randint(_VOCABULARY, (rows,), generator=rng, dtype=torch.int32),
+        rows_E=torch.full((examples,), _ROWS_PER_EXAMPLE, dtype=torch.int32),
+        source_tokens_E=torch.full((examples,), 12, dtype=torch.int32),
+        logsumexp_N=torch.full((rows,), 12.0),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""One training of a benchmark, in a process of its own: ours, or the reference's way; reports in JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.processes import peak_rss_mib
+from data_owner_client import ExternalMemory, TrainingSettings
+from data_owner_client.adapter import Adapter
+from data_owner_client.evaluation import plm_target_logprobs
+from data_owner_client.progress import Bar, Reporter
+from data_owner_client.training import Batch, Survey, ValidationData, train_adapter
+from data_owner_client.training.validation import target_logprobs
+from protocol.head import LMHead
+
+RECONSTRUCTION_EPOCHS, EPOCHS = 1, 1
+_BATCH_ROWS = 512
+
+
+def main(kind: str, folder: str, head: str) -> None:
+    """Train on `folder`/train; `head` holds all rows of the LM head, float32 [V, D], in numpy's format."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    memory = ExternalMemory(Path(folder) / "train")
+    weight_V_D = torch.from_numpy(np.load(head, mmap_mode="c"))
+    work = {"ours": _ours, "reference": _reference, "large": _large}[kind]
+    print(json.dumps(work(memory, Path(folder), weight_V_D) | {"peak_rss_mb": peak_rss_mib() * 2**20 / 1e6}))
+
+
+def _ours(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str, Any]:
+    """As `pema-client train` does it: the memory from disk, the candidates' rows of the head alone."""
+    started = time.perf_counter()
+    survey = Survey.of(memory)
+    head = LMHead(weight_V_D[survey.candidate_ids_C].clone())
+    validation = _validation(memory, folder, weight_V_D, survey.candidate_ids_C)
+    settings = TrainingSettings(reconstruction_epochs=RECONSTRUCTION_EPOCHS, epochs=EPOCHS, batch_rows=_BATCH_ROWS)
+    before = time.perf_counter()
+    trained = train_adapter(memory, survey, head, validation, settings)
+    rows = memory.manifest.rows * (RECONSTRUCTION_EPOCHS + EPOCHS)
+    seconds = time.perf_counter() - before
+    return {"rows_per_s": rows / seconds, "validation_nll": trained.best_nll, "seconds": time.perf_counter() - started}
+
+
+class _Rows(Dataset[tuple[Tensor, int]]):
+    """Rows that are read from a file one at a time."""
+
+    def __init__(self, memory: ExternalMemory, folder: Path) -> None:
+        rows = memory.load()
+        path = folder / "rows.npy"
+        np.save(path, rows.cr_N_D.numpy())
+        self._cr_N_D = np.load(path, mmap_mode="r")
+        self._target_N = rows.target_N.tolist()
+
+    def __len__(self) -> int:
+        return len(self._target_N)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(np.array(self._cr_N_D[number], dtype=np.float32)), self._target_N[number]
+
+
+def _reference(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str, Any]:
+    """The paper's form and settings; rows loaded one at a time, softmax over the full vocabulary."""
+    loader = DataLoader(_Rows(memory, folder), batch_size=_BATCH_ROWS, shuffle=True)
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    hidden_size, kappa = weight_V_D.shape[1], 0.2
+    adapter = Adapter(hidden_size, min(512, hidden_size), "paper", rms=Survey.of(memory).rms, dropout=0.2)
+    optimiser = torch.optim.Adam([adapter.A.weight, adapter.B_rct.weight], lr=1e-3)
+    for _ in range(RECONSTRUCTION_EPOCHS):
+        for cr_B_D, _ in loader:
+            x_B_D = adapter.scaled(cr_B_D)
+            _step(optimiser, F.mse_loss(adapter.reconstruction(x_B_D), x_B_D))
+    adapter.B_rct.requires_grad_(False)
+    optimiser = torch.optim.Adam([adapter.A.weight, adapter.B_pd.weight], lr=1e-3)
+    for _ in range(EPOCHS):
+        for cr_B_D, target_B in loader:
+            x_B_D = adapter.scaled(cr_B_D)
+            reconstruction = F.mse_loss(adapter.reconstruction(x_B_D), x_B_D)
+            prediction = F.cross_entropy(F.linear(adapter.hidden(x_B_D), weight_V_D), target_B)
+            _step(optimiser, kappa * reconstruction + (1 - kappa) * prediction)
+    seconds = time.perf_counter() - started
+    all_ids_V = torch.arange(len(weight_V_D))
+    validation = _validation(memory, folder, weight_V_D, all_ids_V)
+    logprob_N = torch.cat(
+        [
+            target_logprobs(adapter, LMHead(weight_V_D), Batch(cr_B_D, label_B))
+            for cr_B_D, label_B in zip(
+                validation.data.cr_N_D.split(128), validation.data.label_N.split(128), strict=True
+            )
+        ]
+    )
+    rows = memory.manifest.rows * (RECONSTRUCTION_EPOCHS + EPOCHS)
+    return {
+        "rows_per_s": rows / seconds,
+        "validation_nll": validation.best(logprob_N, "constant")[1],
+        "seconds": seconds,
+    }
+
+
+class _Stop(Exception):
+    """Enough was seen."""
+
+
+class _Until(Reporter):
+    """Ends a training after some seconds of its joint phase."""
+
+    def __init__(self, steps_before: int, seconds: float) -> None:
+        self._steps_before = steps_before
+        self._seconds = seconds
+
+    def bar(self, description: str, total: int, unit: str, *, done: int = 0) -> Any:
+        """A bar that ends the work."""
+        reporter, ends, steps = self, math.inf, 0
+
+        class _Bar:
+            def __enter__(self) -> Bar:
+                return self
+
+            def __exit__(self, *exception: object) -> None:
+                pass
+
+            def advance(self, count: int = 1, note: str | None = None) -> None:
+                nonlocal ends, steps
+                steps += count
+                if steps == reporter._steps_before + 1:
+                    ends = time.monotonic() + reporter._seconds
+                if time.monotonic() > ends:
+                    raise _Stop
+
+        return _Bar()
+
+
+def _large(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str, Any]:
+    """Ours on a memory that takes hours: all of the first phase, and two minutes of the second."""
+    survey = Survey.of(memory)
+    head = LMHead(weight_V_D)
+    validation = _validation(memory, folder, weight_V_D, survey.candidate_ids_C)
+    steps = math.ceil(memory.manifest.rows / _BATCH_ROWS)
+    settings = TrainingSettings(reconstruction_epochs=1, epochs=1, batch_rows=_BATCH_ROWS)
+    started, reporter = time.perf_counter(), _Until(steps, 120.0)
+    try:
+        train_adapter(memory, survey, head, validation, settings, checkpoint=folder / "checkpoint", reporter=reporter)
+    except _Stop:
+        pass
+    return {"candidates": len(survey.candidate_ids_C), "seconds": time.perf_counter() - started}
+
+
+def _validation(memory: ExternalMemory, folder: Path, weight_V_D: Tensor, candidate_ids_C: Tensor) -> ValidationData:
+    rows = ExternalMemory(folder / "validation").load()
+    ids_K = torch.unique(rows.target_N.long())
+    plm_logprob_N = plm_target_logprobs(LMHead(weight_V_D[ids_K]), ids_K, rows)
+    return ValidationData.of(rows, candidate_ids_C, plm_logprob_N, memory.length_ratio)
+
+
+def _step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    optimiser.step()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
