@@ -22,6 +22,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.compact_rows
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.train
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -2,8 +2,8 @@
 
 The peer is the training loop of the reference implementation as the paper describes it: the paper's form and settings,
 rows loaded one at a time, softmax over the full vocabulary. Both run one epoch of each phase on the same memory, each
-in a process of its own, in turn. The large memory is synthetic: 1,000,000 rows x 2,048 (float16) whose targets are any of
-50,272 tokens, as OPT-1.3B has them.
+in a process of its own, in turn. The large memory is synthetic: 1,000,000 rows x 2,048 (float16) whose targets are any
+of 50,272 tokens, as OPT-1.3B has them.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +150,8 @@ def _large(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str
     steps = math.ceil(memory.manifest.rows / _BATCH_ROWS)
     settings = TrainingSettings(reconstruction_epochs=1, epochs=1, batch_rows=_BATCH_ROWS)
     started, reporter = time.perf_counter(), _Until(steps, 120.0)
-    try:
+    with suppress(_Stop):
         train_adapter(memory, survey, head, validation, settings, checkpoint=folder / "checkpoint", reporter=reporter)
-    except _Stop:
-        pass
     return {"candidates": len(survey.candidate_ids_C), "seconds": time.perf_counter() - started}
 
 
