@@ -260,12 +260,16 @@ def train(
     dropout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Dropout.")] = TrainingSettings.dropout,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of joint training, at most.")] = TrainingSettings.epochs,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")] = TrainingSettings.seed,
+    device: Annotated[
+        str | None, typer.Option(help="Where to train, such as cpu or cuda:1; default: CUDA where there is CUDA.")
+    ] = None,
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
     """Train the adapter on this machine. The defaults need no tuning; the best validation epoch is kept.
 
-    Writes `adapter.json`, `adapter.safetensors` and `training.png`.
+    Writes `adapter.json`, `adapter.safetensors` and `training.png`. The memory may be larger than RAM. Stopped, the
+    same command goes on where it was, to the same adapter.
 
     Examples:
 
@@ -281,6 +285,7 @@ def train(
         dropout=dropout,
         epochs=epochs,
         seed=seed,
+        device=device,
     )
     with server.connect() as plm:
         _, report = verbs.train(plm, memory, adapter, settings=settings, reporter=RichReporter())

@@ -27,7 +27,7 @@ from data_owner_client.training.loss import cross_entropy
 from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.stream import Batch, RowStream, Sharded, Survey
 from data_owner_client.training.validation import ValidationData, target_logprobs
-from protocol.errors import NumericalFault
+from protocol.errors import InvalidRequest, NumericalFault
 from protocol.head import LMHead
 
 _CHECKPOINT_EVERY_S = 60.0
@@ -113,6 +113,7 @@ def train_adapter(
 
     Raises:
         InvalidData: a shard is damaged, or the disk is full.
+        InvalidRequest: there is no such device.
         NumericalFault: the loss is no longer finite.
     """
     stream = RowStream(memory, survey.candidate_ids_C, batch_rows=settings.batch_rows, seed=settings.seed)
@@ -140,7 +141,7 @@ class _Training:
         self._validation = validation
         self._settings = settings
         self._checkpoint = checkpoint
-        self._device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = _device(settings.device)
         self._head = head.to(self._device)
         hidden_size = head.weight_V_D.shape[1]
         rank = min(settings.rank, hidden_size)
@@ -256,3 +257,14 @@ class _Training:
     def _save(self) -> None:
         if self._checkpoint is not None:
             self._checkpoint.save(self._progress.as_json(), self._adapter, self._optimiser, self._best)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise InvalidRequest(
+            f"There is no device {name!r} to train on: {str(error).splitlines()[0]}", hint="Use --device cpu."
+        ) from error
+    return device

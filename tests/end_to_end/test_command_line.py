@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from data_owner_client import ExternalMemory, TrainedAdapter
 from tests import support
@@ -315,6 +316,36 @@ def test_a_killed_build_is_resumed_by_the_same_command(
         ours = ExternalMemory(tmp_path / part)
         assert ours.manifest == ExternalMemory(undisturbed / part).manifest
         ours.load()  # checks every checksum
+
+
+def test_a_killed_training_is_resumed_by_the_same_command(
+    url: str, many: tuple[list[Any], Path], tmp_path: Path
+) -> None:
+    def arguments(adapter: str) -> list[Any]:
+        return ["--memory", many[1], "--adapter", tmp_path / adapter, "--rank", 8, "--learning-rate", 3e-4]
+
+    client_json(url, "train", *arguments("undisturbed"))
+    checkpoint = tmp_path / "killed" / ".training.safetensors"
+    for epochs in (1, 4):
+        process = subprocess.Popen(
+            processes.client_command(url, "train", *arguments("killed")), stderr=subprocess.DEVNULL
+        )
+        while not checkpoint.exists() or len(_history(checkpoint)) < epochs:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    trained = client_json(url, "train", *arguments("killed"))
+    assert len(trained["history"]) > 4
+    assert not checkpoint.exists()
+    for name in ("adapter.json", "adapter.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def _history(checkpoint: Path) -> list[Any]:
+    with safe_open(checkpoint, framework="pt") as file:
+        history: list[Any] = json.loads(file.metadata()["progress"])["history"]
+        return history
 
 
 @pytest.mark.parametrize("scheme", ["http", "grpc"])

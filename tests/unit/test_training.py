@@ -31,7 +31,7 @@ from data_owner_client.training import (
 )
 from data_owner_client.training.loss import cross_entropy
 from data_owner_client.training.stream import RowStream
-from protocol.errors import InvalidData, NumericalFault
+from protocol.errors import InvalidData, InvalidRequest, NumericalFault
 from protocol.head import LMHead
 from tests import reference
 
@@ -235,6 +235,9 @@ def test_training_refuses_what_it_cannot_learn_from() -> None:
         Survey.of(InMemory(replace(rows, cr_N_D=rows.cr_N_D[:0], rows_E=torch.zeros(1, dtype=torch.int32))))
     with pytest.raises(NumericalFault, match="not finite"):
         fit(replace(rows, cr_N_D=rows.cr_N_D * float("nan")), SETTINGS)
+    for device in ("abacus", "xpu:7"):
+        with pytest.raises(InvalidRequest, match="no device"):
+            fit(rows, replace(SETTINGS, device=device))
 
 
 def test_targets_outside_the_candidates_have_probability_zero() -> None:
