@@ -152,6 +152,8 @@ def _large(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str
     started, reporter = time.perf_counter(), _Until(steps, 120.0)
     with suppress(_Stop):
         train_adapter(memory, survey, head, validation, settings, checkpoint=folder / "checkpoint", reporter=reporter)
+    # As at the end of an epoch, which is not reached.
+    target_logprobs(Adapter(weight_V_D.shape[1], settings.rank, "residual"), head, validation.data)
     return {"candidates": len(survey.candidate_ids_C), "seconds": time.perf_counter() - started}
 
 

@@ -259,6 +259,13 @@ def train(
     ] = TrainingSettings.learning_rate,
     dropout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Dropout.")] = TrainingSettings.dropout,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of joint training, at most.")] = TrainingSettings.epochs,
+    full_vocabulary: Annotated[
+        bool,
+        typer.Option(
+            "--full-vocabulary",
+            help="Softmax over all tokens, not only those of the targets; the adapter then holds the whole LM head.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")] = TrainingSettings.seed,
     device: Annotated[
         str | None, typer.Option(help="Where to train, such as cpu or cuda:1; default: CUDA where there is CUDA.")
@@ -284,6 +291,7 @@ def train(
         learning_rate=learning_rate,
         dropout=dropout,
         epochs=epochs,
+        full_vocabulary=full_vocabulary,
         seed=seed,
         device=device,
     )

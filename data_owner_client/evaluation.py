@@ -14,7 +14,7 @@ from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.memory.store import MemoryRows
 from data_owner_client.plm import RemotePlm, token_set
-from data_owner_client.training import ROWS_AT_ONCE, Batch, ValidationData, target_logprobs
+from data_owner_client.training import Batch, ValidationData, target_logprobs
 from protocol.errors import InvalidData
 from protocol.head import LMHead
 
@@ -75,7 +75,8 @@ def plm_target_logprobs(head: LMHead, target_ids_K: Tensor, rows: MemoryRows) ->
         raise InvalidData("The validation memory has no log-sum-exp.", hint="Build it again: build-memory --overwrite.")
     label_N = torch.searchsorted(target_ids_K, rows.target_N.long())
     parts = []
-    for input_B_D, label_B in zip(rows.head_input_N_D().split(ROWS_AT_ONCE), label_N.split(ROWS_AT_ONCE), strict=True):
+    chunk = head.rows_at_once()
+    for input_B_D, label_B in zip(rows.head_input_N_D().split(chunk), label_N.split(chunk), strict=True):
         parts.append(head.logits(input_B_D.float()).gather(1, label_B[:, None])[:, 0].double())
     return (torch.cat(parts) - rows.logsumexp_N.double()).clamp(max=0.0)
 

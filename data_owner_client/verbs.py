@@ -178,8 +178,8 @@ def train(
 ) -> tuple[TrainedAdapter, TrainingReport]:
     """Train an adapter on the memories that `build_memories` made; write it and `training.png` into `folder`.
 
-    The server is asked for the head rows of the candidate vocabulary only. The schedule and λ_max to translate with are
-    those of the highest likelihood on the validation memory.
+    The server is asked for the head rows of the candidate vocabulary only, unless the full one is wanted. The schedule
+    and λ_max to translate with are those of the highest likelihood on the validation memory.
 
     The memory is read from disk as it is needed, so it may be larger than RAM. Interrupted, the same call goes on where
     it was, to the same adapter.
@@ -196,14 +196,20 @@ def train(
         part.manifest.plan.model.require(ModelIdentity.of(plm.card), f"The memory in {part.folder}", "the server")
     settings = _with_form(settings or TrainingSettings(), plan.model)
     survey, held_out = Survey.of(train_memory), validation_memory.load()
+    if settings.full_vocabulary:
+        survey = replace(survey, candidate_ids_C=torch.arange(plan.model.vocab_size))
     candidate_ids_C = survey.candidate_ids_C
     # One request for both memories: the server need not know which tokens are those of the few held-out texts.
     target_ids_K = token_set([candidate_ids_C, held_out.target_N])
-    reporter.say(
-        "Leaves this machine: which tokens occur anywhere in the targets, as their LM-head rows are asked for."
-    )
-    target_head = plm.head_rows(target_ids_K)
-    head = target_head.rows(torch.searchsorted(target_ids_K, candidate_ids_C))
+    if settings.full_vocabulary:
+        # The candidates are all tokens, and so the targets are among them.
+        head = target_head = plm.full_head(reporter).to(torch.float32)
+    else:
+        reporter.say(
+            "Leaves this machine: which tokens occur anywhere in the targets, as their LM-head rows are asked for."
+        )
+        target_head = plm.head_rows(target_ids_K)
+        head = target_head.rows(torch.searchsorted(target_ids_K, candidate_ids_C))
     validation = ValidationData.of(
         held_out,
         candidate_ids_C,

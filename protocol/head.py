@@ -47,6 +47,10 @@ class LMHead:
             logits_N_V = torch.tanh(logits_N_V / self.softcap) * self.softcap
         return logits_N_V
 
+    def rows_at_once(self, logits: int = 2**24) -> int:
+        """How many rows have so many logits together: 64 MiB of float32 unless told otherwise."""
+        return max(1, logits // len(self.weight_V_D))
+
     def trailer(self) -> bytes:
         """What belongs to the head besides weight and bias, for digests: scale and soft-cap."""
         return json.dumps([self.logit_scale, self.softcap]).encode()

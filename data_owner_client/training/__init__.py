@@ -4,14 +4,12 @@ from data_owner_client.training.loop import Epoch, Trained, train_adapter
 from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.stream import Batch, Sharded, Survey
 from data_owner_client.training.validation import (
-    ROWS_AT_ONCE,
     ValidationData,
     choose_interpolation,
     target_logprobs,
 )
 
 __all__ = [
-    "ROWS_AT_ONCE",
     "Batch",
     "Epoch",
     "Sharded",

@@ -10,9 +10,6 @@ from torch.nn import functional as F
 
 from protocol.head import LMHead
 
-# Logits that exist at once, in a batch: 64 MiB of float32, and as much for their gradient.
-_LOGITS_AT_ONCE = 2**24
-
 
 class _InChunks(torch.autograd.Function):
     """The gradient is made with the loss, chunk by chunk: nothing of the size of the logits outlives a chunk."""
@@ -36,15 +33,14 @@ class _InChunks(torch.autograd.Function):
         return gradient_N_D * gradients[0], None, None, None
 
 
-def cross_entropy(hidden_N_D: Tensor, head: LMHead, label_N: Tensor, *, at_once: int = _LOGITS_AT_ONCE) -> Tensor:
+def cross_entropy(hidden_N_D: Tensor, head: LMHead, label_N: Tensor, *, chunk_rows: int | None = None) -> Tensor:
     """Mean of −log softmax(head(h))[y] over the rows.
 
     Args:
         hidden_N_D: the head's input; the gradient goes here alone.
         head: of C tokens; fixed.
         label_N: int64 in [0, C).
-        at_once: logits that exist at the same time.
+        chunk_rows: rows whose logits exist at the same time.
     """
-    chunk_rows = max(1, at_once // len(head.weight_V_D))
-    loss: Tensor = _InChunks.apply(hidden_N_D, head, label_N, chunk_rows)  # type: ignore[no-untyped-call]
+    loss: Tensor = _InChunks.apply(hidden_N_D, head, label_N, chunk_rows or head.rows_at_once())  # type: ignore[no-untyped-call]
     return loss

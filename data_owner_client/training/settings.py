@@ -21,6 +21,7 @@ class TrainingSettings:
         epochs: passes of phase 2, at most.
         patience: epochs without a better validation likelihood after which phase 2 ends.
         batch_rows: rows of a step.
+        full_vocabulary: let the adapter's softmax run over all of V; else over the tokens of the memory's targets.
         seed: of initialisation, shuffling and dropout.
         device: where to train; None for CUDA, in bfloat16, where there is CUDA, else the CPU.
     """
@@ -34,5 +35,6 @@ class TrainingSettings:
     epochs: int = 12
     patience: int = 3
     batch_rows: int = 512
+    full_vocabulary: bool = False
     seed: int = 0
     device: str | None = None

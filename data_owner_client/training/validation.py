@@ -14,7 +14,6 @@ from data_owner_client.memory.store import MemoryRows
 from data_owner_client.training.stream import Batch
 from protocol.head import LMHead
 
-ROWS_AT_ONCE = 4096
 _LAMBDAS = tuple(i / 20 for i in range(1, 20))
 
 
@@ -76,9 +75,10 @@ def target_logprobs(adapter: Adapter, head: LMHead, data: Batch) -> Tensor:
     was_training = adapter.training
     adapter.eval()
     parts = []
-    for cr_B_D, label_B in zip(data.cr_N_D.split(ROWS_AT_ONCE), data.label_N.split(ROWS_AT_ONCE), strict=True):
-        logprob_B_C = head.logits(adapter.hidden(adapter.scaled(cr_B_D))).log_softmax(dim=-1)
-        chosen_B = logprob_B_C.gather(1, label_B.clamp(min=0)[:, None])[:, 0].double()
+    rows, device = head.rows_at_once(), head.weight_V_D.device
+    for cr_B_D, label_B in zip(data.cr_N_D.split(rows), data.label_N.split(rows), strict=True):
+        logprob_B_C = head.logits(adapter.hidden(adapter.scaled(cr_B_D.to(device)))).log_softmax(dim=-1)
+        chosen_B = logprob_B_C.gather(1, label_B.clamp(min=0).to(device)[:, None])[:, 0].double().cpu()
         parts.append(torch.where(label_B < 0, -math.inf, chosen_B))
     adapter.train(was_training)
     return torch.cat(parts)

@@ -318,6 +318,15 @@ def test_a_killed_build_is_resumed_by_the_same_command(
         ours.load()  # checks every checksum
 
 
+def test_the_full_vocabulary(url: str, many: tuple[list[Any], Path], tmp_path: Path) -> None:
+    what = ["--memory", many[1], "--adapter", tmp_path, "--epochs", 1, "--rank", 8, "--full-vocabulary"]
+    card = client_json(url, "train", *what)["card"]
+    assert card["candidates"] == support.VOCAB_SIZE
+    assert card["validation"]["coverage"] == 1.0
+    translated = client_json(url, "translate", "--adapter", tmp_path, "one two", "--max-new-tokens", 4)
+    assert translated["texts"][0]["text"] is not None
+
+
 def test_a_killed_training_is_resumed_by_the_same_command(
     url: str, many: tuple[list[Any], Path], tmp_path: Path
 ) -> None:
