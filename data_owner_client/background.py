@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 _Result = TypeVar("_Result")
@@ -25,3 +26,12 @@ def in_background(work: Callable[[], _Result]) -> Future[_Result]:
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+def one_ahead(items: Iterator[_Result]) -> Iterator[_Result]:
+    """The same items, each of which is made while the one before is used."""
+    end = object()
+    following = in_background(partial(next, items, end))
+    while (item := following.result()) is not end:
+        following = in_background(partial(next, items, end))
+        yield item

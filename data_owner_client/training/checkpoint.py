@@ -19,6 +19,21 @@ _BEST, _ADAPTER, _OPTIMISER, _RNG = "best.", "adapter.", "optimiser.", "rng"
 
 
 @dataclass(frozen=True)
+class Found:
+    """What was kept of a training, besides the adapter and the state of the random numbers.
+
+    Attributes:
+        progress: how far it was.
+        optimiser: state of each trained tensor.
+        best: the adapter of the best epoch.
+    """
+
+    progress: dict[str, Any]
+    optimiser: dict[int, dict[str, Tensor]]
+    best: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Where the state of one training lies.
 
@@ -45,16 +60,14 @@ class Checkpoint:
         tensors[_RNG] = torch.get_rng_state()
         if torch.cuda.is_initialized():
             tensors[_RNG + ".cuda"] = torch.cuda.get_rng_state()
-        metadata = {"identity": self._digest, "progress": json.dumps(progress)}
         # Clones: the best state may share its tensors with the adapter.
-        packed = safetensors.torch.save({k: v.detach().cpu().clone() for k, v in tensors.items()}, metadata)
-        write_atomically(self.path, packed)
+        tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+        metadata = {"identity": self._digest, "progress": json.dumps(progress)}
+        metadata["sha256"] = _checksum(tensors, metadata["progress"])
+        write_atomically(self.path, safetensors.torch.save(tensors, metadata))
 
-    def load(self, adapter: nn.Module) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]], dict[str, Tensor]] | None:
-        """Bring adapter and random numbers to where they were; progress, state of the optimiser and best adapter.
-
-        None if there is nothing of this training.
-        """
+    def load(self, adapter: nn.Module) -> Found | None:
+        """Bring adapter and random numbers to where they were; None if nothing of this training is there, or whole."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -62,6 +75,8 @@ class Checkpoint:
                     return None
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         except (OSError, SafetensorError):
+            return None
+        if metadata.get("sha256") != _checksum(tensors, metadata.get("progress", "")):
             return None
         adapter.load_state_dict(_part(tensors, _ADAPTER))
         torch.set_rng_state(tensors[_RNG])
@@ -71,11 +86,15 @@ class Checkpoint:
         for name, value in _part(tensors, _OPTIMISER).items():
             number, _, field = name.partition(".")
             optimiser.setdefault(int(number), {})[field] = value
-        return json.loads(metadata["progress"]), optimiser, _part(tensors, _BEST)
+        return Found(json.loads(metadata["progress"]), optimiser, _part(tensors, _BEST))
 
     @property
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _checksum(tensors: dict[str, Tensor], progress: str) -> str:
+    return hashlib.sha256(progress.encode() + safetensors.torch.save(tensors)).hexdigest()
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

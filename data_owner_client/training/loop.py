@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from data_owner_client.adapter import Adapter
-from data_owner_client.background import in_background
+from data_owner_client.background import one_ahead
 from data_owner_client.progress import Reporter
 from data_owner_client.training.checkpoint import Checkpoint
 from data_owner_client.training.loss import cross_entropy
@@ -149,15 +148,13 @@ class _Training:
             self._device
         )
         self._progress, self._best = _Progress(), copy.deepcopy(self._adapter.state_dict())
-        state: dict[int, dict[str, Tensor]] = {}
-        if checkpoint is not None and (found := checkpoint.load(self._adapter)) is not None:
-            progress, state, self._best = found
-            self._progress = _Progress.of_json(progress)
+        found = None if checkpoint is None else checkpoint.load(self._adapter)
+        if found is not None:
+            self._progress, self._best = _Progress.of_json(found.progress), found.best
         self._optimiser = self._new_optimiser()
-        if state:
-            self._optimiser.load_state_dict(
-                {"state": state, "param_groups": self._optimiser.state_dict()["param_groups"]}
-            )
+        if found is not None:
+            groups = self._optimiser.state_dict()["param_groups"]
+            self._optimiser.load_state_dict({"state": found.optimiser, "param_groups": groups})
 
     def run(self, reporter: Reporter) -> None:
         """Train to the end."""
@@ -195,10 +192,8 @@ class _Training:
         if self._device.type != "cuda":
             yield from batches
             return
-        # The next one is read and sent while the GPU works on the last.
-        following = in_background(lambda: next(batches, None))
-        while (batch := following.result()) is not None:
-            following = in_background(lambda: next(batches, None))
+        # Read and shuffled while the GPU works; on a CPU that would only take its cores.
+        for batch in one_ahead(batches):
             yield batch.to(self._device)
 
     def _step(self, batch: Batch) -> str:

@@ -187,8 +187,13 @@ def test_a_training_that_is_stopped_anywhere_ends_in_the_same_adapter(
     # Not what another training has left, and not half of a file.
     other = fit(rows, replace(settings, seed=4), shards=3, checkpoint=checkpoint)
     assert other.history == fit(rows, replace(settings, seed=4), shards=3).history
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
-    assert fit(rows, settings, shards=3, checkpoint=checkpoint).history == whole.history
+    fit(rows, settings, shards=3, checkpoint=checkpoint)
+    kept = checkpoint.read_bytes()
+    flipped = bytearray(kept)
+    flipped[-30] ^= 64
+    for damaged in (kept[:-9], bytes(flipped), b"", b"\xff" * 64):
+        checkpoint.write_bytes(damaged)
+        assert fit(rows, settings, shards=3, checkpoint=checkpoint).history == whole.history
 
 
 @pytest.mark.parametrize("shards", [1, 2, 9])

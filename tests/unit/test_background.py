@@ -1,0 +1,43 @@
+"""Work in the background."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from data_owner_client.background import in_background, one_ahead
+
+
+def test_results_and_errors_come_back() -> None:
+    assert in_background(lambda: threading.current_thread()).result() is not threading.current_thread()
+    with pytest.raises(KeyError, match="lost"):
+        in_background(lambda: {}["lost"]).result()
+
+
+def test_one_item_is_made_while_the_one_before_is_used() -> None:
+    made = []
+
+    def items() -> Iterator[int | None]:
+        for item in (1, None, 3):
+            made.append(item)
+            yield item
+        raise OSError("unreadable")
+
+    ahead = one_ahead(items())
+    assert next(ahead) == 1
+    deadline = time.monotonic() + 10
+    while len(made) < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert made == [1, None]
+    assert next(ahead) is None
+    assert next(ahead) == 3
+    with pytest.raises(OSError, match="unreadable"):
+        next(ahead)
+
+
+def test_a_program_does_not_wait_for_what_nobody_needs() -> None:
+    code = "import time; from data_owner_client.background import in_background; in_background(lambda: time.sleep(60))"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
