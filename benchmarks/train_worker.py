@@ -43,14 +43,13 @@ def _ours(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str,
     """As `pema-client train` does it: the memory from disk, the candidates' rows of the head alone."""
     started = time.perf_counter()
     survey = Survey.of(memory)
-    head = LMHead(weight_V_D[survey.candidate_ids_C].clone())
+    head = LMHead(weight_V_D[survey.candidate_ids_C])
     validation = _validation(memory, folder, weight_V_D, survey.candidate_ids_C)
     settings = TrainingSettings(reconstruction_epochs=RECONSTRUCTION_EPOCHS, epochs=EPOCHS, batch_rows=_BATCH_ROWS)
-    before = time.perf_counter()
     trained = train_adapter(memory, survey, head, validation, settings)
     rows = memory.manifest.rows * (RECONSTRUCTION_EPOCHS + EPOCHS)
-    seconds = time.perf_counter() - before
-    return {"rows_per_s": rows / seconds, "validation_nll": trained.best_nll, "seconds": time.perf_counter() - started}
+    seconds = time.perf_counter() - started
+    return {"rows_per_s": rows / seconds, "validation_nll": trained.best_nll, "seconds": seconds}
 
 
 class _Rows(Dataset[tuple[Tensor, int]]):

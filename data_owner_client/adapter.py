@@ -89,7 +89,7 @@ class AdapterCard(BaseModel):
     interpolation_why: str
     logit_scale: float
     softcap: float | None
-    settings: dict[str, float | int | str | None]
+    settings: dict[str, bool | int | float | str | None]
     validation: dict[str, float]
     memory_digest: str
     tensors_sha256: str = ""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from functools import partial
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar, cast
 
 _Result = TypeVar("_Result")
 
@@ -29,9 +28,10 @@ def in_background(work: Callable[[], _Result]) -> Future[_Result]:
 
 
 def one_ahead(items: Iterator[_Result]) -> Iterator[_Result]:
-    """The same items, each of which is made while the one before is used."""
+    """The same items, each of which is made, in one other thread, while the one before is used."""
     end = object()
-    following = in_background(partial(next, items, end))
-    while (item := following.result()) is not end:
-        following = in_background(partial(next, items, end))
-        yield item
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, items, end)
+            yield cast("_Result", item)

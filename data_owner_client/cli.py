@@ -81,7 +81,7 @@ def _clear_errors(command: Callable[_P, None]) -> Callable[_P, None]:
         except PemaError as error:
             _leave(f"pema-client: {error}", status=1)
         except KeyboardInterrupt:
-            again = "run the same command again (build-memory goes on where it was)"
+            again = "run the same command again (build-memory and train go on where they were, as do files of texts)"
             _leave(f"pema-client: interrupted; {again}.", status=_INTERRUPTED)
         except BrokenPipeError:
             # The reader of our output, such as head, has gone.

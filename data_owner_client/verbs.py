@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel
+from torch import Tensor
 
 from data_owner_client import plotting
 from data_owner_client.adapter import AdapterCard, TrainedAdapter
@@ -43,6 +44,7 @@ from data_owner_client.training import (
     train_adapter,
 )
 from protocol.errors import InvalidData, PemaError
+from protocol.head import LMHead
 from protocol.messages import WireDtype
 
 # In the adapter's folder, until it is done.
@@ -187,6 +189,8 @@ def train(
     Raises:
         InvalidData: a memory is missing, incomplete or damaged.
         IdentityMismatch: the memory was built with another model.
+        InvalidRequest: there is no such device.
+        NumericalFault: the loss is no longer finite.
     """
     started = time.perf_counter()
     reporter = reporter or Reporter()
@@ -194,27 +198,14 @@ def train(
     plan = train_memory.manifest.plan
     for part in (train_memory, validation_memory):
         part.manifest.plan.model.require(ModelIdentity.of(plm.card), f"The memory in {part.folder}", "the server")
+        part.require_complete()
     settings = _with_form(settings or TrainingSettings(), plan.model)
-    survey, held_out = Survey.of(train_memory), validation_memory.load()
+    survey = Survey.of(train_memory)
     if settings.full_vocabulary:
         survey = replace(survey, candidate_ids_C=torch.arange(plan.model.vocab_size))
     candidate_ids_C = survey.candidate_ids_C
-    # One request for both memories: the server need not know which tokens are those of the few held-out texts.
-    target_ids_K = token_set([candidate_ids_C, held_out.target_N])
-    if settings.full_vocabulary:
-        # The candidates are all tokens, and so the targets are among them.
-        head = target_head = plm.full_head(reporter).to(torch.float32)
-    else:
-        reporter.say(
-            "Leaves this machine: which tokens occur anywhere in the targets, as their LM-head rows are asked for."
-        )
-        target_head = plm.head_rows(target_ids_K)
-        head = target_head.rows(torch.searchsorted(target_ids_K, candidate_ids_C))
-    validation = ValidationData.of(
-        held_out,
-        candidate_ids_C,
-        plm_target_logprobs(target_head, target_ids_K, held_out),
-        train_memory.length_ratio,
+    head, validation = _head_and_validation(
+        plm, candidate_ids_C, validation_memory.load(), train_memory.length_ratio, reporter
     )
     checkpoint = folder / _CHECKPOINT
     trained = train_adapter(
@@ -234,7 +225,8 @@ def train(
     mixture_nll = validation.mixture_nll(pema_logprob_N, interpolation)
     why = (
         f"{interpolation.schedule} with λ_max {interpolation.lambda_max:.2f} has the highest likelihood on "
-        f"{len(held_out.rows_E)} validation examples: {mixture_nll:.3f} nats per token (the PLM alone: {plm_nll:.3f}), "
+        f"{validation_memory.manifest.examples} validation examples: {mixture_nll:.3f} nats per token (the PLM alone: "
+        f"{plm_nll:.3f}), "
         f"in {plan.context_mode} contexts"
     )
     reporter.say(f"Interpolation: {why}.")
@@ -261,7 +253,9 @@ def train(
     )
     adapter = TrainedAdapter(card, trained.adapter, candidate_ids_C, head)
     adapter.save(folder)
-    checkpoint.unlink(missing_ok=True)
+    # Also what a kill may have left of one.
+    for path in (checkpoint, *folder.glob(f".{_CHECKPOINT}.*.partial")):
+        path.unlink(missing_ok=True)
     plotting.training(trained.history, plm_nll, folder / "training.png")
     return adapter, TrainingReport(
         folder=str(folder),
@@ -349,6 +343,26 @@ def _target(pair: Pair) -> str:
     if pair.target is None:
         raise InvalidData("A pair has no target.", hint="Evaluation needs references.")
     return pair.target
+
+
+def _head_and_validation(
+    plm: RemotePlm, candidate_ids_C: Tensor, held_out: MemoryRows, length_ratio: float, reporter: Reporter
+) -> tuple[LMHead, ValidationData]:
+    """Float32 head rows of the candidates; and the held-out rows with the PLM's likelihood of their targets."""
+    # One request for both memories: the server need not know which tokens are those of the few held-out texts.
+    target_ids_K = token_set([candidate_ids_C, held_out.target_N])
+    if len(target_ids_K) == plm.card.vocab_size:
+        target_head = plm.full_head(reporter).to(torch.float32)
+    else:
+        reporter.say(
+            "Leaves this machine: which tokens occur anywhere in the targets, as their LM-head rows are asked for."
+        )
+        target_head = plm.head_rows(target_ids_K)
+    plm_logprob_N = plm_target_logprobs(target_head, target_ids_K, held_out)
+    head = target_head
+    if len(candidate_ids_C) < len(target_ids_K):
+        head = target_head.rows(torch.searchsorted(target_ids_K, candidate_ids_C))
+    return head, ValidationData.of(held_out, candidate_ids_C, plm_logprob_N, length_ratio)
 
 
 def _with_form(settings: TrainingSettings, model: ModelIdentity) -> TrainingSettings:

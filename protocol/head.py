@@ -48,8 +48,8 @@ class LMHead:
         return logits_N_V
 
     def rows_at_once(self, logits: int = 2**24) -> int:
-        """How many rows have so many logits together: 64 MiB of float32 unless told otherwise."""
-        return max(1, logits // len(self.weight_V_D))
+        """How many rows have so many logits, or inputs, together: 64 MiB of float32 unless told otherwise."""
+        return max(1, logits // max(self.weight_V_D.shape))
 
     def trailer(self) -> bytes:
         """What belongs to the head besides weight and bias, for digests: scale and soft-cap."""

@@ -40,10 +40,12 @@ class Checkpoint:
     Args:
         path: of the file.
         identity: all that decides the result; what another training has left there is ignored.
+        device: where the adapter is trained.
     """
 
     path: Path
     identity: object
+    device: torch.device
 
     def save(
         self, progress: dict[str, Any], adapter: nn.Module, optimiser: torch.optim.Optimizer, best: dict[str, Tensor]
@@ -58,8 +60,8 @@ class Checkpoint:
         for number, state in optimiser.state_dict()["state"].items():
             tensors |= {f"{_OPTIMISER}{number}.{name}": value for name, value in state.items()}
         tensors[_RNG] = torch.get_rng_state()
-        if torch.cuda.is_initialized():
-            tensors[_RNG + ".cuda"] = torch.cuda.get_rng_state()
+        if self.device.type == "cuda":
+            tensors[_RNG + ".cuda"] = torch.cuda.get_rng_state(self.device)
         # Clones: the best state may share its tensors with the adapter.
         tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
         metadata = {"identity": self._digest, "progress": json.dumps(progress)}
@@ -80,8 +82,8 @@ class Checkpoint:
             return None
         adapter.load_state_dict(_part(tensors, _ADAPTER))
         torch.set_rng_state(tensors[_RNG])
-        if _RNG + ".cuda" in tensors:
-            torch.cuda.set_rng_state(tensors[_RNG + ".cuda"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors[_RNG + ".cuda"], self.device)
         optimiser: dict[int, dict[str, Tensor]] = {}
         for name, value in _part(tensors, _OPTIMISER).items():
             number, _, field = name.partition(".")

@@ -30,6 +30,8 @@ from protocol.errors import InvalidRequest, NumericalFault
 from protocol.head import LMHead
 
 _CHECKPOINT_EVERY_S = 60.0
+# Of what a checkpoint holds.
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,25 @@ def train_adapter(
 
     Raises:
         InvalidData: a shard is damaged, or the disk is full.
-        InvalidRequest: there is no such device.
+        InvalidRequest: there is no such device, or it has too little memory.
         NumericalFault: the loss is no longer finite.
     """
     stream = RowStream(memory, survey.candidate_ids_C, batch_rows=settings.batch_rows, seed=settings.seed)
-    kept = None if checkpoint is None else Checkpoint(checkpoint, [identity, asdict(settings), torch.get_num_threads()])
-    with torch.random.fork_rng():
+    device = _device(settings.device)
+    kept = None
+    if checkpoint is not None:
+        hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads()
+        decides = [_FORMAT, identity, asdict(settings), str(device), hardware, torch.__version__]
+        kept = Checkpoint(checkpoint, decides, device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
-        training = _Training(stream, head, validation, settings, survey.rms, kept)
-        training.run(reporter or Reporter())
+        try:
+            training = _Training(stream, head, validation, settings, device, survey.rms, kept)
+            training.run(reporter or Reporter())
+        except torch.cuda.OutOfMemoryError as error:
+            raise InvalidRequest(
+                f"The memory of {device} does not suffice for this training.", hint="Use --device cpu."
+            ) from error
     return training.result()
 
 
@@ -133,6 +145,7 @@ class _Training:
         head: LMHead,
         validation: ValidationData,
         settings: TrainingSettings,
+        device: torch.device,
         rms: float,
         checkpoint: Checkpoint | None,
     ) -> None:
@@ -140,7 +153,7 @@ class _Training:
         self._validation = validation
         self._settings = settings
         self._checkpoint = checkpoint
-        self._device = _device(settings.device)
+        self._device = device
         self._head = head.to(self._device)
         hidden_size = head.weight_V_D.shape[1]
         rank = min(settings.rank, hidden_size)
@@ -160,6 +173,8 @@ class _Training:
         """Train to the end."""
         settings, progress = self._settings, self._progress
         total = settings.reconstruction_epochs + settings.epochs
+        if progress.epoch or progress.step:
+            reporter.say(f"Going on from the checkpoint: epoch {progress.epoch + 1}, step {progress.step + 1}.")
         done = progress.epoch * self._stream.steps + progress.step
         with reporter.bar("training", self._stream.steps * total, "steps", done=done) as bar:
             while progress.epoch < total and progress.since_best < settings.patience:
@@ -258,6 +273,8 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only CPUs and CUDA are known here")
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise InvalidRequest(
             f"There is no device {name!r} to train on: {str(error).splitlines()[0]}", hint="Use --device cpu."

@@ -91,16 +91,16 @@ class Survey:
         Raises:
             InvalidData: one is missing or damaged, or there are no rows.
         """
-        tokens, square, numbers = list[Tensor](), 0.0, 0
+        ids_C, square, numbers = torch.empty(0, dtype=torch.int64), 0.0, 0
         for number in range(len(memory.shard_rows)):
             rows = memory.shard(number)
-            tokens.append(rows.target_N)
+            ids_C = token_set([ids_C, rows.target_N])
             for cr_B_D in rows.representations_N_D().split(_ROWS_AT_ONCE):
                 square += cr_B_D.float().square().sum(dtype=torch.float64).item()
                 numbers += cr_B_D.numel()
         if not numbers:
             raise InvalidData("The memory has no rows.", hint="Build it from at least one pair.")
-        return cls(token_set(tokens), math.sqrt(square / numbers))
+        return cls(ids_C, math.sqrt(square / numbers))
 
 
 class RowStream:

@@ -240,7 +240,7 @@ def test_training_refuses_what_it_cannot_learn_from() -> None:
         Survey.of(InMemory(replace(rows, cr_N_D=rows.cr_N_D[:0], rows_E=torch.zeros(1, dtype=torch.int32))))
     with pytest.raises(NumericalFault, match="not finite"):
         fit(replace(rows, cr_N_D=rows.cr_N_D * float("nan")), SETTINGS)
-    for device in ("abacus", "xpu:7"):
+    for device in ("abacus", "xpu:7", "meta"):
         with pytest.raises(InvalidRequest, match="no device"):
             fit(rows, replace(SETTINGS, device=device))
 
