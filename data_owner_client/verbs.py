@@ -226,8 +226,7 @@ def train(
     why = (
         f"{interpolation.schedule} with λ_max {interpolation.lambda_max:.2f} has the highest likelihood on "
         f"{validation_memory.manifest.examples} validation examples: {mixture_nll:.3f} nats per token (the PLM alone: "
-        f"{plm_nll:.3f}), "
-        f"in {plan.context_mode} contexts"
+        f"{plm_nll:.3f}), in {plan.context_mode} contexts"
     )
     reporter.say(f"Interpolation: {why}.")
     card = AdapterCard(
