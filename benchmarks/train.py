@@ -47,7 +47,7 @@ def main() -> None:
     for _ in range(rounds):
         for kind, records in rows.items():
             records.append(_run(kind, memory, head))
-    large, large_head = _large_memory(large_rows)
+    large, large_head = _large_memory(large_rows, ExternalMemory(memory / "train").manifest.plan)
     try:
         peak = _run("large", large, large_head)
     finally:
@@ -86,16 +86,15 @@ def _write_head(path: Path) -> None:
     np.save(path, head.weight.detach().numpy())
 
 
-def _large_memory(rows: int) -> tuple[Path, Path]:
+def _large_memory(rows: int, like: MemoryPlan) -> tuple[Path, Path]:
     """A synthetic memory with as many rows, and a head for it."""
     folder, rng = _WORK / "large", torch.Generator().manual_seed(0)
     shutil.rmtree(folder, ignore_errors=True)
-    of_demo = ExternalMemory(prepare().parent / "memory" / "train").manifest.plan
-    model = of_demo.model.model_copy(update={"hidden_size": _WIDTH, "vocab_size": _VOCABULARY, "name": "synthetic"})
+    model = like.model.model_copy(update={"hidden_size": _WIDTH, "vocab_size": _VOCABULARY, "name": "synthetic"})
     for part, count in (("train", rows), ("validation", 2_000)):
         examples = count // _ROWS_PER_EXAMPLE
         changed = {"model": model, "examples": examples, "examples_per_shard": _EXAMPLES_PER_SHARD}
-        memory = ExternalMemory.create(folder / part, MemoryPlan(**dict(of_demo) | changed))
+        memory = ExternalMemory.create(folder / part, like.model_copy(update=changed))
         for start in range(0, examples, _EXAMPLES_PER_SHARD):
             memory.append(_synthetic(min(_EXAMPLES_PER_SHARD, examples - start), rng))
     head = folder / "head.npy"

@@ -7,7 +7,8 @@ import math
 import os
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ from data_owner_client import ExternalMemory, TrainingSettings
 from data_owner_client.adapter import Adapter
 from data_owner_client.evaluation import plm_target_logprobs
 from data_owner_client.progress import Bar, Reporter
-from data_owner_client.training import Batch, Survey, ValidationData, train_adapter
-from data_owner_client.training.validation import target_logprobs
+from data_owner_client.training import Batch, Survey, ValidationData, target_logprobs, train_adapter
 from protocol.head import LMHead
 
 RECONSTRUCTION_EPOCHS, EPOCHS = 1, 1
@@ -118,27 +118,20 @@ class _Until(Reporter):
     def __init__(self, steps_before: int, seconds: float) -> None:
         self._steps_before = steps_before
         self._seconds = seconds
+        self._ends = math.inf
 
-    def bar(self, description: str, total: int, unit: str, *, done: int = 0) -> Any:
+    @contextmanager
+    def bar(self, description: str, total: int, unit: str, *, done: int = 0) -> Iterator[Bar]:
         """A bar that ends the work."""
-        reporter, ends, steps = self, math.inf, 0
+        yield self
 
-        class _Bar:
-            def __enter__(self) -> Bar:
-                return self
-
-            def __exit__(self, *exception: object) -> None:
-                pass
-
-            def advance(self, count: int = 1, note: str | None = None) -> None:
-                nonlocal ends, steps
-                steps += count
-                if steps == reporter._steps_before + 1:
-                    ends = time.monotonic() + reporter._seconds
-                if time.monotonic() > ends:
-                    raise _Stop
-
-        return _Bar()
+    def advance(self, steps: int = 1, note: str | None = None) -> None:
+        """So many steps are done."""
+        self._steps_before -= steps
+        if self._steps_before == -1:
+            self._ends = time.monotonic() + self._seconds
+        if time.monotonic() > self._ends:
+            raise _Stop
 
 
 def _large(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str, Any]:

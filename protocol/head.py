@@ -47,9 +47,9 @@ class LMHead:
             logits_N_V = torch.tanh(logits_N_V / self.softcap) * self.softcap
         return logits_N_V
 
-    def rows_at_once(self, logits: int = 2**24) -> int:
-        """How many rows have so many logits, or inputs, together: 64 MiB of float32 unless told otherwise."""
-        return max(1, logits // max(self.weight_V_D.shape))
+    def rows_at_once(self) -> int:
+        """How many rows have logits, and inputs, of 64 MiB of float32 together."""
+        return max(1, 2**24 // max(self.weight_V_D.shape))
 
     def trailer(self) -> bytes:
         """What belongs to the head besides weight and bias, for digests: scale and soft-cap."""

@@ -231,13 +231,6 @@ class Rounds:
         # The last exchange is the one that was answered.
         return Answer(batch, offers, response, time.perf_counter() - asked, timings[-1] if timings else None)
 
-    def take_in(self, answer: Answer) -> None:
-        """Let sequences grow by what the server answered."""
-        self._advance(answer)
-        self.usage.calls += 1
-        self.usage.round_trips += len(answer.batch)
-        self.usage.drafted += int(answer.response.rows_B.sum()) - len(answer.batch)
-
     def rest(self, sequence: Hypothesis) -> int:
         """The most tokens that the server may draft in one call."""
         return min(sequence.most, self._plm.card.limits.max_look_ahead)
@@ -269,10 +262,13 @@ class Rounds:
         own = (_OWN_WEIGHT + sequence.agreed) / (_OWN_WEIGHT + sequence.expected)
         return min(1.0, own * self._agreement.rate(sequence.lambdas[position]))
 
-    def _advance(self, answer: Answer) -> None:
+    def take_in(self, answer: Answer) -> None:
         """Append the mixture's tokens to every sequence, up to its first difference from the drafts."""
         batch, offers, response = answer.batch, answer.offers, answer.response
         counts = response.rows_B.tolist()
+        self.usage.calls += 1
+        self.usage.round_trips += len(batch)
+        self.usage.drafted += sum(counts) - len(batch)
         # What each next position is conditioned on: the client's drafts, then the server's.
         drafts = [
             [*(offer.token for offer in own), *top1_K.tolist()[len(own) :]]

@@ -272,8 +272,11 @@ class ExternalMemory:
         return [shard.rows for shard in self.manifest.shards]
 
     def shard(self, number: int) -> MemoryRows:
-        """One shard. What is raised: see `shards`."""
-        self.require_complete()
+        """One shard.
+
+        Raises:
+            InvalidData: it is missing or damaged.
+        """
         record = self.manifest.shards[number]
         path = self.folder / record.file
         damaged = InvalidData(f"{path} is damaged.", hint="Delete the folder and build the memory again.")

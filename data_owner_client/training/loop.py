@@ -209,7 +209,7 @@ class _Training:
             return
         # Read and shuffled while the GPU works; on a CPU that would only take its cores.
         for batch in one_ahead(batches):
-            yield batch.to(self._device)
+            yield batch.sent_to(self._device)
 
     def _step(self, batch: Batch) -> str:
         """One step of the phase that is on; the losses, in words."""
@@ -218,13 +218,13 @@ class _Training:
         with torch.autocast("cuda", torch.bfloat16) if self._device.type == "cuda" else nullcontext():
             x_B_D = adapter.scaled(batch.cr_N_D)
             loss = reconstruction = F.mse_loss(adapter.reconstruction(x_B_D), x_B_D)
-            words = ""
+            words = f"reconstruction {reconstruction.item():.3f}"
             if self._joint:
                 prediction = cross_entropy(adapter.hidden(x_B_D), self._head, batch.label_N)
                 loss = kappa * reconstruction + (1 - kappa) * prediction
                 progress.prediction += prediction.item()
-                words = f"epoch {progress.epoch - self._settings.reconstruction_epochs + 1}  "
-                words += f"prediction {prediction.item():.3f}"
+                number = progress.epoch - self._settings.reconstruction_epochs + 1
+                words = f"epoch {number}  prediction {prediction.item():.3f}"
                 words += "" if math.isinf(progress.best_nll) else f"  validation {progress.best_nll:.4f}"
         if not torch.isfinite(loss):
             raise NumericalFault("The training loss is not finite.", hint="Try a smaller --learning-rate.")
@@ -233,7 +233,7 @@ class _Training:
         self._optimiser.step()
         progress.reconstruction += reconstruction.item()
         progress.step += 1
-        return words or f"reconstruction {reconstruction.item():.3f}"
+        return words
 
     def _set_learning_rate(self) -> None:
         """Adam's rate falls along a cosine in the joint phase."""

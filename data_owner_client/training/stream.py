@@ -48,10 +48,8 @@ class Batch:
     def __getitem__(self, index: Tensor | slice) -> Batch:
         return Batch(self.cr_N_D[index], self.label_N[index])
 
-    def to(self, device: torch.device) -> Batch:
-        """The rows on a device; a copy to a GPU does not wait for what runs there."""
-        if device.type != "cuda":
-            return self
+    def sent_to(self, device: torch.device) -> Batch:
+        """The rows on a GPU, without waiting for what runs there."""
         columns = (column.pin_memory().to(device, non_blocking=True) for column in (self.cr_N_D, self.label_N))
         return Batch(*columns)
 
