@@ -58,9 +58,7 @@ class Lora:
     def weights(self) -> dict[str, Tensor]:
         """A copy of what is trained."""
         return {
-            name: copy.deepcopy(value.detach())
-            for name, value in self.model.named_parameters()
-            if value.requires_grad
+            name: copy.deepcopy(value.detach()) for name, value in self.model.named_parameters() if value.requires_grad
         }
 
     def set_weights(self, weights: dict[str, Tensor]) -> None:
@@ -155,7 +153,9 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with train.jsonl, validation.jsonl, test.jsonl and task.toml")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the row")
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--probe-pairs", type=int, default=400, help="pairs of the short trainings that choose the rate")
+    parser.add_argument(
+        "--probe-pairs", type=int, default=400, help="pairs of the short trainings that choose the rate"
+    )
     arguments = parser.parse_args()
     splits = {name: read_pairs(arguments.data / f"{name}.jsonl") for name in ("train", "validation", "test")}
     lora = Lora(load_task(arguments.data / "task.toml"))

@@ -23,7 +23,7 @@ from data_owner_client import ExternalMemory, TrainingSettings
 from data_owner_client.adapter import Adapter
 from data_owner_client.evaluation import plm_target_logprobs
 from data_owner_client.progress import Bar, Reporter
-from data_owner_client.training import Batch, Survey, ValidationData, target_logprobs, train_adapter
+from data_owner_client.training import Survey, ValidationData, target_logprobs, train_adapter
 from protocol.head import LMHead
 
 RECONSTRUCTION_EPOCHS, EPOCHS = 1, 1
@@ -94,10 +94,8 @@ def _reference(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict
     validation = _validation(memory, folder, weight_V_D, all_ids_V)
     logprob_N = torch.cat(
         [
-            target_logprobs(adapter, LMHead(weight_V_D), Batch(cr_B_D, label_B))
-            for cr_B_D, label_B in zip(
-                validation.data.cr_N_D.split(128), validation.data.label_N.split(128), strict=True
-            )
+            target_logprobs(adapter, LMHead(weight_V_D), validation.data[start : start + 128])
+            for start in range(0, len(validation.data), 128)
         ]
     )
     rows = memory.manifest.rows * (RECONSTRUCTION_EPOCHS + EPOCHS)

@@ -1,15 +1,21 @@
 """The adapter: a few low-rank matrices that turn the PLM's representation into the data owner's distribution.
 
 P_PEMA(· | c) = softmax(head(h_pd)) over the candidate vocabulary V' ⊂ V, the tokens that occur in the memory's targets.
-`paper`: h_pd = B_pd A f. `residual`: h_pd = f + B_pd A f, which starts as the PLM itself.
+
+`paper`: h_pd = B_pd A f.
+`residual`: h_pd = f + B_pd A f, which starts as the PLM itself.
+`recent`: h_pd = f + B_pd (A f + E e) with e the head rows of the two target tokens before this one. It makes up for
+what f does not know: in private memories it is that of the PLM's own continuation, often after other words.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import safetensors.torch
 import torch
@@ -17,15 +23,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from data_owner_client.data import Pair, digest_pairs, read_written_pairs, write_pairs
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.files import write_atomically
 from data_owner_client.memory.store import ContextMode, ModelIdentity
+from data_owner_client.nearest import NearestPairs
 from data_owner_client.tasks import Task
 from protocol.errors import InvalidData
 from protocol.head import LMHead
 
-AdapterForm = Literal["paper", "residual"]
-_JSON, _TENSORS = "adapter.json", "adapter.safetensors"
+AdapterForm = Literal["paper", "residual", "recent"]
+RECENT = 2
+"""Tokens before the current one that the form `recent` sees."""
+_JSON, _TENSORS, _PAIRS = "adapter.json", "adapter.safetensors", "pairs.jsonl"
 
 
 class Adapter(nn.Module):
@@ -39,11 +49,19 @@ class Adapter(nn.Module):
         rank: R.
         form: see the module.
         rms: root mean square of the memory's representations.
+        head_rms: root mean square of the LM head's rows.
         dropout: probability with which a coordinate of A f is dropped in training.
     """
 
     def __init__(
-        self, hidden_size: int, rank: int, form: AdapterForm, *, rms: float = 1.0, dropout: float = 0.0
+        self,
+        hidden_size: int,
+        rank: int,
+        form: AdapterForm,
+        *,
+        rms: float = 1.0,
+        head_rms: float = 1.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.form: AdapterForm = form
@@ -53,22 +71,56 @@ class Adapter(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.rms: Tensor
         self.register_buffer("rms", torch.tensor(rms))
-        if form == "residual":
+        if form != "paper":
             nn.init.zeros_(self.B_pd.weight)
+        if form == "recent":
+            self.E = nn.Linear(RECENT * hidden_size, rank, bias=False)
+            self.drifted = nn.Parameter(torch.tensor(0.5))
+            self.head_rms: Tensor
+            self.register_buffer("head_rms", torch.tensor(head_rms))
 
-    def scaled(self, cr_N_D: Tensor) -> Tensor:
-        """f / rms in float32."""
-        return cr_N_D.float() / self.rms
+    def scaled(self, cr_N_D: Tensor, agrees_N: Tensor | None = None) -> Tensor:
+        """x = f / rms in float32; for `recent`, less of it where it is known to come from another context.
+
+        Args:
+            cr_N_D: representations.
+            agrees_N: bool, whether each is that of a context that ends as the true one; None if all are.
+        """
+        x_N_D = cr_N_D.float() / self.rms
+        if self.form != "recent" or agrees_N is None:
+            return x_N_D
+        return x_N_D * torch.where(agrees_N, 1.0, self.drifted)[:, None]
+
+    def recent(self, head: LMHead, previous_N_K: Tensor) -> Tensor | None:
+        """e, the head rows of the tokens before, scaled [N, K·D]; None for forms that do not look at them.
+
+        Args:
+            head: of the candidates.
+            previous_N_K: int64 index among the candidates, the newest first; −1 where there is none.
+        """
+        if self.form != "recent":
+            return None
+        rows_N_K_D = head.weight_V_D[previous_N_K.clamp(min=0)] / self.head_rms
+        return (rows_N_K_D * (previous_N_K >= 0)[:, :, None]).flatten(1)
 
     def reconstruction(self, x_N_D: Tensor) -> Tensor:
         """B_rct A x for scaled representations x."""
         result: Tensor = self.B_rct(self.dropout(self.A(x_N_D)))
         return result
 
-    def hidden(self, x_N_D: Tensor) -> Tensor:
-        """h_pd, the head's input, for scaled representations x."""
-        update_N_D: Tensor = self.B_pd(self.dropout(self.A(x_N_D)))
-        return (x_N_D + update_N_D if self.form == "residual" else update_N_D) * self.rms
+    def hidden(self, x_N_D: Tensor, recent_N_E: Tensor | None = None) -> Tensor:
+        """h_pd, the head's input, for scaled representations x and what `recent` made of the tokens before."""
+        z_N_R: Tensor = self.A(x_N_D)
+        if recent_N_E is not None:
+            z_N_R = z_N_R + self.E(recent_N_E)
+        update_N_D: Tensor = self.B_pd(self.dropout(z_N_R))
+        return (update_N_D if self.form == "paper" else x_N_D + update_N_D) * self.rms
+
+
+def places(token_ids: Tensor, candidate_ids_C: Tensor) -> Tensor:
+    """Index of each token among the candidates, which are sorted; −1 where it is none of them."""
+    at = torch.searchsorted(candidate_ids_C, token_ids).clamp(max=len(candidate_ids_C) - 1)
+    return torch.where(candidate_ids_C[at] == token_ids, at, -1)
 
 
 class AdapterCard(BaseModel):
@@ -85,6 +137,7 @@ class AdapterCard(BaseModel):
     candidates: int
     length_ratio: float
     mean_length: float
+    nearest: int = 0
     interpolation: Interpolation
     interpolation_why: str
     logit_scale: float
@@ -92,7 +145,41 @@ class AdapterCard(BaseModel):
     settings: dict[str, bool | int | float | str | None]
     validation: dict[str, float]
     memory_digest: str
+    pairs_digest: str = ""
     tensors_sha256: str = ""
+
+    def horizon(self, source_tokens: int) -> float:
+        """SL: the length in tokens that a source text's target is expected to have. Needs no target."""
+        return max(1.0, source_tokens * self.length_ratio)
+
+
+class Adaptation(Protocol):
+    """What the PLM can be interpolated with: a trained adapter, or a rival.
+
+    Attributes:
+        card: what is known of it.
+        candidate_ids_C: int64, sorted: the tokens that it gives a probability.
+        head: float32 LM-head rows of these tokens.
+        nearest: finds the examples that the PLM sees; None if it sees the task's own.
+    """
+
+    @property
+    def card(self) -> AdapterCard: ...
+    @property
+    def candidate_ids_C(self) -> Tensor: ...
+    @property
+    def head(self) -> LMHead: ...
+    @property
+    def nearest(self) -> NearestPairs | None: ...
+
+    def logprobs(self, cr_N_D: Tensor, previous_N_K: Tensor | None = None) -> Tensor:
+        """log P over the candidates [N, C], float32.
+
+        Args:
+            cr_N_D: representations.
+            previous_N_K: int64 token ids of the last tokens of the answer so far, the newest first; −1 for none.
+                None if all answers begin here.
+        """
 
 
 @dataclass(frozen=True)
@@ -102,22 +189,28 @@ class TrainedAdapter:
     Attributes:
         candidate_ids_C: int64, sorted.
         head: float32 head rows of these tokens.
+        pairs: where the examples of the PLM's prompts are taken from, if each is to have its own (`card.nearest`).
     """
 
     card: AdapterCard
     adapter: Adapter
     candidate_ids_C: Tensor
     head: LMHead
+    pairs: Sequence[Pair] = ()
+
+    @cached_property
+    def nearest(self) -> NearestPairs | None:
+        """Finds the examples that the PLM sees; None if it sees the task's own."""
+        return NearestPairs(self.pairs, self.card.nearest) if self.card.nearest else None
 
     @torch.inference_mode()
-    def logprobs(self, cr_N_D: Tensor) -> Tensor:
-        """log P_PEMA over the candidates [N, C], float32."""
-        self.adapter.eval()
-        return self.head.logits(self.adapter.hidden(self.adapter.scaled(cr_N_D))).log_softmax(dim=-1)
-
-    def horizon(self, source_tokens: int) -> float:
-        """SL: the length in tokens that a source text's target is expected to have. Needs no target."""
-        return max(1.0, source_tokens * self.card.length_ratio)
+    def logprobs(self, cr_N_D: Tensor, previous_N_K: Tensor | None = None) -> Tensor:
+        """log P_PEMA over the candidates [N, C], float32. The arguments: see `Adaptation`."""
+        if previous_N_K is None:
+            previous_N_K = torch.full((len(cr_N_D), RECENT), -1)
+        adapter = self.adapter.eval()
+        recent_N_E = adapter.recent(self.head, places(previous_N_K, self.candidate_ids_C))
+        return self.head.logits(adapter.hidden(adapter.scaled(cr_N_D), recent_N_E)).log_softmax(dim=-1)
 
     def save(self, folder: Path) -> None:
         """Write the adapter: tensors first, then the JSON that makes it one.
@@ -132,6 +225,8 @@ class TrainedAdapter:
         packed = safetensors.torch.save(tensors)
         card = self.card.model_copy(update={"tensors_sha256": hashlib.sha256(packed).hexdigest()})
         write_atomically(folder / _TENSORS, packed)
+        if card.nearest:
+            write_pairs(folder / _PAIRS, self.pairs)
         write_atomically(folder / _JSON, card.model_dump_json(indent=1).encode())
 
     @classmethod
@@ -159,4 +254,7 @@ class TrainedAdapter:
             adapter.load_state_dict(tensors)
         except (KeyError, RuntimeError) as error:
             raise damaged from error
-        return cls(card, adapter.eval(), candidate_ids_C, head)
+        pairs = read_written_pairs(folder / _PAIRS) if card.nearest else []
+        if card.nearest and digest_pairs(pairs) != card.pairs_digest:
+            raise damaged
+        return cls(card, adapter.eval(), candidate_ids_C, head, pairs)

@@ -15,10 +15,11 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 import torch
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
 
-from data_owner_client import generation, verbs
+from data_owner_client import comparison, generation, verbs
 from data_owner_client.adapter import AdapterForm, TrainedAdapter
 from data_owner_client.cli_options import (
     AdapterFolder,
@@ -43,13 +44,14 @@ from data_owner_client.cli_options import (
     with_options,
 )
 from data_owner_client.cli_output import stream_text, write_texts
+from data_owner_client.comparison import SYSTEMS, Splits, report
 from data_owner_client.data import Format, Pair, read_lines, read_pairs, read_parallel
 from data_owner_client.doctor import diagnose
 from data_owner_client.evaluation import text_scores
 from data_owner_client.memory.store import ContextMode
 from data_owner_client.progress import RichReporter
 from data_owner_client.tasks import Task, load_task
-from data_owner_client.training import TrainingSettings
+from data_owner_client.training import Pairing, TrainingSettings
 from protocol.errors import InvalidData, PemaError
 
 _P = ParamSpec("_P")
@@ -258,6 +260,21 @@ def train(
         float, typer.Option(min=1e-9, help="Adam's learning rate.")
     ] = TrainingSettings.learning_rate,
     dropout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Dropout.")] = TrainingSettings.dropout,
+    pairing: Annotated[
+        Pairing, typer.Option(help="Of targets with contexts in private memories; position: as the paper draws it.")
+    ] = TrainingSettings.pairing,
+    nearest: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Pairs of the memory that the PLM sees as examples, those most like the text at hand; default: chosen "
+            "on the validation memory; none if its targets are private.",
+        ),
+    ] = TrainingSettings.nearest,
+    decoded: Annotated[
+        int,
+        typer.Option(min=0, help="Held-out texts that are decoded to choose λ by chrF; 0: by likelihood alone."),
+    ] = TrainingSettings.decoded,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of joint training, at most.")] = TrainingSettings.epochs,
     full_vocabulary: Annotated[
         bool,
@@ -275,8 +292,8 @@ def train(
 ) -> None:
     """Train the adapter on this machine. The defaults need no tuning; the best validation epoch is kept.
 
-    Writes `adapter.json`, `adapter.safetensors` and `training.png`. The memory may be larger than RAM. Stopped, the
-    same command goes on where it was, to the same adapter.
+    Writes `adapter.json`, `adapter.safetensors`, `training.json` and `training.png`. The memory may be larger than RAM.
+    Stopped, the same command goes on where it was, to the same adapter.
 
     Examples:
 
@@ -290,6 +307,9 @@ def train(
         kappa=kappa,
         learning_rate=learning_rate,
         dropout=dropout,
+        pairing=pairing,
+        nearest=nearest,
+        decoded=decoded,
         epochs=epochs,
         full_vocabulary=full_vocabulary,
         seed=seed,
@@ -455,6 +475,62 @@ def evaluate(
             table.caption = f"Perplexity of the adapter alone, on {covered}: {perplexity.pema_covered:.2f}."
     Console().print(table)
     Console().print(report.pema.bleu_signature, report.pema.chrf_signature, sep="\n", highlight=False)
+
+
+@app.command()
+@with_options
+@_clear_errors
+def compare(
+    server: Server,
+    input_file: Annotated[Path, typer.Option("--input", help="Pairs to train on.")],
+    validation: Annotated[Path, typer.Option(help="Pairs held out for validation.")],
+    test: Annotated[Path, typer.Option(help="Pairs to evaluate on.")],
+    task: Annotated[str, typer.Option(help="Name of a built-in task, or a TOML file.")] = "translate-en-de",
+    folder: Annotated[Path, typer.Option(help="For the results, and below it memories and adapters.")] = Path(
+        "runs/compare"
+    ),
+    only: Annotated[list[str] | None, typer.Option(help=f"Measure only this system: {', '.join(SYSTEMS)}.")] = None,
+    share_targets: ShareTargets = False,
+    source_field: SourceField = "source",
+    target_field: TargetField = "target",
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train and evaluate PEMA, ours and its rivals on one memory and one test set.
+
+    Writes TASK.json, TASK.md and TASK.png into the folder. Needs --share-targets: teacher-forced memories and
+    perplexities show all targets to the owner of the PLM. Interrupted, the same command goes on where it stopped.
+
+    Examples:
+
+    - `pema-client compare --input train.jsonl --validation dev.jsonl --test test.jsonl --share-targets`
+    - `pema-client compare --input a.jsonl --validation b.jsonl --test c.jsonl --share-targets --only plm --only best`
+    """
+    if not share_targets:
+        raise InvalidData(
+            "Most systems of a comparison show the targets to the owner of the PLM.",
+            hint="Say --share-targets if you want that; compare with public data if you do not.",
+        )
+    _set_threads(threads)
+    splits = Splits(
+        *(
+            read_pairs(path, source_field=source_field, target_field=target_field)
+            for path in (input_file, validation, test)
+        )
+    )
+    loaded = load_task(task)
+    result = comparison.compare(
+        server.connect, loaded, splits, folder / loaded.name, only=only or (), reporter=RichReporter()
+    )
+    title = f"{result.task}, {result.model}: {result.pairs['train']:,} pairs, {result.pairs['test']} test texts"
+    table = report.markdown(title, result.rows, result.signatures)
+    report.write(table, folder / f"{result.task}.md")
+    report.write(result.model_dump_json(indent=1) + "\n", folder / f"{result.task}.json")
+    report.draw(title, result.rows, folder / f"{result.task}.png")
+    if as_json:
+        _print(result.model_dump(), as_json, title="")
+    else:
+        Console().print(Markdown(table))
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data_owner_client.files import write_atomically
 from protocol.errors import InvalidData
 
 Format = Literal["jsonl", "tsv", "csv", "text"]
@@ -109,6 +110,24 @@ def split_validation(pairs: Sequence[Pair], fraction: float, most: int = 300) ->
     held_out = set(order[: max(1, min(most, round(fraction * len(pairs)), len(order) // 2))])
     train = [pair for pair in pairs if pair.source not in held_out]
     return train, [pair for pair in pairs if pair.source in held_out]
+
+
+def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:
+    """Pairs as JSONL, as they are.
+
+    Raises:
+        InvalidData: the disk is full.
+    """
+    lines = [json.dumps({"source": pair.source, "target": pair.target}, ensure_ascii=False) + "\n" for pair in pairs]
+    write_atomically(path, "".join(lines).encode())
+
+
+def read_written_pairs(path: Path) -> list[Pair]:
+    """What `write_pairs` wrote; nothing if that is not there, or damaged: its digest tells."""
+    try:
+        return [Pair(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def digest_pairs(pairs: Iterable[Pair]) -> str:

@@ -10,11 +10,11 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from data_owner_client.adapter import TrainedAdapter
+from data_owner_client.adapter import Adaptation
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.memory.store import MemoryRows
 from data_owner_client.plm import RemotePlm, token_set
-from data_owner_client.training import Batch, ValidationData, target_logprobs
+from data_owner_client.training import Batch, ValidationData
 from protocol.errors import InvalidData
 from protocol.head import LMHead
 
@@ -81,15 +81,42 @@ def plm_target_logprobs(head: LMHead, target_ids_K: Tensor, rows: MemoryRows) ->
     return (torch.cat(parts) - rows.logsumexp_N.double()).clamp(max=0.0)
 
 
+def _target_logprobs(adapter: Adaptation, data: Batch) -> Tensor:
+    """log P_PEMA(y) of each row, float64; −∞ where the target is no candidate."""
+    parts = []
+    for start in range(0, len(data), adapter.head.rows_at_once()):
+        part = data[start : start + adapter.head.rows_at_once()]
+        before_B_K = part.previous_N_K
+        previous_B_K = torch.where(before_B_K < 0, -1, adapter.candidate_ids_C[before_B_K.clamp(min=0)])
+        logprob_B_C = adapter.logprobs(part.cr_N_D.float(), previous_B_K).double()
+        chosen_B = logprob_B_C.gather(1, part.label_N.clamp(min=0)[:, None])[:, 0]
+        parts.append(torch.where(part.label_N < 0, -math.inf, chosen_B))
+    return torch.cat(parts)
+
+
 def perplexities(
-    plm: RemotePlm, adapter: TrainedAdapter, rows: MemoryRows, interpolation: Interpolation
+    plm: RemotePlm,
+    adapter: Adaptation,
+    rows: MemoryRows,
+    interpolation: Interpolation,
+    nearest: MemoryRows | None = None,
 ) -> Perplexities:
-    """Perplexities on teacher-forced rows with log-sum-exp."""
+    """Perplexities on teacher-forced rows with log-sum-exp.
+
+    Args:
+        plm: gives head rows.
+        adapter: of which, too.
+        rows: behind the task's prompts.
+        interpolation: of the mixture.
+        nearest: the same targets behind the prompts that the PLM sees in the mixture, where these are others.
+    """
     target_ids_K = token_set([rows.target_N])
-    plm_logprob_N = plm_target_logprobs(plm.head_rows(target_ids_K), target_ids_K, rows)
+    head = plm.head_rows(target_ids_K)
+    plm_logprob_N = plm_target_logprobs(head, target_ids_K, rows)
+    mixed_logprob_N = plm_logprob_N if nearest is None else plm_target_logprobs(head, target_ids_K, nearest)
     data = Batch.of(rows, adapter.candidate_ids_C)
-    pema_logprob_N = target_logprobs(adapter.adapter, adapter.head, data)
-    held_out = ValidationData.of(rows, adapter.candidate_ids_C, plm_logprob_N, adapter.card.length_ratio)
+    pema_logprob_N = _target_logprobs(adapter, data)
+    held_out = ValidationData.of(rows, adapter.candidate_ids_C, mixed_logprob_N, adapter.card.length_ratio)
     covered_N = data.label_N >= 0
     return Perplexities(
         plm=math.exp(-plm_logprob_N.mean().item()),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from data_owner_client.adapter import TrainedAdapter
+from data_owner_client.adapter import Adaptation
 from data_owner_client.decoding.choosing import Choice
 from data_owner_client.decoding.generate import Continuation, require_room
 from data_owner_client.decoding.generate import generate as generate_ids
@@ -18,6 +18,7 @@ from data_owner_client.decoding.rounds import DEFAULT_DECODING, DecodingSettings
 from data_owner_client.decoding.sampling import Sampling
 from data_owner_client.memory import ExternalMemory
 from data_owner_client.memory.store import TRAIN, ModelIdentity
+from data_owner_client.nearest import with_examples
 from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter
 from data_owner_client.tasks import Task
@@ -86,7 +87,7 @@ def translate(
     plm: RemotePlm,
     sources: Sequence[str],
     *,
-    adapter: TrainedAdapter | None = None,
+    adapter: Adaptation | None = None,
     task: Task | None = None,
     **options: Unpack[GenerationOptions],
 ) -> Generation:
@@ -107,12 +108,20 @@ def translate(
     if task is None:
         raise InvalidData("Without an adapter there is no task.", hint="Give one with --task.")
     tokenizer = plm.tokenizer
+    prompts = [task.prompt(source, tokenizer) for source in sources]
+    own_prompts = None
+    if adapter and adapter.nearest:
+        examples = adapter.nearest.examples(sources)
+        tasks = [with_examples(plm, task, *each) for each in zip(sources, examples, strict=True)]
+        own_prompts = prompts
+        prompts = [each.prompt(source, tokenizer) for each, source in zip(tasks, sources, strict=True)]
     return _generate(
         plm,
-        [task.prompt(source, tokenizer) for source in sources],
+        prompts,
         task,
         adapter=adapter,
-        horizons=[adapter.horizon(tokenizer.count(source)) for source in sources] if adapter else None,
+        horizons=[adapter.card.horizon(tokenizer.count(source)) for source in sources] if adapter else None,
+        own_prompts=own_prompts,
         **options,
     )
 
@@ -121,7 +130,7 @@ def generate(
     plm: RemotePlm,
     prompts: Sequence[str],
     *,
-    adapter: TrainedAdapter | None = None,
+    adapter: Adaptation | None = None,
     task: Task | None = None,
     **options: Unpack[GenerationOptions],
 ) -> Generation:
@@ -164,8 +173,9 @@ def _generate(
     prompts: Sequence[Prompt],
     task: Task,
     *,
-    adapter: TrainedAdapter | None,
+    adapter: Adaptation | None,
     horizons: list[float] | None,
+    own_prompts: Sequence[Prompt] | None = None,
     interpolation: Interpolation | None = None,
     decoding: DecodingSettings = DEFAULT_DECODING,
     lookup: Lookup | None = None,
@@ -181,6 +191,7 @@ def _generate(
         adapter.card.model.require(ModelIdentity.of(plm.card), "The adapter", "the server")
     tokenizer = plm.tokenizer
     prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    own_ids = None if own_prompts is None else [tokenizer.encode_prompt(prompt) for prompt in own_prompts]
     numbers = []  # of the texts that can be answered
     for number, ids in enumerate(prompt_ids):
         try:
@@ -197,6 +208,7 @@ def _generate(
         adapter=adapter,
         interpolation=interpolation or (adapter.card.interpolation if adapter else Interpolation(schedule="none")),
         horizons=None if horizons is None else [horizons[number] for number in numbers for _ in range(samples)],
+        own_prompts=None if own_ids is None else [own_ids[number] for number in numbers for _ in range(samples)],
         stop_ids=task.stop_ids(tokenizer) | frozenset(plm.card.eos_token_ids),
         settings=decoding,
         sampling=sampling,

@@ -12,43 +12,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel
-from torch import Tensor
 
-from data_owner_client import plotting
-from data_owner_client.adapter import AdapterCard, TrainedAdapter
+from data_owner_client.adapter import Adaptation
 from data_owner_client.connection import GIVE_UP_AFTER_S, open_connection
 from data_owner_client.data import Pair, split_validation
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.decoding.lookup import Lookup
 from data_owner_client.decoding.rounds import DEFAULT_DECODING, DecodingSettings
-from data_owner_client.evaluation import Perplexities, TextScores, perplexities, plm_target_logprobs, text_scores
+from data_owner_client.evaluation import Perplexities, TextScores, perplexities, text_scores
+from data_owner_client.fitting import TrainingReport, train
 from data_owner_client.generation import Generation, translate
-from data_owner_client.memory import ExternalMemory, MemoryRows, build_memory
-from data_owner_client.memory.build import TokenizedPair, encode_teacher_forced, require_fits, tokenize_pair
-from data_owner_client.memory.planning import Sizes, plan_requests
+from data_owner_client.memory import build_memory
+from data_owner_client.memory.build import TokenizedPair, encode_all, require_fits, tokenize_pair
 from data_owner_client.memory.store import TRAIN, VALIDATION, ContextMode, ModelIdentity
-from data_owner_client.plm import RemotePlm, token_set
+from data_owner_client.nearest import with_examples
+from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter
 from data_owner_client.tasks import Task
-from data_owner_client.training import (
-    Survey,
-    TrainingSettings,
-    ValidationData,
-    choose_interpolation,
-    target_logprobs,
-    train_adapter,
-)
 from protocol.errors import InvalidData, PemaError
-from protocol.head import LMHead
 from protocol.messages import WireDtype
 
-# In the adapter's folder, until it is done.
-_CHECKPOINT = ".training.safetensors"
+__all__ = [
+    "Evaluation",
+    "MemoryReport",
+    "TrainingReport",
+    "build_memories",
+    "connect",
+    "disclosure",
+    "evaluate",
+    "train",
+]
 
 
 class MemoryReport(BaseModel):
@@ -61,16 +57,6 @@ class MemoryReport(BaseModel):
     validation_rows: int
     context_mode: ContextMode
     length_ratio: float
-    seconds: float
-
-
-class TrainingReport(BaseModel):
-    """What `train` made."""
-
-    folder: str
-    card: AdapterCard
-    history: list[dict[str, float | int | str | None]]
-    schedules: dict[str, dict[str, float]]
     seconds: float
 
 
@@ -170,105 +156,10 @@ def disclosure(context_mode: ContextMode) -> str:
     return "Leaves this machine: the prompts with their source texts, and every target text (--share-targets)."
 
 
-def train(
-    plm: RemotePlm,
-    memory: Path,
-    folder: Path,
-    *,
-    settings: TrainingSettings | None = None,
-    reporter: Reporter | None = None,
-) -> tuple[TrainedAdapter, TrainingReport]:
-    """Train an adapter on the memories that `build_memories` made; write it and `training.png` into `folder`.
-
-    The server is asked for the head rows of the candidate vocabulary only, unless the full one is wanted. The schedule
-    and λ_max to translate with are those of the highest likelihood on the validation memory.
-
-    The memory is read from disk as it is needed, so it may be larger than RAM. Interrupted, the same call goes on where
-    it was, to the same adapter.
-
-    Raises:
-        InvalidData: a memory is missing, incomplete or damaged.
-        IdentityMismatch: the memory was built with another model.
-        InvalidRequest: there is no such device.
-        NumericalFault: the loss is no longer finite.
-    """
-    started = time.perf_counter()
-    reporter = reporter or Reporter()
-    train_memory, validation_memory = ExternalMemory(memory / TRAIN), ExternalMemory(memory / VALIDATION)
-    plan = train_memory.manifest.plan
-    for part in (train_memory, validation_memory):
-        part.manifest.plan.model.require(ModelIdentity.of(plm.card), f"The memory in {part.folder}", "the server")
-        part.require_complete()
-    settings = _with_form(settings or TrainingSettings(), plan.model)
-    survey = Survey.of(train_memory)
-    if settings.full_vocabulary:
-        survey = replace(survey, candidate_ids_C=torch.arange(plan.model.vocab_size))
-    candidate_ids_C = survey.candidate_ids_C
-    head, validation = _head_and_validation(
-        plm, candidate_ids_C, validation_memory.load(), train_memory.length_ratio, reporter
-    )
-    checkpoint = folder / _CHECKPOINT
-    trained = train_adapter(
-        train_memory,
-        survey,
-        head,
-        validation,
-        settings,
-        checkpoint=checkpoint,
-        identity=[train_memory.digest, validation_memory.digest, plan.model.model_dump()],
-        reporter=reporter,
-    )
-
-    pema_logprob_N = target_logprobs(trained.adapter, head, validation.data)
-    interpolation, schedules = choose_interpolation(validation, pema_logprob_N)
-    plm_nll = -validation.plm_logprob_N.mean().item()
-    mixture_nll = validation.mixture_nll(pema_logprob_N, interpolation)
-    why = (
-        f"{interpolation.schedule} with λ_max {interpolation.lambda_max:.2f} has the highest likelihood on "
-        f"{validation_memory.manifest.examples} validation examples: {mixture_nll:.3f} nats per token (the PLM alone: "
-        f"{plm_nll:.3f}), in {plan.context_mode} contexts"
-    )
-    reporter.say(f"Interpolation: {why}.")
-    card = AdapterCard(
-        model=plan.model,
-        task=plan.task,
-        context_mode=plan.context_mode,
-        form=trained.adapter.form,
-        rank=trained.adapter.A.out_features,
-        candidates=len(candidate_ids_C),
-        length_ratio=train_memory.length_ratio,
-        mean_length=train_memory.manifest.rows / train_memory.manifest.examples,
-        interpolation=interpolation,
-        interpolation_why=why,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        settings=asdict(settings),
-        validation={
-            "plm_nll": plm_nll,
-            "mixture_nll": mixture_nll,
-            "coverage": (validation.data.label_N >= 0).float().mean().item(),
-        },
-        memory_digest=train_memory.digest,
-    )
-    adapter = TrainedAdapter(card, trained.adapter, candidate_ids_C, head)
-    adapter.save(folder)
-    # Also what a kill may have left of one.
-    for path in (checkpoint, *folder.glob(f".{_CHECKPOINT}.*.partial")):
-        path.unlink(missing_ok=True)
-    plotting.training(trained.history, plm_nll, folder / "training.png")
-    return adapter, TrainingReport(
-        folder=str(folder),
-        card=card,
-        history=[asdict(epoch) for epoch in trained.history],
-        schedules={name: {"lambda_max": i.lambda_max, "nll": nll} for name, (i, nll) in schedules.items()},
-        seconds=time.perf_counter() - started,
-    )
-
-
 def evaluate(
     plm: RemotePlm,
     pairs: Sequence[Pair],
-    adapter: TrainedAdapter,
+    adapter: Adaptation,
     *,
     interpolation: Interpolation | None = None,
     share_targets: bool = False,
@@ -287,7 +178,7 @@ def evaluate(
     task, interpolation = adapter.card.task, interpolation or adapter.card.interpolation
     sources, references = [pair.source for pair in pairs], [_target(pair) for pair in pairs]
 
-    def run(with_adapter: TrainedAdapter | None) -> Generation:
+    def run(with_adapter: Adaptation | None) -> Generation:
         return translate(
             plm,
             sources,
@@ -301,17 +192,19 @@ def evaluate(
 
     # What could fail should fail before the long work.
     adapter.card.model.require(ModelIdentity.of(plm.card), "The adapter", "the server")
-    tokenized: list[TokenizedPair] = []
+    views: list[list[TokenizedPair]] = []
     if share_targets:
-        for number, pair in enumerate(pairs, 1):
-            tokenized.append(tokenize_pair(plm, task, pair, place=f"pair {number}"))
-            require_fits(plm, tokenized[-1], place=f"pair {number}")
+        tasks = [[task] * len(pairs)]
+        if adapter.nearest:
+            own = adapter.nearest.examples(sources)
+            tasks.append([with_examples(plm, task, *each) for each in zip(sources, own, strict=True)])
+        views = [_tokenized(plm, each, pairs) for each in tasks]
     alone, adapted = run(None), run(adapter)
     started = time.perf_counter()
     perplexity = None
     if share_targets:
-        rows = _teacher_forced_rows(plm, tokenized, reporter or Reporter())
-        perplexity = perplexities(plm, adapter, rows, interpolation)
+        rows = [encode_all(plm, view, reporter or Reporter()) for view in views]
+        perplexity = perplexities(plm, adapter, rows[0], interpolation, *rows[1:])
     return Evaluation(
         plm=text_scores(alone.texts, references),
         pema=text_scores(adapted.texts, references),
@@ -326,49 +219,15 @@ def evaluate(
     )
 
 
-def _teacher_forced_rows(plm: RemotePlm, pairs: Sequence[TokenizedPair], reporter: Reporter) -> MemoryRows:
-    sizes = Sizes()
-    for pair in pairs:
-        sizes.append(len(pair.prompt) + len(pair.target), len(pair.target))
-    parts = []
-    with reporter.bar("perplexity", len(pairs), "pairs") as bar:
-        for run in plan_requests(sizes, plm.card, plm.dtype, done=0, examples_per_shard=len(pairs)):
-            parts.append(encode_teacher_forced(plm, [pairs[i] for i in run], with_logsumexp=True))
-            bar.advance(len(run))
-    return MemoryRows.concatenate(parts)
+def _tokenized(plm: RemotePlm, tasks: Sequence[Task], pairs: Sequence[Pair]) -> list[TokenizedPair]:
+    tokenized = []
+    for number, (task, pair) in enumerate(zip(tasks, pairs, strict=True), 1):
+        tokenized.append(tokenize_pair(plm, task, pair, place=f"pair {number}"))
+        require_fits(plm, tokenized[-1], place=f"pair {number}")
+    return tokenized
 
 
 def _target(pair: Pair) -> str:
     if pair.target is None:
         raise InvalidData("A pair has no target.", hint="Evaluation needs references.")
     return pair.target
-
-
-def _head_and_validation(
-    plm: RemotePlm, candidate_ids_C: Tensor, held_out: MemoryRows, length_ratio: float, reporter: Reporter
-) -> tuple[LMHead, ValidationData]:
-    """Float32 head rows of the candidates; and the held-out rows with the PLM's likelihood of their targets."""
-    # One request for both memories: the server need not know which tokens are those of the few held-out texts.
-    target_ids_K = token_set([candidate_ids_C, held_out.target_N])
-    if len(target_ids_K) == plm.card.vocab_size:
-        target_head = plm.full_head(reporter).to(torch.float32)
-    else:
-        reporter.say(
-            "Leaves this machine: which tokens occur anywhere in the targets, as their LM-head rows are asked for."
-        )
-        target_head = plm.head_rows(target_ids_K)
-    plm_logprob_N = plm_target_logprobs(target_head, target_ids_K, held_out)
-    head = target_head
-    if len(candidate_ids_C) < len(target_ids_K):
-        head = target_head.rows(torch.searchsorted(target_ids_K, candidate_ids_C))
-    return head, ValidationData.of(held_out, candidate_ids_C, plm_logprob_N, length_ratio)
-
-
-def _with_form(settings: TrainingSettings, model: ModelIdentity) -> TrainingSettings:
-    in_head_space = model.cr_kind == "last_hidden_state"
-    if settings.form == "residual" and not in_head_space:
-        raise InvalidData(
-            f"The residual form adds to the LM head's input, and this memory holds {model.cr_kind}.",
-            hint="Use --form paper.",
-        )
-    return replace(settings, form=settings.form or ("residual" if in_head_space else "paper"))

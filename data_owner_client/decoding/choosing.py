@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data_owner_client.adapter import TrainedAdapter
+from data_owner_client.adapter import RECENT, Adaptation
 from data_owner_client.decoding.interpolation import PlmPositions, choose, mix
 from data_owner_client.decoding.sampling import Noise, Sampling
 from protocol.head import LMHead
@@ -28,13 +28,15 @@ class Position:
         weight: λ_t.
         t: of the token, among those of the continuation.
         noise: of its sequence; None to take the most probable token.
+        recent: the newest tokens of the continuation before it, in their order.
         context: when sampling, token ids of prompt and continuation before it.
     """
 
     weight: float
     t: int
     noise: Noise | None
-    context: Sequence[int]
+    recent: Sequence[int] = ()
+    context: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,22 @@ class Chooser:
         sampling: None to take the most probable tokens, which needs no more than the candidates' rows.
     """
 
-    def __init__(self, adapter: TrainedAdapter | None, head: LMHead | None, sampling: Sampling | None) -> None:
+    def __init__(self, adapter: Adaptation | None, head: LMHead | None, sampling: Sampling | None) -> None:
         self._adapter = adapter
         self._head = head
         self._sampling = sampling
 
-    def choose(self, response: DecodeResponse, positions: Sequence[Position]) -> list[Choice]:
-        """The choice at each position."""
+    def choose(self, response: DecodeResponse, positions: Sequence[Position], own: DecodeResponse) -> list[Choice]:
+        """The choice at each position.
+
+        Args:
+            response: what the PLM makes of the positions.
+            positions: in the order of its rows.
+            own: the same positions behind the prompts that the adapter knows; the same answer where they are the same.
+        """
+        cr_N_D = expand(own.cr_N_D, own.cr_scale_N)
         if self._sampling is not None and self._head is not None:
-            return self._draw(self._sampling, self._head, response, positions)
+            return self._draw(self._sampling, self._head, response, positions, cr_N_D)
         if self._adapter is None or not any(position.weight for position in positions):
             return [
                 Choice(token, position.weight, logprob, None, token, None)
@@ -92,7 +101,7 @@ class Chooser:
                 )
             ]
         ids_C, plm = self._adapter.candidate_ids_C, plm_positions(self._adapter.head, response)
-        pema_logprob_N_C = self._adapter.logprobs(expand(response.cr_N_D, response.cr_scale_N))
+        pema_logprob_N_C = self._adapter.logprobs(cr_N_D, _previous(positions))
         token_N = choose(plm, pema_logprob_N_C, ids_C, _weights(positions))
         # Every chosen token is a candidate, or else the PLM's top-1.
         at_N = torch.searchsorted(ids_C, token_N).clamp(max=len(ids_C) - 1)
@@ -113,14 +122,16 @@ class Chooser:
         ]
 
     def _draw(
-        self, sampling: Sampling, head: LMHead, response: DecodeResponse, positions: Sequence[Position]
+        self, sampling: Sampling, head: LMHead, response: DecodeResponse, positions: Sequence[Position], cr_N_D: Tensor
     ) -> list[Choice]:
-        cr_N_D, input_N_D = expand(response.cr_N_D, response.cr_scale_N), _head_input(response)
+        input_N_D = _head_input(response)
         choices: list[Choice] = []
         for start in range(0, len(positions), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
             plm_N_V = head.logits(input_N_D[rows].float()).double().log_softmax(dim=-1)
-            pema_N_V = None if self._adapter is None else _over_all(self._adapter, cr_N_D[rows], plm_N_V)
+            pema_N_V = None
+            if self._adapter is not None:
+                pema_N_V = _over_all(self._adapter, cr_N_D[rows], _previous(positions[rows]), plm_N_V)
             mixture_N_V = plm_N_V if pema_N_V is None else mix(plm_N_V, pema_N_V, _weights(positions[rows])[:, None])
             for row, position in enumerate(positions[rows]):
                 if position.noise is None:
@@ -139,10 +150,16 @@ class Chooser:
         return choices
 
 
-def _over_all(adapter: TrainedAdapter, cr_N_D: Tensor, like_N_V: Tensor) -> Tensor:
+def _previous(positions: Sequence[Position]) -> Tensor:
+    """Token ids of the last tokens before each position, the newest first; −1 for none."""
+    recent = [list(reversed(position.recent[-RECENT:])) for position in positions]
+    return torch.tensor([own + [-1] * (RECENT - len(own)) for own in recent], dtype=torch.int64).view(-1, RECENT)
+
+
+def _over_all(adapter: Adaptation, cr_N_D: Tensor, previous_N_K: Tensor, like_N_V: Tensor) -> Tensor:
     """log P_PEMA over all of V: −∞ but for the candidates."""
     pema_logprob_N_V = torch.full_like(like_N_V, -math.inf)
-    pema_logprob_N_V[:, adapter.candidate_ids_C] = adapter.logprobs(cr_N_D).double()
+    pema_logprob_N_V[:, adapter.candidate_ids_C] = adapter.logprobs(cr_N_D, previous_N_K).double()
     return pema_logprob_N_V
 
 

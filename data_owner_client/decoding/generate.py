@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data_owner_client.adapter import TrainedAdapter
+from data_owner_client.adapter import Adaptation
 from data_owner_client.decoding.choosing import Choice, Chooser
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.decoding.lookup import Lookup
@@ -45,9 +45,10 @@ def generate(
     plm: RemotePlm,
     prompts: Sequence[Sequence[int]],
     *,
-    adapter: TrainedAdapter | None = None,
+    adapter: Adaptation | None = None,
     interpolation: Interpolation = _ALONE,
     horizons: Sequence[float] | None = None,
+    own_prompts: Sequence[Sequence[int]] | None = None,
     stop_ids: frozenset[int],
     settings: DecodingSettings = DEFAULT_DECODING,
     sampling: Sampling | None = None,
@@ -64,6 +65,8 @@ def generate(
         adapter: the data owner's adapter, trained for this very PLM.
         interpolation: schedule of λ.
         horizons: SL of every prompt, in tokens; needed with an adapter.
+        own_prompts: token ids behind which the adapter's representations are taken, where these are other prompts than
+            those behind which the PLM's distribution is.
         stop_ids: tokens after which a sequence has ended.
         settings: see there.
         sampling: how to draw tokens; None for the most probable ones. Needs all rows of the LM head, which are fetched
@@ -92,6 +95,9 @@ def generate(
         )
         for n, (prompt, horizon) in enumerate(zip(prompts, horizons or [1.0] * len(prompts), strict=True))
     ]
+    if adapter is not None and own_prompts is not None:
+        for sequence, prompt in zip(sequences, own_prompts, strict=True):
+            sequence.own_prompt = list(prompt)
     if sampling is not None:
         for sequence, sample in zip(sequences, samples or [0] * len(sequences), strict=True):
             sequence.noise = Noise(sampling.seed, sequence.prompt, sample)

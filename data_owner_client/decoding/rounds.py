@@ -18,6 +18,7 @@ from functools import partial
 from itertools import accumulate
 from operator import mul
 
+from data_owner_client.adapter import RECENT
 from data_owner_client.background import in_background
 from data_owner_client.connection import Exchange
 from data_owner_client.decoding.choosing import Choice, Chooser, Position
@@ -61,7 +62,8 @@ class Hypothesis:
 
     Attributes:
         number: of its prompt.
-        prompt: token ids of the prompt.
+        prompt: token ids of the prompt that the PLM's distribution is taken behind.
+        own_prompt: the same of the adapter's representations, where that is another one.
         lambdas: λ_t for every token that it may have.
         finished_at: the position from which on λ is 0 for good.
         expected: positions at which the mixture's choice was compared with the server's, each counted by the chance
@@ -76,6 +78,7 @@ class Hypothesis:
     prompt: list[int]
     lambdas: list[float]
     finished_at: int
+    own_prompt: list[int] | None = None
     noise: Noise | None = None
     choices: list[Choice] = field(default_factory=list)
     expected: float = 0.0
@@ -98,8 +101,9 @@ class Hypothesis:
 
     def position(self, t: int, drafts: Sequence[int]) -> Position:
         """Where the choice of token t is made, if the drafts before it agree."""
-        # Only draws look at the context.
-        return Position(self.lambdas[t], t, self.noise, [*self.context, *drafts] if self.noise else ())
+        recent = [*(choice.token for choice in self.choices[-RECENT:]), *drafts]
+        # Only draws look at the whole context.
+        return Position(self.lambdas[t], t, self.noise, recent, [*self.context, *drafts] if self.noise else ())
 
     @property
     def most(self) -> int:
@@ -114,6 +118,7 @@ class Answer:
     Attributes:
         batch: the sequences asked about.
         offers: drafts of the client's own that were sent.
+        own: the answer for the same tokens behind the adapter's own prompts, where it has such.
         waited_s: for the answer.
         timing: where the server says that the time went.
     """
@@ -121,6 +126,7 @@ class Answer:
     batch: Sequence[Hypothesis]
     offers: Sequence[Sequence[Offer]]
     response: DecodeResponse
+    own: DecodeResponse | None
     waited_s: float
     timing: ServerTiming | None
 
@@ -228,8 +234,23 @@ class Rounds:
                 sorted(self._stop_ids),
                 from_position=[len(s.prompt) + s.length - 1 for s in batch],
             )
-        # The last exchange is the one that was answered.
-        return Answer(batch, offers, response, time.perf_counter() - asked, timings[-1] if timings else None)
+            timing = timings[-1] if timings else None  # the last exchange is the one that was answered
+            own = self._behind_own_prompts(batch, offers, response)
+        return Answer(batch, offers, response, own, time.perf_counter() - asked, timing)
+
+    def _behind_own_prompts(
+        self, batch: Sequence[Hypothesis], offers: Sequence[Sequence[Offer]], response: DecodeResponse
+    ) -> DecodeResponse | None:
+        """The representations that the adapter was trained on, at the positions of an answer."""
+        prompts = [s.own_prompt for s in batch if s.own_prompt is not None]
+        if len(prompts) < len(batch) or all(s.length >= s.finished_at for s in batch):
+            return None
+        drafts = _drafts(offers, response)
+        return self._plm.decode(
+            [prompt + s.generated + own[:-1] for prompt, s, own in zip(prompts, batch, drafts, strict=True)],
+            [0] * len(batch),
+            from_position=[len(prompt) + s.length - 1 for prompt, s in zip(prompts, batch, strict=True)],
+        )
 
     def rest(self, sequence: Hypothesis) -> int:
         """The most tokens that the server may draft in one call."""
@@ -269,17 +290,13 @@ class Rounds:
         self.usage.calls += 1
         self.usage.round_trips += len(batch)
         self.usage.drafted += sum(counts) - len(batch)
-        # What each next position is conditioned on: the client's drafts, then the server's.
-        drafts = [
-            [*(offer.token for offer in own), *top1_K.tolist()[len(own) :]]
-            for own, top1_K in zip(offers, response.top1_N.split(counts), strict=True)
-        ]
+        drafts = _drafts(offers, response)
         positions = [
             s.position(s.length + step, own[:step])
             for s, own in zip(batch, drafts, strict=True)
             for step in range(len(own))
         ]
-        answers = iter(self._chooser.choose(response, positions))
+        answers = iter(self._chooser.choose(response, positions, answer.own or response))
         for sequence, own, row in zip(batch, offers, drafts, strict=True):
             kept = 0
             for step, draft in enumerate(row):
@@ -298,6 +315,14 @@ class Rounds:
                 sequence.done = chosen in self._stop_ids or sequence.most < 0
                 self.usage.accepted += step > 0
                 kept += chosen == draft
+
+
+def _drafts(offers: Sequence[Sequence[Offer]], response: DecodeResponse) -> list[list[int]]:
+    """What each next position of an answer is conditioned on: the client's drafts, then the server's."""
+    return [
+        [*(offer.token for offer in own), *top1_K.tolist()[len(own) :]]
+        for own, top1_K in zip(offers, response.top1_N.split(response.rows_B.tolist()), strict=True)
+    ]
 
 
 class Ending:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
 from data_owner_client.data import Pair, digest_pairs
+from data_owner_client.memory.alignment import align
 from data_owner_client.memory.pipeline import Window, in_order
 from data_owner_client.memory.planning import Sizes, plan_requests
 from data_owner_client.memory.store import MANIFEST, ContextMode, ExternalMemory, MemoryPlan, MemoryRows, ModelIdentity
@@ -91,6 +92,7 @@ def build_memory(
         if overwrite:
             _empty(folder)
         memory = ExternalMemory.create(folder, plan)
+        memory.keep_pairs(pairs)
         _append_missing(memory, plm, pairs, sizes, reporter)
     return memory
 
@@ -129,17 +131,40 @@ def encode_teacher_forced(plm: RemotePlm, pairs: Sequence[TokenizedPair], *, wit
     return _labelled(response, pairs)
 
 
-def encode_private(plm: RemotePlm, pairs: Sequence[TokenizedPair]) -> MemoryRows:
+def encode_all(plm: RemotePlm, pairs: Sequence[TokenizedPair], reporter: Reporter) -> MemoryRows:
+    """Teacher-forced rows with log-sum-exp of pairs that need no memory on disk."""
+    sizes = Sizes()
+    for pair in pairs:
+        sizes.append(len(pair.prompt) + len(pair.target), len(pair.target))
+    parts = []
+    with reporter.bar("likelihood of targets", len(pairs), "pairs") as bar:
+        for run in plan_requests(sizes, plm.card, plm.dtype, done=0, examples_per_shard=len(pairs)):
+            parts.append(encode_teacher_forced(plm, [pairs[i] for i in run], with_logsumexp=True))
+            bar.advance(len(run))
+    return MemoryRows.concatenate(parts)
+
+
+def encode_private(plm: RemotePlm, pairs: Sequence[TokenizedPair], stop_ids: frozenset[int]) -> MemoryRows:
     """Rows with the contexts c_i = prompt + the PLM's own greedy continuation ŵ_<i. Only prompts go to the server.
 
     And, as `look_ahead`, the targets' lengths.
     """
     response = plm.decode([pair.prompt for pair in pairs], [len(pair.target) - 1 for pair in pairs])
-    if response.rows_B.tolist() != [len(pair.target) for pair in pairs]:
+    lengths = [len(pair.target) for pair in pairs]
+    if response.rows_B.tolist() != lengths:
         raise ProtocolViolation(
             "The server drafted fewer tokens than were asked for.", hint="Nothing was stored; try again."
         )
-    return _labelled(response, pairs)
+    contexts = [
+        context
+        for drafted_T, pair in zip(response.top1_N.split(lengths), pairs, strict=True)
+        for context in align(drafted_T.tolist(), pair.target, stop_ids)
+    ]
+    return replace(
+        _labelled(response, pairs),
+        context_N=torch.tensor([k for k, _ in contexts], dtype=torch.int32),
+        agrees_N=torch.tensor([agrees for _, agrees in contexts], dtype=torch.uint8),
+    )
 
 
 def _labelled(response: EncodeResponse | DecodeResponse, pairs: Sequence[TokenizedPair]) -> MemoryRows:
@@ -163,7 +188,7 @@ def _append_missing(
     def fetch(run: range) -> MemoryRows:
         chunk = [tokenize_pair(plm, plan.task, pairs[i], place=f"pair {i + 1}") for i in run]
         if plan.context_mode == "private":
-            return encode_private(plm, chunk)
+            return encode_private(plm, chunk, plan.task.stop_ids(plm.tokenizer))
         return encode_teacher_forced(plm, chunk, with_logsumexp=plan.with_logsumexp)
 
     runs = list(plan_requests(sizes, plm.card, plan.dtype, done=done, examples_per_shard=plan.examples_per_shard))
@@ -223,5 +248,5 @@ def _only_builder(folder: Path) -> Iterator[None]:
 def _empty(folder: Path) -> None:
     # The manifest first: what it does not name is not part of the memory.
     (folder / MANIFEST).unlink(missing_ok=True)
-    for path in [*folder.glob("*.safetensors"), *folder.glob(".*.partial")]:
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*.jsonl"), *folder.glob(".*.partial")]:
         path.unlink()

@@ -7,8 +7,8 @@ therefore leaves a valid memory of the examples so far, and the next run goes on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
+from data_owner_client.data import Pair, digest_pairs, read_written_pairs, write_pairs
 from data_owner_client.files import write_atomically
 from data_owner_client.tasks import Task
 from protocol.errors import IdentityMismatch, InvalidData
@@ -25,7 +26,9 @@ from protocol.messages import CrKind, ModelCard, WireDtype
 from protocol.rows import expand
 
 ContextMode = Literal["private", "teacher-forced"]
-MANIFEST = "manifest.json"
+MANIFEST, _PAIRS = "manifest.json", "pairs.jsonl"
+# Columns that belong to the contexts, not to the targets.
+_OF_CONTEXTS = ("cr_N_D", "cr_scale_N", "logsumexp_N", "last_hidden_N_D", "last_hidden_scale_N")
 TRAIN, VALIDATION = "train", "validation"
 """Folders of the two memories that a training takes."""
 
@@ -73,6 +76,9 @@ class MemoryRows:
         last_hidden_N_D: the LM head's input, where `cr_N_D` is something else.
         cr_scale_N: float32, what each row of `cr_N_D` is to be multiplied by, where that is int8.
         last_hidden_scale_N: the same of `last_hidden_N_D`.
+        context_N: int32, in private memories the row of the same example, counted from 0, whose context comes nearest
+            to the true one of this row's target (`memory.alignment`).
+        agrees_N: uint8, whether that context ends as the true one does.
     """
 
     cr_N_D: Tensor
@@ -83,11 +89,24 @@ class MemoryRows:
     last_hidden_N_D: Tensor | None = None
     cr_scale_N: Tensor | None = None
     last_hidden_scale_N: Tensor | None = None
+    context_N: Tensor | None = None
+    agrees_N: Tensor | None = None
 
     def position_N(self) -> Tensor:
         """int64 position t of each row in its target, from 0."""
+        return torch.arange(len(self.target_N)) - self._start_N()
+
+    def aligned(self) -> MemoryRows:
+        """The same targets, each with the context that comes nearest to its true one; as it is if all are true."""
+        if self.context_N is None:
+            return self
+        index_N = self._start_N() + self.context_N.long()
+        moved = {name: getattr(self, name) for name in _OF_CONTEXTS if getattr(self, name) is not None}
+        return replace(self, context_N=None, **{name: column[index_N] for name, column in moved.items()})
+
+    def _start_N(self) -> Tensor:
         starts_E = self.rows_E.long().cumsum(0) - self.rows_E.long()
-        return torch.arange(len(self.target_N)) - starts_E.repeat_interleave(self.rows_E.long())
+        return starts_E.repeat_interleave(self.rows_E.long())
 
     def representations_N_D(self) -> Tensor:
         """f(c_i) as floats."""
@@ -203,6 +222,26 @@ class ExternalMemory:
                 hint="Give another --memory folder, or --overwrite to build it anew.",
             )
         return memory
+
+    def keep_pairs(self, pairs: Sequence[Pair]) -> None:
+        """Keep the texts beside their rows: some are shown to the PLM as examples."""
+        if not (self.folder / _PAIRS).exists():
+            write_pairs(self.folder / _PAIRS, pairs)
+
+    def pairs(self) -> list[Pair]:
+        """The texts that the memory was built from.
+
+        Raises:
+            InvalidData: they are missing, or not those that it was built from.
+        """
+        path = self.folder / _PAIRS
+        pairs = read_written_pairs(path)
+        if digest_pairs(pairs) != self.manifest.plan.data_digest:
+            raise InvalidData(
+                f"{path} does not hold the texts that the memory was built from.",
+                hint="Delete the file, and run the same build-memory command again.",
+            )
+        return pairs
 
     @property
     def complete(self) -> bool:

@@ -1,23 +1,25 @@
 """Training: a memory and a head in, an adapter out."""
 
 from data_owner_client.training.loop import Epoch, Trained, train_adapter
-from data_owner_client.training.settings import TrainingSettings
-from data_owner_client.training.stream import Batch, Sharded, Survey
+from data_owner_client.training.settings import Pairing, TrainingSettings
+from data_owner_client.training.stream import Aligned, Batch, Sharded, Survey
 from data_owner_client.training.validation import (
     ValidationData,
-    choose_interpolation,
+    likeliest_interpolations,
     target_logprobs,
 )
 
 __all__ = [
+    "Aligned",
     "Batch",
     "Epoch",
+    "Pairing",
     "Sharded",
     "Survey",
     "Trained",
     "TrainingSettings",
     "ValidationData",
-    "choose_interpolation",
+    "likeliest_interpolations",
     "target_logprobs",
     "train_adapter",
 ]

@@ -157,9 +157,14 @@ class _Training:
         self._head = head.to(self._device)
         hidden_size = head.weight_V_D.shape[1]
         rank = min(settings.rank, hidden_size)
-        self._adapter = Adapter(hidden_size, rank, settings.form or "residual", rms=rms, dropout=settings.dropout).to(
-            self._device
-        )
+        self._adapter = Adapter(
+            hidden_size,
+            rank,
+            settings.form or "residual",
+            rms=rms,
+            head_rms=head.weight_V_D.square().mean().sqrt().item(),
+            dropout=settings.dropout,
+        ).to(self._device)
         self._progress, self._best = _Progress(), copy.deepcopy(self._adapter.state_dict())
         found = None if checkpoint is None else checkpoint.load(self._adapter)
         if found is not None:
@@ -199,7 +204,10 @@ class _Training:
     def _new_optimiser(self) -> torch.optim.Optimizer:
         adapter = self._adapter
         adapter.B_rct.requires_grad_(not self._joint)
-        trained = [adapter.A.weight, adapter.B_pd.weight if self._joint else adapter.B_rct.weight]
+        if self._joint:
+            trained = [value for name, value in adapter.named_parameters() if name != "B_rct.weight"]
+        else:
+            trained = [*adapter.A.parameters(), *adapter.B_rct.parameters()]
         return torch.optim.Adam(trained, lr=self._settings.learning_rate)
 
     def _batches(self) -> Iterator[Batch]:
@@ -220,7 +228,9 @@ class _Training:
             loss = reconstruction = F.mse_loss(adapter.reconstruction(x_B_D), x_B_D)
             words = f"reconstruction {reconstruction.item():.3f}"
             if self._joint:
-                prediction = cross_entropy(adapter.hidden(x_B_D), self._head, batch.label_N)
+                recent_B_E = adapter.recent(self._head, batch.previous_N_K)
+                h_B_D = adapter.hidden(adapter.scaled(batch.cr_N_D, batch.agrees_N), recent_B_E)
+                prediction = cross_entropy(h_B_D, self._head, batch.label_N)
                 loss = kappa * reconstruction + (1 - kappa) * prediction
                 progress.prediction += prediction.item()
                 number = progress.epoch - self._settings.reconstruction_epochs + 1

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from data_owner_client.adapter import AdapterForm
+
+Pairing = Literal["aligned", "position"]
 
 
 @dataclass(frozen=True)
@@ -12,7 +15,8 @@ class TrainingSettings:
     """What can be set; the defaults need no tuning for memories of a thousand to some hundred thousand rows.
 
     Attributes:
-        form: of the adapter; None for `residual`, which measures better, where the memory allows it, else `paper`.
+        form: of the adapter; None for what measures better: `residual`, or `recent` in private memories; `paper` where
+            the representations are not in the LM head's space.
         rank: R; at most the model's hidden size.
         kappa: κ, weight of the reconstruction loss in the joint phase.
         learning_rate: Adam's, at its peak; it falls to zero along a cosine.
@@ -21,6 +25,12 @@ class TrainingSettings:
         epochs: passes of phase 2, at most.
         patience: epochs without a better validation likelihood after which phase 2 ends.
         batch_rows: rows of a step.
+        pairing: of targets and contexts in private memories: `aligned` (`memory.alignment`), or by `position`, as the
+            paper draws it.
+        nearest: pairs of the memory, those most like the text at hand, that the PLM sees as examples in its prompt,
+            while the adapter sees the task's own; None to choose between none and some on the validation memory.
+        decoded: held-out texts that are decoded with several interpolations, of which the one with the highest chrF is
+            taken; 0 to take the likeliest interpolation.
         full_vocabulary: let the adapter's softmax run over all of V; else over the tokens of the memory's targets.
         seed: of initialisation, shuffling and dropout.
         device: where to train; None for CUDA, in bfloat16, where there is CUDA, else the CPU.
@@ -35,6 +45,9 @@ class TrainingSettings:
     epochs: int = 12
     patience: int = 3
     batch_rows: int = 512
+    pairing: Pairing = "aligned"
+    nearest: int | None = None
+    decoded: int = 100
     full_vocabulary: bool = False
     seed: int = 0
     device: str | None = None

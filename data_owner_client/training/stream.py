@@ -7,13 +7,14 @@ examples in a batch, that is as good as an order of all rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from data_owner_client.adapter import RECENT, places
 from data_owner_client.memory.store import MemoryRows
 from data_owner_client.plm import token_set
 from protocol.errors import InvalidData
@@ -30,33 +31,41 @@ class Batch:
     Attributes:
         cr_N_D: float16 or float32 representations.
         label_N: int64 index into the candidates; −1 where the target is none of them.
+        previous_N_K: the same of the target tokens before, the newest first; −1 where there is none.
+        agrees_N: bool, whether the representation is that of a context that ends as the target so far.
     """
 
     cr_N_D: Tensor
     label_N: Tensor
+    previous_N_K: Tensor
+    agrees_N: Tensor
 
     @classmethod
     def of(cls, rows: MemoryRows, candidate_ids_C: Tensor) -> Batch:
         """Rows of a memory; candidate ids are sorted."""
-        target_N = rows.target_N.long()
-        at_N = torch.searchsorted(candidate_ids_C, target_N).clamp(max=len(candidate_ids_C) - 1)
-        return cls(rows.representations_N_D(), torch.where(candidate_ids_C[at_N] == target_N, at_N, -1))
+        label_N, position_N = places(rows.target_N.long(), candidate_ids_C), rows.position_N()
+        before = [label_N.roll(k).masked_fill(position_N < k, -1) for k in range(1, RECENT + 1)]
+        agrees_N = torch.ones_like(label_N) if rows.agrees_N is None else rows.agrees_N
+        return cls(rows.representations_N_D(), label_N, torch.stack(before, dim=1), agrees_N.bool())
 
     def __len__(self) -> int:
         return len(self.label_N)
 
     def __getitem__(self, index: Tensor | slice) -> Batch:
-        return Batch(self.cr_N_D[index], self.label_N[index])
+        return self._map(lambda column: column[index])
 
     def sent_to(self, device: torch.device) -> Batch:
         """The rows on a GPU, without waiting for what runs there."""
-        columns = (column.pin_memory().to(device, non_blocking=True) for column in (self.cr_N_D, self.label_N))
-        return Batch(*columns)
+        return self._map(lambda column: column.pin_memory().to(device, non_blocking=True))
 
     @classmethod
     def concatenate(cls, parts: Sequence[Batch]) -> Batch:
         """Rows of several parts, in their order."""
-        return cls(torch.cat([part.cr_N_D for part in parts]), torch.cat([part.label_N for part in parts]))
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
 
 
 class Sharded(Protocol):
@@ -68,6 +77,22 @@ class Sharded(Protocol):
 
     def shard(self, number: int) -> MemoryRows:
         """One shard."""
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A memory whose targets come with the contexts that are nearest to their true ones."""
+
+    memory: Sharded
+
+    @property
+    def shard_rows(self) -> Sequence[int]:
+        """Rows of each shard."""
+        return self.memory.shard_rows
+
+    def shard(self, number: int) -> MemoryRows:
+        """One shard."""
+        return self.memory.shard(number).aligned()
 
 
 @dataclass(frozen=True)

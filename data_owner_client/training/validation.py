@@ -36,14 +36,12 @@ class ValidationData:
     def of(
         cls, rows: MemoryRows, candidate_ids_C: Tensor, plm_logprob_N: Tensor, length_ratio: float
     ) -> ValidationData:
-        """Rows of a memory; `length_ratio` is the training memory's."""
+        """Rows of a memory whose contexts end as the true ones do; `length_ratio` is the training memory's."""
         horizon_E = (rows.source_tokens_E.double() * length_ratio).clamp(min=1.0)
-        return cls(
-            Batch.of(rows, candidate_ids_C),
-            plm_logprob_N,
-            rows.position_N(),
-            horizon_E.repeat_interleave(rows.rows_E.long()),
-        )
+        horizon_N = horizon_E.repeat_interleave(rows.rows_E.long())
+        data = Batch.of(rows, candidate_ids_C)
+        agrees_N = data.agrees_N
+        return cls(data[agrees_N], plm_logprob_N[agrees_N], rows.position_N()[agrees_N], horizon_N[agrees_N])
 
     def mixture_nll(self, pema_logprob_N: Tensor, interpolation: Interpolation) -> float:
         """Mean of −log((1 − λ_t)·P_PLM(y) + λ_t·P_PEMA(y)), in nats per token."""
@@ -56,17 +54,10 @@ class ValidationData:
         return min(((option, self.mixture_nll(pema_logprob_N, option)) for option in options), key=lambda x: x[1])
 
 
-def choose_interpolation(
-    validation: ValidationData, pema_logprob_N: Tensor
-) -> tuple[Interpolation, dict[str, tuple[Interpolation, float]]]:
-    """The schedule and λ_max of the highest mixture likelihood on held-out rows.
-
-    Returns:
-        The best, and for every schedule its best λ_max with the negative log-likelihood per token.
-    """
+def likeliest_interpolations(validation: ValidationData, pema_logprob_N: Tensor) -> list[Interpolation]:
+    """Every schedule with the λ_max of its highest mixture likelihood on held-out rows."""
     schedules: tuple[Schedule, ...] = ("constant", "linear", "gradual")
-    best: dict[str, tuple[Interpolation, float]] = {name: validation.best(pema_logprob_N, name) for name in schedules}
-    return min(best.values(), key=lambda pair: pair[1])[0], best
+    return [validation.best(pema_logprob_N, schedule)[0] for schedule in schedules]
 
 
 @torch.inference_mode()
@@ -76,9 +67,12 @@ def target_logprobs(adapter: Adapter, head: LMHead, data: Batch) -> Tensor:
     adapter.eval()
     parts = []
     rows, device = head.rows_at_once(), head.weight_V_D.device
-    for cr_B_D, label_B in zip(data.cr_N_D.split(rows), data.label_N.split(rows), strict=True):
-        logprob_B_C = head.logits(adapter.hidden(adapter.scaled(cr_B_D.to(device)))).log_softmax(dim=-1)
-        chosen_B = logprob_B_C.gather(1, label_B.clamp(min=0).to(device)[:, None])[:, 0].double().cpu()
-        parts.append(torch.where(label_B < 0, -math.inf, chosen_B))
+    for start in range(0, len(data), rows):
+        part = data[start : start + rows]
+        x_B_D = adapter.scaled(part.cr_N_D.to(device), part.agrees_N.to(device))
+        recent_B_E = adapter.recent(head, part.previous_N_K.to(device))
+        logprob_B_C = head.logits(adapter.hidden(x_B_D, recent_B_E)).log_softmax(dim=-1)
+        chosen_B = logprob_B_C.gather(1, part.label_N.clamp(min=0).to(device)[:, None])[:, 0].double().cpu()
+        parts.append(torch.where(part.label_N < 0, -math.inf, chosen_B))
     adapter.train(was_training)
     return torch.cat(parts)

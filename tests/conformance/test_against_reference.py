@@ -121,7 +121,7 @@ def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObj
     interpolation = Interpolation(
         schedule=data.draw(st.sampled_from(SCHEDULES)), lambda_max=data.draw(st.sampled_from([0.3, 0.7, 0.95, 1.0]))
     )
-    horizons = [case.adapter.horizon(case.plm.tokenizer.count(source)) for source in sources]
+    horizons = [case.adapter.card.horizon(case.plm.tokenizer.count(source)) for source in sources]
     prompts = case.prompts(sources)
     continuations, usage = generate(
         data.draw(st.sampled_from(case.plms)),
@@ -144,7 +144,7 @@ def test_clients_at_once_each_get_the_references_tokens(case: Case) -> None:
     """Clients with batches, look-aheads and schedules of their own share the steps of the servers they meet at."""
     sources = [" ".join(WORDS[i % 9 :][: 1 + i % 4]) for i in range(12)]
     schedules = [Interpolation(schedule=name, lambda_max=0.8) for name in SCHEDULES]
-    horizons = {source: case.adapter.horizon(case.plm.tokenizer.count(source)) for source in sources}
+    horizons = {source: case.adapter.card.horizon(case.plm.tokenizer.count(source)) for source in sources}
     expected = {
         (source, interpolation.schedule): case.expected(prompt, interpolation, horizons[source], STEPS)
         for source, prompt in zip(sources, case.prompts(sources), strict=True)

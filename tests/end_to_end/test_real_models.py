@@ -152,7 +152,7 @@ def test_the_whole_of_pema_is_the_slow_reference(real: Real, tmp_path: Path) -> 
             alone = translate(real.plm, sources, task=real.task, decoding=DecodingSettings(8))
             expected = []
             for source in sources:
-                horizon = adapter.horizon(tokenizer.count(source))
+                horizon = adapter.card.horizon(tokenizer.count(source))
                 text = reference.decode(
                     tokenizer.encode_prompt(real.task.prompt(source, tokenizer)),
                     adapter.adapter.state_dict(),

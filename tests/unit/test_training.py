@@ -24,7 +24,7 @@ from data_owner_client.training import (
     Trained,
     TrainingSettings,
     ValidationData,
-    choose_interpolation,
+    likeliest_interpolations,
     loop,
     target_logprobs,
     train_adapter,
@@ -59,13 +59,15 @@ class InMemory:
     """Rows that are there already, in shards of so many examples."""
 
     def __init__(self, rows: MemoryRows, shards: int = 1) -> None:
-        rows_E = rows.rows_E.tolist()
-        size = math.ceil(len(rows_E) / shards)
-        self.shard_rows = [sum(rows_E[start : start + size]) for start in range(0, len(rows_E), size)]
+        size = math.ceil(len(rows.rows_E) / shards)
+        examples = rows.rows_E.split(size)
+        self.shard_rows = [int(rows_E.sum()) for rows_E in examples]
         ends = list(accumulate(self.shard_rows))
         self._shards = [
-            replace(rows, cr_N_D=rows.cr_N_D[end - count : end], target_N=rows.target_N[end - count : end])
-            for count, end in zip(self.shard_rows, ends, strict=True)
+            replace(
+                rows, cr_N_D=rows.cr_N_D[end - count : end], target_N=rows.target_N[end - count : end], rows_E=rows_E
+            )
+            for count, end, rows_E in zip(self.shard_rows, ends, examples, strict=True)
         ]
 
     def shard(self, number: int) -> MemoryRows:
@@ -237,7 +239,7 @@ def test_cross_entropy_in_chunks_is_cross_entropy(softcap: float | None, chunk_r
 def test_training_refuses_what_it_cannot_learn_from() -> None:
     rows = make_rows(3)
     with pytest.raises(InvalidData, match="no rows"):
-        Survey.of(InMemory(replace(rows, cr_N_D=rows.cr_N_D[:0], rows_E=torch.zeros(1, dtype=torch.int32))))
+        Survey.of(InMemory(replace(rows, cr_N_D=rows.cr_N_D[:0], rows_E=rows.rows_E[:0])))
     with pytest.raises(NumericalFault, match="not finite"):
         fit(replace(rows, cr_N_D=rows.cr_N_D * float("nan")), SETTINGS)
     for device in ("abacus", "xpu:7", "meta"):
@@ -268,11 +270,11 @@ def test_mixture_likelihood_by_hand() -> None:
 def test_the_chosen_interpolation_is_the_likeliest_of_the_grid() -> None:
     validation = make_validation()
     sure_late = torch.where(validation.position_N < 3, math.log(0.01), math.log(0.9)).double()
-    best, by_schedule = choose_interpolation(validation, sure_late)
+    best, by_schedule = likeliest_interpolations(validation, sure_late)
     assert best.schedule == "constant"
     assert set(by_schedule) == {"constant", "linear", "gradual"}
     sure_early = torch.where(validation.position_N < 3, math.log(0.9), -math.inf).double()
-    best, by_schedule = choose_interpolation(validation, sure_early)
+    best, by_schedule = likeliest_interpolations(validation, sure_early)
     assert best.schedule == "gradual"
     assert by_schedule["gradual"][1] == min(nll for _, nll in by_schedule.values())
 
@@ -316,8 +318,8 @@ def test_an_adapter_survives_the_disk(tmp_path: Path) -> None:
     assert loaded.card.model_copy(update={"tensors_sha256": ""}) == trained.card
     assert torch.equal(loaded.candidate_ids_C, CANDIDATES)
     assert torch.equal(loaded.logprobs(cr_N_D), trained.logprobs(cr_N_D))
-    assert loaded.horizon(10) == 15.0
-    assert loaded.horizon(0) == 1.0
+    assert loaded.card.horizon(10) == 15.0
+    assert loaded.card.horizon(0) == 1.0
 
 
 def test_logprobs_are_a_distribution_through_the_whole_head() -> None:

@@ -1,0 +1,57 @@
+"""Worked examples for each prompt of its own: the pairs of a memory whose sources are most like the text at hand.
+
+The PLM's owner sees them, targets and all, so they are for memories whose targets it has seen anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from data_owner_client.data import Pair
+from data_owner_client.plm import RemotePlm
+from data_owner_client.tasks import Shot, Task
+
+_AT_ONCE = 256
+
+
+def with_examples(plm: RemotePlm, task: Task, source: str, examples: Sequence[Shot]) -> Task:
+    """The task with other examples in its prompt: as many of the last as leave half of the server's limit free."""
+    for first in range(len(examples)):
+        own = task.model_copy(update={"examples": tuple(examples[first:])})
+        if (
+            2 * len(plm.tokenizer.encode_prompt(own.prompt(source, plm.tokenizer)))
+            <= plm.card.limits.max_sequence_tokens
+        ):
+            return own
+    return task
+
+
+class NearestPairs:
+    """Finds pairs by the likeness of their sources: the cosine of the TF-IDF weights of pieces of words.
+
+    Args:
+        pairs: with targets.
+        count: how many to find for a text; at most all.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], count: int) -> None:
+        self._pairs = list(pairs)
+        self._count = min(count, len(self._pairs))
+        self._vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
+        self._weights = self._vectorizer.fit_transform([pair.source for pair in self._pairs]).T.tocsr()
+
+    def examples(self, sources: Sequence[str]) -> list[tuple[Shot, ...]]:
+        """For each text the pairs most like it, the likest last; never one with that very source."""
+        found: list[tuple[Shot, ...]] = []
+        for start in range(0, len(sources), _AT_ONCE):
+            some = sources[start : start + _AT_ONCE]
+            likeness_B_N = (self._vectorizer.transform(some) @ self._weights).toarray()
+            for source, likeness_N in zip(some, likeness_B_N, strict=True):
+                # A stable sort: the same examples in every run, also among equals.
+                order = np.argsort(-likeness_N, kind="stable")[: self._count + 1]
+                nearest = [self._pairs[i] for i in order if self._pairs[i].source != source][: self._count]
+                found.append(tuple(Shot(source=p.source, target=p.target or "") for p in reversed(nearest)))
+        return found
