@@ -57,7 +57,10 @@ def main() -> None:
             folder, adapter = _WORK / dtype, _WORK / "adapter"
             shutil.rmtree(folder, ignore_errors=True)
             bytes_per_row = sum(_converted(exact / part, folder / part, dtype) for part in _PARTS) / len(_PARTS)
-            cards = [train(plm, folder, adapter, settings=TrainingSettings(seed=seed))[1].card for seed in range(seeds)]
+            cards = [
+                train(plm, folder, adapter, settings=TrainingSettings(seed=seed, nearest=0, decoded=0))[1].card
+                for seed in range(seeds)
+            ]
             figures[dtype] = {
                 "bytes_per_row": bytes_per_row,
                 "plm_nll": cards[0].validation["plm_nll"],

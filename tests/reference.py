@@ -52,13 +52,32 @@ class Reference:
         return logits_V if cap is None else cap * torch.tanh(logits_V / cap)
 
     @torch.inference_mode()
-    def pema(self, f_D: Tensor, weights: dict[str, Tensor], form: str, targets: Sequence[int]) -> Tensor:
-        """P_PEMA(· | c) [V]: softmax(head(B_pd A f)) over the tokens that are targets, f added in the residual form."""
-        h_D = weights["B_pd.weight"].double() @ (weights["A.weight"].double() @ f_D)
-        logits_V = self.logits_of(h_D + f_D if form == "residual" else h_D)
+    def pema(
+        self,
+        f_D: Tensor,
+        weights: dict[str, Tensor],
+        form: str,
+        targets: Sequence[int],
+        generated: Sequence[int] = (),
+    ) -> Tensor:
+        """P_PEMA(· | c) [V]: softmax(head(B_pd A f)) over the tokens that are targets, f added but in the paper's form.
+
+        In the form `recent`, E times the head rows of the last two tokens is added to A f.
+        """
+        z_R = weights["A.weight"].double() @ f_D
+        if form == "recent":
+            rows = [self._row(token, targets) for token in (*reversed(generated[-2:]), None, None)][:2]
+            e_E = torch.cat(rows) / weights["head_rms"].double()
+            z_R = z_R + weights["rms"].double() * (weights["E.weight"].double() @ e_E)
+        h_D = weights["B_pd.weight"].double() @ z_R
+        logits_V = self.logits_of(h_D if form == "paper" else h_D + f_D)
         masked_V = torch.full_like(logits_V, -math.inf)
         masked_V[list(targets)] = logits_V[list(targets)]
         return masked_V.softmax(-1)
+
+    def _row(self, token: int | None, targets: Sequence[int]) -> Tensor:
+        weight_V_D = self.model.get_output_embeddings().weight
+        return weight_V_D[token] if token is not None and token in targets else torch.zeros_like(weight_V_D[0])
 
     def decode(
         self,
@@ -68,12 +87,18 @@ class Reference:
         targets: Sequence[int],
         lambdas: Sequence[float],
         stop_ids: frozenset[int],
+        own_prompt: Sequence[int] | None = None,
     ) -> list[int]:
-        """Greedy decoding of (1 − λ_t)·P_PLM + λ_t·P_PEMA, a token for each λ until a stop token."""
+        """Greedy decoding of (1 − λ_t)·P_PLM + λ_t·P_PEMA, a token for each λ until a stop token.
+
+        P_PEMA is that of the same tokens behind `own_prompt`, where it is given.
+        """
         generated: list[int] = []
         for weight in lambdas:
             f_D, p_plm_V = self.context([*prompt, *generated])
-            mixture_V = (1 - weight) * p_plm_V + weight * self.pema(f_D, weights, form, targets)
+            if own_prompt is not None:
+                f_D, _ = self.context([*own_prompt, *generated])
+            mixture_V = (1 - weight) * p_plm_V + weight * self.pema(f_D, weights, form, targets, generated)
             generated.append(int(mixture_V.argmax()))
             if generated[-1] in stop_ids:
                 break

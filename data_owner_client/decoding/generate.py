@@ -87,17 +87,16 @@ def generate(
     elif horizons is None:
         raise InvalidData("An adapter was given without horizons.", hint="Give the expected length of every answer.")
     limits = plm.card.limits
-    for number, prompt in enumerate(prompts, 1):
-        require_room(plm, prompt, place=f"text {number}")
-    sequences = [
-        _begin(
-            n, prompt, horizon, interpolation, min(settings.max_new_tokens, limits.max_sequence_tokens - len(prompt))
-        )
-        for n, (prompt, horizon) in enumerate(zip(prompts, horizons or [1.0] * len(prompts), strict=True))
-    ]
+    for number, prompt in enumerate([*prompts, *(own_prompts or ())]):
+        require_room(plm, prompt, place=f"text {number % len(prompts) + 1}")
+    own: Sequence[Sequence[int] | None] = [None] * len(prompts)
     if adapter is not None and own_prompts is not None:
-        for sequence, prompt in zip(sequences, own_prompts, strict=True):
-            sequence.own_prompt = list(prompt)
+        own = own_prompts
+    sequences = []
+    for n, (prompt, own_prompt, horizon) in enumerate(zip(prompts, own, horizons or [1.0] * len(prompts), strict=True)):
+        room = limits.max_sequence_tokens - max(len(prompt), len(own_prompt or ()))
+        sequences.append(_begin(n, prompt, horizon, interpolation, min(settings.max_new_tokens, room)))
+        sequences[-1].own_prompt = None if own_prompt is None else list(own_prompt)
     if sampling is not None:
         for sequence, sample in zip(sequences, samples or [0] * len(sequences), strict=True):
             sequence.noise = Noise(sampling.seed, sequence.prompt, sample)

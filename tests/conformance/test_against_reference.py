@@ -45,7 +45,9 @@ class Case:
             self.plm, TASK, PAIRS, memory, validation=PAIRS[:4], context_mode="teacher-forced", share_targets=True
         )
         # Three epochs at a high rate: PEMA must disagree with the PLM, or the test would not see a mistake.
-        training = TrainingSettings(form=form, rank=16, epochs=3, batch_rows=16, learning_rate=0.02)
+        training = TrainingSettings(
+            form=form, rank=16, epochs=3, batch_rows=16, learning_rate=0.02, nearest=0, decoded=0
+        )
         self.adapter: TrainedAdapter = train(self.plm, memory, memory / "adapter", settings=training)[0]
         self.memory = ExternalMemory(memory / "train").load()
         targets = self.memory.target_N.split(self.memory.rows_E.tolist())
@@ -56,11 +58,19 @@ class Case:
     def prompts(self, sources: list[str]) -> list[list[int]]:
         return [self.plm.tokenizer.encode_prompt(TASK.prompt(source, self.plm.tokenizer)) for source in sources]
 
-    def expected(self, prompt: list[int], interpolation: Interpolation, horizon: float, steps: int) -> list[int]:
+    def expected(
+        self,
+        prompt: list[int],
+        interpolation: Interpolation,
+        horizon: float,
+        steps: int,
+        own_prompt: list[int] | None = None,
+    ) -> list[int]:
         lambdas = schedule(interpolation.schedule, interpolation.lambda_max, horizon, steps)
         targets = self.adapter.candidate_ids_C.tolist()
         weights = self.adapter.adapter.state_dict()
-        return self.reference.decode(prompt, weights, self.adapter.card.form, targets, lambdas, self.stop_ids)
+        form = self.adapter.card.form
+        return self.reference.decode(prompt, weights, form, targets, lambdas, self.stop_ids, own_prompt)
 
 
 DECODING = st.builds(
@@ -69,7 +79,7 @@ DECODING = st.builds(
     look_ahead=st.sampled_from([0, 1, 4, 8, None]),
     batch_size=st.sampled_from([1, 2, 7, 64]),
 )
-CASES = [("llama", "residual"), ("opt", "paper"), ("gemma2", "residual"), ("cohere", "paper"), ("gpt2", "residual")]
+CASES = [("llama", "residual"), ("opt", "paper"), ("gemma2", "residual"), ("cohere", "paper"), ("gpt2", "recent")]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[name for name, _ in CASES])
@@ -113,6 +123,25 @@ def test_private_rows(case: Case, tmp_path: Path) -> None:
             torch.testing.assert_close(ours_D.double(), f_D, rtol=1e-4, atol=1e-4 * f_D.abs().max().item())
 
 
+def test_aligned_private_rows_have_contexts_that_end_as_the_true_ones(case: Case, tmp_path: Path) -> None:
+    build_memories(case.plm, TASK, PAIRS[:12], tmp_path, validation=PAIRS[:1])
+    rows = ExternalMemory(tmp_path / "train").load().aligned()
+    assert rows.agrees_N is not None
+    assert 0 < rows.agrees_N.sum() < len(rows.agrees_N)
+    at = 0
+    for pair in PAIRS[:12]:
+        tokens = tokenize_pair(case.plm, TASK, pair, place="pair")
+        drafted = [case.plm.decode([tokens.prompt], [len(tokens.target) - 1]).top1_N.tolist()][0]
+        contexts = case.reference.private(tokens.prompt, tokens.target)
+        for i, y in enumerate(tokens.target):
+            assert rows.target_N[at] == y
+            near = [torch.allclose(f_D, rows.cr_N_D[at].double(), rtol=1e-3, atol=1e-3) for f_D, _ in contexts]
+            assert any(near)
+            if i and rows.agrees_N[at]:
+                assert any(drafted[k - 1] == tokens.target[i - 1] for k, same in enumerate(near) if same and k)
+            at += 1
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(st.data())
 def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObject) -> None:
@@ -123,18 +152,22 @@ def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObj
     )
     horizons = [case.adapter.card.horizon(case.plm.tokenizer.count(source)) for source in sources]
     prompts = case.prompts(sources)
+    # As with examples chosen for each text: the PLM sees other prompts than the adapter.
+    own_prompts = data.draw(st.sampled_from([None, case.prompts([f"reden {source}" for source in sources])]))
     continuations, usage = generate(
         data.draw(st.sampled_from(case.plms)),
         prompts,
         adapter=case.adapter,
         interpolation=interpolation,
         horizons=horizons,
+        own_prompts=own_prompts,
         stop_ids=case.stop_ids,
         settings=data.draw(DECODING),
         lookup=data.draw(st.sampled_from([None, case.lookup])),
     )
     expected = [
-        case.expected(prompt, interpolation, horizon, STEPS) for prompt, horizon in zip(prompts, horizons, strict=True)
+        case.expected(prompt, interpolation, horizon, STEPS, own_prompt)
+        for prompt, horizon, own_prompt in zip(prompts, horizons, own_prompts or [None] * len(prompts), strict=True)
     ]
     assert [continuation.token_ids for continuation in continuations] == expected
     assert usage.tokens == sum(map(len, expected))

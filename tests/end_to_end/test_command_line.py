@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from safetensors import safe_open
 
 from data_owner_client import ExternalMemory, TrainedAdapter
+from data_owner_client.cli import app
 from tests import support
 from tests.end_to_end import processes
 from tests.end_to_end.processes import client, client_json
@@ -64,8 +66,9 @@ def adapter(url: str, pairs: Path, task: Path, tmp_path_factory: pytest.TempPath
     assert built["examples"] + built["validation_examples"] == 60
     assert built["context_mode"] == "teacher-forced"
     trained = client_json(
-        url, "train", "--memory", folder / "memory", "--adapter", folder / "adapter", "--epochs", 3, "--rank", 8
-    )
+        url, "train", "--memory", folder / "memory", "--adapter", folder / "adapter",
+        "--epochs", 3, "--rank", 8, "--nearest", 0, "--decoded", 0,
+    )  # fmt: skip
     assert trained["card"]["form"] == "residual"
     assert len([epoch for epoch in trained["history"] if epoch["phase"] == "joint"]) == 3
     return folder / "adapter"
@@ -77,7 +80,12 @@ def test_info(url: str) -> None:
 
 
 def test_train_leaves_files_without_pickle(adapter: Path) -> None:
-    assert sorted(path.name for path in adapter.iterdir()) == ["adapter.json", "adapter.safetensors", "training.png"]
+    assert sorted(path.name for path in adapter.iterdir()) == [
+        "adapter.json",
+        "adapter.safetensors",
+        "training.json",
+        "training.png",
+    ]
     assert (adapter / "training.png").read_bytes().startswith(b"\x89PNG")
     card = TrainedAdapter.load(adapter).card
     assert card.validation["mixture_nll"] <= card.validation["plm_nll"]
@@ -134,6 +142,63 @@ def test_grpc_gives_the_same_as_rest(
         translate = ["translate", "--adapter", adapter, "--max-new-tokens", 20, "the tin on", "die Tür"]
         assert client_json(grpc, *translate)["texts"] == client_json(rest, *translate)["texts"]
     assert "gRPC Encode -> OK" in (tmp_path / "log").read_text()
+
+
+def test_examples_for_each_text(url: str, adapter: Path, tmp_path: Path) -> None:
+    """What the PLM sees before a text changes with it; without its file, or with another, the adapter is damaged."""
+    memory = ["--memory", adapter.parent / "memory", "--adapter", tmp_path]
+    trained = client_json(url, "train", *memory, "--epochs", 1, "--rank", 8, "--nearest", 2, "--decoded", 3)
+    assert trained["card"]["nearest"] == 2
+    decoded = [option for option in trained["options"] if option["chrf"] is not None]
+    assert len(decoded) >= 4
+    assert trained["options"][0]["chrf"] == max(option["chrf"] for option in decoded)
+    assert trained["card"]["interpolation"] == trained["options"][0]["interpolation"]
+    texts = ["the thin", "die Tür"]
+    own = client_json(url, "translate", "--adapter", tmp_path, "--schedule", "none", "--max-new-tokens", 8, *texts)
+    fixed = client_json(url, "translate", "--adapter", adapter, "--schedule", "none", "--max-new-tokens", 8, *texts)
+    assert own["texts"] != fixed["texts"]
+    pairs = write_pairs(tmp_path / "test.jsonl", 3, seed=9)
+    scores = client_json(url, "evaluate", "--adapter", tmp_path, "--input", pairs, "--share-targets")
+    assert scores["perplexity"]["tokens"] > 0
+    (tmp_path / "pairs.jsonl").write_text('{"source": "a", "target": "b"}\n')
+    damaged = client(url, "translate", "--adapter", tmp_path, "the thin")
+    assert damaged.returncode == 1
+    assert "damaged" in damaged.stderr
+
+
+def test_compare(url: str, task: Path, tmp_path: Path) -> None:
+    splits: list[Any] = []
+    for seed, (name, count) in enumerate({"input": 40, "validation": 6, "test": 4}.items(), 20):
+        splits += [f"--{name}", write_pairs(tmp_path / f"{name}.jsonl", count, seed=seed)]
+    arguments = [*splits, "--task", task, "--folder", tmp_path / "compare"]
+    refused = client(url, "compare", *arguments)
+    assert refused.returncode == 1
+    assert "--share-targets" in refused.stderr
+    unknown = client(url, "compare", *arguments, "--share-targets", "--only", "gpt")
+    assert "no system gpt" in unknown.stderr
+    result = client_json(url, "compare", *arguments, "--share-targets")
+    rows = {row["name"]: row for row in result["rows"]}
+    assert set(rows) == {
+        "plm", "plm_nearest", "pema_published", "constant", "knn_lm", "residual", "best", "private",
+        "private_by_position",
+    }  # fmt: skip
+    assert rows["private"]["client_discloses"] < rows["best"]["client_discloses"]
+    for name, row in rows.items():
+        assert 0 <= row["chrf"] <= 100
+        assert row["ppl"] > 1
+        assert (row["p_value_chrf_vs_published"] is None) == (name == "pema_published")
+        assert (row["train_seconds"] > 0) == (row["peak_rss_mb"] is not None) == (not name.startswith("plm"))
+    written = json.loads((tmp_path / "compare" / "tiny.json").read_text())
+    assert written == result
+    assert "| **best**" in (tmp_path / "compare" / "tiny.md").read_text()
+    assert (tmp_path / "compare" / "tiny.png").read_bytes().startswith(b"\x89PNG")
+    # A row of another system is put beside ours; nothing is measured again.
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "compare" / "tiny" / "rows").iterdir()}
+    other = {"name": "lora", "texts": ["die"] * 4, "train_seconds": 5.0}
+    (tmp_path / "compare" / "tiny" / "rows" / "lora.json").write_text(json.dumps(other))
+    again = client_json(url, "compare", *arguments, "--share-targets")
+    assert [row["name"] for row in again["rows"]] == [*rows, "lora"]
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 @pytest.mark.parametrize("flag", ["--port", "--grpc-port"])
@@ -397,7 +462,7 @@ def _kill_when_shards_grow(process: "subprocess.Popen[bytes]", folder: Path, rng
 
 
 def test_help_has_examples() -> None:
-    for verb in ("info", "doctor", "fetch-head", "build-memory", "train", "translate", "generate", "evaluate"):
+    for verb in typer.main.get_group(app).commands:
         shown = client(None, verb, "--help").stdout
         assert f"pema-client {verb}" in shown
     done = subprocess.run(
