@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.processes import peak_rss_mib
 from data_owner_client import connect, load_task, read_pairs
 from data_owner_client.memory import build_memory
+from data_owner_client.peak_memory import peak_rss_mb
 
 
 def main(url: str, data: str, start: str, stop: str, folder: str) -> None:
@@ -28,7 +28,7 @@ def main(url: str, data: str, start: str, stop: str, folder: str) -> None:
         started = time.perf_counter()
         memory = build_memory(plm, task, pairs, Path(folder), context_mode="teacher-forced", share_targets=True)
         seconds = time.perf_counter() - started
-    print(json.dumps({"rows": memory.manifest.rows, "seconds": seconds, "peak_rss_mib": peak_rss_mib()}))
+    print(json.dumps({"rows": memory.manifest.rows, "seconds": seconds, "peak_rss_mib": peak_rss_mb() * 1e6 / 2**20}))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from data_owner_client import (
     RemotePlm,
     Task,
     TrainedAdapter,
+    TrainingSettings,
     build_memories,
     connect,
     load_task,
@@ -107,7 +108,7 @@ def prepare() -> Path:
             build_memories(
                 plm, task, pairs, memory, validation=held_out, context_mode="teacher-forced", share_targets=True
             )
-            train(plm, memory, adapter)
+            train(plm, memory, adapter, settings=TrainingSettings(nearest=0, decoded=0))
     return adapter
 
 

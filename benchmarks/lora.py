@@ -11,7 +11,6 @@ import argparse
 import copy
 import json
 import math
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from data_owner_client.data import Pair, read_pairs
+from data_owner_client.peak_memory import peak_rss_mb
 from data_owner_client.tasks import Task, load_task
 from plm_owner_server.engines.transformers import load_model
 from plm_owner_server.models import resolve
@@ -170,7 +170,7 @@ def main() -> None:
         "texts": lora.translate([pair.source for pair in splits["test"]]),
         "ppl": math.exp(lora.loss(lora.tokenize(splits["test"]))),
         "train_seconds": seconds,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mb": peak_rss_mb(),
         "details": {
             "learning_rate": rate,
             "probes": probes,

@@ -93,10 +93,3 @@ def at_once(module: str, arguments: Sequence[Sequence[str]]) -> list[dict[str, A
             worker.stdin.write("go\n")
             worker.stdin.flush()
     return [json.loads(worker.communicate()[0]) for worker in workers]
-
-
-def peak_rss_mib() -> float:
-    """Most memory that this process ever had, in MiB."""
-    # Not getrusage: its maximum counts what the parent had when it forked.
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-    return float(line.split()[1]) / 1024

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.processes import peak_rss_mib
 from data_owner_client import ExternalMemory, TrainingSettings
 from data_owner_client.adapter import Adapter
 from data_owner_client.evaluation import plm_target_logprobs
+from data_owner_client.peak_memory import peak_rss_mb
 from data_owner_client.progress import Bar, Reporter
 from data_owner_client.training import Survey, ValidationData, target_logprobs, train_adapter
 from protocol.head import LMHead
@@ -36,7 +36,7 @@ def main(kind: str, folder: str, head: str) -> None:
     memory = ExternalMemory(Path(folder) / "train")
     weight_V_D = torch.from_numpy(np.load(head, mmap_mode="c"))
     work = {"ours": _ours, "reference": _reference, "large": _large}[kind]
-    print(json.dumps(work(memory, Path(folder), weight_V_D) | {"peak_rss_mb": peak_rss_mib() * 2**20 / 1e6}))
+    print(json.dumps(work(memory, Path(folder), weight_V_D) | {"peak_rss_mb": peak_rss_mb()}))
 
 
 def _ours(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from data_owner_client.memory import ExternalMemory, MemoryRows
 from data_owner_client.memory.build import encode_all, tokenize_pair
 from data_owner_client.memory.store import TRAIN, VALIDATION, MemoryPlan, ModelIdentity
 from data_owner_client.nearest import NearestPairs, with_examples
+from data_owner_client.peak_memory import peak_rss_mb
 from data_owner_client.plm import RemotePlm, token_set
 from data_owner_client.progress import Reporter
 from data_owner_client.training import (
@@ -179,7 +179,7 @@ def train(
         history=[asdict(epoch) for epoch in trained.history],
         options=options,
         seconds=time.perf_counter() - started,
-        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        peak_rss_mb=peak_rss_mb(),
     )
     write_atomically(folder / REPORT, report.model_dump_json(indent=1).encode())
     # Also what a kill may have left of one.

@@ -15,12 +15,12 @@ from typing import Any
 from demo.data import SourceAndTarget, fetch_wheel, write_pairs, write_task
 
 PACKAGE = "homeassistant==2025.4.4"
-TRAIN, VALIDATION, TEST, SHOTS = 6000, 300, 200, 3
+TRAIN, VALIDATION, TEST, SHOTS = 4000, 300, 200, 3
 _TEST_MIN_WORDS = 5
 _SEED = 20240616
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, train: int = TRAIN) -> None:
     """Write train, validation and test pairs and a task with three worked examples, unless they are there already.
 
     No source text and no target text occurs in two of the splits, nor among the worked examples.
@@ -39,7 +39,7 @@ def prepare(folder: Path) -> None:
     rng.shuffle(rest)
     write_pairs(folder / "test.jsonl", test)
     write_pairs(folder / "validation.jsonl", rest[:VALIDATION])
-    write_pairs(folder / "train.jsonl", rest[VALIDATION : VALIDATION + TRAIN])
+    write_pairs(folder / "train.jsonl", rest[VALIDATION : VALIDATION + train])
     write_task(
         folder / "task.toml",
         name="home-assistant-en-de",

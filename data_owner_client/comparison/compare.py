@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +30,7 @@ from data_owner_client.memory import ExternalMemory, MemoryRows
 from data_owner_client.memory.build import encode_all, tokenize_pair
 from data_owner_client.memory.store import TRAIN, VALIDATION, ContextMode
 from data_owner_client.nearest import with_examples
+from data_owner_client.peak_memory import peak_rss_mb
 from data_owner_client.plm import RemotePlm, token_set
 from data_owner_client.progress import Reporter, RichReporter
 from data_owner_client.tasks import Task
@@ -362,8 +362,8 @@ def _tune_knn(connect: Connect, memory: Path) -> tuple[_TunedKnn, LMHead, Tensor
     index, label_N = build_index(train_memory, candidate_ids_C)
     neighbours, temperature, logprob_N = tune(index, label_N, validation)
     interpolation, _ = validation.best(logprob_N, "constant")
-    seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return _TunedKnn(neighbours, temperature, interpolation, seconds, peak), targets.candidates, candidate_ids_C
+    tuned = _TunedKnn(neighbours, temperature, interpolation, time.perf_counter() - started, peak_rss_mb())
+    return tuned, targets.candidates, candidate_ids_C
 
 
 def _train(connect: Connect, memory: Path, folder: Path, settings: TrainingSettings) -> None:

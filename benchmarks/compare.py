@@ -1,0 +1,51 @@
+"""Everything on both tasks: `pema-client compare`, with LoRA on the PLM itself beside it.
+
+Writes `runs/compare/TASK.json`, `TASK.md` and `TASK.png`. Interrupted, the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from benchmarks.processes import server
+from data_owner_client import load_task
+from demo import archaic_english, home_assistant
+
+_FOLDER = Path("runs/compare")
+_TASKS: dict[str, Callable[[Path], None]] = {
+    "home-assistant": partial(home_assistant.prepare, train=6000),
+    "archaic-english": archaic_english.prepare,
+}
+
+
+def main() -> None:
+    """Prepare, train, evaluate, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", action="append", choices=_TASKS, help="this task alone; default: both")
+    parser.add_argument("--without-lora", action="store_true", help="leave LoRA out: an hour less for each task")
+    arguments = parser.parse_args()
+    for name in arguments.task or _TASKS:
+        data = _FOLDER / "data" / name
+        _TASKS[name](data)
+        row = _FOLDER / load_task(data / "task.toml").name / "rows" / "lora.json"
+        if not arguments.without_lora and not row.exists():
+            _run("benchmarks.lora", str(data), "--output", str(row))
+        with server(_FOLDER / "server.log") as (port, _):
+            options = {"input": "train", "validation": "validation", "test": "test"}
+            files = [text for option, part in options.items() for text in (f"--{option}", str(data / f"{part}.jsonl"))]
+            url = f"http://127.0.0.1:{port}"
+            task = str(data / "task.toml")
+            _run("data_owner_client.cli", "compare", "--server", url, *files, "--task", task, "--share-targets")
+
+
+def _run(module: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", module, *arguments], check=True)
+
+
+if __name__ == "__main__":
+    main()
