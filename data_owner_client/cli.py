@@ -271,6 +271,9 @@ def train(
             "on the validation memory; none if its targets are private.",
         ),
     ] = TrainingSettings.nearest,
+    gate: Annotated[
+        bool, typer.Option("--gate/--no-gate", help="Whether a learned gate may take the place of a schedule of λ.")
+    ] = TrainingSettings.gate,
     decoded: Annotated[
         int,
         typer.Option(min=0, help="Held-out texts that are decoded to choose λ by chrF; 0: by likelihood alone."),
@@ -309,6 +312,7 @@ def train(
         dropout=dropout,
         pairing=pairing,
         nearest=nearest,
+        gate=gate,
         decoded=decoded,
         epochs=epochs,
         full_vocabulary=full_vocabulary,

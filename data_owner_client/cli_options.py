@@ -201,7 +201,7 @@ class Decoding(OptionGroup):
         chosen = adapter.card.interpolation
         # Another schedule than the chosen one starts from its own default, not from a λ_max chosen for this one.
         same = self.schedule in (None, chosen.schedule)
-        base = chosen if same else Interpolation(schedule=self.schedule or "gradual")
+        base = chosen.model_copy(update={"gate": None}) if same else Interpolation(schedule=self.schedule or "gradual")
         return base if self.lambda_max is None else base.model_copy(update={"lambda_max": self.lambda_max})
 
 

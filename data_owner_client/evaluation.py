@@ -11,10 +11,11 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from data_owner_client.adapter import Adaptation
-from data_owner_client.decoding.interpolation import Interpolation
+from data_owner_client.decoding.gate import gate_features
+from data_owner_client.decoding.interpolation import Interpolation, mix
 from data_owner_client.memory.store import MemoryRows
 from data_owner_client.plm import RemotePlm, token_set
-from data_owner_client.training import Batch, ValidationData
+from data_owner_client.training import ValidationData
 from protocol.errors import InvalidData
 from protocol.head import LMHead
 
@@ -81,17 +82,37 @@ def plm_target_logprobs(head: LMHead, target_ids_K: Tensor, rows: MemoryRows) ->
     return (torch.cat(parts) - rows.logsumexp_N.double()).clamp(max=0.0)
 
 
-def _target_logprobs(adapter: Adaptation, data: Batch) -> Tensor:
-    """log P_PEMA(y) of each row, float64; −∞ where the target is no candidate."""
-    parts = []
-    for start in range(0, len(data), adapter.head.rows_at_once()):
-        part = data[start : start + adapter.head.rows_at_once()]
+def both_sides(adapter: Adaptation, held_out: ValidationData, plm_rows: MemoryRows) -> tuple[Tensor, Tensor]:
+    """What the adapter and a gate see of held-out rows.
+
+    Args:
+        adapter: N rows' distributions are its.
+        held_out: the rows.
+        plm_rows: the same rows behind the prompts that the PLM sees, with log-sum-exp.
+
+    Returns:
+        log P_PEMA(y) of each row, float64, −∞ where the target is no candidate; and the features of a gate [N, F].
+    """
+    data, logprobs, features = held_out.data, list[Tensor](), list[Tensor]()
+    agrees_N = torch.ones(len(plm_rows.target_N), dtype=torch.bool)
+    if plm_rows.agrees_N is not None:
+        agrees_N = plm_rows.agrees_N.bool()  # as `ValidationData` has them
+    input_N_D, logsumexp_N = plm_rows.head_input_N_D()[agrees_N], plm_rows.logsumexp_N
+    if logsumexp_N is None:
+        raise InvalidData("The validation memory has no log-sum-exp.", hint="Build it again: build-memory --overwrite.")
+    logsumexp_N = logsumexp_N[agrees_N]
+    at_once = adapter.head.rows_at_once()
+    for start in range(0, len(data), at_once):
+        rows = slice(start, start + at_once)
+        part = data[rows]
         before_B_K = part.previous_N_K
         previous_B_K = torch.where(before_B_K < 0, -1, adapter.candidate_ids_C[before_B_K.clamp(min=0)])
-        logprob_B_C = adapter.logprobs(part.cr_N_D.float(), previous_B_K).double()
-        chosen_B = logprob_B_C.gather(1, part.label_N.clamp(min=0)[:, None])[:, 0]
-        parts.append(torch.where(part.label_N < 0, -math.inf, chosen_B))
-    return torch.cat(parts)
+        pema_B_C = adapter.logprobs(part.cr_N_D.float(), previous_B_K)
+        chosen_B = pema_B_C.gather(1, part.label_N.clamp(min=0)[:, None])[:, 0].double()
+        logprobs.append(torch.where(part.label_N < 0, -math.inf, chosen_B))
+        plm_B_C = adapter.head.logits(input_N_D[rows].float()) - logsumexp_N[rows, None]
+        features.append(gate_features(plm_B_C, pema_B_C, held_out.position_N[rows]))
+    return torch.cat(logprobs), torch.cat(features)
 
 
 def perplexities(
@@ -114,13 +135,16 @@ def perplexities(
     head = plm.head_rows(target_ids_K)
     plm_logprob_N = plm_target_logprobs(head, target_ids_K, rows)
     mixed_logprob_N = plm_logprob_N if nearest is None else plm_target_logprobs(head, target_ids_K, nearest)
-    data = Batch.of(rows, adapter.candidate_ids_C)
-    pema_logprob_N = _target_logprobs(adapter, data)
-    held_out = ValidationData.of(rows, adapter.candidate_ids_C, mixed_logprob_N, adapter.card.length_ratio)
-    covered_N = data.label_N >= 0
+    data = ValidationData.of(rows, adapter.candidate_ids_C, mixed_logprob_N, adapter.card.length_ratio)
+    pema_logprob_N, features_N_F = both_sides(adapter, data, nearest or rows)
+    if interpolation.gate is None:
+        lambda_N = interpolation.weights(data.position_N, data.horizon_N)
+    else:
+        lambda_N = interpolation.gate.lambdas(features_N_F)
+    covered_N = data.data.label_N >= 0
     return Perplexities(
         plm=math.exp(-plm_logprob_N.mean().item()),
-        mixture=math.exp(held_out.mixture_nll(pema_logprob_N, interpolation)),
+        mixture=math.exp(-mix(mixed_logprob_N, pema_logprob_N, lambda_N).mean().item()),
         pema_covered=math.exp(-pema_logprob_N[covered_N].mean().item()) if bool(covered_N.any()) else None,
         coverage=covered_N.float().mean().item(),
         tokens=len(plm_logprob_N),

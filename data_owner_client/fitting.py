@@ -13,8 +13,9 @@ from torch import Tensor
 from data_owner_client import plotting
 from data_owner_client.adapter import AdapterCard, AdapterForm, TrainedAdapter
 from data_owner_client.data import digest_pairs
+from data_owner_client.decoding.gate import Gate, nll_on_unseen
 from data_owner_client.decoding.interpolation import Interpolation
-from data_owner_client.evaluation import plm_target_logprobs, text_scores
+from data_owner_client.evaluation import both_sides, plm_target_logprobs, text_scores
 from data_owner_client.files import write_atomically
 from data_owner_client.generation import translate
 from data_owner_client.memory import ExternalMemory, MemoryRows
@@ -31,7 +32,6 @@ from data_owner_client.training import (
     TrainingSettings,
     ValidationData,
     likeliest_interpolations,
-    target_logprobs,
     train_adapter,
 )
 from protocol.errors import InvalidData
@@ -64,7 +64,7 @@ class Option(BaseModel):
     def __str__(self) -> str:
         """In words."""
         prompts = f", prompts with {self.nearest} examples of their own" if self.nearest else ""
-        return f"{self.interpolation.schedule} with λ_max {self.interpolation.lambda_max:.2f}{prompts}"
+        return f"{self.interpolation}{prompts}"
 
 
 class TrainingReport(BaseModel):
@@ -94,9 +94,9 @@ def train(
     """Train an adapter on the memories that `build_memories` made; write it, its report and a picture into `folder`.
 
     The server is asked for the head rows of the candidate vocabulary only, unless the full one is wanted. How the
-    adapter is used is chosen on the validation memory, first by likelihood: schedule and λ_max and, where the targets
-    were shared, whether the PLM sees examples of its own for each text. Then some of the texts are decoded with that
-    and other values of λ, and the one with the highest chrF stays.
+    adapter is used is chosen on the validation memory, first by likelihood: schedule and λ_max, or a learned gate, and,
+    where the targets were shared, whether the PLM sees examples of its own for each text. Then some of the texts are
+    decoded with that and with constant values of λ, and the one with the highest chrF stays.
 
     The memory is read from disk as it is needed, so it may be larger than RAM. Interrupted, the same call goes on where
     it was, to the same adapter.
@@ -133,8 +133,6 @@ def train(
         identity=[memories.train.digest, memories.validation.digest, plan.model.model_dump()],
         reporter=reporter,
     )
-    pema_logprob_N = target_logprobs(trained.adapter, targets.candidates, validation.data)
-    options = _likeliest(plm, memories, settings, targets, validation, pema_logprob_N, reporter)
     plm_nll = -validation.plm_logprob_N.mean().item()
 
     def made(option: Option, why: str) -> TrainedAdapter:
@@ -164,6 +162,8 @@ def train(
         )
         return TrainedAdapter(card, trained.adapter, survey.candidate_ids_C, targets.candidates, pairs)
 
+    plain = made(Option(nearest=0, interpolation=Interpolation(), nll=0.0), "")
+    options = _likeliest(plm, memories, settings, targets, plain, validation, held_out, reporter)
     if settings.decoded:
         options = _best_decoded(plm, memories, settings.decoded, made(options[0], ""), options, reporter)
     best = options[0]
@@ -256,23 +256,31 @@ def _likeliest(
     memories: _Memories,
     settings: TrainingSettings,
     targets: Targets,
+    adapter: TrainedAdapter,
     validation: ValidationData,
-    pema_logprob_N: Tensor,
+    held_out: MemoryRows,
     reporter: Reporter,
 ) -> list[Option]:
-    """The likeliest interpolations, the best first: of every schedule with every kind of prompt."""
+    """The likeliest interpolations, the best first: of every schedule, and of a gate, with every kind of prompt."""
 
-    def options(nearest: int, data: ValidationData) -> list[Option]:
-        likeliest = likeliest_interpolations(data, pema_logprob_N)
-        return [
+    def options(nearest: int, data: ValidationData, plm_rows: MemoryRows) -> list[Option]:
+        pema_logprob_N, features_N_F = both_sides(adapter, data, plm_rows)
+        found = [
             Option(nearest=nearest, interpolation=each, nll=data.mixture_nll(pema_logprob_N, each))
-            for each in dict.fromkeys([*likeliest, *_TO_DECODE])
+            for each in dict.fromkeys([*likeliest_interpolations(data, pema_logprob_N), *_TO_DECODE])
         ]
+        if settings.gate:
+            sides = features_N_F, data.plm_logprob_N, pema_logprob_N
+            nll, mean_lambda = nll_on_unseen(*sides, data.position_N)
+            gated = Interpolation(schedule="constant", lambda_max=mean_lambda, gate=Gate.fit(*sides))
+            found.append(Option(nearest=nearest, interpolation=gated, nll=nll))
+        return found
 
-    found, count = options(0, validation), settings.nearest
+    found, count = options(0, validation, held_out), settings.nearest
     if count != 0 and memories.plan.context_mode == "teacher-forced":
         rows = _encode_with_nearest(plm, memories, count or NEAREST, reporter)
-        own = options(count or NEAREST, replace(validation, plm_logprob_N=targets.plm_logprobs(rows)))
+        near = replace(validation, plm_logprob_N=targets.plm_logprobs(rows))
+        own = options(count or NEAREST, near, rows)
         found = [*own, *found] if count is None else own
     return sorted(found, key=lambda option: option.nll)
 

@@ -88,17 +88,21 @@ class Reference:
         lambdas: Sequence[float],
         stop_ids: frozenset[int],
         own_prompt: Sequence[int] | None = None,
+        gate: dict[str, list[float]] | None = None,
     ) -> list[int]:
         """Greedy decoding of (1 − λ_t)·P_PLM + λ_t·P_PEMA, a token for each λ until a stop token.
 
-        P_PEMA is that of the same tokens behind `own_prompt`, where it is given.
+        P_PEMA is that of the same tokens behind `own_prompt`, where it is given. A gate gives λ_t instead.
         """
         generated: list[int] = []
         for weight in lambdas:
             f_D, p_plm_V = self.context([*prompt, *generated])
             if own_prompt is not None:
                 f_D, _ = self.context([*own_prompt, *generated])
-            mixture_V = (1 - weight) * p_plm_V + weight * self.pema(f_D, weights, form, targets, generated)
+            p_pema_V = self.pema(f_D, weights, form, targets, generated)
+            if gate is not None:
+                weight = gated(gate, p_plm_V, p_pema_V, targets, len(generated))
+            mixture_V = (1 - weight) * p_plm_V + weight * p_pema_V
             generated.append(int(mixture_V.argmax()))
             if generated[-1] in stop_ids:
                 break
@@ -117,6 +121,33 @@ def schedule(name: str, lambda_max: float, expected_length: float, steps: int) -
             current = max(0.0, current - lambda_max / expected_length)
             values.append(current**2 if name == "gradual" else current)
     return values
+
+
+def gated(
+    gate: dict[str, list[float]], p_plm_V: Tensor, p_pema_V: Tensor, targets: Sequence[int], position: int
+) -> float:
+    """λ of a learned gate, feature by feature; both distributions are looked at on the targets alone."""
+    plm, pema = ([p_V[token].item() for token in targets] for p_V in (p_plm_V, p_pema_V))
+    plm_at, pema_at = (max(range(len(p)), key=p.__getitem__) for p in (plm, pema))
+
+    def log(p: float) -> float:
+        return max(-12.0, math.log(max(p, 1e-300)))
+
+    features = [
+        1.0,
+        log(plm[plm_at]),
+        log(pema[pema_at]),
+        log(plm[pema_at]),
+        log(pema[plm_at]),
+        float(plm_at == pema_at),
+        -sum(p * math.log(p) for p in plm if p > 0),
+        -sum(p * math.log(p) for p in pema if p > 0),
+        1.0 - sum(plm),
+        float(position == 0),
+        math.log(1 + position),
+    ]
+    rows = zip(gate["weight"], features, gate["centre"], gate["scale"], strict=True)
+    return 1 / (1 + math.exp(-sum(w * (x - centre) / scale for w, x, centre, scale in rows)))
 
 
 def train(

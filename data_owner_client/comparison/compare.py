@@ -46,7 +46,15 @@ _T = TypeVar("_T")
 
 # Section 4 of the paper.
 AS_PUBLISHED = TrainingSettings(
-    form="paper", rank=512, kappa=0.2, learning_rate=1e-3, dropout=0.2, pairing="position", nearest=0, decoded=0
+    form="paper",
+    rank=512,
+    kappa=0.2,
+    learning_rate=1e-3,
+    dropout=0.2,
+    pairing="position",
+    nearest=0,
+    gate=False,
+    decoded=0,
 )
 PUBLISHED_INTERPOLATION = Interpolation(schedule="gradual", lambda_max=0.9)
 _ALONE = Interpolation(schedule="none")
@@ -390,5 +398,9 @@ def _report(folder: Path) -> TrainingReport | None:
 
 def _likeliest_constant(report: TrainingReport) -> Interpolation:
     """Of the PLM with the task's own prompt."""
-    constant = [o for o in report.options if o.nearest == 0 and o.interpolation.schedule == "constant"]
+    constant = [
+        option
+        for option in report.options
+        if option.nearest == 0 and option.interpolation.schedule == "constant" and option.interpolation.gate is None
+    ]
     return min(constant, key=lambda option: option.nll).interpolation

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data_owner_client.adapter import RECENT, Adaptation
+from data_owner_client.decoding.gate import Gate, gate_features
 from data_owner_client.decoding.interpolation import PlmPositions, choose, mix
 from data_owner_client.decoding.sampling import Noise, Sampling
 from protocol.head import LMHead
@@ -75,10 +76,18 @@ class Chooser:
         adapter: None for the PLM alone.
         head: all rows of the LM head in float32; only needed to sample.
         sampling: None to take the most probable tokens, which needs no more than the candidates' rows.
+        gate: gives λ in the place of the positions' own.
     """
 
-    def __init__(self, adapter: Adaptation | None, head: LMHead | None, sampling: Sampling | None) -> None:
+    def __init__(
+        self,
+        adapter: Adaptation | None,
+        head: LMHead | None,
+        sampling: Sampling | None,
+        gate: Gate | None = None,
+    ) -> None:
         self._adapter = adapter
+        self._gate = gate
         self._head = head
         self._sampling = sampling
 
@@ -102,7 +111,8 @@ class Chooser:
             ]
         ids_C, plm = self._adapter.candidate_ids_C, plm_positions(self._adapter.head, response)
         pema_logprob_N_C = self._adapter.logprobs(cr_N_D, _previous(positions))
-        token_N = choose(plm, pema_logprob_N_C, ids_C, _weights(positions))
+        lambda_N = self._lambdas(positions, plm.logprob_N_C, pema_logprob_N_C)
+        token_N = choose(plm, pema_logprob_N_C, ids_C, lambda_N)
         # Every chosen token is a candidate, or else the PLM's top-1.
         at_N = torch.searchsorted(ids_C, token_N).clamp(max=len(ids_C) - 1)
         inside_N = ids_C[at_N] == token_N
@@ -113,13 +123,14 @@ class Chooser:
             plm.logprob_N_C.gather(1, at_N[:, None])[:, 0].minimum(top1_logprob_N),
         )
         own_pema_N = pema_logprob_N_C.gather(1, at_N[:, None])[:, 0].masked_fill(~inside_N, -math.inf)
-        columns = (token_N, own_plm_N, own_pema_N, plm.top1_N, ids_C[pema_logprob_N_C.argmax(dim=-1)])
-        return [
-            Choice(token, position.weight, plm_logprob, pema_logprob, plm_token, pema_token)
-            for position, token, plm_logprob, pema_logprob, plm_token, pema_token in zip(
-                positions, *(column.tolist() for column in columns), strict=True
-            )
-        ]
+        columns = (token_N, lambda_N, own_plm_N, own_pema_N, plm.top1_N, ids_C[pema_logprob_N_C.argmax(dim=-1)])
+        return [Choice(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+    def _lambdas(self, positions: Sequence[Position], plm_N_C: Tensor, pema_N_C: Tensor) -> Tensor:
+        """λ at each position, float64."""
+        if self._gate is None:
+            return torch.tensor([position.weight for position in positions], dtype=torch.float64)
+        return self._gate.lambdas(gate_features(plm_N_C, pema_N_C, torch.tensor([p.t for p in positions])))
 
     def _draw(
         self, sampling: Sampling, head: LMHead, response: DecodeResponse, positions: Sequence[Position], cr_N_D: Tensor
@@ -132,7 +143,11 @@ class Chooser:
             pema_N_V = None
             if self._adapter is not None:
                 pema_N_V = _over_all(self._adapter, cr_N_D[rows], _previous(positions[rows]), plm_N_V)
-            mixture_N_V = plm_N_V if pema_N_V is None else mix(plm_N_V, pema_N_V, _weights(positions[rows])[:, None])
+            lambda_N, mixture_N_V = torch.zeros(len(plm_N_V)), plm_N_V
+            if self._adapter is not None and pema_N_V is not None:
+                ids_C = self._adapter.candidate_ids_C
+                lambda_N = self._lambdas(positions[rows], plm_N_V[:, ids_C], pema_N_V[:, ids_C])
+                mixture_N_V = mix(plm_N_V, pema_N_V, lambda_N[:, None])
             for row, position in enumerate(positions[rows]):
                 if position.noise is None:
                     raise ValueError("a sampled sequence needs its noise")
@@ -140,7 +155,7 @@ class Chooser:
                 choices.append(
                     Choice(
                         token,
-                        position.weight,
+                        float(lambda_N[row]),
                         float(plm_N_V[row, token]),
                         None if pema_N_V is None else float(pema_N_V[row, token]),
                         int(plm_N_V[row].argmax()),
@@ -173,7 +188,3 @@ def _head_input(response: DecodeResponse) -> Tensor:
     if response.last_hidden_N_D is None:
         return expand(response.cr_N_D, response.cr_scale_N)
     return expand(response.last_hidden_N_D, response.last_hidden_scale_N)
-
-
-def _weights(positions: Sequence[Position]) -> Tensor:
-    return torch.tensor([position.weight for position in positions], dtype=torch.float64)

@@ -102,7 +102,8 @@ def generate(
             sequence.noise = Noise(sampling.seed, sequence.prompt, sample)
             # The server drafts the most probable tokens, so it can go on alone only where these are wanted.
             sequence.finished_at = len(sequence.lambdas)
-    chooser = Chooser(adapter, None if sampling is None else plm.full_head(reporter).to(torch.float32), sampling)
+    head = None if sampling is None else plm.full_head(reporter).to(torch.float32)
+    chooser = Chooser(adapter, head, sampling, interpolation.gate)
     rounds = Rounds(plm, chooser, stop_ids, settings, lookup, on_token)
     batch_size = max(1, min(settings.batch_size, limits.max_sequences, limits.max_rows // settings.max_new_tokens))
     # Longest prompts first, or the last one to begin might be the longest.

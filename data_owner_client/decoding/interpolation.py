@@ -9,6 +9,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from data_owner_client.decoding.gate import Gate
+
 Schedule = Literal["gradual", "linear", "constant", "none"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
@@ -24,12 +26,24 @@ class Interpolation(BaseModel):
     `none`      λ_t = 0, the PLM alone
 
     It depends on the sequence's own source and position alone: not on its batch, and on no reference.
+
+    Attributes:
+        schedule: see above.
+        lambda_max: see above.
+        gate: predicts λ_t from what both sides make of the position; the schedule is then what is expected of it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schedule: Schedule = "gradual"
     lambda_max: float = Field(default=0.9, ge=0.0, le=1.0)
+    gate: Gate | None = None
+
+    def __str__(self) -> str:
+        """In words."""
+        if self.gate is not None:
+            return f"a learned gate (λ {self.lambda_max:.2f} on average)"
+        return f"{self.schedule} with λ_max {self.lambda_max:.2f}"
 
     def weights(self, position_N: Tensor, horizon_N: Tensor) -> Tensor:
         """λ at each position.

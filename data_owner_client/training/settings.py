@@ -29,6 +29,7 @@ class TrainingSettings:
             paper draws it.
         nearest: pairs of the memory, those most like the text at hand, that the PLM sees as examples in its prompt,
             while the adapter sees the task's own; None to choose between none and some on the validation memory.
+        gate: whether a gate that predicts λ at each position may take the place of a schedule.
         decoded: held-out texts that are decoded with several interpolations, of which the one with the highest chrF is
             taken; 0 to take the likeliest interpolation.
         full_vocabulary: let the adapter's softmax run over all of V; else over the tokens of the memory's targets.
@@ -47,6 +48,7 @@ class TrainingSettings:
     batch_rows: int = 512
     pairing: Pairing = "aligned"
     nearest: int | None = None
+    gate: bool = True
     decoded: int = 100
     full_vocabulary: bool = False
     seed: int = 0

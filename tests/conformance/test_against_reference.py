@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from data_owner_client import Pair, TrainingSettings, build_memories, train, translate
 from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.connection import open_connection
+from data_owner_client.decoding.gate import Gate
 from data_owner_client.decoding.generate import generate
 from data_owner_client.decoding.interpolation import SCHEDULES, Interpolation
 from data_owner_client.decoding.lookup import Lookup
@@ -70,9 +71,15 @@ class Case:
         targets = self.adapter.candidate_ids_C.tolist()
         weights = self.adapter.adapter.state_dict()
         form = self.adapter.card.form
-        return self.reference.decode(prompt, weights, form, targets, lambdas, self.stop_ids, own_prompt)
+        gate = interpolation.gate and interpolation.gate.model_dump()
+        return self.reference.decode(prompt, weights, form, targets, lambdas, self.stop_ids, own_prompt, gate)
 
 
+GATE = Gate(
+    weight=(0.1, -0.5, 0.6, 0.2, -0.3, 0.4, 0.7, -0.4, 0.5, 0.9, -0.2),
+    centre=(0.0, -2.0, -1.0, -3.0, -3.0, 0.3, 2.5, 1.5, 0.1, 0.2, 1.0),
+    scale=(1.0, 1.5, 1.0, 2.0, 2.0, 0.5, 1.0, 0.8, 0.1, 0.4, 0.7),
+)
 DECODING = st.builds(
     DecodingSettings,
     st.just(STEPS),
@@ -147,8 +154,9 @@ def test_aligned_private_rows_have_contexts_that_end_as_the_true_ones(case: Case
 def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObject) -> None:
     words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=5).map(" ".join)
     sources = data.draw(st.lists(words, min_size=1, max_size=5))
-    interpolation = Interpolation(
-        schedule=data.draw(st.sampled_from(SCHEDULES)), lambda_max=data.draw(st.sampled_from([0.3, 0.7, 0.95, 1.0]))
+    interpolation = data.draw(
+        st.builds(Interpolation, schedule=st.sampled_from(SCHEDULES), lambda_max=st.sampled_from([0.3, 0.7, 0.95, 1.0]))
+        | st.just(Interpolation(schedule="constant", lambda_max=0.6, gate=GATE))
     )
     horizons = [case.adapter.card.horizon(case.plm.tokenizer.count(source)) for source in sources]
     prompts = case.prompts(sources)
