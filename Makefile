@@ -1,5 +1,6 @@
 # make demo    the main job on real data: server, memory, adapter, translation, scores (about 10 minutes on 2 cores)
 # make bench   what is claimed, measured against peers
+# make compare rivals side by side on two tasks, LoRA included (some hours on 2 cores)
 # make test    format, lint, types and all tests, those on the real models included
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,10 +10,13 @@ WORKERS ?= 2
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench lint format proto clean
+.PHONY: demo compare test bench lint format proto clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo.run
+
+compare: $(VENV)/ready
+	$(BIN)/python -m benchmarks.compare
 
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile

@@ -15,7 +15,6 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 import torch
 import typer
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
 
@@ -295,6 +294,9 @@ def train(
 ) -> None:
     """Train the adapter on this machine. The defaults need no tuning; the best validation epoch is kept.
 
+    How the adapter is then used is chosen on the validation memory: schedule and λ_max or a learned gate and, where the
+    targets were shared, whether the PLM sees the most similar pairs of the memory as examples.
+
     Writes `adapter.json`, `adapter.safetensors`, `training.json` and `training.png`. The memory may be larger than RAM.
     Stopped, the same command goes on where it was, to the same adapter.
 
@@ -534,7 +536,14 @@ def compare(
     if as_json:
         _print(result.model_dump(), as_json, title="")
     else:
-        Console().print(Markdown(table))
+        shown = Table("", "BLEU", "chrF", "perplexity", "p against published", "training s", title=title)
+        for row in result.rows:
+            ppl = "–" if row.ppl is None else f"{row.ppl:.2f}"
+            p_value = "–" if row.p_value_chrf_vs_published is None else f"{row.p_value_chrf_vs_published:.3f}"
+            shown.add_row(row.name, f"{row.bleu:.1f}", f"{row.chrf:.1f}", ppl, p_value, f"{row.train_seconds:.0f}")
+        shown.caption = "p of the difference in chrF, by paired bootstrap"
+        Console().print(shown)
+        Console().print(*result.signatures, sep="\n", highlight=False)
 
 
 def main() -> None:
