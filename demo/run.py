@@ -65,7 +65,7 @@ def run(folder: Path, port: int, *, published: bool) -> None:
             "build-memory", ["--task", data / "task.toml", *pairs, "--memory", memory, "--share-targets"]
         )
         console.rule("trains an adapter")
-        # The quick way; what `train` chooses by itself, with more work for the server, is compared in benchmarks.compare.
+        # The quick way; all that `train` chooses by itself is in `pema-client compare`.
         quick = ["--nearest", 0, "--no-gate", "--decoded", 0]
         trained = client.step("train", ["--memory", memory, "--adapter", adapter, *quick])
         console.rule("and translates the test set, with and without it")
