@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from data_owner_client.data import Pair
 from data_owner_client.plm import RemotePlm
@@ -19,12 +18,10 @@ _AT_ONCE = 256
 
 def with_examples(plm: RemotePlm, task: Task, source: str, examples: Sequence[Shot]) -> Task:
     """The task with other examples in its prompt: as many of the last as leave half of the server's limit free."""
+    tokenizer, most = plm.tokenizer, plm.card.limits.max_sequence_tokens // 2
     for first in range(len(examples)):
         own = task.model_copy(update={"examples": tuple(examples[first:])})
-        if (
-            2 * len(plm.tokenizer.encode_prompt(own.prompt(source, plm.tokenizer)))
-            <= plm.card.limits.max_sequence_tokens
-        ):
+        if len(tokenizer.encode_prompt(own.prompt(source, tokenizer))) <= most:
             return own
     return task
 
@@ -38,6 +35,9 @@ class NearestPairs:
     """
 
     def __init__(self, pairs: Sequence[Pair], count: int) -> None:
+        # Here, because it takes a second that most commands need not wait for.
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
         self._pairs = list(pairs)
         self._count = min(count, len(self._pairs))
         self._vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)

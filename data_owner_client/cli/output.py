@@ -1,4 +1,4 @@
-"""Generated texts on their way to files and standard output."""
+"""Results on their way to files and standard output."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from data_owner_client.decoding.choosing import Choice
 from data_owner_client.decoding.rounds import Usage
@@ -119,3 +122,15 @@ def stream_text(inputs: list[str], run: Callable[..., Generation], task: Task, t
 def _line(text: str) -> str:
     # A text is one line of the output, also where the task's stop lets newlines through.
     return " ".join(text.split("\n"))
+
+
+def print_record(record: dict[str, Any], as_json: bool, *, title: str) -> None:
+    """Show what a command found, as JSON or as a table."""
+    if as_json:
+        sys.stdout.write(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+        return
+    table = Table("", "", title=title, show_header=False)
+    for key, value in record.items():
+        text = "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        table.add_row(key, f"{value:,.3f}" if isinstance(value, float) else text)
+    Console().print(table)

@@ -1,0 +1,5 @@
+"""`python -m data_owner_client.cli` is `pema-client`."""
+
+from data_owner_client.cli import main
+
+main()

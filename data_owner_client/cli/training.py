@@ -1,0 +1,194 @@
+"""`pema-client build-memory` and `train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_owner_client import verbs
+from data_owner_client.adapter import AdapterForm
+from data_owner_client.cli.app import command, set_threads
+from data_owner_client.cli.inputs import pairs_of
+from data_owner_client.cli.options import (
+    AdapterFolder,
+    AsJson,
+    Dtype,
+    FileFormat,
+    InputFile,
+    MemoryFolder,
+    Server,
+    ShareTargets,
+    SourceField,
+    Sources,
+    TargetField,
+    Targets,
+    Threads,
+)
+from data_owner_client.cli.output import print_record
+from data_owner_client.data import read_pairs
+from data_owner_client.memory.store import ContextMode
+from data_owner_client.progress import RichReporter
+from data_owner_client.tasks import load_task
+from data_owner_client.training import Pairing, TrainingSettings
+
+
+@command("build-memory")
+def build_memory(
+    server: Server,
+    memory: MemoryFolder = Path("memory"),
+    task: Annotated[str, typer.Option(help="Name of a built-in task, or a TOML file.")] = "translate-en-de",
+    input_file: InputFile = None,
+    sources: Sources = None,
+    targets: Targets = None,
+    validation: Annotated[
+        Path | None, typer.Option(help="Pairs held out for validation; default: a share of the input.")
+    ] = None,
+    validation_fraction: Annotated[
+        float, typer.Option(min=0.0, max=0.5, help="Share of the input to hold out (at most 300 pairs).")
+    ] = 0.05,
+    context: Annotated[
+        ContextMode | None,
+        typer.Option(help="Contexts of the memory; default: private, or teacher-forced with --share-targets."),
+    ] = None,
+    share_targets: ShareTargets = False,
+    file_format: FileFormat = None,
+    source_field: SourceField = "source",
+    target_field: TargetField = "target",
+    dtype: Dtype = "float16",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away what the folder holds.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build an external memory from pairs of texts. Interrupted, the same command goes on where it stopped.
+
+    Private contexts send your source texts to the owner of the PLM, but no target. Teacher-forced ones are better
+    aligned and send the targets, too.
+
+    Examples:
+
+    - `pema-client build-memory --input pairs.jsonl --memory memory`
+    - `pema-client build-memory --input pairs.tsv --share-targets`
+    - `pema-client build-memory --sources train.en --targets train.de --task my-task.toml`
+
+    A task is a TOML file such as:
+
+        name = "my-task"
+        instruction = "Rewrite the sentence in plain language."
+        source_label = "Original"
+        target_label = "Plain"
+        format = "plain"          # or "chat": the model's own chat template
+        [[examples]]
+        source = "Terminate the operation."
+        target = "Stop."
+    """
+    mode: ContextMode = context or ("teacher-forced" if share_targets else "private")
+    pairs = pairs_of(input_file, sources, targets, file_format, source_field=source_field, target_field=target_field)
+    held_out = read_pairs(validation, source_field=source_field, target_field=target_field) if validation else None
+    with server.connect(dtype) as plm:
+        report = verbs.build_memories(
+            plm,
+            load_task(task),
+            pairs,
+            memory,
+            validation=held_out,
+            validation_fraction=validation_fraction,
+            context_mode=mode,
+            share_targets=share_targets,
+            overwrite=overwrite,
+            reporter=RichReporter(),
+        )
+    print_record(report.model_dump(), as_json, title="external memory")
+
+
+@command()
+def train(
+    server: Server,
+    memory: MemoryFolder = Path("memory"),
+    adapter: AdapterFolder = Path("adapter"),
+    form: Annotated[
+        AdapterForm | None, typer.Option(help="Form of the adapter; default: residual where the memory allows it.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="R, at most the model's hidden size.")] = TrainingSettings.rank,
+    kappa: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="κ, weight of the reconstruction loss.")
+    ] = TrainingSettings.kappa,
+    learning_rate: Annotated[
+        float, typer.Option(min=1e-9, help="Adam's learning rate.")
+    ] = TrainingSettings.learning_rate,
+    dropout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Dropout.")] = TrainingSettings.dropout,
+    pairing: Annotated[
+        Pairing, typer.Option(help="Of targets with contexts in private memories; position: as the paper draws it.")
+    ] = TrainingSettings.pairing,
+    nearest: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Pairs of the memory that the PLM sees as examples, those most like the text at hand; default: chosen "
+            "on the validation memory; none if its targets are private.",
+        ),
+    ] = TrainingSettings.nearest,
+    gate: Annotated[
+        bool, typer.Option("--gate/--no-gate", help="Whether a learned gate may take the place of a schedule of λ.")
+    ] = TrainingSettings.gate,
+    decoded: Annotated[
+        int,
+        typer.Option(min=0, help="Held-out texts that are decoded to choose λ by chrF; 0: by likelihood alone."),
+    ] = TrainingSettings.decoded,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of joint training, at most.")] = TrainingSettings.epochs,
+    full_vocabulary: Annotated[
+        bool,
+        typer.Option(
+            "--full-vocabulary",
+            help="Softmax over all tokens, not only those of the targets; the adapter then holds the whole LM head.",
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")] = TrainingSettings.seed,
+    device: Annotated[
+        str | None, typer.Option(help="Where to train, such as cpu or cuda:1; default: CUDA where there is CUDA.")
+    ] = None,
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train the adapter on this machine. The defaults need no tuning; the best validation epoch is kept.
+
+    How the adapter is then used is chosen on the validation memory: schedule and λ_max or a learned gate and, where the
+    targets were shared, whether the PLM sees the most similar pairs of the memory as examples.
+
+    Writes `adapter.json`, `adapter.safetensors`, `training.json` and `training.png`. The memory may be larger than RAM.
+    Stopped, the same command goes on where it was, to the same adapter.
+
+    Examples:
+
+    - `pema-client train --memory memory --adapter adapter`
+    - `pema-client train --form paper --seed 1 --json`
+    """
+    set_threads(threads)
+    settings = TrainingSettings(
+        form=form,
+        rank=rank,
+        kappa=kappa,
+        learning_rate=learning_rate,
+        dropout=dropout,
+        pairing=pairing,
+        nearest=nearest,
+        gate=gate,
+        decoded=decoded,
+        epochs=epochs,
+        full_vocabulary=full_vocabulary,
+        seed=seed,
+        device=device,
+    )
+    with server.connect() as plm:
+        _, report = verbs.train(plm, memory, adapter, settings=settings, reporter=RichReporter())
+    card = report.card
+    shown = {
+        "folder": report.folder,
+        "form": card.form,
+        "rank": card.rank,
+        "candidates": card.candidates,
+        **card.validation,
+        "interpolation": card.interpolation_why,
+        "seconds": report.seconds,
+    }
+    print_record(report.model_dump() if as_json else shown, as_json, title="adapter")
