@@ -109,9 +109,9 @@ def train(
     """
     started = time.perf_counter()
     reporter = reporter or Reporter()
-    memories = _Memories.open(memory, plm)
+    memories = Memories.open(memory, plm)
     plan = memories.plan
-    settings = _with_form(settings or TrainingSettings(), plan)
+    settings = with_form(settings or TrainingSettings(), plan)
     _require_shared(settings, plan)
     rows = memories.rows(settings)
     survey = Survey.of(rows)
@@ -189,14 +189,14 @@ def train(
 
 
 @dataclass(frozen=True)
-class _Memories:
+class Memories:
     """The memory to train on, and the one to validate on."""
 
     train: ExternalMemory
     validation: ExternalMemory
 
     @classmethod
-    def open(cls, folder: Path, plm: RemotePlm) -> _Memories:
+    def open(cls, folder: Path, plm: RemotePlm) -> Memories:
         """Both, if they are complete and of the server's model."""
         both = cls(ExternalMemory(folder / TRAIN), ExternalMemory(folder / VALIDATION))
         for part in (both.train, both.validation):
@@ -206,6 +206,7 @@ class _Memories:
 
     @property
     def plan(self) -> MemoryPlan:
+        """What both were built from, but for the pairs."""
         return self.train.manifest.plan
 
     def rows(self, settings: TrainingSettings) -> Sharded:
@@ -253,7 +254,7 @@ class Targets:
 
 def _likeliest(
     plm: RemotePlm,
-    memories: _Memories,
+    memories: Memories,
     settings: TrainingSettings,
     targets: Targets,
     adapter: TrainedAdapter,
@@ -287,7 +288,7 @@ def _likeliest(
 
 def _best_decoded(
     plm: RemotePlm,
-    memories: _Memories,
+    memories: Memories,
     most_texts: int,
     adapter: TrainedAdapter,
     options: list[Option],
@@ -311,7 +312,7 @@ def _best_decoded(
     return [*sorted(scored, key=lambda option: -(option.chrf or 0.0)), *rest]
 
 
-def _encode_with_nearest(plm: RemotePlm, memories: _Memories, count: int, reporter: Reporter) -> MemoryRows:
+def _encode_with_nearest(plm: RemotePlm, memories: Memories, count: int, reporter: Reporter) -> MemoryRows:
     """The held-out pairs behind prompts with examples of their own."""
     pairs, task = memories.validation.pairs(), memories.plan.task
     examples = NearestPairs(memories.train.pairs(), count).examples([pair.source for pair in pairs])
@@ -335,7 +336,12 @@ def _require_shared(settings: TrainingSettings, plan: MemoryPlan) -> None:
         )
 
 
-def _with_form(settings: TrainingSettings, plan: MemoryPlan) -> TrainingSettings:
+def with_form(settings: TrainingSettings, plan: MemoryPlan) -> TrainingSettings:
+    """Settings with the form that suits a memory, if they have none.
+
+    Raises:
+        InvalidData: they have one that does not.
+    """
     in_head_space = plan.model.cr_kind == "last_hidden_state"
     if settings.form not in (None, "paper") and not in_head_space:
         raise InvalidData(

@@ -1,13 +1,20 @@
-"""Pictures of a training run."""
+"""Pictures of trainings."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data_owner_client.training import Epoch
+
+if TYPE_CHECKING:
+    from data_owner_client.sweep import SweepRow
 
 
 def draw_training(axes: Axes, history: list[Epoch], plm_nll: float) -> None:
@@ -19,6 +26,28 @@ def draw_training(axes: Axes, history: list[Epoch], plm_nll: float) -> None:
     axes.axhline(plm_nll, linestyle="--", color="gray", label="PLM alone, validation rows")
     axes.set(xlabel="epoch", ylabel="negative log-likelihood (nats per token)", title="Joint training")
     axes.legend()
+
+
+def sweep(rows: Sequence[SweepRow], path: Path) -> None:
+    """Write `sweep.png`: likelihood against λ_max for every schedule, and against whatever else was varied."""
+    varied = [
+        name for name in ("rank", "kappa", "learning_rate", "examples") if len({getattr(r, name) for r in rows}) > 1
+    ]
+    figure = Figure(figsize=(5 * (1 + len(varied)), 4), layout="constrained")
+    parts = np.atleast_1d(figure.subplots(1, 1 + len(varied), sharey=True))
+    for axes, name in zip(parts, ["lambda_max", *varied], strict=True):
+        for schedule in dict.fromkeys(row.schedule for row in rows):
+            best: dict[float, float] = {}
+            for row in rows:
+                if row.schedule == schedule:
+                    value = getattr(row, name)
+                    best[value] = min(row.nll, best.get(value, math.inf))
+            axes.plot(sorted(best), [best[value] for value in sorted(best)], "o-", label=schedule)
+        axes.axhline(rows[0].plm_nll, linestyle="--", color="gray", label="PLM alone")
+        axes.set(xlabel=name, title=f"{name}, the best of all else")
+    parts[0].set(ylabel="negative log-likelihood (nats per token)")
+    parts[0].legend()
+    figure.savefig(path, dpi=120)
 
 
 def training(history: list[Epoch], plm_nll: float, path: Path) -> None:

@@ -1,12 +1,17 @@
-"""`pema-client build-memory` and `train`."""
+"""`pema-client build-memory`, `train`, `sweep`."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
+from data_owner_client import sweep as sweeping
 from data_owner_client import verbs
 from data_owner_client.adapter import AdapterForm
 from data_owner_client.cli.app import command, set_threads
@@ -28,6 +33,7 @@ from data_owner_client.cli.options import (
 )
 from data_owner_client.cli.output import print_record
 from data_owner_client.data import read_pairs
+from data_owner_client.decoding.interpolation import Schedule
 from data_owner_client.memory.store import ContextMode
 from data_owner_client.progress import RichReporter
 from data_owner_client.tasks import load_task
@@ -192,3 +198,56 @@ def train(
         "seconds": report.seconds,
     }
     print_record(report.model_dump() if as_json else shown, as_json, title="adapter")
+
+
+@command()
+def sweep(
+    server: Server,
+    memory: MemoryFolder = Path("memory"),
+    folder: Annotated[Path, typer.Option(help="For the results.")] = Path("runs/sweep"),
+    form: Annotated[list[AdapterForm] | None, typer.Option(help="Forms; default: the one that train takes.")] = None,
+    rank: Annotated[list[int] | None, typer.Option(min=1, help="Ranks.")] = None,
+    kappa: Annotated[list[float] | None, typer.Option(min=0.0, max=1.0, help="Values of κ.")] = None,
+    learning_rate: Annotated[list[float] | None, typer.Option(min=1e-9, help="Learning rates.")] = None,
+    examples: Annotated[
+        list[int] | None, typer.Option(min=1, help="Sizes of the memory: its first so many examples; default: all.")
+    ] = None,
+    schedule: Annotated[list[Schedule] | None, typer.Option(help="Schedules of λ; default: all.")] = None,
+    lambda_max: Annotated[
+        list[float] | None, typer.Option(min=0.0, max=1.0, help="Values of λ_max; default: 0.1, 0.2, … 0.9.")
+    ] = None,
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train on a grid of settings and measure every interpolation on the held-out pairs.
+
+    Give an option several times for several values; what is left out stays at its default. Writes `sweep.csv`,
+    `sweep.json` and `sweep.png`. Interrupted, the same command goes on where it stopped.
+
+    Examples:
+
+    - `pema-client sweep --rank 64 --rank 256 --rank 512`
+    - `pema-client sweep --examples 500 --examples 1000 --examples 2000 --schedule constant --json`
+    """
+    set_threads(threads)
+    given = {
+        "form": form,
+        "rank": rank,
+        "kappa": kappa,
+        "learning_rate": learning_rate,
+        "examples": examples,
+        "schedule": schedule,
+        "lambda_max": lambda_max,
+    }
+    grid = sweeping.Grid(**{name: tuple(values) for name, values in given.items() if values})  # type: ignore[arg-type]
+    with server.connect() as plm:
+        rows = sweeping.sweep(plm, memory, grid, folder, reporter=RichReporter())
+    if as_json:
+        sys.stdout.write(json.dumps([row.model_dump() for row in rows], indent=1) + "\n")
+        return
+    columns = ("form", "rank", "kappa", "learning_rate", "examples", "schedule", "lambda_max", "nll", "train_seconds")
+    table = Table(*columns, title=f"likeliest interpolation of each training; the PLM alone: {rows[0].plm_nll:.3f}")
+    for row in sweeping.likeliest(rows):
+        values = (getattr(row, name) for name in columns)
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
+    Console().print(table)

@@ -104,6 +104,15 @@ class MemoryRows:
         moved = {name: getattr(self, name) for name in _OF_CONTEXTS if getattr(self, name) is not None}
         return replace(self, context_N=None, **{name: column[index_N] for name, column in moved.items()})
 
+    def first(self, examples: int) -> MemoryRows:
+        """The rows of the first so many examples."""
+        rows = int(self.rows_E[:examples].sum())
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        stop = {name: examples if name in ("rows_E", "source_tokens_E") else rows for name in columns}
+        return MemoryRows(
+            **{name: column if column is None else column[: stop[name]] for name, column in columns.items()}
+        )
+
     def _start_N(self) -> Tensor:
         starts_E = self.rows_E.long().cumsum(0) - self.rows_E.long()
         return starts_E.repeat_interleave(self.rows_E.long())
@@ -309,6 +318,11 @@ class ExternalMemory:
     def shard_rows(self) -> list[int]:
         """Rows of each shard."""
         return [shard.rows for shard in self.manifest.shards]
+
+    @property
+    def shard_examples(self) -> list[int]:
+        """Examples of each shard."""
+        return [shard.examples for shard in self.manifest.shards]
 
     def shard(self, number: int) -> MemoryRows:
         """One shard.

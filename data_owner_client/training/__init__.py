@@ -2,7 +2,7 @@
 
 from data_owner_client.training.loop import Epoch, Trained, train_adapter
 from data_owner_client.training.settings import Pairing, TrainingSettings
-from data_owner_client.training.stream import Aligned, Batch, Sharded, Survey
+from data_owner_client.training.stream import Aligned, Batch, FirstExamples, Sharded, Survey
 from data_owner_client.training.validation import (
     ValidationData,
     likeliest_interpolations,
@@ -13,6 +13,7 @@ __all__ = [
     "Aligned",
     "Batch",
     "Epoch",
+    "FirstExamples",
     "Pairing",
     "Sharded",
     "Survey",

@@ -95,6 +95,31 @@ class Aligned:
         return self.memory.shard(number).aligned()
 
 
+class FirstExamples:
+    """The first examples of a memory.
+
+    Args:
+        memory: all of them.
+        shard_examples: examples of each of its shards.
+        examples: how many.
+    """
+
+    def __init__(self, memory: Sharded, shard_examples: Sequence[int], examples: int) -> None:
+        self._memory = memory
+        self._examples: list[int] = []  # of each shard
+        for count in shard_examples:
+            if sum(self._examples) < examples:
+                self._examples.append(min(count, examples - sum(self._examples)))
+        self.shard_rows: Sequence[int] = memory.shard_rows[: len(self._examples)]
+        if self._examples and self._examples[-1] < shard_examples[len(self._examples) - 1]:
+            last = len(self._examples) - 1
+            self.shard_rows = [*self.shard_rows[:-1], len(self.shard(last).target_N)]
+
+    def shard(self, number: int) -> MemoryRows:
+        """One shard."""
+        return self._memory.shard(number).first(self._examples[number])
+
+
 @dataclass(frozen=True)
 class Survey:
     """What must be known of a memory before training.

@@ -1,0 +1,189 @@
+"""A grid of trainings on one memory, and how every interpolation does on the held-out pairs with each of them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from data_owner_client import plotting
+from data_owner_client.adapter import AdapterForm
+from data_owner_client.decoding.interpolation import Interpolation, Schedule
+from data_owner_client.files import write_atomically
+from data_owner_client.fitting import Memories, Targets, with_form
+from data_owner_client.plm import RemotePlm
+from data_owner_client.progress import Reporter
+from data_owner_client.training import (
+    FirstExamples,
+    Survey,
+    TrainingSettings,
+    ValidationData,
+    target_logprobs,
+    train_adapter,
+)
+from protocol.errors import InvalidData
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What to combine with what.
+
+    Attributes:
+        form: None is what `train` would choose.
+        examples: pairs of the memory, its first so many; None for all.
+    """
+
+    form: Sequence[AdapterForm | None] = (None,)
+    rank: Sequence[int] = (TrainingSettings.rank,)
+    kappa: Sequence[float] = (TrainingSettings.kappa,)
+    learning_rate: Sequence[float] = (TrainingSettings.learning_rate,)
+    examples: Sequence[int | None] = (None,)
+    schedule: Sequence[Schedule] = ("gradual", "linear", "constant")
+    lambda_max: Sequence[float] = tuple(i / 10 for i in range(1, 10))
+
+
+class SweepRow(BaseModel):
+    """One point of the grid.
+
+    Attributes:
+        nll: of the mixture on the held-out pairs, in nats per token.
+        plm_nll: of the PLM alone.
+        train_seconds: of its training, which it shares with other interpolations.
+    """
+
+    form: AdapterForm
+    rank: int
+    kappa: float
+    learning_rate: float
+    examples: int
+    schedule: Schedule
+    lambda_max: float
+    nll: float
+    plm_nll: float
+    train_seconds: float
+
+
+_ROWS = TypeAdapter(list[SweepRow])
+
+
+def sweep(
+    plm: RemotePlm, memory: Path, grid: Grid, folder: Path, *, reporter: Reporter | None = None
+) -> list[SweepRow]:
+    """Train all adapters of the grid that were not trained yet; write `sweep.csv`, `sweep.json` and `sweep.png`.
+
+    Interrupted, the same call goes on where it was; with another grid, it reuses the trainings that both have.
+
+    Raises:
+        InvalidData: a memory is missing, incomplete or damaged, or has fewer examples than asked for.
+        IdentityMismatch: the memory was built with another model.
+    """
+    reporter = reporter or Reporter()
+    memories = Memories.open(memory, plm)
+    rows: list[SweepRow] = []
+    points = list(product(grid.examples, grid.form, grid.rank, grid.kappa, grid.learning_rate))
+    for number, (examples, form, rank, kappa, learning_rate) in enumerate(points, 1):
+        settings = with_form(
+            TrainingSettings(form=form, rank=rank, kappa=kappa, learning_rate=learning_rate), memories.plan
+        )
+        reporter.say(
+            f"Training {number} of {len(points)}: {settings.form}, rank {rank}, κ {kappa}, learning rate "
+            f"{learning_rate}, {examples or 'all'} examples."
+        )
+        rows += _training(plm, memories, settings, examples, grid, folder, reporter)
+    write_atomically(folder / "sweep.json", _ROWS.dump_json(rows, indent=1))
+    write_atomically(folder / "sweep.csv", _as_csv(rows).encode())
+    plotting.sweep(rows, folder / "sweep.png")
+    return rows
+
+
+def _training(
+    plm: RemotePlm,
+    memories: Memories,
+    settings: TrainingSettings,
+    examples: int | None,
+    grid: Grid,
+    folder: Path,
+    reporter: Reporter,
+) -> list[SweepRow]:
+    """The rows of one training, kept under all that decides them."""
+    count = examples or memories.train.manifest.examples
+    if count > memories.train.manifest.examples:
+        raise InvalidData(
+            f"The memory has {memories.train.manifest.examples} examples, not {count}.", hint="Give fewer --examples."
+        )
+    interpolations = [
+        Interpolation(schedule=schedule, lambda_max=value)
+        for schedule, value in product(grid.schedule, grid.lambda_max)
+    ]
+    identity = [memories.train.digest, memories.validation.digest, memories.plan.model.model_dump(), count]
+    record = json.dumps([identity, asdict(settings), [each.model_dump() for each in interpolations]])
+    kept = folder / "trainings" / f"{hashlib.sha256(record.encode()).hexdigest()[:24]}.json"
+    try:
+        return _ROWS.validate_json(kept.read_bytes())
+    except (OSError, ValidationError):
+        pass  # not done yet, or only half
+    started = time.perf_counter()
+    rows = FirstExamples(memories.rows(settings), memories.train.shard_examples, count)
+    survey = Survey.of(rows)
+    targets = Targets.fetch(plm, survey.candidate_ids_C, memories.validation, reporter)
+    held_out = memories.rows_held_out(settings)
+    validation = ValidationData.of(
+        held_out, survey.candidate_ids_C, targets.plm_logprobs(held_out), memories.train.length_ratio
+    )
+    checkpoint = kept.with_suffix(".safetensors")
+    trained = train_adapter(
+        rows,
+        survey,
+        targets.candidates,
+        validation,
+        settings,
+        checkpoint=checkpoint,
+        identity=identity,
+        reporter=reporter,
+    )
+    seconds = time.perf_counter() - started
+    pema_logprob_N = target_logprobs(trained.adapter, targets.candidates, validation.data)
+    found = [
+        SweepRow(
+            form=trained.adapter.form,
+            rank=trained.adapter.A.out_features,
+            kappa=settings.kappa,
+            learning_rate=settings.learning_rate,
+            examples=count,
+            schedule=each.schedule,
+            lambda_max=each.lambda_max,
+            nll=validation.mixture_nll(pema_logprob_N, each),
+            plm_nll=-validation.plm_logprob_N.mean().item(),
+            train_seconds=seconds,
+        )
+        for each in interpolations
+    ]
+    write_atomically(kept, _ROWS.dump_json(found))
+    checkpoint.unlink(missing_ok=True)
+    return found
+
+
+def likeliest(rows: Sequence[SweepRow]) -> list[SweepRow]:
+    """Of every training its likeliest interpolation, the best training first."""
+    best: dict[tuple[object, ...], SweepRow] = {}
+    for row in rows:
+        training = (row.form, row.rank, row.kappa, row.learning_rate, row.examples)
+        if training not in best or row.nll < best[training].nll:
+            best[training] = row
+    return sorted(best.values(), key=lambda row: row.nll)
+
+
+def _as_csv(rows: Sequence[SweepRow]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(SweepRow.model_fields), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row.model_dump() for row in rows)
+    return text.getvalue()
