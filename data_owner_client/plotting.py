@@ -30,9 +30,8 @@ def draw_training(axes: Axes, history: list[Epoch], plm_nll: float) -> None:
 
 def sweep(rows: Sequence[SweepRow], path: Path) -> None:
     """Write `sweep.png`: likelihood against λ_max for every schedule, and against whatever else was varied."""
-    varied = [
-        name for name in ("rank", "kappa", "learning_rate", "examples") if len({getattr(r, name) for r in rows}) > 1
-    ]
+    names = ("rank", "kappa", "learning_rate", "examples")
+    varied = [name for name in names if len({getattr(row, name) for row in rows}) > 1]
     figure = Figure(figsize=(5 * (1 + len(varied)), 4), layout="constrained")
     parts = np.atleast_1d(figure.subplots(1, 1 + len(varied), sharey=True))
     for axes, name in zip(parts, ["lambda_max", *varied], strict=True):

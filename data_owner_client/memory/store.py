@@ -107,11 +107,11 @@ class MemoryRows:
     def first(self, examples: int) -> MemoryRows:
         """The rows of the first so many examples."""
         rows = int(self.rows_E[:examples].sum())
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        stop = {name: examples if name in ("rows_E", "source_tokens_E") else rows for name in columns}
-        return MemoryRows(
-            **{name: column if column is None else column[: stop[name]] for name, column in columns.items()}
-        )
+        columns: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, column in columns.items():
+            if column is not None:
+                columns[name] = column[: examples if name.endswith("_E") else rows]
+        return MemoryRows(**columns)
 
     def _start_N(self) -> Tensor:
         starts_E = self.rows_E.long().cumsum(0) - self.rows_E.long()
