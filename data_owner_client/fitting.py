@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,16 +31,18 @@ from data_owner_client.training import (
     Aligned,
     Sharded,
     Survey,
+    Trained,
     TrainingSettings,
     ValidationData,
     likeliest_interpolations,
     train_adapter,
+    tune,
 )
 from protocol.errors import InvalidData
 from protocol.head import LMHead
 
 # In the adapter's folder, until it is done.
-_CHECKPOINT = ".training.safetensors"
+_CHECKPOINTS = ".training-"
 # Examples of its own for every prompt, where the user does not say how many.
 NEAREST = 5
 # Interpolations that are decoded besides the likeliest.
@@ -67,10 +71,18 @@ class Option(BaseModel):
         return f"{self.interpolation}{prompts}"
 
 
+class Trial(BaseModel):
+    """Settings that were tried, and the validation loss with them (at the best constant λ, in nats per token)."""
+
+    settings: dict[str, bool | int | float | str | None]
+    nll: float
+
+
 class TrainingReport(BaseModel):
     """What `train` made; it lies as `training.json` beside the adapter.
 
     Attributes:
+        trials: all trainings, in their order.
         options: what was tried on the held-out pairs, the chosen one first.
         peak_rss_mb: largest resident memory of this process so far.
     """
@@ -78,6 +90,7 @@ class TrainingReport(BaseModel):
     folder: str
     card: AdapterCard
     history: list[dict[str, float | int | str | None]]
+    trials: list[Trial]
     options: list[Option]
     seconds: float
     peak_rss_mb: float
@@ -111,7 +124,11 @@ def train(
     reporter = reporter or Reporter()
     memories = Memories.open(memory, plm)
     plan = memories.plan
-    settings = with_form(settings or TrainingSettings(), plan)
+    settings = settings or TrainingSettings()
+    forms: list[AdapterForm] = [] if settings.form else ["paper"]
+    if forms and plan.model.cr_kind == "last_hidden_state":
+        forms += ["residual", "recent"]
+    settings = with_form(settings, plan)
     _require_shared(settings, plan)
     rows = memories.rows(settings)
     survey = Survey.of(rows)
@@ -122,17 +139,30 @@ def train(
     validation = ValidationData.of(
         held_out, survey.candidate_ids_C, targets.plm_logprobs(held_out), memories.train.length_ratio
     )
-    checkpoint = folder / _CHECKPOINT
-    trained = train_adapter(
-        rows,
-        survey,
-        targets.candidates,
-        validation,
-        settings,
-        checkpoint=checkpoint,
-        identity=[memories.train.digest, memories.validation.digest, plan.model.model_dump()],
-        reporter=reporter,
-    )
+
+    def fit(tried: TrainingSettings) -> Trained:
+        # Settings that were tried before an interruption are done at once.
+        name = hashlib.sha256(json.dumps(asdict(tried)).encode()).hexdigest()[:16]
+        return train_adapter(
+            rows,
+            survey,
+            targets.candidates,
+            validation,
+            tried,
+            checkpoint=folder / f"{_CHECKPOINTS}{name}.safetensors",
+            identity=[memories.train.digest, memories.validation.digest, plan.model.model_dump()],
+            reporter=reporter,
+        )
+
+    trials: list[Trial] = []
+
+    def on_trial(tried: TrainingSettings, nll: float) -> None:
+        trials.append(Trial(settings=asdict(tried), nll=nll))
+        if tried.minutes:
+            words = f"{tried.form}, rank {tried.rank}, κ {tried.kappa}, learning rate {tried.learning_rate}"
+            reporter.say(f"Tried {words}, dropout {tried.dropout}: {nll:.4f} nats per token.")
+
+    settings, trained = tune(settings, fit, forms=forms, on_trial=on_trial)
     plm_nll = -validation.plm_logprob_N.mean().item()
 
     def made(option: Option, why: str) -> TrainedAdapter:
@@ -177,13 +207,14 @@ def train(
         folder=str(folder),
         card=adapter.card,
         history=[asdict(epoch) for epoch in trained.history],
+        trials=trials,
         options=options,
         seconds=time.perf_counter() - started,
         peak_rss_mb=peak_rss_mb(),
     )
     write_atomically(folder / REPORT, report.model_dump_json(indent=1).encode())
     # Also what a kill may have left of one.
-    for path in (checkpoint, *folder.glob(f".{_CHECKPOINT}.*.partial")):
+    for path in [*folder.glob(f"{_CHECKPOINTS}*"), *folder.glob(f".{_CHECKPOINTS}*.partial")]:
         path.unlink(missing_ok=True)
     return adapter, report
 

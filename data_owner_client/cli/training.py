@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -33,11 +34,12 @@ from data_owner_client.cli.options import (
 )
 from data_owner_client.cli.output import print_record
 from data_owner_client.data import read_pairs
-from data_owner_client.decoding.interpolation import Schedule
+from data_owner_client.decoding.interpolation import SCHEDULES
 from data_owner_client.memory.store import ContextMode
 from data_owner_client.progress import RichReporter
 from data_owner_client.tasks import load_task
 from data_owner_client.training import Pairing, TrainingSettings
+from protocol.errors import InvalidData
 
 
 @command("build-memory")
@@ -137,6 +139,13 @@ def train(
     gate: Annotated[
         bool, typer.Option("--gate/--no-gate", help="Whether a learned gate may take the place of a schedule of λ.")
     ] = TrainingSettings.gate,
+    minutes: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Time to look for better settings by whole trainings; what you set yourself stays. 0: train once.",
+        ),
+    ] = TrainingSettings.minutes,
     decoded: Annotated[
         int,
         typer.Option(min=0, help="Held-out texts that are decoded to choose λ by chrF; 0: by likelihood alone."),
@@ -167,6 +176,7 @@ def train(
     Examples:
 
     - `pema-client train --memory memory --adapter adapter`
+    - `pema-client train --minutes 30`
     - `pema-client train --form paper --seed 1 --json`
     """
     set_threads(threads)
@@ -179,6 +189,7 @@ def train(
         pairing=pairing,
         nearest=nearest,
         gate=gate,
+        minutes=minutes,
         decoded=decoded,
         epochs=epochs,
         full_vocabulary=full_vocabulary,
@@ -205,14 +216,18 @@ def sweep(
     server: Server,
     memory: MemoryFolder = Path("memory"),
     folder: Annotated[Path, typer.Option(help="For the results.")] = Path("runs/sweep"),
-    form: Annotated[list[AdapterForm] | None, typer.Option(help="Forms; default: the one that train takes.")] = None,
+    form: Annotated[
+        list[str] | None, typer.Option(help=f"Forms: {', '.join(get_args(AdapterForm))}; default: train's own.")
+    ] = None,
     rank: Annotated[list[int] | None, typer.Option(min=1, help="Ranks.")] = None,
     kappa: Annotated[list[float] | None, typer.Option(min=0.0, max=1.0, help="Values of κ.")] = None,
     learning_rate: Annotated[list[float] | None, typer.Option(min=1e-9, help="Learning rates.")] = None,
     examples: Annotated[
         list[int] | None, typer.Option(min=1, help="Sizes of the memory: its first so many examples; default: all.")
     ] = None,
-    schedule: Annotated[list[Schedule] | None, typer.Option(help="Schedules of λ; default: all.")] = None,
+    schedule: Annotated[
+        list[str] | None, typer.Option(help=f"Schedules of λ: {', '.join(SCHEDULES)}; default: all but none.")
+    ] = None,
     lambda_max: Annotated[
         list[float] | None, typer.Option(min=0.0, max=1.0, help="Values of λ_max; default: 0.1, 0.2, … 0.9.")
     ] = None,
@@ -230,6 +245,8 @@ def sweep(
     - `pema-client sweep --examples 500 --examples 1000 --examples 2000 --schedule constant --json`
     """
     set_threads(threads)
+    _require_known("form", form, get_args(AdapterForm))
+    _require_known("schedule", schedule, SCHEDULES)
     given = {
         "form": form,
         "rank": rank,
@@ -251,3 +268,9 @@ def sweep(
         values = (getattr(row, name) for name in columns)
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
     Console().print(table)
+
+
+def _require_known(option: str, values: list[str] | None, known: Sequence[str]) -> None:
+    for value in values or ():
+        if value not in known:
+            raise InvalidData(f"There is no {option} {value!r}.", hint=f"There are {', '.join(known)}.")

@@ -3,6 +3,7 @@
 from data_owner_client.training.loop import Epoch, Trained, train_adapter
 from data_owner_client.training.settings import Pairing, TrainingSettings
 from data_owner_client.training.stream import Aligned, Batch, FirstExamples, Sharded, Survey
+from data_owner_client.training.tuning import tune
 from data_owner_client.training.validation import (
     ValidationData,
     likeliest_interpolations,
@@ -23,4 +24,5 @@ __all__ = [
     "likeliest_interpolations",
     "target_logprobs",
     "train_adapter",
+    "tune",
 ]

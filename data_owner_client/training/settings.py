@@ -30,6 +30,9 @@ class TrainingSettings:
         nearest: pairs of the memory, those most like the text at hand, that the PLM sees as examples in its prompt,
             while the adapter sees the task's own; None to choose between none and some on the validation memory.
         gate: whether a gate that predicts λ at each position may take the place of a schedule.
+        minutes: to look for better settings than these, by whole trainings with one change at a time (form, rank, κ,
+            learning rate, dropout: those that are at their defaults); 0 to train once. With it, how many are tried
+            depends on the machine's speed.
         decoded: held-out texts that are decoded with several interpolations, of which the one with the highest chrF is
             taken; 0 to take the likeliest interpolation.
         full_vocabulary: let the adapter's softmax run over all of V; else over the tokens of the memory's targets.
@@ -49,6 +52,7 @@ class TrainingSettings:
     pairing: Pairing = "aligned"
     nearest: int | None = None
     gate: bool = True
+    minutes: float = 0.0
     decoded: int = 100
     full_vocabulary: bool = False
     seed: int = 0

@@ -166,6 +166,18 @@ def test_examples_for_each_text(url: str, adapter: Path, tmp_path: Path) -> None
     assert "damaged" in damaged.stderr
 
 
+def test_sweep(url: str, adapter: Path, tmp_path: Path) -> None:
+    grid = ["--rank", 2, "--rank", 4, "--form", "paper", "--schedule", "constant", "--lambda-max", 0.3, "--examples", 9]
+    arguments = ["sweep", "--memory", adapter.parent / "memory", "--folder", tmp_path, *grid]
+    rows = client_json(url, *arguments)
+    assert [(row["rank"], row["form"], row["lambda_max"]) for row in rows] == [(2, "paper", 0.3), (4, "paper", 0.3)]
+    assert "learning_rate" in client(url, *arguments).stdout
+    assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 3
+    refused = client(url, *arguments, "--schedule", "steep")
+    assert refused.returncode == 1
+    assert "no schedule 'steep'" in refused.stderr
+
+
 def test_compare(url: str, task: Path, tmp_path: Path) -> None:
     splits: list[Any] = []
     for seed, (name, count) in enumerate({"input": 40, "validation": 6, "test": 4}.items(), 20):
@@ -399,25 +411,28 @@ def test_a_killed_training_is_resumed_by_the_same_command(
         return ["--memory", many[1], "--adapter", tmp_path / adapter, "--rank", 8, "--learning-rate", 3e-4]
 
     client_json(url, "train", *arguments("undisturbed"))
-    checkpoint = tmp_path / "killed" / ".training.safetensors"
+    killed = tmp_path / "killed"
     for epochs in (1, 4):
         process = subprocess.Popen(
             processes.client_command(url, "train", *arguments("killed")), stderr=subprocess.DEVNULL
         )
-        while not checkpoint.exists() or len(_history(checkpoint)) < epochs:
+        while len(_history(killed)) < epochs:
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
     trained = client_json(url, "train", *arguments("killed"))
     assert len(trained["history"]) > 4
-    assert not checkpoint.exists()
+    assert not list(killed.glob(".*"))
     for name in ("adapter.json", "adapter.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
-def _history(checkpoint: Path) -> list[Any]:
-    with safe_open(checkpoint, framework="pt") as file:
+def _history(folder: Path) -> list[Any]:
+    checkpoints = list(folder.glob(".training-*.safetensors"))
+    if not checkpoints:
+        return []
+    with safe_open(checkpoints[0], framework="pt") as file:
         history: list[Any] = json.loads(file.metadata()["progress"])["history"]
         return history
 

@@ -1,0 +1,73 @@
+"""Settings chosen by trying: whole trainings, one change at a time, as many as a time allows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from data_owner_client.adapter import AdapterForm
+from data_owner_client.training.loop import Trained
+from data_owner_client.training.settings import TrainingSettings
+
+# What is tried, in this order: first what has helped most often.
+_CHANGES: tuple[dict[str, Any], ...] = (
+    {"dropout": 0.35},
+    {"learning_rate": 1e-3},
+    {"kappa": 0.05},
+    {"form": "recent"},
+    {"form": "residual"},
+    {"rank": 256},
+    {"dropout": 0.5},
+    {"learning_rate": 4e-3},
+    {"kappa": 0.5},
+    {"rank": 1024},
+    {"form": "paper"},
+)
+Fit = Callable[[TrainingSettings], Trained]
+
+
+def tune(
+    settings: TrainingSettings,
+    fit: Fit,
+    *,
+    forms: Sequence[AdapterForm],
+    on_trial: Callable[[TrainingSettings, float], None],
+) -> tuple[TrainingSettings, Trained]:
+    """Train with the settings, then with one change at a time; what is better on the validation rows stays.
+
+    What the user has set to something else than its default is not changed.
+
+    Args:
+        settings: to begin with; `minutes` bounds the time. A training is begun only if it should end in time.
+        fit: trains.
+        forms: of the adapter, that may be tried.
+        on_trial: told of each training, and of its validation loss.
+    """
+    started = time.monotonic()
+    best, trained = settings, fit(settings)
+    on_trial(settings, trained.best_nll)
+    tried, longest = {settings}, time.monotonic() - started
+    for change in _changes(settings, forms):
+        begun = time.monotonic()
+        if begun - started + longest > 60 * settings.minutes:
+            break
+        candidate = replace(best, **change)
+        if candidate in tried:
+            continue
+        tried.add(candidate)
+        other = fit(candidate)
+        on_trial(candidate, other.best_nll)
+        longest = max(longest, time.monotonic() - begun)
+        if other.best_nll < trained.best_nll:
+            best, trained = candidate, other
+    return best, trained
+
+
+def _changes(settings: TrainingSettings, forms: Sequence[AdapterForm]) -> Iterator[dict[str, Any]]:
+    default = TrainingSettings()
+    for change in _CHANGES:
+        ((name, value),) = change.items()
+        if value in forms if name == "form" else getattr(settings, name) == getattr(default, name):
+            yield change

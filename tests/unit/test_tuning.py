@@ -1,0 +1,52 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from data_owner_client.adapter import Adapter
+from data_owner_client.training import Trained, TrainingSettings, tune
+from data_owner_client.training import tuning as module
+
+
+class Clock:
+    """Trainings that take a minute each and are the better, the nearer they are to some settings."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **wanted: Any) -> None:
+        self.now, self.wanted, self.tried = 0.0, wanted, list[TrainingSettings]()
+        monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
+
+    def fit(self, settings: TrainingSettings) -> Trained:
+        self.now += 60.0
+        self.tried.append(settings)
+        wrong = sum(getattr(settings, name) != value for name, value in self.wanted.items())
+        return Trained(Adapter(4, 2, "paper"), [], 1.0 + wrong)
+
+
+BEGIN = TrainingSettings(form="residual", minutes=30.0)
+
+
+def test_what_is_better_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, told = Clock(monkeypatch, dropout=0.35, kappa=0.05, form="recent"), list[float]()
+    best, trained = tune(
+        BEGIN, clock.fit, forms=["residual", "recent", "paper"], on_trial=lambda _, nll: told.append(nll)
+    )
+    assert best == replace(BEGIN, dropout=0.35, kappa=0.05, form="recent")
+    assert trained.best_nll == min(told) == 1.0
+    assert len(told) == len(clock.tried) == len(set(clock.tried))
+
+
+def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, dropout=0.35, rank=256, form="recent")
+    begin = replace(BEGIN, rank=64, dropout=0.1)
+    best, _ = tune(begin, clock.fit, forms=[], on_trial=lambda *_: None)
+    assert best == begin
+    assert {(tried.rank, tried.dropout, tried.form) for tried in clock.tried} == {(64, 0.1, "residual")}
+
+
+@pytest.mark.parametrize(("minutes", "trainings"), [(0.0, 1), (0.5, 1), (2.0, 2), (3.5, 3)])
+def test_no_training_is_begun_that_would_end_too_late(
+    monkeypatch: pytest.MonkeyPatch, minutes: float, trainings: int
+) -> None:
+    clock = Clock(monkeypatch, dropout=0.9)
+    tune(replace(BEGIN, minutes=minutes), clock.fit, forms=["paper"], on_trial=lambda *_: None)
+    assert len(clock.tried) == trainings
