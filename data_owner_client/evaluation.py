@@ -101,7 +101,8 @@ def both_sides(adapter: Adaptation, held_out: ValidationData, plm_rows: MemoryRo
     if logsumexp_N is None:
         raise InvalidData("The validation memory has no log-sum-exp.", hint="Build it again: build-memory --overwrite.")
     logsumexp_N = logsumexp_N[agrees_N]
-    at_once = adapter.head.rows_at_once()
+    # In float64, and several of them at a time.
+    at_once = max(1, adapter.head.rows_at_once() // 8)
     for start in range(0, len(data), at_once):
         rows = slice(start, start + at_once)
         part = data[rows]
