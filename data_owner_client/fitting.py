@@ -17,6 +17,7 @@ from data_owner_client.adapter import AdapterCard, AdapterForm, TrainedAdapter
 from data_owner_client.data import digest_pairs
 from data_owner_client.decoding.gate import Gate, nll_on_unseen
 from data_owner_client.decoding.interpolation import Interpolation
+from data_owner_client.decoding.rounds import DecodingSettings
 from data_owner_client.evaluation import both_sides, plm_target_logprobs, text_scores
 from data_owner_client.files import write_atomically
 from data_owner_client.generation import translate
@@ -331,10 +332,18 @@ def _best_decoded(
     """
     pairs, likeliest = memories.validation.pairs()[:most_texts], options[0]
     others = [o for o in options[1:] if o.nearest == likeliest.nearest and o.interpolation in _TO_DECODE]
-    scored = []
+    # Twice the longest target: who goes on after that is wrong in any case.
+    longest = max(int(rows.rows_E.max()) for rows in memories.validation.shards())
+    decoding = DecodingSettings(max_new_tokens=2 * longest)
+    sources, scored = [pair.source for pair in pairs], list[Option]()
     for option in [likeliest, *others]:
         result = translate(
-            plm, [pair.source for pair in pairs], adapter=adapter, interpolation=option.interpolation, reporter=reporter
+            plm,
+            sources,
+            adapter=adapter,
+            interpolation=option.interpolation,
+            decoding=decoding,
+            reporter=reporter,
         )
         chrf = text_scores(result.texts, [pair.target or "" for pair in pairs]).chrf
         reporter.say(f"{option}: chrF {chrf:.1f} on {len(pairs)} validation texts.")

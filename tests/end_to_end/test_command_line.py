@@ -396,7 +396,7 @@ def test_a_killed_build_is_resumed_by_the_same_command(
 
 
 def test_the_full_vocabulary(url: str, many: tuple[list[Any], Path], tmp_path: Path) -> None:
-    what = ["--memory", many[1], "--adapter", tmp_path, "--epochs", 1, "--rank", 8, "--full-vocabulary"]
+    what = ["--memory", many[1], "--adapter", tmp_path, "--epochs", 1, "--rank", 8, "--full-vocabulary", "--decoded", 2]
     card = client_json(url, "train", *what)["card"]
     assert card["candidates"] == support.VOCAB_SIZE
     assert card["validation"]["coverage"] == 1.0
@@ -408,7 +408,18 @@ def test_a_killed_training_is_resumed_by_the_same_command(
     url: str, many: tuple[list[Any], Path], tmp_path: Path
 ) -> None:
     def arguments(adapter: str) -> list[Any]:
-        return ["--memory", many[1], "--adapter", tmp_path / adapter, "--rank", 8, "--learning-rate", 3e-4]
+        return [
+            "--memory",
+            many[1],
+            "--adapter",
+            tmp_path / adapter,
+            "--rank",
+            8,
+            "--learning-rate",
+            3e-4,
+            "--decoded",
+            2,
+        ]
 
     client_json(url, "train", *arguments("undisturbed"))
     killed = tmp_path / "killed"
