@@ -66,7 +66,8 @@ def undisturbed(owner: Owner, tmp_path_factory: pytest.TempPathFactory) -> dict[
     job = Job(tmp_path_factory.mktemp("undisturbed") / "memory")
     assert end(job.start(f"http://127.0.0.1:{owner.ports['http']}")) == 0
     files = job.files()
-    assert len(files) == 2 * 1 + 3 + 1, list(files)  # two manifests, three shards to train on, one to validate on
+    # Manifest and texts of both, three shards to train on, one to validate on.
+    assert len(files) == 2 * 2 + 3 + 1, list(files)
     return files
 
 
