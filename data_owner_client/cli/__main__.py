@@ -2,4 +2,5 @@
 
 from data_owner_client.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -58,13 +58,16 @@ def test_refusals_halve_the_window_once_until_an_answer_comes() -> None:
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_as_many_calls_as_the_window_says_run_ahead(size: int) -> None:
     lock, running, most = threading.Lock(), 0, 0
+    all_of_the_first = threading.Barrier(size)
 
     def call(item: int) -> int:
         nonlocal running, most
         with lock:
             running += 1
             most = max(most, running)
-        time.sleep(0.005)
+        if item < size:
+            all_of_the_first.wait(timeout=60)
+        time.sleep(0.005)  # long enough to be seen beside one too many
         with lock:
             running -= 1
         return item * item
