@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from data_owner_client.candidates import places
 from data_owner_client.data import Pair, digest_pairs, read_written_pairs, write_pairs
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.files import write_atomically
@@ -115,12 +116,6 @@ class Adapter(nn.Module):
             z_N_R = z_N_R + self.E(recent_N_E)
         update_N_D: Tensor = self.B_pd(self.dropout(z_N_R))
         return (update_N_D if self.form == "paper" else x_N_D + update_N_D) * self.rms
-
-
-def places(token_ids: Tensor, candidate_ids_C: Tensor) -> Tensor:
-    """Index of each token among the candidates, which are sorted; −1 where it is none of them."""
-    at = torch.searchsorted(candidate_ids_C, token_ids).clamp(max=len(candidate_ids_C) - 1)
-    return torch.where(candidate_ids_C[at] == token_ids, at, -1)
 
 
 class AdapterCard(BaseModel):

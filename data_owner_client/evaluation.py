@@ -11,10 +11,11 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from data_owner_client.adapter import Adaptation
+from data_owner_client.candidates import places, token_set
 from data_owner_client.decoding.gate import gate_features
 from data_owner_client.decoding.interpolation import Interpolation, mix
 from data_owner_client.memory.store import MemoryRows
-from data_owner_client.plm import RemotePlm, token_set
+from data_owner_client.plm import RemotePlm
 from data_owner_client.training import ValidationData
 from protocol.errors import InvalidData
 from protocol.head import LMHead
@@ -74,7 +75,7 @@ def plm_target_logprobs(head: LMHead, target_ids_K: Tensor, rows: MemoryRows) ->
     """
     if rows.logsumexp_N is None:
         raise InvalidData("The validation memory has no log-sum-exp.", hint="Build it again: build-memory --overwrite.")
-    label_N = torch.searchsorted(target_ids_K, rows.target_N.long())
+    label_N = places(rows.target_N.long(), target_ids_K)
     parts = []
     chunk = head.rows_at_once()
     for input_B_D, label_B in zip(rows.head_input_N_D().split(chunk), label_N.split(chunk), strict=True):

@@ -15,6 +15,7 @@ from torch import Tensor
 from data_owner_client import plotting
 from data_owner_client.adapter import AdapterCard, AdapterForm, TrainedAdapter
 from data_owner_client.data import digest_pairs
+from data_owner_client.candidates import places, token_set
 from data_owner_client.decoding.gate import Gate, nll_on_unseen
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.decoding.rounds import DecodingSettings
@@ -26,7 +27,7 @@ from data_owner_client.memory.build import encode_all, tokenize_pair
 from data_owner_client.memory.store import TRAIN, VALIDATION, MemoryPlan, ModelIdentity
 from data_owner_client.nearest import NearestPairs, with_examples
 from data_owner_client.peak_memory import peak_rss_mb
-from data_owner_client.plm import RemotePlm, token_set
+from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter
 from data_owner_client.training import (
     Aligned,
@@ -277,7 +278,7 @@ class Targets:
             )
             head = plm.head_rows(ids_K)
         same = len(candidate_ids_C) == len(ids_K)
-        return cls(ids_K, head, head if same else head.rows(torch.searchsorted(ids_K, candidate_ids_C)))
+        return cls(ids_K, head, head if same else head.rows(places(candidate_ids_C, ids_K)))
 
     def plm_logprobs(self, rows: MemoryRows) -> Tensor:
         """log P_PLM(y) of each row, float64."""

@@ -239,12 +239,6 @@ class RemotePlm:
             )
 
 
-def token_set(tokens: Sequence[Tensor]) -> Tensor:
-    """Sorted distinct token ids (int64) of several tensors."""
-    ids_K: Tensor = torch.unique(torch.cat([part.long() for part in tokens]))
-    return ids_K
-
-
 def _read_bundle(path: Path) -> TokenizerBundle | None:
     """A cached tokenizer; None if there is none, or a damaged one."""
     try:

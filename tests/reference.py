@@ -89,10 +89,12 @@ class Reference:
         stop_ids: frozenset[int],
         own_prompt: Sequence[int] | None = None,
         gate: dict[str, list[float]] | None = None,
+        length_reward: float = 0.0,
     ) -> list[int]:
         """Greedy decoding of (1 − λ_t)·P_PLM + λ_t·P_PEMA, a token for each λ until a stop token.
 
-        P_PEMA is that of the same tokens behind `own_prompt`, where it is given. A gate gives λ_t instead.
+        P_PEMA is that of the same tokens behind `own_prompt`, where it is given. A gate gives λ_t instead. The
+        length reward makes stop tokens that are targets less probable by a factor, where λ_t is not 0.
         """
         generated: list[int] = []
         for weight in lambdas:
@@ -103,6 +105,8 @@ class Reference:
             if gate is not None:
                 weight = gated(gate, p_plm_V, p_pema_V, targets, len(generated))
             mixture_V = (1 - weight) * p_plm_V + weight * p_pema_V
+            if weight > 0:
+                mixture_V[sorted(stop_ids & set(targets))] /= math.exp(length_reward)
             generated.append(int(mixture_V.argmax()))
             if generated[-1] in stop_ids:
                 break

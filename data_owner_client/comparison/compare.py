@@ -22,6 +22,7 @@ from data_owner_client.adapter import Adaptation, TrainedAdapter
 from data_owner_client.comparison.knn_lm import KnnLm, build_index, tune
 from data_owner_client.comparison.rows import BEST, PLM, PUBLISHED, RESAMPLES, Measured, Row, side_by_side
 from data_owner_client.data import Pair, digest_pairs
+from data_owner_client.candidates import token_set
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.evaluation import perplexities, plm_target_logprobs, text_scores
 from data_owner_client.fitting import NEAREST, REPORT, Targets, TrainingReport
@@ -31,7 +32,7 @@ from data_owner_client.memory.build import encode_all, tokenize_pair
 from data_owner_client.memory.store import TRAIN, VALIDATION, ContextMode
 from data_owner_client.nearest import with_examples
 from data_owner_client.peak_memory import peak_rss_mb
-from data_owner_client.plm import RemotePlm, token_set
+from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter, RichReporter
 from data_owner_client.tasks import Task
 from data_owner_client.training import Survey, TrainingSettings, ValidationData

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_owner_client.adapter import AdapterCard, places
+from data_owner_client.adapter import AdapterCard
+from data_owner_client.candidates import places
 from data_owner_client.memory.store import ExternalMemory
 from data_owner_client.training import ValidationData
 from protocol.errors import Unsupported

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from data_owner_client.adapter import RECENT, Adaptation
-from data_owner_client.decoding.gate import Gate, gate_features
-from data_owner_client.decoding.interpolation import PlmPositions, choose, mix
+from data_owner_client.candidates import places
+from data_owner_client.decoding.gate import gate_features
+from data_owner_client.decoding.interpolation import Interpolation, PlmPositions, choose, mix
 from data_owner_client.decoding.sampling import Noise, Sampling
 from protocol.head import LMHead
 from protocol.messages import DecodeResponse
@@ -75,21 +76,28 @@ class Chooser:
     Args:
         adapter: None for the PLM alone.
         head: all rows of the LM head in float32; only needed to sample.
+        interpolation: its gate gives λ in the place of the positions' own; its length reward is for all positions.
+        stop_ids: tokens that end a text. The length reward is taken from those among the candidates: others cannot be
+            weighed against all of V by the candidates' rows alone.
         sampling: None to take the most probable tokens, which needs no more than the candidates' rows.
-        gate: gives λ in the place of the positions' own.
     """
 
     def __init__(
         self,
         adapter: Adaptation | None,
         head: LMHead | None,
+        interpolation: Interpolation,
+        stop_ids: frozenset[int],
         sampling: Sampling | None,
-        gate: Gate | None = None,
     ) -> None:
         self._adapter = adapter
-        self._gate = gate
+        self._gate = interpolation.gate
         self._head = head
         self._sampling = sampling
+        self._reluctance_C: Tensor | None = None
+        if adapter is not None and interpolation.length_reward:
+            is_stop_C = torch.isin(adapter.candidate_ids_C, torch.tensor(sorted(stop_ids)))
+            self._reluctance_C = interpolation.length_reward * is_stop_C.double()
 
     def choose(self, response: DecodeResponse, positions: Sequence[Position], own: DecodeResponse) -> list[Choice]:
         """The choice at each position.
@@ -112,10 +120,10 @@ class Chooser:
         ids_C, plm = self._adapter.candidate_ids_C, plm_positions(self._adapter.head, response)
         pema_logprob_N_C = self._adapter.logprobs(cr_N_D, _previous(positions))
         lambda_N = self._lambdas(positions, plm.logprob_N_C, pema_logprob_N_C)
-        token_N = choose(plm, pema_logprob_N_C, ids_C, lambda_N)
+        token_N = choose(plm, pema_logprob_N_C, ids_C, lambda_N, self._reluctance_C)
         # Every chosen token is a candidate, or else the PLM's top-1.
-        at_N = torch.searchsorted(ids_C, token_N).clamp(max=len(ids_C) - 1)
-        inside_N = ids_C[at_N] == token_N
+        at_N = places(token_N, ids_C)
+        inside_N, at_N = at_N >= 0, at_N.clamp(min=0)
         top1_logprob_N = plm.top1_logprob_N
         own_plm_N = torch.where(
             token_N == plm.top1_N,
@@ -148,6 +156,9 @@ class Chooser:
                 ids_C = self._adapter.candidate_ids_C
                 lambda_N = self._lambdas(positions[rows], plm_N_V[:, ids_C], pema_N_V[:, ids_C])
                 mixture_N_V = mix(plm_N_V, pema_N_V, lambda_N[:, None])
+                if self._reluctance_C is not None:
+                    mixture_N_V[:, ids_C] -= self._reluctance_C * (lambda_N > 0)[:, None]
+                    mixture_N_V = mixture_N_V.log_softmax(dim=-1)
             for row, position in enumerate(positions[rows]):
                 if position.noise is None:
                     raise ValueError("a sampled sequence needs its noise")

@@ -103,7 +103,7 @@ def generate(
             # The server drafts the most probable tokens, so it can go on alone only where these are wanted.
             sequence.finished_at = len(sequence.lambdas)
     head = None if sampling is None else plm.full_head(reporter).to(torch.float32)
-    chooser = Chooser(adapter, head, sampling, interpolation.gate)
+    chooser = Chooser(adapter, head, interpolation, stop_ids, sampling)
     rounds = Rounds(plm, chooser, stop_ids, settings, lookup, on_token)
     batch_size = max(1, min(settings.batch_size, limits.max_sequences, limits.max_rows // settings.max_new_tokens))
     # Longest prompts first, or the last one to begin might be the longest.

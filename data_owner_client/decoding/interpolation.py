@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from data_owner_client.candidates import places
 from data_owner_client.decoding.gate import Gate
 
 Schedule = Literal["gradual", "linear", "constant", "none"]
@@ -31,6 +32,9 @@ class Interpolation(BaseModel):
         schedule: see above.
         lambda_max: see above.
         gate: predicts λ_t from what both sides make of the position; the schedule is then what is expected of it.
+        length_reward: nats by which an end of the text is less likely to be chosen, wherever λ_t > 0. The end is one
+            token and what may follow instead are many, each with its share, so the most probable choices make texts too
+            short (the word reward of He et al., AAAI 2016; Murray & Chiang, WMT 2018, arXiv 1808.10006).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,12 +42,14 @@ class Interpolation(BaseModel):
     schedule: Schedule = "gradual"
     lambda_max: float = Field(default=0.9, ge=0.0, le=1.0)
     gate: Gate | None = None
+    length_reward: float = Field(default=0.0, ge=0.0, le=20.0)
 
     def __str__(self) -> str:
         """In words."""
+        reward = f", length reward {self.length_reward:g}" if self.length_reward else ""
         if self.gate is not None:
-            return f"a learned gate (λ {self.lambda_max:.2f} on average)"
-        return f"{self.schedule} with λ_max {self.lambda_max:.2f}"
+            return f"a learned gate (λ {self.lambda_max:.2f} on average){reward}"
+        return f"{self.schedule} with λ_max {self.lambda_max:.2f}{reward}"
 
     def weights(self, position_N: Tensor, horizon_N: Tensor) -> Tensor:
         """λ at each position.
@@ -87,7 +93,13 @@ class PlmPositions:
     top1_logprob_N: Tensor
 
 
-def choose(plm: PlmPositions, pema_logprob_N_C: Tensor, candidate_ids_C: Tensor, lambda_N: Tensor) -> Tensor:
+def choose(
+    plm: PlmPositions,
+    pema_logprob_N_C: Tensor,
+    candidate_ids_C: Tensor,
+    lambda_N: Tensor,
+    reluctance_C: Tensor | None = None,
+) -> Tensor:
     """The most probable token of the mixture over all of V, int64 [N].
 
     Exact, though only the candidates and the PLM's top-1 are looked at: outside the candidates P_PEMA is 0, so the
@@ -98,14 +110,17 @@ def choose(plm: PlmPositions, pema_logprob_N_C: Tensor, candidate_ids_C: Tensor,
         pema_logprob_N_C: log P_PEMA of the candidates.
         candidate_ids_C: int64, sorted.
         lambda_N: λ at each position.
+        reluctance_C: taken from the log-probability of each candidate before they are compared, where λ > 0.
     """
-    at_N = torch.searchsorted(candidate_ids_C, plm.top1_N).clamp(max=len(candidate_ids_C) - 1)
-    inside_N = candidate_ids_C[at_N] == plm.top1_N
+    at_N = places(plm.top1_N, candidate_ids_C)
+    inside_N, at_N = at_N >= 0, at_N.clamp(min=0)
     # Rows that travelled as float16 must not make another candidate seem likelier to the PLM than its own top-1.
     plm_logprob_N_C = plm.logprob_N_C.minimum(plm.top1_logprob_N[:, None])
     rows_N = torch.arange(len(at_N))
     plm_logprob_N_C[rows_N, at_N] = torch.where(inside_N, plm.top1_logprob_N, plm_logprob_N_C[rows_N, at_N])
     mixture_N_C = mix(plm_logprob_N_C, pema_logprob_N_C, lambda_N[:, None])
+    if reluctance_C is not None:
+        mixture_N_C = mixture_N_C - reluctance_C
     best_N, best_at_N = mixture_N_C.max(dim=-1)
     outside_N = torch.log1p(-lambda_N) + plm.top1_logprob_N
     # Where λ is 0 the PLM decides alone, also between candidates that rounding made equal.

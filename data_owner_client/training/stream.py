@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from data_owner_client.adapter import RECENT, places
+from data_owner_client.adapter import RECENT
+from data_owner_client.candidates import places, token_set
 from data_owner_client.memory.store import MemoryRows
-from data_owner_client.plm import token_set
 from protocol.errors import InvalidData
 
 # Of the representations that are shuffled together; more, where one shard has more.

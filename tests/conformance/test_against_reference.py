@@ -1,5 +1,6 @@
 """The real client against the real server, token for token what the slow reference says."""
 
+import math
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +73,9 @@ class Case:
         weights = self.adapter.adapter.state_dict()
         form = self.adapter.card.form
         gate = interpolation.gate and interpolation.gate.model_dump()
-        return self.reference.decode(prompt, weights, form, targets, lambdas, self.stop_ids, own_prompt, gate)
+        return self.reference.decode(
+            prompt, weights, form, targets, lambdas, self.stop_ids, own_prompt, gate, interpolation.length_reward
+        )
 
 
 GATE = Gate(
@@ -157,7 +160,7 @@ def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObj
     interpolation = data.draw(
         st.builds(Interpolation, schedule=st.sampled_from(SCHEDULES), lambda_max=st.sampled_from([0.3, 0.7, 0.95, 1.0]))
         | st.just(Interpolation(schedule="constant", lambda_max=0.6, gate=GATE))
-    )
+    ).model_copy(update={"length_reward": data.draw(st.sampled_from([0.0, 0.7, 4.0]))})
     horizons = [case.adapter.card.horizon(case.plm.tokenizer.count(source)) for source in sources]
     prompts = case.prompts(sources)
     # As with examples chosen for each text: the PLM sees other prompts than the adapter.
@@ -246,13 +249,14 @@ def test_the_same_seed_draws_the_same_text_with_and_without_drafts(case: Case, d
     assert drawn(prompts[::-1], DecodingSettings(STEPS, batch_size=2)) == plain[::-1]
 
 
-def test_draws_are_distributed_as_the_references_mixture(case: Case) -> None:
+@pytest.mark.parametrize("length_reward", [0.0, 1.5])
+def test_draws_are_distributed_as_the_references_mixture(case: Case, length_reward: float) -> None:
     (prompt,), draws, weight = case.prompts(["her"]), 3000, 0.6
     continuations, _ = generate(
         case.plm,
         [prompt] * draws,
         adapter=case.adapter,
-        interpolation=Interpolation(schedule="constant", lambda_max=weight),
+        interpolation=Interpolation(schedule="constant", lambda_max=weight, length_reward=length_reward),
         horizons=[5.0] * draws,
         stop_ids=case.stop_ids,
         settings=DecodingSettings(1, batch_size=256),
@@ -262,7 +266,11 @@ def test_draws_are_distributed_as_the_references_mixture(case: Case) -> None:
     f_D, p_plm_V = case.reference.context(prompt)
     adapter, weights = case.adapter, case.adapter.adapter.state_dict()
     p_pema_V = case.reference.pema(f_D, weights, adapter.card.form, adapter.candidate_ids_C.tolist())
-    p_V = (1 - weight) * p_plm_V + weight * p_pema_V
+    mixture_V = p_V = (1 - weight) * p_plm_V + weight * p_pema_V
+    if length_reward:
+        factor_V = torch.ones_like(p_V)
+        factor_V[sorted(case.stop_ids & set(adapter.candidate_ids_C.tolist()))] = math.exp(-length_reward)
+        p_V = p_V * factor_V / (p_V * factor_V).sum()
     counts_V = torch.bincount(torch.tensor([c.token_ids[0] for c in continuations]), minlength=len(p_V)).double()
     # Tokens expected fewer than five times are counted together, as Pearson's test wants it.
     often_V = p_V * draws >= 5
@@ -272,7 +280,7 @@ def test_draws_are_distributed_as_the_references_mixture(case: Case) -> None:
     degrees = len(seen) - 1
     assert statistic < degrees + 5 * (2 * degrees) ** 0.5
     for continuation in continuations[:20]:
-        assert continuation.logprob == pytest.approx(float(p_V[continuation.token_ids[0]].log()), abs=1e-3)
+        assert continuation.logprob == pytest.approx(float(mixture_V[continuation.token_ids[0]].log()), abs=1e-3)
 
 
 def test_pema_really_changes_what_is_generated(case: Case) -> None:
