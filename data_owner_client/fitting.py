@@ -14,8 +14,8 @@ from torch import Tensor
 
 from data_owner_client import plotting
 from data_owner_client.adapter import AdapterCard, AdapterForm, TrainedAdapter
-from data_owner_client.data import digest_pairs
 from data_owner_client.candidates import places, token_set
+from data_owner_client.data import digest_pairs
 from data_owner_client.decoding.gate import Gate, nll_on_unseen
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.decoding.rounds import DecodingSettings

@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
-import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 

@@ -19,10 +19,10 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from data_owner_client.adapter import Adaptation, TrainedAdapter
+from data_owner_client.candidates import token_set
 from data_owner_client.comparison.knn_lm import KnnLm, build_index, tune
 from data_owner_client.comparison.rows import BEST, PLM, PUBLISHED, RESAMPLES, Measured, Row, side_by_side
 from data_owner_client.data import Pair, digest_pairs
-from data_owner_client.candidates import token_set
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.evaluation import perplexities, plm_target_logprobs, text_scores
 from data_owner_client.fitting import NEAREST, REPORT, Targets, TrainingReport
