@@ -18,7 +18,7 @@ from data_owner_client.decoding.rounds import DEFAULT_DECODING, DecodingSettings
 from data_owner_client.decoding.sampling import Sampling
 from data_owner_client.memory import ExternalMemory
 from data_owner_client.memory.store import TRAIN, ModelIdentity
-from data_owner_client.nearest import with_examples
+from data_owner_client.nearest import tasks_for
 from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter
 from data_owner_client.tasks import Task
@@ -111,8 +111,7 @@ def translate(
     prompts = [task.prompt(source, tokenizer) for source in sources]
     own_prompts = None
     if adapter and adapter.nearest:
-        examples = adapter.nearest.examples(sources)
-        tasks = [with_examples(plm, task, *each) for each in zip(sources, examples, strict=True)]
+        tasks = tasks_for(plm, task, sources, adapter.nearest)
         own_prompts = prompts
         prompts = [each.prompt(source, tokenizer) for each, source in zip(tasks, sources, strict=True)]
     return _generate(

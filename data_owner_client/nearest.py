@@ -16,14 +16,11 @@ from data_owner_client.tasks import Shot, Task
 _AT_ONCE = 256
 
 
-def with_examples(plm: RemotePlm, task: Task, source: str, examples: Sequence[Shot]) -> Task:
-    """The task with other examples in its prompt: as many of the last as leave half of the server's limit free."""
-    tokenizer, most = plm.tokenizer, plm.card.limits.max_sequence_tokens // 2
-    for first in range(len(examples)):
-        own = task.model_copy(update={"examples": tuple(examples[first:])})
-        if len(tokenizer.encode_prompt(own.prompt(source, tokenizer))) <= most:
-            return own
-    return task
+def tasks_for(plm: RemotePlm, task: Task, sources: Sequence[str], nearest: NearestPairs | None) -> list[Task]:
+    """The task of each text: with the examples nearest to it in its prompt, or, without `nearest`, as it is."""
+    if nearest is None:
+        return [task] * len(sources)
+    return [_with_examples(plm, task, *each) for each in zip(sources, nearest.examples(sources), strict=True)]
 
 
 class NearestPairs:
@@ -55,3 +52,13 @@ class NearestPairs:
                 nearest = [self._pairs[i] for i in order if self._pairs[i].source != source][: self._count]
                 found.append(tuple(Shot(source=p.source, target=p.target or "") for p in reversed(nearest)))
         return found
+
+
+def _with_examples(plm: RemotePlm, task: Task, source: str, examples: Sequence[Shot]) -> Task:
+    """The task with other examples in its prompt: as many of the last as leave half of the server's limit free."""
+    tokenizer, most = plm.tokenizer, plm.card.limits.max_sequence_tokens // 2
+    for first in range(len(examples)):
+        own = task.model_copy(update={"examples": tuple(examples[first:])})
+        if len(tokenizer.encode_prompt(own.prompt(source, tokenizer))) <= most:
+            return own
+    return task

@@ -18,18 +18,13 @@ from data_owner_client import plotting
 from data_owner_client.adapter import AdapterForm
 from data_owner_client.decoding.interpolation import Interpolation, Schedule
 from data_owner_client.files import write_atomically
-from data_owner_client.fitting import Memories, Targets, with_form
+from data_owner_client.fitting import Memories, TrainingInput, with_form
 from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter
 from data_owner_client.training import (
-    FirstExamples,
-    Survey,
     TrainingSettings,
-    ValidationData,
     target_logprobs,
-    train_adapter,
 )
-from protocol.errors import InvalidData
 
 
 @dataclass(frozen=True)
@@ -115,42 +110,22 @@ def _training(
 ) -> list[SweepRow]:
     """The rows of one training, kept under all that decides them."""
     count = examples or memories.train.manifest.examples
-    if count > memories.train.manifest.examples:
-        raise InvalidData(
-            f"The memory has {memories.train.manifest.examples} examples, not {count}.", hint="Give fewer --examples."
-        )
     interpolations = [
         Interpolation(schedule=schedule, lambda_max=value)
         for schedule, value in product(grid.schedule, grid.lambda_max)
     ]
-    identity = [memories.train.digest, memories.validation.digest, memories.plan.model.model_dump(), count]
-    record = json.dumps([identity, asdict(settings), [each.model_dump() for each in interpolations]])
+    record = json.dumps([memories.identity, count, asdict(settings), [each.model_dump() for each in interpolations]])
     kept = folder / "trainings" / f"{hashlib.sha256(record.encode()).hexdigest()[:24]}.json"
     try:
         return _ROWS.validate_json(kept.read_bytes())
     except (OSError, ValidationError):
         pass  # not done yet, or only half
     started = time.perf_counter()
-    rows = FirstExamples(memories.rows(settings), memories.train.shard_examples, count)
-    survey = Survey.of(rows)
-    targets = Targets.fetch(plm, survey.candidate_ids_C, memories.validation, reporter)
-    held_out = memories.rows_held_out(settings)
-    validation = ValidationData.of(
-        held_out, survey.candidate_ids_C, targets.plm_logprobs(held_out), memories.train.length_ratio
-    )
+    given = TrainingInput.of(plm, memories, settings, reporter, examples=count)
     checkpoint = kept.with_suffix(".safetensors")
-    trained = train_adapter(
-        rows,
-        survey,
-        targets.candidates,
-        validation,
-        settings,
-        checkpoint=checkpoint,
-        identity=identity,
-        reporter=reporter,
-    )
+    trained = given.fit(settings, checkpoint, reporter)
     seconds = time.perf_counter() - started
-    pema_logprob_N = target_logprobs(trained.adapter, targets.candidates, validation.data)
+    pema_logprob_N = target_logprobs(trained.adapter, given.targets.candidates, given.validation.data)
     found = [
         SweepRow(
             form=trained.adapter.form,
@@ -160,8 +135,8 @@ def _training(
             examples=count,
             schedule=each.schedule,
             lambda_max=each.lambda_max,
-            nll=validation.mixture_nll(pema_logprob_N, each),
-            plm_nll=-validation.plm_logprob_N.mean().item(),
+            nll=given.validation.mixture_nll(pema_logprob_N, each),
+            plm_nll=given.plm_nll,
             train_seconds=seconds,
         )
         for each in interpolations

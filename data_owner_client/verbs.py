@@ -26,9 +26,9 @@ from data_owner_client.evaluation import Perplexities, TextScores, perplexities,
 from data_owner_client.fitting import TrainingReport, train
 from data_owner_client.generation import Generation, translate
 from data_owner_client.memory import build_memory
-from data_owner_client.memory.build import TokenizedPair, encode_all, require_fits, tokenize_pair
+from data_owner_client.memory.build import TokenizedPair, encode_all, tokenize_pairs
 from data_owner_client.memory.store import TRAIN, VALIDATION, ContextMode, ModelIdentity
-from data_owner_client.nearest import with_examples
+from data_owner_client.nearest import tasks_for
 from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter
 from data_owner_client.tasks import Task
@@ -194,11 +194,10 @@ def evaluate(
     adapter.card.model.require(ModelIdentity.of(plm.card), "The adapter", "the server")
     views: list[list[TokenizedPair]] = []
     if share_targets:
-        tasks = [[task] * len(pairs)]
-        if adapter.nearest:
-            own = adapter.nearest.examples(sources)
-            tasks.append([with_examples(plm, task, *each) for each in zip(sources, own, strict=True)])
-        views = [_tokenized(plm, each, pairs) for each in tasks]
+        views = [
+            tokenize_pairs(plm, tasks_for(plm, task, sources, nearest), pairs, place="pair")
+            for nearest in ([None, adapter.nearest] if adapter.nearest else [None])
+        ]
     alone, adapted = run(None), run(adapter)
     started = time.perf_counter()
     perplexity = None
@@ -217,14 +216,6 @@ def evaluate(
             "perplexity": time.perf_counter() - started,
         },
     )
-
-
-def _tokenized(plm: RemotePlm, tasks: Sequence[Task], pairs: Sequence[Pair]) -> list[TokenizedPair]:
-    tokenized = []
-    for number, (task, pair) in enumerate(zip(tasks, pairs, strict=True), 1):
-        tokenized.append(tokenize_pair(plm, task, pair, place=f"pair {number}"))
-        require_fits(plm, tokenized[-1], place=f"pair {number}")
-    return tokenized
 
 
 def _target(pair: Pair) -> str:

@@ -31,6 +31,7 @@ from data_owner_client.cli.output import print_record
 from data_owner_client.comparison import SYSTEMS, Splits, report
 from data_owner_client.data import read_lines, read_pairs
 from data_owner_client.evaluation import text_scores
+from data_owner_client.files import write_atomically
 from data_owner_client.progress import RichReporter
 from data_owner_client.tasks import load_task
 from protocol.errors import InvalidData
@@ -149,8 +150,8 @@ def compare(
     )
     title = f"{result.task}, {result.model}: {result.pairs['train']:,} pairs, {result.pairs['test']} test texts"
     table = report.markdown(title, result.rows, result.signatures)
-    report.write(table, folder / f"{result.task}.md")
-    report.write(result.model_dump_json(indent=1) + "\n", folder / f"{result.task}.json")
+    write_atomically(folder / f"{result.task}.md", table.encode())
+    write_atomically(folder / f"{result.task}.json", f"{result.model_dump_json(indent=1)}\n".encode())
     report.draw(title, result.rows, folder / f"{result.task}.png")
     if as_json:
         print_record(result.model_dump(), as_json, title="")

@@ -86,6 +86,14 @@ OptionalSchedule = Annotated[
     Schedule | None, typer.Option(help="Schedule of λ; default: what training chose on the validation memory.")
 ]
 LambdaMax = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="λ_max; default: what training chose, or 0.9.")]
+LengthReward = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=20.0,
+        help="Nats by which the end is less likely to be chosen; more make longer texts. Default: what training chose.",
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 LookAhead = Annotated[
     int | None,
@@ -168,6 +176,7 @@ class Decoding(OptionGroup):
 
     schedule: OptionalSchedule = None
     lambda_max: LambdaMax = None
+    length_reward: LengthReward = None
     max_new_tokens: MaxNewTokens = DecodingSettings.max_new_tokens
     look_ahead: LookAhead = DecodingSettings.look_ahead
     batch_size: BatchSize = DecodingSettings.batch_size
@@ -194,15 +203,21 @@ class Decoding(OptionGroup):
         Raises:
             InvalidData: there is no adapter to interpolate with.
         """
-        if self.schedule is None and self.lambda_max is None:
+        given = {"lambda_max": self.lambda_max, "length_reward": self.length_reward}
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.schedule is None and not given:
             return None
         if adapter is None:
-            raise InvalidData("--schedule and --lambda-max say how much an adapter counts.", hint="Give --adapter.")
+            raise InvalidData(
+                "--schedule, --lambda-max and --length-reward say how an adapter is used.", hint="Give --adapter."
+            )
         chosen = adapter.card.interpolation
+        if self.schedule is None and self.lambda_max is None:
+            return chosen.model_copy(update=given)
         # Another schedule than the chosen one starts from its own default, not from a λ_max chosen for this one.
         same = self.schedule in (None, chosen.schedule)
         base = chosen.model_copy(update={"gate": None}) if same else Interpolation(schedule=self.schedule or "gradual")
-        return base if self.lambda_max is None else base.model_copy(update={"lambda_max": self.lambda_max})
+        return base.model_copy(update=given)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from data_owner_client.comparison.rows import BEST, PLM, PUBLISHED, Row
-from data_owner_client.files import write_atomically
 
 _COLORS = {PLM: "tab:gray", PUBLISHED: "tab:orange", BEST: "tab:green"}
 
@@ -46,11 +45,6 @@ def draw(title: str, rows: list[Row], path: Path) -> None:
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-
-
-def write(text: str, path: Path) -> None:
-    """A text file."""
-    write_atomically(path, text.encode())
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -22,7 +22,7 @@ class Measured(BaseModel):
     """One system's answers to the test set, and what it cost to make it.
 
     Attributes:
-        name: of the system.
+        name: of the system; the comparison gives it.
         what: it in words.
         texts: its answers, in the order of the test set.
         ppl: perplexity of the references, per token.
@@ -37,7 +37,7 @@ class Measured(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str
+    name: str = ""
     what: str = ""
     texts: list[str]
     ppl: float | None = None
@@ -54,19 +54,29 @@ class Measured(BaseModel):
         write_atomically(folder / f"{self.name}.json", self.model_dump_json(indent=1).encode())
 
     @classmethod
+    def load(cls, folder: Path, name: str) -> Measured | None:
+        """What is kept of a system; None if nothing is.
+
+        Raises:
+            InvalidData: its file is damaged.
+        """
+        path = folder / f"{name}.json"
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise InvalidData(f"{path} is damaged.", hint="Delete it and run this again.") from error
+
+    @classmethod
     def load_all(cls, folder: Path) -> dict[str, Measured]:
         """All that is kept, by name.
 
         Raises:
             InvalidData: a file is damaged.
         """
-        found = {}
-        for path in sorted(folder.glob("*.json")):
-            try:
-                found[path.stem] = cls.model_validate_json(path.read_bytes())
-            except ValidationError as error:
-                raise InvalidData(f"{path} is damaged.", hint="Delete it and run this again.") from error
-        return found
+        names = [path.stem for path in sorted(folder.glob("*.json"))]
+        return {name: one for name in names if (one := cls.load(folder, name)) is not None}
 
 
 class Row(BaseModel):

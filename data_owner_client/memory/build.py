@@ -131,6 +131,19 @@ def encode_teacher_forced(plm: RemotePlm, pairs: Sequence[TokenizedPair], *, wit
     return _labelled(response, pairs)
 
 
+def tokenize_pairs(plm: RemotePlm, tasks: Sequence[Task], pairs: Sequence[Pair], *, place: str) -> list[TokenizedPair]:
+    """Pairs as token ids, each with a task of its own, and none too long for the server.
+
+    Raises:
+        InvalidData: as `tokenize_pair`, or a pair is too long.
+    """
+    tokenized = []
+    for number, (task, pair) in enumerate(zip(tasks, pairs, strict=True), 1):
+        tokenized.append(tokenize_pair(plm, task, pair, place=f"{place} {number}"))
+        require_fits(plm, tokenized[-1], place=f"{place} {number}")
+    return tokenized
+
+
 def encode_all(plm: RemotePlm, pairs: Sequence[TokenizedPair], reporter: Reporter) -> MemoryRows:
     """Teacher-forced rows with log-sum-exp of pairs that need no memory on disk."""
     sizes = Sizes()

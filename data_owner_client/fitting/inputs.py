@@ -1,0 +1,205 @@
+"""What a training looks at: both memories, their rows, and the LM head's rows of all their targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_owner_client.adapter import AdapterForm
+from data_owner_client.candidates import places, token_set
+from data_owner_client.data import Pair
+from data_owner_client.evaluation import plm_target_logprobs
+from data_owner_client.memory import ExternalMemory, MemoryRows
+from data_owner_client.memory.store import TRAIN, VALIDATION, MemoryPlan, ModelIdentity
+from data_owner_client.plm import RemotePlm
+from data_owner_client.progress import Reporter
+from data_owner_client.training import (
+    Aligned,
+    FirstExamples,
+    Sharded,
+    Survey,
+    Trained,
+    TrainingSettings,
+    ValidationData,
+    train_adapter,
+)
+from protocol.errors import InvalidData
+from protocol.head import LMHead
+
+
+@dataclass(frozen=True)
+class Memories:
+    """The memory to train on, and the one to validate on, which is small."""
+
+    train: ExternalMemory
+    validation: ExternalMemory
+
+    @classmethod
+    def open(cls, folder: Path, plm: RemotePlm) -> Memories:
+        """Both.
+
+        Raises:
+            InvalidData: one is missing, incomplete or damaged.
+            IdentityMismatch: they were built with another model.
+        """
+        both = cls(ExternalMemory(folder / TRAIN), ExternalMemory(folder / VALIDATION))
+        for part in (both.train, both.validation):
+            part.manifest.plan.model.require(ModelIdentity.of(plm.card), f"The memory in {part.folder}", "the server")
+            part.require_complete()
+        return both
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """What both were built from, but for the pairs."""
+        return self.train.manifest.plan
+
+    @property
+    def identity(self) -> list[object]:
+        """What of the data decides a training."""
+        return [self.train.digest, self.validation.digest, self.plan.model.model_dump()]
+
+    @cached_property
+    def train_pairs(self) -> list[Pair]:
+        """The texts of the memory to train on."""
+        return self.train.pairs()
+
+    @cached_property
+    def held_out_pairs(self) -> list[Pair]:
+        """The texts of the memory to validate on."""
+        return self.validation.pairs()
+
+    @cached_property
+    def held_out(self) -> MemoryRows:
+        """The rows to validate on, as they lie on disk."""
+        return self.validation.load()
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The LM head's rows of all tokens that occur in the targets of either memory.
+
+    Attributes:
+        ids_K: int64, sorted.
+        head: of these tokens, float32.
+        candidates: of those that occur in the memory that is trained on.
+    """
+
+    ids_K: Tensor
+    head: LMHead
+    candidates: LMHead
+
+    @classmethod
+    def fetch(cls, plm: RemotePlm, candidate_ids_C: Tensor, held_out: MemoryRows, reporter: Reporter) -> Targets:
+        """One request for both memories: the server need not know which tokens are those of the few held-out texts."""
+        ids_K = token_set([candidate_ids_C, held_out.target_N])
+        if len(ids_K) == plm.card.vocab_size:
+            head = plm.full_head(reporter).to(torch.float32)
+        else:
+            reporter.say(
+                "Leaves this machine: which tokens occur anywhere in the targets, as their LM-head rows are asked for."
+            )
+            head = plm.head_rows(ids_K)
+        same = len(candidate_ids_C) == len(ids_K)
+        return cls(ids_K, head, head if same else head.rows(places(candidate_ids_C, ids_K)))
+
+    def plm_logprobs(self, rows: MemoryRows) -> Tensor:
+        """log P_PLM(y) of each row, float64."""
+        return plm_target_logprobs(self.head, self.ids_K, rows)
+
+
+@dataclass(frozen=True)
+class TrainingInput:
+    """Rows, candidates and head rows, ready to train on.
+
+    Attributes:
+        identity: of all that decides a training, but for its settings.
+        held_out: the rows of `validation`, and those whose contexts have drifted.
+    """
+
+    identity: list[object]
+    rows: Sharded
+    survey: Survey
+    targets: Targets
+    held_out: MemoryRows
+    validation: ValidationData
+
+    @classmethod
+    def of(
+        cls,
+        plm: RemotePlm,
+        memories: Memories,
+        settings: TrainingSettings,
+        reporter: Reporter,
+        *,
+        examples: int | None = None,
+    ) -> TrainingInput:
+        """Read what the settings ask for, and fetch the head's rows.
+
+        Args:
+            plm: gives the head's rows of the candidates only, unless the full vocabulary is wanted.
+            memories: where the rows are.
+            settings: of these, the pairing and the vocabulary count.
+            reporter: told what leaves this machine.
+            examples: train on the memory's first so many; None for all.
+
+        Raises:
+            InvalidData: a memory is damaged, has no rows, or has fewer examples.
+        """
+        aligned = settings.pairing == "aligned"
+        rows: Sharded = Aligned(memories.train) if aligned else memories.train
+        identity = memories.identity
+        if examples is not None:
+            if examples > memories.train.manifest.examples:
+                raise InvalidData(
+                    f"The memory has {memories.train.manifest.examples} examples, not {examples}.",
+                    hint="Give fewer --examples.",
+                )
+            rows = FirstExamples(rows, memories.train.shard_examples, examples)
+            identity = [*identity, examples]
+        survey = Survey.of(rows)
+        if settings.full_vocabulary:
+            survey = replace(survey, candidate_ids_C=torch.arange(memories.plan.model.vocab_size))
+        targets = Targets.fetch(plm, survey.candidate_ids_C, memories.held_out, reporter)
+        held_out = memories.held_out.aligned() if aligned else memories.held_out
+        validation = ValidationData.of(
+            held_out, survey.candidate_ids_C, targets.plm_logprobs(held_out), memories.train.length_ratio
+        )
+        return cls(identity, rows, survey, targets, held_out, validation)
+
+    @property
+    def plm_nll(self) -> float:
+        """Of the held-out targets under the PLM alone, in nats per token."""
+        return -self.validation.plm_logprob_N.mean().item()
+
+    def fit(self, settings: TrainingSettings, checkpoint: Path, reporter: Reporter) -> Trained:
+        """Train; stopped and called again with the same checkpoint, go on where it was."""
+        return train_adapter(
+            self.rows,
+            self.survey,
+            self.targets.candidates,
+            self.validation,
+            settings,
+            checkpoint=checkpoint,
+            identity=self.identity,
+            reporter=reporter,
+        )
+
+
+def with_form(settings: TrainingSettings, plan: MemoryPlan) -> TrainingSettings:
+    """Settings with the form that suits a memory, if they have none.
+
+    Raises:
+        InvalidData: they have one that does not.
+    """
+    in_head_space = plan.model.cr_kind == "last_hidden_state"
+    if settings.form not in (None, "paper") and not in_head_space:
+        raise InvalidData(
+            f"The form {settings.form} adds to the LM head's input, and this memory holds {plan.model.cr_kind}.",
+            hint="Use --form paper.",
+        )
+    best: AdapterForm = "recent" if plan.context_mode == "private" else "residual"
+    return replace(settings, form=settings.form or (best if in_head_space else "paper"))

@@ -1,0 +1,190 @@
+"""How a trained adapter is used: prompts, interpolation and length reward, chosen on the held-out pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from data_owner_client.adapter import TrainedAdapter
+from data_owner_client.decoding.gate import Gate, nll_on_unseen
+from data_owner_client.decoding.interpolation import Interpolation
+from data_owner_client.decoding.rounds import DecodingSettings
+from data_owner_client.evaluation import both_sides, text_scores
+from data_owner_client.fitting.inputs import Memories, TrainingInput
+from data_owner_client.generation import translate
+from data_owner_client.memory import MemoryRows
+from data_owner_client.memory.build import encode_all, tokenize_pairs
+from data_owner_client.nearest import NearestPairs, tasks_for
+from data_owner_client.plm import RemotePlm
+from data_owner_client.progress import Reporter
+from data_owner_client.training import TrainingSettings, ValidationData, likeliest_interpolations
+from protocol.errors import InvalidData
+
+# Examples of its own for every prompt, where the user does not say how many.
+NEAREST = 5
+# What is decoded besides the likeliest interpolation; each with the first of the rewards, the best with all of them.
+_LAMBDAS = (0.3, 0.5, 0.7, 0.85)
+_REWARDS = (1.0, 0.0, 0.5, 2.0)
+
+
+class Option(BaseModel):
+    """A way to use the adapter, as it did on the held-out pairs.
+
+    Attributes:
+        nearest: examples that each prompt of the PLM has for itself; 0 for those of the task.
+        interpolation: with the PLM.
+        nll: of the mixture, in nats per token; a length reward, which is for choices alone, does not change it.
+        chrf: of decoded texts, where this option was decoded.
+    """
+
+    nearest: int
+    interpolation: Interpolation
+    nll: float
+    chrf: float | None = None
+
+    def __str__(self) -> str:
+        """In words."""
+        prompts = f", prompts with {self.nearest} examples of their own" if self.nearest else ""
+        return f"{self.interpolation}{prompts}"
+
+    def rewarded(self, length_reward: float) -> Option:
+        """The same with another length reward."""
+        changed = self.interpolation.model_copy(update={"length_reward": length_reward})
+        return self.model_copy(update={"interpolation": changed})
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """Held-out rows with one kind of prompt for the PLM, as both sides see them.
+
+    Attributes:
+        nearest: see `Option`.
+        data: with the PLM's likelihood behind these prompts.
+        pema_logprob_N: log P_PEMA(y), float64.
+        features_N_F: of a gate.
+    """
+
+    nearest: int
+    data: ValidationData
+    pema_logprob_N: Tensor
+    features_N_F: Tensor
+
+    @classmethod
+    def of(cls, nearest: int, data: ValidationData, adapter: TrainedAdapter, plm_rows: MemoryRows) -> Prompting:
+        """Of the rows that the PLM's distributions come from."""
+        return cls(nearest, data, *both_sides(adapter, data, plm_rows))
+
+    def option(self, interpolation: Interpolation) -> Option:
+        """How likely a mixture without a gate finds the targets."""
+        nll = self.data.mixture_nll(self.pema_logprob_N, interpolation)
+        return Option(nearest=self.nearest, interpolation=interpolation, nll=nll)
+
+    def likeliest(self, *, gate: bool) -> list[Option]:
+        """Every schedule with its likeliest λ_max; and a gate, if wanted."""
+        found = [self.option(each) for each in likeliest_interpolations(self.data, self.pema_logprob_N)]
+        if gate:
+            sides = self.features_N_F, self.data.plm_logprob_N, self.pema_logprob_N
+            nll, mean_lambda = nll_on_unseen(*sides, self.data.position_N)
+            gated = Interpolation(schedule="constant", lambda_max=mean_lambda, gate=Gate.fit(*sides))
+            found.append(Option(nearest=self.nearest, interpolation=gated, nll=nll))
+        return found
+
+
+def choose_usage(
+    plm: RemotePlm,
+    memories: Memories,
+    given: TrainingInput,
+    settings: TrainingSettings,
+    with_option: Callable[[Option], TrainedAdapter],
+    reporter: Reporter,
+) -> list[Option]:
+    """All that was tried, what to use first: the likeliest, or, where texts are decoded, that of the highest chrF.
+
+    Likelihood takes the texts before each token as given, so its λ is not always the best for whole texts.
+
+    Args:
+        plm: the server.
+        memories: both.
+        given: what was trained on.
+        settings: which of the choices are open.
+        with_option: the trained adapter, as it is used with an option.
+        reporter: told of what is tried.
+    """
+    plain = with_option(Option(nearest=0, interpolation=Interpolation(), nll=0.0))
+    promptings = {0: Prompting.of(0, given.validation, plain, given.held_out)}
+    if settings.nearest != 0 and memories.plan.context_mode == "teacher-forced":
+        count = settings.nearest or NEAREST
+        rows = _encode_with_nearest(plm, memories, count, reporter)
+        near = replace(given.validation, plm_logprob_N=given.targets.plm_logprobs(rows))
+        promptings[count] = Prompting.of(count, near, plain, rows)
+        if settings.nearest is not None:
+            del promptings[0]
+    found = [option for each in promptings.values() for option in each.likeliest(gate=settings.gate)]
+    found.sort(key=lambda option: option.nll)
+    if not settings.decoded:
+        return found
+    best = found[0]
+    decoded = _decoded(plm, memories, settings.decoded, best, promptings[best.nearest], with_option, reporter)
+    return [*decoded, *found]
+
+
+def _decoded(
+    plm: RemotePlm,
+    memories: Memories,
+    most_texts: int,
+    likeliest: Option,
+    prompting: Prompting,
+    with_option: Callable[[Option], TrainedAdapter],
+    reporter: Reporter,
+) -> list[Option]:
+    """Options with their chrF on some held-out texts, the highest first: λ is chosen, the length reward, λ again."""
+    pairs, adapter = memories.held_out_pairs[:most_texts], with_option(likeliest)
+    sources, references = [pair.source for pair in pairs], [pair.target or "" for pair in pairs]
+    # Twice the longest target: who goes on after that is wrong in any case.
+    decoding = DecodingSettings(max_new_tokens=2 * int(memories.held_out.rows_E.max()))
+    scored: dict[Interpolation, Option] = {}
+
+    def decode(option: Option) -> None:
+        interpolation = option.interpolation
+        if interpolation in scored:
+            return
+        texts = translate(
+            plm, sources, adapter=adapter, interpolation=interpolation, decoding=decoding, reporter=reporter
+        ).texts
+        chrf = text_scores(texts, references).chrf
+        reporter.say(f"{option}: chrF {chrf:.1f} on {len(pairs)} validation texts.")
+        scored[interpolation] = option.model_copy(update={"chrf": chrf})
+
+    def best() -> Option:
+        return max(scored.values(), key=lambda option: option.chrf or 0.0)
+
+    def constant(lambda_max: float) -> Option:
+        return prompting.option(Interpolation(schedule="constant", lambda_max=lambda_max))
+
+    for option in [likeliest, *map(constant, _LAMBDAS)]:
+        decode(option.rewarded(_REWARDS[0]))
+    chosen = best()
+    for reward in _REWARDS:
+        decode(chosen.rewarded(reward))
+    chosen = best()
+    used = chosen.interpolation
+    if used.gate is None and used.schedule == "constant":
+        for step in (-0.1, 0.1):
+            decode(constant(min(1.0, max(0.0, round(used.lambda_max + step, 3)))).rewarded(used.length_reward))
+    return sorted(scored.values(), key=lambda option: -(option.chrf or 0.0))
+
+
+def _encode_with_nearest(plm: RemotePlm, memories: Memories, count: int, reporter: Reporter) -> MemoryRows:
+    """The held-out pairs behind prompts with examples of their own."""
+    pairs, nearest = memories.held_out_pairs, NearestPairs(memories.train_pairs, count)
+    tasks = tasks_for(plm, memories.plan.task, [pair.source for pair in pairs], nearest)
+    rows = encode_all(plm, tokenize_pairs(plm, tasks, pairs, place="validation pair"), reporter)
+    if not torch.equal(rows.target_N, memories.held_out.target_N):
+        raise InvalidData(
+            "The targets are other tokens behind prompts with examples of their own.", hint="Use --nearest 0."
+        )
+    return rows
