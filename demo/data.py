@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_owner_client.data import Pair, write_pairs
+
 SourceAndTarget = tuple[str, str]
 
 
@@ -26,10 +28,16 @@ def fetch_wheel(package: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def write_pairs(path: Path, pairs: Sequence[SourceAndTarget]) -> None:
-    """Pairs as JSONL."""
-    lines = [json.dumps({"source": source, "target": target}, ensure_ascii=False) for source, target in pairs]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def write_splits(
+    folder: Path,
+    *,
+    train: Sequence[SourceAndTarget],
+    validation: Sequence[SourceAndTarget],
+    test: Sequence[SourceAndTarget],
+) -> None:
+    """Each split as JSONL."""
+    for name, pairs in (("train", train), ("validation", validation), ("test", test)):
+        write_pairs(folder / f"{name}.jsonl", [Pair(*pair) for pair in pairs])
 
 
 def write_task(

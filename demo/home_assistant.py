@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from demo.data import SourceAndTarget, fetch_wheel, write_pairs, write_task
+from demo.data import SourceAndTarget, fetch_wheel, write_splits, write_task
 
 PACKAGE = "homeassistant==2025.4.4"
 TRAIN, VALIDATION, TEST, SHOTS = 4000, 300, 200, 3
@@ -37,9 +37,7 @@ def prepare(folder: Path, train: int = TRAIN) -> None:
     rest = [pair for pair in pairs if pair not in taken]
     # Once more, because the head of the list has just lost its long sentences.
     rng.shuffle(rest)
-    write_pairs(folder / "test.jsonl", test)
-    write_pairs(folder / "validation.jsonl", rest[:VALIDATION])
-    write_pairs(folder / "train.jsonl", rest[VALIDATION : VALIDATION + train])
+    write_splits(folder, train=rest[VALIDATION : VALIDATION + train], validation=rest[:VALIDATION], test=test)
     write_task(
         folder / "task.toml",
         name="home-assistant-en-de",
