@@ -58,7 +58,9 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
             bytes_per_row = sum(_converted(exact / part, folder / part, dtype) for part in _PARTS) / len(_PARTS)
             cards = [
-                train(plm, folder, adapter, settings=TrainingSettings(seed=seed, nearest=0, decoded=0))[1].card
+                train(plm, folder, adapter, settings=TrainingSettings(seed=seed, nearest=0, decoded=0, minutes=0))[
+                    1
+                ].card
                 for seed in range(seeds)
             ]
             figures[dtype] = {

@@ -108,7 +108,7 @@ def prepare() -> Path:
             build_memories(
                 plm, task, pairs, memory, validation=held_out, context_mode="teacher-forced", share_targets=True
             )
-            train(plm, memory, adapter, settings=TrainingSettings(nearest=0, decoded=0))
+            train(plm, memory, adapter, settings=TrainingSettings(nearest=0, decoded=0, minutes=0))
     return adapter
 
 

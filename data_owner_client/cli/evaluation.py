@@ -18,6 +18,7 @@ from data_owner_client.cli.options import (
     Decoding,
     FileFormat,
     InputFile,
+    Minutes,
     OptionalAdapter,
     Server,
     ShareTargets,
@@ -34,6 +35,7 @@ from data_owner_client.evaluation import text_scores
 from data_owner_client.files import write_atomically
 from data_owner_client.progress import RichReporter
 from data_owner_client.tasks import load_task
+from data_owner_client.training import TrainingSettings
 from protocol.errors import InvalidData
 
 
@@ -116,6 +118,7 @@ def compare(
         "runs/compare"
     ),
     only: Annotated[list[str] | None, typer.Option(help=f"Measure only this system: {', '.join(SYSTEMS)}.")] = None,
+    minutes: Minutes = TrainingSettings.minutes,
     share_targets: ShareTargets = False,
     source_field: SourceField = "source",
     target_field: TargetField = "target",
@@ -146,7 +149,13 @@ def compare(
     )
     loaded = load_task(task)
     result = comparison.compare(
-        server.connect, loaded, splits, folder / loaded.name, only=only or (), reporter=RichReporter()
+        server.connect,
+        loaded,
+        splits,
+        folder / loaded.name,
+        only=only or (),
+        settings=TrainingSettings(minutes=minutes),
+        reporter=RichReporter(),
     )
     title = f"{result.task}, {result.model}: {result.pairs['train']:,} pairs, {result.pairs['test']} test texts"
     table = report.markdown(title, result.rows, result.signatures)

@@ -138,6 +138,12 @@ Samples = Annotated[int, typer.Option(min=1, help="Texts drawn for every input."
 Best = Annotated[
     int, typer.Option(min=1, help="Of these, how many most probable ones to give.", rich_help_panel="Sampling")
 ]
+Minutes = Annotated[
+    float,
+    typer.Option(
+        min=0.0, help="Time to look for better settings by whole trainings; what you set yourself stays. 0: train once."
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences in one call.")]
 ShareTargets = Annotated[
     bool, typer.Option("--share-targets", help="Allow target texts to be shown to the owner of the PLM.")

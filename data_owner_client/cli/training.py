@@ -24,6 +24,7 @@ from data_owner_client.cli.options import (
     FileFormat,
     InputFile,
     MemoryFolder,
+    Minutes,
     Server,
     ShareTargets,
     SourceField,
@@ -139,13 +140,7 @@ def train(
     gate: Annotated[
         bool, typer.Option("--gate/--no-gate", help="Whether a learned gate may take the place of a schedule of λ.")
     ] = TrainingSettings.gate,
-    minutes: Annotated[
-        float,
-        typer.Option(
-            min=0.0,
-            help="Time to look for better settings by whole trainings; what you set yourself stays. 0: train once.",
-        ),
-    ] = TrainingSettings.minutes,
+    minutes: Minutes = TrainingSettings.minutes,
     decoded: Annotated[
         int,
         typer.Option(min=0, help="Held-out texts that are decoded to choose λ by chrF; 0: by likelihood alone."),
@@ -176,7 +171,7 @@ def train(
     Examples:
 
     - `pema-client train --memory memory --adapter adapter`
-    - `pema-client train --minutes 30`
+    - `pema-client train --minutes 30` (look longer for better settings; `--minutes 0` trains once)
     - `pema-client train --form paper --seed 1 --json`
     """
     set_threads(threads)

@@ -51,6 +51,7 @@ AS_PUBLISHED = TrainingSettings(
     nearest=0,
     gate=False,
     decoded=0,
+    minutes=0,
 )
 # LM-head rows always travel as float32.
 _HEAD_BYTES = 4
@@ -74,17 +75,26 @@ class Bench:
         task: of all systems.
         splits: its pairs.
         folder: for memories, adapters and rows.
+        settings: of our own systems.
         reporter: told of the progress.
     """
 
     def __init__(
-        self, connect: Connect, plm: RemotePlm, task: Task, splits: Splits, folder: Path, reporter: Reporter
+        self,
+        connect: Connect,
+        plm: RemotePlm,
+        task: Task,
+        splits: Splits,
+        folder: Path,
+        settings: TrainingSettings,
+        reporter: Reporter,
     ) -> None:
         self.connect = connect
         self._plm = plm
         self._task = task
         self._splits = splits
         self._folder = folder
+        self.settings = settings
         self._reporter = reporter
         digests = [digest_pairs(part) for part in vars(splits).values()]
         record = json.dumps([plm.card.digest, task.model_dump(), digests], sort_keys=True)
@@ -123,8 +133,13 @@ class Bench:
         memory, folder = self.memory(mode), self._folder / f"adapter-{name}"
         digest = ExternalMemory(memory / TRAIN).digest
         report = _report(folder)
-        wanted = {k: v for k, v in asdict(settings).items() if v is not None or k != "form"}
-        if report is None or report.card.memory_digest != digest or not wanted.items() <= report.card.settings.items():
+        asked = {name: value for name, value in asdict(settings).items() if value is not None}
+        # The first trial is of what was asked for.
+        if (
+            report is None
+            or report.card.memory_digest != digest
+            or not asked.items() <= report.trials[0].settings.items()
+        ):
             in_own_process(_train, self.connect, memory, folder, settings)
             report = TrainingReport.model_validate_json((folder / REPORT).read_bytes())
         return TrainedAdapter.load(folder), report
@@ -137,7 +152,7 @@ class Bench:
     @cached_property
     def best(self) -> tuple[TrainedAdapter, TrainingReport]:
         """What training chooses by itself."""
-        return self.trained(BEST, "teacher-forced", TrainingSettings())
+        return self.trained(BEST, "teacher-forced", self.settings)
 
     def with_examples(self, adapter: TrainedAdapter) -> TrainedAdapter:
         """The adapter, with prompts for the PLM that have examples of their own."""

@@ -13,6 +13,7 @@ from data_owner_client.comparison.systems import SYSTEMS
 from data_owner_client.evaluation import text_scores
 from data_owner_client.progress import Reporter
 from data_owner_client.tasks import Task
+from data_owner_client.training import TrainingSettings
 from protocol.errors import InvalidData
 
 
@@ -33,6 +34,7 @@ def compare(
     folder: Path,
     *,
     only: Sequence[str] = (),
+    settings: TrainingSettings | None = None,
     reporter: Reporter | None = None,
 ) -> Comparison:
     """Build, train and evaluate what is not there yet; then put all side by side.
@@ -47,6 +49,7 @@ def compare(
             contexts.
         folder: for memories, adapters and rows.
         only: names of systems to measure; all unless given.
+        settings: of our own systems; the defaults unless given. Those of the rivals are fixed, or tuned.
         reporter: told of the progress.
 
     Raises:
@@ -55,7 +58,7 @@ def compare(
     """
     reporter = reporter or Reporter()
     with connect() as plm:
-        bench = Bench(connect, plm, task, splits, folder, reporter)
+        bench = Bench(connect, plm, task, splits, folder, settings or TrainingSettings(), reporter)
         unknown = set(only) - set(SYSTEMS)
         if unknown:
             raise InvalidData(f"There is no system {min(unknown)}.", hint=f"There are {', '.join(SYSTEMS)}.")

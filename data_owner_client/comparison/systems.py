@@ -18,7 +18,6 @@ from data_owner_client.memory import ExternalMemory
 from data_owner_client.memory.store import TRAIN
 from data_owner_client.peak_memory import peak_rss_mb
 from data_owner_client.progress import Reporter
-from data_owner_client.training import TrainingSettings
 from protocol.head import LMHead
 
 PUBLISHED_INTERPOLATION = Interpolation(schedule="gradual", lambda_max=0.9)
@@ -86,11 +85,11 @@ def _best(bench: Bench) -> Measured:
 
 
 def _private(bench: Bench) -> Measured:
-    return bench.adapted(*bench.trained("private", "private", TrainingSettings()), "private")
+    return bench.adapted(*bench.trained("private", "private", bench.settings), "private")
 
 
 def _private_by_position(bench: Bench) -> Measured:
-    settings = TrainingSettings(pairing="position", form="residual")
+    settings = replace(bench.settings, pairing="position", form="residual")
     return bench.adapted(*bench.trained("private_by_position", "private", settings), "private")
 
 

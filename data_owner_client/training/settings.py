@@ -52,7 +52,7 @@ class TrainingSettings:
     pairing: Pairing = "aligned"
     nearest: int | None = None
     gate: bool = True
-    minutes: float = 0.0
+    minutes: float = 5.0
     decoded: int = 100
     full_vocabulary: bool = False
     seed: int = 0

@@ -48,7 +48,7 @@ class Case:
         )
         # Three epochs at a high rate: PEMA must disagree with the PLM, or the test would not see a mistake.
         training = TrainingSettings(
-            form=form, rank=16, epochs=3, batch_rows=16, learning_rate=0.02, nearest=0, decoded=0
+            form=form, rank=16, epochs=3, batch_rows=16, learning_rate=0.02, nearest=0, decoded=0, minutes=0
         )
         self.adapter: TrainedAdapter = train(self.plm, memory, memory / "adapter", settings=training)[0]
         self.memory = ExternalMemory(memory / "train").load()

@@ -67,7 +67,7 @@ def adapter(url: str, pairs: Path, task: Path, tmp_path_factory: pytest.TempPath
     assert built["context_mode"] == "teacher-forced"
     trained = client_json(
         url, "train", "--memory", folder / "memory", "--adapter", folder / "adapter",
-        "--epochs", 3, "--rank", 8, "--nearest", 0, "--decoded", 0,
+        "--epochs", 3, "--rank", 8, "--nearest", 0, "--decoded", 0, "--minutes", 0,
     )  # fmt: skip
     assert trained["card"]["form"] == "residual"
     assert len([epoch for epoch in trained["history"] if epoch["phase"] == "joint"]) == 3
@@ -147,7 +147,9 @@ def test_grpc_gives_the_same_as_rest(
 def test_examples_for_each_text(url: str, adapter: Path, tmp_path: Path) -> None:
     """What the PLM sees before a text changes with it; without its file, or with another, the adapter is damaged."""
     memory = ["--memory", adapter.parent / "memory", "--adapter", tmp_path]
-    trained = client_json(url, "train", *memory, "--epochs", 1, "--rank", 8, "--nearest", 2, "--decoded", 3)
+    trained = client_json(
+        url, "train", *memory, "--epochs", 1, "--rank", 8, "--nearest", 2, "--decoded", 3, "--minutes", 0.05
+    )
     assert trained["card"]["nearest"] == 2
     decoded = [option for option in trained["options"] if option["chrf"] is not None]
     assert len(decoded) >= 4
@@ -182,7 +184,7 @@ def test_compare(url: str, task: Path, tmp_path: Path) -> None:
     splits: list[Any] = []
     for seed, (name, count) in enumerate({"input": 40, "validation": 6, "test": 4}.items(), 20):
         splits += [f"--{name}", write_pairs(tmp_path / f"{name}.jsonl", count, seed=seed)]
-    arguments = [*splits, "--task", task, "--folder", tmp_path / "compare"]
+    arguments = [*splits, "--task", task, "--folder", tmp_path / "compare", "--minutes", 0.02]
     refused = client(url, "compare", *arguments)
     assert refused.returncode == 1
     assert "--share-targets" in refused.stderr
@@ -191,8 +193,8 @@ def test_compare(url: str, task: Path, tmp_path: Path) -> None:
     result = client_json(url, "compare", *arguments, "--share-targets")
     rows = {row["name"]: row for row in result["rows"]}
     assert set(rows) == {
-        "plm", "plm_nearest", "pema_published", "constant", "knn_lm", "residual", "best", "private",
-        "private_by_position",
+        "plm", "plm_nearest", "pema_published", "constant", "knn_lm", "residual", "without_length_reward", "best",
+        "private", "private_by_position",
     }  # fmt: skip
     assert rows["private"]["client_discloses"] < rows["best"]["client_discloses"]
     for name, row in rows.items():
@@ -396,8 +398,8 @@ def test_a_killed_build_is_resumed_by_the_same_command(
 
 
 def test_the_full_vocabulary(url: str, many: tuple[list[Any], Path], tmp_path: Path) -> None:
-    what = ["--memory", many[1], "--adapter", tmp_path, "--epochs", 1, "--rank", 8, "--full-vocabulary", "--decoded", 2]
-    card = client_json(url, "train", *what)["card"]
+    what = ["--memory", many[1], "--adapter", tmp_path, "--epochs", 1, "--rank", 8, "--minutes", 0, "--decoded", 2]
+    card = client_json(url, "train", *what, "--full-vocabulary")["card"]
     assert card["candidates"] == support.VOCAB_SIZE
     assert card["validation"]["coverage"] == 1.0
     translated = client_json(url, "translate", "--adapter", tmp_path, "one two", "--max-new-tokens", 4)
@@ -417,6 +419,8 @@ def test_a_killed_training_is_resumed_by_the_same_command(
             8,
             "--learning-rate",
             3e-4,
+            "--minutes",
+            0,
             "--decoded",
             2,
         ]

@@ -49,7 +49,7 @@ def setting(tiny_models: support.TinyModels, tmp_path_factory: pytest.TempPathFa
         built = ["--task", folder / "task.toml", "--input", pairs, "--memory", folder / "memory", "--share-targets"]
         client_json(url, "build-memory", *built)
         trained = ["--memory", folder / "memory", "--adapter", folder / "adapter", "--epochs", 3, "--rank", 8]
-        trained += ["--nearest", 0, "--decoded", 0]
+        trained += ["--nearest", 0, "--decoded", 0, "--minutes", 0]
         client_json(url, "train", *trained)
         rng = random.Random(3)
         texts = folder / "texts.txt"

@@ -32,7 +32,7 @@ def work(tiny_service: PlmService, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("work")
     plm = RemotePlm(InProcessConnection(tiny_service), cache=None)
     verbs.build_memories(plm, TASK, PAIRS, folder / "memory", validation=PAIRS[:4])
-    settings = TrainingSettings(rank=4, epochs=1, nearest=0, decoded=0)
+    settings = TrainingSettings(rank=4, epochs=1, nearest=0, decoded=0, minutes=0)
     verbs.train(plm, folder / "memory", folder / "adapter", settings=settings)
     return folder
 

@@ -124,7 +124,7 @@ def test_the_whole_of_pema_is_the_slow_reference(real: Real, tmp_path: Path) -> 
         context_mode="teacher-forced",
         share_targets=True,
     )
-    settings = TrainingSettings(epochs=3, batch_rows=16, rank=64, nearest=0, decoded=0)
+    settings = TrainingSettings(epochs=3, batch_rows=16, rank=64, nearest=0, decoded=0, minutes=0)
     adapter, _ = train(real.plm, tmp_path, tmp_path / "adapter", settings=settings)
     tokenizer = real.plm.tokenizer
     reference = Reference(real.model)
