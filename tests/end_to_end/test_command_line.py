@@ -152,7 +152,8 @@ def test_examples_for_each_text(url: str, adapter: Path, tmp_path: Path) -> None
     )
     assert trained["card"]["nearest"] == 2
     decoded = [option for option in trained["options"] if option["chrf"] is not None]
-    assert len(decoded) >= 4
+    assert {option["interpolation"]["length_reward"] for option in decoded} == {0.0, 0.5, 1.0, 2.0}
+    assert len(decoded) >= 8
     assert trained["options"][0]["chrf"] == max(option["chrf"] for option in decoded)
     assert trained["card"]["interpolation"] == trained["options"][0]["interpolation"]
     texts = ["the thin", "die Tür"]
