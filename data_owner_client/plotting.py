@@ -28,9 +28,8 @@ def draw_training(axes: Axes, history: list[Epoch], plm_nll: float) -> None:
     axes.legend()
 
 
-def sweep(rows: Sequence[SweepRow], path: Path) -> None:
-    """Write `sweep.png`: likelihood against λ_max for every schedule, and against whatever else was varied."""
-    names = ("rank", "kappa", "learning_rate", "examples")
+def sweep(rows: Sequence[SweepRow], names: Sequence[str], path: Path) -> None:
+    """Write `sweep.png`: likelihood against λ_max for every schedule, and against what was varied of these names."""
     varied = [name for name in names if len({getattr(row, name) for row in rows}) > 1]
     figure = Figure(figsize=(5 * (1 + len(varied)), 4), layout="constrained")
     parts = np.atleast_1d(figure.subplots(1, 1 + len(varied), sharey=True))

@@ -32,17 +32,41 @@ class Grid:
     """What to combine with what.
 
     Attributes:
-        form: None is what `train` would choose.
+        form: and what follows, up to the examples: see `TrainingSettings`.
         examples: pairs of the memory, its first so many; None for all.
     """
 
-    form: Sequence[AdapterForm | None] = (None,)
+    form: Sequence[AdapterForm | None] = (TrainingSettings.form,)
     rank: Sequence[int] = (TrainingSettings.rank,)
     kappa: Sequence[float] = (TrainingSettings.kappa,)
     learning_rate: Sequence[float] = (TrainingSettings.learning_rate,)
+    dropout: Sequence[float] = (TrainingSettings.dropout,)
+    reconstruction_epochs: Sequence[int] = (TrainingSettings.reconstruction_epochs,)
+    label_smoothing: Sequence[float] = (TrainingSettings.label_smoothing,)
+    averaging: Sequence[float] = (TrainingSettings.averaging,)
+    seed: Sequence[int] = (TrainingSettings.seed,)
     examples: Sequence[int | None] = (None,)
     schedule: Sequence[Schedule] = ("gradual", "linear", "constant")
     lambda_max: Sequence[float] = tuple(i / 10 for i in range(1, 10))
+
+    def trainings(self) -> list[tuple[TrainingSettings, int | None]]:
+        """Settings and number of examples of each training."""
+        values = product(*(getattr(self, name) for name in SETTINGS), self.examples)
+        return [(TrainingSettings(**dict(zip(SETTINGS, each, strict=True))), examples) for *each, examples in values]
+
+
+SETTINGS = (
+    "form",
+    "rank",
+    "kappa",
+    "learning_rate",
+    "dropout",
+    "reconstruction_epochs",
+    "label_smoothing",
+    "averaging",
+    "seed",
+)
+"""Names of the training settings that a grid may vary."""
 
 
 class SweepRow(BaseModel):
@@ -58,6 +82,11 @@ class SweepRow(BaseModel):
     rank: int
     kappa: float
     learning_rate: float
+    dropout: float
+    reconstruction_epochs: int
+    label_smoothing: float
+    averaging: float
+    seed: int
     examples: int
     schedule: Schedule
     lambda_max: float
@@ -83,19 +112,15 @@ def sweep(
     reporter = reporter or Reporter()
     memories = Memories.open(memory, plm)
     rows: list[SweepRow] = []
-    points = list(product(grid.examples, grid.form, grid.rank, grid.kappa, grid.learning_rate))
-    for number, (examples, form, rank, kappa, learning_rate) in enumerate(points, 1):
-        settings = with_form(
-            TrainingSettings(form=form, rank=rank, kappa=kappa, learning_rate=learning_rate), memories.plan
-        )
-        reporter.say(
-            f"Training {number} of {len(points)}: {settings.form}, rank {rank}, κ {kappa}, learning rate "
-            f"{learning_rate}, {examples or 'all'} examples."
-        )
+    trainings = grid.trainings()
+    for number, (given, examples) in enumerate(trainings, 1):
+        settings = with_form(given, memories.plan)
+        told = ", ".join(f"{name} {getattr(settings, name)}" for name in SETTINGS if len(getattr(grid, name)) > 1)
+        reporter.say(f"Training {number} of {len(trainings)}: {told or 'as usual'}, {examples or 'all'} examples.")
         rows += _training(plm, memories, settings, examples, grid, folder, reporter)
     write_atomically(folder / "sweep.json", _ROWS.dump_json(rows, indent=1))
     write_atomically(folder / "sweep.csv", _as_csv(rows).encode())
-    plotting.sweep(rows, folder / "sweep.png")
+    plotting.sweep(rows, [*SETTINGS, "examples"], folder / "sweep.png")
     return rows
 
 
@@ -128,10 +153,7 @@ def _training(
     pema_logprob_N = target_logprobs(trained.adapter, given.targets.candidates, given.validation.data)
     found = [
         SweepRow(
-            form=trained.adapter.form,
-            rank=trained.adapter.A.out_features,
-            kappa=settings.kappa,
-            learning_rate=settings.learning_rate,
+            **{name: getattr(settings, name) for name in SETTINGS} | {"rank": trained.adapter.A.out_features},
             examples=count,
             schedule=each.schedule,
             lambda_max=each.lambda_max,
@@ -150,7 +172,7 @@ def likeliest(rows: Sequence[SweepRow]) -> list[SweepRow]:
     """Of every training its likeliest interpolation, the best training first."""
     best: dict[tuple[object, ...], SweepRow] = {}
     for row in rows:
-        training = (row.form, row.rank, row.kappa, row.learning_rate, row.examples)
+        training = (*(getattr(row, name) for name in SETTINGS), row.examples)
         if training not in best or row.nll < best[training].nll:
             best[training] = row
     return sorted(best.values(), key=lambda row: row.nll)

@@ -217,6 +217,17 @@ def sweep(
     rank: Annotated[list[int] | None, typer.Option(min=1, help="Ranks.")] = None,
     kappa: Annotated[list[float] | None, typer.Option(min=0.0, max=1.0, help="Values of κ.")] = None,
     learning_rate: Annotated[list[float] | None, typer.Option(min=1e-9, help="Learning rates.")] = None,
+    dropout: Annotated[list[float] | None, typer.Option(min=0.0, max=0.9, help="Dropout.")] = None,
+    reconstruction_epochs: Annotated[
+        list[int] | None, typer.Option(min=0, help="Epochs of the first phase; 0: joint training from the start.")
+    ] = None,
+    label_smoothing: Annotated[
+        list[float] | None, typer.Option(min=0.0, max=0.9, help="Share of each target spread over all candidates.")
+    ] = None,
+    averaging: Annotated[
+        list[float] | None, typer.Option(min=0.0, max=0.9999, help="Running mean of the weights; 0: the last ones.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, max=2**31 - 1, help="Seeds.")] = None,
     examples: Annotated[
         list[int] | None, typer.Option(min=1, help="Sizes of the memory: its first so many examples; default: all.")
     ] = None,
@@ -247,6 +258,11 @@ def sweep(
         "rank": rank,
         "kappa": kappa,
         "learning_rate": learning_rate,
+        "dropout": dropout,
+        "reconstruction_epochs": reconstruction_epochs,
+        "label_smoothing": label_smoothing,
+        "averaging": averaging,
+        "seed": seed,
         "examples": examples,
         "schedule": schedule,
         "lambda_max": lambda_max,
@@ -257,7 +273,9 @@ def sweep(
     if as_json:
         sys.stdout.write(json.dumps([row.model_dump() for row in rows], indent=1) + "\n")
         return
-    columns = ("form", "rank", "kappa", "learning_rate", "examples", "schedule", "lambda_max", "nll", "train_seconds")
+    # Besides what was varied, what a reader expects.
+    varied = [name for name in sweeping.SETTINGS if name in ("form", "rank") or given[name]]
+    columns = (*varied, "examples", "schedule", "lambda_max", "nll", "train_seconds")
     table = Table(*columns, title=f"likeliest interpolation of each training; the PLM alone: {rows[0].plm_nll:.3f}")
     for row in sweeping.likeliest(rows):
         values = (getattr(row, name) for name in columns)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data_owner_client.files import write_atomically
 
-_BEST, _ADAPTER, _OPTIMISER, _RNG = "best.", "adapter.", "optimiser.", "rng"
+_BEST, _ADAPTER, _AVERAGE, _OPTIMISER, _RNG = "best.", "adapter.", "average.", "optimiser.", "rng"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,12 @@ class Checkpoint:
     device: torch.device
 
     def save(
-        self, progress: dict[str, Any], adapter: nn.Module, optimiser: torch.optim.Optimizer, best: dict[str, Tensor]
+        self,
+        progress: dict[str, Any],
+        adapter: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        best: dict[str, Tensor],
+        average: nn.Module | None,
     ) -> None:
         """Write the state, in place of the last one.
 
@@ -57,6 +62,8 @@ class Checkpoint:
         """
         tensors = {_ADAPTER + name: value for name, value in adapter.state_dict().items()}
         tensors |= {_BEST + name: value for name, value in best.items()}
+        if average is not None:
+            tensors |= {_AVERAGE + name: value for name, value in average.state_dict().items()}
         for number, state in optimiser.state_dict()["state"].items():
             tensors |= {f"{_OPTIMISER}{number}.{name}": value for name, value in state.items()}
         tensors[_RNG] = torch.get_rng_state()
@@ -68,8 +75,8 @@ class Checkpoint:
         metadata["sha256"] = _checksum(tensors, metadata["progress"])
         write_atomically(self.path, safetensors.torch.save(tensors, metadata))
 
-    def load(self, adapter: nn.Module) -> Found | None:
-        """Bring adapter and random numbers to where they were; None if nothing of this training is there, or whole."""
+    def load(self, adapter: nn.Module, average: nn.Module | None) -> Found | None:
+        """Bring adapter, average and random numbers to where they were; None if nothing whole of this training is there."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -81,6 +88,8 @@ class Checkpoint:
         if metadata.get("sha256") != _checksum(tensors, metadata.get("progress", "")):
             return None
         adapter.load_state_dict(_part(tensors, _ADAPTER))
+        if average is not None:
+            average.load_state_dict(_part(tensors, _AVERAGE))
         torch.set_rng_state(tensors[_RNG])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors[_RNG + ".cuda"], self.device)

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data_owner_client.adapter import Adapter
 from data_owner_client.background import one_ahead
@@ -31,7 +32,7 @@ from protocol.head import LMHead
 
 _CHECKPOINT_EVERY_S = 60.0
 # Of what a checkpoint holds.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,11 @@ class _Training:
             head_rms=head.weight_V_D.square().mean().sqrt().item(),
             dropout=settings.dropout,
         ).to(self._device)
+        self._average: AveragedModel | None = None
+        if settings.averaging:
+            self._average = AveragedModel(self._adapter, multi_avg_fn=get_ema_multi_avg_fn(settings.averaging))
         self._progress, self._best = _Progress(), copy.deepcopy(self._adapter.state_dict())
-        found = None if checkpoint is None else checkpoint.load(self._adapter)
+        found = None if checkpoint is None else checkpoint.load(self._adapter, self._average)
         if found is not None:
             self._progress, self._best = _Progress.of_json(found.progress), found.best
         self._optimiser = self._new_optimiser()
@@ -230,7 +234,7 @@ class _Training:
             if self._joint:
                 recent_B_E = adapter.recent(self._head, batch.previous_N_K)
                 h_B_D = adapter.hidden(adapter.scaled(batch.cr_N_D, batch.agrees_N), recent_B_E)
-                prediction = cross_entropy(h_B_D, self._head, batch.label_N)
+                prediction = cross_entropy(h_B_D, self._head, batch.label_N, smoothing=self._settings.label_smoothing)
                 loss = kappa * reconstruction + (1 - kappa) * prediction
                 progress.prediction += prediction.item()
                 number = progress.epoch - self._settings.reconstruction_epochs + 1
@@ -241,6 +245,8 @@ class _Training:
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self._optimiser.step()
+        if self._joint and self._average is not None:
+            self._average.update_parameters(adapter)
         progress.reconstruction += reconstruction.item()
         progress.step += 1
         return words
@@ -259,13 +265,14 @@ class _Training:
         progress, before = self._progress, self._settings.reconstruction_epochs
         reconstruction, prediction = (total / progress.step for total in (progress.reconstruction, progress.prediction))
         if self._joint:
-            logprob_N = target_logprobs(self._adapter, self._head, self._validation.data)
+            judged = self._adapter if self._average is None else cast(Adapter, self._average.module)
+            logprob_N = target_logprobs(judged, self._head, self._validation.data)
             _, nll = self._validation.best(logprob_N, "constant")
             progress.history.append(Epoch("joint", progress.epoch - before + 1, reconstruction, prediction, nll))
             progress.since_best += 1
             if nll < progress.best_nll:
                 progress.best_nll, progress.since_best = nll, 0
-                self._best = copy.deepcopy(self._adapter.state_dict())
+                self._best = copy.deepcopy(judged.state_dict())
         else:
             progress.history.append(Epoch("reconstruction", progress.epoch + 1, reconstruction, None, None))
         was_joint = self._joint
@@ -276,7 +283,7 @@ class _Training:
 
     def _save(self) -> None:
         if self._checkpoint is not None:
-            self._checkpoint.save(self._progress.as_json(), self._adapter, self._optimiser, self._best)
+            self._checkpoint.save(self._progress.as_json(), self._adapter, self._optimiser, self._best, self._average)
 
 
 def _device(name: str | None) -> torch.device:

@@ -25,6 +25,9 @@ class TrainingSettings:
         epochs: passes of phase 2, at most.
         patience: epochs without a better validation likelihood after which phase 2 ends.
         batch_rows: rows of a step.
+        label_smoothing: probability of each target that is spread over all candidates.
+        averaging: how much of the running mean of phase 2's weights stays at each step, such as 0.99; the mean is then
+            the adapter. 0 for the last weights.
         pairing: of targets and contexts in private memories: `aligned` (`memory.alignment`), or by `position`, as the
             paper draws it.
         nearest: pairs of the memory, those most like the text at hand, that the PLM sees as examples in its prompt,
@@ -49,6 +52,8 @@ class TrainingSettings:
     epochs: int = 12
     patience: int = 3
     batch_rows: int = 512
+    label_smoothing: float = 0.0
+    averaging: float = 0.0
     pairing: Pairing = "aligned"
     nearest: int | None = None
     gate: bool = True

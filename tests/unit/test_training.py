@@ -171,12 +171,13 @@ class StoppingReporter(Reporter):
 
 
 @pytest.mark.parametrize("form", ["paper", "residual"])
+@pytest.mark.parametrize("averaging", [0.0, 0.8])
 @pytest.mark.parametrize("every_s", [0.0, 1e9])
 def test_a_training_that_is_stopped_anywhere_ends_in_the_same_adapter(
-    form: Any, every_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: Any, averaging: float, every_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "_CHECKPOINT_EVERY_S", every_s)
-    settings = replace(SETTINGS, form=form, dropout=0.3, epochs=4)
+    settings = replace(SETTINGS, form=form, dropout=0.3, epochs=4, averaging=averaging)
     rows, checkpoint = make_rows(3), tmp_path / "checkpoint"
     whole = fit(rows, settings, shards=3)
     for after in (1, 2, 4, 1, 5, 4):
@@ -219,21 +220,46 @@ def test_every_epoch_has_every_row_once(shards: int, pool_bytes: int, batch_rows
     assert not torch.equal(*orders)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("chunk_rows", [1, 7, None])
-def test_cross_entropy_in_chunks_is_cross_entropy(softcap: float | None, chunk_rows: int | None) -> None:
+def test_cross_entropy_in_chunks_is_cross_entropy(
+    softcap: float | None, chunk_rows: int | None, smoothing: float
+) -> None:
     generator = torch.Generator().manual_seed(4)
     weight_C_D, bias_C = torch.randn(C, D, generator=generator), torch.randn(C, generator=generator)
     head, label_N = LMHead(weight_C_D, bias_C, 0.7, softcap), torch.randint(C, (N,), generator=generator)
     ours_N_D = torch.randn(N, D, generator=generator).requires_grad_()
-    (3 * cross_entropy(ours_N_D, head, label_N, chunk_rows=chunk_rows)).backward()
+    ours = cross_entropy(ours_N_D, head, label_N, chunk_rows=chunk_rows, smoothing=smoothing)
+    (3 * ours).backward()
     theirs_N_D = ours_N_D.detach().double().requires_grad_()
     logits_N_C = (theirs_N_D @ weight_C_D.double().T + bias_C.double()) * 0.7
     logits_N_C = logits_N_C if softcap is None else softcap * torch.tanh(logits_N_C / softcap)
-    loss = -logits_N_C.log_softmax(-1)[torch.arange(N), label_N].mean()
+    logprob_N_C = logits_N_C.log_softmax(-1)
+    loss = -((1 - smoothing) * logprob_N_C[torch.arange(N), label_N] + smoothing * logprob_N_C.mean(-1)).mean()
     (3 * loss).backward()
-    torch.testing.assert_close(cross_entropy(ours_N_D, head, label_N, chunk_rows=chunk_rows), loss.float())
+    torch.testing.assert_close(ours, loss.float())
     torch.testing.assert_close(ours_N_D.grad, theirs_N_D.grad, check_dtype=False)
+
+
+def test_the_average_is_that_of_the_weights_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, seen = make_rows(3), list[list[Tensor]]()
+    step = torch.optim.Adam.step
+
+    def noted(self: torch.optim.Adam, *arguments: Any) -> Any:
+        result = step(self, *arguments)
+        seen.append([weight.detach().clone() for weight in self.param_groups[0]["params"]])
+        return result
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    settings = replace(SETTINGS, epochs=1, averaging=0.6)
+    averaged = fit(rows, settings).adapter
+    joint = seen[-math.ceil(N / settings.batch_rows) :]
+    mean = joint[0]
+    for weights in joint[1:]:
+        mean = [0.6 * before + 0.4 * after for before, after in zip(mean, weights, strict=True)]
+    for expected, name in zip(mean, ("A", "B_pd"), strict=True):
+        torch.testing.assert_close(averaged.state_dict()[f"{name}.weight"], expected)
 
 
 def test_training_refuses_what_it_cannot_learn_from() -> None:
