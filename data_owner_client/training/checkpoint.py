@@ -76,7 +76,7 @@ class Checkpoint:
         write_atomically(self.path, safetensors.torch.save(tensors, metadata))
 
     def load(self, adapter: nn.Module, average: nn.Module | None) -> Found | None:
-        """Bring adapter, average and random numbers to where they were; None if nothing whole of this training is there."""
+        """Bring all to where it was; None if nothing whole of this training is there."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}

@@ -174,7 +174,7 @@ def test_sweep(url: str, adapter: Path, tmp_path: Path) -> None:
     arguments = ["sweep", "--memory", adapter.parent / "memory", "--folder", tmp_path, *grid]
     rows = client_json(url, *arguments)
     assert [(row["rank"], row["form"], row["lambda_max"]) for row in rows] == [(2, "paper", 0.3), (4, "paper", 0.3)]
-    assert "learning_rate" in client(url, *arguments).stdout
+    assert "train_seconds" in client(url, *arguments).stdout
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 3
     refused = client(url, *arguments, "--schedule", "steep")
     assert refused.returncode == 1
