@@ -65,8 +65,8 @@ def run(folder: Path, port: int, *, published: bool) -> None:
             "build-memory", ["--task", data / "task.toml", *pairs, "--memory", memory, "--share-targets"]
         )
         console.rule("trains an adapter")
-        # The quick way; all that `train` chooses by itself is in `pema-client compare`.
-        quick = ["--nearest", 0, "--no-gate", "--decoded", 0, "--minutes", 0]
+        # A quick way; all that `train` chooses by itself is in `pema-client compare`.
+        quick = ["--nearest", 0, "--no-gate", "--decoded", 60, "--minutes", 0]
         trained = client.step("train", ["--memory", memory, "--adapter", adapter, *quick])
         console.rule("and translates the test set, with and without it")
         test = ["--adapter", adapter, "--input", data / "test.jsonl"]
