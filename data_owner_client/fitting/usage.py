@@ -115,14 +115,14 @@ def choose_usage(
         reporter: told of what is tried.
     """
     plain = with_option(Option(nearest=0, interpolation=Interpolation(), nll=0.0))
-    promptings = {0: Prompting.of(0, given.validation, plain, given.held_out)}
+    promptings: dict[int, Prompting] = {}
+    if not settings.nearest:
+        promptings[0] = Prompting.of(0, given.validation, plain, given.held_out)
     if settings.nearest != 0 and memories.plan.context_mode == "teacher-forced":
         count = settings.nearest or NEAREST
         rows = _encode_with_nearest(plm, memories, count, reporter)
         near = replace(given.validation, plm_logprob_N=given.targets.plm_logprobs(rows))
         promptings[count] = Prompting.of(count, near, plain, rows)
-        if settings.nearest is not None:
-            del promptings[0]
     found = [option for each in promptings.values() for option in each.likeliest(gate=settings.gate)]
     found.sort(key=lambda option: option.nll)
     if not settings.decoded:
