@@ -24,7 +24,11 @@ def tasks_for(plm: RemotePlm, task: Task, sources: Sequence[str], nearest: Neare
 
 
 class NearestPairs:
-    """Finds pairs by the likeness of their sources: the cosine of the TF-IDF weights of pieces of words.
+    """Finds pairs by the likeness of their sources, by the TF-IDF weights of pieces of words.
+
+    The product of two texts' weights is divided by the square root of the pair's length alone, not by its length: the
+    cosine would prefer short pairs, behind which the PLM answers too shortly (pivoted length normalisation, Singhal et
+    al., SIGIR 1996).
 
     Args:
         pairs: with targets.
@@ -37,8 +41,10 @@ class NearestPairs:
 
         self._pairs = list(pairs)
         self._count = min(count, len(self._pairs))
-        self._vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
-        self._weights = self._vectorizer.fit_transform([pair.source for pair in self._pairs]).T.tocsr()
+        self._vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, norm=None)
+        weights_N_G = self._vectorizer.fit_transform([pair.source for pair in self._pairs])
+        length_N = np.sqrt(np.asarray(weights_N_G.multiply(weights_N_G).sum(axis=1)).ravel())
+        self._weights = weights_N_G.multiply(np.maximum(length_N, 1e-9)[:, None] ** -0.5).T.tocsr()
 
     def examples(self, sources: Sequence[str]) -> list[tuple[Shot, ...]]:
         """For each text the pairs most like it, the likest last; never one with that very source."""

@@ -25,7 +25,7 @@ from data_owner_client.training import TrainingSettings, ValidationData, likelie
 from protocol.errors import InvalidData
 
 # Examples of its own for every prompt, where the user does not say how many.
-NEAREST = 5
+NEAREST = 8
 # What is decoded besides the likeliest interpolation; each with the first of the rewards, the best with all of them.
 _LAMBDAS = (0.3, 0.5, 0.7, 0.85)
 _REWARDS = (1.0, 0.0, 0.5, 2.0)
