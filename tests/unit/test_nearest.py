@@ -1,3 +1,7 @@
+import math
+import re
+from collections import Counter
+
 from data_owner_client.data import Pair
 from data_owner_client.nearest import NearestPairs
 
@@ -38,3 +42,34 @@ def test_many_texts_at_once_find_what_each_finds_alone() -> None:
     nearest = NearestPairs(PAIRS, 3)
     texts = [f"{pair.source} {number}" for number in range(60) for pair in PAIRS]
     assert nearest.examples(texts) == [nearest.examples([text])[0] for text in texts]
+
+
+def test_the_order_is_that_of_the_formula() -> None:
+    """Weights (1 + log tf)·idf of pieces of words, products over the square root of the pair's length."""
+    pairs = [*PAIRS, Pair("Turn the light in the kitchen on, and leave every other light as it is", "…")]
+    text = "Turn the kitchen light on"
+    found = sources(NearestPairs(pairs, len(pairs)), text)
+
+    def pieces(text: str) -> Counter[str]:
+        words = [f" {word} " for word in re.findall(r"\S+", text.lower())]
+        counts = Counter(w[i : i + n] for w in words for n in range(2, 6) for i in range(len(w) - n + 1) if len(w) > n)
+        # A word that is no longer than a piece is one piece, and no longer pieces are made of it.
+        for word in words:
+            counts.update([word] if len(word) <= 5 else [])
+        return counts
+
+    counts = [pieces(pair.source) for pair in pairs]
+    seen = Counter(piece for count in counts for piece in count)
+    idf = {piece: math.log((1 + len(pairs)) / (1 + number)) + 1 for piece, number in seen.items()}
+
+    def weights(count: Counter[str]) -> dict[str, float]:
+        return {piece: (1 + math.log(tf)) * idf[piece] for piece, tf in count.items() if piece in idf}
+
+    def likeness(count: Counter[str]) -> float:
+        own, query = weights(count), weights(pieces(text))
+        length = math.sqrt(sum(weight**2 for weight in own.values()))
+        return sum(weight * query.get(piece, 0.0) for piece, weight in own.items()) / math.sqrt(length)
+
+    order = sorted(range(len(pairs)), key=lambda i: likeness(counts[i]))
+    assert found == [pairs[i].source for i in order]
+    assert found[-1] == pairs[-1].source
