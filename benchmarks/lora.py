@@ -170,6 +170,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     row = {
         "name": "lora",
+        "what": "LoRA trained on the PLM itself, for whoever has its weights",
         "texts": lora.translate([pair.source for pair in splits["test"]]),
         "ppl": math.exp(lora.loss(lora.tokenize(splits["test"]))),
         "train_seconds": seconds,
