@@ -15,6 +15,7 @@ from data_owner_client.cli.app import command, set_threads
 from data_owner_client.cli.inputs import pairs_of
 from data_owner_client.cli.options import (
     AsJson,
+    Decoded,
     Decoding,
     FileFormat,
     InputFile,
@@ -119,6 +120,7 @@ def compare(
     ),
     only: Annotated[list[str] | None, typer.Option(help=f"Measure only this system: {', '.join(SYSTEMS)}.")] = None,
     minutes: Minutes = TrainingSettings.minutes,
+    decoded: Decoded = TrainingSettings.decoded,
     share_targets: ShareTargets = False,
     source_field: SourceField = "source",
     target_field: TargetField = "target",
@@ -154,7 +156,7 @@ def compare(
         splits,
         folder / loaded.name,
         only=only or (),
-        settings=TrainingSettings(minutes=minutes),
+        settings=TrainingSettings(minutes=minutes, decoded=decoded),
         reporter=RichReporter(),
     )
     title = f"{result.task}, {result.model}: {result.pairs['train']:,} pairs, {result.pairs['test']} test texts"

@@ -144,6 +144,9 @@ Minutes = Annotated[
         min=0.0, help="Time to look for better settings by whole trainings; what you set yourself stays. 0: train once."
     ),
 ]
+Decoded = Annotated[
+    int, typer.Option(min=0, help="Held-out texts that are decoded to choose λ by chrF; 0: by likelihood alone.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences in one call.")]
 ShareTargets = Annotated[
     bool, typer.Option("--share-targets", help="Allow target texts to be shown to the owner of the PLM.")

@@ -20,6 +20,7 @@ from data_owner_client.cli.inputs import pairs_of
 from data_owner_client.cli.options import (
     AdapterFolder,
     AsJson,
+    Decoded,
     Dtype,
     FileFormat,
     InputFile,
@@ -141,10 +142,7 @@ def train(
         bool, typer.Option("--gate/--no-gate", help="Whether a learned gate may take the place of a schedule of λ.")
     ] = TrainingSettings.gate,
     minutes: Minutes = TrainingSettings.minutes,
-    decoded: Annotated[
-        int,
-        typer.Option(min=0, help="Held-out texts that are decoded to choose λ by chrF; 0: by likelihood alone."),
-    ] = TrainingSettings.decoded,
+    decoded: Decoded = TrainingSettings.decoded,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of joint training, at most.")] = TrainingSettings.epochs,
     full_vocabulary: Annotated[
         bool,

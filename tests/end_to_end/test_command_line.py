@@ -181,11 +181,12 @@ def test_sweep(url: str, adapter: Path, tmp_path: Path) -> None:
     assert "no schedule 'steep'" in refused.stderr
 
 
+@pytest.mark.timeout(900)  # ten systems, four of them trained in processes of their own
 def test_compare(url: str, task: Path, tmp_path: Path) -> None:
     splits: list[Any] = []
     for seed, (name, count) in enumerate({"input": 40, "validation": 6, "test": 4}.items(), 20):
         splits += [f"--{name}", write_pairs(tmp_path / f"{name}.jsonl", count, seed=seed)]
-    arguments = [*splits, "--task", task, "--folder", tmp_path / "compare", "--minutes", 0.02]
+    arguments = [*splits, "--task", task, "--folder", tmp_path / "compare", "--minutes", 0, "--decoded", 1]
     refused = client(url, "compare", *arguments)
     assert refused.returncode == 1
     assert "--share-targets" in refused.stderr
