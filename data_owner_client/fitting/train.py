@@ -69,7 +69,8 @@ def train(
     decoded with that and with constant values of λ, and the one with the highest chrF stays.
 
     The memory is read from disk as it is needed, so it may be larger than RAM. Interrupted, the same call goes on where
-    it was, to the same adapter.
+    it was, to the same adapter, bit for bit. (But for a gate behind examples for each text: it is fitted to answers
+    that the server computes anew, so it is the same up to their rounding.)
 
     Raises:
         InvalidData: a memory is missing, incomplete or damaged, or does not allow these settings.
