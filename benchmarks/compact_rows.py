@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, get_args
@@ -57,12 +58,9 @@ def main() -> None:
             folder, adapter = _WORK / dtype, _WORK / "adapter"
             shutil.rmtree(folder, ignore_errors=True)
             bytes_per_row = sum(_converted(exact / part, folder / part, dtype) for part in _PARTS) / len(_PARTS)
-            cards = [
-                train(plm, folder, adapter, settings=TrainingSettings(seed=seed, nearest=0, decoded=0, minutes=0))[
-                    1
-                ].card
-                for seed in range(seeds)
-            ]
+            quick = TrainingSettings(nearest=0, decoded=0, minutes=0)
+            reports = [train(plm, folder, adapter, settings=replace(quick, seed=seed))[1] for seed in range(seeds)]
+            cards = [each.card for each in reports]
             figures[dtype] = {
                 "bytes_per_row": bytes_per_row,
                 "plm_nll": cards[0].validation["plm_nll"],

@@ -76,8 +76,7 @@ def _residual(bench: Bench) -> Measured:
 
 def _without_length_reward(bench: Bench) -> Measured:
     adapter, report = bench.best
-    unrewarded = adapter.card.interpolation.model_copy(update={"length_reward": 0.0})
-    return bench.adapted(adapter, report, "teacher-forced", unrewarded)
+    return bench.adapted(adapter, report, "teacher-forced", adapter.card.interpolation.rewarded(0.0))
 
 
 def _best(bench: Bench) -> Measured:
@@ -136,5 +135,4 @@ def _likeliest_constant(report: TrainingReport) -> Interpolation:
         for option in report.options
         if option.nearest == 0 and option.interpolation.schedule == "constant" and option.interpolation.gate is None
     ]
-    likeliest = min(constant, key=lambda option: option.nll)
-    return likeliest.interpolation.model_copy(update={"length_reward": 0.0})
+    return min(constant, key=lambda option: option.nll).interpolation.rewarded(0.0)

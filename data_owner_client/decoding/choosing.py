@@ -96,7 +96,7 @@ class Chooser:
         self._sampling = sampling
         self._reluctance_C: Tensor | None = None
         if adapter is not None and interpolation.length_reward:
-            is_stop_C = torch.isin(adapter.candidate_ids_C, torch.tensor(sorted(stop_ids)))
+            is_stop_C = torch.isin(adapter.candidate_ids_C, torch.tensor(sorted(stop_ids), dtype=torch.int64))
             self._reluctance_C = interpolation.length_reward * is_stop_C.double()
 
     def choose(self, response: DecodeResponse, positions: Sequence[Position], own: DecodeResponse) -> list[Choice]:

@@ -51,6 +51,10 @@ class Interpolation(BaseModel):
             return f"a learned gate (λ {self.lambda_max:.2f} on average){reward}"
         return f"{self.schedule} with λ_max {self.lambda_max:.2f}{reward}"
 
+    def rewarded(self, length_reward: float) -> Interpolation:
+        """The same with another length reward."""
+        return self.model_copy(update={"length_reward": length_reward})
+
     def weights(self, position_N: Tensor, horizon_N: Tensor) -> Tensor:
         """λ at each position.
 

@@ -53,8 +53,7 @@ class Option(BaseModel):
 
     def rewarded(self, length_reward: float) -> Option:
         """The same with another length reward."""
-        changed = self.interpolation.model_copy(update={"length_reward": length_reward})
-        return self.model_copy(update={"interpolation": changed})
+        return self.model_copy(update={"interpolation": self.interpolation.rewarded(length_reward)})
 
 
 @dataclass(frozen=True)

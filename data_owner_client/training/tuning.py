@@ -11,7 +11,7 @@ from data_owner_client.adapter import AdapterForm
 from data_owner_client.training.loop import Trained
 from data_owner_client.training.settings import TrainingSettings
 
-# What is tried, in this order: first what has helped most often.
+# What is tried, in this order.
 _CHANGES: tuple[dict[str, Any], ...] = (
     {"dropout": 0.35},
     {"learning_rate": 1e-3},
