@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
 from data_owner_client.adapter import Adaptation
 from data_owner_client.decoding.choosing import Choice
+from data_owner_client.decoding.consensus import by_likeness
 from data_owner_client.decoding.generate import Continuation, require_room
 from data_owner_client.decoding.generate import generate as generate_ids
 from data_owner_client.decoding.interpolation import Interpolation
@@ -25,6 +26,10 @@ from data_owner_client.tasks import Task
 from data_owner_client.tokenization import Prompt
 from protocol.errors import InvalidData, PemaError
 
+# Draws of a consensus: sharper than the mixture, so that few texts go as far as many, and from candidates, of whose
+# probabilities no whole LM head is needed.
+CONSENSUS_SAMPLING = Sampling(temperature=0.6, known_only=True)
+
 OnFailure = Callable[[int, PemaError], None]
 """Told of a text, by its number from 0, and why it cannot be answered."""
 OnToken = Callable[[int, int], None]
@@ -36,7 +41,8 @@ class Generation:
     """What was generated, in the order of the inputs, and what it took.
 
     Attributes:
-        best: for each input all texts that were asked for, the most probable one first.
+        best: for each input all texts that were asked for, the most probable one first, or, by consensus, that which is
+            most like all.
         choices: how each token of the first of them was chosen.
     """
 
@@ -66,6 +72,9 @@ class GenerationOptions(TypedDict, total=False):
         sampling: how to draw tokens; None for the most probable ones. The text depends on the seed, not on drafts.
         samples: texts to draw for each input.
         best: of these, how many of the most probable ones to give.
+        consensus: draw so many texts for each input beside that of the most probable tokens, and order all by their
+            likeness to one another (`decoding.consensus`). In the place of `samples`; without `sampling`, the draws are
+            `CONSENSUS_SAMPLING`.
         on_failure: told of each text (by its number, from 0) that cannot be answered; its result is then empty. Without
             it, such a text is an error of the whole.
         on_token: told of every token as soon as it is certain: the number of its text, and its id.
@@ -78,6 +87,7 @@ class GenerationOptions(TypedDict, total=False):
     sampling: Sampling | None
     samples: int
     best: int
+    consensus: int
     on_failure: OnFailure | None
     on_token: OnToken | None
     reporter: Reporter | None
@@ -181,6 +191,7 @@ def _generate(
     sampling: Sampling | None = None,
     samples: int = 1,
     best: int = 1,
+    consensus: int = 0,
     on_failure: OnFailure | None = None,
     on_token: OnToken | None = None,
     reporter: Reporter | None = None,
@@ -200,34 +211,43 @@ def _generate(
             if on_failure is None:
                 raise
             on_failure(number, error)
+    drawn: list[int | None] = list(range(samples))
+    if consensus:
+        drawn = [None, *range(consensus)]
+        sampling = sampling or replace(CONSENSUS_SAMPLING, known_only=adapter is not None)
     # Samples of the same prompt one after another: they share all of its attention states.
     continuations, usage = generate_ids(
         plm,
-        [prompt_ids[number] for number in numbers for _ in range(samples)],
+        [prompt_ids[number] for number in numbers for _ in drawn],
         adapter=adapter,
         interpolation=interpolation or (adapter.card.interpolation if adapter else Interpolation(schedule="none")),
-        horizons=None if horizons is None else [horizons[number] for number in numbers for _ in range(samples)],
-        own_prompts=None if own_ids is None else [own_ids[number] for number in numbers for _ in range(samples)],
+        horizons=None if horizons is None else [horizons[number] for number in numbers for _ in drawn],
+        own_prompts=None if own_ids is None else [own_ids[number] for number in numbers for _ in drawn],
         stop_ids=task.stop_ids(tokenizer) | frozenset(plm.card.eos_token_ids),
         settings=decoding,
         sampling=sampling,
-        samples=list(range(samples)) * len(numbers),
+        samples=drawn * len(numbers),
         lookup=lookup,
-        on_token=None if on_token is None else lambda at, token: on_token(numbers[at // samples], token),
+        on_token=None if on_token is None else lambda at, token: on_token(numbers[at // len(drawn)], token),
         reporter=reporter,
     )
-    ranked: list[list[Continuation]] = [[Continuation([])] for _ in prompts]
+    answers = [[""] for _ in prompts]
+    choices: list[list[Choice]] = [[] for _ in prompts]
     for at, number in enumerate(numbers):
-        own = continuations[at * samples : (at + 1) * samples]
-        ranked[number] = sorted(own, key=_mean_logprob, reverse=True)[:best] if samples > 1 else own
+        own = continuations[at * len(drawn) : (at + 1) * len(drawn)]
+        texts = [task.answer(one.token_ids, tokenizer) for one in own]
+        order = by_likeness(texts) if consensus else _by_likelihood(own)
+        answers[number] = [texts[n] for n in order[:best]]
+        choices[number] = own[order[0]].choices
     return Generation(
-        best=[[task.answer(one.token_ids, tokenizer) for one in own] for own in ranked],
-        choices=[own[0].choices for own in ranked],
+        best=answers,
+        choices=choices,
         usage=usage,
         seconds=time.perf_counter() - started,
     )
 
 
-def _mean_logprob(continuation: Continuation) -> float:
-    # Of its tokens: the sum would prefer short texts.
-    return continuation.logprob / len(continuation.token_ids)
+def _by_likelihood(continuations: Sequence[Continuation]) -> list[int]:
+    """Their numbers, the most probable one first: by the mean over its tokens, since the sum prefers short texts."""
+    mean_logprobs = [one.logprob / len(one.token_ids) for one in continuations]
+    return sorted(range(len(continuations)), key=lambda number: -mean_logprobs[number])

@@ -165,12 +165,13 @@ def evaluate(
     share_targets: bool = False,
     decoding: DecodingSettings = DEFAULT_DECODING,
     lookup: Lookup | None = None,
+    consensus: int = 0,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Translate the sources with the PLM alone and with the adapter, and score both against the targets.
 
     The texts are scored on this machine. Perplexity needs the PLM's view of the targets themselves, so it is computed
-    only with `share_targets`.
+    only with `share_targets`. A consensus (see `GenerationOptions`) is for the adapter alone.
 
     Raises:
         As `translate`.
@@ -187,6 +188,7 @@ def evaluate(
             interpolation=interpolation,
             decoding=decoding,
             lookup=lookup if with_adapter else None,
+            consensus=consensus if with_adapter else 0,
             reporter=reporter,
         )
 

@@ -88,6 +88,7 @@ def evaluate(
             share_targets=share_targets,
             decoding=decoding.settings,
             lookup=decoding.drafts(),
+            consensus=decoding.consensus,
             reporter=RichReporter(),
         )
     if as_json:

@@ -27,6 +27,7 @@ from data_owner_client.cli.options import (
 from data_owner_client.cli.output import stream_text, write_texts
 from data_owner_client.progress import RichReporter
 from data_owner_client.tasks import Task, load_task
+from protocol.errors import InvalidData
 
 
 @command()
@@ -53,6 +54,7 @@ def translate(
     - `pema-client translate --adapter adapter --input test.jsonl --output test.de`
     - `pema-client translate --task translate-en-de < texts.txt`
     - `pema-client translate --adapter adapter --schedule gradual --lambda-max 0.9 --input test.txt`
+    - `pema-client translate --adapter adapter --consensus 16 --input test.jsonl --output test.de`
     - `pema-client translate --adapter adapter --explain why.jsonl "The device is offline."`
     """
     set_threads(decoding.threads)
@@ -63,6 +65,7 @@ def translate(
         run = partial(generation.translate, plm, adapter=trained, task=chosen, **_how(decoding, draws, trained))
         identity = ["translate", plm.card.digest, trained and trained.card, chosen, *decoding.identity(trained), draws]
         if stream:
+            _require_one(decoding, draws)
             stream_text(inputs, run, chosen or (trained.card.task if trained else Task(name="bare")), plm.tokenizer)
         else:
             write_texts(inputs, run, identity, output, as_json, explain, plm.tokenizer)
@@ -97,13 +100,20 @@ def generate(
         run = partial(generation.generate, plm, adapter=trained, **_how(decoding, draws, trained))
         identity = ["generate", plm.card.digest, trained and trained.card, *decoding.identity(trained), draws]
         if stream:
+            _require_one(decoding, draws)
             stream_text(inputs, run, trained.card.task if trained else Task(name="bare"), plm.tokenizer)
         else:
             write_texts(inputs, run, identity, output, as_json, explain, plm.tokenizer)
 
 
 def _how(decoding: Decoding, draws: Draws, adapter: TrainedAdapter | None) -> dict[str, Any]:
-    """What `translate` and `generate` have in common."""
+    """What `translate` and `generate` have in common.
+
+    Raises:
+        InvalidData: the options contradict each other.
+    """
+    if decoding.consensus and draws.samples > 1:
+        raise InvalidData("--consensus and --samples both say how many texts to draw.", hint="Give one of them.")
     return {
         "interpolation": decoding.interpolation(adapter),
         "decoding": decoding.settings,
@@ -111,5 +121,14 @@ def _how(decoding: Decoding, draws: Draws, adapter: TrainedAdapter | None) -> di
         "sampling": draws.sampling,
         "samples": draws.samples,
         "best": draws.best,
+        "consensus": decoding.consensus,
         "reporter": RichReporter(),
     }
+
+
+def _require_one(decoding: Decoding, draws: Draws) -> None:
+    if decoding.consensus or draws.samples > 1:
+        raise InvalidData(
+            "--stream shows a text as it grows, and of several the best is known at the end.",
+            hint="Leave --consensus and --samples away.",
+        )

@@ -12,7 +12,7 @@ from torch import Tensor
 from data_owner_client.adapter import RECENT, Adaptation
 from data_owner_client.candidates import places
 from data_owner_client.decoding.gate import gate_features
-from data_owner_client.decoding.interpolation import Interpolation, PlmPositions, choose, mix
+from data_owner_client.decoding.interpolation import Interpolation, PlmPositions, choose, known_mixture, mix
 from data_owner_client.decoding.sampling import Noise, Sampling
 from protocol.head import LMHead
 from protocol.messages import DecodeResponse
@@ -29,7 +29,7 @@ class Position:
     Attributes:
         weight: λ_t.
         t: of the token, among those of the continuation.
-        noise: of its sequence; None to take the most probable token.
+        noise: of its sequence; None to take the most probable token, also where others draw.
         recent: the newest tokens of the continuation before it, in their order.
         context: when sampling, token ids of prompt and continuation before it.
     """
@@ -75,11 +75,11 @@ class Chooser:
 
     Args:
         adapter: None for the PLM alone.
-        head: all rows of the LM head in float32; only needed to sample.
+        head: all rows of the LM head in float32; only needed to sample from all of V.
         interpolation: its gate gives λ in the place of the positions' own; its length reward is for all positions.
         stop_ids: tokens that end a text. The length reward is taken from those among the candidates: others cannot be
             weighed against all of V by the candidates' rows alone.
-        sampling: None to take the most probable tokens, which needs no more than the candidates' rows.
+        sampling: None to take the most probable tokens at all positions, else at those without noise.
     """
 
     def __init__(
@@ -110,7 +110,8 @@ class Chooser:
         cr_N_D = expand(own.cr_N_D, own.cr_scale_N)
         if self._sampling is not None and self._head is not None:
             return self._draw(self._sampling, self._head, response, positions, cr_N_D)
-        if self._adapter is None or not any(position.weight for position in positions):
+        draws = self._sampling is not None and any(position.noise is not None for position in positions)
+        if self._adapter is None or not (draws or any(position.weight for position in positions)):
             return [
                 Choice(token, position.weight, logprob, None, token, None)
                 for token, logprob, position in zip(
@@ -121,6 +122,10 @@ class Chooser:
         pema_logprob_N_C = self._adapter.logprobs(cr_N_D, _previous(positions))
         lambda_N = self._lambdas(positions, plm.logprob_N_C, pema_logprob_N_C)
         token_N = choose(plm, pema_logprob_N_C, ids_C, lambda_N, self._reluctance_C)
+        if self._sampling is not None and draws:
+            scores_N_K = known_mixture(plm, pema_logprob_N_C, ids_C, lambda_N, self._reluctance_C)
+            ids_N_K = torch.cat([ids_C.expand(len(token_N), -1), plm.top1_N[:, None]], dim=1)
+            _redraw(token_N, positions, scores_N_K, ids_N_K, self._sampling)
         # Every chosen token is a candidate, or else the PLM's top-1.
         at_N = places(token_N, ids_C)
         inside_N, at_N = at_N >= 0, at_N.clamp(min=0)
@@ -160,9 +165,9 @@ class Chooser:
                     mixture_N_V[:, ids_C] -= self._reluctance_C * (lambda_N > 0)[:, None]
                     mixture_N_V = mixture_N_V.log_softmax(dim=-1)
             for row, position in enumerate(positions[rows]):
-                if position.noise is None:
-                    raise ValueError("a sampled sequence needs its noise")
-                token = sampling.draw(mixture_N_V[row], position.context, position.noise, position.t)
+                token = int(mixture_N_V[row].argmax())
+                if position.noise is not None:
+                    token = sampling.draw(mixture_N_V[row], position.context, position.noise, position.t)
                 choices.append(
                     Choice(
                         token,
@@ -174,6 +179,17 @@ class Chooser:
                     )
                 )
         return choices
+
+
+def _redraw(
+    token_N: Tensor, positions: Sequence[Position], scores_N_K: Tensor, ids_N_K: Tensor, sampling: Sampling
+) -> None:
+    """Wherever there is noise, put a draw from the known tokens in the place of the most probable one."""
+    for row, position in enumerate(positions):
+        if position.noise is not None:
+            logprob_K, ids_K = scores_N_K[row].log_softmax(dim=-1), ids_N_K[row]
+            drawn = sampling.draw(logprob_K, position.context, position.noise, position.t, ids_V=ids_K)
+            token_N[row] = ids_K[drawn]
 
 
 def _previous(positions: Sequence[Position]) -> Tensor:

@@ -52,7 +52,7 @@ def generate(
     stop_ids: frozenset[int],
     settings: DecodingSettings = DEFAULT_DECODING,
     sampling: Sampling | None = None,
-    samples: Sequence[int] | None = None,
+    samples: Sequence[int | None] | None = None,
     lookup: Lookup | None = None,
     on_token: Callable[[int, int], None] | None = None,
     reporter: Reporter | None = None,
@@ -69,9 +69,10 @@ def generate(
             those behind which the PLM's distribution is.
         stop_ids: tokens after which a sequence has ended.
         settings: see there.
-        sampling: how to draw tokens; None for the most probable ones. Needs all rows of the LM head, which are fetched
-            unless the cache has them: any token may be drawn.
-        samples: of every prompt, the number of this continuation among those of the same prompt; 0 unless given.
+        sampling: how to draw tokens; None for the most probable ones. To draw from all of V it needs all rows of the LM
+            head, which are fetched unless the cache has them.
+        samples: of every prompt, the number of this continuation among those of the same prompt, 0 unless given; None
+            for one of the most probable tokens, whatever `sampling` says.
         lookup: where the client looks for drafts of its own.
         on_token: told of every token as soon as it is certain: the number of its prompt, from 0, and its id.
         reporter: told of the progress.
@@ -80,12 +81,17 @@ def generate(
         What follows each prompt, in their order; and what it took.
 
     Raises:
-        InvalidData: a prompt is too long for the server, or horizons are missing.
+        InvalidData: a prompt is too long for the server, horizons are missing, or only known tokens shall be drawn and
+            there is no adapter that knows any.
     """
     if adapter is None:
         interpolation = _ALONE
     elif horizons is None:
         raise InvalidData("An adapter was given without horizons.", hint="Give the expected length of every answer.")
+    if adapter is None and sampling is not None and sampling.known_only:
+        raise InvalidData(
+            "Without an adapter there are no candidates to draw from.", hint="Give --adapter, or draw from all tokens."
+        )
     limits = plm.card.limits
     for number, prompt in enumerate([*prompts, *(own_prompts or ())]):
         require_room(plm, prompt, place=f"text {number % len(prompts) + 1}")
@@ -99,10 +105,13 @@ def generate(
         sequences[-1].own_prompt = None if own_prompt is None else list(own_prompt)
     if sampling is not None:
         for sequence, sample in zip(sequences, samples or [0] * len(sequences), strict=True):
-            sequence.noise = Noise(sampling.seed, sequence.prompt, sample)
-            # The server drafts the most probable tokens, so it can go on alone only where these are wanted.
-            sequence.finished_at = len(sequence.lambdas)
-    head = None if sampling is None else plm.full_head(reporter).to(torch.float32)
+            if sample is not None:
+                sequence.noise = Noise(sampling.seed, sequence.prompt, sample)
+                # The server drafts the most probable tokens, so it can go on alone only where these are wanted.
+                sequence.finished_at = len(sequence.lambdas)
+    head = None
+    if sampling is not None and not sampling.known_only:
+        head = plm.full_head(reporter).to(torch.float32)
     chooser = Chooser(adapter, head, interpolation, stop_ids, sampling)
     rounds = Rounds(plm, chooser, stop_ids, settings, lookup, on_token)
     batch_size = max(1, min(settings.batch_size, limits.max_sequences, limits.max_rows // settings.max_new_tokens))

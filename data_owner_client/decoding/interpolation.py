@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -116,6 +117,25 @@ def choose(
         lambda_N: λ at each position.
         reluctance_C: taken from the log-probability of each candidate before they are compared, where λ > 0.
     """
+    scores_N_K = known_mixture(plm, pema_logprob_N_C, candidate_ids_C, lambda_N, reluctance_C)
+    at_N = scores_N_K.argmax(dim=-1)
+    # Where λ is 0 the PLM decides alone, also between candidates that rounding made equal.
+    take_top1_N = (lambda_N == 0) | (at_N == len(candidate_ids_C))
+    return torch.where(take_top1_N, plm.top1_N, candidate_ids_C[at_N.clamp(max=len(candidate_ids_C) - 1)])
+
+
+def known_mixture(
+    plm: PlmPositions,
+    pema_logprob_N_C: Tensor,
+    candidate_ids_C: Tensor,
+    lambda_N: Tensor,
+    reluctance_C: Tensor | None = None,
+) -> Tensor:
+    """Log-probabilities of the mixture where they are known, float64 [N, C + 1].
+
+    First those of the candidates, less their reluctance; then that of the PLM's top-1 where it is none of them, else
+    −∞. The arguments: see `choose`.
+    """
     at_N = places(plm.top1_N, candidate_ids_C)
     inside_N, at_N = at_N >= 0, at_N.clamp(min=0)
     # Rows that travelled as float16 must not make another candidate seem likelier to the PLM than its own top-1.
@@ -124,12 +144,9 @@ def choose(
     plm_logprob_N_C[rows_N, at_N] = torch.where(inside_N, plm.top1_logprob_N, plm_logprob_N_C[rows_N, at_N])
     mixture_N_C = mix(plm_logprob_N_C, pema_logprob_N_C, lambda_N[:, None])
     if reluctance_C is not None:
-        mixture_N_C = mixture_N_C - reluctance_C
-    best_N, best_at_N = mixture_N_C.max(dim=-1)
-    outside_N = torch.log1p(-lambda_N) + plm.top1_logprob_N
-    # Where λ is 0 the PLM decides alone, also between candidates that rounding made equal.
-    take_top1_N = (lambda_N == 0) | (~inside_N & (outside_N > best_N))
-    return torch.where(take_top1_N, plm.top1_N, candidate_ids_C[best_at_N])
+        mixture_N_C = mixture_N_C - reluctance_C * (lambda_N > 0)[:, None]
+    outside_N = (torch.log1p(-lambda_N) + plm.top1_logprob_N.double()).masked_fill(inside_N, -math.inf)
+    return torch.cat([mixture_N_C, outside_N[:, None]], dim=1)
 
 
 def mix(plm_logprob: Tensor, pema_logprob: Tensor, weight: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ class Sampling:
         top_p: only the fewest most probable tokens that together have this probability may be drawn.
         repetition_penalty: tokens that occurred have their log-probabilities multiplied by it.
         seed: of all noise.
+        known_only: only tokens whose probability is known without the whole LM head may be drawn: the adapter's
+            candidates, and the PLM's most probable token.
     """
 
     temperature: float = 1.0
@@ -34,17 +36,21 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    known_only: bool = False
 
-    def scores(self, logprob_V: Tensor, context: Sequence[int]) -> Tensor:
+    def scores(self, logprob_V: Tensor, context: Sequence[int], *, ids_V: Tensor | None = None) -> Tensor:
         """Log-probabilities [V] after penalty, temperature, top-k and top-p, in that order; −∞ is never drawn.
 
         Args:
             logprob_V: of the mixture, float64.
             context: token ids of the prompt and all that follows it.
+            ids_V: of the tokens, where these are not all of the vocabulary.
         """
         scores_V = logprob_V.clone()
         if self.repetition_penalty != 1.0:
             seen = torch.tensor(sorted(set(context)))
+            if ids_V is not None:
+                seen = torch.isin(ids_V, seen)
             scores_V[seen] = scores_V[seen] * self.repetition_penalty
         if self.temperature == 0.0:
             return scores_V
@@ -57,16 +63,19 @@ class Sampling:
             scores_V[order_V[before_V >= self.top_p]] = -math.inf
         return scores_V
 
-    def draw(self, logprob_V: Tensor, context: Sequence[int], noise: Noise, position: int) -> int:
-        """A token.
+    def draw(
+        self, logprob_V: Tensor, context: Sequence[int], noise: Noise, position: int, *, ids_V: Tensor | None = None
+    ) -> int:
+        """The place of a token among the V.
 
         Args:
             logprob_V: of the mixture, float64.
             context: token ids of the prompt and all that follows it.
             noise: of this sequence.
             position: of the token among the generated ones.
+            ids_V: see `scores`.
         """
-        scores_V = self.scores(logprob_V, context)
+        scores_V = self.scores(logprob_V, context, ids_V=ids_V)
         if self.temperature > 0.0:
             scores_V = scores_V + noise.gumbel(position, len(scores_V))
         return int(scores_V.argmax())

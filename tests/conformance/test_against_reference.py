@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sacrebleu
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -226,31 +227,37 @@ def test_the_same_seed_draws_the_same_text_with_and_without_drafts(case: Case, d
         top_p=data.draw(st.sampled_from([1.0, 0.9])),
         repetition_penalty=data.draw(st.sampled_from([1.0, 1.3])),
         seed=data.draw(st.integers(0, 5)),
+        known_only=data.draw(st.booleans()),
     )
-    prompts = case.prompts(["the thin shine", "her", "die Tür"])
+    # The last of them draws nothing: its text is that of the most probable tokens.
+    prompts, samples = case.prompts(["the thin shine", "her", "die Tür", "an"]), [0, 0, 0, None]
+    gradual = Interpolation(schedule="gradual", lambda_max=0.9)
 
     def drawn(prompts: list[list[int]], settings: DecodingSettings, lookup: Lookup | None = None) -> list[list[int]]:
         continuations, _ = generate(
             case.plm,
             prompts,
             adapter=case.adapter,
-            interpolation=Interpolation(schedule="gradual", lambda_max=0.9),
+            interpolation=gradual,
             horizons=[6.0] * len(prompts),
             stop_ids=case.stop_ids,
             settings=settings,
             sampling=sampling,
+            samples=samples if prompts[-1] == last else samples[::-1],
             lookup=lookup,
         )
         return [continuation.token_ids for continuation in continuations]
 
+    last = prompts[-1]
     plain = drawn(prompts, DecodingSettings(STEPS, look_ahead=0, batch_size=1))
+    assert plain[-1] == case.expected(last, gradual, 6.0, STEPS)
     assert drawn(prompts, DecodingSettings(STEPS, look_ahead=4)) == plain
     assert drawn(prompts, DecodingSettings(STEPS), case.lookup) == plain
     assert drawn(prompts[::-1], DecodingSettings(STEPS, batch_size=2)) == plain[::-1]
 
 
-@pytest.mark.parametrize("length_reward", [0.0, 1.5])
-def test_draws_are_distributed_as_the_references_mixture(case: Case, length_reward: float) -> None:
+@pytest.mark.parametrize(("length_reward", "known_only"), [(0.0, False), (1.5, False), (0.0, True), (1.5, True)])
+def test_draws_are_distributed_as_the_references_mixture(case: Case, length_reward: float, known_only: bool) -> None:
     (prompt,), draws, weight = case.prompts(["her"]), 3000, 0.6
     continuations, _ = generate(
         case.plm,
@@ -260,13 +267,17 @@ def test_draws_are_distributed_as_the_references_mixture(case: Case, length_rewa
         horizons=[5.0] * draws,
         stop_ids=case.stop_ids,
         settings=DecodingSettings(1, batch_size=256),
-        sampling=Sampling(seed=3),
+        sampling=Sampling(seed=3, known_only=known_only),
         samples=range(draws),
     )
     f_D, p_plm_V = case.reference.context(prompt)
     adapter, weights = case.adapter, case.adapter.adapter.state_dict()
     p_pema_V = case.reference.pema(f_D, weights, adapter.card.form, adapter.candidate_ids_C.tolist())
     mixture_V = p_V = (1 - weight) * p_plm_V + weight * p_pema_V
+    if known_only:
+        known_V = torch.zeros_like(p_V)
+        known_V[[*adapter.candidate_ids_C.tolist(), int(p_plm_V.argmax())]] = 1.0
+        p_V = p_V * known_V / (p_V * known_V).sum()
     if length_reward:
         factor_V = torch.ones_like(p_V)
         factor_V[sorted(case.stop_ids & set(adapter.candidate_ids_C.tolist()))] = math.exp(-length_reward)
@@ -281,6 +292,19 @@ def test_draws_are_distributed_as_the_references_mixture(case: Case, length_rewa
     assert statistic < degrees + 5 * (2 * degrees) ** 0.5
     for continuation in continuations[:20]:
         assert continuation.logprob == pytest.approx(float(mixture_V[continuation.token_ids[0]].log()), abs=1e-3)
+
+
+def test_a_consensus_is_that_of_the_greedy_text_and_the_draws(case: Case) -> None:
+    sources = ["the thin shine", "her", "die Tür"]
+    drawing = Sampling(temperature=1.3, seed=2, known_only=True)
+    greedy = translate(case.plm, sources, adapter=case.adapter, decoding=BRIEF).texts
+    draws = translate(case.plm, sources, adapter=case.adapter, decoding=BRIEF, sampling=drawing, samples=5, best=5).best
+    agreed = translate(case.plm, sources, adapter=case.adapter, decoding=BRIEF, sampling=drawing, consensus=5, best=6)
+    for text, drawn, ordered in zip(greedy, draws, agreed.best, strict=True):
+        assert sorted(ordered) == sorted([text, *drawn])
+        likeness = [sum(sacrebleu.sentence_chrf(one, [other]).score for other in ordered) for one in ordered]
+        assert likeness == sorted(likeness, reverse=True)
+    assert any(len(set(ordered)) > 1 for ordered in agreed.best)
 
 
 def test_pema_really_changes_what_is_generated(case: Case) -> None:

@@ -287,10 +287,16 @@ def test_sampling_and_lookup(url: str, adapter: Path, task: Path, pairs: Path, t
     for arguments, words in (
         (["--samples", 2], "Without a temperature"),
         (["--temperature", 1, "--best", 2], "Give more --samples"),
+        (["--temperature", 1, "--samples", 2, "--consensus", 4], "Give one of them"),
+        (["--consensus", 4, "--stream"], "Leave --consensus"),
     ):
         done = client(url, "translate", "--adapter", adapter, *arguments, "the thin")
         assert done.returncode == 1
         assert words in done.stderr
+
+    done = client(url, "translate", "--task", task, "--temperature", 1, "--known-only", "the thin")
+    assert done.returncode == 1
+    assert "no candidates" in done.stderr
 
     memory = adapter.parent / "memory"
     plain = client_json(url, "translate", "--adapter", adapter, "the thin")

@@ -1,0 +1,25 @@
+"""The text most like all others, against plain sums of sacrebleu's own scores."""
+
+from itertools import pairwise
+
+import sacrebleu
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_owner_client.decoding.consensus import by_likeness
+
+_TEXTS = st.lists(st.text(alphabet="abc d", max_size=8), min_size=1, max_size=6)
+
+
+@given(_TEXTS)
+def test_the_order_is_that_of_mean_chrf(texts: list[str]) -> None:
+    gains = [sum(sacrebleu.sentence_chrf(text, [other]).score for other in texts) for text in texts]
+    order = by_likeness(texts)
+    assert sorted(order) == list(range(len(texts)))
+    for better, worse in pairwise(order):
+        assert gains[better] >= gains[worse] - 1e-9
+
+
+def test_what_most_texts_say_wins_and_the_first_of_equals_is_first() -> None:
+    assert by_likeness(["Gerät aus", "Das Gerät ist aus", "Gerät aus", "Banane"])[:2] == [0, 2]
+    assert by_likeness(["", "", ""]) == [0, 1, 2]
