@@ -42,6 +42,7 @@ class Grid:
     learning_rate: Sequence[float] = (TrainingSettings.learning_rate,)
     dropout: Sequence[float] = (TrainingSettings.dropout,)
     reconstruction_epochs: Sequence[int] = (TrainingSettings.reconstruction_epochs,)
+    epochs: Sequence[int] = (TrainingSettings.epochs,)
     label_smoothing: Sequence[float] = (TrainingSettings.label_smoothing,)
     averaging: Sequence[float] = (TrainingSettings.averaging,)
     seed: Sequence[int] = (TrainingSettings.seed,)
@@ -62,6 +63,7 @@ SETTINGS = (
     "learning_rate",
     "dropout",
     "reconstruction_epochs",
+    "epochs",
     "label_smoothing",
     "averaging",
     "seed",
@@ -84,6 +86,7 @@ class SweepRow(BaseModel):
     learning_rate: float
     dropout: float
     reconstruction_epochs: int
+    epochs: int
     label_smoothing: float
     averaging: float
     seed: int

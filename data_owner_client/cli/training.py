@@ -219,6 +219,7 @@ def sweep(
     reconstruction_epochs: Annotated[
         list[int] | None, typer.Option(min=0, help="Epochs of the first phase; 0: joint training from the start.")
     ] = None,
+    epochs: Annotated[list[int] | None, typer.Option(min=1, help="Epochs of the second phase, at most.")] = None,
     label_smoothing: Annotated[
         list[float] | None, typer.Option(min=0.0, max=0.9, help="Share of each target spread over all candidates.")
     ] = None,
@@ -258,6 +259,7 @@ def sweep(
         "learning_rate": learning_rate,
         "dropout": dropout,
         "reconstruction_epochs": reconstruction_epochs,
+        "epochs": epochs,
         "label_smoothing": label_smoothing,
         "averaging": averaging,
         "seed": seed,
