@@ -159,7 +159,9 @@ class Bench:
         card = adapter.card.model_copy(update={"nearest": adapter.card.nearest or NEAREST})
         return replace(adapter, card=card, pairs=list(self._splits.train))
 
-    def answer(self, adapter: Adaptation | None, interpolation: Interpolation | None = None) -> list[str]:
+    def answer(
+        self, adapter: Adaptation | None, interpolation: Interpolation | None = None, consensus: int = 0
+    ) -> list[str]:
         """The texts of the test set."""
         return translate(
             self._plm,
@@ -167,6 +169,7 @@ class Bench:
             adapter=adapter,
             task=self._task,
             interpolation=interpolation,
+            consensus=consensus,
             reporter=self._reporter,
         ).texts
 
@@ -189,17 +192,24 @@ class Bench:
         report: TrainingReport,
         mode: ContextMode,
         interpolation: Interpolation | None = None,
+        *,
+        consensus: int = 0,
     ) -> Measured:
         """The row of a trained adapter."""
         used = interpolation or adapter.card.interpolation
         files = Path(report.folder).glob("[!.]*")
         return Measured(
-            texts=self.answer(adapter, used),
+            texts=self.answer(adapter, used, consensus),
             ppl=self.perplexity(adapter, used),
             train_seconds=report.seconds,
             peak_rss_mb=report.peak_rss_mb,
             adapter_bytes=sum(path.stat().st_size for path in files if path.suffix != ".png"),
-            details={"interpolation": used.model_dump(), "form": adapter.card.form, "nearest": adapter.card.nearest},
+            details={
+                "interpolation": used.model_dump(),
+                "form": adapter.card.form,
+                "nearest": adapter.card.nearest,
+                "consensus": consensus,
+            },
             **self.disclosed(mode, len(adapter.candidate_ids_C)),
         )
 

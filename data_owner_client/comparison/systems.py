@@ -21,6 +21,8 @@ from data_owner_client.progress import Reporter
 from protocol.head import LMHead
 
 PUBLISHED_INTERPOLATION = Interpolation(schedule="gradual", lambda_max=0.9)
+# Texts drawn for each by our best.
+CONSENSUS = 16
 _ALONE = Interpolation(schedule="none")
 
 
@@ -79,17 +81,23 @@ def _without_length_reward(bench: Bench) -> Measured:
     return bench.adapted(adapter, report, "teacher-forced", adapter.card.interpolation.rewarded(0.0))
 
 
-def _best(bench: Bench) -> Measured:
+def _most_probable(bench: Bench) -> Measured:
     return bench.adapted(*bench.best, "teacher-forced")
 
 
+def _best(bench: Bench) -> Measured:
+    return bench.adapted(*bench.best, "teacher-forced", consensus=CONSENSUS)
+
+
 def _private(bench: Bench) -> Measured:
-    return bench.adapted(*bench.trained("private", "private", bench.settings), "private")
+    adapter, report = bench.trained("private", "private", bench.settings)
+    return bench.adapted(adapter, report, "private", consensus=CONSENSUS)
 
 
 def _private_by_position(bench: Bench) -> Measured:
     settings = replace(bench.settings, pairing="position", form="residual")
-    return bench.adapted(*bench.trained("private_by_position", "private", settings), "private")
+    adapter, report = bench.trained("private_by_position", "private", settings)
+    return bench.adapted(adapter, report, "private", consensus=CONSENSUS)
 
 
 SYSTEMS: dict[str, tuple[str, Callable[[Bench], Measured]]] = {
@@ -100,7 +108,8 @@ SYSTEMS: dict[str, tuple[str, Callable[[Bench], Measured]]] = {
     "knn_lm": ("kNN-LM on the same memory, k, temperature and λ tuned", _knn_lm),
     "residual": ("our adapter with the likeliest constant λ, no examples chosen for each text", _residual),
     "without_length_reward": ("all that training chose but for the length reward", _without_length_reward),
-    BEST: ("all that training chose by itself", _best),
+    "most_probable": ("all that training chose, the most probable tokens", _most_probable),
+    BEST: (f"all that training chose, consensus of {CONSENSUS} draws", _best),
     "private": ("the same on a private memory: contexts aligned, recent tokens seen", _private),
     "private_by_position": ("a private memory paired as the paper draws it", _private_by_position),
 }

@@ -195,8 +195,8 @@ def test_compare(url: str, task: Path, tmp_path: Path) -> None:
     result = client_json(url, "compare", *arguments, "--share-targets")
     rows = {row["name"]: row for row in result["rows"]}
     assert set(rows) == {
-        "plm", "plm_nearest", "pema_published", "constant", "knn_lm", "residual", "without_length_reward", "best",
-        "private", "private_by_position",
+        "plm", "plm_nearest", "pema_published", "constant", "knn_lm", "residual", "without_length_reward",
+        "most_probable", "best", "private", "private_by_position",
     }  # fmt: skip
     assert rows["private"]["client_discloses"] < rows["best"]["client_discloses"]
     for name, row in rows.items():
