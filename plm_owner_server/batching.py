@@ -29,6 +29,20 @@ def plan_batches(
     return batches
 
 
+def alike(sequences: Sequence[Sequence[int]], known: Sequence[int], worth: int) -> list[list[int]]:
+    """Indices of sequences that are the same, where it is worth a pass of its own to compute them once.
+
+    Args:
+        sequences: token ids.
+        known: leading tokens of each that need no computing.
+        worth: tokens that a group must save.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, ids in enumerate(sequences):
+        groups.setdefault(tuple(ids), []).append(index)
+    return [own for ids, own in groups.items() if (len(own) - 1) * (len(ids) - known[own[0]]) >= worth]
+
+
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Number of leading token ids that all sequences share."""
     return len(commonprefix([list(sequence) for sequence in sequences]))  # noqa: RUF071  (of lists, not of paths)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plm_owner_server.batching import common_prefix, plan_batches
+from plm_owner_server.batching import alike, common_prefix, plan_batches
 
 lengths_of = st.lists(st.integers(1, 200), min_size=1, max_size=40)
 
@@ -69,3 +69,19 @@ def test_common_prefix_is_the_longest(prefix: list[int], rests: list[list[int]])
     assert length >= len(prefix)
     assert len({tuple(s[:length]) for s in sequences}) == 1
     assert min(map(len, sequences)) == length or len({s[length] for s in sequences}) > 1
+
+
+@given(
+    sequences=st.lists(st.lists(st.integers(0, 1), max_size=4), max_size=10),
+    known=st.integers(0, 4),
+    worth=st.integers(1, 9),
+)
+def test_what_is_alike_saves_what_it_costs(sequences: list[list[int]], known: int, worth: int) -> None:
+    groups = alike(sequences, [min(known, len(ids)) for ids in sequences], worth)
+    grouped = [tuple(sequences[group[0]]) for group in groups]
+    assert len(grouped) == len(set(grouped))
+    for group in groups:
+        assert all(sequences[index] == sequences[group[0]] for index in group)
+    for ids in {tuple(ids) for ids in sequences}:
+        saved = (sequences.count(list(ids)) - 1) * max(0, len(ids) - known)
+        assert (saved >= worth) == (ids in grouped)

@@ -349,6 +349,30 @@ def test_what_is_known_is_not_computed_again(model: PreTrainedModel, monkeypatch
     assert computed[2:] == [2]
 
 
+@pytest.mark.parametrize("cache_bytes", [2**28, 3000])  # roomy, evicting all the time
+def test_draws_of_the_same_prompts_are_computed_once(
+    model: PreTrainedModel, truth: Truth, monkeypatch: pytest.MonkeyPatch, cache_bytes: int
+) -> None:
+    computed: list[int] = []
+    inner = Runner.forward
+
+    def counted(self: Runner, ids_B_T: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        computed.append(ids_B_T.numel())
+        return inner(self, ids_B_T, *args, **kwargs)
+
+    engine = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=cache_bytes)
+    first, second = random_ids(23, [41, 38], shared=0)
+    texts = [[*ids, last] for last in (5, 6, 7) for ids in (first, second)]
+    with monkeypatch.context() as patched:
+        patched.setattr(Runner, "forward", counted)
+        decoded = drafted(engine, texts, [0] * 6, frozenset())
+    assert sum(computed) == 41 + 38 + 6
+    for ids, cr_1_D, top1 in zip(texts, decoded.cr_N_D.split(1), decoded.top1_N.tolist(), strict=True):
+        hidden_T_D, logits_T_V = truth(ids)
+        assert_near(cr_1_D, hidden_T_D[-1:])
+        assert top1 == int(logits_T_V[-1].argmax())
+
+
 class Copied(Tensor):
     """What a copy has brought to the host, where it may be read."""
 
