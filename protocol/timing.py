@@ -28,6 +28,14 @@ class ServerTiming:
         """All of it."""
         return self.queue_ms + self.compute_ms + self.serialise_ms
 
+    def __add__(self, other: ServerTiming) -> ServerTiming:
+        """Of two calls, one after the other."""
+        return ServerTiming(
+            self.queue_ms + other.queue_ms,
+            self.compute_ms + other.compute_ms,
+            self.serialise_ms + other.serialise_ms,
+        )
+
     def to_header(self) -> str:
         """As the value of HTTP's `Server-Timing`."""
         parts = {"queue": self.queue_ms, "compute": self.compute_ms, "serialise": self.serialise_ms}

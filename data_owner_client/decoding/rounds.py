@@ -120,7 +120,7 @@ class Answer:
         offers: drafts of the client's own that were sent.
         own: the answer for the same tokens behind the adapter's own prompts, where it has such.
         waited_s: for the answer.
-        timing: where the server says that the time went.
+        timing: where the server says that the time went, that of both calls if there were two.
     """
 
     batch: Sequence[Hypothesis]
@@ -236,6 +236,8 @@ class Rounds:
             )
             timing = timings[-1] if timings else None  # the last exchange is the one that was answered
             own = self._behind_own_prompts(batch, offers, response)
+            if own is not None and timing is not None and timings[-1] is not None:
+                timing += timings[-1]
         return Answer(batch, offers, response, own, time.perf_counter() - asked, timing)
 
     def _behind_own_prompts(
