@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from data_owner_client import Pair, TrainingSettings, build_memories, train, translate
 from data_owner_client.adapter import TrainedAdapter
-from data_owner_client.connection import open_connection
+from data_owner_client.connection import Exchange, open_connection
 from data_owner_client.decoding.gate import Gate
 from data_owner_client.decoding.generate import generate
 from data_owner_client.decoding.interpolation import SCHEDULES, Interpolation
@@ -183,6 +183,24 @@ def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObj
     ]
     assert [continuation.token_ids for continuation in continuations] == expected
     assert usage.tokens == sum(map(len, expected))
+
+
+def test_both_calls_of_a_round_are_the_servers_time(case: Case) -> None:
+    prompts, seen = case.prompts(["the thin", "her"]), list[Exchange]()
+    with case.plm.observed_by(seen.append):
+        _, usage = generate(
+            case.plm,
+            prompts,
+            adapter=case.adapter,
+            interpolation=Interpolation(schedule="constant", lambda_max=0.6),
+            horizons=[5.0, 5.0],
+            own_prompts=case.prompts(["reden the thin", "reden her"]),
+            stop_ids=case.stop_ids,
+            settings=BRIEF,
+        )
+    assert len(seen) == 2 * usage.calls
+    total_ms = sum(exchange.timing.total_ms for exchange in seen if exchange.timing)
+    assert usage.server_s == pytest.approx(total_ms / 1000, rel=0.05)
 
 
 def test_clients_at_once_each_get_the_references_tokens(case: Case) -> None:
