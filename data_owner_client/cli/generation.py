@@ -54,7 +54,7 @@ def translate(
     - `pema-client translate --adapter adapter --input test.jsonl --output test.de`
     - `pema-client translate --task translate-en-de < texts.txt`
     - `pema-client translate --adapter adapter --schedule gradual --lambda-max 0.9 --input test.txt`
-    - `pema-client translate --adapter adapter --consensus 16 --input test.jsonl --output test.de`
+    - `pema-client translate --adapter adapter --consensus 8 --input test.jsonl --output test.de`
     - `pema-client translate --adapter adapter --explain why.jsonl "The device is offline."`
     """
     set_threads(decoding.threads)

@@ -151,7 +151,7 @@ Consensus = Annotated[
     typer.Option(
         min=0,
         help="Draw so many texts beside the most probable one, and give that which is most like all of them (minimum "
-        "Bayes risk by chrF): better texts for so many times the work. 16 is a good number; 0 for none.",
+        "Bayes risk by chrF): better texts for so many times the work. 8 is a good number; 0 for none.",
     ),
 ]
 Minutes = Annotated[

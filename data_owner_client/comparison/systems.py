@@ -22,7 +22,7 @@ from protocol.head import LMHead
 
 PUBLISHED_INTERPOLATION = Interpolation(schedule="gradual", lambda_max=0.9)
 # Texts drawn for each by our best.
-CONSENSUS = 16
+CONSENSUS = 8
 _ALONE = Interpolation(schedule="none")
 
 
