@@ -22,6 +22,8 @@ def server(log: Path, *flags: str) -> Iterator[tuple[int, int]]:
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
         ports = one.getsockname()[1], two.getsockname()[1]
     named = ["--port", str(ports[0]), "--grpc-port", str(ports[1])]
+    # Without tenants, also where whoever runs this has some.
+    named += ["--store", f"sqlite:///{log.parent / 'owner.db'}"]
     command = [sys.executable, "-m", "plm_owner_server.cli", "serve", *named, *flags]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:

@@ -137,6 +137,7 @@ def _owner_server(port: int, log: Path) -> Iterator[str]:
     """The PLM owner's server as its own process, once it is ready."""
     console.rule("The PLM owner's server starts (the first time, the model is unpacked: about a minute)")
     command = [sys.executable, "-m", "plm_owner_server.cli", "serve", "--port", str(port), "--grpc-port", "0"]
+    command += ["--store", f"sqlite:///{log.parent / 'owner.db'}"]  # without tenants, whoever runs this may have some
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         server = subprocess.Popen(

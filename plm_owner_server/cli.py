@@ -23,6 +23,8 @@ from plm_owner_server.models import digest_folder, resolve
 from plm_owner_server.rest import create_app
 from plm_owner_server.service import PlmService, load_tokenizer
 from plm_owner_server.settings import ServerSettings
+from plm_owner_server.tenants import access_for
+from plm_owner_server.tenants.commands import Tenants
 from protocol.errors import PemaError
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class Command(BaseSettings):
     """PEMA, the PLM owner's side: serve a language model without giving its weights away."""
 
     serve: CliSubCommand[Serve]
+    tenants: CliSubCommand[Tenants]
 
     def cli_cmd(self) -> None:
         """Run the subcommand."""
@@ -103,7 +106,7 @@ def serve(settings: ServerSettings) -> None:
     transformers_logging.disable_progress_bar()
     for noisy in ("httpx", "httpcore", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    holder = ServiceHolder(api_key=settings.api_key.get_secret_value() if settings.api_key else None)
+    holder = ServiceHolder(access=access_for(settings))
     failures: list[PemaError] = []
 
     def load() -> None:
@@ -152,10 +155,12 @@ def main() -> None:
     )
     try:
         CliApp.run(Command, cli_settings_source=source)
+    except PemaError as error:
+        sys.exit(f"pema-server: {error}")
     except ValidationError as error:
         first = error.errors()[0]
         flag = "--" + str(first["loc"][-1]).replace("_", "-")
-        sys.exit(f"pema-server: {flag} (or its environment variable): {first['msg']}. See pema-server serve --help.")
+        sys.exit(f"pema-server: {flag} (or its environment variable): {first['msg']}. See pema-server --help.")
 
 
 if __name__ == "__main__":

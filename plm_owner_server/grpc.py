@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -18,9 +19,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from plm_owner_server.accounts import answerable, request_id_of, timing_of
-from plm_owner_server.holder import ServiceHolder
-from plm_owner_server.scheduler import Caller, Spent
+from plm_owner_server.holder import Admission, ServiceHolder
+from plm_owner_server.scheduler import Caller
 from plm_owner_server.service import PlmService
+from plm_owner_server.tenants import Scope
 from plm_owner_server.threads import in_worker
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.codec import Message
@@ -111,42 +113,47 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
 
     async def GetModelCard(self, request: Proto, context: Any) -> Proto:
         return await self._answer(
-            "GetModelCard", context, lambda service: to_proto(service.model_card(), pema_pb2.ModelCard())
+            "GetModelCard", "card", context, lambda a: to_proto(a.service.model_card(), pema_pb2.ModelCard())
         )
 
     async def GetTokenizer(self, request: Proto, context: Any) -> AsyncIterator[Proto]:
-        data = await self._answer("GetTokenizer", context, lambda service: service.tokenizer().to_json())
+        data = await self._answer("GetTokenizer", "card", context, lambda a: a.service.tokenizer().to_json())
         for start in range(0, len(data), PIECE_BYTES):
             yield pema_pb2.TokenizerPiece(data=data[start : start + PIECE_BYTES])
 
     async def GetLmHead(self, request: Proto, context: Any) -> AsyncIterator[Proto]:
         rows = await self._answer(
-            "GetLmHead", context, lambda service: service.lm_head(from_proto(request, HeadRequest))
+            "GetLmHead", "head", context, lambda a: a.service.lm_head(from_proto(request, HeadRequest))
         )
         for piece in split_head(rows):
             yield to_proto(piece, pema_pb2.HeadRows())
 
     async def Encode(self, calls: AsyncIterator[Any], context: Any) -> None:
-        await self._answer_stream("Encode", calls, context, EncodeRequest, PlmService.encode, pema_pb2.EncodePiece)
+        await self._answer_stream(
+            "Encode", "encode", calls, context, EncodeRequest, PlmService.encode, pema_pb2.EncodePiece
+        )
 
     async def Decode(self, calls: AsyncIterator[Any], context: Any) -> None:
-        await self._answer_stream("Decode", calls, context, DecodeRequest, PlmService.decode, pema_pb2.DecodePiece)
+        await self._answer_stream(
+            "Decode", "decode", calls, context, DecodeRequest, PlmService.decode, pema_pb2.DecodePiece
+        )
 
     async def GetNextTokenDistribution(self, request: Proto, context: Any) -> Proto:
-        caller = _caller(context)
+        client, departed = _client(context)
 
-        def work(service: PlmService) -> Proto:
-            answer = service.distribution(from_proto(request, DistributionRequest), caller)
+        def work(admitted: Admission) -> Proto:
+            caller = replace(admitted.caller(client), departed=departed)
+            answer = admitted.service.distribution(from_proto(request, DistributionRequest), caller)
             return to_proto(answer, pema_pb2.DistributionResponse())
 
-        return await self._answer("GetNextTokenDistribution", context, work)
+        return await self._answer("GetNextTokenDistribution", "distribution", context, work)
 
-    async def _answer(self, name: str, context: Any, work: Callable[[PlmService], _Result]) -> _Result:
+    async def _answer(self, name: str, scope: Scope, context: Any, work: Callable[[Admission], _Result]) -> _Result:
         """The result of `work`, or the call's end with a status and its problem document."""
         metadata_given = _metadata(context)
         request_id = request_id_of(metadata_given.get(REQUEST_ID_METADATA, ""))
         try:
-            return await self._work(name, request_id, metadata_given.get(KEY_METADATA), work)
+            return await self._work(name, scope, request_id, metadata_given.get(KEY_METADATA), work)
         except PemaError as error:
             metadata = ((PROBLEM_METADATA, json.dumps(to_problem(error)).encode()),)
             await context.abort(grpc.StatusCode[error.grpc_status], error.detail, metadata)
@@ -155,6 +162,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
     async def _answer_stream(
         self,
         name: str,
+        scope: Scope,
         calls: AsyncIterator[Any],
         context: Any,
         request_type: type[_Request],
@@ -162,14 +170,15 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         piece_type: type[_Piece],
     ) -> None:
         """Answer every call of a stream as it is ready, several at a time."""
-        places, writing, caller = asyncio.Semaphore(_IN_PROGRESS), asyncio.Lock(), _caller(context)
+        places, writing = asyncio.Semaphore(_IN_PROGRESS), asyncio.Lock()
+        client, departed = _client(context)
         key = _metadata(context).get(KEY_METADATA)
 
         async def answer(given: Any) -> None:
             try:
                 request_id = request_id_of(given.request_id)
                 try:
-                    pieces = await self._work(name, request_id, key, lambda service: pieces_of(service, given.request))
+                    pieces = await self._work(name, scope, request_id, key, lambda a: pieces_of(a, given.request))
                 except PemaError as error:
                     pieces = [piece_type(problem=pema_pb2.Problem(**to_problem(error)), last=True)]
                 async with writing:
@@ -179,14 +188,14 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
             finally:
                 places.release()
 
-        def pieces_of(service: PlmService, request: Proto) -> list[_Piece]:
-            started, own = time.perf_counter(), replace(caller, spent=Spent())
+        def pieces_of(admitted: Admission, request: Proto) -> list[_Piece]:
+            started, caller = time.perf_counter(), replace(admitted.caller(client), departed=departed)
             pieces = []
-            for part in split_rows(call(service, from_proto(request, request_type), own)):
+            for part in split_rows(call(admitted.service, from_proto(request, request_type), caller)):
                 pieces.append(piece_type())
                 to_proto(part, pieces[-1].rows)
             pieces[-1].last = True
-            pieces[-1].timing.CopyFrom(pema_pb2.Timing(**asdict(timing_of(own, started))))
+            pieces[-1].timing.CopyFrom(pema_pb2.Timing(**asdict(timing_of(caller, started))))
             return pieces
 
         async with asyncio.TaskGroup() as tasks:
@@ -195,7 +204,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
                 tasks.create_task(answer(given))
 
     async def _work(
-        self, name: str, request_id: str, key: str | None, work: Callable[[PlmService], _Result]
+        self, name: str, scope: Scope, request_id: str, key: str | None, work: Callable[[Admission], _Result]
     ) -> _Result:
         """The result of `work` in a thread, and a line in the log.
 
@@ -205,8 +214,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         started = time.perf_counter()
         outcome = "OK"
         try:
-            service = self._holder.admit(key)
-            return await in_worker(lambda: work(service), self._limiter)
+            return await in_worker(lambda: work(self._holder.admit(key, scope)), self._limiter)
         except Exception as error:
             told = answerable(error, request_id, name)
             outcome = told.grpc_status
@@ -219,8 +227,8 @@ def _metadata(context: Any) -> dict[str, str]:
     return dict(context.invocation_metadata() or ())
 
 
-def _caller(context: Any) -> Caller:
-    """Whose call it is, and a note when its client hangs up."""
-    caller = Caller(_metadata(context).get(CLIENT_METADATA) or context.peer())
-    context.add_done_callback(lambda _: caller.departed.set())
-    return caller
+def _client(context: Any) -> tuple[str, threading.Event]:
+    """What the client calls itself, and a note of when it hangs up."""
+    departed = threading.Event()
+    context.add_done_callback(lambda _: departed.set())
+    return _metadata(context).get(CLIENT_METADATA) or context.peer(), departed

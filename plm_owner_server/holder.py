@@ -1,11 +1,30 @@
-"""What stands before the service: the key, and the time until the model is loaded, when the port answers already."""
+"""What stands before the service: who may call, and the time until the model is loaded."""
 
 from __future__ import annotations
 
-import hmac
+from dataclasses import dataclass
 
+from plm_owner_server.scheduler import Caller
 from plm_owner_server.service import PlmService
-from protocol.errors import NotReady, Unauthenticated
+from plm_owner_server.tenants import Access, Anyone, Scope, Tenant
+from protocol.errors import Forbidden, NotReady
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A caller who may make a call.
+
+    Attributes:
+        service: answers it.
+        tenant: whose call it is.
+    """
+
+    service: PlmService
+    tenant: Tenant
+
+    def caller(self, client: str) -> Caller:
+        """The call's caller; tenants share the model among them, and clients where there are no tenants."""
+        return Caller(self.tenant.name or client, self.tenant.name)
 
 
 class ServiceHolder:
@@ -13,12 +32,12 @@ class ServiceHolder:
 
     Args:
         service: may come later.
-        api_key: what clients must show; None lets everybody in.
+        access: tells who a caller is; everybody may call unless given.
     """
 
-    def __init__(self, service: PlmService | None = None, *, api_key: str | None = None) -> None:
+    def __init__(self, service: PlmService | None = None, access: Access | None = None) -> None:
         self.service = service
-        self._authorization = None if api_key is None else f"Bearer {api_key}"
+        self._access = access or Anyone()
 
     def ready(self) -> PlmService:
         """The service.
@@ -30,22 +49,22 @@ class ServiceHolder:
             raise NotReady("The model is still loading.", hint="Try again in a moment.", retry_after_s=2.0)
         return self.service
 
-    def admit(self, authorization: str | None) -> PlmService:
-        """The service, for a caller who showed this.
+    def admit(self, authorization: str | None, scope: Scope) -> Admission:
+        """Let a caller make a call. It may ask a database who that is, so it is for a thread of its own.
 
         Args:
             authorization: `Bearer` and the key, as in HTTP's header of the name.
+            scope: that the call needs.
 
         Raises:
-            Unauthenticated: it is not the key.
+            Unauthenticated: it is nobody's key.
+            Forbidden: its tenant may not make this call.
             NotReady: the model is still loading.
         """
-        # In constant time, or an attacker could find the key letter by letter.
-        if self._authorization is not None and not hmac.compare_digest(
-            self._authorization.encode(), (authorization or "").encode()
-        ):
-            raise Unauthenticated(
-                "The server asks for a key, and " + ("got another one." if authorization else "got none."),
-                hint="Set PEMA_API_KEY to the key that the owner gave you, or say --api-key.",
+        tenant = self._access.identify(authorization)
+        if scope not in tenant.scopes:
+            raise Forbidden(
+                f"Your key does not allow this call, which needs the scope {scope}.",
+                hint=f"It allows {', '.join(sorted(tenant.scopes)) or 'nothing'}. Ask the owner for more.",
             )
-        return self.ready()
+        return Admission(self.ready(), tenant)

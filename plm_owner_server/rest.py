@@ -18,9 +18,10 @@ from starlette.requests import ClientDisconnect
 
 from plm_owner_server import rest_docs
 from plm_owner_server.accounts import answerable, request_id_of, timing_of
-from plm_owner_server.holder import ServiceHolder
+from plm_owner_server.holder import Admission, ServiceHolder
 from plm_owner_server.scheduler import Caller, Departed
 from plm_owner_server.service import PlmService
+from plm_owner_server.tenants import Scope
 from plm_owner_server.threads import in_worker
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import (
@@ -42,6 +43,8 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 REQUEST_ID = "X-Request-Id"
 CLIENT_HEADER = "X-Pema-Client"
 _CLIENT_LEFT = 499  # nginx's number for it; HTTP has none
+# Keys that are looked up at the same time.
+_AT_THE_DOOR = 8
 _PROBES = frozenset({"/healthz", "/readyz"})
 
 
@@ -60,21 +63,27 @@ def create_app(
     limiter = CapacityLimiter(max_calls)
     app = FastAPI(title="PEMA PLM server", description=rest_docs.DESCRIPTION, version="1", lifespan=lifespan)
 
-    def admit(request: Request) -> PlmService:
-        return holder.admit(request.headers.get("authorization"))
+    # Apart from these, or whoever has no key could keep those who have one waiting.
+    door = CapacityLimiter(_AT_THE_DOOR)
+
+    async def admit(request: Request, scope: Scope) -> Admission:
+        return await in_worker(lambda: holder.admit(request.headers.get("authorization"), scope), door)
 
     async def answer(
-        request: Request, message_type: type[_Request], call: Callable[[PlmService, _Request, Caller], Message]
+        request: Request,
+        scope: Scope,
+        message_type: type[_Request],
+        call: Callable[[PlmService, _Request, Caller], Message],
     ) -> Response:
-        service = admit(request)
+        admitted = await admit(request, scope)
         form = _answer_form(request)
         body = await _body(request, max_body_bytes)
-        caller = Caller(request.headers.get(CLIENT_HEADER) or (request.client.host if request.client else ""))
+        caller = admitted.caller(request.headers.get(CLIENT_HEADER) or (request.client.host if request.client else ""))
 
         def work() -> Response:
             started = time.perf_counter()
             message = _parse(message_type, body, request.headers.get("content-type", ""))
-            response = _response(call(service, message, caller), form)
+            response = _response(call(admitted.service, message, caller), form)
             response.headers["Server-Timing"] = timing_of(caller, started).to_header()
             return response
 
@@ -99,11 +108,11 @@ def create_app(
 
     @app.get("/v1/model", tags=["model"], summary="The model card", **rest_docs.MODEL)
     async def model_card(request: Request) -> Response:
-        return Response(admit(request).model_card().to_json(), media_type=JSON)
+        return Response((await admit(request, "card")).service.model_card().to_json(), media_type=JSON)
 
     @app.get("/v1/tokenizer", tags=["model"], summary="The fast tokenizer and the chat template", **rest_docs.TOKENIZER)
     async def tokenizer(request: Request) -> Response:
-        bundle = admit(request).tokenizer()
+        bundle = (await admit(request, "card")).service.tokenizer()
         return _cached(request, bundle.digest) or Response(
             bundle.to_json(), media_type=JSON, headers={"ETag": f'"{bundle.digest}"'}
         )
@@ -112,7 +121,7 @@ def create_app(
     async def lm_head_range(
         request: Request, start: int = 0, stop: int | None = None, dtype: HeadDtype = "float16"
     ) -> Response:
-        service, form = admit(request), _answer_form(request)
+        service, form = (await admit(request, "head")).service, _answer_form(request)
         tag = f"{service.model_card().digest}-{start}-{stop}-{dtype}-{form.rpartition('.')[2]}"
         if cached := _cached(request, tag):
             return cached
@@ -123,21 +132,21 @@ def create_app(
 
     @app.post("/v1/lm-head", tags=["model"], summary="Chosen rows of the LM head", **rest_docs.LM_HEAD)
     async def lm_head(request: Request) -> Response:
-        return await answer(request, HeadRequest, lambda service, message, _: service.lm_head(message))
+        return await answer(request, "head", HeadRequest, lambda service, message, _: service.lm_head(message))
 
     @app.post("/v1/encode", tags=["inference"], summary="Context representations", **rest_docs.ENCODE)
     async def encode(request: Request) -> Response:
-        return await answer(request, EncodeRequest, PlmService.encode)
+        return await answer(request, "encode", EncodeRequest, PlmService.encode)
 
     @app.post("/v1/decode", tags=["inference"], summary="The newest position and drafted ones", **rest_docs.DECODE)
     async def decode(request: Request) -> Response:
-        return await answer(request, DecodeRequest, PlmService.decode)
+        return await answer(request, "decode", DecodeRequest, PlmService.decode)
 
     @app.post(
         "/v1/next-token-distribution", tags=["inference"], summary="Next-token distribution", **rest_docs.DISTRIBUTION
     )
     async def distribution(request: Request) -> Response:
-        return await answer(request, DistributionRequest, PlmService.distribution)
+        return await answer(request, "distribution", DistributionRequest, PlmService.distribution)
 
     @app.middleware("http")
     async def log_and_identify(request: Request, call_next: Callable[[Request], Any]) -> Response:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from platformdirs import user_cache_path
+from platformdirs import user_cache_path, user_data_path
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -18,10 +18,24 @@ from protocol.messages import CrKind
 DEFAULT_MODEL = "gemma-3-270m"
 
 
-class ServerSettings(BaseSettings):
-    """Start the PLM owner's server."""
+def _in_a_file_of_the_users_own() -> str:
+    return f"sqlite:///{user_data_path('pema') / 'owner.db'}"
+
+
+class StoreSettings(BaseSettings):
+    """Where what must outlive the server is kept."""
 
     model_config = SettingsConfigDict(env_prefix="PEMA_", env_file=".env", extra="ignore", protected_namespaces=())
+
+    store: str = Field(
+        default_factory=_in_a_file_of_the_users_own,
+        description="Database of the tenants, as SQLAlchemy's URL: sqlite:////var/lib/pema/owner.db or "
+        "postgresql+psycopg://owner@db/pema.",
+    )
+
+
+class ServerSettings(StoreSettings):
+    """Start the PLM owner's server."""
 
     model: str = Field(
         default=DEFAULT_MODEL,
@@ -29,7 +43,8 @@ class ServerSettings(BaseSettings):
     )
     host: str = Field(
         default="127.0.0.1",
-        description="Address to listen on. Loopback by default: set --api-key before others can reach it.",
+        description="Address to listen on. Others than loopback need tenants (pema-server tenants add), --api-key, or "
+        "--allow-anonymous.",
     )
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
     grpc_port: int | None = Field(
@@ -41,7 +56,11 @@ class ServerSettings(BaseSettings):
     api_key: SecretStr | None = Field(
         default=None,
         min_length=8,
-        description="Key that clients must show. Set it as PEMA_API_KEY: everybody on the machine can see flags.",
+        description="One key for all clients, instead of tenants. Set it as PEMA_API_KEY: everybody on the machine can "
+        "see flags.",
+    )
+    allow_anonymous: bool = Field(
+        default=False, description="Listen on any address without tenants and keys: whoever reaches it may call."
     )
 
     @field_validator("api_key")

@@ -6,6 +6,7 @@
     │   ├── OverLimit                       422  longer, larger or more than the model card allows
     │   └── Unsupported                     422  a thing this model or server does not have
     ├── Unauthenticated (PermissionError)   401  the owner asks for a key, and this is none
+    ├── Forbidden (PermissionError)         403  the key is good, but not for this call
     ├── PayloadTooLarge (ValueError)        413  the body is over the server's byte limit
     ├── UnacceptableAnswer (ValueError)     406  no representation of the answer suits the Accept header
     ├── Overloaded                          429  try again after `retry_after_s`
@@ -88,6 +89,12 @@ class Unauthenticated(PemaError, PermissionError):
     code = "unauthenticated"
     http_status = 401
     grpc_status = "UNAUTHENTICATED"
+
+
+class Forbidden(PemaError, PermissionError):
+    code = "forbidden"
+    http_status = 403
+    grpc_status = "PERMISSION_DENIED"
 
 
 class PayloadTooLarge(PemaError, ValueError):

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before transformers is imported: no test may depend on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 for _name in [name for name in os.environ if name.startswith("PEMA_")]:
     del os.environ[_name]
+# Also for the servers that tests start: who runs the tests may be an owner with tenants.
+os.environ["PEMA_STORE"] = f"sqlite:///{tempfile.mkdtemp(prefix='pema-tests-')}/owner.db"
 
 from collections.abc import Iterator
 

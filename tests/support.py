@@ -30,6 +30,7 @@ from plm_owner_server.models import digest_folder
 from plm_owner_server.rest import create_app
 from plm_owner_server.service import PlmService, load_tokenizer
 from plm_owner_server.settings import ServerSettings
+from plm_owner_server.tenants import Access
 
 PAD, BOS, EOS = 0, 1, 2
 _SPECIAL = ["<pad>", "<bos>", "<eos>"]
@@ -199,18 +200,18 @@ def run_app(app: FastAPI) -> Iterator[str]:
 
 @contextmanager
 def serve(
-    service: PlmService | None, *, max_body_bytes: int | None = None, api_key: str | None = None
+    service: PlmService | None, *, max_body_bytes: int | None = None, access: Access | None = None
 ) -> Iterator[str]:
     """Serve over REST and give the base URL; without a service, as a server whose model is still loading."""
     if max_body_bytes is None:
         max_body_bytes = service.model_card().limits.max_body_bytes if service else 2**20
-    with run_app(create_app(ServiceHolder(service, api_key=api_key), max_body_bytes=max_body_bytes)) as url:
+    with run_app(create_app(ServiceHolder(service, access), max_body_bytes=max_body_bytes)) as url:
         yield url
 
 
 @contextmanager
 def serve_over_grpc(
-    service: PlmService | None, *, max_body_bytes: int = 2**24, api_key: str | None = None
+    service: PlmService | None, *, max_body_bytes: int = 2**24, access: Access | None = None
 ) -> Iterator[str]:
     """Serve over gRPC on an event loop of its own and give the address, grpc://…."""
     ready, stop = threading.Event(), threading.Event()
@@ -218,7 +219,7 @@ def serve_over_grpc(
 
     async def run() -> None:
         async with serve_grpc(
-            ServiceHolder(service, api_key=api_key), "127.0.0.1", 0, max_body_bytes=max_body_bytes, max_calls=64
+            ServiceHolder(service, access), "127.0.0.1", 0, max_body_bytes=max_body_bytes, max_calls=64
         ) as port:
             ports.append(port)
             ready.set()

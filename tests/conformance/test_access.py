@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from data_owner_client.connection import Connection, Exchange, open_connection
+from plm_owner_server.scheduler import Caller
 from plm_owner_server.service import PlmService
-from protocol.errors import InvalidRequest, Unauthenticated
+from plm_owner_server.tenants import SCOPES, OneKey, Scope, TenantKeys, TenantStore
+from protocol.errors import Forbidden, InvalidRequest, Unauthenticated
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from tests.support import serve, serve_over_grpc
 
@@ -25,12 +29,18 @@ CALLS: dict[str, Callable[[Connection], object]] = {
     "decode": lambda c: c.decode(DecodeRequest(token_ids=[[5, 6]], look_ahead=[3])),
     "distribution": lambda c: c.distribution(DistributionRequest(token_ids=[5])),
 }
+SCOPE_OF: dict[str, Scope] = {name: name for name in SCOPES} | {  # type: ignore[assignment,misc]
+    "model_card": "card",
+    "tokenizer": "card",
+    "lm_head": "head",
+    "lm_head rows": "head",
+}
 SERVERS = {"REST": serve, "gRPC": serve_over_grpc}
 
 
 @pytest.mark.parametrize("server", SERVERS.values(), ids=SERVERS)
 def test_every_call_wants_the_key(server: Callable[..., AbstractContextManager[str]], tiny_service: PlmService) -> None:
-    with server(tiny_service, api_key=KEY) as url:
+    with server(tiny_service, access=OneKey(KEY)) as url:
         holder, stranger, mistaken = (open_connection(url, api_key=key) for key in (KEY, None, KEY + "s"))
         for call in CALLS.values():
             call(holder)
@@ -43,8 +53,59 @@ def test_every_call_wants_the_key(server: Callable[..., AbstractContextManager[s
             connection.close()
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("server", SERVERS.values(), ids=SERVERS)
+def test_a_tenant_may_make_the_calls_of_its_scopes_alone(
+    server: Callable[..., AbstractContextManager[str]], tiny_service: PlmService, scope: Scope, tmp_path: Path
+) -> None:
+    store = TenantStore(f"sqlite:///{tmp_path}/owner.db")
+    key = str(store.add("acme", [scope]))
+    with server(tiny_service, access=TenantKeys(store)) as url:
+        tenant, stranger = open_connection(url, api_key=key), open_connection(url, api_key=key[:-1])
+        for name, call in CALLS.items():
+            if SCOPE_OF[name] == scope:
+                call(tenant)
+            else:
+                with pytest.raises(Forbidden, match=f"needs the scope {SCOPE_OF[name]}") as caught:
+                    call(tenant)
+                assert f"It allows {scope}." in caught.value.hint
+            with pytest.raises(Unauthenticated):
+                call(stranger)
+        tenant.close()
+        stranger.close()
+
+
+@pytest.mark.parametrize("server", SERVERS.values(), ids=SERVERS)
+def test_calls_belong_to_their_tenant(
+    server: Callable[..., AbstractContextManager[str]],
+    tiny_service: PlmService,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is known of a text, and shares of the model, are by tenant: whatever the clients call themselves."""
+    seen: list[Caller] = []
+    for name in ("encode", "decode", "distribution"):
+        inner = getattr(PlmService, name)
+
+        def noted(self: PlmService, request: Any, caller: Caller, inner: Callable[..., Any] = inner) -> Any:
+            seen.append(caller)
+            return inner(self, request, caller)
+
+        monkeypatch.setattr(PlmService, name, noted)
+    store = TenantStore(f"sqlite:///{tmp_path}/owner.db")
+    for tenant in ("acme", "beta"):
+        store.add(tenant)
+    with server(tiny_service, access=TenantKeys(store)) as url:
+        for tenant in ("acme", "beta"):
+            connection = open_connection(url, api_key=str(store.rotate_key(tenant)))
+            for name in ("encode", "decode", "distribution"):
+                CALLS[name](connection)
+            connection.close()
+    assert [(caller.tenant, caller.client) for caller in seen] == [("acme", "acme")] * 3 + [("beta", "beta")] * 3
+
+
 def test_probes_need_no_key_and_browsers_are_told_how(tiny_service: PlmService) -> None:
-    with serve(tiny_service, api_key=KEY) as url:
+    with serve(tiny_service, access=OneKey(KEY)) as url:
         assert httpx.get(f"{url}/healthz").is_success
         assert httpx.get(f"{url}/readyz").is_success
         refused = httpx.get(f"{url}/v1/model")

@@ -18,6 +18,7 @@ from data_owner_client.plm import RemotePlm
 from data_owner_client.tasks import Task
 from data_owner_client.training import TrainingSettings
 from plm_owner_server.service import PlmService
+from plm_owner_server.tenants import OneKey
 from tests.end_to_end.processes import client, client_json
 from tests.support import TinyModels, make_service, serve, serve_over_grpc
 
@@ -39,7 +40,7 @@ def work(tiny_service: PlmService, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(params=["http", "grpc"])
 def url(request: pytest.FixtureRequest, tiny_service: PlmService) -> Iterator[str]:
-    with (serve if request.param == "http" else serve_over_grpc)(tiny_service, api_key=KEY) as url:
+    with (serve if request.param == "http" else serve_over_grpc)(tiny_service, access=OneKey(KEY)) as url:
         yield url
 
 

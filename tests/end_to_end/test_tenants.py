@@ -1,0 +1,60 @@
+"""`pema-server tenants`, and a server that asks for their keys, as processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import support
+from tests.end_to_end.processes import client, server
+
+
+def pema_server(store: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "plm_owner_server.cli", *arguments]
+    environment = os.environ | {"PEMA_STORE": store}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+def test_an_owner_lets_a_tenant_in_and_out(
+    tiny_models: support.TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = f"sqlite:///{tmp_path}/owner.db"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no head of this model from another test
+    added = pema_server(store, "tenants", "add", "acme", "--scopes", "card,decode")
+    key = added.stdout.strip()
+    assert key.startswith("pema_")
+    assert "kept nowhere" in added.stderr
+    (listed,) = json.loads(pema_server(store, "tenants", "list", "--json").stdout)
+    assert (listed["name"], listed["scopes"], listed["disabled_at"]) == ("acme", ["card", "decode"], None)
+    assert key not in pema_server(store, "tenants", "list").stdout
+    again = pema_server(store, "tenants", "add", "acme")
+    assert again.returncode == 1
+    assert "rotate-key" in again.stderr
+
+    log = tmp_path / "server.log"
+    with server(log, "--model", tiny_models["llama"], "--store", store) as url:
+        refused = client(url, "info")
+        assert refused.returncode == 1
+        assert "PEMA_API_KEY" in refused.stderr
+        monkeypatch.setenv("PEMA_API_KEY", key)
+        assert client(url, "info").returncode == 0
+        forbidden = client(url, "fetch-head")
+        assert forbidden.returncode == 1
+        assert "needs the scope head" in forbidden.stderr
+        assert pema_server(store, "tenants", "disable", "acme").returncode == 0
+        time.sleep(2.5)
+        assert "got another one" in client(url, "info").stderr
+    assert key.rpartition("_")[2] not in log.read_text()
+
+
+def test_without_keys_a_server_listens_on_loopback_alone(tiny_models: support.TinyModels, tmp_path: Path) -> None:
+    done = pema_server(f"sqlite:///{tmp_path}/owner.db", "serve", "--host", "0.0.0.0", "--model", tiny_models["llama"])  # noqa: S104
+    assert done.returncode == 1
+    assert "whoever reaches 0.0.0.0" in done.stderr
+    assert "Traceback" not in done.stderr

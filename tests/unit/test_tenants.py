@@ -1,0 +1,150 @@
+"""Tenants: their keys, their store, and who may call a server."""
+
+from __future__ import annotations
+
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plm_owner_server.settings import ServerSettings
+from plm_owner_server.tenants import ANYBODY, SCOPES, Anyone, OneKey, Tenant, TenantKeys, TenantStore, access_for
+from plm_owner_server.tenants import access as access_module
+from plm_owner_server.tenants.keys import Key
+from plm_owner_server.tenants.store import METADATA
+from protocol.errors import InvalidRequest, PemaError, Unauthenticated
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/new/folder/owner.db"
+
+
+@pytest.fixture
+def store(url: str) -> TenantStore:
+    return TenantStore(url)
+
+
+def test_a_key_is_read_as_it_is_written_and_never_shown_by_accident() -> None:
+    for _ in range(50):  # some secrets have an underscore
+        key = Key.new()
+        assert Key.parse(str(key)) == key
+        assert key.secret not in repr(key)
+        assert key.matches(key.hash)
+        assert not Key.new().matches(key.hash)
+
+
+@given(st.text(alphabet="pema_x", max_size=12) | st.text(max_size=12))
+def test_what_is_no_key_is_none(text: str) -> None:
+    key = Key.parse(text)
+    assert key is None or str(key) == text
+
+
+def test_tenants_outlive_the_process_and_their_secrets_are_not_kept(store: TenantStore, url: str) -> None:
+    key, other = store.add("acme"), store.add("beta", ["encode", "card"])
+    again = TenantStore(url)
+    assert again.holder(key) == Tenant("acme", frozenset(SCOPES))
+    assert again.holder(other) == Tenant("beta", frozenset(("card", "encode")))
+    assert [(tenant.name, tenant.scopes) for tenant in again.all()] == [("acme", SCOPES), ("beta", ("card", "encode"))]
+    kept = b"".join(path.read_bytes() for path in Path(sa.make_url(url).database or "").parent.iterdir())
+    assert key.id.encode() in kept
+    assert key.secret.encode() not in kept
+
+
+def test_old_keys_wrong_keys_and_keys_of_the_disabled_open_nothing(store: TenantStore) -> None:
+    old = store.add("acme")
+    new = store.rotate_key("acme")
+    assert store.holder(old) is None
+    assert store.holder(Key(new.id, old.secret)) is None
+    assert store.holder(Key("none", "such")) is None
+    assert store.holder(new) is not None
+    store.disable("acme")
+    assert store.holder(new) is None
+    assert store.all()[0].disabled_at is not None
+    store.enable("acme")
+    assert store.holder(new) is not None
+
+
+def test_mistakes_are_told(store: TenantStore, tmp_path: Path) -> None:
+    store.add("acme")
+    with pytest.raises(InvalidRequest, match="acme already"):
+        store.add("acme")
+    for name in ("", " acme", "a" * 65, "ac\nme", "Åcme"):
+        with pytest.raises(InvalidRequest, match="no name"):
+            store.add(name)
+    for change in (store.rotate_key, store.disable, store.enable):
+        with pytest.raises(InvalidRequest, match="no tenant nobody"):
+            change("nobody")
+    with pytest.raises(InvalidRequest, match="URL is not usable"):
+        TenantStore("owner.db")
+    (tmp_path / "text.db").write_text("this is no database, but a text that is long enough to be read as one" * 20)
+    with pytest.raises(PemaError, match="cannot be used: file is not a database"):
+        TenantStore(f"sqlite:///{tmp_path}/text.db")
+
+
+def test_the_migrations_make_the_tables_that_the_code_uses(store: TenantStore, url: str) -> None:
+    store.add("acme")
+    with sa.create_engine(url).connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
+        connection.connection.close()
+
+
+def test_processes_that_start_at_once_make_the_tables_once(url: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        stores = list(pool.map(TenantStore, [url] * 8))
+        keys = list(pool.map(lambda number: stores[number].add(f"t{number}"), range(8)))
+    assert all(stores[0].holder(key) for key in keys)
+
+
+def test_a_disabled_tenant_is_out_within_two_seconds(store: TenantStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(access_module.time, "monotonic", lambda: now)
+    keys, shown = TenantKeys(store), f"Bearer {store.add('acme')}"
+    assert keys.identify(shown).name == "acme"
+    store.disable("acme")
+    now += 1.9
+    assert keys.identify(shown).name == "acme"
+    now += 0.2
+    with pytest.raises(Unauthenticated):
+        keys.identify(shown)
+    store.enable("acme")
+    assert keys.identify(shown).name == "acme"  # who was refused is not kept out
+    for stranger in (None, "", "Bearer ", "Bearer pema_x_y", shown + "x", "Basic YTpi"):
+        with pytest.raises(Unauthenticated):
+            keys.identify(stranger)
+
+
+def test_who_may_call(store: TenantStore, url: str) -> None:
+    def settings(**given: object) -> ServerSettings:
+        return ServerSettings(_env_file=None, store=url, **given)  # type: ignore[arg-type,call-arg]
+
+    for host in ("127.0.0.1", "::1", "localhost"):
+        assert isinstance(access_for(settings(host=host)), Anyone)
+    for host in ("0.0.0.0", "::", "plm.example.com"):  # noqa: S104
+        with pytest.raises(PemaError, match="whoever reaches") as caught:
+            access_for(settings(host=host))
+        assert "--allow-anonymous" in caught.value.hint
+        assert isinstance(access_for(settings(host=host, allow_anonymous=True)), Anyone)
+        one = access_for(settings(host=host, api_key="long enough"))
+        assert isinstance(one, OneKey)
+        assert one.identify("Bearer long enough") == ANYBODY
+    key = store.add("acme")
+    keys = access_for(settings(host="0.0.0.0"))  # noqa: S104
+    assert keys.identify(f"Bearer {key}").name == "acme"
+    with pytest.raises(PemaError, match="one key for all"):
+        access_for(settings(api_key="long enough"))
+
+
+def test_a_store_that_went_away_is_an_error_and_lets_nobody_in(store: TenantStore, url: str) -> None:
+    key = store.add("acme")
+    with sqlite3.connect(sa.make_url(url).database or "") as database:
+        database.execute("DROP TABLE tenants")
+    database.close()
+    with pytest.raises(PemaError, match="no such table"):
+        TenantKeys(store).identify(f"Bearer {key}")
