@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,8 @@ Scope = Literal["card", "head", "encode", "decode", "distribution"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 """What a tenant may be allowed: card and tokenizer; rows of the LM head; and the calls of these names."""
 _MIGRATIONS = Path(__file__).parent / "migrations"
+# Alembic works on globals.
+_MIGRATING = threading.Lock()
 _NO_HASH = "0" * 64
 # Longest wait for another process that writes, in seconds.
 _BUSY_S = 10.0
@@ -86,7 +89,7 @@ class TenantStore:
         except (sa.exc.ArgumentError, ImportError) as error:
             raise InvalidRequest(
                 f"The store's URL is not usable: {error}.",
-                hint="Give one like sqlite:////var/lib/pema/owner.db; PostgreSQL takes pip install 'pema[postgres]'.",
+                hint="Give one like sqlite:////var/lib/pema/owner.db; PostgreSQL takes the extra postgres.",
             ) from error
         with _told(self._engine.url):
             self._migrate()
@@ -94,15 +97,13 @@ class TenantStore:
     def _migrate(self) -> None:
         """Bring the tables up to date; one process at a time."""
         config = Config()
+        lock: AbstractContextManager[object] = nullcontext()
         config.set_main_option("script_location", str(_MIGRATIONS))
-        if not _is_sqlite(self._engine.url):
-            with self._engine.begin() as connection:
-                config.attributes["connection"] = connection
-                command.upgrade(config, "head")  # which takes a lock of the database's own
-            return
-        path = Path(self._engine.url.database or "")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"), self._engine.begin() as connection:
+        if _is_sqlite(self._engine.url):  # which has no lock of its own for this, as others do
+            path = Path(self._engine.url.database or "")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{path}.lock")
+        with _MIGRATING, lock, self._engine.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
@@ -198,4 +199,10 @@ def _is_sqlite(url: sa.URL) -> bool:
 
 def _record(row: Row[Any]) -> TenantRecord:
     scopes = tuple(scope for scope in SCOPES if scope in row.scopes.split())
-    return TenantRecord(row.name, scopes, row.key_id, row.created_at, row.disabled_at)
+    disabled_at = None if row.disabled_at is None else _utc(row.disabled_at)
+    return TenantRecord(row.name, scopes, row.key_id, _utc(row.created_at), disabled_at)
+
+
+def _utc(moment: datetime) -> datetime:
+    # SQLite forgets the zone, PostgreSQL gives its own.
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

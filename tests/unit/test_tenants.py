@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def test_tenants_outlive_the_process_and_their_secrets_are_not_kept(store: Tenan
     assert again.holder(key) == Tenant("acme", frozenset(SCOPES))
     assert again.holder(other) == Tenant("beta", frozenset(("card", "encode")))
     assert [(tenant.name, tenant.scopes) for tenant in again.all()] == [("acme", SCOPES), ("beta", ("card", "encode"))]
+    assert abs((again.all()[0].created_at - datetime.now(UTC)).total_seconds()) < 60
     kept = b"".join(path.read_bytes() for path in Path(sa.make_url(url).database or "").parent.iterdir())
     assert key.id.encode() in kept
     assert key.secret.encode() not in kept
