@@ -77,6 +77,7 @@ def connect(
     dtype: WireDtype = "float16",
     api_key: str | None = None,
     insecure: bool = False,
+    ca: Path | None = None,
     timeout_s: float = 600.0,
     give_up_after_s: float = GIVE_UP_AFTER_S,
 ) -> RemotePlm:
@@ -88,7 +89,7 @@ def connect(
         InvalidRequest: the URL is none, or the key would travel in the clear.
     """
     connection = open_connection(
-        url, api_key=api_key, insecure=insecure, timeout_s=timeout_s, give_up_after_s=give_up_after_s
+        url, api_key=api_key, insecure=insecure, ca=ca, timeout_s=timeout_s, give_up_after_s=give_up_after_s
     )
     try:
         return RemotePlm(connection, dtype=dtype)

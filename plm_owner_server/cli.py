@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import threading
@@ -25,6 +26,7 @@ from plm_owner_server.service import PlmService, load_tokenizer
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants import access_for
 from plm_owner_server.tenants.commands import Tenants
+from plm_owner_server.tls import Certificate
 from protocol.errors import PemaError
 
 log = logging.getLogger(__name__)
@@ -107,6 +109,10 @@ def serve(settings: ServerSettings) -> None:
     for noisy in ("httpx", "httpcore", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     holder = ServiceHolder(access=access_for(settings))
+    certificate = None
+    if settings.tls_certificate and settings.tls_key:
+        certificate = Certificate(settings.tls_certificate, settings.tls_key)
+    context = certificate.context() if certificate else None
     failures: list[PemaError] = []
 
     def load() -> None:
@@ -125,8 +131,15 @@ def serve(settings: ServerSettings) -> None:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             try:
-                port = await stack.enter_async_context(serve_grpc(holder, settings.host, grpc_port, **bounds))
-                log.info("gRPC on %s:%d, REST on port %d", settings.host, port, settings.port)
+                credentials = certificate.grpc_credentials() if certificate else None
+                port = await stack.enter_async_context(
+                    serve_grpc(holder, settings.host, grpc_port, **bounds, credentials=credentials)
+                )
+                if certificate and context:
+                    renewing = asyncio.create_task(certificate.keep_current(context))
+                    stack.callback(renewing.cancel)
+                how = "TLS" if certificate else "no TLS"
+                log.info("gRPC on %s:%d, REST on port %d, %s", settings.host, port, settings.port, how)
                 threading.Thread(target=load, name="load-model", daemon=True).start()
             except OSError as error:
                 failures.append(PemaError(str(error), hint="Choose another --grpc-port."))
@@ -137,7 +150,14 @@ def serve(settings: ServerSettings) -> None:
     grpc_port = beside if settings.grpc_port is None else settings.grpc_port
     bounds = {"max_body_bytes": settings.max_body_bytes, "max_calls": 2 * settings.max_waiting_requests}
     app = create_app(holder, **bounds, lifespan=lifespan)
-    config = uvicorn.Config(app, host=settings.host, port=settings.port, log_config=None, access_log=False)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        ssl_context_factory=(lambda *_: context) if context else None,
+    )
     server = uvicorn.Server(config)
     try:
         with suppress(KeyboardInterrupt):  # uvicorn has shut down by then, and passes the signal on

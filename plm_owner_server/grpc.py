@@ -54,7 +54,13 @@ _Piece = TypeVar("_Piece", pema_pb2.EncodePiece, pema_pb2.DecodePiece)
 
 @asynccontextmanager
 async def serve_grpc(
-    holder: ServiceHolder, host: str, port: int, *, max_body_bytes: int, max_calls: int
+    holder: ServiceHolder,
+    host: str,
+    port: int,
+    *,
+    max_body_bytes: int,
+    max_calls: int,
+    credentials: grpc.ServerCredentials | None = None,
 ) -> AsyncIterator[int]:
     """Serve the calls, health and reflection; gives the port.
 
@@ -64,6 +70,7 @@ async def serve_grpc(
         port: 0 takes a free one.
         max_body_bytes: larger requests are refused.
         max_calls: calls worked on at the same time, those that wait for the model included.
+        credentials: for TLS.
 
     Raises:
         OSError: the address cannot be had.
@@ -83,7 +90,11 @@ async def serve_grpc(
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        if credentials is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise OSError(f"gRPC cannot listen on port {port} of {host}; is it in use?") from error
     await server.start()

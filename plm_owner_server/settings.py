@@ -7,11 +7,11 @@ the same; a flag wins over the environment.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from platformdirs import user_cache_path, user_data_path
-from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, CliImplicitFlag, SettingsConfigDict
 
 from protocol.messages import CrKind
 
@@ -59,9 +59,26 @@ class ServerSettings(StoreSettings):
         description="One key for all clients, instead of tenants. Set it as PEMA_API_KEY: everybody on the machine can "
         "see flags.",
     )
-    allow_anonymous: bool = Field(
+    allow_anonymous: CliImplicitFlag[bool] = Field(
         default=False, description="Listen on any address without tenants and keys: whoever reaches it may call."
     )
+    tls_certificate: Path | None = Field(
+        default=None,
+        description="PEM file with the server's certificate chain: both transports then speak TLS. Renewed files are "
+        "taken without a restart.",
+    )
+    tls_key: Path | None = Field(default=None, description="PEM file with its private key, without a password.")
+    insecure: CliImplicitFlag[bool] = Field(
+        default=False,
+        description="Let keys travel unencrypted to other addresses than loopback, such as behind a proxy that does "
+        "TLS itself.",
+    )
+
+    @model_validator(mode="after")
+    def _certificate_and_key_go_together(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("--tls-certificate and --tls-key go together")
+        return self
 
     @field_validator("api_key")
     @classmethod

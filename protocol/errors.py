@@ -14,6 +14,7 @@
     ├── ServerFault                         500  the server's own fault, without any of the caller's data
     ├── NumericalFault (ArithmeticError)    422  a value that is not finite in the dtype asked for, with counts
     ├── ConnectionFailed (ConnectionError)       the server was not reached, or hung up (client only)
+    ├── Untrusted (ConnectionError)              the server's certificate proves nothing (client only)
     ├── ProtocolViolation                        the answer is not what the protocol says (client only)
     ├── IdentityMismatch (ValueError)            files and server belong to different models (client only)
     └── InvalidData (ValueError)                 the user's own file is not usable (client only)
@@ -132,6 +133,10 @@ class NumericalFault(PemaError, ArithmeticError):
 
 class ConnectionFailed(PemaError, ConnectionError):
     code = "connection-failed"
+
+
+class Untrusted(PemaError, ConnectionError):
+    code = "untrusted"
 
 
 class ProtocolViolation(PemaError):

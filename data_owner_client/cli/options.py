@@ -50,6 +50,15 @@ _Insecure = Annotated[
         rich_help_panel="Connection",
     ),
 ]
+_Authority = Annotated[
+    Path | None,
+    typer.Option(
+        "--ca",
+        envvar="PEMA_CA",
+        help="PEM file of the authority that signed the server's certificate, where it is none that all know.",
+        rich_help_panel="Connection",
+    ),
+]
 _Timeout = Annotated[
     float,
     typer.Option("--timeout", min=0.1, help="Longest wait for one answer, in seconds.", rich_help_panel="Connection"),
@@ -180,6 +189,7 @@ class Server(OptionGroup):
     server: _Server = "http://127.0.0.1:8000"
     api_key: _ApiKey = None
     insecure: _Insecure = False
+    ca: _Authority = None
     timeout: _Timeout = 600.0
     give_up_after: _GiveUpAfter = GIVE_UP_AFTER_S
 
@@ -190,6 +200,7 @@ class Server(OptionGroup):
             dtype=dtype,
             api_key=self.api_key,
             insecure=self.insecure,
+            ca=self.ca,
             timeout_s=self.timeout,
             give_up_after_s=self.give_up_after,
         )

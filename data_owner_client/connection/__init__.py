@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ssl
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -31,6 +34,7 @@ def open_connection(
     *,
     api_key: str | None = None,
     insecure: bool = False,
+    ca: Path | None = None,
     timeout_s: float = 600.0,
     give_up_after_s: float = GIVE_UP_AFTER_S,
 ) -> Connection:
@@ -40,11 +44,13 @@ def open_connection(
         url: http://, https://, grpc:// or grpcs://.
         api_key: sent with every call, where the owner asks for one.
         insecure: send the key even where others may read it on the way.
+        ca: PEM file of the authority that signed the server's certificate; one of those that all know unless given.
         timeout_s: longest wait for one answer, in seconds; a large batch on a CPU takes a while.
         give_up_after_s: how long a call that fails on the way is made again, in seconds.
 
     Raises:
-        InvalidRequest: the URL is none, its scheme is not known, or the key would travel in the clear.
+        InvalidRequest: the URL is none, its scheme is not known, the key would travel in the clear, or there is no such
+            authority.
     """
     scheme, _, rest = url.partition("://")
     if api_key and not (api_key.isascii() and api_key.isprintable()):
@@ -54,12 +60,26 @@ def open_connection(
             f"The key would travel to {url} in the clear, for everybody on the way to read.",
             hint="Use https:// or grpcs://. If the network is yours alone, say --insecure.",
         )
+    authority = None if ca is None else _authority(ca)
+    settings: dict[str, Any] = {"api_key": api_key, "timeout_s": timeout_s, "give_up_after_s": give_up_after_s}
     if scheme in ("http", "https"):
         with suppress(httpx.InvalidURL):
-            return RestConnection(url, api_key=api_key, timeout_s=timeout_s, give_up_after_s=give_up_after_s)
+            return RestConnection(url, ca=authority, **settings)
     if scheme in ("grpc", "grpcs") and rest:
-        return GrpcConnection(url.rstrip("/"), api_key=api_key, timeout_s=timeout_s, give_up_after_s=give_up_after_s)
+        return GrpcConnection(url.rstrip("/"), ca=authority, **settings)
     raise InvalidRequest(
         f"{url!r} is no address of a PLM server.",
         hint="Give one like http://127.0.0.1:8000, grpc://127.0.0.1:8001 or https://plm.example.com.",
     )
+
+
+def _authority(path: Path) -> str:
+    """The certificates of a PEM file."""
+    try:
+        text = path.read_text()
+        ssl.create_default_context(cadata=text)
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        raise InvalidRequest(
+            f"{path} holds no certificate: {error}.", hint="--ca takes the PEM file of the authority."
+        ) from error
+    return text

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from protocol.errors import Untrusted
 from protocol.messages import (
     DecodeRequest,
     DecodeResponse,
@@ -79,3 +80,12 @@ class Connection(Calls, Protocol):
 
     def close(self) -> None:
         """Let go of sockets and the like."""
+
+
+def untrusted(url: str, reason: str, request_id: str) -> Untrusted:
+    """The error for a server that cannot prove that it is the one of this address."""
+    return Untrusted(
+        f"The certificate of {url} cannot be trusted: {reason}.",
+        hint="If the owner gave you the file of the authority that signed it, say --ca FILE.",
+        request_id=request_id,
+    )

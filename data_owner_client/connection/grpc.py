@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from data_owner_client.connection.base import untrusted
 from data_owner_client.connection.retries import GIVE_UP_AFTER_S, Attempts
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.errors import (
@@ -76,6 +77,7 @@ class GrpcConnection:
     Args:
         url: where the server listens, `grpc://host:port`, or `grpcs://host:port` for TLS.
         api_key: sent with every call.
+        ca: certificates in PEM of the authority that vouches for the server; those that all know unless given.
         timeout_s: longest time that one attempt may take, in seconds.
         give_up_after_s: how long a call that fails on the way is made again, in seconds.
     """
@@ -85,6 +87,7 @@ class GrpcConnection:
         url: str,
         *,
         api_key: str | None = None,
+        ca: str | None = None,
         timeout_s: float = 600.0,
         give_up_after_s: float = GIVE_UP_AFTER_S,
     ) -> None:
@@ -98,7 +101,9 @@ class GrpcConnection:
         if api_key:
             self._metadata += ((KEY_METADATA, f"Bearer {api_key}"),)
         self._target = target
-        self._credentials = grpc.ssl_channel_credentials() if scheme == "grpcs" else None
+        self._credentials = None
+        if scheme == "grpcs":
+            self._credentials = grpc.ssl_channel_credentials(None if ca is None else ca.encode())
         self._dialling = threading.Lock()
         self._line = self._dialled()
 
@@ -209,6 +214,8 @@ class GrpcConnection:
                 hint="Is this a PEMA server of the same version?",
                 request_id=request_id,
             )
+        if "CERTIFICATE_VERIFY_FAILED" in (error.details() or ""):
+            return untrusted(self._url, error.details().rpartition("CERTIFICATE_VERIFY_FAILED: ")[2], request_id)
         return ConnectionFailed(
             f"No answer from {self._url} ({status.name}).",
             hint="The server is too slow or hangs; ask its owner."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import time
 import uuid
 from typing import TypeVar
@@ -10,6 +11,7 @@ from typing import TypeVar
 import httpx
 
 from data_owner_client.connection.addresses import is_loopback
+from data_owner_client.connection.base import untrusted
 from data_owner_client.connection.retries import GIVE_UP_AFTER_S, Attempts
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import ConnectionFailed, NotReady, Overloaded, PemaError, ProtocolViolation, from_problem
@@ -44,6 +46,7 @@ class RestConnection:
     Args:
         url: where the server listens, for example `http://127.0.0.1:8000`.
         api_key: sent with every call.
+        ca: certificates in PEM of the authority that vouches for the server; those that all know unless given.
         timeout_s: longest time that one attempt may take, in seconds.
         give_up_after_s: how long a call that fails on the way is made again, in seconds.
         transport: what carries the requests instead of sockets, for tests.
@@ -54,6 +57,7 @@ class RestConnection:
         url: str,
         *,
         api_key: str | None = None,
+        ca: str | None = None,
         timeout_s: float = 600.0,
         give_up_after_s: float = GIVE_UP_AFTER_S,
         transport: httpx.BaseTransport | None = None,
@@ -72,6 +76,7 @@ class RestConnection:
             timeout=timeout,
             transport=transport,
             headers=headers,
+            verify=True if ca is None else ssl.create_default_context(cadata=ca),
             # What goes to this very machine needs no proxy, which would read the key.
             trust_env=not is_loopback(url),
         )
@@ -128,6 +133,8 @@ class RestConnection:
         try:
             response = self._exchanged(method, path, body, headers)
         except (httpx.RequestError, httpx.InvalidURL) as error:
+            if (reason := _distrust(error)) is not None:
+                raise untrusted(self._url, reason, request_id) from error
             slow = isinstance(error, httpx.ReadTimeout)
             raise ConnectionFailed(
                 f"No answer from {self._url} ({type(error).__name__}).",
@@ -182,3 +189,10 @@ def _problem(response: httpx.Response, request_id: str) -> PemaError:
         error = from_problem(problem, response.status_code)
     error.request_id = error.request_id or request_id
     return error
+
+
+def _distrust(error: BaseException | None) -> str | None:
+    """What is wrong with the server's certificate, if that was the error."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return None if error is None else error.verify_message

@@ -100,10 +100,17 @@ def access_for(settings: ServerSettings) -> Access:
     """Who may call a server with these settings.
 
     Raises:
-        PemaError: everybody who reaches it could, and that was not said to be meant; or the store cannot be used.
+        PemaError: everybody who reaches it could, or keys could be read on the way, and that was not said to be meant;
+            or the store cannot be used.
     """
     store = TenantStore(settings.store)
     tenants = len(store.all())
+    keys = bool(tenants or settings.api_key)
+    if keys and not (is_loopback(settings.host) or settings.tls_certificate or settings.insecure):
+        raise PemaError(
+            f"Keys would travel to {settings.host} unencrypted, for everybody on the way to read.",
+            hint="Give --tls-certificate and --tls-key. If something before the server does TLS, say --insecure.",
+        )
     if settings.api_key is not None:
         if tenants:
             raise PemaError(
@@ -114,7 +121,7 @@ def access_for(settings: ServerSettings) -> Access:
     if tenants:
         log.info("%d tenants, each with a key of its own", tenants)
         return TenantKeys(store)
-    if not (_is_loopback(settings.host) or settings.allow_anonymous):
+    if not (is_loopback(settings.host) or settings.allow_anonymous):
         raise PemaError(
             f"Without keys, whoever reaches {settings.host} could use the model.",
             hint="Let somebody in: pema-server tenants add NAME. If everybody may call, say --allow-anonymous.",
@@ -122,7 +129,8 @@ def access_for(settings: ServerSettings) -> Access:
     return Anyone()
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this very machine can reach an address."""
     if host == "localhost":
         return True
     try:

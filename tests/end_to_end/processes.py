@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -27,13 +28,18 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(log: Path, *arguments: str, port: int | None = None, grpc_port: int = 0) -> Iterator[str]:
-    """`pema-server serve` with these arguments, once it is ready; gives its URL for REST."""
+def server(
+    log: Path, *arguments: str, port: int | None = None, grpc_port: int = 0, ca: Path | None = None
+) -> Iterator[str]:
+    """`pema-server serve` with these arguments, once it is ready; gives its URL for REST.
+
+    With the authority `ca` of its certificate, it is one that speaks TLS.
+    """
     port = port or free_port()
     process = start_server(log, port, grpc_port, *arguments)
-    url = f"http://127.0.0.1:{port}"
+    url = f"{'https' if ca else 'http'}://127.0.0.1:{port}"
     try:
-        wait_until_ready(process, url, log)
+        wait_until_ready(process, url, log, ca)
         yield url
     finally:
         _stop(process, log)
@@ -47,10 +53,11 @@ def start_server(log: Path, port: int, grpc_port: int, *arguments: str) -> subpr
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
 
-def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, ca: Path | None = None) -> None:
     """Return once the server is ready; fail if it stops or takes too long."""
     deadline = time.monotonic() + _READY_WITHIN_S
-    while not _ready(url):
+    verify = ssl.create_default_context(cafile=ca) if ca else True
+    while not _ready(url, verify):
         assert process.poll() is None, log.read_text()[-3000:]
         assert time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.1)
@@ -104,9 +111,9 @@ def _stop(process: subprocess.Popen[bytes], log: Path) -> None:
     assert process.wait(timeout=30) in (0, -signal.SIGTERM), log.read_text()[-3000:]
 
 
-def _ready(url: str) -> bool:
+def _ready(url: str, verify: ssl.SSLContext | bool) -> bool:
     try:
-        return httpx.get(f"{url}/readyz").is_success
+        return httpx.get(f"{url}/readyz", verify=verify).is_success
     except httpx.TransportError:
         return False
 

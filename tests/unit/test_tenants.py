@@ -133,11 +133,11 @@ def test_who_may_call(store: TenantStore, url: str) -> None:
             access_for(settings(host=host))
         assert "--allow-anonymous" in caught.value.hint
         assert isinstance(access_for(settings(host=host, allow_anonymous=True)), Anyone)
-        one = access_for(settings(host=host, api_key="long enough"))
+        one = access_for(settings(host=host, api_key="long enough", insecure=True))
         assert isinstance(one, OneKey)
         assert one.identify("Bearer long enough") == ANYBODY
     key = store.add("acme")
-    keys = access_for(settings(host="0.0.0.0"))  # noqa: S104
+    keys = access_for(settings(host="0.0.0.0", insecure=True))  # noqa: S104
     assert keys.identify(f"Bearer {key}").name == "acme"
     with pytest.raises(PemaError, match="one key for all"):
         access_for(settings(api_key="long enough"))

@@ -1,0 +1,97 @@
+"""TLS for both transports, from the same two files, which may be renewed while the server runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from protocol.errors import PemaError
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A certificate chain and its private key, both PEM files.
+
+    Attributes:
+        chain: the server's own certificate first.
+        key: without a password.
+    """
+
+    chain: Path
+    key: Path
+
+    def context(self) -> ssl.SSLContext:
+        """For the REST server.
+
+        Raises:
+            PemaError: the files cannot be read, or do not belong together.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self.load_into(context)
+        return context
+
+    def load_into(self, context: ssl.SSLContext) -> None:
+        """Take what the files hold now; connections that are made from now on see it.
+
+        Raises:
+            PemaError: the files cannot be read, or do not belong together.
+        """
+        try:
+            # In a context of its own first: a mistake must not spoil the one in use.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.chain, self.key, password="")
+            context.load_cert_chain(self.chain, self.key, password="")
+        except (OSError, ssl.SSLError) as error:
+            raise PemaError(
+                f"{self.chain} and {self.key} are no certificate and its key: {error}.",
+                hint="--tls-certificate and --tls-key take PEM files; the key without a password.",
+            ) from error
+
+    def grpc_credentials(self) -> grpc.ServerCredentials:
+        """For the gRPC server: it looks at the files with every connection."""
+        current = self._grpc_configuration()
+        seen = self._modified()
+
+        def renewed() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal seen
+            try:
+                # Whole and belonging together, or else the ones in use stay.
+                if (now := self._modified()) == seen:
+                    return None
+                self.context()
+                seen = now
+                return self._grpc_configuration()
+            except (OSError, PemaError):
+                return None
+
+        # Its types do not know that None leaves all as it is.
+        return grpc.dynamic_ssl_server_credentials(current, renewed, require_client_authentication=False)  # type: ignore[arg-type]
+
+    async def keep_current(self, context: ssl.SSLContext) -> None:
+        """Load the files into the REST server's context whenever they change, for ever."""
+        seen = self._modified()
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            try:
+                if (now := self._modified()) == seen:
+                    continue
+                seen = now
+                self.load_into(context)
+                log.info("the certificate %s was renewed", self.chain)
+            except (OSError, PemaError) as error:
+                log.warning("the certificate in use stays: %s", error)
+
+    def _modified(self) -> tuple[int, int]:
+        return self.chain.stat().st_mtime_ns, self.key.stat().st_mtime_ns
+
+    def _grpc_configuration(self) -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration([(self.key.read_bytes(), self.chain.read_bytes())])

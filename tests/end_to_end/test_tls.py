@@ -1,0 +1,102 @@
+"""TLS on both transports, with certificates that are renewed while the server runs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import trustme
+
+from data_owner_client import connect
+from plm_owner_server.settings import ServerSettings
+from plm_owner_server.tenants import TenantStore, access_for
+from plm_owner_server.tls import Certificate
+from protocol.errors import InvalidRequest, PemaError, Untrusted
+from tests import support
+from tests.end_to_end.processes import client, free_port, server
+
+
+class Authority:
+    """Signs certificates for this machine, into the files that the server reads."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._authority = trustme.CA(organization_name=name)
+        self.file = folder / f"{name}.pem"
+        self._authority.cert_pem.write_to_path(str(self.file))
+
+    def sign(self, certificate: Certificate) -> None:
+        signed = self._authority.issue_cert("127.0.0.1", "localhost")
+        signed.private_key_pem.write_to_path(str(certificate.key))
+        certificate.chain.write_bytes(b"".join(blob.bytes() for blob in signed.cert_chain_pems))
+
+
+def test_both_transports_speak_tls_and_take_a_renewed_certificate(
+    tiny_models: support.TinyModels, tmp_path: Path
+) -> None:
+    files = Certificate(tmp_path / "server.pem", tmp_path / "server.key")
+    first, second = Authority(tmp_path, "first"), Authority(tmp_path, "second")
+    first.sign(files)
+    store = f"sqlite:///{tmp_path}/owner.db"
+    key, port = str(TenantStore(store).add("acme")), free_port()
+    flags = ["--model", tiny_models["llama"], "--store", store]
+    flags += ["--tls-certificate", str(files.chain), "--tls-key", str(files.key)]
+    with server(tmp_path / "server.log", *flags, grpc_port=port, ca=first.file) as rest:
+        urls = [rest, f"grpcs://127.0.0.1:{port}"]
+
+        def card_names(authority: Authority | None) -> list[str]:
+            names = []
+            for url in urls:
+                with connect(url, api_key=key, ca=authority and authority.file, give_up_after_s=0) as plm:
+                    names.append(plm.card.name)
+            return names
+
+        assert len(card_names(first)) == 2
+        for url, stranger in ((url, other) for url in urls for other in (None, second)):
+            with pytest.raises(Untrusted, match="cannot be trusted: unable to get local issuer") as caught:
+                connect(url, api_key=key, ca=stranger and stranger.file, give_up_after_s=0)
+            assert "--ca" in caught.value.hint
+        told = client(rest, "info", "--ca", second.file, "--api-key", key)
+        assert told.returncode == 1
+        assert "certificate" in told.stderr
+        assert client(rest, "info", "--ca", first.file, "--api-key", key).returncode == 0
+
+        files.key.write_text("half of a file")  # in the midst of being renewed
+        time.sleep(2.5)
+        assert len(card_names(first)) == 2
+        second.sign(files)
+        time.sleep(2.5)
+        assert len(card_names(second)) == 2
+        with pytest.raises(Untrusted):
+            card_names(first)
+
+
+def test_what_is_no_certificate_is_told(tmp_path: Path) -> None:
+    files = Certificate(tmp_path / "server.pem", tmp_path / "server.key")
+    with pytest.raises(PemaError, match="no certificate and its key"):
+        files.context()
+    authority = Authority(tmp_path, "authority")
+    authority.sign(files)
+    assert files.context().cert_store_stats()
+    other = Certificate(files.chain, tmp_path / "other.key")
+    authority.sign(Certificate(tmp_path / "other.pem", other.key))
+    with pytest.raises(PemaError, match="no certificate and its key"):
+        other.context()
+    with pytest.raises(InvalidRequest, match="holds no certificate"):
+        connect("https://127.0.0.1:1", ca=files.key)
+
+
+def test_keys_do_not_travel_in_the_clear(tmp_path: Path) -> None:
+    def settings(**given: object) -> ServerSettings:
+        return ServerSettings(_env_file=None, store=f"sqlite:///{tmp_path}/owner.db", **given)  # type: ignore[arg-type,call-arg]
+
+    TenantStore(settings().store).add("acme")
+    access_for(settings())
+    for given in ({}, {"allow_anonymous": True}):
+        with pytest.raises(PemaError, match="unencrypted") as caught:
+            access_for(settings(host="192.0.2.1", **given))
+        assert "--tls-certificate" in caught.value.hint
+    access_for(settings(host="192.0.2.1", insecure=True))
+    access_for(settings(host="192.0.2.1", tls_certificate="server.pem", tls_key="server.key"))
+    with pytest.raises(ValueError, match="go together"):
+        settings(tls_key="server.key")
