@@ -15,7 +15,7 @@ from data_owner_client.connection import Exchange
 from data_owner_client.memory import ExternalMemory
 from data_owner_client.memory.store import MANIFEST, ModelIdentity
 from data_owner_client.plm import RemotePlm
-from protocol.errors import ConnectionFailed, InvalidData, PemaError, Unauthenticated
+from protocol.errors import ConnectionFailed, Forbidden, InvalidData, PemaError, Unauthenticated
 
 _TRIPS = 5
 _PROBE = "The quick brown fox jumps over the lazy dog."
@@ -120,7 +120,7 @@ def _unreachable(error: PemaError) -> Finding:
         cause = str(error.__cause__).lower()
         reason = next((words for signs, words in _REASONS if any(sign in cause for sign in signs)), "")
         return Finding(check="server", ok=False, detail=f"{error.detail} {reason}".rstrip(), advice=error.hint)
-    check = "key" if isinstance(error, Unauthenticated) else "server"
+    check = "key" if isinstance(error, (Unauthenticated, Forbidden)) else "server"
     return Finding(check=check, ok=False, detail=error.detail, advice=error.hint)
 
 

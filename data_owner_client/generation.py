@@ -26,9 +26,8 @@ from data_owner_client.tasks import Task
 from data_owner_client.tokenization import Prompt
 from protocol.errors import InvalidData, PemaError
 
-# Draws of a consensus: sharper than the mixture, so that few texts go as far as many, and from candidates, of whose
-# probabilities no whole LM head is needed.
-CONSENSUS_SAMPLING = Sampling(temperature=0.6, known_only=True)
+CONSENSUS_TEMPERATURE = 0.6
+"""Of a consensus's draws: sharper than the mixture, so that few texts go as far as many."""
 
 OnFailure = Callable[[int, PemaError], None]
 """Told of a text, by its number from 0, and why it cannot be answered."""
@@ -73,8 +72,8 @@ class GenerationOptions(TypedDict, total=False):
         samples: texts to draw for each input.
         best: of these, how many of the most probable ones to give.
         consensus: draw so many texts for each input beside that of the most probable tokens, and order all by their
-            likeness to one another (`decoding.consensus`). In the place of `samples`; without `sampling`, the draws are
-            `CONSENSUS_SAMPLING`.
+            likeness to one another (`decoding.consensus`). In the place of `samples`; without `sampling` at
+            `CONSENSUS_TEMPERATURE`. With an adapter only known tokens are drawn, which needs no whole LM head.
         on_failure: told of each text (by its number, from 0) that cannot be answered; its result is then empty. Without
             it, such a text is an error of the whole.
         on_token: told of every token as soon as it is certain: the number of its text, and its id.
@@ -214,7 +213,7 @@ def _generate(
     drawn: list[int | None] = list(range(samples))
     if consensus:
         drawn = [None, *range(consensus)]
-        sampling = sampling or replace(CONSENSUS_SAMPLING, known_only=adapter is not None)
+        sampling = replace(sampling or Sampling(CONSENSUS_TEMPERATURE), known_only=adapter is not None)
     # Samples of the same prompt one after another: they share all of its attention states.
     continuations, usage = generate_ids(
         plm,

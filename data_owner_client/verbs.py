@@ -85,8 +85,10 @@ def connect(
 
     Raises:
         ConnectionFailed: nobody answers there.
+        Untrusted: it cannot prove who it is.
         Unauthenticated: the owner asks for a key.
-        InvalidRequest: the URL is none, or the key would travel in the clear.
+        Forbidden: the key does not allow to see the model card.
+        InvalidRequest: the URL is none, `ca` holds no certificate, or the key would travel in the clear.
     """
     connection = open_connection(
         url, api_key=api_key, insecure=insecure, ca=ca, timeout_s=timeout_s, give_up_after_s=give_up_after_s

@@ -64,6 +64,9 @@ class Command(BaseSettings):
         CliApp.run_subcommand(self)
 
 
+_COMMANDS = frozenset(Command.model_fields)
+
+
 def load_service(settings: ServerSettings) -> PlmService:
     """Find, load and warm up the model.
 
@@ -106,13 +109,14 @@ def serve(settings: ServerSettings) -> None:
     sys.setswitchinterval(_SWITCH_S)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     transformers_logging.disable_progress_bar()
-    for noisy in ("httpx", "httpcore", "filelock"):
+    for noisy in ("httpx", "httpcore", "filelock", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     holder = ServiceHolder(access=access_for(settings))
     certificate = None
     if settings.tls_certificate and settings.tls_key:
         certificate = Certificate(settings.tls_certificate, settings.tls_key)
     context = certificate.context() if certificate else None
+    credentials = certificate.grpc_credentials() if certificate else None
     failures: list[PemaError] = []
 
     def load() -> None:
@@ -131,7 +135,6 @@ def serve(settings: ServerSettings) -> None:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             try:
-                credentials = certificate.grpc_credentials() if certificate else None
                 port = await stack.enter_async_context(
                     serve_grpc(holder, settings.host, grpc_port, **bounds, credentials=credentials)
                 )
@@ -179,8 +182,11 @@ def main() -> None:
         sys.exit(f"pema-server: {error}")
     except ValidationError as error:
         first = error.errors()[0]
-        flag = "--" + str(first["loc"][-1]).replace("_", "-")
-        sys.exit(f"pema-server: {flag} (or its environment variable): {first['msg']}. See pema-server --help.")
+        flag = next((part for part in reversed(first["loc"]) if isinstance(part, str)), "")
+        if flag in _COMMANDS:  # no single flag is wrong, but several together
+            sys.exit(f"pema-server: {first['msg'].removeprefix('Value error, ')}. See pema-server {flag} --help.")
+        words = f"--{flag.replace('_', '-')} (or its environment variable)"
+        sys.exit(f"pema-server: {words}: {first['msg']}. See pema-server --help.")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from plm_owner_server import rest_docs
 from plm_owner_server.accounts import answerable, request_id_of, timing_of
-from plm_owner_server.holder import Admission, ServiceHolder
+from plm_owner_server.holder import Admission, Door, ServiceHolder
 from plm_owner_server.scheduler import Caller, Departed
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import Scope
@@ -43,8 +43,6 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 REQUEST_ID = "X-Request-Id"
 CLIENT_HEADER = "X-Pema-Client"
 _CLIENT_LEFT = 499  # nginx's number for it; HTTP has none
-# Keys that are looked up at the same time.
-_AT_THE_DOOR = 8
 _PROBES = frozenset({"/healthz", "/readyz"})
 
 
@@ -63,11 +61,10 @@ def create_app(
     limiter = CapacityLimiter(max_calls)
     app = FastAPI(title="PEMA PLM server", description=rest_docs.DESCRIPTION, version="1", lifespan=lifespan)
 
-    # Apart from these, or whoever has no key could keep those who have one waiting.
-    door = CapacityLimiter(_AT_THE_DOOR)
+    door = Door(holder)
 
     async def admit(request: Request, scope: Scope) -> Admission:
-        return await in_worker(lambda: holder.admit(request.headers.get("authorization"), scope), door)
+        return await door.admit(request.headers.get("authorization"), scope)
 
     async def answer(
         request: Request,

@@ -35,6 +35,7 @@ int32 entries (`token_ids.values`, `token_ids.lengths`), all other fields are a 
 other entries' bytes in the order of their names.
 
 **Keys.** Where the owner asks for one, every call but the probes wants `Authorization: Bearer <key>`.
+A key allows the calls of its scopes; another is 403.
 
 **Stateless.** Every call carries all that it needs; any call can be repeated.
 

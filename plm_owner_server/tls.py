@@ -58,8 +58,10 @@ class Certificate:
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
         """For the gRPC server: it looks at the files with every connection."""
-        current = self._grpc_configuration()
+        # Seen before it is read: what is renewed in between is noticed.
         seen = self._modified()
+        self.context()
+        current = self._grpc_configuration()
 
         def renewed() -> grpc.ServerCertificateConfiguration | None:
             nonlocal seen
@@ -68,8 +70,11 @@ class Certificate:
                 if (now := self._modified()) == seen:
                     return None
                 self.context()
+                configuration = self._grpc_configuration()
+                if self._modified() != now:
+                    return None
                 seen = now
-                return self._grpc_configuration()
+                return configuration
             except (OSError, PemaError):
                 return None
 
@@ -77,18 +82,18 @@ class Certificate:
         return grpc.dynamic_ssl_server_credentials(current, renewed, require_client_authentication=False)  # type: ignore[arg-type]
 
     async def keep_current(self, context: ssl.SSLContext) -> None:
-        """Load the files into the REST server's context whenever they change, for ever."""
-        seen = self._modified()
+        """Load the files into the REST server's context, and again whenever they change, for ever."""
+        seen: tuple[int, int] | None = None
         while True:
-            await asyncio.sleep(_LOOK_EVERY_S)
             try:
-                if (now := self._modified()) == seen:
-                    continue
-                seen = now
-                self.load_into(context)
-                log.info("the certificate %s was renewed", self.chain)
+                if (now := self._modified()) != seen:
+                    renewed, seen = seen is not None, now
+                    self.load_into(context)
+                    if renewed:
+                        log.info("the certificate %s was renewed", self.chain)
             except (OSError, PemaError) as error:
                 log.warning("the certificate in use stays: %s", error)
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     def _modified(self) -> tuple[int, int]:
         return self.chain.stat().st_mtime_ns, self.key.stat().st_mtime_ns

@@ -107,18 +107,12 @@ def generate(
 
 
 def _how(decoding: Decoding, draws: Draws, adapter: TrainedAdapter | None) -> dict[str, Any]:
-    """What `translate` and `generate` have in common.
-
-    Raises:
-        InvalidData: the options contradict each other.
-    """
-    if decoding.consensus and draws.samples > 1:
-        raise InvalidData("--consensus and --samples both say how many texts to draw.", hint="Give one of them.")
+    """What `translate` and `generate` have in common."""
     return {
         "interpolation": decoding.interpolation(adapter),
         "decoding": decoding.settings,
         "lookup": decoding.drafts(),
-        "sampling": draws.sampling,
+        "sampling": draws.sampling(decoding.consensus),
         "samples": draws.samples,
         "best": draws.best,
         "consensus": decoding.consensus,

@@ -19,7 +19,7 @@ from data_owner_client.decoding.interpolation import Interpolation, Schedule
 from data_owner_client.decoding.lookup import Lookup
 from data_owner_client.decoding.rounds import DecodingSettings
 from data_owner_client.decoding.sampling import Sampling
-from data_owner_client.generation import lookup_in
+from data_owner_client.generation import CONSENSUS_TEMPERATURE, lookup_in
 from data_owner_client.plm import RemotePlm
 from protocol.errors import InvalidData
 from protocol.messages import WireDtype
@@ -270,23 +270,31 @@ class Draws(OptionGroup):
     best: Best = 1
     known_only: KnownOnly = False
 
-    @property
-    def sampling(self) -> Sampling | None:
+    def sampling(self, consensus: int) -> Sampling | None:
         """How to draw; None for the most probable tokens.
+
+        Args:
+            consensus: texts drawn for one.
 
         Raises:
             InvalidData: the options contradict each other.
         """
-        if self.best > self.samples:
-            raise InvalidData(f"{self.best} best of {self.samples} were asked for.", hint="Give more --samples.")
-        if self.temperature == 0.0 and self.samples > 1:
+        if consensus and self.samples > 1:
+            raise InvalidData("--consensus and --samples both say how many texts to draw.", hint="Give one of them.")
+        texts = consensus + 1 if consensus else self.samples
+        if self.best > texts:
+            raise InvalidData(
+                f"{self.best} best of {texts} were asked for.", hint="Give more --samples, or a --consensus of more."
+            )
+        temperature = self.temperature or (CONSENSUS_TEMPERATURE if consensus else 0.0)
+        if temperature == 0.0 and self.samples > 1:
             raise InvalidData(
                 "Without a temperature all samples are the same.", hint="Give --temperature, such as 0.8."
             )
-        if self.temperature == 0.0 and self.repetition_penalty == 1.0:
+        if temperature == 0.0 and self.repetition_penalty == 1.0:
             return None
         return Sampling(
-            self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed, known_only=self.known_only
+            temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed, known_only=self.known_only
         )
 
 

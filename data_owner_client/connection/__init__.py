@@ -60,26 +60,29 @@ def open_connection(
             f"The key would travel to {url} in the clear, for everybody on the way to read.",
             hint="Use https:// or grpcs://. If the network is yours alone, say --insecure.",
         )
-    authority = None if ca is None else _authority(ca)
-    settings: dict[str, Any] = {"api_key": api_key, "timeout_s": timeout_s, "give_up_after_s": give_up_after_s}
+    if ca is not None:
+        _require_certificate(ca)
+    settings: dict[str, Any] = {
+        "api_key": api_key,
+        "ca": ca,
+        "timeout_s": timeout_s,
+        "give_up_after_s": give_up_after_s,
+    }
     if scheme in ("http", "https"):
         with suppress(httpx.InvalidURL):
-            return RestConnection(url, ca=authority, **settings)
+            return RestConnection(url, **settings)
     if scheme in ("grpc", "grpcs") and rest:
-        return GrpcConnection(url.rstrip("/"), ca=authority, **settings)
+        return GrpcConnection(url.rstrip("/"), **settings)
     raise InvalidRequest(
         f"{url!r} is no address of a PLM server.",
         hint="Give one like http://127.0.0.1:8000, grpc://127.0.0.1:8001 or https://plm.example.com.",
     )
 
 
-def _authority(path: Path) -> str:
-    """The certificates of a PEM file."""
+def _require_certificate(path: Path) -> None:
     try:
-        text = path.read_text()
-        ssl.create_default_context(cadata=text)
-    except (OSError, ValueError) as error:  # SSLError is an OSError
+        ssl.create_default_context(cafile=path)
+    except OSError as error:  # SSLError is one, too
         raise InvalidRequest(
             f"{path} holds no certificate: {error}.", hint="--ca takes the PEM file of the authority."
         ) from error
-    return text

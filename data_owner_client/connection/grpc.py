@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -59,6 +61,8 @@ _OPTIONS = [
     # Else a new channel to the same server would share the connection of the one that was left as dead.
     ("grpc.use_local_subchannel_pool", 1),
 ]
+# What gRPC says of a certificate, of whatever authority or name.
+_DISTRUST = re.compile(r"(?:CERTIFICATE_VERIFY_FAILED: |(?=Hostname Verification|Peer name))([^;\"]+)")
 _Attempt = dict[str, Any]  # the arguments of one attempt: its time-out and metadata
 _Fetch = Callable[[Any, _Attempt], tuple[_Result, ServerTiming | None]]
 
@@ -77,7 +81,7 @@ class GrpcConnection:
     Args:
         url: where the server listens, `grpc://host:port`, or `grpcs://host:port` for TLS.
         api_key: sent with every call.
-        ca: certificates in PEM of the authority that vouches for the server; those that all know unless given.
+        ca: PEM file of the authority that signed the server's certificate; one that all know unless given.
         timeout_s: longest time that one attempt may take, in seconds.
         give_up_after_s: how long a call that fails on the way is made again, in seconds.
     """
@@ -87,7 +91,7 @@ class GrpcConnection:
         url: str,
         *,
         api_key: str | None = None,
-        ca: str | None = None,
+        ca: Path | None = None,
         timeout_s: float = 600.0,
         give_up_after_s: float = GIVE_UP_AFTER_S,
     ) -> None:
@@ -103,7 +107,7 @@ class GrpcConnection:
         self._target = target
         self._credentials = None
         if scheme == "grpcs":
-            self._credentials = grpc.ssl_channel_credentials(None if ca is None else ca.encode())
+            self._credentials = grpc.ssl_channel_credentials(None if ca is None else ca.read_bytes())
         self._dialling = threading.Lock()
         self._line = self._dialled()
 
@@ -214,8 +218,8 @@ class GrpcConnection:
                 hint="Is this a PEMA server of the same version?",
                 request_id=request_id,
             )
-        if "CERTIFICATE_VERIFY_FAILED" in (error.details() or ""):
-            return untrusted(self._url, error.details().rpartition("CERTIFICATE_VERIFY_FAILED: ")[2], request_id)
+        if (distrust := _DISTRUST.search(error.details() or "")) is not None:
+            return untrusted(self._url, distrust[1], request_id)
         return ConnectionFailed(
             f"No answer from {self._url} ({status.name}).",
             hint="The server is too slow or hangs; ask its owner."

@@ -6,6 +6,7 @@ import json
 import ssl
 import time
 import uuid
+from pathlib import Path
 from typing import TypeVar
 
 import httpx
@@ -46,7 +47,7 @@ class RestConnection:
     Args:
         url: where the server listens, for example `http://127.0.0.1:8000`.
         api_key: sent with every call.
-        ca: certificates in PEM of the authority that vouches for the server; those that all know unless given.
+        ca: PEM file of the authority that signed the server's certificate; one that all know unless given.
         timeout_s: longest time that one attempt may take, in seconds.
         give_up_after_s: how long a call that fails on the way is made again, in seconds.
         transport: what carries the requests instead of sockets, for tests.
@@ -57,7 +58,7 @@ class RestConnection:
         url: str,
         *,
         api_key: str | None = None,
-        ca: str | None = None,
+        ca: Path | None = None,
         timeout_s: float = 600.0,
         give_up_after_s: float = GIVE_UP_AFTER_S,
         transport: httpx.BaseTransport | None = None,
@@ -76,7 +77,7 @@ class RestConnection:
             timeout=timeout,
             transport=transport,
             headers=headers,
-            verify=True if ca is None else ssl.create_default_context(cadata=ca),
+            verify=True if ca is None else ssl.create_default_context(cafile=ca),
             # What goes to this very machine needs no proxy, which would read the key.
             trust_env=not is_loopback(url),
         )

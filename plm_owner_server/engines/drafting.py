@@ -92,9 +92,13 @@ class BatchedDrafting:
         """Take batches in, and run their prompts as far as they are not known; the number of tokens run."""
         entering: list[_Sequence] = []
         states: list[list[Tensor]] = []
+        ran = 0
         for asked in batches:
             batch = _Batch(asked, going_on=len(asked.token_ids))
-            known = self._runner.known_states(asked.tenant, asked.token_ids, asked.from_position)
+            known, ran_once = self._runner.known_states(
+                asked.tenant, asked.token_ids, asked.from_position, self._batch_tokens
+            )
+            ran += ran_once
             for ids, start, look_ahead, own in zip(
                 asked.token_ids, asked.from_position, asked.look_ahead, known, strict=True
             ):
@@ -113,7 +117,7 @@ class BatchedDrafting:
         if ready:
             recalled = self._runner.recall([states[i] for i in ready], [entering[i].known for i in ready])
             self._take_in([entering[i] for i in ready], recalled)
-        return sum(len(group) * max(needed[i] for i in group) for group in plan)
+        return ran + sum(len(group) * max(needed[i] for i in group) for group in plan)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[DraftBatch, Decoded]]:

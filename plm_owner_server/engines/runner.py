@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plm_owner_server.batching import alike, common_prefix
+from plm_owner_server.batching import alike, common_prefix, plan_batches
 from plm_owner_server.engines.kv_cache import AlignedCache, KvLayout
 from plm_owner_server.engines.prefix_cache import PrefixCache
 from protocol.errors import ServerFault, Unsupported
@@ -82,36 +82,50 @@ class Runner:
         shared = min(common_prefix(token_ids), min(map(len, token_ids)) - 1, at_most)
         prefix = list(token_ids[0][:shared])
         states = self._prefixes.match(tenant, prefix)
-        if (shared - _tokens(states)) * (len(token_ids) - 1) > WORTH_A_PASS:
-            return self._computed(tenant, prefix, states)
+        if (shared - _tokens(states)) * (len(token_ids) - 1) >= WORTH_A_PASS:
+            (states,) = self._computed(tenant, [prefix], [states])
         return states
 
-    def _computed(self, tenant: str, prefix: list[int], known: list[Tensor]) -> list[Tensor]:
-        """All states of a beginning, of which the first are known."""
-        missing = len(prefix) - _tokens(known)
-        _, cache = self.prefill([prefix], [known])
-        self.keep(tenant, prefix, cache, 0, len(prefix) - missing)
-        # Not asked of what is kept: it may have had no room.
-        return [*known, cache.states(0, -missing, 0)]
+    def _computed(
+        self, tenant: str, prefixes: Sequence[list[int]], known: Sequence[list[Tensor]]
+    ) -> list[list[Tensor]]:
+        """All states of some beginnings, of which the first are known; in one pass."""
+        _, cache = self.prefill(prefixes, known)
+        states = []
+        for row, (prefix, own) in enumerate(zip(prefixes, known, strict=True)):
+            missing = len(prefix) - _tokens(own)
+            self.keep(tenant, prefix, cache, row, len(prefix) - missing)
+            # Not asked of what is kept: it may have had no room.
+            states.append([*own, cache.states(row, -missing, 0)])
+        return states
 
     def known_states(
-        self, tenant: str, token_ids: Sequence[Sequence[int]], from_position: Sequence[int]
-    ) -> list[list[Tensor]]:
+        self, tenant: str, token_ids: Sequence[Sequence[int]], from_position: Sequence[int], batch_tokens: int
+    ) -> tuple[list[list[Tensor]], int]:
         """States of each sequence's longest known prefix before `from_position`.
 
         What all of them begin with is known, too, and what is the same up to there in some, as draws of one prompt are:
         it is computed once for all, if that saves more than it costs.
+
+        Returns:
+            The states of each; and how many tokens were run for what is the same in some, padding included, of which
+            no pass has more than `batch_tokens`.
         """
         if self._prefixes is None:
-            return [[] for _ in token_ids]
+            return [[] for _ in token_ids], 0
         shared = self.shared_states(tenant, token_ids, at_most=min(from_position))
         before = [list(ids[:at]) for ids, at in zip(token_ids, from_position, strict=True)]
         known = [max(self._prefixes.match(tenant, ids), shared, key=_tokens) for ids in before]
-        for group in alike(before, [_tokens(states) for states in known], WORTH_A_PASS):
-            states = self._computed(tenant, before[group[0]], known[group[0]])
-            for index in group:
-                known[index] = states
-        return known
+        groups = alike(before, [_tokens(states) for states in known], WORTH_A_PASS)
+        needed = [len(before[first]) - _tokens(known[first]) for first, *_ in groups]
+        plan = plan_batches(needed, batch_tokens, WORTH_A_PASS)
+        for batch in plan:
+            firsts = [groups[i][0] for i in batch]
+            computed = self._computed(tenant, [before[i] for i in firsts], [known[i] for i in firsts])
+            for i, states in zip(batch, computed, strict=True):
+                for index in groups[i]:
+                    known[index] = states
+        return known, sum(len(batch) * max(needed[i] for i in batch) for batch in plan)
 
     def keep(self, tenant: str, token_ids: Sequence[int], cache: AlignedCache, row: int, known: int) -> None:
         """Keep the states of a sequence: the next call may go on from there.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import logging
 import threading
 import time
@@ -13,27 +12,36 @@ from typing import Protocol
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants.keys import Key
 from plm_owner_server.tenants.store import ANYBODY, Tenant, TenantStore
-from protocol.errors import PemaError, Unauthenticated
+from protocol.addresses import is_loopback
+from protocol.errors import NotReady, PemaError, Unauthenticated
 
 log = logging.getLogger(__name__)
 
 _BEARER = "Bearer "
 # How long a tenant is taken to be what it was, in seconds: so long a disabled one may go on.
 _TRUST_S = 2.0
+# And if nobody can tell what it is.
+_GRACE_S = 60.0
 _MOST_KNOWN = 10_000
 
 
 class Access(Protocol):
-    """Tells callers apart."""
+    """Tells callers apart, by `Bearer` and the key, as in HTTP's header `Authorization`."""
+
+    def recall(self, authorization: str | None) -> Tenant | None:
+        """The tenant who showed this, if that is known without asking a database.
+
+        Raises:
+            Unauthenticated: it can be no key.
+        """
+        ...
 
     def identify(self, authorization: str | None) -> Tenant:
-        """The tenant who showed this.
-
-        Args:
-            authorization: `Bearer` and the key, as in HTTP's header of the name.
+        """The tenant who showed this. It may take a while.
 
         Raises:
             Unauthenticated: it is nobody's key.
+            NotReady: nobody can tell now.
         """
         ...
 
@@ -41,8 +49,10 @@ class Access(Protocol):
 class Anyone:
     """Everybody may call, and all are one tenant."""
 
-    def identify(self, authorization: str | None) -> Tenant:
+    def recall(self, authorization: str | None) -> Tenant:
         return ANYBODY
+
+    identify = recall
 
 
 class OneKey:
@@ -55,19 +65,24 @@ class OneKey:
     def __init__(self, key: str) -> None:
         self._authorization = f"{_BEARER}{key}".encode()
 
-    def identify(self, authorization: str | None) -> Tenant:
+    def recall(self, authorization: str | None) -> Tenant:
         # In constant time, or an attacker could find the key letter by letter.
         if not hmac.compare_digest(self._authorization, (authorization or "").encode()):
             raise _stranger(authorization)
         return ANYBODY
 
+    identify = recall
+
 
 class TenantKeys:
     """A key for each tenant. Thread-safe.
 
+    A key that was good is not asked about again for two seconds, so that a busy tenant does not wait for the database
+    with every call, and a disabled one is out that soon. If the database does not answer, it is taken to be good for a
+    minute.
+
     Args:
-        store: of the tenants. It is asked about a key every two seconds at most, so that a disabled tenant is out that
-            soon, and a busy one does not wait for the database with every call.
+        store: of the tenants.
     """
 
     def __init__(self, store: TenantStore) -> None:
@@ -75,25 +90,37 @@ class TenantKeys:
         self._known: OrderedDict[str, tuple[float, Tenant]] = OrderedDict()  # by the hash of what was shown
         self._lock = threading.Lock()
 
+    def recall(self, authorization: str | None) -> Tenant | None:
+        return self._kept(_key(authorization), _TRUST_S)
+
     def identify(self, authorization: str | None) -> Tenant:
-        key = Key.parse((authorization or "").removeprefix(_BEARER))
-        if key is None:
-            raise _stranger(authorization)
-        name, now = f"{key.id} {key.hash}", time.monotonic()
-        with self._lock:
-            since, tenant = self._known.get(name, (-_TRUST_S, None))
-        if tenant is not None and now - since < _TRUST_S:
+        key = _key(authorization)
+        if (tenant := self._kept(key, _TRUST_S)) is not None:
             return tenant
-        tenant = self._store.holder(key)
+        try:
+            tenant = self._store.holder(key)
+        except PemaError as error:
+            log.warning("%s", error)
+            if (tenant := self._kept(key, _GRACE_S)) is not None:
+                return tenant
+            raise NotReady(
+                "The server cannot look keys up at the moment.", hint="Try again in a moment.", retry_after_s=2.0
+            ) from None
         with self._lock:
-            self._known.pop(name, None)
+            self._known.pop(key.hash, None)
             if tenant is not None:
-                self._known[name] = now, tenant
+                self._known[key.hash] = time.monotonic(), tenant
                 if len(self._known) > _MOST_KNOWN:
                     self._known.popitem(last=False)
         if tenant is None:
             raise _stranger(authorization)
         return tenant
+
+    def _kept(self, key: Key, seconds: float) -> Tenant | None:
+        """Whose key it was when it was last asked about, if that is not longer ago."""
+        with self._lock:
+            since, tenant = self._known.get(key.hash, (0.0, None))
+        return tenant if time.monotonic() - since < seconds else None
 
 
 def access_for(settings: ServerSettings) -> Access:
@@ -103,8 +130,8 @@ def access_for(settings: ServerSettings) -> Access:
         PemaError: everybody who reaches it could, or keys could be read on the way, and that was not said to be meant;
             or the store cannot be used.
     """
-    store = TenantStore(settings.store)
-    tenants = len(store.all())
+    store = TenantStore.existing(settings.store)
+    tenants = 0 if store is None else len(store.all())
     keys = bool(tenants or settings.api_key)
     if keys and not (is_loopback(settings.host) or settings.tls_certificate or settings.insecure):
         raise PemaError(
@@ -118,7 +145,7 @@ def access_for(settings: ServerSettings) -> Access:
                 hint="Leave --api-key (PEMA_API_KEY) away, or name another --store.",
             )
         return OneKey(settings.api_key.get_secret_value())
-    if tenants:
+    if store is not None and tenants:
         log.info("%d tenants, each with a key of its own", tenants)
         return TenantKeys(store)
     if not (is_loopback(settings.host) or settings.allow_anonymous):
@@ -126,17 +153,16 @@ def access_for(settings: ServerSettings) -> Access:
             f"Without keys, whoever reaches {settings.host} could use the model.",
             hint="Let somebody in: pema-server tenants add NAME. If everybody may call, say --allow-anonymous.",
         )
+    log.warning("no tenants in %s and no key: everybody who reaches %s may call", settings.store, settings.host)
     return Anyone()
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this very machine can reach an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _key(authorization: str | None) -> Key:
+    shown = authorization or ""
+    key = Key.parse(shown.removeprefix(_BEARER)) if shown.startswith(_BEARER) else None
+    if key is None:
+        raise _stranger(authorization)
+    return key
 
 
 def _stranger(authorization: str | None) -> Unauthenticated:

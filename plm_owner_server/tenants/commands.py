@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from typing import ClassVar
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, CliApp, CliImplicitFlag, CliPositionalArg, CliSubCommand, SettingsConfigDict
+from pydantic import BaseModel, Field
+from pydantic_settings import CliApp, CliImplicitFlag, CliPositionalArg, CliSubCommand
 
 from plm_owner_server.settings import StoreSettings
 from plm_owner_server.tenants.keys import Key
@@ -17,7 +16,14 @@ from plm_owner_server.tenants.store import SCOPES, Scope, TenantRecord, TenantSt
 _LINE = "{:<24} {:<9} {:<17} {:<17} {}"
 
 
-class _OfTenant(StoreSettings):
+class _OfStore(BaseModel):
+    # Of these options only this one is an environment variable, too.
+    store: str = Field(
+        default_factory=lambda: StoreSettings().store, description="Database of the tenants, as for pema-server serve."
+    )
+
+
+class _OfTenant(_OfStore):
     name: CliPositionalArg[str] = Field(description="The tenant.")
 
 
@@ -60,7 +66,7 @@ class Enable(_OfTenant):
         TenantStore(self.store).enable(self.name)
 
 
-class ListAll(StoreSettings):
+class ListAll(_OfStore):
     """List all tenants. Of their keys only the public part is known."""
 
     as_json: CliImplicitFlag[bool] = Field(default=False, alias="json", description="Print JSON.")
@@ -75,7 +81,7 @@ class ListAll(StoreSettings):
         sys.stdout.write("".join(f"{row}\n" for row in rows))
 
 
-class Tenants(BaseSettings):
+class Tenants(BaseModel):
     """Who may call this server: tenants, their keys, what each of them may do.
 
     Examples:
@@ -84,8 +90,6 @@ class Tenants(BaseSettings):
       pema-server tenants rotate-key acme
       PEMA_STORE=postgresql+psycopg://owner@db/pema pema-server tenants disable acme
     """
-
-    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(env_prefix="PEMA_", extra="ignore")
 
     add: CliSubCommand[Add]
     list_all: CliSubCommand[ListAll] = Field(alias="list")

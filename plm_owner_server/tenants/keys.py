@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 from dataclasses import dataclass
 from typing import Self
 
-_PREFIX = "pema"
 _ID_BYTES = 8
 # More than any search gets through, so one fast hash is enough: slow ones are for what people think up.
 _SECRET_BYTES = 32
+_KEY = re.compile(r"pema_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,12 @@ class Key:
     @classmethod
     def parse(cls, text: str) -> Self | None:
         """A key from its text; None if it is none."""
-        prefix, _, rest = text.partition("_")
-        key_id, _, secret = rest.partition("_")
-        return cls(key_id, secret) if prefix == _PREFIX and key_id and secret else None
+        match = _KEY.fullmatch(text)
+        return cls(*match.groups()) if match else None
 
     def __str__(self) -> str:
         """As clients show it."""
-        return f"{_PREFIX}_{self.id}_{self.secret}"
+        return f"pema_{self.id}_{self.secret}"
 
     def __repr__(self) -> str:
         """Without the secret: it could end up in a log."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from filelock import FileLock
 from sqlalchemy.engine import Connection, Row
 
@@ -26,7 +27,7 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 # Alembic works on globals.
 _MIGRATING = threading.Lock()
 _NO_HASH = "0" * 64
-# Longest wait for another process that writes, in seconds.
+# Longest wait for the database, or for another process that writes, in seconds.
 _BUSY_S = 10.0
 
 METADATA = sa.MetaData()
@@ -84,8 +85,9 @@ class TenantStore:
     def __init__(self, url: str) -> None:
         try:
             parsed = sa.make_url(url)
-            options: dict[str, Any] = {"connect_args": {"timeout": _BUSY_S}} if _is_sqlite(parsed) else {}
-            self._engine = sa.create_engine(parsed, pool_pre_ping=True, **options)
+            timeout = {"timeout": _BUSY_S} if _is_sqlite(parsed) else {"connect_timeout": int(_BUSY_S)}
+            options: dict[str, Any] = {} if _is_sqlite(parsed) else {"pool_timeout": _BUSY_S}
+            self._engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=timeout, **options)
         except (sa.exc.ArgumentError, ImportError) as error:
             raise InvalidRequest(
                 f"The store's URL is not usable: {error}.",
@@ -94,15 +96,24 @@ class TenantStore:
         with _told(self._engine.url):
             self._migrate()
 
+    @classmethod
+    def existing(cls, url: str) -> Self | None:
+        """The store, or None if it is a file that is not there: then nobody was ever let in."""
+        with suppress(sa.exc.ArgumentError):
+            parsed = sa.make_url(url)
+            if _is_sqlite(parsed) and not Path(parsed.database or "").exists():
+                return None
+        return cls(url)
+
     def _migrate(self) -> None:
         """Bring the tables up to date; one process at a time."""
         config = Config()
         lock: AbstractContextManager[object] = nullcontext()
-        config.set_main_option("script_location", str(_MIGRATIONS))
+        config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
         if _is_sqlite(self._engine.url):  # which has no lock of its own for this, as others do
             path = Path(self._engine.url.database or "")
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(f"{path}.lock")
+            lock = FileLock(f"{path}.lock", timeout=_BUSY_S)
         with _MIGRATING, lock, self._engine.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
@@ -144,7 +155,7 @@ class TenantStore:
         Raises:
             InvalidRequest: there is no such tenant.
         """
-        self._update(name, {"disabled_at": datetime.now(UTC)})
+        self._update(name, {"disabled_at": sa.func.coalesce(_TENANTS.c.disabled_at, datetime.now(UTC))})
 
     def enable(self, name: str) -> None:
         """Let a tenant in again.
@@ -186,7 +197,7 @@ def _told(url: sa.URL) -> Iterator[None]:
         yield
     except sa.exc.IntegrityError:
         raise
-    except (sa.exc.SQLAlchemyError, OSError) as error:
+    except (sa.exc.SQLAlchemyError, CommandError, OSError) as error:
         reason = str(getattr(error, "orig", error)).splitlines()[0]
         raise PemaError(
             f"The store {url.render_as_string(hide_password=True)} cannot be used: {reason}.", hint="See --store."

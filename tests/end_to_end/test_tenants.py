@@ -36,6 +36,12 @@ def test_an_owner_lets_a_tenant_in_and_out(
     again = pema_server(store, "tenants", "add", "acme")
     assert again.returncode == 1
     assert "rotate-key" in again.stderr
+    mistaken = pema_server(store, "tenants", "add", "beta", "--scopes", "everything")
+    assert mistaken.returncode != 0
+    assert "--scopes" in mistaken.stderr
+    half = pema_server(store, "serve", "--tls-key", "server.key")
+    assert half.returncode == 1
+    assert "--tls-certificate and --tls-key go together. See pema-server serve" in half.stderr
 
     log = tmp_path / "server.log"
     with server(log, "--model", tiny_models["llama"], "--store", store) as url:

@@ -12,7 +12,7 @@ from data_owner_client import connect
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants import TenantStore, access_for
 from plm_owner_server.tls import Certificate
-from protocol.errors import InvalidRequest, PemaError, Untrusted
+from protocol.errors import ConnectionFailed, InvalidRequest, PemaError, Untrusted
 from tests import support
 from tests.end_to_end.processes import client, free_port, server
 
@@ -25,8 +25,8 @@ class Authority:
         self.file = folder / f"{name}.pem"
         self._authority.cert_pem.write_to_path(str(self.file))
 
-    def sign(self, certificate: Certificate) -> None:
-        signed = self._authority.issue_cert("127.0.0.1", "localhost")
+    def sign(self, certificate: Certificate, *names: str) -> None:
+        signed = self._authority.issue_cert(*(names or ("127.0.0.1", "localhost")))
         signed.private_key_pem.write_to_path(str(certificate.key))
         certificate.chain.write_bytes(b"".join(blob.bytes() for blob in signed.cert_chain_pems))
 
@@ -69,6 +69,11 @@ def test_both_transports_speak_tls_and_take_a_renewed_certificate(
         assert len(card_names(second)) == 2
         with pytest.raises(Untrusted):
             card_names(first)
+        second.sign(files, "another.example.com")
+        time.sleep(2.5)
+        for url in urls:
+            with pytest.raises(Untrusted, match=r"(?i)peer name|hostname|not valid for"):
+                connect(url, api_key=key, ca=second.file, give_up_after_s=0)
 
 
 def test_what_is_no_certificate_is_told(tmp_path: Path) -> None:
@@ -84,6 +89,12 @@ def test_what_is_no_certificate_is_told(tmp_path: Path) -> None:
         other.context()
     with pytest.raises(InvalidRequest, match="holds no certificate"):
         connect("https://127.0.0.1:1", ca=files.key)
+    (tmp_path / "empty.pem").touch()
+    with pytest.raises(InvalidRequest, match="holds no certificate"):
+        connect("grpcs://127.0.0.1:1", ca=tmp_path / "empty.pem")
+    (tmp_path / "remark.pem").write_bytes("# für uns\n".encode() + authority.file.read_bytes())
+    with pytest.raises(ConnectionFailed):
+        connect("https://127.0.0.1:1", ca=tmp_path / "remark.pem", give_up_after_s=0)
 
 
 def test_keys_do_not_travel_in_the_clear(tmp_path: Path) -> None:

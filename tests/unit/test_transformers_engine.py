@@ -365,8 +365,13 @@ def test_draws_of_the_same_prompts_are_computed_once(
     texts = [[*ids, last] for last in (5, 6, 7) for ids in (first, second)]
     with monkeypatch.context() as patched:
         patched.setattr(Runner, "forward", counted)
-        decoded = drafted(engine, texts, [0] * 6, frozenset())
-    assert sum(computed) == 41 + 38 + 6
+        drafting, done = engine.drafting(batch_tokens=4096), list[tuple[DraftBatch, Decoded]]()
+        ran = drafting.join([DraftBatch(texts, [len(ids) - 1 for ids in texts], [0] * 6)])
+        while not done:
+            done = drafting.step()
+    ((_, decoded),) = done
+    assert ran == 2 * 41  # both in one pass, the second with three tokens of padding
+    assert sum(computed) == ran + 6
     for ids, cr_1_D, top1 in zip(texts, decoded.cr_N_D.split(1), decoded.top1_N.tolist(), strict=True):
         hidden_T_D, logits_T_V = truth(ids)
         assert_near(cr_1_D, hidden_T_D[-1:])
