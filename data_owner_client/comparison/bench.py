@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -241,10 +243,20 @@ class Bench:
 def in_own_process(work: Callable[..., _T], *arguments: Any) -> _T:
     """What `work` gives in a process of its own, so that its memory can be measured."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        1, mp_context=spawn, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
-    ) as process:
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=(torch.get_num_threads(),)) as process:
         return process.submit(work, *arguments).result()
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Stop when the process that waits for the work is killed: it would only be in the way of the next."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+    os._exit(1)
 
 
 def _train(connect: Connect, memory: Path, folder: Path, settings: TrainingSettings) -> None:
