@@ -19,7 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from plm_owner_server.accounts import answerable, request_id_of, timing_of
-from plm_owner_server.holder import Admission, Door, ServiceHolder
+from plm_owner_server.holder import Admission, ServiceHolder
 from plm_owner_server.scheduler import Caller
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import Scope
@@ -119,7 +119,7 @@ async def _announce_readiness(holder: ServiceHolder, state: health.aio.HealthSer
 
 class _Servicer(pema_pb2_grpc.PlmServicer):
     def __init__(self, holder: ServiceHolder, limiter: CapacityLimiter) -> None:
-        self._door = Door(holder)
+        self._holder = holder
         self._limiter = limiter
 
     async def GetModelCard(self, request: Proto, context: Any) -> Proto:
@@ -225,7 +225,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         started = time.perf_counter()
         outcome = "OK"
         try:
-            admitted = await self._door.admit(key, scope)
+            admitted = await self._holder.admit(key, scope)
             return await in_worker(lambda: work(admitted), self._limiter)
         except Exception as error:
             told = answerable(error, request_id, name)

@@ -12,7 +12,7 @@ from plm_owner_server.tenants import Access, Anyone, Scope, Tenant
 from plm_owner_server.threads import in_worker
 from protocol.errors import Forbidden, NotReady
 
-# Keys at a time, at each transport.
+# Keys at a time.
 _ASKED_ABOUT = 8
 
 
@@ -44,6 +44,7 @@ class ServiceHolder:
     def __init__(self, service: PlmService | None = None, access: Access | None = None) -> None:
         self.service = service
         self._access = access or Anyone()
+        self._asking = CapacityLimiter(_ASKED_ABOUT)
 
     def ready(self) -> PlmService:
         """The service.
@@ -55,13 +56,10 @@ class ServiceHolder:
             raise NotReady("The model is still loading.", hint="Try again in a moment.", retry_after_s=2.0)
         return self.service
 
-    def recall(self, authorization: str | None, scope: Scope) -> Admission | None:
-        """Let a caller in who is known; None for one that `admit` has to ask about. The rest: see there."""
-        tenant = self._access.recall(authorization)
-        return None if tenant is None else self._admission(tenant, scope)
+    async def admit(self, authorization: str | None, scope: Scope) -> Admission:
+        """Let a caller make a call, without keeping the event loop waiting for a database.
 
-    def admit(self, authorization: str | None, scope: Scope) -> Admission:
-        """Let a caller make a call. It may ask a database who that is, so it is for a thread of its own.
+        Who has no key cannot keep those waiting who have one: they are known, and few are asked about at a time.
 
         Args:
             authorization: `Bearer` and the key, as in HTTP's header of the name.
@@ -72,32 +70,12 @@ class ServiceHolder:
             Forbidden: its tenant may not make this call.
             NotReady: the model is still loading, or nobody can tell whose key it is.
         """
-        return self._admission(self._access.identify(authorization), scope)
-
-    def _admission(self, tenant: Tenant, scope: Scope) -> Admission:
+        tenant = self._access.recall(authorization)
+        if tenant is None:
+            tenant = await in_worker(lambda: self._access.identify(authorization), self._asking)
         if scope not in tenant.scopes:
             raise Forbidden(
                 f"Your key does not allow this call, which needs the scope {scope}.",
                 hint=f"It allows {', '.join(sorted(tenant.scopes)) or 'nothing'}. Ask the owner for more.",
             )
         return Admission(self.ready(), tenant)
-
-
-class Door:
-    """Where an event loop lets callers in, without waiting for a database itself.
-
-    Who has no key cannot keep those waiting who have one: they are known, and so few are asked about at a time.
-
-    Args:
-        holder: knows them.
-    """
-
-    def __init__(self, holder: ServiceHolder) -> None:
-        self._holder = holder
-        self._limiter = CapacityLimiter(_ASKED_ABOUT)
-
-    async def admit(self, authorization: str | None, scope: Scope) -> Admission:
-        """As `ServiceHolder.admit`."""
-        if (known := self._holder.recall(authorization, scope)) is not None:
-            return known
-        return await in_worker(lambda: self._holder.admit(authorization, scope), self._limiter)

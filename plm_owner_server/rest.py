@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from plm_owner_server import rest_docs
 from plm_owner_server.accounts import answerable, request_id_of, timing_of
-from plm_owner_server.holder import Admission, Door, ServiceHolder
+from plm_owner_server.holder import Admission, ServiceHolder
 from plm_owner_server.scheduler import Caller, Departed
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import Scope
@@ -61,10 +61,8 @@ def create_app(
     limiter = CapacityLimiter(max_calls)
     app = FastAPI(title="PEMA PLM server", description=rest_docs.DESCRIPTION, version="1", lifespan=lifespan)
 
-    door = Door(holder)
-
     async def admit(request: Request, scope: Scope) -> Admission:
-        return await door.admit(request.headers.get("authorization"), scope)
+        return await holder.admit(request.headers.get("authorization"), scope)
 
     async def answer(
         request: Request,

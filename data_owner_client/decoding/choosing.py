@@ -12,7 +12,7 @@ from torch import Tensor
 from data_owner_client.adapter import RECENT, Adaptation
 from data_owner_client.candidates import places
 from data_owner_client.decoding.gate import gate_features
-from data_owner_client.decoding.interpolation import Interpolation, PlmPositions, choose, known_mixture, mix
+from data_owner_client.decoding.interpolation import Interpolation, KnownMixture, PlmPositions, mix
 from data_owner_client.decoding.sampling import Noise, Sampling
 from protocol.head import LMHead
 from protocol.messages import DecodeResponse
@@ -110,8 +110,7 @@ class Chooser:
         cr_N_D = expand(own.cr_N_D, own.cr_scale_N)
         if self._sampling is not None and self._head is not None:
             return self._draw(self._sampling, self._head, response, positions, cr_N_D)
-        draws = self._sampling is not None and any(position.noise is not None for position in positions)
-        if self._adapter is None or not (draws or any(position.weight for position in positions)):
+        if self._adapter is None or not any(position.weight or position.noise for position in positions):
             return [
                 Choice(token, position.weight, logprob, None, token, None)
                 for token, logprob, position in zip(
@@ -121,11 +120,10 @@ class Chooser:
         ids_C, plm = self._adapter.candidate_ids_C, plm_positions(self._adapter.head, response)
         pema_logprob_N_C = self._adapter.logprobs(cr_N_D, _previous(positions))
         lambda_N = self._lambdas(positions, plm.logprob_N_C, pema_logprob_N_C)
-        token_N = choose(plm, pema_logprob_N_C, ids_C, lambda_N, self._reluctance_C)
-        if self._sampling is not None and draws:
-            scores_N_K = known_mixture(plm, pema_logprob_N_C, ids_C, lambda_N, self._reluctance_C)
-            ids_N_K = torch.cat([ids_C.expand(len(token_N), -1), plm.top1_N[:, None]], dim=1)
-            _redraw(token_N, positions, scores_N_K, ids_N_K, self._sampling)
+        known = KnownMixture.of(plm, pema_logprob_N_C, ids_C, lambda_N, self._reluctance_C)
+        token_N = known.most_probable()
+        if self._sampling is not None:
+            _redraw(token_N, positions, known, self._sampling)
         # Every chosen token is a candidate, or else the PLM's top-1.
         at_N = places(token_N, ids_C)
         inside_N, at_N = at_N >= 0, at_N.clamp(min=0)
@@ -181,13 +179,11 @@ class Chooser:
         return choices
 
 
-def _redraw(
-    token_N: Tensor, positions: Sequence[Position], scores_N_K: Tensor, ids_N_K: Tensor, sampling: Sampling
-) -> None:
+def _redraw(token_N: Tensor, positions: Sequence[Position], known: KnownMixture, sampling: Sampling) -> None:
     """Wherever there is noise, put a draw from the known tokens in the place of the most probable one."""
     for row, position in enumerate(positions):
         if position.noise is not None:
-            logprob_K, ids_K = scores_N_K[row].log_softmax(dim=-1), ids_N_K[row]
+            logprob_K, ids_K = known.logprob_N_K[row].log_softmax(dim=-1), known.ids_K(row)
             drawn = sampling.draw(logprob_K, position.context, position.noise, position.t, ids_V=ids_K)
             token_N[row] = ids_K[drawn]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -98,55 +98,68 @@ class PlmPositions:
     top1_logprob_N: Tensor
 
 
-def choose(
-    plm: PlmPositions,
-    pema_logprob_N_C: Tensor,
-    candidate_ids_C: Tensor,
-    lambda_N: Tensor,
-    reluctance_C: Tensor | None = None,
-) -> Tensor:
-    """The most probable token of the mixture over all of V, int64 [N].
+@dataclass(frozen=True)
+class KnownMixture:
+    """The mixture at N positions, where its probabilities are known without the whole LM head.
 
-    Exact, though only the candidates and the PLM's top-1 are looked at: outside the candidates P_PEMA is 0, so the
-    mixture there is (1 − λ)·P_PLM, and of those tokens none exceeds the top-1's.
-
-    Args:
+    Attributes:
         plm: the PLM's side.
-        pema_logprob_N_C: log P_PEMA of the candidates.
         candidate_ids_C: int64, sorted.
-        lambda_N: λ at each position.
-        reluctance_C: taken from the log-probability of each candidate before they are compared, where λ > 0.
+        lambda_N: λ at each position, float64.
+        logprob_N_K: float64 [N, C + 1]: of the candidates, less their reluctance; then of the PLM's top-1 where it is
+            none of them, else −∞.
     """
-    scores_N_K = known_mixture(plm, pema_logprob_N_C, candidate_ids_C, lambda_N, reluctance_C)
-    at_N = scores_N_K.argmax(dim=-1)
-    # Where λ is 0 the PLM decides alone, also between candidates that rounding made equal.
-    take_top1_N = (lambda_N == 0) | (at_N == len(candidate_ids_C))
-    return torch.where(take_top1_N, plm.top1_N, candidate_ids_C[at_N.clamp(max=len(candidate_ids_C) - 1)])
 
+    plm: PlmPositions
+    candidate_ids_C: Tensor
+    lambda_N: Tensor
+    logprob_N_K: Tensor
 
-def known_mixture(
-    plm: PlmPositions,
-    pema_logprob_N_C: Tensor,
-    candidate_ids_C: Tensor,
-    lambda_N: Tensor,
-    reluctance_C: Tensor | None = None,
-) -> Tensor:
-    """Log-probabilities of the mixture where they are known, float64 [N, C + 1].
+    @classmethod
+    def of(
+        cls,
+        plm: PlmPositions,
+        pema_logprob_N_C: Tensor,
+        candidate_ids_C: Tensor,
+        lambda_N: Tensor,
+        reluctance_C: Tensor | None = None,
+    ) -> Self:
+        """Of both sides.
 
-    First those of the candidates, less their reluctance; then that of the PLM's top-1 where it is none of them, else
-    −∞. The arguments: see `choose`.
-    """
-    at_N = places(plm.top1_N, candidate_ids_C)
-    inside_N, at_N = at_N >= 0, at_N.clamp(min=0)
-    # Rows that travelled as float16 must not make another candidate seem likelier to the PLM than its own top-1.
-    plm_logprob_N_C = plm.logprob_N_C.minimum(plm.top1_logprob_N[:, None])
-    rows_N = torch.arange(len(at_N))
-    plm_logprob_N_C[rows_N, at_N] = torch.where(inside_N, plm.top1_logprob_N, plm_logprob_N_C[rows_N, at_N])
-    mixture_N_C = mix(plm_logprob_N_C, pema_logprob_N_C, lambda_N[:, None])
-    if reluctance_C is not None:
-        mixture_N_C = mixture_N_C - reluctance_C * (lambda_N > 0)[:, None]
-    outside_N = (torch.log1p(-lambda_N) + plm.top1_logprob_N.double()).masked_fill(inside_N, -math.inf)
-    return torch.cat([mixture_N_C, outside_N[:, None]], dim=1)
+        Args:
+            plm: the PLM's side.
+            pema_logprob_N_C: log P_PEMA of the candidates.
+            candidate_ids_C: int64, sorted.
+            lambda_N: λ at each position.
+            reluctance_C: taken from the log-probability of each candidate, where λ > 0.
+        """
+        at_N = places(plm.top1_N, candidate_ids_C)
+        inside_N, at_N = at_N >= 0, at_N.clamp(min=0)
+        # Rows that travelled as float16 must not make another candidate seem likelier to the PLM than its own top-1.
+        plm_logprob_N_C = plm.logprob_N_C.minimum(plm.top1_logprob_N[:, None])
+        rows_N = torch.arange(len(at_N))
+        plm_logprob_N_C[rows_N, at_N] = torch.where(inside_N, plm.top1_logprob_N, plm_logprob_N_C[rows_N, at_N])
+        mixture_N_C = mix(plm_logprob_N_C, pema_logprob_N_C, lambda_N[:, None])
+        if reluctance_C is not None:
+            mixture_N_C = mixture_N_C - reluctance_C * (lambda_N > 0)[:, None]
+        outside_N = (torch.log1p(-lambda_N) + plm.top1_logprob_N.double()).masked_fill(inside_N, -math.inf)
+        return cls(plm, candidate_ids_C, lambda_N, torch.cat([mixture_N_C, outside_N[:, None]], dim=1))
+
+    def most_probable(self) -> Tensor:
+        """The most probable token of the mixture over all of V, int64 [N].
+
+        Exact, though only the candidates and the PLM's top-1 are looked at: outside the candidates P_PEMA is 0, so the
+        mixture there is (1 − λ)·P_PLM, and of those tokens none exceeds the top-1's.
+        """
+        at_N = self.logprob_N_K.argmax(dim=-1)
+        # Where λ is 0 the PLM decides alone, also between candidates that rounding made equal.
+        take_top1_N = (self.lambda_N == 0) | (at_N == len(self.candidate_ids_C))
+        at_N = at_N.clamp(max=len(self.candidate_ids_C) - 1)
+        return torch.where(take_top1_N, self.plm.top1_N, self.candidate_ids_C[at_N])
+
+    def ids_K(self, row: int) -> Tensor:
+        """The tokens that a row of log-probabilities is of."""
+        return torch.cat([self.candidate_ids_C, self.plm.top1_N[row, None]])
 
 
 def mix(plm_logprob: Tensor, pema_logprob: Tensor, weight: Tensor) -> Tensor:

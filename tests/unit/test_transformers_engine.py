@@ -326,15 +326,20 @@ def test_batches_join_and_leave_at_any_step(model: PreTrainedModel, truth: Truth
     assert answered > 15
 
 
-def test_what_is_known_is_not_computed_again(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    computed: list[int] = []
-    inner = Runner.forward
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each forward pass from now on, padding included."""
+    passes, inner = list[int](), Runner.forward
 
     def counted(self: Runner, ids_B_T: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        computed.append(ids_B_T.numel())
+        passes.append(ids_B_T.numel())
         return inner(self, ids_B_T, *args, **kwargs)
 
     monkeypatch.setattr(Runner, "forward", counted)
+    return passes
+
+
+def test_what_is_known_is_not_computed_again(model: PreTrainedModel, computed: list[int]) -> None:
     engine = TransformersEngine(model, cr_kind="last_hidden_state")
     texts = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 11, 12]]  # with their drafts, within the narrowest window
     decoded = drafted(engine, texts, [1, 1], frozenset())
@@ -351,24 +356,15 @@ def test_what_is_known_is_not_computed_again(model: PreTrainedModel, monkeypatch
 
 @pytest.mark.parametrize("cache_bytes", [2**28, 3000])  # roomy, evicting all the time
 def test_draws_of_the_same_prompts_are_computed_once(
-    model: PreTrainedModel, truth: Truth, monkeypatch: pytest.MonkeyPatch, cache_bytes: int
+    model: PreTrainedModel, truth: Truth, computed: list[int], cache_bytes: int
 ) -> None:
-    computed: list[int] = []
-    inner = Runner.forward
-
-    def counted(self: Runner, ids_B_T: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        computed.append(ids_B_T.numel())
-        return inner(self, ids_B_T, *args, **kwargs)
-
     engine = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=cache_bytes)
     first, second = random_ids(23, [41, 38], shared=0)
     texts = [[*ids, last] for last in (5, 6, 7) for ids in (first, second)]
-    with monkeypatch.context() as patched:
-        patched.setattr(Runner, "forward", counted)
-        drafting, done = engine.drafting(batch_tokens=4096), list[tuple[DraftBatch, Decoded]]()
-        ran = drafting.join([DraftBatch(texts, [len(ids) - 1 for ids in texts], [0] * 6)])
-        while not done:
-            done = drafting.step()
+    drafting, done = engine.drafting(batch_tokens=4096), list[tuple[DraftBatch, Decoded]]()
+    ran = drafting.join([DraftBatch(texts, [len(ids) - 1 for ids in texts], [0] * 6)])
+    while not done:
+        done = drafting.step()
     ((_, decoded),) = done
     assert ran == 2 * 41  # both in one pass, the second with three tokens of padding
     assert sum(computed) == ran + 6
