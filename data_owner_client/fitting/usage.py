@@ -38,13 +38,20 @@ class Option(BaseModel):
         nearest: examples that each prompt of the PLM has for itself; 0 for those of the task.
         interpolation: with the PLM.
         nll: of the mixture, in nats per token; a length reward, which is for choices alone, does not change it.
-        chrf: of decoded texts, where this option was decoded.
+        bleu: of decoded texts, where this option was decoded.
+        chrf: likewise.
     """
 
     nearest: int
     interpolation: Interpolation
     nll: float
+    bleu: float | None = None
     chrf: float | None = None
+
+    @property
+    def quality(self) -> float:
+        """Mean of BLEU and chrF: chrF weighs recall more, so alone it prefers texts that are too long."""
+        return 0.0 if self.bleu is None or self.chrf is None else (self.bleu + self.chrf) / 2
 
     def __str__(self) -> str:
         """In words."""
@@ -101,7 +108,7 @@ def choose_usage(
     with_option: Callable[[Option], TrainedAdapter],
     reporter: Reporter,
 ) -> list[Option]:
-    """All that was tried, what to use first: the likeliest, or, where texts are decoded, that of the highest chrF.
+    """All that was tried, what to use first: the likeliest, or, where texts are decoded, the best by their scores.
 
     Likelihood takes the texts before each token as given, so its λ is not always the best for whole texts.
 
@@ -140,7 +147,7 @@ def _decoded(
     with_option: Callable[[Option], TrainedAdapter],
     reporter: Reporter,
 ) -> list[Option]:
-    """Options with their chrF on some held-out texts, the highest first: λ is chosen, the length reward, λ again."""
+    """Options with their scores on some held-out texts, the best first: λ is chosen, the length reward, λ again."""
     pairs, adapter = memories.held_out_pairs[:most_texts], with_option(likeliest)
     sources, references = [pair.source for pair in pairs], [pair.target or "" for pair in pairs]
     # Twice the longest target: who goes on after that is wrong in any case.
@@ -154,12 +161,12 @@ def _decoded(
         texts = translate(
             plm, sources, adapter=adapter, interpolation=interpolation, decoding=decoding, reporter=reporter
         ).texts
-        chrf = text_scores(texts, references).chrf
-        reporter.say(f"{option}: chrF {chrf:.1f} on {len(pairs)} validation texts.")
-        scored[interpolation] = option.model_copy(update={"chrf": chrf})
+        scores = text_scores(texts, references)
+        reporter.say(f"{option}: BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f} on {len(pairs)} validation texts.")
+        scored[interpolation] = option.model_copy(update={"bleu": scores.bleu, "chrf": scores.chrf})
 
     def best() -> Option:
-        return max(scored.values(), key=lambda option: option.chrf or 0.0)
+        return max(scored.values(), key=lambda option: option.quality)
 
     def constant(lambda_max: float) -> Option:
         return prompting.option(Interpolation(schedule="constant", lambda_max=lambda_max))
@@ -174,7 +181,7 @@ def _decoded(
     if used.gate is None and used.schedule == "constant":
         for step in (-0.1, 0.1):
             decode(constant(min(1.0, max(0.0, round(used.lambda_max + step, 3)))).rewarded(used.length_reward))
-    return sorted(scored.values(), key=lambda option: -(option.chrf or 0.0))
+    return sorted(scored.values(), key=lambda option: -option.quality)
 
 
 def _encode_with_nearest(plm: RemotePlm, memories: Memories, count: int, reporter: Reporter) -> MemoryRows:
