@@ -3,7 +3,8 @@
 The peer is the training loop of the reference implementation as the paper describes it: the paper's form and settings,
 rows loaded one at a time, softmax over the full vocabulary. Both run one epoch of each phase on the same memory, each
 in a process of its own, in turn. The large memory is synthetic: 1,000,000 rows x 2,048 (float16) whose targets are any
-of 50,272 tokens, as OPT-1.3B has them.
+of 50,272 tokens, as OPT-1.3B has them. Beside them stands LoRA (`benchmarks.lora`), which trains on the PLM itself: an
+epoch of the pairs that the memory was made of.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main() -> None:
     for _ in range(rounds):
         for kind, records in rows.items():
             records.append(_run(kind, memory, head))
+    lora = _run("lora", memory, head)
     large, large_head = _large_memory(large_rows, ExternalMemory(memory / "train").manifest.plan)
     try:
         peak = _run("large", large, large_head)
@@ -63,6 +65,7 @@ def main() -> None:
             "memory_rows": ExternalMemory(memory / "train").manifest.rows,
             "ours": ours,
             "reference": reference,
+            "lora": lora,
             "rows_over_reference": ours["rows_per_s"] / reference["rows_per_s"],
             "large": {"rows": large_rows} | peak,
             f"peak_rss_mb_{'1m' if large_rows == 1_000_000 else f'{large_rows // 1000}k'}_rows": peak["peak_rss_mb"],

@@ -1,4 +1,4 @@
-"""One training of a benchmark, in a process of its own: ours, or the reference's way; reports in JSON."""
+"""One training of a benchmark, in a process of its own: ours, the reference's way, LoRA's; reports in JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from protocol.head import LMHead
 
 RECONSTRUCTION_EPOCHS, EPOCHS = 1, 1
 _BATCH_ROWS = 512
+_LORA_RATE, _LORA_HELD_OUT = 1e-3, 16
 
 
 def main(kind: str, folder: str, head: str) -> None:
@@ -35,7 +36,7 @@ def main(kind: str, folder: str, head: str) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     memory = ExternalMemory(Path(folder) / "train")
     weight_V_D = torch.from_numpy(np.load(head, mmap_mode="c"))
-    work = {"ours": _ours, "reference": _reference, "large": _large}[kind]
+    work = {"ours": _ours, "reference": _reference, "large": _large, "lora": _lora}[kind]
     print(json.dumps(work(memory, Path(folder), weight_V_D) | {"peak_rss_mb": peak_rss_mb()}))
 
 
@@ -50,6 +51,18 @@ def _ours(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str,
     rows = memory.manifest.rows * (RECONSTRUCTION_EPOCHS + EPOCHS)
     seconds = time.perf_counter() - started
     return {"rows_per_s": rows / seconds, "validation_nll": trained.best_nll, "seconds": seconds}
+
+
+def _lora(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str, Any]:
+    """An epoch of LoRA on the PLM itself, on the very pairs that the memory was made of."""
+    from benchmarks.lora import Lora  # transformers and peft, which the others' memory must not have
+
+    lora = Lora(memory.manifest.plan.task)
+    examples = lora.tokenize(memory.pairs())
+    started = time.perf_counter()
+    with redirect_stdout(sys.stderr):
+        lora.train(examples, examples[:_LORA_HELD_OUT], _LORA_RATE, 1)
+    return {"seconds_per_epoch": time.perf_counter() - started, "pairs": len(examples)}
 
 
 class _Rows(Dataset[tuple[Tensor, int]]):

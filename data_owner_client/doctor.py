@@ -191,7 +191,10 @@ def _head(plm: RemotePlm) -> Finding:
     head, needed = plm.cached_head(), "Training needs only the candidates' rows."
     if head.complete:
         head.verify()
-        return Finding(check="LM head", ok=True, detail=f"in {head.folder}, as the server's digest says")
+        how = "rotated, so without a digest of its rows" if plm.card.rotated else "as the server's digest says"
+        return Finding(check="LM head", ok=True, detail=f"in {head.folder}, {how}")
+    if plm.card.head_policy != "full":
+        return Finding(check="LM head", ok=True, detail=f"the owner's policy is {plm.card.head_policy}", advice=needed)
     detail = f"{head.rows:,} of {plm.card.vocab_size:,} rows in the cache" if head.rows else "not in the cache"
     return Finding(check="LM head", ok=True, detail=detail, advice=f"{needed} For all of them: pema-client fetch-head.")
 

@@ -19,7 +19,7 @@ from data_owner_client.progress import Reporter
 from data_owner_client.tokenization import PlmTokenizer
 from protocol import PROTOCOL_VERSION
 from protocol.checks import echoes, require_finite
-from protocol.errors import IdentityMismatch, InvalidData, InvalidRequest, ProtocolViolation
+from protocol.errors import IdentityMismatch, InvalidData, InvalidRequest, ProtocolViolation, Unsupported
 from protocol.head import LMHead
 from protocol.messages import (
     DTYPES,
@@ -170,7 +170,9 @@ class RemotePlm:
 
         Raises:
             ProtocolViolation: the rows are not those of the model card's digest.
+            Unsupported: the owner does not give the whole head.
         """
+        self._require_whole_head()
         with TemporaryDirectory() as nowhere:
             head = self.cached_head(Path(nowhere) if self._cache is None else None)
             head.fetch(self._head_range, reporter)
@@ -178,6 +180,7 @@ class RemotePlm:
 
     def fetch_head(self, reporter: Reporter | None = None) -> CachedHead:
         """Get all rows of the LM head into the cache; otherwise as `full_head`."""
+        self._require_whole_head()
         head = self.cached_head()
         head.fetch(self._head_range, reporter)
         return head
@@ -188,6 +191,13 @@ class RemotePlm:
         if base is None:
             raise InvalidData("There is no cache for LM heads.", hint="Give RemotePlm a `cache` folder.")
         return CachedHead(base / "heads", self.card)
+
+    def _require_whole_head(self) -> None:
+        if self.card.head_policy != "full":
+            raise Unsupported(
+                f"The owner does not give you the whole LM head (policy {self.card.head_policy}).",
+                hint="Do without: sample with an adapter and --known-only, train on the candidates.",
+            )
 
     def _head_range(self, start: int, stop: int) -> HeadRows:
         return self._head(HeadRequest(start=start, stop=stop, dtype=self.card.head_dtype), stop - start)

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
 from plm_owner_server.grpc import serve_grpc
 from plm_owner_server.holder import ServiceHolder
+from plm_owner_server.master_secret import master_secret
 from plm_owner_server.models import digest_folder, resolve
 from plm_owner_server.rest import create_app
 from plm_owner_server.service import PlmService, load_tokenizer
@@ -89,6 +90,7 @@ def load_service(settings: ServerSettings) -> PlmService:
         name=files.name,
         weights_digest=digest_folder(files.folder),
         settings=settings,
+        master_secret=lambda: master_secret(settings),
     )
     engine.warm_up()
     # What waits is bounded by its answers: a representation for every token, in float32, until it is on the wire.

@@ -124,7 +124,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
 
     async def GetModelCard(self, request: Proto, context: Any) -> Proto:
         return await self._answer(
-            "GetModelCard", "card", context, lambda a: to_proto(a.service.model_card(), pema_pb2.ModelCard())
+            "GetModelCard", "card", context, lambda a: to_proto(a.service.model_card(a.caller()), pema_pb2.ModelCard())
         )
 
     async def GetTokenizer(self, request: Proto, context: Any) -> AsyncIterator[Proto]:
@@ -134,7 +134,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
 
     async def GetLmHead(self, request: Proto, context: Any) -> AsyncIterator[Proto]:
         rows = await self._answer(
-            "GetLmHead", "head", context, lambda a: a.service.lm_head(from_proto(request, HeadRequest))
+            "GetLmHead", "head", context, lambda a: a.service.lm_head(from_proto(request, HeadRequest), a.caller())
         )
         for piece in split_head(rows):
             yield to_proto(piece, pema_pb2.HeadRows())

@@ -28,9 +28,9 @@ class Admission:
     service: PlmService
     tenant: Tenant
 
-    def caller(self, client: str) -> Caller:
+    def caller(self, client: str = "") -> Caller:
         """The call's caller; tenants share the model among them, and clients where there are no tenants."""
-        return Caller(self.tenant.name or client, self.tenant.name)
+        return Caller(self.tenant.name or client, self.tenant.name, self.tenant.disclosure)
 
 
 class ServiceHolder:

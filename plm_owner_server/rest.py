@@ -103,7 +103,9 @@ def create_app(
 
     @app.get("/v1/model", tags=["model"], summary="The model card", **rest_docs.MODEL)
     async def model_card(request: Request) -> Response:
-        return Response((await admit(request, "card")).service.model_card().to_json(), media_type=JSON)
+        admitted = await admit(request, "card")
+        card = await in_worker(lambda: admitted.service.model_card(admitted.caller()), limiter)
+        return Response(card.to_json(), media_type=JSON)
 
     @app.get("/v1/tokenizer", tags=["model"], summary="The fast tokenizer and the chat template", **rest_docs.TOKENIZER)
     async def tokenizer(request: Request) -> Response:
@@ -116,18 +118,20 @@ def create_app(
     async def lm_head_range(
         request: Request, start: int = 0, stop: int | None = None, dtype: HeadDtype = "float16"
     ) -> Response:
-        service, form = (await admit(request, "head")).service, _answer_form(request)
-        tag = f"{service.model_card().digest}-{start}-{stop}-{dtype}-{form.rpartition('.')[2]}"
+        admitted, form = await admit(request, "head"), _answer_form(request)
+        service, caller = admitted.service, admitted.caller()
+        card = await in_worker(lambda: service.model_card(caller), limiter)
+        tag = f"{card.digest}-{start}-{stop}-{dtype}-{form.rpartition('.')[2]}"
         if cached := _cached(request, tag):
             return cached
         wanted = HeadRequest.validated({"start": start, "stop": stop, "dtype": dtype})
-        response = await in_worker(lambda: _response(service.lm_head(wanted), form), limiter)
+        response = await in_worker(lambda: _response(service.lm_head(wanted, caller), form), limiter)
         response.headers["ETag"] = f'"{tag}"'
         return response
 
     @app.post("/v1/lm-head", tags=["model"], summary="Chosen rows of the LM head", **rest_docs.LM_HEAD)
     async def lm_head(request: Request) -> Response:
-        return await answer(request, "head", HeadRequest, lambda service, message, _: service.lm_head(message))
+        return await answer(request, "head", HeadRequest, PlmService.lm_head)
 
     @app.post("/v1/encode", tags=["inference"], summary="Context representations", **rest_docs.ENCODE)
     async def encode(request: Request) -> Response:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -18,19 +17,17 @@ from plm_owner_server.gathering import Gathered, present
 from plm_owner_server.scheduler import Caller, Scheduler
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.threads import use_cores
-from protocol.checks import echoes, require_finite
-from protocol.codec import raw_bytes
+from plm_owner_server.validation import check_vocabulary
+from plm_owner_server.views import View, Views, head_digest, head_dtype
+from protocol.checks import echoes
 from protocol.errors import InvalidRequest, OverLimit, Unsupported
-from protocol.head import LMHead
 from protocol.messages import (
-    DTYPES,
     DecodeRequest,
     DecodeResponse,
     DistributionRequest,
     DistributionResponse,
     EncodeRequest,
     EncodeResponse,
-    HeadDtype,
     HeadRequest,
     HeadRows,
     Limits,
@@ -41,8 +38,6 @@ from protocol.messages import (
 from protocol.rows import compact
 
 _LOCAL = Caller()
-# Of the head, from the device at a time.
-_ROWS_AT_ONCE = 4096
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -80,6 +75,7 @@ class PlmService:
 
     Args:
         weights_digest: digest of the model's files (`models.digest_folder`).
+        master_secret: gives what tenants' rotations follow from.
     """
 
     def __init__(
@@ -90,6 +86,7 @@ class PlmService:
         name: str,
         weights_digest: str,
         settings: ServerSettings,
+        master_secret: Callable[[], bytes] | None = None,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
@@ -116,9 +113,8 @@ class PlmService:
             hidden_size=info.hidden_size,
             vocab_size=info.vocab_size,
             dtype=info.dtype,
-            head_dtype=_head_dtype(engine.head),
-            head_digest=_head_digest(engine.head),
-            head_policy="full",
+            head_dtype=head_dtype(engine.head),
+            head_digest=head_digest(engine.head),
             eos_token_ids=list(info.eos_token_ids),
             limits=Limits(
                 max_sequence_tokens=min(settings.max_sequence_tokens, info.max_tokens or settings.max_sequence_tokens),
@@ -129,53 +125,24 @@ class PlmService:
                 max_body_bytes=settings.max_body_bytes,
             ),
         )
+        self._views = Views(
+            self._card, engine.head, weights_digest=weights_digest, master_secret=master_secret or _no_secret
+        )
 
-    def model_card(self) -> ModelCard:
+    def model_card(self, caller: Caller = _LOCAL) -> ModelCard:
         """Identity, kind of CR, sizes, limits."""
-        return self._card
+        return self._view(caller).card
+
+    def _view(self, caller: Caller) -> View:
+        return self._views.of(caller.tenant, caller.disclosure)
 
     def tokenizer(self) -> TokenizerBundle:
         """The fast tokenizer's own file and the chat template."""
         return self._bundle
 
-    def lm_head(self, request: HeadRequest) -> HeadRows:
-        """Chosen rows of the LM head, or a range of them.
-
-        Raises:
-            InvalidRequest, OverLimit: ids outside the vocabulary, too many rows, an empty range.
-        """
-        limits = self._card.limits
-        if request.token_ids is not None:
-            if request.start or request.stop is not None:
-                raise InvalidRequest("Both token_ids and a range were given.", hint="Ask for one of the two.")
-            self._check_vocabulary([request.token_ids])
-            rows = len(request.token_ids)
-            index: Tensor | slice = torch.tensor(request.token_ids, dtype=torch.long)
-        else:
-            stop = self._card.vocab_size if request.stop is None else request.stop
-            if not request.start < stop <= self._card.vocab_size:
-                raise InvalidRequest(
-                    f"[{request.start}, {stop}) is no range of rows.",
-                    hint=f"The head has {self._card.vocab_size} rows; start must be less than stop.",
-                )
-            rows, index = stop - request.start, slice(request.start, stop)
-        if not 0 < rows <= limits.max_head_rows:
-            raise OverLimit(
-                f"{rows} head rows were asked for.",
-                hint=f"One answer has 1 to {limits.max_head_rows} rows; ask for more in pieces (start and stop).",
-            )
-        head = self._engine.head
-        if isinstance(index, Tensor):
-            index = index.to(head.weight_V_D.device)
-        chosen = head.rows(index)
-        return HeadRows(
-            digest=self._card.digest,
-            vocab_size=self._card.vocab_size,
-            weight_N_D=_head_on_wire(chosen.weight_V_D, request.dtype, "the LM head"),
-            bias_N=None if chosen.bias_V is None else _head_on_wire(chosen.bias_V, request.dtype, "the LM head's bias"),
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-        )
+    def lm_head(self, request: HeadRequest, caller: Caller = _LOCAL) -> HeadRows:
+        """Chosen rows of the LM head, or a range of them; see `View.lm_head`."""
+        return self._view(caller).lm_head(request)
 
     def encode(self, request: EncodeRequest, caller: Caller = _LOCAL) -> EncodeResponse:
         """Context representations of given sequences, one forward pass each.
@@ -202,12 +169,13 @@ class PlmService:
             for batch in plan
         ]
         gathered = Gathered(plan, self._scheduler.run(caller, works), len(sequences))
+        view = self._view(caller)
         return EncodeResponse(
-            digest=self._card.digest,
+            digest=view.card.digest,
             echo=gathered.echo,
             rows_B=gathered.rows_B,
             logsumexp_N=gathered.optional_rows(lambda r: r.logsumexp_N),
-            **_rows_on_wire(gathered, request.dtype),
+            **_rows_on_wire(gathered, view, request.dtype),
         )
 
     def decode(self, request: DecodeRequest, caller: Caller = _LOCAL) -> DecodeResponse:
@@ -253,14 +221,15 @@ class PlmService:
         ]
         results = [result for result in self._scheduler.run(caller, works) if isinstance(result, Decoded)]
         gathered = Gathered(plan, results, len(sequences))
+        view = self._view(caller)
         return DecodeResponse(
-            digest=self._card.digest,
+            digest=view.card.digest,
             echo=gathered.echo,
             rows_B=gathered.rows_B,
             logsumexp_N=gathered.rows(lambda r: present(r.logsumexp_N)),
             top1_N=gathered.rows(lambda r: r.top1_N),
             top1_logprob_N=gathered.rows(lambda r: r.top1_logprob_N),
-            **_rows_on_wire(gathered, request.dtype),
+            **_rows_on_wire(gathered, view, request.dtype),
         )
 
     def distribution(self, request: DistributionRequest, caller: Caller = _LOCAL) -> DistributionResponse:
@@ -276,13 +245,13 @@ class PlmService:
         last_hidden_1_D = encoded.cr_N_D if encoded.last_hidden_N_D is None else encoded.last_hidden_N_D
         head = self._engine.head
         logits_V = head.logits(last_hidden_1_D.to(head.weight_V_D.device)).float()[0].cpu()
-        logprob_V = logits_V.log_softmax(dim=-1)
+        logprob_V, digest = logits_V.log_softmax(dim=-1), self._view(caller).card.digest
         if request.top_k == 0:
             all_ids_V = torch.arange(len(logprob_V))
-            return DistributionResponse(digest=self._card.digest, token_ids_K=all_ids_V, logprob_K=logprob_V)
+            return DistributionResponse(digest=digest, token_ids_K=all_ids_V, logprob_K=logprob_V)
         logprob_K, ids_K = logprob_V.topk(min(request.top_k, len(logprob_V)))
         tokens = [self._tokenizer.decode([i]) for i in ids_K.tolist()]
-        return DistributionResponse(digest=self._card.digest, token_ids_K=ids_K, logprob_K=logprob_K, tokens=tokens)
+        return DistributionResponse(digest=digest, token_ids_K=ids_K, logprob_K=logprob_K, tokens=tokens)
 
     def _distribution_ids(self, request: DistributionRequest) -> list[int]:
         if (request.text is None) == (request.token_ids is None):
@@ -334,12 +303,11 @@ class PlmService:
             )
 
     def _check_vocabulary(self, sequences: Sequence[Sequence[int]]) -> None:
-        top = max((max(ids) for ids in sequences if ids), default=0)
-        if top >= self._card.vocab_size:
-            raise InvalidRequest(
-                "A token id lies outside the vocabulary.",
-                hint=f"Ids are 0 to {self._card.vocab_size - 1}; tokenise with this server's own tokenizer.",
-            )
+        check_vocabulary(sequences, self._card.vocab_size)
+
+
+def _no_secret() -> bytes:
+    raise Unsupported("This server has no master secret to rotate with.", hint="Ask its owner to set one.")
 
 
 def _check_one_each(name: str, values: Sequence[int], sequences: Sequence[Sequence[int]]) -> None:
@@ -359,35 +327,14 @@ def _check_from_position(values: Sequence[int], sequences: Sequence[Sequence[int
             )
 
 
-def _rows_on_wire(gathered: Gathered[Encoded] | Gathered[Decoded], dtype: WireDtype) -> dict[str, Tensor | None]:
-    """The representations of an answer in the number format asked for."""
-    cr_N_D, cr_scale_N = compact(gathered.rows(lambda r: r.cr_N_D), dtype, "the context representations")
+def _rows_on_wire(
+    gathered: Gathered[Encoded] | Gathered[Decoded], view: View, dtype: WireDtype
+) -> dict[str, Tensor | None]:
+    """The representations of an answer as the tenant sees them, in the number format asked for."""
+    cr_N_D, cr_scale_N = compact(view.rows(gathered.rows(lambda r: r.cr_N_D)), dtype, "the context representations")
     columns: dict[str, Tensor | None] = {"cr_N_D": cr_N_D, "cr_scale_N": cr_scale_N}
     last_hidden_N_D = gathered.optional_rows(lambda r: r.last_hidden_N_D)
     if last_hidden_N_D is not None:
-        values_N_D, scale_N = compact(last_hidden_N_D, dtype, "the last hidden states")
+        values_N_D, scale_N = compact(view.rows(last_hidden_N_D), dtype, "the last hidden states")
         columns |= {"last_hidden_N_D": values_N_D, "last_hidden_scale_N": scale_N}
     return columns
-
-
-def _head_dtype(head: LMHead) -> HeadDtype:
-    for name in get_args(HeadDtype):
-        if head.weight_V_D.dtype == DTYPES[name]:
-            return name  # type: ignore[no-any-return]
-    raise Unsupported(
-        f"The LM head's weight is of dtype {head.weight_V_D.dtype}.", hint=f"Load the model as {get_args(HeadDtype)}."
-    )
-
-
-def _head_digest(head: LMHead) -> str:
-    digest = hashlib.sha256()
-    for part in (*head.weight_V_D.split(_ROWS_AT_ONCE), *([] if head.bias_V is None else [head.bias_V])):
-        digest.update(raw_bytes(part.cpu()))
-    digest.update(head.trailer())
-    return digest.hexdigest()
-
-
-def _head_on_wire(values: Tensor, dtype: HeadDtype, what: str) -> Tensor:
-    converted = values.to(DTYPES[dtype]).cpu()
-    require_finite(converted, what)
-    return converted

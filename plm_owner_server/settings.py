@@ -59,6 +59,12 @@ class ServerSettings(StoreSettings):
         description="One key for all clients, instead of tenants. Set it as PEMA_API_KEY: everybody on the machine can "
         "see flags.",
     )
+    master_secret: SecretStr | None = Field(
+        default=None,
+        min_length=32,
+        description="What the tenants' secret bases follow from; set it as PEMA_MASTER_SECRET, the same for all that "
+        "share a store (openssl rand -hex 32). By default one is made and kept beside the SQLite file.",
+    )
     allow_anonymous: CliImplicitFlag[bool] = Field(
         default=False, description="Listen on any address without tenants and keys: whoever reaches it may call."
     )

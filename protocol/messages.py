@@ -18,6 +18,7 @@ from protocol.head import LMHead
 
 CrKind = Literal["last_hidden_state", "ffn_output"]
 HeadDtype = Literal["float16", "bfloat16", "float32"]
+HeadPolicy = Literal["full", "candidate", "none"]
 WireDtype = Literal["float16", "bfloat16", "float32", "int8"]
 DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
@@ -46,7 +47,9 @@ class ModelCard(Message):
     """Who the model is and what may be asked of it."""
 
     name: str
-    digest: Digest = Field(description="over weights, tokenizer and kind of CR; stamped into every memory and adapter")
+    digest: Digest = Field(
+        description="over weights, tokenizer, kind of CR, head policy, rotation; stamped into memories and adapters"
+    )
     tokenizer_digest: Digest
     cr_kind: CrKind
     hidden_size: int = Field(description="D")
@@ -56,7 +59,14 @@ class ModelCard(Message):
     head_digest: Digest = Field(
         description="SHA-256 over the LM head's rows in head_dtype, its bias if it has one, then its scale and soft-cap"
     )
-    head_policy: Literal["full"] = Field(description="which rows of the LM head a client may have")
+    head_policy: HeadPolicy = Field(
+        default="full", description="which rows of the LM head a client may have: all, those of chosen tokens, or none"
+    )
+    rotated: bool = Field(
+        default=False,
+        description="representations and LM head come in a secret basis of the tenant's own; head_digest then names "
+        "the head, and is not made of its rows",
+    )
     eos_token_ids: list[int] = Field(description="tokens after which the model itself would stop")
     limits: Limits
     protocol_version: int = PROTOCOL_VERSION

@@ -37,6 +37,7 @@ _SPECIAL = ["<pad>", "<bos>", "<eos>"]
 _WORDS = ["en", "er", "ch", "th", "he", "in", "Ġd", "Ġt", "Ġth", "Ġthe", "ie", "Ġdie", "st", "an", "on", "re"]
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCAB_SIZE = len(_SPECIAL) + len(_ALPHABET) + len(_WORDS)
+MASTER_SECRET = b"the master secret of all servers in tests"
 WINDOW = 8
 """Tokens that a sliding layer of the tiny Mistral, Gemma 2 and Gemma 3 sees."""
 MAX_POSITIONS = 128
@@ -176,6 +177,7 @@ def make_service(
         name=folder.name,
         weights_digest=digest_folder(folder),
         settings=chosen,
+        master_secret=lambda: MASTER_SECRET,
     )
 
 

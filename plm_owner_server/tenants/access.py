@@ -47,10 +47,17 @@ class Access(Protocol):
 
 
 class Anyone:
-    """Everybody may call, and all are one tenant."""
+    """Everybody may call, and all are one tenant.
+
+    Args:
+        tenant: the one.
+    """
+
+    def __init__(self, tenant: Tenant = ANYBODY) -> None:
+        self._tenant = tenant
 
     def recall(self, authorization: str | None) -> Tenant:
-        return ANYBODY
+        return self._tenant
 
     identify = recall
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from typing import Literal
 
 from pydantic import BaseModel, Field
 from pydantic_settings import CliApp, CliImplicitFlag, CliPositionalArg, CliSubCommand
@@ -12,8 +13,10 @@ from pydantic_settings import CliApp, CliImplicitFlag, CliPositionalArg, CliSubC
 from plm_owner_server.settings import StoreSettings
 from plm_owner_server.tenants.keys import Key
 from plm_owner_server.tenants.store import SCOPES, Scope, TenantRecord, TenantStore
+from plm_owner_server.views import Disclosure
+from protocol.messages import HeadPolicy
 
-_LINE = "{:<24} {:<9} {:<17} {:<17} {}"
+_LINE = "{:<24} {:<9} {:<17} {:<17} {:<19} {}"
 
 
 class _OfStore(BaseModel):
@@ -27,19 +30,51 @@ class _OfTenant(_OfStore):
     name: CliPositionalArg[str] = Field(description="The tenant.")
 
 
-class Add(_OfTenant):
+class _WithDisclosure(_OfTenant):
+    head_policy: HeadPolicy = Field(
+        default="candidate",
+        description="Rows of the LM head it may have: all (full), only those of tokens that it names (candidate), or "
+        "none.",
+    )
+    rotation: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Whether it sees representations and rows in a secret basis of its own; all logits stay as they "
+        "are. auto: on for candidate.",
+    )
+
+    @property
+    def disclosure(self) -> Disclosure:
+        """What it may see of the model."""
+        rotated = self.head_policy == "candidate" if self.rotation == "auto" else self.rotation == "on"
+        return Disclosure(self.head_policy, rotated)
+
+
+class Add(_WithDisclosure):
     """Let a tenant in, and print its key, which is shown only now.
 
     Examples:
       pema-server tenants add acme
       pema-server tenants add acme --scopes card,head,encode,decode
+      pema-server tenants add ourselves --head-policy full
     """
 
     scopes: list[Scope] = Field(default=list(SCOPES), min_length=1, description="What it may call.")
 
     def cli_cmd(self) -> None:
         """Add it."""
-        _show_key(self.name, TenantStore(self.store).add(self.name, self.scopes))
+        _show_key(self.name, TenantStore(self.store).add(self.name, self.scopes, self.disclosure))
+
+
+class Disclose(_WithDisclosure):
+    """Let a tenant see more or less of the model; its memories and adapters fit no more, and have to be made anew.
+
+    Examples:
+      pema-server tenants disclose acme --head-policy candidate --rotation off
+    """
+
+    def cli_cmd(self) -> None:
+        """Change it."""
+        TenantStore(self.store).disclose(self.name, self.disclosure)
 
 
 class RotateKey(_OfTenant):
@@ -77,7 +112,7 @@ class ListAll(_OfStore):
         if self.as_json:
             sys.stdout.write(json.dumps([asdict(tenant) for tenant in tenants], default=str, indent=1) + "\n")
             return
-        rows = [_LINE.format("NAME", "STATE", "KEY", "SINCE (UTC)", "SCOPES"), *map(_line, tenants)]
+        rows = [_LINE.format("NAME", "STATE", "KEY", "SINCE (UTC)", "LM HEAD", "SCOPES"), *map(_line, tenants)]
         sys.stdout.write("".join(f"{row}\n" for row in rows))
 
 
@@ -94,6 +129,7 @@ class Tenants(BaseModel):
     add: CliSubCommand[Add]
     list_all: CliSubCommand[ListAll] = Field(alias="list")
     rotate_key: CliSubCommand[RotateKey]
+    disclose: CliSubCommand[Disclose]
     disable: CliSubCommand[Disable]
     enable: CliSubCommand[Enable]
 
@@ -111,4 +147,5 @@ def _show_key(name: str, key: Key) -> None:
 def _line(tenant: TenantRecord) -> str:
     state = "disabled" if tenant.disabled_at else "active"
     since = f"{tenant.created_at:%Y-%m-%d %H:%M}"
-    return _LINE.format(tenant.name, state, tenant.key_id, since, " ".join(tenant.scopes))
+    head = tenant.disclosure.head_policy + (", rotated" if tenant.disclosure.rotated else "")
+    return _LINE.format(tenant.name, state, tenant.key_id, since, head, " ".join(tenant.scopes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -18,6 +18,7 @@ from filelock import FileLock
 from sqlalchemy.engine import Connection, Row
 
 from plm_owner_server.tenants.keys import Key
+from plm_owner_server.views import EVERYTHING, Disclosure
 from protocol.errors import InvalidRequest, PemaError
 
 Scope = Literal["card", "head", "encode", "decode", "distribution"]
@@ -38,6 +39,8 @@ _TENANTS = sa.Table(
     sa.Column("key_id", sa.String(32), nullable=False, unique=True),
     sa.Column("key_hash", sa.String(64), nullable=False),
     sa.Column("scopes", sa.String(256), nullable=False),
+    sa.Column("head_policy", sa.String(16), nullable=False, server_default="full"),
+    sa.Column("rotated", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
     sa.Column("disabled_at", sa.DateTime(timezone=True)),
 )
@@ -49,6 +52,7 @@ class Tenant:
 
     name: str
     scopes: frozenset[Scope]
+    disclosure: Disclosure = EVERYTHING
 
 
 ANYBODY = Tenant("", frozenset(SCOPES))
@@ -61,12 +65,14 @@ class TenantRecord:
 
     Attributes:
         key_id: the public part of its key.
+        disclosure: what it may see of the model.
         disabled_at: None for one that may call.
     """
 
     name: str
     scopes: tuple[Scope, ...]
     key_id: str
+    disclosure: Disclosure
     created_at: datetime
     disabled_at: datetime | None
 
@@ -118,7 +124,7 @@ class TenantStore:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
-    def add(self, name: str, scopes: Sequence[Scope] = SCOPES) -> Key:
+    def add(self, name: str, scopes: Sequence[Scope] = SCOPES, disclosure: Disclosure = EVERYTHING) -> Key:
         """A new tenant's key, which can never be had again.
 
         Raises:
@@ -130,6 +136,7 @@ class TenantStore:
             )
         key = Key.new()
         values = {"name": name, "key_id": key.id, "key_hash": key.hash, "scopes": " ".join(sorted(set(scopes)))}
+        values |= asdict(disclosure)
         try:
             with self._begin() as connection:
                 connection.execute(sa.insert(_TENANTS).values(created_at=datetime.now(UTC), **values))
@@ -148,6 +155,14 @@ class TenantStore:
         key = Key.new()
         self._update(name, {"key_id": key.id, "key_hash": key.hash})
         return key
+
+    def disclose(self, name: str, disclosure: Disclosure) -> None:
+        """Let a tenant see more or less of the model; its memories and adapters fit no more.
+
+        Raises:
+            InvalidRequest: there is no such tenant.
+        """
+        self._update(name, asdict(disclosure))
 
     def disable(self, name: str) -> None:
         """Let a tenant in no more; what is known of it stays.
@@ -177,7 +192,8 @@ class TenantStore:
         # A key that nobody has takes as long as a wrong one.
         if not key.matches(_NO_HASH if row is None else row.key_hash) or row is None or row.disabled_at is not None:
             return None
-        return Tenant(row.name, frozenset(_record(row).scopes))
+        record = _record(row)
+        return Tenant(record.name, frozenset(record.scopes), record.disclosure)
 
     def _update(self, name: str, values: dict[str, object]) -> None:
         with self._begin() as connection:
@@ -211,7 +227,8 @@ def _is_sqlite(url: sa.URL) -> bool:
 def _record(row: Row[Any]) -> TenantRecord:
     scopes = tuple(scope for scope in SCOPES if scope in row.scopes.split())
     disabled_at = None if row.disabled_at is None else _utc(row.disabled_at)
-    return TenantRecord(row.name, scopes, row.key_id, _utc(row.created_at), disabled_at)
+    disclosure = Disclosure(row.head_policy, row.rotated)
+    return TenantRecord(row.name, scopes, row.key_id, disclosure, _utc(row.created_at), disabled_at)
 
 
 def _utc(moment: datetime) -> datetime:

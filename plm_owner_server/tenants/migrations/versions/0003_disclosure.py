@@ -1,0 +1,21 @@
+"""What each tenant may see of the model."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0001"
+
+
+def upgrade() -> None:
+    """Add the columns; who is there already goes on seeing everything."""
+    with op.batch_alter_table("tenants") as table:
+        table.add_column(sa.Column("head_policy", sa.String(16), nullable=False, server_default="full"))
+        table.add_column(sa.Column("rotated", sa.Boolean, nullable=False, server_default=sa.false()))
+
+
+def downgrade() -> None:
+    """Drop them."""
+    with op.batch_alter_table("tenants") as table:
+        table.drop_column("rotated")
+        table.drop_column("head_policy")

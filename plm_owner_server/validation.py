@@ -1,0 +1,21 @@
+"""Checks of requests that more than one call makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from protocol.errors import InvalidRequest
+
+
+def check_vocabulary(sequences: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Refuse token ids that are none.
+
+    Raises:
+        InvalidRequest: one lies outside the vocabulary.
+    """
+    top = max((max(ids) for ids in sequences if ids), default=0)
+    if top >= vocab_size:
+        raise InvalidRequest(
+            "A token id lies outside the vocabulary.",
+            hint=f"Ids are 0 to {vocab_size - 1}; tokenise with this server's own tokenizer.",
+        )

@@ -1,0 +1,60 @@
+"""Secret bases: orthogonal, uniformly drawn, the same everywhere for the same secret, and for no other."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from plm_owner_server.rotation import Rotation, RotationKey
+
+SECRET = b"a master secret of at least 32 bytes"
+
+
+def test_a_rotation_changes_no_product() -> None:
+    q_D_D = RotationKey.derive(SECRET, "acme", "weights").matrix(37)
+    identity = q_D_D.double() @ q_D_D.double().T
+    torch.testing.assert_close(identity, torch.eye(37, dtype=torch.float64), rtol=0, atol=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    f_N_D, w_V_D = (torch.randn(n, 37, generator=generator) for n in (5, 11))
+    rotation = Rotation(q_D_D)
+    logits = rotation.apply(f_N_D) @ rotation.apply(w_V_D).T
+    torch.testing.assert_close(logits, f_N_D @ w_V_D.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rotation.apply(f_N_D)[0], q_D_D @ f_N_D[0])
+    assert (rotation.apply(f_N_D) - f_N_D).norm() > f_N_D.norm() / 2
+
+
+def test_whose_rotation_it_is_and_of_which_model_decide_it_and_nothing_else() -> None:
+    keys = [
+        RotationKey.derive(secret, tenant, weights)
+        for secret in (SECRET, SECRET + b"!")
+        for tenant in ("acme", "beta")
+        for weights in ("a", "b")
+    ]
+    assert len({key.fingerprint for key in keys}) == len({key.matrix(4).numpy().tobytes() for key in keys}) == 8
+    again = RotationKey.derive(SECRET, "acme", "a")
+    assert torch.equal(again.matrix(9), keys[0].matrix(9))
+    for shown in (repr(again), again.fingerprint):
+        assert again.key.hex() not in shown
+        assert str(again.key) not in shown
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_all_rotations_are_equally_likely(size: int) -> None:
+    """Of Haar-distributed matrices, any fixed row is uniform on the sphere, and the mean of (tr Q)² is 1."""
+    draws = 4000
+    q_S_D_D = torch.stack([RotationKey(f"{n}".encode()).matrix(size) for n in range(draws)]).double()
+    error = 5 / math.sqrt(draws)
+    for row in (0, size - 1):
+        row_S_D = q_S_D_D[:, row]
+        torch.testing.assert_close(row_S_D.mean(0), torch.zeros(size, dtype=torch.float64), rtol=0, atol=error)
+        covariance = row_S_D.T @ row_S_D / draws
+        torch.testing.assert_close(covariance, torch.eye(size, dtype=torch.float64) / size, rtol=0, atol=error)
+        # E[x⁴] on the sphere.
+        fourth = 3 / (size * (size + 2))
+        assert (row_S_D**4).mean(0).tolist() == pytest.approx([fourth] * size, abs=error)
+    traces = q_S_D_D.diagonal(dim1=1, dim2=2).sum(1)
+    assert (traces**2).mean().item() == pytest.approx(1.0, abs=3 * error)
+    # Reflections, too: half of them.
+    assert (torch.linalg.det(q_S_D_D) > 0).double().mean().item() == pytest.approx(0.5, abs=error)
