@@ -32,6 +32,7 @@ from plm_owner_server.tenants import SCOPES, Anyone, Tenant
 from plm_owner_server.views import Disclosure
 from tests import support
 from tests.reference import Reference, schedule
+from tests.support import random_ids
 
 TASK = Task(name="t", source_label="In", target_label="Out", examples=({"source": "an on", "target": "die"},))
 WORDS = ["the", "thin", "die", "Tür", "an", "on", "shine", "reden", "her"]
@@ -58,10 +59,35 @@ class Case:
         targets = self.memory.target_N.split(self.memory.rows_E.tolist())
         self.lookup = Lookup(ids.tolist() for ids in targets)
         self.reference = Reference(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
+        self.q_D_D = self._basis() if self.plm.card.rotated else torch.eye(self.plm.card.hidden_size).double()
         self.stop_ids = TASK.stop_ids(self.plm.tokenizer) | {support.EOS}
 
     def prompts(self, sources: list[str]) -> list[list[int]]:
         return [self.plm.tokenizer.encode_prompt(TASK.prompt(source, self.plm.tokenizer)) for source in sources]
+
+    def _basis(self) -> torch.Tensor:
+        """Q, found from what the client and the reference see of the same texts (orthogonal Procrustes)."""
+        contexts = random_ids(3, [4] * 64)
+        ours_N_D = self.plm.encode(contexts, [3] * 64).cr_N_D.double()
+        true_N_D = torch.stack([self.reference.context(ids)[0] for ids in contexts])
+        left, _, right = torch.linalg.svd(ours_N_D.T @ true_N_D)
+        return left @ right
+
+    def true(self, rows_N_D: torch.Tensor) -> torch.Tensor:
+        """Representations in the model's own basis."""
+        return rows_N_D.double() @ self.q_D_D
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Of the adapter, as it would be in the model's own basis."""
+        weights = {name: value.double() for name, value in self.adapter.adapter.state_dict().items()}
+        turned = weights | {
+            "A.weight": weights["A.weight"] @ self.q_D_D,
+            "B_pd.weight": self.q_D_D.T @ weights["B_pd.weight"],
+        }
+        if "E.weight" in weights:  # over two rows of the head, one behind the other
+            turned["E.weight"] = weights["E.weight"] @ torch.block_diag(self.q_D_D, self.q_D_D)
+        return turned
 
     def expected(
         self,
@@ -73,7 +99,7 @@ class Case:
     ) -> list[int]:
         lambdas = schedule(interpolation.schedule, interpolation.lambda_max, horizon, steps)
         targets = self.adapter.candidate_ids_C.tolist()
-        weights = self.adapter.adapter.state_dict()
+        weights = self.weights
         form = self.adapter.card.form
         gate = interpolation.gate and interpolation.gate.model_dump()
         return self.reference.decode(
@@ -124,25 +150,25 @@ def case(
 
 
 def test_teacher_forced_rows(case: Case) -> None:
-    rows = iter(zip(case.memory.cr_N_D, case.memory.target_N.tolist(), strict=True))
+    rows = iter(zip(case.true(case.memory.cr_N_D), case.memory.target_N.tolist(), strict=True))
     for pair in PAIRS[:6]:
         tokens = tokenize_pair(case.plm, TASK, pair, place="pair")
         for f_D, y in case.reference.teacher_forced(tokens.prompt, tokens.target):
             ours_D, ours_y = next(rows)
             assert ours_y == y
-            torch.testing.assert_close(ours_D.double(), f_D, rtol=1e-4, atol=1e-4 * f_D.abs().max().item())
+            torch.testing.assert_close(ours_D, f_D, rtol=1e-4, atol=1e-4 * f_D.abs().max().item())
 
 
 def test_private_rows(case: Case, tmp_path: Path) -> None:
     build_memories(case.plm, TASK, PAIRS[:6], tmp_path, validation=PAIRS[:1])
     memory = ExternalMemory(tmp_path / "train").load()
-    rows = iter(zip(memory.cr_N_D, memory.target_N.tolist(), strict=True))
+    rows = iter(zip(case.true(memory.cr_N_D), memory.target_N.tolist(), strict=True))
     for pair in PAIRS[:6]:
         tokens = tokenize_pair(case.plm, TASK, pair, place="pair")
         for f_D, y in case.reference.private(tokens.prompt, tokens.target):
             ours_D, ours_y = next(rows)
             assert ours_y == y
-            torch.testing.assert_close(ours_D.double(), f_D, rtol=1e-4, atol=1e-4 * f_D.abs().max().item())
+            torch.testing.assert_close(ours_D, f_D, rtol=1e-4, atol=1e-4 * f_D.abs().max().item())
 
 
 def test_aligned_private_rows_have_contexts_that_end_as_the_true_ones(case: Case, tmp_path: Path) -> None:
@@ -157,7 +183,7 @@ def test_aligned_private_rows_have_contexts_that_end_as_the_true_ones(case: Case
         contexts = case.reference.private(tokens.prompt, tokens.target)
         for i, y in enumerate(tokens.target):
             assert rows.target_N[at] == y
-            near = [torch.allclose(f_D, rows.cr_N_D[at].double(), rtol=1e-3, atol=1e-3) for f_D, _ in contexts]
+            near = [torch.allclose(f_D, case.true(rows.cr_N_D[at]), rtol=1e-3, atol=1e-3) for f_D, _ in contexts]
             assert any(near)
             if i and rows.agrees_N[at]:
                 assert any(drafted[k - 1] == tokens.target[i - 1] for k, same in enumerate(near) if same and k)
@@ -300,7 +326,7 @@ def test_draws_are_distributed_as_the_references_mixture(case: Case, length_rewa
         samples=range(draws),
     )
     f_D, p_plm_V = case.reference.context(prompt)
-    adapter, weights = case.adapter, case.adapter.adapter.state_dict()
+    adapter, weights = case.adapter, case.weights
     p_pema_V = case.reference.pema(f_D, weights, adapter.card.form, adapter.candidate_ids_C.tolist())
     mixture_V = p_V = (1 - weight) * p_plm_V + weight * p_pema_V
     if known_only:
