@@ -30,6 +30,7 @@ from demo import home_assistant, picture
 
 _READY_WITHIN_S = 600.0
 _EXAMPLES_SHOWN = 6
+_TENANT = "data-owner"
 
 console = Console()
 
@@ -56,8 +57,9 @@ def run(folder: Path, port: int, *, published: bool) -> None:
     console.rule("Data: the interface texts of Home Assistant, English and German")
     home_assistant.prepare(data)
     started = time.perf_counter()
-    with _owner_server(port, folder / "server.log") as url:
-        client = Client(url, folder)
+    key = _let_in(folder)
+    with _owner_server(port, folder) as url:
+        client = Client(url, key, folder)
 
         console.rule("The data owner builds an external memory")
         pairs = ["--input", data / "train.jsonl", "--validation", data / "validation.jsonl"]
@@ -93,11 +95,13 @@ class Client:
 
     Args:
         url: the owner's server.
+        key: that the owner gave to the data owner.
         folder: where the results are kept.
     """
 
-    def __init__(self, url: str, folder: Path) -> None:
+    def __init__(self, url: str, key: str, folder: Path) -> None:
         self._url = url
+        self._environment = os.environ | {"PEMA_API_KEY": key}
         self._folder = folder
         self._fresh = False
 
@@ -116,7 +120,7 @@ class Client:
             return result
         command = [sys.executable, "-m", "data_owner_client.cli", verb, "--server", self._url, "--json", *given]
         console.print(f"$ pema-client {verb} {' '.join(given)}", highlight=False)
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+        done = subprocess.run(command, stdout=subprocess.PIPE, env=self._environment, check=False)
         if done.returncode:
             sys.exit(
                 f"demo: pema-client {verb} failed; its message is above, the server's log is {self._folder}/server.log"
@@ -132,13 +136,38 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def _let_in(folder: Path) -> str:
+    """The key of the data owner, a tenant of the owner's: rows of candidate tokens only, in a secret basis."""
+    kept = folder / "key"
+    if not kept.exists():
+        console.rule("The PLM owner lets the data owner in")
+        console.print(f"$ pema-server tenants add {_TENANT}", highlight=False)
+        # What is there without a key is left from a run that was stopped just before it was kept.
+        added = _tenants(folder, "add")
+        key = added if added.returncode == 0 else _tenants(folder, "rotate-key")
+        if key.returncode:
+            sys.exit(f"demo: {added.stderr.strip()}")
+        kept.touch(mode=0o600)
+        kept.write_text(key.stdout)
+    return kept.read_text().strip()
+
+
+def _tenants(folder: Path, verb: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "plm_owner_server.cli", "tenants", verb, _TENANT, "--store", _store(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _store(folder: Path) -> str:
+    return f"sqlite:///{folder / 'owner.db'}"
+
+
 @contextmanager
-def _owner_server(port: int, log: Path) -> Iterator[str]:
+def _owner_server(port: int, folder: Path) -> Iterator[str]:
     """The PLM owner's server as its own process, once it is ready."""
     console.rule("The PLM owner's server starts (the first time, the model is unpacked: about a minute)")
     command = [sys.executable, "-m", "plm_owner_server.cli", "serve", "--port", str(port), "--grpc-port", "0"]
-    command += ["--store", f"sqlite:///{log.parent / 'owner.db'}"]  # without tenants, whoever runs this may have some
-    url = f"http://127.0.0.1:{port}"
+    command += ["--store", _store(folder)]
+    url, log = f"http://127.0.0.1:{port}", folder / "server.log"
     with log.open("wb") as output:
         server = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"}
