@@ -139,7 +139,8 @@ def _free_port() -> int:
 def _let_in(folder: Path) -> str:
     """The key of the data owner, a tenant of the owner's: rows of candidate tokens only, in a secret basis."""
     kept = folder / "key"
-    if not kept.exists():
+    kept.touch(mode=0o600)
+    if not kept.read_text():
         console.rule("The PLM owner lets the data owner in")
         console.print(f"$ pema-server tenants add {_TENANT}", highlight=False)
         # What is there without a key is left from a run that was stopped just before it was kept.
@@ -147,7 +148,6 @@ def _let_in(folder: Path) -> str:
         key = added if added.returncode == 0 else _tenants(folder, "rotate-key")
         if key.returncode:
             sys.exit(f"demo: {added.stderr.strip()}")
-        kept.touch(mode=0o600)
         kept.write_text(key.stdout)
     return kept.read_text().strip()
 
