@@ -9,8 +9,10 @@ import time
 from collections import OrderedDict
 from typing import Protocol
 
+from plm_owner_server.metering import UNMETERED, Account
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants.keys import Key
+from plm_owner_server.tenants.ledger import Ledger
 from plm_owner_server.tenants.store import ANYBODY, Tenant, TenantStore
 from protocol.addresses import is_loopback
 from protocol.errors import NotReady, PemaError, Unauthenticated
@@ -45,6 +47,10 @@ class Access(Protocol):
         """
         ...
 
+    def account(self, tenant: Tenant) -> Account:
+        """Where a call of this tenant's is put down."""
+        ...
+
 
 class Anyone:
     """Everybody may call, and all are one tenant."""
@@ -53,6 +59,9 @@ class Anyone:
         return ANYBODY
 
     identify = recall
+
+    def account(self, tenant: Tenant) -> Account:
+        return UNMETERED
 
 
 class OneKey:
@@ -73,6 +82,9 @@ class OneKey:
 
     identify = recall
 
+    def account(self, tenant: Tenant) -> Account:
+        return UNMETERED
+
 
 class TenantKeys:
     """A key for each tenant. Thread-safe.
@@ -83,10 +95,12 @@ class TenantKeys:
 
     Args:
         store: of the tenants.
+        ledger: keeps their accounts; one in the same database unless given.
     """
 
-    def __init__(self, store: TenantStore) -> None:
+    def __init__(self, store: TenantStore, ledger: Ledger | None = None) -> None:
         self._store = store
+        self._ledger = ledger or Ledger(store.database)
         self._known: OrderedDict[str, tuple[float, Tenant]] = OrderedDict()  # by the hash of what was shown
         self._lock = threading.Lock()
 
@@ -115,6 +129,9 @@ class TenantKeys:
         if tenant is None:
             raise _stranger(authorization)
         return tenant
+
+    def account(self, tenant: Tenant) -> Account:
+        return self._ledger.account(tenant.name)
 
     def _kept(self, key: Key, seconds: float) -> Tenant | None:
         """Whose key it was when it was last asked about, if that is not longer ago."""
