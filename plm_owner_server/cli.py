@@ -22,11 +22,12 @@ from plm_owner_server.grpc import serve_grpc
 from plm_owner_server.holder import ServiceHolder
 from plm_owner_server.models import digest_folder, resolve
 from plm_owner_server.rest import create_app
-from plm_owner_server.service import PlmService, load_tokenizer
+from plm_owner_server.service import PlmService
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants import access_for
 from plm_owner_server.tenants.commands import Tenants
 from plm_owner_server.tls import Certificate
+from plm_owner_server.tokenizer import load_tokenizer
 from protocol.errors import PemaError
 
 log = logging.getLogger(__name__)

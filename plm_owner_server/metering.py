@@ -1,4 +1,4 @@
-"""What a call costs, and the account that it is put down to. The service says what; who keeps accounts says whether."""
+"""What a call costs. The service says how much, and a meter for each call, of whoever keeps the books, whether."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Charge:
     tokens: int
 
 
-class Account(Protocol):
-    """Where one call is put down."""
+class Meter(Protocol):
+    """Measures one call."""
 
     @property
     def left(self) -> Sequence[Allowance]:
@@ -70,5 +70,5 @@ class _Unmetered:
         yield Charge(cost.tokens)
 
 
-UNMETERED: Account = _Unmetered()
-"""The account of those who have no quotas and of whom nobody keeps count."""
+UNMETERED: Meter = _Unmetered()
+"""For those who have no quotas and of whom nobody keeps count."""

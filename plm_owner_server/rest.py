@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -19,10 +20,12 @@ from starlette.requests import ClientDisconnect
 from plm_owner_server import rest_docs
 from plm_owner_server.accounts import answerable, request_id_of, timing_of
 from plm_owner_server.holder import Admission, ServiceHolder
+from plm_owner_server.metering import UNMETERED
 from plm_owner_server.scheduler import Caller, Departed
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import Scope
 from plm_owner_server.threads import in_worker
+from protocol.allowance import to_fields
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import (
     PROBLEM_JSON,
@@ -62,7 +65,9 @@ def create_app(
     app = FastAPI(title="PEMA PLM server", description=rest_docs.DESCRIPTION, version="1", lifespan=lifespan)
 
     async def admit(request: Request, scope: Scope) -> Admission:
-        return await holder.admit(request.headers.get("authorization"), scope)
+        admitted = await holder.admit(request.headers.get("authorization"), scope)
+        request.state.meter = admitted.meter
+        return admitted
 
     async def answer(
         request: Request,
@@ -73,7 +78,7 @@ def create_app(
         admitted = await admit(request, scope)
         form = _answer_form(request)
         body = await _body(request, max_body_bytes)
-        caller = admitted.caller(request.headers.get(CLIENT_HEADER) or (request.client.host if request.client else ""))
+        caller = admitted.caller(_client(request))
 
         def work() -> Response:
             started = time.perf_counter()
@@ -103,11 +108,14 @@ def create_app(
 
     @app.get("/v1/model", tags=["model"], summary="The model card", **rest_docs.MODEL)
     async def model_card(request: Request) -> Response:
-        return Response((await admit(request, "card")).service.model_card().to_json(), media_type=JSON)
+        admitted = await admit(request, "card")
+        card = await in_worker(lambda: admitted.service.model_card(admitted.caller(_client(request))), limiter)
+        return Response(card.to_json(), media_type=JSON)
 
     @app.get("/v1/tokenizer", tags=["model"], summary="The fast tokenizer and the chat template", **rest_docs.TOKENIZER)
     async def tokenizer(request: Request) -> Response:
-        bundle = (await admit(request, "card")).service.tokenizer()
+        admitted = await admit(request, "card")
+        bundle = await in_worker(lambda: admitted.service.tokenizer(admitted.caller(_client(request))), limiter)
         return _cached(request, bundle.digest) or Response(
             bundle.to_json(), media_type=JSON, headers={"ETag": f'"{bundle.digest}"'}
         )
@@ -116,18 +124,19 @@ def create_app(
     async def lm_head_range(
         request: Request, start: int = 0, stop: int | None = None, dtype: HeadDtype = "float16"
     ) -> Response:
-        service, form = (await admit(request, "head")).service, _answer_form(request)
+        admitted, form = await admit(request, "head"), _answer_form(request)
+        service, caller = admitted.service, admitted.caller(_client(request))
         tag = f"{service.model_card().digest}-{start}-{stop}-{dtype}-{form.rpartition('.')[2]}"
         if cached := _cached(request, tag):
             return cached
         wanted = HeadRequest.validated({"start": start, "stop": stop, "dtype": dtype})
-        response = await in_worker(lambda: _response(service.lm_head(wanted), form), limiter)
+        response = await in_worker(lambda: _response(service.lm_head(wanted, caller), form), limiter)
         response.headers["ETag"] = f'"{tag}"'
         return response
 
     @app.post("/v1/lm-head", tags=["model"], summary="Chosen rows of the LM head", **rest_docs.LM_HEAD)
     async def lm_head(request: Request) -> Response:
-        return await answer(request, "head", HeadRequest, lambda service, message, _: service.lm_head(message))
+        return await answer(request, "head", HeadRequest, PlmService.lm_head)
 
     @app.post("/v1/encode", tags=["inference"], summary="Context representations", **rest_docs.ENCODE)
     async def encode(request: Request) -> Response:
@@ -146,6 +155,7 @@ def create_app(
     @app.middleware("http")
     async def log_and_identify(request: Request, call_next: Callable[[Request], Any]) -> Response:
         request.state.id = request_id_of(request.headers.get(REQUEST_ID, ""))
+        request.state.meter = UNMETERED  # until it is known who calls
         started = time.perf_counter()
         try:
             response: Response = await call_next(request)
@@ -154,6 +164,7 @@ def create_app(
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a problem document
             response = _problem(request, answerable(error, request.state.id, request.url.path))
         response.headers[REQUEST_ID] = request.state.id
+        response.headers.update(to_fields(request.state.meter.left))
         elapsed_ms = 1000 * (time.perf_counter() - started)
         # Probes come every few seconds; a log of them hides everything else.
         log.log(
@@ -184,6 +195,11 @@ def create_app(
         return _problem(request, InvalidRequest(f"{place}: {first['msg']}.", hint="See the OpenAPI page (/docs)."))
 
     return app
+
+
+def _client(request: Request) -> str:
+    """What the client calls itself, or else its address."""
+    return request.headers.get(CLIENT_HEADER) or (request.client.host if request.client else "")
 
 
 async def _body(request: Request, max_body_bytes: int) -> bytes:
@@ -234,7 +250,7 @@ def _problem(request: Request, error: PemaError, status: int | None = None) -> R
     error.request_id = getattr(request.state, "id", None)
     problem = to_problem(error)
     problem["status"] = status or error.http_status
-    headers = {"Retry-After": str(round(error.retry_after_s))} if error.retry_after_s is not None else {}
+    headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if error.retry_after_s is not None else {}
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     return Response(json.dumps(problem), problem["status"], headers, PROBLEM_JSON)

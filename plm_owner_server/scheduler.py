@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from plm_owner_server.batching import plan_batches
 from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Encoded, Engine
-from plm_owner_server.metering import UNMETERED, Account
+from plm_owner_server.metering import UNMETERED, Meter
 from protocol.errors import Overloaded, PemaError
 
 Work = EncodeBatch | DraftBatch
@@ -50,14 +50,14 @@ class Caller:
     Attributes:
         client: the same for all requests of a client; shares are between these.
         tenant: to whom the client belongs; tenants never share what is known of a text.
-        account: that the call is put down to.
+        meter: that the call is put down on.
         departed: set when the client has gone, so that its work is skipped.
         spent: what the call has cost so far; the scheduler adds to it.
     """
 
     client: str = "local"
     tenant: str = ""
-    account: Account = UNMETERED
+    meter: Meter = UNMETERED
     departed: threading.Event = field(default_factory=threading.Event)
     spent: Spent = field(default_factory=Spent)
 

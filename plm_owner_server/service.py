@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import get_args
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from plm_owner_server.batching import plan_batches
 from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Encoded, Engine
 from plm_owner_server.gathering import Gathered, present
+from plm_owner_server.metering import Cost
 from plm_owner_server.scheduler import Caller, Scheduler
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.threads import use_cores
+from plm_owner_server.tokenizer import bundle_tokenizer
 from protocol.checks import echoes, require_finite
 from protocol.codec import raw_bytes
 from protocol.errors import InvalidRequest, OverLimit, Unsupported
@@ -41,36 +42,11 @@ from protocol.messages import (
 from protocol.rows import compact
 
 _LOCAL = Caller()
+_FREE = Cost()
+# With more tokens than this a distribution counts as a full one: from such, weights can be worked out.
+_MOST_OF_A_PART = 100
 # Of the head, from the device at a time.
 _ROWS_AT_ONCE = 4096
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The model's fast tokenizer.
-
-    Raises:
-        Unsupported: the folder has none that a client could run.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        raise Unsupported(
-            f"No tokenizer can be loaded from {folder}: {error}", hint="Put the model's tokenizer.json into it."
-        ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise Unsupported(
-            "The model's tokenizer has no fast form, which is what clients run.",
-            hint="Convert it to a tokenizer.json first.",
-        )
-    return tokenizer
-
-
-def bundle_tokenizer(tokenizer: PreTrainedTokenizerFast) -> TokenizerBundle:
-    """The tokenizer as it travels to clients."""
-    tokenizer_json = tokenizer.backend_tokenizer.to_str()
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    return TokenizerBundle(tokenizer_json=tokenizer_json, chat_template=template, special_tokens=special)
 
 
 class PlmService:
@@ -130,19 +106,22 @@ class PlmService:
             ),
         )
 
-    def model_card(self) -> ModelCard:
+    def model_card(self, caller: Caller = _LOCAL) -> ModelCard:
         """Identity, kind of CR, sizes, limits."""
-        return self._card
+        with caller.meter.charging(_FREE):
+            return self._card
 
-    def tokenizer(self) -> TokenizerBundle:
+    def tokenizer(self, caller: Caller = _LOCAL) -> TokenizerBundle:
         """The fast tokenizer's own file and the chat template."""
-        return self._bundle
+        with caller.meter.charging(_FREE):
+            return self._bundle
 
-    def lm_head(self, request: HeadRequest) -> HeadRows:
+    def lm_head(self, request: HeadRequest, caller: Caller = _LOCAL) -> HeadRows:
         """Chosen rows of the LM head, or a range of them.
 
         Raises:
             InvalidRequest, OverLimit: ids outside the vocabulary, too many rows, an empty range.
+            QuotaExceeded, BudgetSpent: the tenant may not have them, or not now.
         """
         limits = self._card.limits
         if request.token_ids is not None:
@@ -150,7 +129,7 @@ class PlmService:
                 raise InvalidRequest("Both token_ids and a range were given.", hint="Ask for one of the two.")
             self._check_vocabulary([request.token_ids])
             rows = len(request.token_ids)
-            index: Tensor | slice = torch.tensor(request.token_ids, dtype=torch.long)
+            wanted: list[int] | slice = request.token_ids
         else:
             stop = self._card.vocab_size if request.stop is None else request.stop
             if not request.start < stop <= self._card.vocab_size:
@@ -158,21 +137,24 @@ class PlmService:
                     f"[{request.start}, {stop}) is no range of rows.",
                     hint=f"The head has {self._card.vocab_size} rows; start must be less than stop.",
                 )
-            rows, index = stop - request.start, slice(request.start, stop)
+            rows, wanted = stop - request.start, slice(request.start, stop)
         if not 0 < rows <= limits.max_head_rows:
             raise OverLimit(
                 f"{rows} head rows were asked for.",
                 hint=f"One answer has 1 to {limits.max_head_rows} rows; ask for more in pieces (start and stop).",
             )
+        with caller.meter.charging(Cost(head_rows=wanted, model=self._card.digest, vocab_size=self._card.vocab_size)):
+            return self._head_rows(wanted, request.dtype)
+
+    def _head_rows(self, wanted: list[int] | slice, dtype: HeadDtype) -> HeadRows:
         head = self._engine.head
-        if isinstance(index, Tensor):
-            index = index.to(head.weight_V_D.device)
+        index = wanted if isinstance(wanted, slice) else torch.tensor(wanted, device=head.weight_V_D.device)
         chosen = head.rows(index)
         return HeadRows(
             digest=self._card.digest,
             vocab_size=self._card.vocab_size,
-            weight_N_D=_head_on_wire(chosen.weight_V_D, request.dtype, "the LM head"),
-            bias_N=None if chosen.bias_V is None else _head_on_wire(chosen.bias_V, request.dtype, "the LM head's bias"),
+            weight_N_D=_head_on_wire(chosen.weight_V_D, dtype, "the LM head"),
+            bias_N=None if chosen.bias_V is None else _head_on_wire(chosen.bias_V, dtype, "the LM head's bias"),
             logit_scale=head.logit_scale,
             softcap=head.softcap,
         )
@@ -182,7 +164,7 @@ class PlmService:
 
         Raises:
             InvalidRequest, OverLimit: see the detail.
-            Overloaded: too many requests wait already.
+            Overloaded: too many requests wait already, or (QuotaExceeded) the tenant's share is used up.
             NumericalFault: the representations do not fit the dtype asked for.
         """
         sequences = request.token_ids
@@ -201,14 +183,15 @@ class PlmService:
             )
             for batch in plan
         ]
-        gathered = Gathered(plan, self._scheduler.run(caller, works), len(sequences))
-        return EncodeResponse(
-            digest=self._card.digest,
-            echo=gathered.echo,
-            rows_B=gathered.rows_B,
-            logsumexp_N=gathered.optional_rows(lambda r: r.logsumexp_N),
-            **_rows_on_wire(gathered, request.dtype),
-        )
+        with caller.meter.charging(Cost(tokens=sum(lengths))):
+            gathered = Gathered(plan, self._scheduler.run(caller, works), len(sequences))
+            return EncodeResponse(
+                digest=self._card.digest,
+                echo=gathered.echo,
+                rows_B=gathered.rows_B,
+                logsumexp_N=gathered.optional_rows(lambda r: r.logsumexp_N),
+                **_rows_on_wire(gathered, request.dtype),
+            )
 
     def decode(self, request: DecodeRequest, caller: Caller = _LOCAL) -> DecodeResponse:
         """Positions of every prefix and of up to `look_ahead` drafted tokens, with log-sum-exp and top-1.
@@ -251,36 +234,43 @@ class PlmService:
             )
             for batch in plan
         ]
-        results = [result for result in self._scheduler.run(caller, works) if isinstance(result, Decoded)]
-        gathered = Gathered(plan, results, len(sequences))
-        return DecodeResponse(
-            digest=self._card.digest,
-            echo=gathered.echo,
-            rows_B=gathered.rows_B,
-            logsumexp_N=gathered.rows(lambda r: present(r.logsumexp_N)),
-            top1_N=gathered.rows(lambda r: r.top1_N),
-            top1_logprob_N=gathered.rows(lambda r: r.top1_logprob_N),
-            **_rows_on_wire(gathered, request.dtype),
-        )
+        with caller.meter.charging(Cost(tokens=sum(lengths) + sum(request.look_ahead))) as charge:
+            results = [result for result in self._scheduler.run(caller, works) if isinstance(result, Decoded)]
+            gathered = Gathered(plan, results, len(sequences))
+            charge.tokens = sum(starts) + int(gathered.rows_B.sum())  # the prefixes, and what was drafted after them
+            return DecodeResponse(
+                digest=self._card.digest,
+                echo=gathered.echo,
+                rows_B=gathered.rows_B,
+                logsumexp_N=gathered.rows(lambda r: present(r.logsumexp_N)),
+                top1_N=gathered.rows(lambda r: r.top1_N),
+                top1_logprob_N=gathered.rows(lambda r: r.top1_logprob_N),
+                **_rows_on_wire(gathered, request.dtype),
+            )
 
     def distribution(self, request: DistributionRequest, caller: Caller = _LOCAL) -> DistributionResponse:
         """The next-token distribution after a text or token ids.
 
         Raises:
-            InvalidRequest, OverLimit, Unsupported, Overloaded: see the detail.
+            InvalidRequest, OverLimit, Unsupported, Overloaded, BudgetSpent: see the detail.
         """
         token_ids = self._distribution_ids(request)
         self._check_sequences([token_ids], None)
+        full = token_ids if request.top_k == 0 or request.top_k > _MOST_OF_A_PART else None
+        with caller.meter.charging(Cost(len(token_ids), full_distribution=full, model=self._card.digest)):
+            return self._distribution(token_ids, request.top_k, caller)
+
+    def _distribution(self, token_ids: list[int], top_k: int, caller: Caller) -> DistributionResponse:
         work = EncodeBatch([token_ids], [len(token_ids) - 1], tenant=caller.tenant)
         (encoded,) = self._scheduler.run(caller, [work])
         last_hidden_1_D = encoded.cr_N_D if encoded.last_hidden_N_D is None else encoded.last_hidden_N_D
         head = self._engine.head
         logits_V = head.logits(last_hidden_1_D.to(head.weight_V_D.device)).float()[0].cpu()
         logprob_V = logits_V.log_softmax(dim=-1)
-        if request.top_k == 0:
+        if top_k == 0:
             all_ids_V = torch.arange(len(logprob_V))
             return DistributionResponse(digest=self._card.digest, token_ids_K=all_ids_V, logprob_K=logprob_V)
-        logprob_K, ids_K = logprob_V.topk(min(request.top_k, len(logprob_V)))
+        logprob_K, ids_K = logprob_V.topk(min(top_k, len(logprob_V)))
         tokens = [self._tokenizer.decode([i]) for i in ids_K.tolist()]
         return DistributionResponse(digest=self._card.digest, token_ids_K=ids_K, logprob_K=logprob_K, tokens=tokens)
 

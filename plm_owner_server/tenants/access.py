@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from typing import Protocol
 
-from plm_owner_server.metering import UNMETERED, Account
+from plm_owner_server.metering import UNMETERED, Meter
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants.keys import Key
 from plm_owner_server.tenants.ledger import Ledger
@@ -47,8 +47,8 @@ class Access(Protocol):
         """
         ...
 
-    def account(self, tenant: Tenant) -> Account:
-        """Where a call of this tenant's is put down."""
+    def meter(self, tenant: Tenant) -> Meter:
+        """What one call of this tenant's is put down on."""
         ...
 
 
@@ -60,7 +60,7 @@ class Anyone:
 
     identify = recall
 
-    def account(self, tenant: Tenant) -> Account:
+    def meter(self, tenant: Tenant) -> Meter:
         return UNMETERED
 
 
@@ -82,7 +82,7 @@ class OneKey:
 
     identify = recall
 
-    def account(self, tenant: Tenant) -> Account:
+    def meter(self, tenant: Tenant) -> Meter:
         return UNMETERED
 
 
@@ -130,8 +130,8 @@ class TenantKeys:
             raise _stranger(authorization)
         return tenant
 
-    def account(self, tenant: Tenant) -> Account:
-        return self._ledger.account(tenant.name)
+    def meter(self, tenant: Tenant) -> Meter:
+        return self._ledger.meter(tenant.name)
 
     def _kept(self, key: Key, seconds: float) -> Tenant | None:
         """Whose key it was when it was last asked about, if that is not longer ago."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from plm_owner_server.metering import Account, Charge, Cost
+from plm_owner_server.metering import Charge, Cost, Meter
 from plm_owner_server.tenants.books import Books
 from plm_owner_server.tenants.database import Database
 from plm_owner_server.tenants.quotas import Moment, Used, allowances, refusal, spent
@@ -40,9 +40,9 @@ class Ledger:
         self._database = database
         self._clock = clock
 
-    def account(self, tenant: str) -> Account:
-        """Where a call of a tenant's is put down."""
-        return _Account(self, tenant)
+    def meter(self, tenant: str) -> Meter:
+        """What one call of a tenant's is put down on."""
+        return _Meter(self, tenant)
 
     @contextmanager
     def books(self, tenant: str) -> Iterator[tuple[Books, Moment]]:
@@ -73,7 +73,7 @@ class _Call:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
-class _Account:
+class _Meter:
     def __init__(self, ledger: Ledger, tenant: str) -> None:
         self._ledger = ledger
         self._tenant = tenant
