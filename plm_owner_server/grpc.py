@@ -26,7 +26,7 @@ from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import Scope
 from plm_owner_server.threads import in_worker
 from protocol import pema_pb2, pema_pb2_grpc
-from protocol.allowance import to_fields
+from protocol.allowance import RATE_LIMIT, RATE_LIMIT_POLICY, to_fields
 from protocol.codec import Message
 from protocol.errors import PemaError, to_problem
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
@@ -35,6 +35,8 @@ from protocol.protobuf import (
     CLIENT_METADATA,
     KEY_METADATA,
     PROBLEM_METADATA,
+    RATE_LIMIT_METADATA,
+    RATE_LIMIT_POLICY_METADATA,
     REQUEST_ID_METADATA,
     from_proto,
     to_proto,
@@ -211,6 +213,9 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
                 pieces.append(piece_type())
                 to_proto(part, pieces[-1].rows)
             pieces[-1].last = True
+            if fields := to_fields(caller.meter.left):
+                pieces[-1].quotas.rate_limit = fields[RATE_LIMIT]
+                pieces[-1].quotas.rate_limit_policy = fields[RATE_LIMIT_POLICY]
             pieces[-1].timing.CopyFrom(pema_pb2.Timing(**asdict(timing_of(caller, started))))
             return pieces
 
@@ -239,7 +244,12 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
             raise told from error
         finally:
             if fields := to_fields(meter.left):  # of several calls of a stream, the newest
-                context.set_trailing_metadata(tuple((name.lower(), value) for name, value in fields.items()))
+                context.set_trailing_metadata(
+                    (
+                        (RATE_LIMIT_METADATA, fields[RATE_LIMIT]),
+                        (RATE_LIMIT_POLICY_METADATA, fields[RATE_LIMIT_POLICY]),
+                    )
+                )
             log.info("%s gRPC %s -> %s in %.0f ms", request_id, name, outcome, 1000 * (time.perf_counter() - started))
 
 
