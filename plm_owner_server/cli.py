@@ -175,7 +175,11 @@ def serve(settings: ServerSettings) -> None:
 def main() -> None:
     """Entry point of `pema-server`."""
     source: CliSettingsSource[Command] = CliSettingsSource(
-        Command, cli_prog_name="pema-server", cli_kebab_case=True, formatter_class=RawDescriptionHelpFormatter
+        Command,
+        cli_prog_name="pema-server",
+        cli_kebab_case=True,
+        cli_parse_none_str="none",
+        formatter_class=RawDescriptionHelpFormatter,
     )
     try:
         CliApp.run(Command, cli_settings_source=source)
