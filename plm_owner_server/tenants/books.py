@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from dataclasses import fields
+from datetime import date
 from typing import Any, Self
 
 import numpy as np
@@ -22,6 +23,28 @@ SEEN_WITHIN_S = 30.0
 def is_alive(seconds: float) -> sa.ColumnElement[bool]:
     """Of a call that is being answered: whether its server was there about then, by whatever clock."""
     return RUNNING.c.seen_at.between(seconds - SEEN_WITHIN_S, seconds + SEEN_WITHIN_S)
+
+
+def _sum(column: sa.ColumnElement[int], where: sa.ColumnElement[bool] | None = None) -> sa.ColumnElement[int]:
+    return sa.func.coalesce(sa.func.sum(column if where is None else sa.case((where, column), else_=0)), 0)
+
+
+# Made once, for every call asks them twice.
+_NAME: sa.BindParameter[str] = sa.bindparam("tenant")
+_DAY: sa.BindParameter[date] = sa.bindparam("day")
+_MINUTE: sa.BindParameter[int] = sa.bindparam("minute")
+_PUT_DOWN = sa.select(
+    _sum(USAGE.c.tokens, USAGE.c.day == _DAY),
+    _sum(USAGE.c.head_rows),
+    _sum(USAGE.c.full_distributions),
+    sa.select(_sum(MINUTES.c.tokens)).where(MINUTES.c.tenant == _NAME, MINUTES.c.minute == _MINUTE).scalar_subquery(),
+).where(USAGE.c.tenant == _NAME)
+_RESERVED = sa.select(
+    sa.func.count(),
+    _sum(RUNNING.c.tokens, RUNNING.c.day == _DAY),
+    _sum(RUNNING.c.tokens, RUNNING.c.minute == _MINUTE),
+).where(RUNNING.c.tenant == _NAME, RUNNING.c.seen_at.between(sa.bindparam("from"), sa.bindparam("until")))
+_TENANT = sa.select(TENANTS).where(TENANTS.c.name == _NAME).with_for_update()
 
 
 class Books:
@@ -43,35 +66,20 @@ class Books:
     def open(cls, connection: Connection, tenant: str, at: Moment) -> Self:
         """The account of the tenant of this name."""
         # SQLite has locked everything already; others lock the tenant's row.
-        return cls(
-            connection,
-            connection.execute(sa.select(TENANTS).where(TENANTS.c.name == tenant).with_for_update()).one(),
-            at,
-        )
+        return cls(connection, connection.execute(_TENANT, {"tenant": tenant}).one(), at)
 
     def used(self) -> Used:
         """What was used up to now, with what is reserved."""
-        name, at = self._tenant.name, self._at
-        usage = self._connection.execute(
-            sa.select(
-                _sum(USAGE.c.tokens, USAGE.c.day == at.day),
-                _sum(USAGE.c.head_rows),
-                _sum(USAGE.c.full_distributions),
-                sa.select(_sum(MINUTES.c.tokens))
-                .where(MINUTES.c.tenant == name, MINUTES.c.minute == at.minute)
-                .scalar_subquery(),
-            ).where(USAGE.c.tenant == name)
-        ).one()
-        running = self._connection.execute(
-            sa.select(
-                sa.func.count(),
-                _sum(RUNNING.c.tokens, RUNNING.c.day == at.day),
-                _sum(RUNNING.c.tokens, RUNNING.c.minute == at.minute),
-            ).where(RUNNING.c.tenant == name, is_alive(at.seconds))
-        ).one()
-        day, head_rows, full_distributions, minute = map(int, usage)
-        count, reserved_day, reserved_minute = map(int, running)
-        return Used(minute + reserved_minute, day + reserved_day, count, head_rows, full_distributions)
+        given = {
+            "tenant": self._tenant.name,
+            "day": self._at.day,
+            "minute": self._at.minute,
+            "from": self._at.seconds - SEEN_WITHIN_S,
+            "until": self._at.seconds + SEEN_WITHIN_S,
+        }
+        day, head_rows, full_distributions, minute = map(int, self._connection.execute(_PUT_DOWN, given).one())
+        running, reserved_day, reserved_minute = map(int, self._connection.execute(_RESERVED, given).one())
+        return Used(minute + reserved_minute, day + reserved_day, running, head_rows, full_distributions)
 
     def begin(self, call_id: str, tokens: int) -> None:
         """A call is being answered from now on, for which so many tokens are reserved."""
@@ -153,10 +161,6 @@ class Books:
 def quotas_of(tenant: Row[Any]) -> Quotas:
     """The quotas in a tenant's row."""
     return Quotas(**{field.name: getattr(tenant, field.name) for field in fields(Quotas)})
-
-
-def _sum(column: sa.ColumnElement[int], where: sa.ColumnElement[bool] | None = None) -> sa.ColumnElement[int]:
-    return sa.func.coalesce(sa.func.sum(column if where is None else sa.case((where, column), else_=0)), 0)
 
 
 def _bits(packed: bytes, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -5,6 +5,7 @@ With POSTGRES_URL set (postgresql+psycopg://…, to an empty database of its own
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import subprocess
@@ -21,6 +22,7 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
+from plm_owner_server.cli import main
 from plm_owner_server.metering import Cost
 from plm_owner_server.tenants import TenantStore
 from plm_owner_server.tenants.database import Database
@@ -284,6 +286,7 @@ def test_a_call_that_is_broken_off_takes_nothing_along(store: TenantStore, ledge
 _WRITER = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from plm_owner_server.cli import main
 from plm_owner_server.metering import Cost
 from plm_owner_server.tenants.database import Database
 from plm_owner_server.tenants.ledger import Ledger
@@ -388,6 +391,42 @@ def test_usage_is_told_by_tenant_and_day(store: TenantStore, ledger: Ledger, clo
     assert read_usage(store.database, since=TODAY) == [*acme, DayOfUsage("beta", TODAY, 1, 0, 5, 0, 0)]
     assert read_usage(store.database, since=TODAY, tenant="acme") == acme
     assert read_usage(store.database, since=tomorrow) == acme[1:]
+
+
+def test_an_owner_sets_quotas_and_sees_what_was_used(
+    url: str, store: TenantStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PEMA_STORE", url)
+
+    def tenants(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["pema-server", "tenants", *arguments])
+        main()
+        return capsys.readouterr().out
+
+    tenants("add", "acme", "--tokens-per-minute", "5", "--full-distributions", "0")
+    tenants("limit", "acme", "--tokens-per-minute", "none", "--head-rows", "10")
+    (listed,) = json.loads(tenants("list", "--json"))
+    quotas = {name: quota for name, quota in listed["quotas"].items() if quota is not None}
+    assert quotas == {"full_distributions": 0, "head_rows": 10}
+    call(Ledger(store.database), 1234)
+    today = datetime.now(UTC).date().isoformat()
+    assert tenants("usage", "acme", "--csv").splitlines() == [
+        "tenant,day,requests,refused,tokens,head_rows,full_distributions",
+        f"acme,{today},1,0,1234,0,0",
+    ]
+    (day,) = json.loads(tenants("usage", "--json"))
+    assert (day["tenant"], day["day"], day["tokens"]) == ("acme", today, 1234)
+    row = tenants("usage", "--days", "1").splitlines()[1].split()
+    assert row == ["acme", today, "1", "0", "1,234", "0", "0"]
+    for mistake, told in (
+        (("limit", "acme"), "No quota was given"),
+        (("limit", "nobody", "--head-rows", "1"), "no tenant nobody"),
+        (("limit", "acme", "--head-rows", "many"), "--head-rows"),
+        (("limit", "acme", "--head-rows=-1"), "--head-rows"),
+        (("usage", "nobody"), "no tenant nobody"),
+    ):
+        with pytest.raises(SystemExit, match=told):
+            tenants(*mistake)
 
 
 def test_what_is_left_is_told_as_the_draft_says() -> None:
