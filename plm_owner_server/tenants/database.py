@@ -50,11 +50,9 @@ class Database:
                 hint="Give one like sqlite:////var/lib/pema/owner.db; PostgreSQL takes the extra postgres.",
             ) from error
         self._writer = self._engine.execution_options(**{_WRITES: True})
-        self._writing: AbstractContextManager[object] = nullcontext()
+        self._writing = threading.Lock()
         if is_sqlite(parsed):
             _let_sqlite_write_at_once(self._engine)
-            # SQLite lets one write at a time, and who waits asks now and then. Threads of a process wait in turn.
-            self._writing = threading.Lock()
         with _told(self._engine.url):
             self._migrate()
 
@@ -94,8 +92,21 @@ class Database:
             PemaError: the database does not answer, or others write for too long.
             sqlalchemy.exc.IntegrityError: the caller's.
         """
-        with _told(self._engine.url), self._writing, self._writer.begin() as connection:
+        with _told(self._engine.url), self._turn(), self._writer.begin() as connection:
             yield connection
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """SQLite lets one write at a time, and who waits asks now and then: threads of a process wait in turn."""
+        if not is_sqlite(self._engine.url):
+            yield
+            return
+        if not self._writing.acquire(timeout=_BUSY_S):
+            raise TimeoutError("others write for too long")
+        try:
+            yield
+        finally:
+            self._writing.release()
 
 
 def _let_sqlite_write_at_once(engine: sa.Engine) -> None:

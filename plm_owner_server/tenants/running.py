@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 import sqlalchemy as sa
@@ -67,9 +68,8 @@ class Running:
             connection.execute(sa.delete(MINUTES).where(~recent))
 
     def _work(self) -> None:
-        pause = threading.Event()
         while True:
-            pause.wait(_EVERY_S)
+            time.sleep(_EVERY_S)
             try:
                 self.renew()
             except PemaError as error:
