@@ -18,6 +18,7 @@ from data_owner_client.head_cache import CachedHead
 from data_owner_client.progress import Reporter
 from data_owner_client.tokenization import PlmTokenizer
 from protocol import PROTOCOL_VERSION
+from protocol.allowance import Allowance
 from protocol.checks import echoes, require_finite
 from protocol.errors import IdentityMismatch, InvalidData, InvalidRequest, ProtocolViolation, Unsupported
 from protocol.head import LMHead
@@ -69,6 +70,11 @@ class RemotePlm:
                 f"{PROTOCOL_VERSION}.",
                 hint="Update the older of the two.",
             )
+
+    @property
+    def allowances(self) -> tuple[Allowance, ...]:
+        """What the newest answer said is left of the client's quotas; empty where there are none."""
+        return self._connection.allowances
 
     def close(self) -> None:
         """Close the connection."""

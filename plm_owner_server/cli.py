@@ -23,11 +23,12 @@ from plm_owner_server.holder import ServiceHolder
 from plm_owner_server.master_secret import master_secret
 from plm_owner_server.models import digest_folder, resolve
 from plm_owner_server.rest import create_app
-from plm_owner_server.service import PlmService, load_tokenizer
+from plm_owner_server.service import PlmService
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants import access_for
 from plm_owner_server.tenants.commands import Tenants
 from plm_owner_server.tls import Certificate
+from plm_owner_server.tokenizer import load_tokenizer
 from protocol.errors import PemaError
 
 log = logging.getLogger(__name__)
@@ -176,7 +177,11 @@ def serve(settings: ServerSettings) -> None:
 def main() -> None:
     """Entry point of `pema-server`."""
     source: CliSettingsSource[Command] = CliSettingsSource(
-        Command, cli_prog_name="pema-server", cli_kebab_case=True, formatter_class=RawDescriptionHelpFormatter
+        Command,
+        cli_prog_name="pema-server",
+        cli_kebab_case=True,
+        cli_parse_none_str="none",
+        formatter_class=RawDescriptionHelpFormatter,
     )
     try:
         CliApp.run(Command, cli_settings_source=source)

@@ -20,11 +20,13 @@ from grpc_reflection.v1alpha import reflection
 
 from plm_owner_server.accounts import answerable, request_id_of, timing_of
 from plm_owner_server.holder import Admission, ServiceHolder
+from plm_owner_server.metering import UNMETERED
 from plm_owner_server.scheduler import Caller
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import Scope
 from plm_owner_server.threads import in_worker
 from protocol import pema_pb2, pema_pb2_grpc
+from protocol.allowance import RATE_LIMIT, RATE_LIMIT_POLICY, to_fields
 from protocol.codec import Message
 from protocol.errors import PemaError, to_problem
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
@@ -33,6 +35,8 @@ from protocol.protobuf import (
     CLIENT_METADATA,
     KEY_METADATA,
     PROBLEM_METADATA,
+    RATE_LIMIT_METADATA,
+    RATE_LIMIT_POLICY_METADATA,
     REQUEST_ID_METADATA,
     from_proto,
     to_proto,
@@ -123,18 +127,23 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         self._limiter = limiter
 
     async def GetModelCard(self, request: Proto, context: Any) -> Proto:
-        return await self._answer(
-            "GetModelCard", "card", context, lambda a: to_proto(a.service.model_card(a.caller()), pema_pb2.ModelCard())
-        )
+        caller = _callers(context)
+
+        def work(admitted: Admission) -> Proto:
+            return to_proto(admitted.service.model_card(caller(admitted)), pema_pb2.ModelCard())
+
+        return await self._answer("GetModelCard", "card", context, work)
 
     async def GetTokenizer(self, request: Proto, context: Any) -> AsyncIterator[Proto]:
-        data = await self._answer("GetTokenizer", "card", context, lambda a: a.service.tokenizer().to_json())
+        caller = _callers(context)
+        data = await self._answer("GetTokenizer", "card", context, lambda a: a.service.tokenizer(caller(a)).to_json())
         for start in range(0, len(data), PIECE_BYTES):
             yield pema_pb2.TokenizerPiece(data=data[start : start + PIECE_BYTES])
 
     async def GetLmHead(self, request: Proto, context: Any) -> AsyncIterator[Proto]:
+        caller = _callers(context)
         rows = await self._answer(
-            "GetLmHead", "head", context, lambda a: a.service.lm_head(from_proto(request, HeadRequest), a.caller())
+            "GetLmHead", "head", context, lambda a: a.service.lm_head(from_proto(request, HeadRequest), caller(a))
         )
         for piece in split_head(rows):
             yield to_proto(piece, pema_pb2.HeadRows())
@@ -150,23 +159,22 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         )
 
     async def GetNextTokenDistribution(self, request: Proto, context: Any) -> Proto:
-        client, departed = _client(context)
+        caller = _callers(context)
 
         def work(admitted: Admission) -> Proto:
-            caller = replace(admitted.caller(client), departed=departed)
-            answer = admitted.service.distribution(from_proto(request, DistributionRequest), caller)
+            answer = admitted.service.distribution(from_proto(request, DistributionRequest), caller(admitted))
             return to_proto(answer, pema_pb2.DistributionResponse())
 
         return await self._answer("GetNextTokenDistribution", "distribution", context, work)
 
     async def _answer(self, name: str, scope: Scope, context: Any, work: Callable[[Admission], _Result]) -> _Result:
         """The result of `work`, or the call's end with a status and its problem document."""
-        metadata_given = _metadata(context)
-        request_id = request_id_of(metadata_given.get(REQUEST_ID_METADATA, ""))
+        request_id = request_id_of(_metadata(context).get(REQUEST_ID_METADATA, ""))
         try:
-            return await self._work(name, scope, request_id, metadata_given.get(KEY_METADATA), work)
+            return await self._work(name, scope, request_id, context, work)
         except PemaError as error:
-            metadata = ((PROBLEM_METADATA, json.dumps(to_problem(error)).encode()),)
+            problem = (PROBLEM_METADATA, json.dumps(to_problem(error)).encode())
+            metadata = (*(context.trailing_metadata() or ()), problem)
             await context.abort(grpc.StatusCode[error.grpc_status], error.detail, metadata)
             raise  # not reached: abort raises
 
@@ -182,14 +190,13 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
     ) -> None:
         """Answer every call of a stream as it is ready, several at a time."""
         places, writing = asyncio.Semaphore(_IN_PROGRESS), asyncio.Lock()
-        client, departed = _client(context)
-        key = _metadata(context).get(KEY_METADATA)
+        caller_of = _callers(context)
 
         async def answer(given: Any) -> None:
             try:
                 request_id = request_id_of(given.request_id)
                 try:
-                    pieces = await self._work(name, scope, request_id, key, lambda a: pieces_of(a, given.request))
+                    pieces = await self._work(name, scope, request_id, context, lambda a: pieces_of(a, given.request))
                 except PemaError as error:
                     pieces = [piece_type(problem=pema_pb2.Problem(**to_problem(error)), last=True)]
                 async with writing:
@@ -200,12 +207,15 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
                 places.release()
 
         def pieces_of(admitted: Admission, request: Proto) -> list[_Piece]:
-            started, caller = time.perf_counter(), replace(admitted.caller(client), departed=departed)
+            started, caller = time.perf_counter(), caller_of(admitted)
             pieces = []
             for part in split_rows(call(admitted.service, from_proto(request, request_type), caller)):
                 pieces.append(piece_type())
                 to_proto(part, pieces[-1].rows)
             pieces[-1].last = True
+            if fields := to_fields(caller.meter.left):
+                pieces[-1].quotas.rate_limit = fields[RATE_LIMIT]
+                pieces[-1].quotas.rate_limit_policy = fields[RATE_LIMIT_POLICY]
             pieces[-1].timing.CopyFrom(pema_pb2.Timing(**asdict(timing_of(caller, started))))
             return pieces
 
@@ -215,23 +225,31 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
                 tasks.create_task(answer(given))
 
     async def _work(
-        self, name: str, scope: Scope, request_id: str, key: str | None, work: Callable[[Admission], _Result]
+        self, name: str, scope: Scope, request_id: str, context: Any, work: Callable[[Admission], _Result]
     ) -> _Result:
-        """The result of `work` in a thread, and a line in the log.
+        """The result of `work` in a thread, a line in the log, and what is left of quotas in the trailing metadata.
 
         Raises:
             PemaError: what the client shall see.
         """
         started = time.perf_counter()
-        outcome = "OK"
+        outcome, meter = "OK", UNMETERED
         try:
-            admitted = await self._holder.admit(key, scope)
+            admitted = await self._holder.admit(_metadata(context).get(KEY_METADATA), scope)
+            meter = admitted.meter
             return await in_worker(lambda: work(admitted), self._limiter)
         except Exception as error:
             told = answerable(error, request_id, name)
             outcome = told.grpc_status
             raise told from error
         finally:
+            if fields := to_fields(meter.left):  # of several calls of a stream, the newest
+                context.set_trailing_metadata(
+                    (
+                        (RATE_LIMIT_METADATA, fields[RATE_LIMIT]),
+                        (RATE_LIMIT_POLICY_METADATA, fields[RATE_LIMIT_POLICY]),
+                    )
+                )
             log.info("%s gRPC %s -> %s in %.0f ms", request_id, name, outcome, 1000 * (time.perf_counter() - started))
 
 
@@ -239,8 +257,9 @@ def _metadata(context: Any) -> dict[str, str]:
     return dict(context.invocation_metadata() or ())
 
 
-def _client(context: Any) -> tuple[str, threading.Event]:
-    """What the client calls itself, and a note of when it hangs up."""
+def _callers(context: Any) -> Callable[[Admission], Caller]:
+    """Makes callers of what the client calls itself, with a note of when it hangs up."""
     departed = threading.Event()
     context.add_done_callback(lambda _: departed.set())
-    return _metadata(context).get(CLIENT_METADATA) or context.peer(), departed
+    client = _metadata(context).get(CLIENT_METADATA) or context.peer()
+    return lambda admitted: replace(admitted.caller(client), departed=departed)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from anyio import CapacityLimiter
 
+from plm_owner_server.metering import Meter
 from plm_owner_server.scheduler import Caller
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import Access, Anyone, Scope, Tenant
@@ -23,14 +24,16 @@ class Admission:
     Attributes:
         service: answers it.
         tenant: whose call it is.
+        meter: that it is put down on.
     """
 
     service: PlmService
     tenant: Tenant
+    meter: Meter
 
     def caller(self, client: str = "") -> Caller:
         """The call's caller; tenants share the model among them, and clients where there are no tenants."""
-        return Caller(self.tenant.name or client, self.tenant.name, self.tenant.disclosure)
+        return Caller(self.tenant.name or client, self.tenant.name, self.tenant.disclosure, self.meter)
 
 
 class ServiceHolder:
@@ -78,4 +81,4 @@ class ServiceHolder:
                 f"Your key does not allow this call, which needs the scope {scope}.",
                 hint=f"It allows {', '.join(sorted(tenant.scopes)) or 'nothing'}. Ask the owner for more.",
             )
-        return Admission(self.ready(), tenant)
+        return Admission(self.ready(), tenant, self._access.meter(tenant))

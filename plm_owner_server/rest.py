@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -19,10 +20,12 @@ from starlette.requests import ClientDisconnect
 from plm_owner_server import rest_docs
 from plm_owner_server.accounts import answerable, request_id_of, timing_of
 from plm_owner_server.holder import Admission, ServiceHolder
+from plm_owner_server.metering import UNMETERED
 from plm_owner_server.scheduler import Caller, Departed
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import Scope
 from plm_owner_server.threads import in_worker
+from protocol.allowance import to_fields
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import (
     PROBLEM_JSON,
@@ -62,7 +65,9 @@ def create_app(
     app = FastAPI(title="PEMA PLM server", description=rest_docs.DESCRIPTION, version="1", lifespan=lifespan)
 
     async def admit(request: Request, scope: Scope) -> Admission:
-        return await holder.admit(request.headers.get("authorization"), scope)
+        admitted = await holder.admit(request.headers.get("authorization"), scope)
+        request.state.meter = admitted.meter
+        return admitted
 
     async def answer(
         request: Request,
@@ -73,7 +78,7 @@ def create_app(
         admitted = await admit(request, scope)
         form = _answer_form(request)
         body = await _body(request, max_body_bytes)
-        caller = admitted.caller(request.headers.get(CLIENT_HEADER) or (request.client.host if request.client else ""))
+        caller = admitted.caller(_client(request))
 
         def work() -> Response:
             started = time.perf_counter()
@@ -104,12 +109,13 @@ def create_app(
     @app.get("/v1/model", tags=["model"], summary="The model card", **rest_docs.MODEL)
     async def model_card(request: Request) -> Response:
         admitted = await admit(request, "card")
-        card = await in_worker(lambda: admitted.service.model_card(admitted.caller()), limiter)
+        card = await in_worker(lambda: admitted.service.model_card(admitted.caller(_client(request))), limiter)
         return Response(card.to_json(), media_type=JSON)
 
     @app.get("/v1/tokenizer", tags=["model"], summary="The fast tokenizer and the chat template", **rest_docs.TOKENIZER)
     async def tokenizer(request: Request) -> Response:
-        bundle = (await admit(request, "card")).service.tokenizer()
+        admitted = await admit(request, "card")
+        bundle = await in_worker(lambda: admitted.service.tokenizer(admitted.caller(_client(request))), limiter)
         return _cached(request, bundle.digest) or Response(
             bundle.to_json(), media_type=JSON, headers={"ETag": f'"{bundle.digest}"'}
         )
@@ -119,8 +125,9 @@ def create_app(
         request: Request, start: int = 0, stop: int | None = None, dtype: HeadDtype = "float16"
     ) -> Response:
         admitted, form = await admit(request, "head"), _answer_form(request)
-        service, caller = admitted.service, admitted.caller()
-        card = await in_worker(lambda: service.model_card(caller), limiter)
+        service, caller = admitted.service, admitted.caller(_client(request))
+        # Not yet a call: what is cached is not paid for.
+        card = await in_worker(lambda: service.card_of(caller), limiter)
         tag = f"{card.digest}-{start}-{stop}-{dtype}-{form.rpartition('.')[2]}"
         if cached := _cached(request, tag):
             return cached
@@ -150,6 +157,7 @@ def create_app(
     @app.middleware("http")
     async def log_and_identify(request: Request, call_next: Callable[[Request], Any]) -> Response:
         request.state.id = request_id_of(request.headers.get(REQUEST_ID, ""))
+        request.state.meter = UNMETERED  # until it is known who calls
         started = time.perf_counter()
         try:
             response: Response = await call_next(request)
@@ -158,6 +166,7 @@ def create_app(
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a problem document
             response = _problem(request, answerable(error, request.state.id, request.url.path))
         response.headers[REQUEST_ID] = request.state.id
+        response.headers.update(to_fields(request.state.meter.left))
         elapsed_ms = 1000 * (time.perf_counter() - started)
         # Probes come every few seconds; a log of them hides everything else.
         log.log(
@@ -188,6 +197,11 @@ def create_app(
         return _problem(request, InvalidRequest(f"{place}: {first['msg']}.", hint="See the OpenAPI page (/docs)."))
 
     return app
+
+
+def _client(request: Request) -> str:
+    """What the client calls itself, or else its address."""
+    return request.headers.get(CLIENT_HEADER) or (request.client.host if request.client else "")
 
 
 async def _body(request: Request, max_body_bytes: int) -> bytes:
@@ -238,7 +252,7 @@ def _problem(request: Request, error: PemaError, status: int | None = None) -> R
     error.request_id = getattr(request.state, "id", None)
     problem = to_problem(error)
     problem["status"] = status or error.http_status
-    headers = {"Retry-After": str(round(error.retry_after_s))} if error.retry_after_s is not None else {}
+    headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if error.retry_after_s is not None else {}
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     return Response(json.dumps(problem), problem["status"], headers, PROBLEM_JSON)

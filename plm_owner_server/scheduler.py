@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from plm_owner_server.batching import plan_batches
 from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Encoded, Engine
+from plm_owner_server.metering import UNMETERED, Meter
 from plm_owner_server.views import EVERYTHING, Disclosure
 from protocol.errors import Overloaded, PemaError
 
@@ -45,12 +46,13 @@ class Spent:
 
 @dataclass(frozen=True, eq=False)
 class Caller:
-    """Who asks, as far as scheduling is concerned.
+    """Who makes a call.
 
     Attributes:
         client: the same for all requests of a client; shares are between these.
         tenant: to whom the client belongs; tenants never share what is known of a text.
         disclosure: what that tenant may see of the model.
+        meter: that the call is put down on.
         departed: set when the client has gone, so that its work is skipped.
         spent: what the call has cost so far; the scheduler adds to it.
     """
@@ -58,6 +60,7 @@ class Caller:
     client: str = "local"
     tenant: str = ""
     disclosure: Disclosure = EVERYTHING
+    meter: Meter = UNMETERED
     departed: threading.Event = field(default_factory=threading.Event)
     spent: Spent = field(default_factory=Spent)
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from plm_owner_server.batching import plan_batches
 from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Encoded, Engine
 from plm_owner_server.gathering import Gathered, present
+from plm_owner_server.metering import Cost
 from plm_owner_server.scheduler import Caller, Scheduler
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.threads import use_cores
+from plm_owner_server.tokenizer import bundle_tokenizer
 from plm_owner_server.validation import check_vocabulary
 from plm_owner_server.views import View, Views, head_digest, head_dtype
 from protocol.checks import echoes
@@ -38,34 +39,9 @@ from protocol.messages import (
 from protocol.rows import compact
 
 _LOCAL = Caller()
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The model's fast tokenizer.
-
-    Raises:
-        Unsupported: the folder has none that a client could run.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        raise Unsupported(
-            f"No tokenizer can be loaded from {folder}: {error}", hint="Put the model's tokenizer.json into it."
-        ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise Unsupported(
-            "The model's tokenizer has no fast form, which is what clients run.",
-            hint="Convert it to a tokenizer.json first.",
-        )
-    return tokenizer
-
-
-def bundle_tokenizer(tokenizer: PreTrainedTokenizerFast) -> TokenizerBundle:
-    """The tokenizer as it travels to clients."""
-    tokenizer_json = tokenizer.backend_tokenizer.to_str()
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    return TokenizerBundle(tokenizer_json=tokenizer_json, chat_template=template, special_tokens=special)
+_FREE = Cost()
+# With more tokens than this a distribution counts as a full one: from such, weights can be worked out.
+_MOST_OF_A_PART = 100
 
 
 class PlmService:
@@ -131,25 +107,41 @@ class PlmService:
 
     def model_card(self, caller: Caller = _LOCAL) -> ModelCard:
         """Identity, kind of CR, sizes, limits."""
+        with caller.meter.charging(_FREE):
+            return self._view(caller).card
+
+    def card_of(self, caller: Caller) -> ModelCard:
+        """The model card that a caller is told, for other calls' sake."""
         return self._view(caller).card
 
     def _view(self, caller: Caller) -> View:
         return self._views.of(caller.tenant, caller.disclosure)
 
-    def tokenizer(self) -> TokenizerBundle:
+    def tokenizer(self, caller: Caller = _LOCAL) -> TokenizerBundle:
         """The fast tokenizer's own file and the chat template."""
-        return self._bundle
+        with caller.meter.charging(_FREE):
+            return self._bundle
 
     def lm_head(self, request: HeadRequest, caller: Caller = _LOCAL) -> HeadRows:
-        """Chosen rows of the LM head, or a range of them; see `View.lm_head`."""
-        return self._view(caller).lm_head(request)
+        """Chosen rows of the LM head, or a range of them.
+
+        Raises:
+            InvalidRequest, OverLimit: ids outside the vocabulary, too many rows, an empty range.
+            Forbidden, QuotaExceeded, BudgetSpent: the tenant may not have them, or not now.
+        """
+        view = self._view(caller)
+        wanted = view.wanted(request)
+        # The same row of the same model is the same in every basis.
+        cost = Cost(head_rows=wanted, model=self._card.digest, vocab_size=self._card.vocab_size)
+        with caller.meter.charging(cost):
+            return view.head_rows(wanted, request.dtype)
 
     def encode(self, request: EncodeRequest, caller: Caller = _LOCAL) -> EncodeResponse:
         """Context representations of given sequences, one forward pass each.
 
         Raises:
             InvalidRequest, OverLimit: see the detail.
-            Overloaded: too many requests wait already.
+            Overloaded: too many requests wait already, or (QuotaExceeded) the tenant's share is used up.
             NumericalFault: the representations do not fit the dtype asked for.
         """
         sequences = request.token_ids
@@ -168,15 +160,16 @@ class PlmService:
             )
             for batch in plan
         ]
-        gathered = Gathered(plan, self._scheduler.run(caller, works), len(sequences))
         view = self._view(caller)
-        return EncodeResponse(
-            digest=view.card.digest,
-            echo=gathered.echo,
-            rows_B=gathered.rows_B,
-            logsumexp_N=gathered.optional_rows(lambda r: r.logsumexp_N),
-            **_rows_on_wire(gathered, view, request.dtype),
-        )
+        with caller.meter.charging(Cost(tokens=sum(lengths))):
+            gathered = Gathered(plan, self._scheduler.run(caller, works), len(sequences))
+            return EncodeResponse(
+                digest=view.card.digest,
+                echo=gathered.echo,
+                rows_B=gathered.rows_B,
+                logsumexp_N=gathered.optional_rows(lambda r: r.logsumexp_N),
+                **_rows_on_wire(gathered, view, request.dtype),
+            )
 
     def decode(self, request: DecodeRequest, caller: Caller = _LOCAL) -> DecodeResponse:
         """Positions of every prefix and of up to `look_ahead` drafted tokens, with log-sum-exp and top-1.
@@ -219,37 +212,44 @@ class PlmService:
             )
             for batch in plan
         ]
-        results = [result for result in self._scheduler.run(caller, works) if isinstance(result, Decoded)]
-        gathered = Gathered(plan, results, len(sequences))
         view = self._view(caller)
-        return DecodeResponse(
-            digest=view.card.digest,
-            echo=gathered.echo,
-            rows_B=gathered.rows_B,
-            logsumexp_N=gathered.rows(lambda r: present(r.logsumexp_N)),
-            top1_N=gathered.rows(lambda r: r.top1_N),
-            top1_logprob_N=gathered.rows(lambda r: r.top1_logprob_N),
-            **_rows_on_wire(gathered, view, request.dtype),
-        )
+        with caller.meter.charging(Cost(tokens=sum(lengths) + sum(request.look_ahead))) as charge:
+            results = [result for result in self._scheduler.run(caller, works) if isinstance(result, Decoded)]
+            gathered = Gathered(plan, results, len(sequences))
+            charge.tokens = sum(starts) + int(gathered.rows_B.sum())  # the prefixes, and what was drafted after them
+            return DecodeResponse(
+                digest=view.card.digest,
+                echo=gathered.echo,
+                rows_B=gathered.rows_B,
+                logsumexp_N=gathered.rows(lambda r: present(r.logsumexp_N)),
+                top1_N=gathered.rows(lambda r: r.top1_N),
+                top1_logprob_N=gathered.rows(lambda r: r.top1_logprob_N),
+                **_rows_on_wire(gathered, view, request.dtype),
+            )
 
     def distribution(self, request: DistributionRequest, caller: Caller = _LOCAL) -> DistributionResponse:
         """The next-token distribution after a text or token ids.
 
         Raises:
-            InvalidRequest, OverLimit, Unsupported, Overloaded: see the detail.
+            InvalidRequest, OverLimit, Unsupported, Overloaded, BudgetSpent: see the detail.
         """
         token_ids = self._distribution_ids(request)
         self._check_sequences([token_ids], None)
+        full = token_ids if request.top_k == 0 or request.top_k > _MOST_OF_A_PART else None
+        with caller.meter.charging(Cost(len(token_ids), full_distribution=full, model=self._card.digest)):
+            return self._distribution(token_ids, request.top_k, caller)
+
+    def _distribution(self, token_ids: list[int], top_k: int, caller: Caller) -> DistributionResponse:
         work = EncodeBatch([token_ids], [len(token_ids) - 1], tenant=caller.tenant)
         (encoded,) = self._scheduler.run(caller, [work])
         last_hidden_1_D = encoded.cr_N_D if encoded.last_hidden_N_D is None else encoded.last_hidden_N_D
         head = self._engine.head
         logits_V = head.logits(last_hidden_1_D.to(head.weight_V_D.device)).float()[0].cpu()
         logprob_V, digest = logits_V.log_softmax(dim=-1), self._view(caller).card.digest
-        if request.top_k == 0:
+        if top_k == 0:
             all_ids_V = torch.arange(len(logprob_V))
             return DistributionResponse(digest=digest, token_ids_K=all_ids_V, logprob_K=logprob_V)
-        logprob_K, ids_K = logprob_V.topk(min(request.top_k, len(logprob_V)))
+        logprob_K, ids_K = logprob_V.topk(min(top_k, len(logprob_V)))
         tokens = [self._tokenizer.decode([i]) for i in ids_K.tolist()]
         return DistributionResponse(digest=digest, token_ids_K=ids_K, logprob_K=logprob_K, tokens=tokens)
 

@@ -60,8 +60,8 @@ class View:
         """Representations in the tenant's basis."""
         return rows_N_D if self.rotation is None else self.rotation.apply(rows_N_D)
 
-    def lm_head(self, request: HeadRequest) -> HeadRows:
-        """Chosen rows of the LM head, or a range of them.
+    def wanted(self, request: HeadRequest) -> list[int] | slice:
+        """The rows of the LM head that a request is for.
 
         Raises:
             InvalidRequest, OverLimit: ids outside the vocabulary, too many rows, an empty range.
@@ -78,7 +78,7 @@ class View:
                 raise InvalidRequest("Both token_ids and a range were given.", hint="Ask for one of the two.")
             check_vocabulary([request.token_ids], card.vocab_size)
             rows = len(request.token_ids)
-            index: Tensor | slice = torch.tensor(request.token_ids, dtype=torch.long)
+            wanted: list[int] | slice = request.token_ids
         else:
             if card.head_policy != "full":
                 raise Forbidden(
@@ -91,20 +91,23 @@ class View:
                     f"[{request.start}, {stop}) is no range of rows.",
                     hint=f"The head has {card.vocab_size} rows; start must be less than stop.",
                 )
-            rows, index = stop - request.start, slice(request.start, stop)
+            rows, wanted = stop - request.start, slice(request.start, stop)
         if not 0 < rows <= card.limits.max_head_rows:
             raise OverLimit(
                 f"{rows} head rows were asked for.",
                 hint=f"One answer has 1 to {card.limits.max_head_rows} rows; ask for more in pieces (start and stop).",
             )
-        if isinstance(index, Tensor):
-            index = index.to(self.head.weight_V_D.device)
-        chosen = self.head.rows(index)
+        return wanted
+
+    def head_rows(self, wanted: list[int] | slice, dtype: HeadDtype) -> HeadRows:
+        """Rows of the LM head in the tenant's basis."""
+        device = self.head.weight_V_D.device
+        chosen = self.head.rows(wanted if isinstance(wanted, slice) else torch.tensor(wanted, device=device))
         return HeadRows(
-            digest=card.digest,
-            vocab_size=card.vocab_size,
-            weight_N_D=_on_wire(self.rows(chosen.weight_V_D), request.dtype, "the LM head"),
-            bias_N=None if chosen.bias_V is None else _on_wire(chosen.bias_V, request.dtype, "the LM head's bias"),
+            digest=self.card.digest,
+            vocab_size=self.card.vocab_size,
+            weight_N_D=_on_wire(self.rows(chosen.weight_V_D), dtype, "the LM head"),
+            bias_N=None if chosen.bias_V is None else _on_wire(chosen.bias_V, dtype, "the LM head's bias"),
             logit_scale=chosen.logit_scale,
             softcap=chosen.softcap,
         )

@@ -7,9 +7,11 @@
     │   └── Unsupported                     422  a thing this model or server does not have
     ├── Unauthenticated (PermissionError)   401  the owner asks for a key, and this is none
     ├── Forbidden (PermissionError)         403  the key is good, but not for this call
+    │   └── BudgetSpent                     403  what the owner gives out once in all is given out
     ├── PayloadTooLarge (ValueError)        413  the body is over the server's byte limit
     ├── UnacceptableAnswer (ValueError)     406  no representation of the answer suits the Accept header
     ├── Overloaded                          429  try again after `retry_after_s`
+    │   └── QuotaExceeded                   429  likewise: the tenant's own share is used up until then
     ├── NotReady                            503  the model is still loading; try again after `retry_after_s`
     ├── ServerFault                         500  the server's own fault, without any of the caller's data
     ├── NumericalFault (ArithmeticError)    422  a value that is not finite in the dtype asked for, with counts
@@ -98,6 +100,10 @@ class Forbidden(PemaError, PermissionError):
     grpc_status = "PERMISSION_DENIED"
 
 
+class BudgetSpent(Forbidden):
+    code = "budget-spent"
+
+
 class PayloadTooLarge(PemaError, ValueError):
     code = "payload-too-large"
     http_status = 413
@@ -113,6 +119,10 @@ class Overloaded(PemaError):
     code = "overloaded"
     http_status = 429
     grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class QuotaExceeded(Overloaded):
+    code = "quota-exceeded"
 
 
 class NotReady(PemaError):

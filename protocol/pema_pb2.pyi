@@ -192,19 +192,29 @@ class EncodeCall(_message.Message):
     request: EncodeRequest
     def __init__(self, request_id: _Optional[str] = ..., request: _Optional[_Union[EncodeRequest, _Mapping]] = ...) -> None: ...
 
+class Quotas(_message.Message):
+    __slots__ = ("rate_limit", "rate_limit_policy")
+    RATE_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    RATE_LIMIT_POLICY_FIELD_NUMBER: _ClassVar[int]
+    rate_limit: str
+    rate_limit_policy: str
+    def __init__(self, rate_limit: _Optional[str] = ..., rate_limit_policy: _Optional[str] = ...) -> None: ...
+
 class EncodePiece(_message.Message):
-    __slots__ = ("request_id", "rows", "problem", "last", "timing")
+    __slots__ = ("request_id", "rows", "problem", "last", "timing", "quotas")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    QUOTAS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     rows: EncodeResponse
     problem: Problem
     last: bool
     timing: Timing
-    def __init__(self, request_id: _Optional[str] = ..., rows: _Optional[_Union[EncodeResponse, _Mapping]] = ..., problem: _Optional[_Union[Problem, _Mapping]] = ..., last: _Optional[bool] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+    quotas: Quotas
+    def __init__(self, request_id: _Optional[str] = ..., rows: _Optional[_Union[EncodeResponse, _Mapping]] = ..., problem: _Optional[_Union[Problem, _Mapping]] = ..., last: _Optional[bool] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., quotas: _Optional[_Union[Quotas, _Mapping]] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
     __slots__ = ("token_ids", "from_position", "look_ahead", "stop_token_ids", "echo", "dtype")
@@ -255,18 +265,20 @@ class DecodeCall(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., request: _Optional[_Union[DecodeRequest, _Mapping]] = ...) -> None: ...
 
 class DecodePiece(_message.Message):
-    __slots__ = ("request_id", "rows", "problem", "last", "timing")
+    __slots__ = ("request_id", "rows", "problem", "last", "timing", "quotas")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    QUOTAS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     rows: DecodeResponse
     problem: Problem
     last: bool
     timing: Timing
-    def __init__(self, request_id: _Optional[str] = ..., rows: _Optional[_Union[DecodeResponse, _Mapping]] = ..., problem: _Optional[_Union[Problem, _Mapping]] = ..., last: _Optional[bool] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+    quotas: Quotas
+    def __init__(self, request_id: _Optional[str] = ..., rows: _Optional[_Union[DecodeResponse, _Mapping]] = ..., problem: _Optional[_Union[Problem, _Mapping]] = ..., last: _Optional[bool] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., quotas: _Optional[_Union[Quotas, _Mapping]] = ...) -> None: ...
 
 class DistributionRequest(_message.Message):
     __slots__ = ("text", "token_ids", "template", "top_k")

@@ -11,6 +11,7 @@ from google.protobuf.message import Message as Proto
 from torch import Tensor
 
 from protocol import pema_pb2
+from protocol.allowance import RATE_LIMIT, RATE_LIMIT_POLICY
 from protocol.codec import Message, join_ragged, raw_bytes, split_ragged
 from protocol.errors import InvalidRequest, MalformedMessage
 
@@ -20,6 +21,10 @@ CLIENT_METADATA = "x-pema-client"
 """Metadata that is the same for all calls of a client: the server is fair between these."""
 KEY_METADATA = "authorization"
 """Metadata with `Bearer` and the client's key, where the owner asks for one."""
+RATE_LIMIT_METADATA = RATE_LIMIT.lower()
+"""Trailing metadata with what is left of the client's quotas; on a stream, of the call that was answered last."""
+RATE_LIMIT_POLICY_METADATA = RATE_LIMIT_POLICY.lower()
+"""Trailing metadata with the quotas themselves."""
 PROBLEM_METADATA = "pema-problem-bin"
 """Trailing metadata with the error's problem document, JSON in UTF-8."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,12 +22,15 @@ _DOCTOR_WAITS_S = 10.0
 
 @command()
 def info(server: Server, as_json: AsJson = False) -> None:
-    """Show which model a server has and what it allows.
+    """Show which model a server has, what it allows, and what is left of your quotas.
 
     Example: `pema-client info --server http://127.0.0.1:8000`
     """
     with server.connect() as plm:
-        print_record(plm.card.model_dump(), as_json, title=plm.card.name)
+        record = plm.card.model_dump()
+        if plm.allowances:
+            record["left"] = {a.name: asdict(a) if as_json else str(a) for a in plm.allowances}
+        print_record(record, as_json, title=plm.card.name)
 
 
 @command()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from protocol.allowance import Allowance
 from protocol.errors import Untrusted
 from protocol.messages import (
     DecodeRequest,
@@ -74,9 +75,11 @@ class Connection(Calls, Protocol):
 
     Attributes:
         observers: told of every exchange, in the thread that made the call.
+        allowances: what the newest answer said is left of the client's quotas; empty where there are none.
     """
 
     observers: list[Observer]
+    allowances: tuple[Allowance, ...]
 
     def close(self) -> None:
         """Let go of sockets and the like."""

@@ -17,6 +17,7 @@ import grpc
 from data_owner_client.connection.base import untrusted
 from data_owner_client.connection.retries import GIVE_UP_AFTER_S, Attempts
 from protocol import pema_pb2, pema_pb2_grpc
+from protocol.allowance import Allowance, from_fields
 from protocol.errors import (
     ConnectionFailed,
     PayloadTooLarge,
@@ -41,6 +42,8 @@ from protocol.protobuf import (
     CLIENT_METADATA,
     KEY_METADATA,
     PROBLEM_METADATA,
+    RATE_LIMIT_METADATA,
+    RATE_LIMIT_POLICY_METADATA,
     REQUEST_ID_METADATA,
     from_proto,
     to_proto,
@@ -100,6 +103,7 @@ class GrpcConnection:
         self._timeout_s = timeout_s
         self._attempts = Attempts(give_up_after_s)
         self.observers = self._attempts.observers
+        self.allowances: tuple[Allowance, ...] = ()
         # The server is fair between clients, which may share an address.
         self._metadata: tuple[tuple[str, str], ...] = ((CLIENT_METADATA, uuid.uuid4().hex),)
         if api_key:
@@ -119,14 +123,18 @@ class GrpcConnection:
 
     def model_card(self) -> ModelCard:
         def fetch(stub: Any, attempt: _Attempt) -> ModelCard:
-            return from_proto(stub.GetModelCard(pema_pb2.GetModelCardRequest(), **attempt), ModelCard)
+            card, call = stub.GetModelCard.with_call(pema_pb2.GetModelCardRequest(), **attempt)
+            self._note_what_is_left(call)
+            return from_proto(card, ModelCard)
 
         # The first call of every command: a server that is not there should be said at once, not after a minute.
         return self._call("GetModelCard", _untimed(fetch), unless_gone=True)
 
     def tokenizer(self) -> TokenizerBundle:
         def fetch(stub: Any, attempt: _Attempt) -> TokenizerBundle:
-            pieces = stub.GetTokenizer(pema_pb2.GetTokenizerRequest(), **attempt)
+            call = stub.GetTokenizer(pema_pb2.GetTokenizerRequest(), **attempt)
+            pieces = list(call)
+            self._note_what_is_left(call)
             return TokenizerBundle.from_json(b"".join(piece.data for piece in pieces))
 
         return self._call("GetTokenizer", _untimed(fetch))
@@ -135,23 +143,28 @@ class GrpcConnection:
         proto = to_proto(request, pema_pb2.HeadRequest())
 
         def fetch(stub: Any, attempt: _Attempt) -> HeadRows:
-            return join_head([from_proto(piece, HeadRows) for piece in stub.GetLmHead(proto, **attempt)])
+            call = stub.GetLmHead(proto, **attempt)
+            pieces = [from_proto(piece, HeadRows) for piece in call]
+            self._note_what_is_left(call)
+            return join_head(pieces)
 
         return self._call("GetLmHead", _untimed(fetch))
 
     def encode(self, request: EncodeRequest) -> EncodeResponse:
         call = pema_pb2.EncodeCall(request=to_proto(request, pema_pb2.EncodeRequest()))
-        return self._call("Encode", lambda stub, attempt: _rows(stub.Encode, call, EncodeResponse, attempt))
+        return self._call("Encode", lambda stub, attempt: self._rows(stub.Encode, call, EncodeResponse, attempt))
 
     def decode(self, request: DecodeRequest) -> DecodeResponse:
         call = pema_pb2.DecodeCall(request=to_proto(request, pema_pb2.DecodeRequest()))
-        return self._call("Decode", lambda stub, attempt: _rows(stub.Decode, call, DecodeResponse, attempt))
+        return self._call("Decode", lambda stub, attempt: self._rows(stub.Decode, call, DecodeResponse, attempt))
 
     def distribution(self, request: DistributionRequest) -> DistributionResponse:
         proto = to_proto(request, pema_pb2.DistributionRequest())
 
         def fetch(stub: Any, attempt: _Attempt) -> DistributionResponse:
-            return from_proto(stub.GetNextTokenDistribution(proto, **attempt), DistributionResponse)
+            answer, call = stub.GetNextTokenDistribution.with_call(proto, **attempt)
+            self._note_what_is_left(call)
+            return from_proto(answer, DistributionResponse)
 
         return self._call("GetNextTokenDistribution", _untimed(fetch))
 
@@ -194,6 +207,32 @@ class GrpcConnection:
         except (ValueError, TypeError, LookupError, RuntimeError) as error:
             raise self._unreadable(request_id) from error
 
+    def _note_what_is_left(self, call: Any) -> None:
+        metadata = dict(call.trailing_metadata() or ())
+        if RATE_LIMIT_METADATA in metadata:
+            self.allowances = from_fields(metadata[RATE_LIMIT_METADATA], metadata.get(RATE_LIMIT_POLICY_METADATA, ""))
+
+    def _rows(
+        self, open_stream: Any, call: Any, answer: type[_Answer], attempt: _Attempt
+    ) -> tuple[_Answer, ServerTiming | None]:
+        """The answer to one call, on a stream of its own."""
+        call.request_id = dict(attempt["metadata"])[REQUEST_ID_METADATA]
+        pieces = []
+        for piece in open_stream(iter([call]), **attempt):
+            if piece.HasField("problem"):
+                problem = {field.name: value for field, value in piece.problem.ListFields()}
+                raise _problem_of(call.request_id, problem, piece.problem.status)
+            pieces.append(from_proto(piece.rows, answer))
+            if piece.last:
+                timing = piece.timing
+                self.allowances = from_fields(piece.quotas.rate_limit, piece.quotas.rate_limit_policy)
+                return join_rows(pieces), ServerTiming(timing.queue_ms, timing.compute_ms, timing.serialise_ms)
+        raise ProtocolViolation(
+            "The server ended an answer in its middle.",
+            hint="Nothing was stored; try again.",
+            request_id=call.request_id,
+        )
+
     def _unreadable(self, request_id: str) -> ProtocolViolation:
         return ProtocolViolation(
             f"{self._url} did not answer in the form of this protocol.",
@@ -203,6 +242,7 @@ class GrpcConnection:
 
     def _understood(self, error: Any, request_id: str) -> PemaError:
         """The error that a call ended with: the server's own if it sent a problem, else what the status means."""
+        self._note_what_is_left(error)
         problem = dict(error.trailing_metadata() or ()).get(PROBLEM_METADATA)
         if problem is not None:
             with suppress(ValueError):
@@ -238,20 +278,3 @@ def _problem_of(request_id: str, problem: object, status: int) -> PemaError:
 def _untimed(fetch: Callable[[Any, _Attempt], _Result]) -> _Fetch[_Result]:
     """Only streams of calls carry the server's account of its time."""
     return lambda stub, attempt: (fetch(stub, attempt), None)
-
-
-def _rows(open_stream: Any, call: Any, answer: type[_Answer], attempt: _Attempt) -> tuple[_Answer, ServerTiming | None]:
-    """The answer to one call, on a stream of its own."""
-    call.request_id = dict(attempt["metadata"])[REQUEST_ID_METADATA]
-    pieces = []
-    for piece in open_stream(iter([call]), **attempt):
-        if piece.HasField("problem"):
-            problem = {field.name: value for field, value in piece.problem.ListFields()}
-            raise _problem_of(call.request_id, problem, piece.problem.status)
-        pieces.append(from_proto(piece.rows, answer))
-        if piece.last:
-            timing = piece.timing
-            return join_rows(pieces), ServerTiming(timing.queue_ms, timing.compute_ms, timing.serialise_ms)
-    raise ProtocolViolation(
-        "The server ended an answer in its middle.", hint="Nothing was stored; try again.", request_id=call.request_id
-    )

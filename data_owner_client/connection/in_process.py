@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from data_owner_client.connection.base import Calls, Observer
+from protocol.allowance import Allowance
 
 
 class InProcessConnection:
@@ -14,6 +15,7 @@ class InProcessConnection:
 
     def __init__(self, calls: Calls) -> None:
         self.observers: list[Observer] = []  # nothing is exchanged, so none is ever told
+        self.allowances: tuple[Allowance, ...] = ()
         self.model_card = calls.model_card
         self.tokenizer = calls.tokenizer
         self.lm_head = calls.lm_head

@@ -14,6 +14,7 @@ import httpx
 from data_owner_client.connection.addresses import is_loopback
 from data_owner_client.connection.base import untrusted
 from data_owner_client.connection.retries import GIVE_UP_AFTER_S, Attempts
+from protocol.allowance import RATE_LIMIT, RATE_LIMIT_POLICY, Allowance, from_fields
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import ConnectionFailed, NotReady, Overloaded, PemaError, ProtocolViolation, from_problem
 from protocol.messages import (
@@ -67,6 +68,7 @@ class RestConnection:
         self._timeout_s = timeout_s
         self._attempts = Attempts(give_up_after_s)
         self.observers = self._attempts.observers
+        self.allowances: tuple[Allowance, ...] = ()
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
         # The server is fair between clients, which may share an address.
         headers = {"X-Pema-Client": uuid.uuid4().hex}
@@ -144,6 +146,8 @@ class RestConnection:
                 else "Is the address right and the server running? It starts with: pema-server serve",
                 request_id=request_id,
             ) from error
+        if (left := response.headers.get(RATE_LIMIT)) is not None:
+            self.allowances = from_fields(left, response.headers.get(RATE_LIMIT_POLICY, ""))
         if not response.is_success:
             raise _problem(response, request_id)
         timing = ServerTiming.from_header(response.headers.get("server-timing", ""))

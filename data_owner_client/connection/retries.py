@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 GIVE_UP_AFTER_S = 300.0
 # What goes by itself at once is not worth a line.
 _TELL_FROM_FAILURE = 3
+# Nor is a short wait; of a long one, such as for a quota, who waits should know.
+_TELL_FROM_WAIT_S = 15.0
 # Something on the way garbles requests or answers, now and then or for good.
 _MOST_GARBLED = 3
 _Result = TypeVar("_Result")
@@ -134,5 +136,5 @@ def _error(state: RetryCallState) -> BaseException | None:
 
 
 def _tell(state: RetryCallState) -> None:
-    if state.attempt_number >= _TELL_FROM_FAILURE:
+    if state.attempt_number >= _TELL_FROM_FAILURE or state.upcoming_sleep >= _TELL_FROM_WAIT_S:
         log.warning("%s Trying again in %.0f s.", _error(state), state.upcoming_sleep)

@@ -9,8 +9,10 @@ import time
 from collections import OrderedDict
 from typing import Protocol
 
+from plm_owner_server.metering import UNMETERED, Meter
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants.keys import Key
+from plm_owner_server.tenants.ledger import Ledger
 from plm_owner_server.tenants.store import ANYBODY, Tenant, TenantStore
 from protocol.addresses import is_loopback
 from protocol.errors import NotReady, PemaError, Unauthenticated
@@ -45,6 +47,10 @@ class Access(Protocol):
         """
         ...
 
+    def meter(self, tenant: Tenant) -> Meter:
+        """What one call of this tenant's is put down on."""
+        ...
+
 
 class Anyone:
     """Everybody may call, and all are one tenant.
@@ -60,6 +66,9 @@ class Anyone:
         return self._tenant
 
     identify = recall
+
+    def meter(self, tenant: Tenant) -> Meter:
+        return UNMETERED
 
 
 class OneKey:
@@ -80,6 +89,9 @@ class OneKey:
 
     identify = recall
 
+    def meter(self, tenant: Tenant) -> Meter:
+        return UNMETERED
+
 
 class TenantKeys:
     """A key for each tenant. Thread-safe.
@@ -90,10 +102,12 @@ class TenantKeys:
 
     Args:
         store: of the tenants.
+        ledger: keeps their accounts; one in the same database unless given.
     """
 
-    def __init__(self, store: TenantStore) -> None:
+    def __init__(self, store: TenantStore, ledger: Ledger | None = None) -> None:
         self._store = store
+        self._ledger = ledger or Ledger(store.database)
         self._known: OrderedDict[str, tuple[float, Tenant]] = OrderedDict()  # by the hash of what was shown
         self._lock = threading.Lock()
 
@@ -122,6 +136,9 @@ class TenantKeys:
         if tenant is None:
             raise _stranger(authorization)
         return tenant
+
+    def meter(self, tenant: Tenant) -> Meter:
+        return self._ledger.meter(tenant.name)
 
     def _kept(self, key: Key, seconds: float) -> Tenant | None:
         """Whose key it was when it was last asked about, if that is not longer ago."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
-from typing import Literal
+from dataclasses import asdict, fields
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 from pydantic_settings import CliApp, CliImplicitFlag, CliPositionalArg, CliSubCommand
 
 from plm_owner_server.settings import StoreSettings
+from plm_owner_server.tenants import usage
 from plm_owner_server.tenants.keys import Key
+from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.store import SCOPES, Scope, TenantRecord, TenantStore
 from plm_owner_server.views import Disclosure
+from protocol.errors import InvalidRequest
 from protocol.messages import HeadPolicy
 
 _LINE = "{:<24} {:<9} {:<17} {:<17} {:<19} {}"
@@ -28,6 +32,11 @@ class _OfStore(BaseModel):
 
 class _OfTenant(_OfStore):
     name: CliPositionalArg[str] = Field(description="The tenant.")
+
+
+_Quota = Annotated[int | None, Field(ge=0, le=10**15 - 1)]  # as large as header fields can tell
+# Several times what a memory of a hundred thousand pairs needs, and a small share of a large vocabulary.
+_CANDIDATE_ROWS = 20_000
 
 
 class _WithDisclosure(_OfTenant):
@@ -49,12 +58,31 @@ class _WithDisclosure(_OfTenant):
         return Disclosure(self.head_policy, rotated)
 
 
-class Add(_WithDisclosure):
+class _WithQuotas(_OfTenant):
+    tokens_per_minute: _Quota = Field(default=None, description="Tokens in each of the clock's minutes.")
+    tokens_per_day: _Quota = Field(default=None, description="Tokens in each day of UTC.")
+    concurrent_requests: _Quota = Field(default=None, description="Requests at the same time, over all servers.")
+    head_rows: _Quota = Field(default=None, description="Different rows of the LM head, ever.")
+    full_distributions: _Quota = Field(
+        default=None, description="Texts whose full distribution (more than 100 tokens of it) it may have, ever."
+    )
+
+    def quotas(self) -> dict[str, int | None]:
+        """Those that were given."""
+        return {
+            field.name: getattr(self, field.name) for field in fields(Quotas) if field.name in self.model_fields_set
+        }
+
+
+class Add(_WithQuotas, _WithDisclosure):
     """Let a tenant in, and print its key, which is shown only now.
+
+    Without quotas it may use as much as it likes, but for the policy candidate: 20,000 rows of the LM head, ever.
 
     Examples:
       pema-server tenants add acme
       pema-server tenants add acme --scopes card,head,encode,decode
+      pema-server tenants add acme --tokens-per-minute 100000 --head-rows 50000 --full-distributions 0
       pema-server tenants add ourselves --head-policy full
     """
 
@@ -62,11 +90,16 @@ class Add(_WithDisclosure):
 
     def cli_cmd(self) -> None:
         """Add it."""
-        _show_key(self.name, TenantStore(self.store).add(self.name, self.scopes, self.disclosure))
+        rows = {"head_rows": _CANDIDATE_ROWS} if self.head_policy == "candidate" else {}
+        quotas = Quotas(**rows | self.quotas())
+        key = TenantStore(self.store).add(self.name, self.scopes, disclosure=self.disclosure, quotas=quotas)
+        _show_key(self.name, key)
 
 
 class Disclose(_WithDisclosure):
     """Let a tenant see more or less of the model; its memories and adapters fit no more, and have to be made anew.
+
+    Its quotas stay as they are.
 
     Examples:
       pema-server tenants disclose acme --head-policy candidate --rotation off
@@ -75,6 +108,45 @@ class Disclose(_WithDisclosure):
     def cli_cmd(self) -> None:
         """Change it."""
         TenantStore(self.store).disclose(self.name, self.disclosure)
+
+
+class Limit(_WithQuotas):
+    """Change the quotas that are given, from the tenant's next call on; `none` takes one away, 0 allows nothing.
+
+    Examples:
+      pema-server tenants limit acme --tokens-per-day 2000000 --concurrent-requests 8
+      pema-server tenants limit acme --tokens-per-minute none
+    """
+
+    def cli_cmd(self) -> None:
+        """Change them."""
+        if not self.quotas():
+            raise InvalidRequest("No quota was given.", hint="See pema-server tenants limit --help.")
+        TenantStore(self.store).limit(self.name, self.quotas())
+
+
+class Usage(_OfStore):
+    """Tell what tenants have used, day by day (UTC): requests answered and refused, tokens, new rows and distributions.
+
+    Examples:
+      pema-server tenants usage
+      pema-server tenants usage acme --days 7 --csv
+    """
+
+    name: CliPositionalArg[str | None] = Field(default=None, description="The tenant; all unless given.")
+    days: int = Field(default=30, ge=1, le=36_500, description="Days until today.")
+    as_csv: CliImplicitFlag[bool] = Field(default=False, alias="csv", description="Print CSV.")
+    as_json: CliImplicitFlag[bool] = Field(default=False, alias="json", description="Print JSON.")
+
+    def cli_cmd(self) -> None:
+        """Tell it."""
+        store = TenantStore(self.store)
+        if self.name is not None and self.name not in {tenant.name for tenant in store.all()}:
+            raise InvalidRequest(f"There is no tenant {self.name}.", hint="See pema-server tenants list.")
+        since = datetime.now(UTC).date() - timedelta(days=self.days - 1)
+        used = usage.read_usage(store.database, since=since, tenant=self.name)
+        form = usage.as_json if self.as_json else usage.as_csv if self.as_csv else usage.as_table
+        sys.stdout.write(form(used))
 
 
 class RotateKey(_OfTenant):
@@ -117,17 +189,21 @@ class ListAll(_OfStore):
 
 
 class Tenants(BaseModel):
-    """Who may call this server: tenants, their keys, what each of them may do.
+    """Who may call this server: tenants, their keys, what each of them may do and use.
 
     Examples:
       pema-server tenants add acme --scopes card,head,encode,decode
       pema-server tenants list
       pema-server tenants rotate-key acme
+      pema-server tenants limit acme --tokens-per-day 2000000
+      pema-server tenants usage acme --days 7 --csv
       PEMA_STORE=postgresql+psycopg://owner@db/pema pema-server tenants disable acme
     """
 
     add: CliSubCommand[Add]
     list_all: CliSubCommand[ListAll] = Field(alias="list")
+    limit: CliSubCommand[Limit]
+    usage: CliSubCommand[Usage]
     rotate_key: CliSubCommand[RotateKey]
     disclose: CliSubCommand[Disclose]
     disable: CliSubCommand[Disable]

@@ -14,7 +14,7 @@ from data_owner_client import Pair, TrainingSettings, build_memories, train
 from data_owner_client.connection import open_connection
 from data_owner_client.plm import RemotePlm
 from data_owner_client.tasks import Task
-from plm_owner_server.tenants import SCOPES, TenantKeys, TenantStore
+from plm_owner_server.tenants import TenantKeys, TenantStore
 from plm_owner_server.views import EVERYTHING, Disclosure
 from protocol.errors import Forbidden, IdentityMismatch, Unsupported
 from protocol.messages import HeadRequest
@@ -51,7 +51,7 @@ def plms(
         urls = [stack.enter_context(server(service, access=TenantKeys(store))) for server in servers]
         plms = {}
         for number, (name, disclosure) in enumerate(DISCLOSURES.items()):
-            key = str(store.add(name, SCOPES, disclosure))
+            key = str(store.add(name, disclosure=disclosure))
             connection = open_connection(urls[number % 2], api_key=key)
             plms[name] = stack.enter_context(RemotePlm(connection, dtype="float32", cache=folder / "cache"))
         yield plms

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from plm_owner_server.tenants import TenantStore
 from tests import support
 from tests.end_to_end.processes import client, server
 
@@ -49,7 +50,9 @@ def test_an_owner_lets_a_tenant_in_and_out(
         assert refused.returncode == 1
         assert "PEMA_API_KEY" in refused.stderr
         monkeypatch.setenv("PEMA_API_KEY", key)
-        assert client(url, "info").returncode == 0
+        TenantStore(store).limit("acme", {"tokens_per_day": 1000})
+        (left,) = json.loads(client(url, "info", "--json").stdout)["left"].values()
+        assert (left["left"], left["quota"], left["unit"]) == (1000, 1000, "tokens")
         forbidden = client(url, "fetch-head")
         assert forbidden.returncode == 1
         assert "needs the scope head" in forbidden.stderr

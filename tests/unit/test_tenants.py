@@ -18,7 +18,7 @@ from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants import ANYBODY, SCOPES, Anyone, OneKey, Tenant, TenantKeys, TenantStore, access_for
 from plm_owner_server.tenants import access as access_module
 from plm_owner_server.tenants.keys import Key
-from plm_owner_server.tenants.store import METADATA
+from plm_owner_server.tenants.tables import METADATA
 from protocol.errors import InvalidRequest, NotReady, PemaError, Unauthenticated
 
 

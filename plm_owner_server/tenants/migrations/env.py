@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import context
 
-from plm_owner_server.tenants.store import METADATA
+from plm_owner_server.tenants.tables import METADATA
 
 # Any number, the same in all processes: who migrates holds this lock of PostgreSQL's.
 _LOCK = 0x70656D61

@@ -1,0 +1,143 @@
+"""The database behind the tenants: SQLite by default, PostgreSQL by URL; the same tables, by the same migrations."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
+from filelock import FileLock
+from sqlalchemy.engine import Connection
+from sqlalchemy.engine.interfaces import DBAPIConnection
+
+from protocol.errors import InvalidRequest, PemaError
+
+_MIGRATIONS = Path(__file__).parent / "migrations"
+# Alembic works on globals.
+_MIGRATING = threading.Lock()
+# Longest wait for the database, or for another process that writes, in seconds.
+_BUSY_S = 10.0
+_WRITES = "pema_writes"
+
+
+class Database:
+    """A database with the newest tables. Thread-safe; several processes may share one.
+
+    Args:
+        url: SQLAlchemy's, such as sqlite:////var/lib/pema/owner.db or postgresql+psycopg://owner@db/pema.
+
+    Raises:
+        InvalidRequest: the URL is none, or its driver is not installed.
+        PemaError: the database cannot be opened.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            parsed = sa.make_url(url)
+            timeout = {"timeout": _BUSY_S} if is_sqlite(parsed) else {"connect_timeout": int(_BUSY_S)}
+            options: dict[str, Any] = {} if is_sqlite(parsed) else {"pool_timeout": _BUSY_S}
+            self._engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=timeout, **options)
+        except (sa.exc.ArgumentError, ImportError) as error:
+            raise InvalidRequest(
+                f"The store's URL is not usable: {error}.",
+                hint="Give one like sqlite:////var/lib/pema/owner.db; PostgreSQL takes the extra postgres.",
+            ) from error
+        self._writer = self._engine.execution_options(**{_WRITES: True})
+        self._writing = threading.Lock()
+        if is_sqlite(parsed):
+            _let_sqlite_write_at_once(self._engine)
+        with _told(self._engine.url):
+            self._migrate()
+
+    def _migrate(self) -> None:
+        """Bring the tables up to date; one process at a time."""
+        config = Config()
+        lock: AbstractContextManager[object] = nullcontext()
+        config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+        if is_sqlite(self._engine.url):  # which has no lock of its own for this, as others do
+            path = Path(self._engine.url.database or "")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{path}.lock", timeout=_BUSY_S)
+        with _MIGRATING, lock:
+            if is_sqlite(self._engine.url):
+                # The file itself remembers: from now on who reads waits for nobody who writes.
+                with closing(self._engine.raw_connection()) as raw:
+                    raw.cursor().execute("PRAGMA journal_mode = WAL")
+            with self._writer.begin() as connection:
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A transaction that only reads.
+
+        Raises:
+            PemaError: the database does not answer.
+        """
+        with _told(self._engine.url), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A transaction that writes; in SQLite, the only one.
+
+        Raises:
+            PemaError: the database does not answer, or others write for too long.
+            sqlalchemy.exc.IntegrityError: the caller's.
+        """
+        with _told(self._engine.url), self._turn(), self._writer.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """SQLite lets one write at a time, and who waits asks now and then: threads of a process wait in turn."""
+        if not is_sqlite(self._engine.url):
+            yield
+            return
+        if not self._writing.acquire(timeout=_BUSY_S):
+            raise TimeoutError("others write for too long")
+        try:
+            yield
+        finally:
+            self._writing.release()
+
+
+def _let_sqlite_write_at_once(engine: sa.Engine) -> None:
+    """Transactions that write take the lock when they begin: one that has read before could not wait for it."""
+
+    @sa.event.listens_for(engine, "connect")
+    def connect(raw: DBAPIConnection, _: object) -> None:
+        raw.isolation_level = None  # or the driver would begin transactions of its own
+        # Power that fails may cost the last few transactions, and never the file.
+        raw.cursor().execute("PRAGMA synchronous = NORMAL")
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        writes = connection.get_execution_options().get(_WRITES)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+@contextmanager
+def _told(url: sa.URL) -> Iterator[None]:
+    """Turn the database's own faults into an error that names it, without its password."""
+    try:
+        yield
+    except sa.exc.IntegrityError:
+        raise
+    except (sa.exc.SQLAlchemyError, sqlite3.Error, CommandError, OSError) as error:
+        reason = str(getattr(error, "orig", error)).splitlines()[0]
+        raise PemaError(
+            f"The store {url.render_as_string(hide_password=True)} cannot be used: {reason}.", hint="See --store."
+        ) from error
+
+
+def is_sqlite(url: sa.URL) -> bool:
+    """Whether it is the URL of a SQLite file."""
+    return url.get_backend_name() == "sqlite"
