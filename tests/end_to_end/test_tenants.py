@@ -51,8 +51,12 @@ def test_an_owner_lets_a_tenant_in_and_out(
         assert "PEMA_API_KEY" in refused.stderr
         monkeypatch.setenv("PEMA_API_KEY", key)
         TenantStore(store).limit("acme", {"tokens_per_day": 1000})
-        (left,) = json.loads(client(url, "info", "--json").stdout)["left"].values()
-        assert (left["left"], left["quota"], left["unit"]) == (1000, 1000, "tokens")
+        info = json.loads(client(url, "info", "--json").stdout)
+        assert (info["head_policy"], info["rotated"]) == ("candidate", True)  # what tenants see unless more is said
+        left = {name: (quota["left"], quota["quota"], quota["unit"]) for name, quota in info["left"].items()}
+        assert left == {"day": (1000, 1000, "tokens"), "head-rows": (20_000, 20_000, "head-rows")}
+        assert pema_server(store, "tenants", "disclose", "acme", "--head-policy", "full").returncode == 0
+        time.sleep(2.5)
         forbidden = client(url, "fetch-head")
         assert forbidden.returncode == 1
         assert "needs the scope head" in forbidden.stderr
