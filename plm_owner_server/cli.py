@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
 from plm_owner_server.grpc import serve_grpc
 from plm_owner_server.holder import ServiceHolder
+from plm_owner_server.metrics import Metrics
 from plm_owner_server.models import digest_folder, resolve
 from plm_owner_server.rest import create_app
 from plm_owner_server.service import PlmService, load_tokenizer
@@ -116,6 +117,7 @@ def serve(settings: ServerSettings) -> None:
     if settings.tls_certificate and settings.tls_key:
         certificate = Certificate(settings.tls_certificate, settings.tls_key)
     context = certificate.context() if certificate else None
+    metrics = Metrics(lambda: holder.service)
     credentials = certificate.grpc_credentials() if certificate else None
     failures: list[PemaError] = []
 
@@ -135,6 +137,10 @@ def serve(settings: ServerSettings) -> None:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             try:
+                if settings.metrics_port is not None:
+                    holder.accounts.observers.append(metrics.observe)
+                    port = stack.enter_context(metrics.served(settings.metrics_host, settings.metrics_port))
+                    log.info("metrics on http://%s:%d/metrics", settings.metrics_host, port)
                 port = await stack.enter_async_context(
                     serve_grpc(holder, settings.host, grpc_port, **bounds, credentials=credentials)
                 )
@@ -144,6 +150,9 @@ def serve(settings: ServerSettings) -> None:
                 how = "TLS" if certificate else "no TLS"
                 log.info("gRPC on %s:%d, REST on port %d, %s", settings.host, port, settings.port, how)
                 threading.Thread(target=load, name="load-model", daemon=True).start()
+            except PemaError as error:
+                failures.append(error)
+                server.should_exit = True
             except OSError as error:
                 failures.append(PemaError(str(error), hint="Choose another --grpc-port."))
                 server.should_exit = True

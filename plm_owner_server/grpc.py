@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -18,7 +17,7 @@ from google.protobuf.message import Message as Proto
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from plm_owner_server.accounts import answerable, request_id_of, timing_of
+from plm_owner_server.accounts import DEPARTED, Call, request_id_of, timing_of
 from plm_owner_server.holder import Admission, ServiceHolder
 from plm_owner_server.scheduler import Caller
 from plm_owner_server.service import PlmService
@@ -27,7 +26,7 @@ from plm_owner_server.threads import in_worker
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.codec import Message
 from protocol.errors import PemaError, to_problem
-from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
+from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest, HeadRows
 from protocol.pieces import PIECE_BYTES, split_head, split_rows
 from protocol.protobuf import (
     CLIENT_METADATA,
@@ -38,15 +37,23 @@ from protocol.protobuf import (
     to_proto,
 )
 
-log = logging.getLogger(__name__)
-
 _SERVICE = pema_pb2.DESCRIPTOR.services_by_name["Plm"].full_name
+_CALLS = {
+    "GetModelCard": "card",
+    "GetTokenizer": "tokenizer",
+    "GetLmHead": "head",
+    "Encode": "encode",
+    "Decode": "decode",
+    "GetNextTokenDistribution": "distribution",
+}
 # Requests of one stream that are worked on at the same time. More are not read: with HTTP/2's own windows that is the
 # stream's flow control, in both directions.
 _IN_PROGRESS = 4
 _READY_POLL_S = 0.2
 # Longest wait for calls that are still answered when the server stops, in seconds.
 _DRAIN_S = 30.0
+# W3C's name for it; the same over HTTP.
+_TRACE_METADATA = "traceparent"
 _Request = TypeVar("_Request", bound=Message)
 _Result = TypeVar("_Result")
 _Piece = TypeVar("_Piece", pema_pb2.EncodePiece, pema_pb2.DecodePiece)
@@ -124,18 +131,22 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
 
     async def GetModelCard(self, request: Proto, context: Any) -> Proto:
         return await self._answer(
-            "GetModelCard", "card", context, lambda a: to_proto(a.service.model_card(), pema_pb2.ModelCard())
+            "GetModelCard", "card", context, lambda a, _: to_proto(a.service.model_card(), pema_pb2.ModelCard())
         )
 
     async def GetTokenizer(self, request: Proto, context: Any) -> AsyncIterator[Proto]:
-        data = await self._answer("GetTokenizer", "card", context, lambda a: a.service.tokenizer().to_json())
+        data = await self._answer("GetTokenizer", "card", context, lambda a, _: a.service.tokenizer().to_json())
         for start in range(0, len(data), PIECE_BYTES):
             yield pema_pb2.TokenizerPiece(data=data[start : start + PIECE_BYTES])
 
     async def GetLmHead(self, request: Proto, context: Any) -> AsyncIterator[Proto]:
-        rows = await self._answer(
-            "GetLmHead", "head", context, lambda a: a.service.lm_head(from_proto(request, HeadRequest))
-        )
+        client, departed = _client(context)
+
+        def work(admitted: Admission, call: Call) -> HeadRows:
+            caller = _caller(admitted, call, client, departed)
+            return admitted.service.lm_head(from_proto(request, HeadRequest), caller)
+
+        rows = await self._answer("GetLmHead", "head", context, work)
         for piece in split_head(rows):
             yield to_proto(piece, pema_pb2.HeadRows())
 
@@ -152,19 +163,20 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
     async def GetNextTokenDistribution(self, request: Proto, context: Any) -> Proto:
         client, departed = _client(context)
 
-        def work(admitted: Admission) -> Proto:
-            caller = replace(admitted.caller(client), departed=departed)
+        def work(admitted: Admission, call: Call) -> Proto:
+            caller = _caller(admitted, call, client, departed)
             answer = admitted.service.distribution(from_proto(request, DistributionRequest), caller)
             return to_proto(answer, pema_pb2.DistributionResponse())
 
         return await self._answer("GetNextTokenDistribution", "distribution", context, work)
 
-    async def _answer(self, name: str, scope: Scope, context: Any, work: Callable[[Admission], _Result]) -> _Result:
+    async def _answer(
+        self, name: str, scope: Scope, context: Any, work: Callable[[Admission, Call], _Result]
+    ) -> _Result:
         """The result of `work`, or the call's end with a status and its problem document."""
-        metadata_given = _metadata(context)
-        request_id = request_id_of(metadata_given.get(REQUEST_ID_METADATA, ""))
+        given = _metadata(context)
         try:
-            return await self._work(name, scope, request_id, metadata_given.get(KEY_METADATA), work)
+            return await self._work(name, scope, given, given.get(REQUEST_ID_METADATA, ""), work)
         except PemaError as error:
             metadata = ((PROBLEM_METADATA, json.dumps(to_problem(error)).encode()),)
             await context.abort(grpc.StatusCode[error.grpc_status], error.detail, metadata)
@@ -183,13 +195,14 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         """Answer every call of a stream as it is ready, several at a time."""
         places, writing = asyncio.Semaphore(_IN_PROGRESS), asyncio.Lock()
         client, departed = _client(context)
-        key = _metadata(context).get(KEY_METADATA)
+        metadata = _metadata(context)
 
         async def answer(given: Any) -> None:
             try:
-                request_id = request_id_of(given.request_id)
                 try:
-                    pieces = await self._work(name, scope, request_id, key, lambda a: pieces_of(a, given.request))
+                    pieces = await self._work(
+                        name, scope, metadata, given.request_id, lambda a, c: pieces_of(a, c, given.request)
+                    )
                 except PemaError as error:
                     pieces = [piece_type(problem=pema_pb2.Problem(**to_problem(error)), last=True)]
                 async with writing:
@@ -199,14 +212,14 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
             finally:
                 places.release()
 
-        def pieces_of(admitted: Admission, request: Proto) -> list[_Piece]:
-            started, caller = time.perf_counter(), replace(admitted.caller(client), departed=departed)
+        def pieces_of(admitted: Admission, accounted: Call, request: Proto) -> list[_Piece]:
+            started, caller = time.perf_counter(), _caller(admitted, accounted, client, departed)
             pieces = []
             for part in split_rows(call(admitted.service, from_proto(request, request_type), caller)):
                 pieces.append(piece_type())
                 to_proto(part, pieces[-1].rows)
             pieces[-1].last = True
-            pieces[-1].timing.CopyFrom(pema_pb2.Timing(**asdict(timing_of(caller, started))))
+            pieces[-1].timing.CopyFrom(pema_pb2.Timing(**asdict(timing_of(caller.spent, started))))
             return pieces
 
         async with asyncio.TaskGroup() as tasks:
@@ -215,24 +228,35 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
                 tasks.create_task(answer(given))
 
     async def _work(
-        self, name: str, scope: Scope, request_id: str, key: str | None, work: Callable[[Admission], _Result]
+        self,
+        name: str,
+        scope: Scope,
+        metadata: dict[str, str],
+        request_id: str,
+        work: Callable[[Admission, Call], _Result],
     ) -> _Result:
-        """The result of `work` in a thread, and a line in the log.
+        """The result of `work` in a thread, put down to the accounts.
 
         Raises:
             PemaError: what the client shall see.
         """
-        started = time.perf_counter()
-        outcome = "OK"
-        try:
-            admitted = await self._holder.admit(key, scope)
-            return await in_worker(lambda: work(admitted), self._limiter)
-        except Exception as error:
-            told = answerable(error, request_id, name)
-            outcome = told.grpc_status
-            raise told from error
-        finally:
-            log.info("%s gRPC %s -> %s in %.0f ms", request_id, name, outcome, 1000 * (time.perf_counter() - started))
+        traceparent = metadata.get(_TRACE_METADATA, "")
+        call = Call(_CALLS[name], "grpc", f"gRPC {name}", request_id_of(request_id), traceparent)
+        with self._holder.accounts.of(call):
+            try:
+                admitted = await self._holder.admit(metadata.get(KEY_METADATA), scope)
+                return await in_worker(lambda: work(admitted, call), self._limiter)
+            except asyncio.CancelledError:
+                call.outcome, call.status = DEPARTED, "CANCELLED"
+                raise
+            except Exception as error:
+                told = call.fail(error)
+                call.status = told.grpc_status
+                raise told from error
+
+
+def _caller(admitted: Admission, call: Call, client: str, departed: threading.Event) -> Caller:
+    return replace(admitted.caller(client), departed=departed, spent=call.spent)
 
 
 def _metadata(context: Any) -> dict[str, str]:

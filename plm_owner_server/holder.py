@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from anyio import CapacityLimiter
 
+from plm_owner_server.accounts import Accounts
 from plm_owner_server.scheduler import Caller
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import Access, Anyone, Scope, Tenant
@@ -39,10 +40,14 @@ class ServiceHolder:
     Args:
         service: may come later.
         access: tells who a caller is; everybody may call unless given.
+
+    Attributes:
+        accounts: what every call is put down to.
     """
 
     def __init__(self, service: PlmService | None = None, access: Access | None = None) -> None:
         self.service = service
+        self.accounts = Accounts()
         self._access = access or Anyone()
         self._asking = CapacityLimiter(_ASKED_ABOUT)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from anyio import CapacityLimiter
@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from plm_owner_server import rest_docs
-from plm_owner_server.accounts import answerable, request_id_of, timing_of
+from plm_owner_server.accounts import DEPARTED, OTHER, PROBE, Call, Transport, request_id_of, timing_of
 from plm_owner_server.holder import Admission, ServiceHolder
 from plm_owner_server.scheduler import Caller, Departed
 from plm_owner_server.service import PlmService
@@ -36,14 +36,26 @@ from protocol.errors import (
 )
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadDtype, HeadRequest
 
-log = logging.getLogger(__name__)
-
 _Request = TypeVar("_Request", bound=Message)
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 REQUEST_ID = "X-Request-Id"
 CLIENT_HEADER = "X-Pema-Client"
 _CLIENT_LEFT = 499  # nginx's number for it; HTTP has none
-_PROBES = frozenset({"/healthz", "/readyz"})
+_CALLS = {
+    "/healthz": PROBE,
+    "/readyz": PROBE,
+    "/v1/model": "card",
+    "/v1/tokenizer": "tokenizer",
+    "/v1/lm-head": "head",
+    "/v1/encode": "encode",
+    "/v1/decode": "decode",
+    "/v1/next-token-distribution": "distribution",
+}
+# FastAPI's own would tell of paths, queries and exceptions, word for word.
+_NO_TELEMETRY: dict[str, Any] = {
+    "telemetry": {"auto_configure": False, "tracing": False, "metrics": False, "logs": False}
+}
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 def create_app(
@@ -59,10 +71,16 @@ def create_app(
     """
     # More threads than calls may wait for the engine: the service must get to turn the next one away.
     limiter = CapacityLimiter(max_calls)
-    app = FastAPI(title="PEMA PLM server", description=rest_docs.DESCRIPTION, version="1", lifespan=lifespan)
+    app = FastAPI(
+        title="PEMA PLM server", description=rest_docs.DESCRIPTION, version="1", lifespan=lifespan, **_NO_TELEMETRY
+    )
 
     async def admit(request: Request, scope: Scope) -> Admission:
         return await holder.admit(request.headers.get("authorization"), scope)
+
+    def caller_of(request: Request, admitted: Admission) -> Caller:
+        client = request.headers.get(CLIENT_HEADER) or (request.client.host if request.client else "")
+        return replace(admitted.caller(client), spent=_call_of(request).spent)
 
     async def answer(
         request: Request,
@@ -73,13 +91,13 @@ def create_app(
         admitted = await admit(request, scope)
         form = _answer_form(request)
         body = await _body(request, max_body_bytes)
-        caller = admitted.caller(request.headers.get(CLIENT_HEADER) or (request.client.host if request.client else ""))
+        caller = caller_of(request, admitted)
 
         def work() -> Response:
             started = time.perf_counter()
             message = _parse(message_type, body, request.headers.get("content-type", ""))
             response = _response(call(admitted.service, message, caller), form)
-            response.headers["Server-Timing"] = timing_of(caller, started).to_header()
+            response.headers["Server-Timing"] = timing_of(caller.spent, started).to_header()
             return response
 
         async def watch() -> None:
@@ -116,18 +134,19 @@ def create_app(
     async def lm_head_range(
         request: Request, start: int = 0, stop: int | None = None, dtype: HeadDtype = "float16"
     ) -> Response:
-        service, form = (await admit(request, "head")).service, _answer_form(request)
+        admitted, form = await admit(request, "head"), _answer_form(request)
+        service, caller = admitted.service, caller_of(request, admitted)
         tag = f"{service.model_card().digest}-{start}-{stop}-{dtype}-{form.rpartition('.')[2]}"
         if cached := _cached(request, tag):
             return cached
         wanted = HeadRequest.validated({"start": start, "stop": stop, "dtype": dtype})
-        response = await in_worker(lambda: _response(service.lm_head(wanted), form), limiter)
+        response = await in_worker(lambda: _response(service.lm_head(wanted, caller), form), limiter)
         response.headers["ETag"] = f'"{tag}"'
         return response
 
     @app.post("/v1/lm-head", tags=["model"], summary="Chosen rows of the LM head", **rest_docs.LM_HEAD)
     async def lm_head(request: Request) -> Response:
-        return await answer(request, "head", HeadRequest, lambda service, message, _: service.lm_head(message))
+        return await answer(request, "head", HeadRequest, PlmService.lm_head)
 
     @app.post("/v1/encode", tags=["inference"], summary="Context representations", **rest_docs.ENCODE)
     async def encode(request: Request) -> Response:
@@ -144,28 +163,25 @@ def create_app(
         return await answer(request, "distribution", DistributionRequest, PlmService.distribution)
 
     @app.middleware("http")
-    async def log_and_identify(request: Request, call_next: Callable[[Request], Any]) -> Response:
-        request.state.id = request_id_of(request.headers.get(REQUEST_ID, ""))
-        started = time.perf_counter()
-        try:
-            response: Response = await call_next(request)
-        except (ClientDisconnect, Departed):
-            response = Response(status_code=_CLIENT_LEFT)  # for the log: nobody reads it
-        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a problem document
-            response = _problem(request, answerable(error, request.state.id, request.url.path))
-        response.headers[REQUEST_ID] = request.state.id
-        elapsed_ms = 1000 * (time.perf_counter() - started)
-        # Probes come every few seconds; a log of them hides everything else.
-        log.log(
-            logging.DEBUG if request.url.path in _PROBES else logging.INFO,
-            "%s %s %s -> %d in %.0f ms",
-            request.state.id,
-            request.method,
-            request.url.path,
-            response.status_code,
-            elapsed_ms,
-        )
+    async def identify_and_account(request: Request, call_next: Callable[[Request], Any]) -> Response:
+        request_id = request_id_of(request.headers.get(REQUEST_ID, ""))
+        call = Call(*_named(request), request_id, request.headers.get("traceparent", ""))
+        request.state.call = call
+        with holder.accounts.of(call):
+            try:
+                response: Response = await call_next(request)
+            except (ClientDisconnect, Departed):
+                call.outcome = DEPARTED
+                response = Response(status_code=_CLIENT_LEFT)  # for the log: nobody reads it
+            except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a problem document
+                response = _problem(request, error)
+            call.status = str(response.status_code)
+        response.headers[REQUEST_ID] = request_id
         return response
+
+    @app.exception_handler(Departed)
+    async def departed(request: Request, error: Departed) -> Response:
+        raise error  # nobody reads an answer
 
     @app.exception_handler(PemaError)
     async def pema_error(request: Request, error: PemaError) -> Response:
@@ -230,11 +246,25 @@ def _cached(request: Request, digest: str) -> Response | None:
     return Response(status_code=304, headers={"ETag": etag}) if request.headers.get("if-none-match") == etag else None
 
 
-def _problem(request: Request, error: PemaError, status: int | None = None) -> Response:
-    error.request_id = getattr(request.state, "id", None)
-    problem = to_problem(error)
-    problem["status"] = status or error.http_status
-    headers = {"Retry-After": str(round(error.retry_after_s))} if error.retry_after_s is not None else {}
-    if isinstance(error, Unauthenticated):
+def _named(request: Request) -> tuple[str, Transport, str]:
+    """The call, the transport, and the call in its words."""
+    # Paths and methods that are not known may be any text of the client's.
+    path = request.scope["path"]
+    name = _CALLS.get(path, OTHER)
+    method = request.method if request.method in _METHODS else "?"
+    return name, "rest", f"{method} {path}" if name != OTHER else f"{method} no call"
+
+
+def _call_of(request: Request) -> Call:
+    call: Call = request.state.call
+    return call
+
+
+def _problem(request: Request, error: Exception, status: int | None = None) -> Response:
+    told = _call_of(request).fail(error)
+    problem = to_problem(told)
+    problem["status"] = status or told.http_status
+    headers = {"Retry-After": str(round(told.retry_after_s))} if told.retry_after_s is not None else {}
+    if isinstance(told, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     return Response(json.dumps(problem), problem["status"], headers, PROBLEM_JSON)

@@ -36,10 +36,19 @@ class Departed(PemaError):
 
 @dataclass(eq=False)
 class Spent:
-    """Seconds that a call has waited for the engine, and had it."""
+    """What a call has cost so far.
+
+    Attributes:
+        queue_s: seconds that it waited for the engine.
+        compute_s: seconds that it had it.
+        tokens: of the sequences that it sent.
+        rows: of representations that it was given, or of the head.
+    """
 
     queue_s: float = 0.0
     compute_s: float = 0.0
+    tokens: int = 0
+    rows: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +68,16 @@ class Caller:
     spent: Spent = field(default_factory=Spent)
 
 
+@dataclass(frozen=True)
+class Load:
+    """Requests that wait for the engine, those that it has begun with, and the tokens of both."""
+
+    waiting_requests: int
+    running_requests: int
+    waiting_tokens: int
+    running_tokens: int
+
+
 class _Ticket:
     """A request that waits for its batches."""
 
@@ -70,6 +89,11 @@ class _Ticket:
         self.compute_s = 0.0
         self.error: Exception | None = None
         self.done = threading.Event()
+
+    @property
+    def begun(self) -> bool:
+        """Whether the engine has begun with it."""
+        return len(self.waiting) < len(self.results)
 
     def finish(self, index: int, result: Encoded) -> None:
         """Note the result of a batch."""
@@ -148,6 +172,7 @@ class Scheduler:
             Departed: the client went meanwhile.
         """
         tokens = sum(work.tokens for work in works)
+        caller.spent.tokens += sum(len(ids) for work in works for ids in work.token_ids)
         ticket = _Ticket(caller, works)
         self._admit(ticket, tokens)
         admitted = time.perf_counter()
@@ -166,7 +191,17 @@ class Scheduler:
                     self._given = {c: given for c, given in self._given.items() if c in self._tokens or given > least}
         if ticket.error is not None:
             raise ticket.error
-        return [result for result in ticket.results if result is not None]
+        results = [result for result in ticket.results if result is not None]
+        caller.spent.rows += sum(sum(result.rows) for result in results)
+        return results
+
+    def load(self) -> Load:
+        """How much there is to do at the moment."""
+        with self._changed:
+            waiting = [ticket for queue in self._queues.values() for ticket in queue if not ticket.begun]
+            tokens = sum(work.tokens for ticket in waiting for _, work in ticket.waiting)
+            running = self._requests - len(waiting), sum(self._tokens.values()) - tokens
+            return Load(len(waiting), running[0], tokens, running[1])
 
     def _admit(self, ticket: _Ticket, tokens: int) -> None:
         client = ticket.caller.client

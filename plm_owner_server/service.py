@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from plm_owner_server.batching import plan_batches
-from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Encoded, Engine
+from plm_owner_server.engines.base import Counts, Decoded, DraftBatch, EncodeBatch, Encoded, Engine
 from plm_owner_server.gathering import Gathered, present
-from plm_owner_server.scheduler import Caller, Scheduler
+from plm_owner_server.scheduler import Caller, Load, Scheduler
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.threads import use_cores
 from protocol.checks import echoes, require_finite
@@ -130,6 +130,14 @@ class PlmService:
             ),
         )
 
+    def load(self) -> Load:
+        """How much there is to do at the moment."""
+        return self._scheduler.load()
+
+    def engine_counts(self) -> Counts:
+        """What the engine has done so far."""
+        return self._engine.counts
+
     def model_card(self) -> ModelCard:
         """Identity, kind of CR, sizes, limits."""
         return self._card
@@ -138,7 +146,7 @@ class PlmService:
         """The fast tokenizer's own file and the chat template."""
         return self._bundle
 
-    def lm_head(self, request: HeadRequest) -> HeadRows:
+    def lm_head(self, request: HeadRequest, caller: Caller = _LOCAL) -> HeadRows:
         """Chosen rows of the LM head, or a range of them.
 
         Raises:
@@ -168,6 +176,7 @@ class PlmService:
         if isinstance(index, Tensor):
             index = index.to(head.weight_V_D.device)
         chosen = head.rows(index)
+        caller.spent.rows += rows
         return HeadRows(
             digest=self._card.digest,
             vocab_size=self._card.vocab_size,

@@ -159,6 +159,16 @@ class ServerSettings(StoreSettings):
         description="Tokens of all requests that may wait for the model; bounds their answers' memory. More is told to "
         "come back (429). One client may fill half of it.",
     )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="TCP port on which Prometheus finds metrics (/metrics); 0 takes a free one. None by default.",
+    )
+    metrics_host: str = Field(
+        default="127.0.0.1",
+        description="Address of --metrics-port. There are no keys: whoever reaches it may read the metrics.",
+    )
     cache_dir: Path = Field(
         default_factory=lambda: user_cache_path("pema") / "models",
         description="Folder where a GGUF model is kept once it is converted, so that only the first start is slow.",

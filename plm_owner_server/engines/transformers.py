@@ -87,6 +87,7 @@ class TransformersEngine:
         if pack_weights:
             pack_linear_layers(model.base_model)
         self._runner = Runner(model, ffn_output=self._gives_ffn_output, prefix_cache_bytes=prefix_cache_bytes)
+        self.counts = self._runner.counts
         self.head = LMHead(
             output.weight.detach(),
             None if output.bias is None else output.bias.detach(),
