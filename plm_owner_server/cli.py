@@ -15,11 +15,11 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, CliSubCommand
-from transformers.utils import logging as transformers_logging
 
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
 from plm_owner_server.grpc import serve_grpc
 from plm_owner_server.holder import ServiceHolder
+from plm_owner_server.logs import keep_quiet_about_tasks, set_up_logs
 from plm_owner_server.metrics import Metrics
 from plm_owner_server.models import digest_folder, resolve
 from plm_owner_server.rest import create_app
@@ -108,10 +108,7 @@ def load_service(settings: ServerSettings) -> PlmService:
 def serve(settings: ServerSettings) -> None:
     """Serve until stopped. The port answers at once, `/readyz` says when the model is loaded and warm."""
     sys.setswitchinterval(_SWITCH_S)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    transformers_logging.disable_progress_bar()
-    for noisy in ("httpx", "httpcore", "filelock", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    set_up_logs(settings.log_level, settings.log_format)
     holder = ServiceHolder(access=access_for(settings))
     certificate = None
     if settings.tls_certificate and settings.tls_key:
@@ -135,6 +132,7 @@ def serve(settings: ServerSettings) -> None:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        keep_quiet_about_tasks(asyncio.get_running_loop())
         async with AsyncExitStack() as stack:
             try:
                 if settings.metrics_port is not None:

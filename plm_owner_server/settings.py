@@ -173,6 +173,9 @@ class ServerSettings(StoreSettings):
         default_factory=lambda: user_cache_path("pema") / "models",
         description="Folder where a GGUF model is kept once it is converted, so that only the first start is slow.",
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Lines for people, or a JSON object each for a log store. On standard error."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Verbosity of the log. No level writes texts, token ids or representations."
     )
