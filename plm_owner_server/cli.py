@@ -28,6 +28,7 @@ from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants import access_for
 from plm_owner_server.tenants.commands import Tenants
 from plm_owner_server.tls import Certificate
+from plm_owner_server.tracing import traces_from_environment
 from protocol.errors import PemaError
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ def serve(settings: ServerSettings) -> None:
         certificate = Certificate(settings.tls_certificate, settings.tls_key)
     context = certificate.context() if certificate else None
     metrics = Metrics(lambda: holder.service)
+    traces = traces_from_environment()
     credentials = certificate.grpc_credentials() if certificate else None
     failures: list[PemaError] = []
 
@@ -139,6 +141,9 @@ def serve(settings: ServerSettings) -> None:
                     holder.accounts.observers.append(metrics.observe)
                     port = stack.enter_context(metrics.served(settings.metrics_host, settings.metrics_port))
                     log.info("metrics on http://%s:%d/metrics", settings.metrics_host, port)
+                if traces is not None:
+                    holder.accounts.observers.append(traces.observe)
+                    stack.callback(traces.close)
                 port = await stack.enter_async_context(
                     serve_grpc(holder, settings.host, grpc_port, **bounds, credentials=credentials)
                 )
