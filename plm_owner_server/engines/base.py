@@ -184,7 +184,7 @@ class Drafting(Protocol):
 
 
 class Engine(Protocol):
-    """Runs a causal language model. Calls come one at a time; every one is stateless."""
+    """Runs a causal language model. Calls come one at a time but for `forget_unused`; every one is stateless."""
 
     info: EngineInfo
     head: LMHead
@@ -195,6 +195,9 @@ class Engine(Protocol):
 
     def encode(self, batch: EncodeBatch) -> Encoded:
         """Representations of all positions ≥ `from_position` of every sequence."""
+
+    def forget_unused(self) -> None:
+        """Drop what is known of texts that were not asked about for long. Any thread may call it."""
 
     def drafting(self, batch_tokens: int) -> Drafting:
         """Drafting that nothing has joined yet.

@@ -6,6 +6,7 @@ Padding, shared prefixes and known states are dealt with here, so that nobody el
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,7 @@ class Runner:
         model: in evaluation mode, on its device.
         ffn_output: also give the last block's feed-forward output as the representation.
         prefix_cache_bytes: bound on the attention states kept for texts that begin alike or go on; 0 keeps none.
+        prefix_cache_seconds: how long they are kept after their last use.
 
     Attributes:
         counts: what it has done.
@@ -60,11 +62,18 @@ class Runner:
         Unsupported: the model has no feed-forward layer that could be found.
     """
 
-    def __init__(self, model: PreTrainedModel, *, ffn_output: bool, prefix_cache_bytes: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        ffn_output: bool,
+        prefix_cache_bytes: int,
+        prefix_cache_seconds: float = math.inf,
+    ) -> None:
         self._base = model.base_model
         self._accepts = set(inspect.signature(self._base.forward).parameters)
         self._ffn = _last_ffn(self._base) if ffn_output else None
-        self._prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
+        self._prefixes = PrefixCache(prefix_cache_bytes, prefix_cache_seconds) if prefix_cache_bytes else None
         self._layout: KvLayout | None = None  # known once states were kept
         self.counts = Counts()
 
@@ -148,6 +157,12 @@ class Runner:
             self._layout = KvLayout.of(cache)
         self._prefixes.insert(tenant, token_ids, cache.states(row, known - len(token_ids), 0))
         self.counts.kept_bytes = self._prefixes.size_bytes
+
+    def forget_unused(self) -> None:
+        """Drop what is known of texts that were not asked about for long."""
+        if self._prefixes is not None:
+            self._prefixes.drop_unused()
+            self.counts.kept_bytes = self._prefixes.size_bytes
 
     def recall(self, known: Sequence[Sequence[Tensor]], lengths: Sequence[int]) -> AlignedCache:
         """A cache with the first so many known states of each sequence."""
