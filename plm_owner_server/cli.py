@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import threading
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import torch
 import uvicorn
@@ -16,6 +17,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, CliSubCommand
 
+from plm_owner_server.draining import DrainingServer
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
 from plm_owner_server.grpc import serve_grpc
 from plm_owner_server.holder import ServiceHolder
@@ -25,6 +27,7 @@ from plm_owner_server.models import digest_folder, resolve
 from plm_owner_server.rest import create_app
 from plm_owner_server.service import PlmService, load_tokenizer
 from plm_owner_server.settings import ServerSettings
+from plm_owner_server.supervision import EngineStuck, Supervisor
 from plm_owner_server.tenants import access_for
 from plm_owner_server.tenants.commands import Tenants
 from plm_owner_server.tls import Certificate
@@ -51,7 +54,7 @@ class Serve(ServerSettings):
     """
 
     def cli_cmd(self) -> None:
-        """Run until stopped; exit status 1 if the model cannot be served."""
+        """Run until stopped; exit status 1 if the model cannot be served, or not any more."""
         serve(self)
 
 
@@ -83,6 +86,7 @@ def load_service(settings: ServerSettings) -> PlmService:
         model,
         cr_kind=settings.cr_kind,
         prefix_cache_bytes=int(settings.prefix_cache_mib * 2**20),
+        prefix_cache_seconds=settings.prefix_cache_seconds,
         pack_weights=settings.pack_weights,
     )
     service = PlmService(
@@ -107,7 +111,7 @@ def load_service(settings: ServerSettings) -> PlmService:
 
 
 def serve(settings: ServerSettings) -> None:
-    """Serve until stopped. The port answers at once, `/readyz` says when the model is loaded and warm."""
+    """Serve until stopped. The port answers at once, `/readyz` says whether the model is loaded and works."""
     sys.setswitchinterval(_SWITCH_S)
     set_up_logs(settings.log_level, settings.log_format)
     holder = ServiceHolder(access=access_for(settings))
@@ -115,22 +119,21 @@ def serve(settings: ServerSettings) -> None:
     if settings.tls_certificate and settings.tls_key:
         certificate = Certificate(settings.tls_certificate, settings.tls_key)
     context = certificate.context() if certificate else None
-    metrics = Metrics(lambda: holder.service)
+    metrics = Metrics(holder)
     traces = traces_from_environment()
     credentials = certificate.grpc_credentials() if certificate else None
     failures: list[PemaError] = []
 
-    def load() -> None:
-        try:
-            holder.service = load_service(settings)
-            log.info("ready; the calls are described on /docs")
-        except PemaError as error:
-            failures.append(error)
-        except Exception as error:
-            log.debug("traceback", exc_info=True)
-            failures.append(PemaError(f"The model could not be loaded: {type(error).__name__}: {error}"))
-        if failures:
-            server.should_exit = True
+    def give_up(error: PemaError) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    def load() -> PlmService:
+        service = load_service(settings)
+        log.info("ready; the calls are described on /docs")
+        return service
+
+    supervisor = Supervisor(load, holder, engine_timeout_s=settings.engine_timeout, give_up=give_up)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -152,13 +155,11 @@ def serve(settings: ServerSettings) -> None:
                     stack.callback(renewing.cancel)
                 how = "TLS" if certificate else "no TLS"
                 log.info("gRPC on %s:%d, REST on port %d, %s", settings.host, port, settings.port, how)
-                threading.Thread(target=load, name="load-model", daemon=True).start()
+                threading.Thread(target=supervisor.run, name="supervisor", daemon=True).start()
             except PemaError as error:
-                failures.append(error)
-                server.should_exit = True
+                give_up(error)
             except OSError as error:
-                failures.append(PemaError(str(error), hint="Choose another --grpc-port."))
-                server.should_exit = True
+                give_up(PemaError(str(error), hint="Choose another --grpc-port."))
             yield
 
     beside = settings.port + 1 if settings.port else 0
@@ -171,14 +172,18 @@ def serve(settings: ServerSettings) -> None:
         port=settings.port,
         log_config=None,
         access_log=False,
+        timeout_graceful_shutdown=1,
         ssl_context_factory=(lambda *_: context) if context else None,
     )
-    server = uvicorn.Server(config)
+    server = DrainingServer(config, holder, settings.drain_seconds)
     try:
-        with suppress(KeyboardInterrupt):  # uvicorn has shut down by then, and passes the signal on
-            server.run()
+        server.run()
     except SystemExit:  # it has said why
         sys.exit(f"pema-server: cannot listen on port {settings.port} of {settings.host}. Choose another --port.")
+    if failures and isinstance(failures[0], EngineStuck):
+        # Its thread cannot be ended, and Python would wait for it, or crash over it.
+        print(f"pema-server: {failures[0]}", file=sys.stderr, flush=True)
+        os._exit(1)
     if failures:
         sys.exit(f"pema-server: {failures[0]}")
 

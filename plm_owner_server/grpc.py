@@ -49,9 +49,9 @@ _CALLS = {
 # Requests of one stream that are worked on at the same time. More are not read: with HTTP/2's own windows that is the
 # stream's flow control, in both directions.
 _IN_PROGRESS = 4
-_READY_POLL_S = 0.2
-# Longest wait for calls that are still answered when the server stops, in seconds.
-_DRAIN_S = 30.0
+_READY_POLL_S = 0.1
+# For what is on its way when the server stops, in seconds. Streams on which nothing is asked do not end by themselves.
+_LAST_WORDS_S = 1.0
 # W3C's name for it; the same over HTTP.
 _TRACE_METADATA = "traceparent"
 _Request = TypeVar("_Request", bound=Message)
@@ -111,17 +111,17 @@ async def serve_grpc(
     finally:
         announcing.cancel()
         await state.enter_graceful_shutdown()
-        await server.stop(_DRAIN_S)
+        await server.stop(_LAST_WORDS_S)
 
 
 async def _announce_readiness(holder: ServiceHolder, state: health.aio.HealthServicer) -> None:
-    status = health_pb2.HealthCheckResponse
-    for name in ("", _SERVICE):
-        await state.set(name, status.NOT_SERVING)
-    while holder.service is None:
+    status, told = health_pb2.HealthCheckResponse, None
+    while True:
+        if (ready := holder.is_ready) != told:
+            told = ready
+            for name in ("", _SERVICE):
+                await state.set(name, status.SERVING if ready else status.NOT_SERVING)
         await asyncio.sleep(_READY_POLL_S)
-    for name in ("", _SERVICE):
-        await state.set(name, status.SERVING)
 
 
 class _Servicer(pema_pb2_grpc.PlmServicer):
@@ -135,9 +135,10 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         )
 
     async def GetTokenizer(self, request: Proto, context: Any) -> AsyncIterator[Proto]:
-        data = await self._answer("GetTokenizer", "card", context, lambda a, _: a.service.tokenizer().to_json())
-        for start in range(0, len(data), PIECE_BYTES):
-            yield pema_pb2.TokenizerPiece(data=data[start : start + PIECE_BYTES])
+        with self._holder.at_work():
+            data = await self._answer("GetTokenizer", "card", context, lambda a, _: a.service.tokenizer().to_json())
+            for start in range(0, len(data), PIECE_BYTES):
+                yield pema_pb2.TokenizerPiece(data=data[start : start + PIECE_BYTES])
 
     async def GetLmHead(self, request: Proto, context: Any) -> AsyncIterator[Proto]:
         client, departed = _client(context)
@@ -146,9 +147,10 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
             caller = _caller(admitted, call, client, departed)
             return admitted.service.lm_head(from_proto(request, HeadRequest), caller)
 
-        rows = await self._answer("GetLmHead", "head", context, work)
-        for piece in split_head(rows):
-            yield to_proto(piece, pema_pb2.HeadRows())
+        with self._holder.at_work():
+            rows = await self._answer("GetLmHead", "head", context, work)
+            for piece in split_head(rows):
+                yield to_proto(piece, pema_pb2.HeadRows())
 
     async def Encode(self, calls: AsyncIterator[Any], context: Any) -> None:
         await self._answer_stream(
@@ -176,7 +178,8 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         """The result of `work`, or the call's end with a status and its problem document."""
         given = _metadata(context)
         try:
-            return await self._work(name, scope, given, given.get(REQUEST_ID_METADATA, ""), work)
+            with self._holder.at_work():
+                return await self._work(name, scope, given, given.get(REQUEST_ID_METADATA, ""), work)
         except PemaError as error:
             metadata = ((PROBLEM_METADATA, json.dumps(to_problem(error)).encode()),)
             await context.abort(grpc.StatusCode[error.grpc_status], error.detail, metadata)
@@ -199,18 +202,22 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
 
         async def answer(given: Any) -> None:
             try:
-                try:
-                    pieces = await self._work(
-                        name, scope, metadata, given.request_id, lambda a, c: pieces_of(a, c, given.request)
-                    )
-                except PemaError as error:
-                    pieces = [piece_type(problem=pema_pb2.Problem(**to_problem(error)), last=True)]
-                async with writing:
-                    for piece in pieces:
-                        piece.request_id = given.request_id
-                        await context.write(piece)
+                with self._holder.at_work():
+                    await answered(given)
             finally:
                 places.release()
+
+        async def answered(given: Any) -> None:
+            try:
+                pieces = await self._work(
+                    name, scope, metadata, given.request_id, lambda a, c: pieces_of(a, c, given.request)
+                )
+            except PemaError as error:
+                pieces = [piece_type(problem=pema_pb2.Problem(**to_problem(error)), last=True)]
+            async with writing:
+                for piece in pieces:
+                    piece.request_id = given.request_id
+                    await context.write(piece)
 
         def pieces_of(admitted: Admission, accounted: Call, request: Proto) -> list[_Piece]:
             started, caller = time.perf_counter(), _caller(admitted, accounted, client, departed)

@@ -6,7 +6,7 @@ few values: no client, no tenant, no request.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from plm_owner_server.accounts import PROBE, Call
+from plm_owner_server.holder import ServiceHolder
 from plm_owner_server.service import PlmService
 from protocol.errors import PemaError
 
@@ -26,16 +27,16 @@ class Metrics:
     """The metrics of one server.
 
     Args:
-        service: gives it, or None while there is none.
+        holder: of the service.
 
     Attributes:
         registry: of these metrics alone, so that a process may have several servers.
     """
 
-    def __init__(self, service: Callable[[], PlmService | None]) -> None:
+    def __init__(self, holder: ServiceHolder) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self.registry.register(_State(service))
+        self.registry.register(_State(holder))
         self._requests = Counter(
             "pema_requests",
             "Calls that are over, by outcome: ok, departed, or the code of the error.",
@@ -90,15 +91,15 @@ class Metrics:
 class _State(Collector):
     """Queue, engine and GPU as they are when somebody asks."""
 
-    def __init__(self, service: Callable[[], PlmService | None]) -> None:
-        self._service = service
+    def __init__(self, holder: ServiceHolder) -> None:
+        self._holder = holder
 
     def describe(self) -> Iterable[Metric]:
         return []  # what would be collected now need not be, for the sake of the names alone
 
     def collect(self) -> Iterator[Metric]:
-        service = self._service()
-        yield GaugeMetricFamily("pema_ready", "1 if the model is loaded and works.", value=float(service is not None))
+        service = self._holder.service
+        yield GaugeMetricFamily("pema_ready", "1 if calls are answered.", value=float(self._holder.is_ready))
         if service is not None:
             yield from _queue(service)
             yield from _engine(service)

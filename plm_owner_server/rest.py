@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from plm_owner_server import rest_docs
 from plm_owner_server.accounts import DEPARTED, OTHER, PROBE, Call, Transport, request_id_of, timing_of
-from plm_owner_server.holder import Admission, ServiceHolder
+from plm_owner_server.holder import Admission, ServiceHolder, stopping
 from plm_owner_server.scheduler import Caller, Departed
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import Scope
@@ -167,12 +167,14 @@ def create_app(
         request_id = request_id_of(request.headers.get(REQUEST_ID, ""))
         call = Call(*_named(request), request_id, request.headers.get("traceparent", ""))
         request.state.call = call
-        with holder.accounts.of(call):
+        with holder.at_work(), holder.accounts.of(call):
             try:
                 response: Response = await call_next(request)
             except (ClientDisconnect, Departed):
                 call.outcome = DEPARTED
                 response = Response(status_code=_CLIENT_LEFT)  # for the log: nobody reads it
+            except asyncio.CancelledError:  # the server ends, and this call's body is still on its way
+                response = _problem(request, stopping())
             except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a problem document
                 response = _problem(request, error)
             call.status = str(response.status_code)

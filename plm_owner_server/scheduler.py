@@ -9,6 +9,7 @@ token.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import threading
 import time
@@ -19,7 +20,9 @@ from dataclasses import dataclass, field
 
 from plm_owner_server.batching import plan_batches
 from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Encoded, Engine
-from protocol.errors import Overloaded, PemaError
+from protocol.errors import NotReady, Overloaded, PemaError
+
+log = logging.getLogger(__name__)
 
 Work = EncodeBatch | DraftBatch
 
@@ -28,6 +31,7 @@ _STEP_TOKENS = 16
 # The thread ends after so many idle seconds; the next request starts another one.
 _LINGER_S = 5.0
 _RETRY_AFTER_S = (1.0, 60.0)
+_RELOADED_AFTER_S = 5.0
 
 
 class Departed(PemaError):
@@ -103,6 +107,9 @@ class _Ticket:
             self.done.set()
 
     def fail(self, error: Exception) -> None:
+        """End it with an error, unless it has ended."""
+        if self.done.is_set():
+            return
         self.error = error
         self.waiting.clear()
         self.done.set()
@@ -132,6 +139,9 @@ class Scheduler:
         drafting_tokens: tokens whose attention states all that is drafted may come to hold.
         max_waiting_tokens: tokens of all requests that wait or run; more are turned away.
         max_waiting_requests: requests that wait or run, likewise.
+
+    Attributes:
+        broken: set once the engine works no more; all requests end with `NotReady` from then on.
     """
 
     def __init__(
@@ -152,6 +162,8 @@ class Scheduler:
         self._drafting_tokens = drafting_tokens
         self._max_tokens = max_waiting_tokens
         self._max_requests = max_waiting_requests
+        self.broken = threading.Event()
+        self._engine_since: float | None = None  # time of the engine's present call
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         # The thread's own: what is being drafted.
@@ -161,7 +173,8 @@ class Scheduler:
         self._queues: dict[str, deque[_Ticket]] = {}
         self._given: dict[str, float] = {}  # tokens given to each client that is here
         self._tokens: dict[str, int] = {}  # tokens of each client's requests that wait or run
-        self._requests = 0
+        self._tickets: set[_Ticket] = set()  # all that wait or run
+        self._closed: PemaError | None = None
         self._rate = 0.0  # tokens per second, smoothed
 
     def run(self, caller: Caller, works: Sequence[Work]) -> list[Encoded]:
@@ -170,6 +183,7 @@ class Scheduler:
         Raises:
             Overloaded: too much waits already.
             Departed: the client went meanwhile.
+            NotReady: the engine is broken, or `close` said so.
         """
         tokens = sum(work.tokens for work in works)
         caller.spent.tokens += sum(len(ids) for work in works for ids in work.token_ids)
@@ -182,7 +196,7 @@ class Scheduler:
             caller.spent.compute_s += ticket.compute_s
             caller.spent.queue_s += max(0.0, time.perf_counter() - admitted - ticket.compute_s)
             with self._changed:
-                self._requests -= 1
+                self._tickets.remove(ticket)
                 self._tokens[caller.client] -= tokens
                 if not self._tokens[caller.client]:
                     del self._tokens[caller.client]
@@ -200,23 +214,39 @@ class Scheduler:
         with self._changed:
             waiting = [ticket for queue in self._queues.values() for ticket in queue if not ticket.begun]
             tokens = sum(work.tokens for ticket in waiting for _, work in ticket.waiting)
-            running = self._requests - len(waiting), sum(self._tokens.values()) - tokens
+            running = len(self._tickets) - len(waiting), sum(self._tokens.values()) - tokens
             return Load(len(waiting), running[0], tokens, running[1])
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that the engine's present call has taken so far; 0 if there is none."""
+        since = self._engine_since
+        return 0.0 if since is None else time.perf_counter() - since
+
+    def close(self, error: PemaError) -> None:
+        """End all that waits or runs with an error, and turn away with it whatever comes."""
+        with self._changed:
+            self._closed = error
+            for ticket in self._tickets:
+                ticket.fail(copy.copy(error))
+            self._changed.notify()
 
     def _admit(self, ticket: _Ticket, tokens: int) -> None:
         client = ticket.caller.client
         with self._changed:
+            if self._closed is not None:
+                raise copy.copy(self._closed)
             own, total = self._tokens.get(client, 0), sum(self._tokens.values())
             # What is alone is let in, however large: the limits of a single request are the model card's. And nobody
             # may fill more than half of the places, or there would be none for the next one.
             too_much = (total and total + tokens > self._max_tokens) or (own and own + tokens > self._max_tokens // 2)
-            if too_much or self._requests >= self._max_requests:
+            if too_much or len(self._tickets) >= self._max_requests:
                 raise Overloaded(
-                    f"{self._requests} requests with {total} tokens wait already.",
+                    f"{len(self._tickets)} requests with {total} tokens wait already.",
                     hint="Come back later, or send fewer requests at once.",
                     retry_after_s=self._until_free(tokens),
                 )
-            self._requests += 1
+            self._tickets.add(ticket)
             self._tokens[client] = own + tokens
             # Who was away has saved up nothing.
             least = min((self._given[other] for other in self._tokens if other in self._given), default=0.0)
@@ -247,10 +277,12 @@ class Scheduler:
     def _take_turns(self) -> None:
         while True:
             with self._changed:
-                while not self._queues and not self._drafted:
+                while not self._queues and not self._drafted and self._closed is None:
                     if not self._changed.wait(_LINGER_S) and not self._queues:
                         self._thread = None
                         return
+                if self._closed is not None:
+                    return
                 heads = [part for client in sorted(self._queues, key=self._given_to) for part in self._heads(client)]
                 encoding = self._next_to_encode(heads)
                 joining = [] if encoding else self._next_to_draft(heads)
@@ -373,13 +405,18 @@ class Scheduler:
 
         Gives what puts tokens down to the clients of some of these requests, by their number of sequences.
         """
-        started = time.perf_counter()
+        self._engine_since = started = time.perf_counter()
         spent: list[tuple[int, Sequence[_Part]]] = []
         error: Exception | None = None
         try:
             yield lambda tokens, own: spent.append((tokens, own))
         except Exception as caught:  # noqa: BLE001 - whatever it is, those who wait must hear of it
             error = caught
+            if not isinstance(error, PemaError) and not self._works():
+                error = NotReady("The model has failed.", hint="It is loaded again.", retry_after_s=_RELOADED_AFTER_S)
+                self.close(error)
+                self.broken.set()
+        self._engine_since = None
         seconds = time.perf_counter() - started
         with self._changed:
             for ticket in {part.ticket for part in parts}:
@@ -395,6 +432,15 @@ class Scheduler:
             self._give_up_drafting(parts, error)
         elif error is not None:
             _fail(parts, error)
+
+    def _works(self) -> bool:
+        """Whether the engine that has just failed still does what it should."""
+        try:
+            self._engine.warm_up()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it does not
+            log.error("the engine is broken: after a failure, its check ends in %s", type(error).__name__)
+            return False
+        return True
 
 
 def _room(parts: Sequence[_Part]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -20,7 +21,7 @@ from plm_owner_server.settings import ServerSettings
 from plm_owner_server.threads import use_cores
 from protocol.checks import echoes, require_finite
 from protocol.codec import raw_bytes
-from protocol.errors import InvalidRequest, OverLimit, Unsupported
+from protocol.errors import InvalidRequest, OverLimit, PemaError, Unsupported
 from protocol.head import LMHead
 from protocol.messages import (
     DTYPES,
@@ -133,6 +134,24 @@ class PlmService:
     def load(self) -> Load:
         """How much there is to do at the moment."""
         return self._scheduler.load()
+
+    @property
+    def broken(self) -> threading.Event:
+        """Set once the engine works no more."""
+        return self._scheduler.broken
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that the engine's present piece of work has taken so far."""
+        return self._scheduler.busy_s
+
+    def close(self, error: PemaError) -> None:
+        """End all calls that wait for the engine or have it, and turn away whatever comes."""
+        self._scheduler.close(error)
+
+    def forget_unused(self) -> None:
+        """Drop what is known of texts that were not asked about for long."""
+        self._engine.forget_unused()
 
     def engine_counts(self) -> Counts:
         """What the engine has done so far."""

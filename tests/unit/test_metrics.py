@@ -42,7 +42,7 @@ class Watched:
 
     def __init__(self, service: PlmService | None) -> None:
         self.holder = ServiceHolder(service)
-        self.metrics = Metrics(lambda: self.holder.service)
+        self.metrics = Metrics(self.holder)
         self.holder.accounts.observers.append(self.metrics.observe)
 
     def text(self) -> str:
