@@ -21,7 +21,7 @@ from plm_owner_server.draining import DrainingServer
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
 from plm_owner_server.grpc import serve_grpc
 from plm_owner_server.holder import ServiceHolder
-from plm_owner_server.logs import keep_quiet_about_tasks, set_up_logs
+from plm_owner_server.logs import keep_quiet_about_tasks, set_up_logs, write_no_core_files
 from plm_owner_server.metrics import Metrics
 from plm_owner_server.models import digest_folder, resolve
 from plm_owner_server.rest import create_app
@@ -114,6 +114,7 @@ def serve(settings: ServerSettings) -> None:
     """Serve until stopped. The port answers at once, `/readyz` says whether the model is loaded and works."""
     sys.setswitchinterval(_SWITCH_S)
     set_up_logs(settings.log_level, settings.log_format)
+    write_no_core_files()
     holder = ServiceHolder(access=access_for(settings))
     certificate = None
     if settings.tls_certificate and settings.tls_key:

@@ -19,6 +19,11 @@ from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 from transformers.utils import logging as transformers_logging
 
+try:
+    import resource
+except ImportError:  # Windows has no core files
+    resource = None  # type: ignore[assignment]
+
 log = logging.getLogger(__name__)
 
 _Info = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
@@ -44,6 +49,12 @@ def set_up_logs(level: str, form: Literal["text", "json"]) -> None:
     threading.excepthook = lambda args: _uncaught(args.exc_type, args.exc_value, args.exc_traceback)
     sys.unraisablehook = lambda args: _uncaught(args.exc_type, args.exc_value, args.exc_traceback)
     faulthandler.enable()
+
+
+def write_no_core_files() -> None:
+    """Let a crash leave no image of the memory behind, as texts are in it."""
+    if resource is not None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def keep_quiet_about_tasks(loop: asyncio.AbstractEventLoop) -> None:

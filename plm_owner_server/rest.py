@@ -23,6 +23,7 @@ from plm_owner_server.scheduler import Caller, Departed
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import Scope
 from plm_owner_server.threads import in_worker
+from protocol.checks import place
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import (
     PROBLEM_JSON,
@@ -198,8 +199,9 @@ def create_app(
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        return _problem(request, InvalidRequest(f"{place}: {first['msg']}.", hint="See the OpenAPI page (/docs)."))
+        return _problem(
+            request, InvalidRequest(f"{place(first['loc'])}: {first['msg']}.", hint="See the OpenAPI page (/docs).")
+        )
 
     return app
 
@@ -222,7 +224,7 @@ def _parse(message_type: type[_Request], body: bytes, content_type: str) -> _Req
     if kind == JSON:
         return message_type.from_json(body)
     raise MalformedMessage(
-        f"The content type {kind[:80]!r} is not known." if kind else "The content type is missing.",
+        "The content type is not known." if kind else "The content type is missing.",
         hint=f"Send {BINARY} or {JSON}.",
     )
 

@@ -316,9 +316,7 @@ class PlmService:
         if (request.text is None) == (request.token_ids is None):
             raise InvalidRequest("Exactly one of text and token_ids is wanted.", hint='For example {"text": "Hello"}.')
         if request.template not in ("plain", "chat"):
-            raise Unsupported(
-                f"There is no template of the name {request.template[:40]!r}.", hint="Use 'plain' or 'chat'."
-            )
+            raise Unsupported("There is no template of this name.", hint="Use 'plain' or 'chat'.")
         if request.token_ids is not None:
             if request.template != "plain":
                 raise InvalidRequest("A template is for text, not for token_ids.", hint="Give `text`, or no template.")
