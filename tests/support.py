@@ -167,6 +167,7 @@ def make_service(
         model,
         cr_kind=chosen.cr_kind,
         prefix_cache_bytes=int(chosen.prefix_cache_mib * 2**20),
+        prefix_cache_seconds=chosen.prefix_cache_seconds,
         pack_weights=chosen.pack_weights,
     )
     engine.warm_up()

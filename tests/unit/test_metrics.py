@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -116,6 +117,24 @@ def test_what_is_known_is_a_hit(watched: Watched) -> None:
     assert second[key("pema_pass_tokens_total", kind="prompt")] == 45
 
 
+def test_without_a_prefix_cache_nothing_is_kept(tiny_models: support.TinyModels) -> None:
+    watched = Watched(service := support.make_service(tiny_models["llama"], prefix_cache_mib=0))
+    for _ in range(2):
+        service.decode(DecodeRequest(token_ids=[list(range(5, 45))], look_ahead=[2]))
+    now = watched.read()
+    assert now[key("pema_prefix_cache_bytes")] == 0
+    assert now[key("pema_prefix_cache_hit_tokens_total")] == 0
+
+
+def test_what_nobody_uses_is_forgotten_though_nobody_calls(tiny_models: support.TinyModels) -> None:
+    watched = Watched(service := support.make_service(tiny_models["llama"], prefix_cache_seconds=0.001))
+    service.decode(DecodeRequest(token_ids=[list(range(5, 45))], look_ahead=[2]))
+    deadline = time.monotonic() + 30
+    while watched.read()[key("pema_prefix_cache_bytes")] > 0:
+        assert time.monotonic() < deadline
+        service.forget_unused()
+
+
 def test_the_queue_is_seen(tiny_models: support.TinyModels) -> None:
     service = support.make_service(tiny_models["llama"], wrap=Blocking)
     watched, engine = Watched(service), service._engine
@@ -127,8 +146,9 @@ def test_the_queue_is_seen(tiny_models: support.TinyModels) -> None:
             asked += [
                 pool.submit(service.encode, EncodeRequest(token_ids=[[7] * n], from_position=[0])) for n in (2, 3)
             ]
-            while sum(watched.read()[key("pema_queue_requests", state=state)] for state in ("waiting", "running")) < 3:
-                pass
+            deadline = time.monotonic() + 30
+            while watched.read()[key("pema_queue_requests", state="waiting")] < 2:
+                assert time.monotonic() < deadline
             now = watched.read()
         finally:
             engine.go.set()
