@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from plm_owner_server.scheduler import Departed, Spent
+from plm_owner_server.tickets import Departed, Spent
 from protocol.errors import PemaError, ServerFault
 from protocol.timing import ServerTiming
 

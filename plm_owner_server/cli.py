@@ -25,12 +25,13 @@ from plm_owner_server.logs import keep_quiet_about_tasks, set_up_logs, write_no_
 from plm_owner_server.metrics import Metrics
 from plm_owner_server.models import digest_folder, resolve
 from plm_owner_server.rest import create_app
-from plm_owner_server.service import PlmService, load_tokenizer
+from plm_owner_server.service import PlmService
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.supervision import EngineStuck, Supervisor
 from plm_owner_server.tenants import access_for
 from plm_owner_server.tenants.commands import Tenants
 from plm_owner_server.tls import Certificate
+from plm_owner_server.tokenizer import load_tokenizer
 from plm_owner_server.tracing import traces_from_environment
 from protocol.errors import PemaError
 

@@ -19,10 +19,10 @@ from grpc_reflection.v1alpha import reflection
 
 from plm_owner_server.accounts import DEPARTED, Call, request_id_of, timing_of
 from plm_owner_server.holder import Admission, ServiceHolder
-from plm_owner_server.scheduler import Caller
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import Scope
 from plm_owner_server.threads import in_worker
+from plm_owner_server.tickets import Caller
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.codec import Message
 from protocol.errors import PemaError, to_problem

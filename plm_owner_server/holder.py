@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from anyio import CapacityLimiter
 
 from plm_owner_server.accounts import Accounts
-from plm_owner_server.scheduler import Caller
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import Access, Anyone, Scope, Tenant
 from plm_owner_server.threads import in_worker
+from plm_owner_server.tickets import Caller
 from protocol.errors import Forbidden, NotReady
 
 # Keys at a time.

@@ -19,10 +19,10 @@ from starlette.requests import ClientDisconnect
 from plm_owner_server import rest_docs
 from plm_owner_server.accounts import DEPARTED, OTHER, PROBE, Call, Transport, request_id_of, timing_of
 from plm_owner_server.holder import Admission, ServiceHolder, stopping
-from plm_owner_server.scheduler import Caller, Departed
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import Scope
 from plm_owner_server.threads import in_worker
+from plm_owner_server.tickets import Caller, Departed
 from protocol.checks import place
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import (

@@ -16,15 +16,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from plm_owner_server.batching import plan_batches
 from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Encoded, Engine
+from plm_owner_server.tickets import Caller, Departed, Load, Part, Ticket, Work, fail, joined, room_of
 from protocol.errors import NotReady, Overloaded, PemaError
 
 log = logging.getLogger(__name__)
-
-Work = EncodeBatch | DraftBatch
 
 # A step costs about as much as so many tokens, however few sequences take part: it reads all the weights.
 _STEP_TOKENS = 16
@@ -32,100 +30,6 @@ _STEP_TOKENS = 16
 _LINGER_S = 5.0
 _RETRY_AFTER_S = (1.0, 60.0)
 _RELOADED_AFTER_S = 5.0
-
-
-class Departed(PemaError):
-    """The client has gone: nobody will read the answer."""
-
-
-@dataclass(eq=False)
-class Spent:
-    """What a call has cost so far.
-
-    Attributes:
-        queue_s: seconds that it waited for the engine.
-        compute_s: seconds that it had it.
-        tokens: of the sequences that it sent.
-        rows: of representations that it was given, or of the head.
-    """
-
-    queue_s: float = 0.0
-    compute_s: float = 0.0
-    tokens: int = 0
-    rows: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Caller:
-    """Who asks, as far as scheduling is concerned.
-
-    Attributes:
-        client: the same for all requests of a client; shares are between these.
-        tenant: to whom the client belongs; tenants never share what is known of a text.
-        departed: set when the client has gone, so that its work is skipped.
-        spent: what the call has cost so far; the scheduler adds to it.
-    """
-
-    client: str = "local"
-    tenant: str = ""
-    departed: threading.Event = field(default_factory=threading.Event)
-    spent: Spent = field(default_factory=Spent)
-
-
-@dataclass(frozen=True)
-class Load:
-    """Requests that wait for the engine, those that it has begun with, and the tokens of both."""
-
-    waiting_requests: int
-    running_requests: int
-    waiting_tokens: int
-    running_tokens: int
-
-
-class _Ticket:
-    """A request that waits for its batches."""
-
-    def __init__(self, caller: Caller, works: Sequence[Work]) -> None:
-        self.caller = caller
-        self.waiting = deque(enumerate(works))
-        self.results: list[Encoded | None] = [None] * len(works)
-        self.left = len(works)
-        self.compute_s = 0.0
-        self.error: Exception | None = None
-        self.done = threading.Event()
-
-    @property
-    def begun(self) -> bool:
-        """Whether the engine has begun with it."""
-        return len(self.waiting) < len(self.results)
-
-    def finish(self, index: int, result: Encoded) -> None:
-        """Note the result of a batch."""
-        self.results[index] = result
-        self.left -= 1
-        if self.left == 0:
-            self.done.set()
-
-    def fail(self, error: Exception) -> None:
-        """End it with an error, unless it has ended."""
-        if self.done.is_set():
-            return
-        self.error = error
-        self.waiting.clear()
-        self.done.set()
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """A request's batch within what the engine runs."""
-
-    ticket: _Ticket
-    index: int
-    work: Work
-
-    @property
-    def client(self) -> str:
-        return self.ticket.caller.client
 
 
 class Scheduler:
@@ -168,12 +72,12 @@ class Scheduler:
         self._thread: threading.Thread | None = None
         # The thread's own: what is being drafted.
         self._drafting = engine.drafting(batch_tokens)
-        self._drafted: dict[DraftBatch, _Part] = {}
+        self._drafted: dict[DraftBatch, Part] = {}
         # The rest is guarded by `_changed`.
-        self._queues: dict[str, deque[_Ticket]] = {}
+        self._queues: dict[str, deque[Ticket]] = {}
         self._given: dict[str, float] = {}  # tokens given to each client that is here
         self._tokens: dict[str, int] = {}  # tokens of each client's requests that wait or run
-        self._tickets: set[_Ticket] = set()  # all that wait or run
+        self._tickets: set[Ticket] = set()  # all that wait or run
         self._closed: PemaError | None = None
         self._rate = 0.0  # tokens per second, smoothed
 
@@ -187,7 +91,7 @@ class Scheduler:
         """
         tokens = sum(work.tokens for work in works)
         caller.spent.tokens += sum(len(ids) for work in works for ids in work.token_ids)
-        ticket = _Ticket(caller, works)
+        ticket = Ticket(caller, works)
         self._admit(ticket, tokens)
         admitted = time.perf_counter()
         try:
@@ -231,7 +135,7 @@ class Scheduler:
                 ticket.fail(copy.copy(error))
             self._changed.notify()
 
-    def _admit(self, ticket: _Ticket, tokens: int) -> None:
+    def _admit(self, ticket: Ticket, tokens: int) -> None:
         client = ticket.caller.client
         with self._changed:
             if self._closed is not None:
@@ -294,7 +198,7 @@ class Scheduler:
     def _given_to(self, client: str) -> float:
         return self._given.get(client, 0.0)
 
-    def _heads(self, client: str) -> list[_Part]:
+    def _heads(self, client: str) -> list[Part]:
         """The next batch of each of a client's requests, as far as somebody still waits for it."""
         for ticket in self._queues[client]:
             if ticket.waiting and ticket.caller.departed.is_set():
@@ -304,16 +208,16 @@ class Scheduler:
             self._queues[client] = queue
         else:
             del self._queues[client]
-        return [_Part(ticket, *ticket.waiting[0]) for ticket in queue]
+        return [Part(ticket, *ticket.waiting[0]) for ticket in queue]
 
-    def _next_to_encode(self, heads: Sequence[_Part]) -> list[_Part]:
+    def _next_to_encode(self, heads: Sequence[Part]) -> list[Part]:
         """The next batch to encode, unless it is the turn of those who draft; filled up with others' small ones.
 
         A client's own are never put together: a memory is computed in the same way whenever it is built alone.
         """
         drafting = {part.client for part in self._drafted.values()}
         drafting |= {part.client for part in heads if self._may_join(part, [])}
-        parts: list[_Part] = []
+        parts: list[Part] = []
         batch: EncodeBatch | None = None
         for part in heads:
             if not isinstance(part.work, EncodeBatch) or part.client in {other.client for other in parts}:
@@ -324,7 +228,7 @@ class Scheduler:
             if batch is None or self._go_together(batch, part.work):
                 part.ticket.waiting.popleft()
                 parts.append(part)
-                batch = _joined(parts)
+                batch = joined(parts)
         return parts
 
     def _go_together(self, ours: EncodeBatch, theirs: EncodeBatch) -> bool:
@@ -333,9 +237,9 @@ class Scheduler:
         lengths = [len(ids) for ids in (*ours.token_ids, *theirs.token_ids)]
         return len(plan_batches(lengths, self._batch_tokens, self._padding_tokens)) == 1
 
-    def _next_to_draft(self, heads: Sequence[_Part]) -> list[_Part]:
+    def _next_to_draft(self, heads: Sequence[Part]) -> list[Part]:
         """What joins those that are being drafted: as much as there is room for."""
-        joining: list[_Part] = []
+        joining: list[Part] = []
         for part in heads:
             if self._may_join(part, joining):
                 part.ticket.waiting.popleft()
@@ -344,27 +248,27 @@ class Scheduler:
                 break  # or small ones could take its room again and again
         return joining
 
-    def _may_join(self, part: _Part, joining: Sequence[_Part]) -> bool:
+    def _may_join(self, part: Part, joining: Sequence[Part]) -> bool:
         if not isinstance(part.work, DraftBatch):
             return False
         there = [*self._drafted.values(), *joining]
-        fits = not there or _room([*there, part]) <= self._drafting_tokens
+        fits = not there or room_of([*there, part]) <= self._drafting_tokens
         return fits and not self._exceeds_its_half(part, joining)
 
-    def _exceeds_its_half(self, part: _Part, joining: Sequence[_Part]) -> bool:
+    def _exceeds_its_half(self, part: Part, joining: Sequence[Part]) -> bool:
         """Whether a client would have more than half of the room for drafts."""
         own = [other for other in (*self._drafted.values(), *joining) if other.client == part.client]
-        return bool(own) and _room([*own, part]) > self._drafting_tokens // 2
+        return bool(own) and room_of([*own, part]) > self._drafting_tokens // 2
 
-    def _encode(self, parts: list[_Part]) -> None:
-        batch, results = _joined(parts), list[Encoded]()
+    def _encode(self, parts: list[Part]) -> None:
+        batch, results = joined(parts), list[Encoded]()
         with self._charged(parts) as spend:
             results = self._engine.encode(batch).split([len(part.work.token_ids) for part in parts])
             spend(batch.tokens, parts)
         for part, result in zip(parts, results, strict=False):  # none after an error
             part.ticket.finish(part.index, result)
 
-    def _draft(self, joining: list[_Part]) -> None:
+    def _draft(self, joining: list[Part]) -> None:
         """One step of all that is being drafted, and of what joins it."""
         self._let_go_of_departed()
         if not joining and not self._drafted:
@@ -389,24 +293,24 @@ class Scheduler:
             if part.ticket.caller.departed.is_set():
                 self._drafting.leave(batch)
                 del self._drafted[batch]
-                _fail([part], Departed("The client has gone."))
+                fail([part], Departed("The client has gone."))
 
-    def _give_up_drafting(self, failed: Sequence[_Part], error: Exception) -> None:
+    def _give_up_drafting(self, failed: Sequence[Part], error: Exception) -> None:
         """After an error nobody knows in what state the drafts are: others' requests can be made again."""
-        _fail(failed, error)
+        fail(failed, error)
         again = Overloaded("A request beside this one failed.", hint="Make it again.", retry_after_s=_RETRY_AFTER_S[0])
-        _fail([part for part in self._drafted.values() if part not in failed], again)
+        fail([part for part in self._drafted.values() if part not in failed], again)
         self._drafted.clear()
         self._drafting = self._engine.drafting(self._batch_tokens)
 
     @contextmanager
-    def _charged(self, parts: list[_Part]) -> Iterator[Callable[[int, Sequence[_Part]], None]]:
+    def _charged(self, parts: list[Part]) -> Iterator[Callable[[int, Sequence[Part]], None]]:
         """The engine works for some requests; an error reaches all who wait for it.
 
         Gives what puts tokens down to the clients of some of these requests, by their number of sequences.
         """
         self._engine_since = started = time.perf_counter()
-        spent: list[tuple[int, Sequence[_Part]]] = []
+        spent: list[tuple[int, Sequence[Part]]] = []
         error: Exception | None = None
         try:
             yield lambda tokens, own: spent.append((tokens, own))
@@ -431,7 +335,7 @@ class Scheduler:
         if error is not None and any(isinstance(part.work, DraftBatch) for part in parts):
             self._give_up_drafting(parts, error)
         elif error is not None:
-            _fail(parts, error)
+            fail(parts, error)
 
     def _works(self) -> bool:
         """Whether the engine that has just failed still does what it should."""
@@ -441,25 +345,3 @@ class Scheduler:
             log.error("the engine is broken: after a failure, its check ends in %s", type(error).__name__)
             return False
         return True
-
-
-def _room(parts: Sequence[_Part]) -> int:
-    """Tokens that batches may come to hold together: all their sequences are padded to the longest."""
-    works = [part.work for part in parts if isinstance(part.work, DraftBatch)]
-    return sum(len(work.token_ids) for work in works) * max(work.width for work in works)
-
-
-def _joined(parts: Sequence[_Part]) -> EncodeBatch:
-    works = [part.work for part in parts if isinstance(part.work, EncodeBatch)]
-    return EncodeBatch(
-        [ids for work in works for ids in work.token_ids],
-        [start for work in works for start in work.from_position],
-        works[0].with_logsumexp,
-        works[0].tenant,
-    )
-
-
-def _fail(parts: Sequence[_Part], error: Exception) -> None:
-    for part in parts:
-        # Each its own: transports note the request's id on it.
-        part.ticket.fail(copy.copy(error))

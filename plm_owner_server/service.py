@@ -6,19 +6,20 @@ import hashlib
 import math
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import get_args
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from plm_owner_server.batching import plan_batches
 from plm_owner_server.engines.base import Counts, Decoded, DraftBatch, EncodeBatch, Encoded, Engine
 from plm_owner_server.gathering import Gathered, present
-from plm_owner_server.scheduler import Caller, Load, Scheduler
+from plm_owner_server.scheduler import Scheduler
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.threads import use_cores
+from plm_owner_server.tickets import Caller, Load
+from plm_owner_server.tokenizer import bundle_tokenizer
 from protocol.checks import echoes, require_finite
 from protocol.codec import raw_bytes
 from protocol.errors import InvalidRequest, OverLimit, PemaError, Unsupported
@@ -44,34 +45,6 @@ from protocol.rows import compact
 _LOCAL = Caller()
 # Of the head, from the device at a time.
 _ROWS_AT_ONCE = 4096
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The model's fast tokenizer.
-
-    Raises:
-        Unsupported: the folder has none that a client could run.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        raise Unsupported(
-            f"No tokenizer can be loaded from {folder}: {error}", hint="Put the model's tokenizer.json into it."
-        ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise Unsupported(
-            "The model's tokenizer has no fast form, which is what clients run.",
-            hint="Convert it to a tokenizer.json first.",
-        )
-    return tokenizer
-
-
-def bundle_tokenizer(tokenizer: PreTrainedTokenizerFast) -> TokenizerBundle:
-    """The tokenizer as it travels to clients."""
-    tokenizer_json = tokenizer.backend_tokenizer.to_str()
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    return TokenizerBundle(tokenizer_json=tokenizer_json, chat_template=template, special_tokens=special)
 
 
 class PlmService:

@@ -28,9 +28,10 @@ from plm_owner_server.grpc import serve_grpc
 from plm_owner_server.holder import ServiceHolder
 from plm_owner_server.models import digest_folder
 from plm_owner_server.rest import create_app
-from plm_owner_server.service import PlmService, load_tokenizer
+from plm_owner_server.service import PlmService
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants import Access
+from plm_owner_server.tokenizer import load_tokenizer
 
 PAD, BOS, EOS = 0, 1, 2
 _SPECIAL = ["<pad>", "<bos>", "<eos>"]

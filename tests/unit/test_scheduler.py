@@ -14,7 +14,8 @@ import torch
 
 from plm_owner_server import scheduler as module
 from plm_owner_server.engines.base import Counts, Decoded, DraftBatch, EncodeBatch, Encoded, EngineInfo
-from plm_owner_server.scheduler import Caller, Departed, Scheduler, Work
+from plm_owner_server.scheduler import Scheduler
+from plm_owner_server.tickets import Caller, Departed, Work
 from protocol.checks import echo
 from protocol.errors import NotReady, Overloaded
 from protocol.head import LMHead

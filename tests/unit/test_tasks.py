@@ -9,7 +9,8 @@ from data_owner_client.connection import InProcessConnection
 from data_owner_client.plm import RemotePlm
 from data_owner_client.tasks import Task, builtin_tasks, load_task
 from data_owner_client.tokenization import PlmTokenizer
-from plm_owner_server.service import PlmService, bundle_tokenizer, load_tokenizer
+from plm_owner_server.service import PlmService
+from plm_owner_server.tokenizer import bundle_tokenizer, load_tokenizer
 from protocol.errors import InvalidData, ProtocolViolation, Unsupported
 from protocol.messages import TokenizerBundle
 from tests import support

@@ -1,0 +1,38 @@
+"""The model's tokenizer, and how it travels to clients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from protocol.errors import Unsupported
+from protocol.messages import TokenizerBundle
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The model's fast tokenizer.
+
+    Raises:
+        Unsupported: the folder has none that a client could run.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise Unsupported(
+            f"No tokenizer can be loaded from {folder}: {error}", hint="Put the model's tokenizer.json into it."
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise Unsupported(
+            "The model's tokenizer has no fast form, which is what clients run.",
+            hint="Convert it to a tokenizer.json first.",
+        )
+    return tokenizer
+
+
+def bundle_tokenizer(tokenizer: PreTrainedTokenizerFast) -> TokenizerBundle:
+    """The tokenizer as it travels to clients."""
+    tokenizer_json = tokenizer.backend_tokenizer.to_str()
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return TokenizerBundle(tokenizer_json=tokenizer_json, chat_template=template, special_tokens=special)
