@@ -1,20 +1,30 @@
-"""What stands before the service: who may call, and the time until the model is loaded."""
+"""What stands before the service: who may call, and whether there is a model to answer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from anyio import CapacityLimiter
 
+from plm_owner_server.accounts import Accounts
 from plm_owner_server.metering import Meter
-from plm_owner_server.scheduler import Caller
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import Access, Anyone, Scope, Tenant
 from plm_owner_server.threads import in_worker
+from plm_owner_server.tickets import Caller
 from protocol.errors import Forbidden, NotReady
 
 # Keys at a time.
 _ASKED_ABOUT = 8
+
+
+def stopping() -> NotReady:
+    """What calls are told while the server stops."""
+    return NotReady(
+        "The server is stopping.", hint="Try again in a moment: another one takes its place.", retry_after_s=5.0
+    )
 
 
 @dataclass(frozen=True)
@@ -37,15 +47,23 @@ class Admission:
 
 
 class ServiceHolder:
-    """The service, once its model is loaded.
+    """The service, while its model is loaded and the server is not stopping.
 
     Args:
         service: may come later.
         access: tells who a caller is; everybody may call unless given.
+
+    Attributes:
+        service: None while the model is loaded, or loaded again.
+        accounts: what every call is put down to.
+        calls: number of those that are worked on, until their answers are on their way.
     """
 
     def __init__(self, service: PlmService | None = None, access: Access | None = None) -> None:
         self.service = service
+        self.accounts = Accounts()
+        self.calls = 0
+        self._stopping = False
         self._access = access or Anyone()
         self._asking = CapacityLimiter(_ASKED_ABOUT)
 
@@ -53,11 +71,31 @@ class ServiceHolder:
         """The service.
 
         Raises:
-            NotReady: the model is still loading.
+            NotReady: the model is loading, or the server is stopping.
         """
+        if self._stopping:
+            raise stopping()
         if self.service is None:
             raise NotReady("The model is still loading.", hint="Try again in a moment.", retry_after_s=2.0)
         return self.service
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether calls are answered."""
+        return self.service is not None and not self._stopping
+
+    def stop(self) -> None:
+        """Turn away new calls from now on."""
+        self._stopping = True
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Count a call that is worked on; in the event loop's thread."""
+        self.calls += 1
+        try:
+            yield
+        finally:
+            self.calls -= 1
 
     async def admit(self, authorization: str | None, scope: Scope) -> Admission:
         """Let a caller make a call, without keeping the event loop waiting for a database.

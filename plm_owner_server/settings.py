@@ -156,6 +156,12 @@ class ServerSettings(StoreSettings):
         description="Memory for attention states in MiB: what texts begin with is computed once, and a text that goes "
         "on is not computed again. 0 turns it off.",
     )
+    prefix_cache_seconds: float = Field(
+        default=600,
+        gt=0,
+        description="How long they are kept after their last use, in seconds. Then they are dropped, whether or not "
+        "somebody calls.",
+    )
     max_waiting_requests: int = Field(
         default=64, ge=1, description="Requests that may wait for the model. One more is told to come back (429)."
     )
@@ -165,9 +171,34 @@ class ServerSettings(StoreSettings):
         description="Tokens of all requests that may wait for the model; bounds their answers' memory. More is told to "
         "come back (429). One client may fill half of it.",
     )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="TCP port on which Prometheus finds metrics (/metrics); 0 takes a free one. None by default.",
+    )
+    metrics_host: str = Field(
+        default="127.0.0.1",
+        description="Address of --metrics-port. There are no keys: whoever reaches it may read the metrics.",
+    )
+    engine_timeout: float = Field(
+        default=600,
+        gt=0,
+        description="Longest single piece of the model's work, in seconds. If it takes longer, it hangs: the server "
+        "ends with a status other than 0, to be started again.",
+    )
+    drain_seconds: float = Field(
+        default=30,
+        ge=0,
+        description="How long calls may still be worked on after SIGTERM or SIGINT, in seconds. New ones are refused "
+        "(503). A second signal stops at once.",
+    )
     cache_dir: Path = Field(
         default_factory=lambda: user_cache_path("pema") / "models",
         description="Folder where a GGUF model is kept once it is converted, so that only the first start is slow.",
+    )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Lines for people, or a JSON object each for a log store. On standard error."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Verbosity of the log. No level writes texts, token ids or representations."

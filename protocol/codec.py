@@ -30,6 +30,7 @@ from pydantic import (
 from safetensors import SafetensorError
 from torch import Tensor
 
+from protocol.checks import place
 from protocol.errors import InvalidRequest, MalformedMessage
 
 BINARY = "application/vnd.pema.safetensors"
@@ -210,9 +211,8 @@ class Message(BaseModel):
         except ValidationError as error:
             # Only the place and the rule: the offending value may be private.
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            place = ".".join(str(part) for part in first["loc"]) or "body"
             raise InvalidRequest(
-                f"{place}: {first['msg']} ({error.error_count()} such in this message).",
+                f"{place(first['loc'])}: {first['msg']} ({error.error_count()} such in this message).",
                 hint="The fields and an example are in the OpenAPI page of the server (/docs).",
             ) from None
 

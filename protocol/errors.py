@@ -12,7 +12,7 @@
     ├── UnacceptableAnswer (ValueError)     406  no representation of the answer suits the Accept header
     ├── Overloaded                          429  try again after `retry_after_s`
     │   └── QuotaExceeded                   429  likewise: the tenant's own share is used up until then
-    ├── NotReady                            503  the model is still loading; try again after `retry_after_s`
+    ├── NotReady                            503  not yet, or not any more; try again after `retry_after_s`
     ├── ServerFault                         500  the server's own fault, without any of the caller's data
     ├── NumericalFault (ArithmeticError)    422  a value that is not finite in the dtype asked for, with counts
     ├── ConnectionFailed (ConnectionError)       the server was not reached, or hung up (client only)

@@ -62,14 +62,14 @@ class ModelCard(Message):
     head_policy: HeadPolicy = Field(
         default="full", description="which rows of the LM head a client may have: all, those of chosen tokens, or none"
     )
+    eos_token_ids: list[int] = Field(description="tokens after which the model itself would stop")
+    limits: Limits
+    protocol_version: int = PROTOCOL_VERSION
     rotated: bool = Field(
         default=False,
         description="representations and LM head come in a secret basis of the tenant's own; head_digest then names "
         "the head, and is not made of its rows",
     )
-    eos_token_ids: list[int] = Field(description="tokens after which the model itself would stop")
-    limits: Limits
-    protocol_version: int = PROTOCOL_VERSION
 
 
 class TokenizerBundle(Message):

@@ -169,6 +169,7 @@ def make_service(
         model,
         cr_kind=chosen.cr_kind,
         prefix_cache_bytes=int(chosen.prefix_cache_mib * 2**20),
+        prefix_cache_seconds=chosen.prefix_cache_seconds,
         pack_weights=chosen.pack_weights,
     )
     engine.warm_up()
@@ -206,9 +207,16 @@ def serve(
     service: PlmService | None, *, max_body_bytes: int | None = None, access: Access | None = None
 ) -> Iterator[str]:
     """Serve over REST and give the base URL; without a service, as a server whose model is still loading."""
+    with serve_holder(ServiceHolder(service, access), max_body_bytes=max_body_bytes) as url:
+        yield url
+
+
+@contextmanager
+def serve_holder(holder: ServiceHolder, *, max_body_bytes: int | None = None) -> Iterator[str]:
+    """Serve over REST and give the base URL."""
     if max_body_bytes is None:
-        max_body_bytes = service.model_card().limits.max_body_bytes if service else 2**20
-    with run_app(create_app(ServiceHolder(service, access), max_body_bytes=max_body_bytes)) as url:
+        max_body_bytes = holder.service.model_card().limits.max_body_bytes if holder.service else 2**20
+    with run_app(create_app(holder, max_body_bytes=max_body_bytes)) as url:
         yield url
 
 
@@ -217,13 +225,18 @@ def serve_over_grpc(
     service: PlmService | None, *, max_body_bytes: int = 2**24, access: Access | None = None
 ) -> Iterator[str]:
     """Serve over gRPC on an event loop of its own and give the address, grpc://…."""
+    with serve_holder_over_grpc(ServiceHolder(service, access), max_body_bytes=max_body_bytes) as url:
+        yield url
+
+
+@contextmanager
+def serve_holder_over_grpc(holder: ServiceHolder, *, max_body_bytes: int = 2**24) -> Iterator[str]:
+    """Serve over gRPC on an event loop of its own and give the address, grpc://…."""
     ready, stop = threading.Event(), threading.Event()
     ports: list[int] = []
 
     async def run() -> None:
-        async with serve_grpc(
-            ServiceHolder(service, access), "127.0.0.1", 0, max_body_bytes=max_body_bytes, max_calls=64
-        ) as port:
+        async with serve_grpc(holder, "127.0.0.1", 0, max_body_bytes=max_body_bytes, max_calls=64) as port:
             ports.append(port)
             ready.set()
             while not stop.is_set():

@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from data_owner_client.connection import Connection, Exchange, open_connection
-from plm_owner_server.scheduler import Caller
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import SCOPES, OneKey, Scope, TenantKeys, TenantStore
+from plm_owner_server.tickets import Caller
 from protocol.errors import Forbidden, InvalidRequest, Unauthenticated
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from tests.support import serve, serve_over_grpc

@@ -45,10 +45,12 @@ def server(
         _stop(process, log)
 
 
-def start_server(log: Path, port: int, grpc_port: int, *arguments: str) -> subprocess.Popen[bytes]:
-    """`pema-server serve` on these ports."""
+def start_server(
+    log: Path, port: int, grpc_port: int, *arguments: str, module: str = "plm_owner_server.cli"
+) -> subprocess.Popen[bytes]:
+    """`pema-server serve` on these ports; `module` may be another one with the same command line."""
     ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
-    command = [sys.executable, "-m", "plm_owner_server.cli", "serve", *ports, *arguments]
+    command = [sys.executable, "-m", module, "serve", *ports, *arguments]
     with log.open("ab") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
