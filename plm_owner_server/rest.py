@@ -8,11 +8,12 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from anyio import CapacityLimiter
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
@@ -44,6 +45,18 @@ REQUEST_ID = "X-Request-Id"
 CLIENT_HEADER = "X-Pema-Client"
 _CLIENT_LEFT = 499  # nginx's number for it; HTTP has none
 _PROBES = frozenset({"/healthz", "/readyz"})
+
+
+class _HeadRange(BaseModel):
+    """The query of a range of head rows; unknown names are refused, as in bodies."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    start: int = Field(default=0, ge=0, description="first row")
+    stop: int | None = Field(
+        default=None, ge=0, description="end of the range (exclusive); by default that of the head"
+    )
+    dtype: HeadDtype = "float16"
 
 
 def create_app(
@@ -113,14 +126,12 @@ def create_app(
         )
 
     @app.get("/v1/lm-head", tags=["model"], summary="A range of rows of the LM head", **rest_docs.LM_HEAD_RANGE)
-    async def lm_head_range(
-        request: Request, start: int = 0, stop: int | None = None, dtype: HeadDtype = "float16"
-    ) -> Response:
+    async def lm_head_range(request: Request, rows: Annotated[_HeadRange, Query()]) -> Response:
         service, form = (await admit(request, "head")).service, _answer_form(request)
-        tag = f"{service.model_card().digest}-{start}-{stop}-{dtype}-{form.rpartition('.')[2]}"
+        tag = f"{service.model_card().digest}-{rows.start}-{rows.stop}-{rows.dtype}-{form.rpartition('.')[2]}"
         if cached := _cached(request, tag):
             return cached
-        wanted = HeadRequest.validated({"start": start, "stop": stop, "dtype": dtype})
+        wanted = HeadRequest.validated(rows.model_dump())
         response = await in_worker(lambda: _response(service.lm_head(wanted), form), limiter)
         response.headers["ETag"] = f'"{tag}"'
         return response
