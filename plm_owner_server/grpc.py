@@ -19,6 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from plm_owner_server.accounts import answerable, request_id_of, timing_of
+from plm_owner_server.grpc_decoding import RefuseUndecodable
 from plm_owner_server.holder import Admission, ServiceHolder
 from plm_owner_server.scheduler import Caller
 from plm_owner_server.service import PlmService
@@ -76,13 +77,14 @@ async def serve_grpc(
         OSError: the address cannot be had.
     """
     server = grpc.aio.server(
+        interceptors=[RefuseUndecodable()],
         options=[
             ("grpc.max_receive_message_length", max_body_bytes),
             ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, not a replica
             # Clients ping while they wait for a long computation: proxies drop connections that seem idle, often after
             # a minute. Without this the server would take pings every 30 s for an attack.
             ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
-        ]
+        ],
     )
     limiter = CapacityLimiter(max_calls)
     pema_pb2_grpc.add_PlmServicer_to_server(_Servicer(holder, limiter), server)  # type: ignore[no-untyped-call]
