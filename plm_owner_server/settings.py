@@ -16,6 +16,8 @@ from pydantic_settings import BaseSettings, CliImplicitFlag, SettingsConfigDict
 from protocol.messages import CrKind
 
 DEFAULT_MODEL = "gemma-3-270m"
+# Largest number that gRPC carries, or takes as an option.
+_INT32 = 2**31 - 1
 
 
 def _in_a_file_of_the_users_own() -> str:
@@ -111,21 +113,29 @@ class ServerSettings(StoreSettings):
     max_sequence_tokens: int = Field(
         default=4096,
         ge=2,
+        le=_INT32,
         description="Longest sequence in tokens, drafts included; bounds attention memory, capped by the model's own.",
     )
     max_sequences: int = Field(
-        default=512, ge=1, description="Most sequences in a request. Bounds how long one request occupies the model."
+        default=512,
+        ge=1,
+        le=_INT32,
+        description="Most sequences in a request. Bounds how long one request occupies the model.",
     )
     max_look_ahead: int = Field(
-        default=1024, ge=0, description="Most tokens drafted per sequence and request. Bounds the time of one request."
+        default=1024,
+        ge=0,
+        le=_INT32,
+        description="Most tokens drafted per sequence and request. Bounds the time of one request.",
     )
     max_answer_bytes: int = Field(
         default=128 * 2**20,
         ge=1,
+        le=2**34,
         description="Largest answer in bytes, counted as float32. Bounds its memory; clients ask in pieces.",
     )
     max_body_bytes: int = Field(
-        default=16 * 2**20, ge=1024, description="Largest request body in bytes. Bounds memory per request."
+        default=16 * 2**20, ge=1024, le=_INT32, description="Largest request body in bytes. Bounds memory per request."
     )
     batch_tokens: int = Field(
         default=4096,
@@ -147,6 +157,7 @@ class ServerSettings(StoreSettings):
     prefix_cache_mib: float = Field(
         default=1024,
         ge=0,
+        allow_inf_nan=False,
         description="Memory for attention states in MiB: what texts begin with is computed once, and a text that goes "
         "on is not computed again. 0 turns it off.",
     )
