@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, CliSubCommand
 from transformers.utils import logging as transformers_logging
 
+from plm_owner_server.connections import allow_open_files, bounded_http
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
 from plm_owner_server.grpc import serve_grpc
 from plm_owner_server.holder import ServiceHolder
@@ -136,7 +137,15 @@ def serve(settings: ServerSettings) -> None:
         async with AsyncExitStack() as stack:
             try:
                 port = await stack.enter_async_context(
-                    serve_grpc(holder, settings.host, grpc_port, **bounds, credentials=credentials)
+                    serve_grpc(
+                        holder,
+                        settings.host,
+                        grpc_port,
+                        **bounds,
+                        max_connections=settings.max_connections,
+                        transfer_s=settings.transfer_s,
+                        credentials=credentials,
+                    )
                 )
                 if certificate and context:
                     renewing = asyncio.create_task(certificate.keep_current(context))
@@ -152,6 +161,7 @@ def serve(settings: ServerSettings) -> None:
     beside = settings.port + 1 if settings.port else 0
     grpc_port = beside if settings.grpc_port is None else settings.grpc_port
     bounds = {"max_body_bytes": settings.max_body_bytes, "max_calls": 2 * settings.max_waiting_requests}
+    allow_open_files(2 * settings.max_connections)
     app = create_app(holder, **bounds, lifespan=lifespan)
     config = uvicorn.Config(
         app,
@@ -159,6 +169,8 @@ def serve(settings: ServerSettings) -> None:
         port=settings.port,
         log_config=None,
         access_log=False,
+        http=bounded_http(settings.max_connections, settings.transfer_s),
+        ws="none",
         ssl_context_factory=(lambda *_: context) if context else None,
     )
     server = uvicorn.Server(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import threading
 import time
@@ -19,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from plm_owner_server.accounts import answerable, request_id_of, timing_of
-from plm_owner_server.grpc_decoding import RefuseUndecodable
+from plm_owner_server.grpc_refusals import RefuseCalls, abort
 from plm_owner_server.holder import Admission, ServiceHolder
 from plm_owner_server.scheduler import Caller
 from plm_owner_server.service import PlmService
@@ -27,13 +26,12 @@ from plm_owner_server.tenants import Scope
 from plm_owner_server.threads import in_worker
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.codec import Message
-from protocol.errors import PemaError, to_problem
+from protocol.errors import PemaError, TooSlow, to_problem
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from protocol.pieces import PIECE_BYTES, split_head, split_rows
 from protocol.protobuf import (
     CLIENT_METADATA,
     KEY_METADATA,
-    PROBLEM_METADATA,
     REQUEST_ID_METADATA,
     from_proto,
     to_proto,
@@ -61,6 +59,8 @@ async def serve_grpc(
     *,
     max_body_bytes: int,
     max_calls: int,
+    max_connections: int = 1000,
+    transfer_s: float = 30.0,
     credentials: grpc.ServerCredentials | None = None,
 ) -> AsyncIterator[int]:
     """Serve the calls, health and reflection; gives the port.
@@ -71,15 +71,26 @@ async def serve_grpc(
         port: 0 takes a free one.
         max_body_bytes: larger requests are refused.
         max_calls: calls worked on at the same time, those that wait for the model included.
+        max_connections: more are closed at once.
+        transfer_s: longest time that a client may take to shake hands, and to read each piece of an answer.
         credentials: for TLS.
 
     Raises:
         OSError: the address cannot be had.
     """
     server = grpc.aio.server(
-        interceptors=[RefuseUndecodable()],
+        interceptors=[RefuseCalls()],
         options=[
             ("grpc.max_receive_message_length", max_body_bytes),
+            # Compressed messages are refused: the limit is not applied to what they become.
+            ("grpc.compression_enabled_algorithms_bitset", 1 << grpc.Compression.NoCompression),
+            ("grpc.max_allowed_incoming_connections", max_connections),
+            ("grpc.max_concurrent_streams", max_calls),
+            ("grpc.server_handshake_timeout_ms", int(1000 * transfer_s)),
+            # Connections of those who are gone, or have nothing to say, are closed.
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.max_connection_idle_ms", 600_000),
             ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, not a replica
             # Clients ping while they wait for a long computation: proxies drop connections that seem idle, often after
             # a minute. Without this the server would take pings every 30 s for an attack.
@@ -87,7 +98,7 @@ async def serve_grpc(
         ],
     )
     limiter = CapacityLimiter(max_calls)
-    pema_pb2_grpc.add_PlmServicer_to_server(_Servicer(holder, limiter), server)  # type: ignore[no-untyped-call]
+    pema_pb2_grpc.add_PlmServicer_to_server(_Servicer(holder, limiter, transfer_s), server)  # type: ignore[no-untyped-call]
     state = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -120,26 +131,27 @@ async def _announce_readiness(holder: ServiceHolder, state: health.aio.HealthSer
 
 
 class _Servicer(pema_pb2_grpc.PlmServicer):
-    def __init__(self, holder: ServiceHolder, limiter: CapacityLimiter) -> None:
+    def __init__(self, holder: ServiceHolder, limiter: CapacityLimiter, transfer_s: float) -> None:
         self._holder = holder
         self._limiter = limiter
+        self._transfer_s = transfer_s
 
     async def GetModelCard(self, request: Proto, context: Any) -> Proto:
         return await self._answer(
             "GetModelCard", "card", context, lambda a: to_proto(a.service.model_card(), pema_pb2.ModelCard())
         )
 
-    async def GetTokenizer(self, request: Proto, context: Any) -> AsyncIterator[Proto]:
+    async def GetTokenizer(self, request: Proto, context: Any) -> None:
         data = await self._answer("GetTokenizer", "card", context, lambda a: a.service.tokenizer().to_json())
         for start in range(0, len(data), PIECE_BYTES):
-            yield pema_pb2.TokenizerPiece(data=data[start : start + PIECE_BYTES])
+            await self._write(context, pema_pb2.TokenizerPiece(data=data[start : start + PIECE_BYTES]))
 
-    async def GetLmHead(self, request: Proto, context: Any) -> AsyncIterator[Proto]:
+    async def GetLmHead(self, request: Proto, context: Any) -> None:
         rows = await self._answer(
             "GetLmHead", "head", context, lambda a: a.service.lm_head(from_proto(request, HeadRequest))
         )
         for piece in split_head(rows):
-            yield to_proto(piece, pema_pb2.HeadRows())
+            await self._write(context, to_proto(piece, pema_pb2.HeadRows()))
 
     async def Encode(self, calls: AsyncIterator[Any], context: Any) -> None:
         await self._answer_stream(
@@ -168,8 +180,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         try:
             return await self._work(name, scope, request_id, metadata_given.get(KEY_METADATA), work)
         except PemaError as error:
-            metadata = ((PROBLEM_METADATA, json.dumps(to_problem(error)).encode()),)
-            await context.abort(grpc.StatusCode[error.grpc_status], error.detail, metadata)
+            await abort(context, error)
             raise  # not reached: abort raises
 
     async def _answer_stream(
@@ -194,10 +205,12 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
                     pieces = await self._work(name, scope, request_id, key, lambda a: pieces_of(a, given.request))
                 except PemaError as error:
                     pieces = [piece_type(problem=pema_pb2.Problem(**to_problem(error)), last=True)]
-                async with writing:
-                    for piece in pieces:
-                        piece.request_id = given.request_id
-                        await context.write(piece)
+                # Not given back if it fails: a write that was given up is still on its way, and no other may begin.
+                await writing.acquire()
+                for piece in pieces:
+                    piece.request_id = given.request_id
+                    await self._write(context, piece)
+                writing.release()
             finally:
                 places.release()
 
@@ -215,6 +228,20 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
             async for given in calls:
                 await places.acquire()
                 tasks.create_task(answer(given))
+
+    async def _write(self, context: Any, piece: Proto) -> None:
+        """Write a piece of an answer once there is room for it.
+
+        Raises:
+            TooSlow: the client does not read; `RefuseCalls` ends the call.
+        """
+        try:
+            async with asyncio.timeout(self._transfer_s):
+                await context.write(piece)
+        except TimeoutError:
+            raise TooSlow(
+                f"A piece of the answer was not read within {self._transfer_s:g} s.", hint="Read answers as they come."
+            ) from None
 
     async def _work(
         self, name: str, scope: Scope, request_id: str, key: str | None, work: Callable[[Admission], _Result]

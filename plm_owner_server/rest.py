@@ -33,6 +33,7 @@ from protocol.errors import (
     PemaError,
     UnacceptableAnswer,
     Unauthenticated,
+    UnknownEncoding,
     to_problem,
 )
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadDtype, HeadRequest
@@ -85,6 +86,7 @@ def create_app(
     ) -> Response:
         admitted = await admit(request, scope)
         form = _answer_form(request)
+        _require_plain(request)
         body = await _body(request, max_body_bytes)
         caller = admitted.caller(request.headers.get(CLIENT_HEADER) or (request.client.host if request.client else ""))
 
@@ -197,14 +199,23 @@ def create_app(
     return app
 
 
+def _require_plain(request: Request) -> None:
+    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        # A small body could become a large one.
+        raise UnknownEncoding("The body is compressed.", hint="Send it as it is, without Content-Encoding.")
+
+
 async def _body(request: Request, max_body_bytes: int) -> bytes:
+    too_large = PayloadTooLarge(
+        f"The body is larger than {max_body_bytes} bytes.", hint="Send fewer sequences in one request."
+    )
+    if int(request.headers.get("content-length", 0)) > max_body_bytes:
+        raise too_large
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_body_bytes:
-            raise PayloadTooLarge(
-                f"The body is larger than {max_body_bytes} bytes.", hint="Send fewer sequences in one request."
-            )
+            raise too_large
     return bytes(body)
 
 

@@ -137,6 +137,20 @@ class ServerSettings(StoreSettings):
     max_body_bytes: int = Field(
         default=16 * 2**20, ge=1024, le=_INT32, description="Largest request body in bytes. Bounds memory per request."
     )
+    max_connections: int = Field(
+        default=1000,
+        ge=1,
+        le=_INT32,
+        description="Connections at the same time, for each transport; each takes a file. One more takes the place of "
+        "the one that is idle longest, or is told to come back.",
+    )
+    transfer_s: float = Field(
+        default=30.0,
+        ge=0.1,
+        allow_inf_nan=False,
+        description="Seconds that a request's head, each MiB of its body, and each MiB of an answer may take. Bounds "
+        "what slow clients hold: who is slower is cut off.",
+    )
     batch_tokens: int = Field(
         default=4096,
         ge=1,

@@ -1,4 +1,4 @@
-"""Bytes that are no message of their call are the caller's mistake; gRPC itself takes them for a server's fault."""
+"""How gRPC calls are refused, also those whose bytes are no message: gRPC takes these for a fault of the server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from protocol.errors import MalformedMessage, to_problem
+from protocol.errors import MalformedMessage, PemaError, TooSlow, to_problem
 from protocol.protobuf import PROBLEM_METADATA
 
 _HANDLERS = {
@@ -21,8 +21,17 @@ _HANDLERS = {
 }
 
 
-class RefuseUndecodable(grpc.aio.ServerInterceptor):
-    """Ends such calls with INVALID_ARGUMENT, those of a stream once what came before them is answered."""
+async def abort(context: Any, error: PemaError) -> None:
+    """End a call with an error, its problem document included; raises what gRPC ends a handler with."""
+    problem = json.dumps(to_problem(error)).encode()
+    await context.abort(grpc.StatusCode[error.grpc_status], error.detail, ((PROBLEM_METADATA, problem),))
+
+
+class RefuseCalls(grpc.aio.ServerInterceptor):
+    """Ends calls with bytes that are no message, those of a stream once what came before them is answered.
+
+    And calls whose answers are not read, wherever in a stream's tasks that was noticed.
+    """
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
@@ -37,10 +46,17 @@ class RefuseUndecodable(grpc.aio.ServerInterceptor):
         async def guarded(given: Any, context: Any) -> Any:
             requests = _Decodable(given) if handler.request_streaming else None
             if given is None:
-                await _refuse(context)
-            answer = await behaviour(given if requests is None else requests.until_undecodable(), context)
+                await abort(context, _undecodable())
+            refusal: PemaError | None = None
+            answer = None
+            try:
+                answer = await behaviour(given if requests is None else requests.until_undecodable(), context)
+            except* TooSlow as slow:
+                refusal = TooSlow(str(slow.exceptions[0]))
             if requests is not None and requests.undecodable:
-                await _refuse(context)
+                refusal = _undecodable()
+            if refusal is not None:
+                await abort(context, refusal)
             return answer
 
         make = _HANDLERS[handler.request_streaming, handler.response_streaming]
@@ -86,9 +102,7 @@ def _written(behaviour: Callable[..., Any]) -> Callable[..., Any]:
     return writing
 
 
-async def _refuse(context: Any) -> None:
-    error = MalformedMessage(
+def _undecodable() -> MalformedMessage:
+    return MalformedMessage(
         "The bytes are no message of this call.", hint="protocol/pema.proto describes the messages."
     )
-    problem = ((PROBLEM_METADATA, json.dumps(to_problem(error)).encode()),)
-    await context.abort(grpc.StatusCode[error.grpc_status], error.detail, problem)
