@@ -53,6 +53,8 @@ _OPTIONS = [
     # Pieces are of a MiB or so, but one sequence is never divided, and a long one at a large D is larger.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
+    # Nothing compressed: a small answer could become a large one.
+    ("grpc.compression_enabled_algorithms_bitset", 1 << grpc.Compression.NoCompression),
     # A call may compute for minutes without a byte on the wire, and proxies drop connections that seem idle, often
     # after a minute. Without the last of these gRPC would ping less and less often.
     ("grpc.keepalive_time_ms", 30_000),
