@@ -25,7 +25,7 @@ from plm_owner_server.models import digest_folder, resolve
 from plm_owner_server.rest import create_app
 from plm_owner_server.service import PlmService, load_tokenizer
 from plm_owner_server.settings import ServerSettings
-from plm_owner_server.tenants import access_for
+from plm_owner_server.tenants import access_for, certified_for
 from plm_owner_server.tenants.commands import Tenants
 from plm_owner_server.tls import Certificate
 from protocol.errors import PemaError
@@ -112,10 +112,11 @@ def serve(settings: ServerSettings) -> None:
     transformers_logging.disable_progress_bar()
     for noisy in ("httpx", "httpcore", "filelock", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    holder = ServiceHolder(access=access_for(settings))
+    certified = certified_for(settings)
+    holder = ServiceHolder(access=None if certified else access_for(settings), certified=certified)
     certificate = None
     if settings.tls_certificate and settings.tls_key:
-        certificate = Certificate(settings.tls_certificate, settings.tls_key)
+        certificate = Certificate(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
     context = certificate.context() if certificate else None
     credentials = certificate.grpc_credentials() if certificate else None
     failures: list[PemaError] = []

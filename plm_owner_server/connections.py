@@ -12,8 +12,11 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from plm_owner_server.tls import common_name
 from protocol.errors import PROBLEM_JSON, Overloaded, PemaError, TooSlow, to_problem
 
+CERTIFICATE = "certificate"
+"""Where a request's state has the common name in its client's certificate."""
 _MIB = 2**20
 # Besides those of connections: the model's, the store's, what libraries open.
 _OTHER_FILES = 512
@@ -71,8 +74,10 @@ class BoundedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # Then all that waits to be read is noticed.
-        transport.set_write_buffer_limits(high=0)
+        if (ssl_object := transport.get_extra_info("ssl_object")) is not None:
+            self.app_state = self.app_state | {CERTIFICATE: common_name(ssl_object.getpeercert())}
+        # Then all that waits to be read is noticed. Not 0: TLS pauses at it, also when nothing waits.
+        transport.set_write_buffer_limits(high=1)
         if len(self.connections) > self._max_connections:
             if not self._idle:
                 self._end_with(

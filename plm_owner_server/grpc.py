@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import grpc
@@ -130,6 +130,14 @@ async def _announce_readiness(holder: ServiceHolder, state: health.aio.HealthSer
         await state.set(name, status.SERVING)
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """What a caller shows of who it is: a key, and the common name in its certificate."""
+
+    key: str | None
+    certificate: str | None
+
+
 class _Servicer(pema_pb2_grpc.PlmServicer):
     def __init__(self, holder: ServiceHolder, limiter: CapacityLimiter, transfer_s: float) -> None:
         self._holder = holder
@@ -178,7 +186,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         metadata_given = _metadata(context)
         request_id = request_id_of(metadata_given.get(REQUEST_ID_METADATA, ""))
         try:
-            return await self._work(name, scope, request_id, metadata_given.get(KEY_METADATA), work)
+            return await self._work(name, scope, request_id, _shown(context), work)
         except PemaError as error:
             await abort(context, error)
             raise  # not reached: abort raises
@@ -196,13 +204,13 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         """Answer every call of a stream as it is ready, several at a time."""
         places, writing = asyncio.Semaphore(_IN_PROGRESS), asyncio.Lock()
         client, departed = _client(context)
-        key = _metadata(context).get(KEY_METADATA)
+        shown = _shown(context)
 
         async def answer(given: Any) -> None:
             try:
                 request_id = request_id_of(given.request_id)
                 try:
-                    pieces = await self._work(name, scope, request_id, key, lambda a: pieces_of(a, given.request))
+                    pieces = await self._work(name, scope, request_id, shown, lambda a: pieces_of(a, given.request))
                 except PemaError as error:
                     pieces = [piece_type(problem=pema_pb2.Problem(**to_problem(error)), last=True)]
                 # Not given back if it fails: a write that was given up is still on its way, and no other may begin.
@@ -244,7 +252,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
             ) from None
 
     async def _work(
-        self, name: str, scope: Scope, request_id: str, key: str | None, work: Callable[[Admission], _Result]
+        self, name: str, scope: Scope, request_id: str, shown: _Shown, work: Callable[[Admission], _Result]
     ) -> _Result:
         """The result of `work` in a thread, and a line in the log.
 
@@ -254,7 +262,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         started = time.perf_counter()
         outcome = "OK"
         try:
-            admitted = await self._holder.admit(key, scope)
+            admitted = await self._holder.admit(shown.key, scope, shown.certificate)
             return await in_worker(lambda: work(admitted), self._limiter)
         except Exception as error:
             told = answerable(error, request_id, name)
@@ -266,6 +274,11 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
 
 def _metadata(context: Any) -> dict[str, str]:
     return dict(context.invocation_metadata() or ())
+
+
+def _shown(context: Any) -> _Shown:
+    names = context.auth_context().get("x509_common_name", [])
+    return _Shown(_metadata(context).get(KEY_METADATA), names[0].decode() if len(names) == 1 else None)
 
 
 def _client(context: Any) -> tuple[str, threading.Event]:

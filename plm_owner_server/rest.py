@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from plm_owner_server import rest_docs
 from plm_owner_server.accounts import answerable, request_id_of, timing_of
+from plm_owner_server.connections import CERTIFICATE
 from plm_owner_server.holder import Admission, ServiceHolder
 from plm_owner_server.scheduler import Caller, Departed
 from plm_owner_server.service import PlmService
@@ -76,7 +77,9 @@ def create_app(
     app = FastAPI(title="PEMA PLM server", description=rest_docs.DESCRIPTION, version="1", lifespan=lifespan)
 
     async def admit(request: Request, scope: Scope) -> Admission:
-        return await holder.admit(request.headers.get("authorization"), scope)
+        return await holder.admit(
+            request.headers.get("authorization"), scope, getattr(request.state, CERTIFICATE, None)
+        )
 
     async def answer(
         request: Request,

@@ -70,6 +70,11 @@ class ServerSettings(StoreSettings):
         "taken without a restart.",
     )
     tls_key: Path | None = Field(default=None, description="PEM file with its private key, without a password.")
+    tls_client_ca: Path | None = Field(
+        default=None,
+        description="PEM file with the authorities of clients' certificates: both transports then demand one, and its "
+        "subject's common name is the tenant's; no key is needed.",
+    )
     insecure: CliImplicitFlag[bool] = Field(
         default=False,
         description="Let keys travel unencrypted to other addresses than loopback, such as behind a proxy that does "
@@ -80,6 +85,8 @@ class ServerSettings(StoreSettings):
     def _certificate_and_key_go_together(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("--tls-certificate and --tls-key go together")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("--tls-client-ca needs --tls-certificate and --tls-key")
         return self
 
     @field_validator("api_key")

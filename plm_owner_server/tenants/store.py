@@ -179,6 +179,14 @@ class TenantStore:
             return None
         return Tenant(row.name, frozenset(_record(row).scopes))
 
+    def named(self, name: str) -> Tenant | None:
+        """The tenant of that name; None if there is none, or it is disabled."""
+        with self._begin() as connection:
+            row = connection.execute(sa.select(_TENANTS).where(_TENANTS.c.name == name)).first()
+        if row is None or row.disabled_at is not None:
+            return None
+        return Tenant(row.name, frozenset(_record(row).scopes))
+
     def _update(self, name: str, values: dict[str, object]) -> None:
         with self._begin() as connection:
             if connection.execute(sa.update(_TENANTS).where(_TENANTS.c.name == name).values(values)).rowcount == 0:
