@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, CliSubCommand
 
+from plm_owner_server.connections import allow_open_files, bounded_http
 from plm_owner_server.draining import DrainingServer
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
 from plm_owner_server.grpc import serve_grpc
@@ -29,7 +30,7 @@ from plm_owner_server.rest import create_app
 from plm_owner_server.service import PlmService
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.supervision import EngineStuck, Supervisor
-from plm_owner_server.tenants import access_for
+from plm_owner_server.tenants import access_for, certified_for
 from plm_owner_server.tenants.commands import Tenants
 from plm_owner_server.tls import Certificate
 from plm_owner_server.tokenizer import load_tokenizer
@@ -118,10 +119,11 @@ def serve(settings: ServerSettings) -> None:
     sys.setswitchinterval(_SWITCH_S)
     set_up_logs(settings.log_level, settings.log_format)
     write_no_core_files()
-    holder = ServiceHolder(access=access_for(settings))
+    certified = certified_for(settings)
+    holder = ServiceHolder(access=None if certified else access_for(settings), certified=certified)
     certificate = None
     if settings.tls_certificate and settings.tls_key:
-        certificate = Certificate(settings.tls_certificate, settings.tls_key)
+        certificate = Certificate(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
     context = certificate.context() if certificate else None
     metrics = Metrics(holder)
     traces = traces_from_environment()
@@ -152,7 +154,15 @@ def serve(settings: ServerSettings) -> None:
                     holder.accounts.observers.append(traces.observe)
                     stack.callback(traces.close)
                 port = await stack.enter_async_context(
-                    serve_grpc(holder, settings.host, grpc_port, **bounds, credentials=credentials)
+                    serve_grpc(
+                        holder,
+                        settings.host,
+                        grpc_port,
+                        **bounds,
+                        max_connections=settings.max_connections,
+                        transfer_s=settings.transfer_s,
+                        credentials=credentials,
+                    )
                 )
                 if certificate and context:
                     renewing = asyncio.create_task(certificate.keep_current(context))
@@ -169,6 +179,7 @@ def serve(settings: ServerSettings) -> None:
     beside = settings.port + 1 if settings.port else 0
     grpc_port = beside if settings.grpc_port is None else settings.grpc_port
     bounds = {"max_body_bytes": settings.max_body_bytes, "max_calls": 2 * settings.max_waiting_requests}
+    allow_open_files(2 * settings.max_connections)
     app = create_app(holder, **bounds, lifespan=lifespan)
     config = uvicorn.Config(
         app,
@@ -177,6 +188,8 @@ def serve(settings: ServerSettings) -> None:
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=1,
+        http=bounded_http(settings.max_connections, settings.transfer_s),
+        ws="none",
         ssl_context_factory=(lambda *_: context) if context else None,
     )
     server = DrainingServer(config, holder, settings.drain_seconds)

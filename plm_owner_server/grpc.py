@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -18,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from plm_owner_server.accounts import DEPARTED, Call, request_id_of, timing_of
+from plm_owner_server.grpc_refusals import RefuseCalls, abort
 from plm_owner_server.holder import Admission, ServiceHolder
 from plm_owner_server.metering import UNMETERED
 from plm_owner_server.service import PlmService
@@ -27,13 +27,12 @@ from plm_owner_server.tickets import Caller
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.allowance import RATE_LIMIT, RATE_LIMIT_POLICY, to_fields
 from protocol.codec import Message
-from protocol.errors import PemaError, to_problem
+from protocol.errors import PemaError, TooSlow, to_problem
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest, HeadRows
 from protocol.pieces import PIECE_BYTES, split_head, split_rows
 from protocol.protobuf import (
     CLIENT_METADATA,
     KEY_METADATA,
-    PROBLEM_METADATA,
     RATE_LIMIT_METADATA,
     RATE_LIMIT_POLICY_METADATA,
     REQUEST_ID_METADATA,
@@ -71,6 +70,8 @@ async def serve_grpc(
     *,
     max_body_bytes: int,
     max_calls: int,
+    max_connections: int = 1000,
+    transfer_s: float = 30.0,
     credentials: grpc.ServerCredentials | None = None,
 ) -> AsyncIterator[int]:
     """Serve the calls, health and reflection; gives the port.
@@ -81,22 +82,34 @@ async def serve_grpc(
         port: 0 takes a free one.
         max_body_bytes: larger requests are refused.
         max_calls: calls worked on at the same time, those that wait for the model included.
+        max_connections: more are closed at once.
+        transfer_s: longest time that a client may take to shake hands, and to read each piece of an answer.
         credentials: for TLS.
 
     Raises:
         OSError: the address cannot be had.
     """
     server = grpc.aio.server(
+        interceptors=[RefuseCalls()],
         options=[
             ("grpc.max_receive_message_length", max_body_bytes),
+            # Compressed messages are refused: the limit is not applied to what they become.
+            ("grpc.compression_enabled_algorithms_bitset", 1 << grpc.Compression.NoCompression),
+            ("grpc.max_allowed_incoming_connections", max_connections),
+            ("grpc.max_concurrent_streams", max_calls),
+            ("grpc.server_handshake_timeout_ms", int(1000 * transfer_s)),
+            # Connections of those who are gone, or have nothing to say, are closed.
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.max_connection_idle_ms", 600_000),
             ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, not a replica
             # Clients ping while they wait for a long computation: proxies drop connections that seem idle, often after
             # a minute. Without this the server would take pings every 30 s for an attack.
             ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
-        ]
+        ],
     )
     limiter = CapacityLimiter(max_calls)
-    pema_pb2_grpc.add_PlmServicer_to_server(_Servicer(holder, limiter), server)  # type: ignore[no-untyped-call]
+    pema_pb2_grpc.add_PlmServicer_to_server(_Servicer(holder, limiter, transfer_s), server)  # type: ignore[no-untyped-call]
     state = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -129,9 +142,10 @@ async def _announce_readiness(holder: ServiceHolder, state: health.aio.HealthSer
 
 
 class _Servicer(pema_pb2_grpc.PlmServicer):
-    def __init__(self, holder: ServiceHolder, limiter: CapacityLimiter) -> None:
+    def __init__(self, holder: ServiceHolder, limiter: CapacityLimiter, transfer_s: float) -> None:
         self._holder = holder
         self._limiter = limiter
+        self._transfer_s = transfer_s
 
     async def GetModelCard(self, request: Proto, context: Any) -> Proto:
         caller = _callers(context)
@@ -141,7 +155,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
 
         return await self._answer("GetModelCard", "card", context, work)
 
-    async def GetTokenizer(self, request: Proto, context: Any) -> AsyncIterator[Proto]:
+    async def GetTokenizer(self, request: Proto, context: Any) -> None:
         caller = _callers(context)
 
         def work(admitted: Admission, call: Call) -> bytes:
@@ -150,9 +164,9 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         with self._holder.at_work():
             data = await self._answer("GetTokenizer", "card", context, work)
             for start in range(0, len(data), PIECE_BYTES):
-                yield pema_pb2.TokenizerPiece(data=data[start : start + PIECE_BYTES])
+                await self._write(context, pema_pb2.TokenizerPiece(data=data[start : start + PIECE_BYTES]))
 
-    async def GetLmHead(self, request: Proto, context: Any) -> AsyncIterator[Proto]:
+    async def GetLmHead(self, request: Proto, context: Any) -> None:
         caller = _callers(context)
 
         def work(admitted: Admission, call: Call) -> HeadRows:
@@ -161,7 +175,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         with self._holder.at_work():
             rows = await self._answer("GetLmHead", "head", context, work)
             for piece in split_head(rows):
-                yield to_proto(piece, pema_pb2.HeadRows())
+                await self._write(context, to_proto(piece, pema_pb2.HeadRows()))
 
     async def Encode(self, calls: AsyncIterator[Any], context: Any) -> None:
         await self._answer_stream(
@@ -191,9 +205,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
             with self._holder.at_work():
                 return await self._work(name, scope, request_id, context, work)
         except PemaError as error:
-            problem = (PROBLEM_METADATA, json.dumps(to_problem(error)).encode())
-            metadata = (*(context.trailing_metadata() or ()), problem)
-            await context.abort(grpc.StatusCode[error.grpc_status], error.detail, metadata)
+            await abort(context, error)
             raise  # not reached: abort raises
 
     async def _answer_stream(
@@ -224,10 +236,12 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
                 )
             except PemaError as error:
                 pieces = [piece_type(problem=pema_pb2.Problem(**to_problem(error)), last=True)]
-            async with writing:
-                for piece in pieces:
-                    piece.request_id = given.request_id
-                    await context.write(piece)
+            # Not given back if it fails: a write that was given up is still on its way, and no other may begin.
+            await writing.acquire()
+            for piece in pieces:
+                piece.request_id = given.request_id
+                await self._write(context, piece)
+            writing.release()
 
         def pieces_of(admitted: Admission, accounted: Call, request: Proto) -> list[_Piece]:
             started, caller = time.perf_counter(), caller_of(admitted, accounted)
@@ -247,6 +261,20 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
                 await places.acquire()
                 tasks.create_task(answer(given))
 
+    async def _write(self, context: Any, piece: Proto) -> None:
+        """Write a piece of an answer once there is room for it.
+
+        Raises:
+            TooSlow: the client does not read; `RefuseCalls` ends the call.
+        """
+        try:
+            async with asyncio.timeout(self._transfer_s):
+                await context.write(piece)
+        except TimeoutError:
+            raise TooSlow(
+                f"A piece of the answer was not read within {self._transfer_s:g} s.", hint="Read answers as they come."
+            ) from None
+
     async def _work(
         self, name: str, scope: Scope, request_id: str, context: Any, work: Callable[[Admission, Call], _Result]
     ) -> _Result:
@@ -260,7 +288,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         call = Call(_CALLS[name], "grpc", f"gRPC {name}", request_id_of(request_id), traceparent)
         with self._holder.accounts.of(call):
             try:
-                admitted = await self._holder.admit(metadata.get(KEY_METADATA), scope)
+                admitted = await self._holder.admit(metadata.get(KEY_METADATA), scope, _certificate(context))
                 meter = admitted.meter
                 return await in_worker(lambda: work(admitted, call), self._limiter)
             except asyncio.CancelledError:
@@ -282,6 +310,12 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
 
 def _metadata(context: Any) -> dict[str, str]:
     return dict(context.invocation_metadata() or ())
+
+
+def _certificate(context: Any) -> str | None:
+    """The common name in the caller's certificate, if it shows one."""
+    names = context.auth_context().get("x509_common_name", [])
+    return names[0].decode() if len(names) == 1 else None
 
 
 def _callers(context: Any) -> Callable[[Admission, Call], Caller]:

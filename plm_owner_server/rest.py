@@ -9,16 +9,18 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from anyio import CapacityLimiter
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from plm_owner_server import rest_docs
 from plm_owner_server.accounts import DEPARTED, OTHER, PROBE, Call, Transport, request_id_of, timing_of
+from plm_owner_server.connections import CERTIFICATE
 from plm_owner_server.holder import Admission, ServiceHolder, stopping
 from plm_owner_server.metering import UNMETERED
 from plm_owner_server.service import PlmService
@@ -36,6 +38,7 @@ from protocol.errors import (
     PemaError,
     UnacceptableAnswer,
     Unauthenticated,
+    UnknownEncoding,
     to_problem,
 )
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadDtype, HeadRequest
@@ -62,6 +65,18 @@ _NO_TELEMETRY: dict[str, Any] = {
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
+class _HeadRange(BaseModel):
+    """The query of a range of head rows; unknown names are refused, as in bodies."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    start: int = Field(default=0, ge=0, description="first row")
+    stop: int | None = Field(
+        default=None, ge=0, description="end of the range (exclusive); by default that of the head"
+    )
+    dtype: HeadDtype = "float16"
+
+
 def create_app(
     holder: ServiceHolder, *, max_body_bytes: int, max_calls: int = 128, lifespan: Lifespan | None = None
 ) -> FastAPI:
@@ -80,7 +95,8 @@ def create_app(
     )
 
     async def admit(request: Request, scope: Scope) -> Admission:
-        admitted = await holder.admit(request.headers.get("authorization"), scope)
+        certificate = getattr(request.state, CERTIFICATE, None)
+        admitted = await holder.admit(request.headers.get("authorization"), scope, certificate)
         request.state.meter = admitted.meter
         return admitted
 
@@ -95,6 +111,7 @@ def create_app(
     ) -> Response:
         admitted = await admit(request, scope)
         form = _answer_form(request)
+        _require_plain(request)
         body = await _body(request, max_body_bytes)
         caller = caller_of(request, admitted)
 
@@ -139,17 +156,15 @@ def create_app(
         )
 
     @app.get("/v1/lm-head", tags=["model"], summary="A range of rows of the LM head", **rest_docs.LM_HEAD_RANGE)
-    async def lm_head_range(
-        request: Request, start: int = 0, stop: int | None = None, dtype: HeadDtype = "float16"
-    ) -> Response:
+    async def lm_head_range(request: Request, rows: Annotated[_HeadRange, Query()]) -> Response:
         admitted, form = await admit(request, "head"), _answer_form(request)
         service, caller = admitted.service, caller_of(request, admitted)
         # Not yet a call: what is cached is not paid for.
         card = await in_worker(lambda: service.card_of(caller), limiter)
-        tag = f"{card.digest}-{start}-{stop}-{dtype}-{form.rpartition('.')[2]}"
+        tag = f"{card.digest}-{rows.start}-{rows.stop}-{rows.dtype}-{form.rpartition('.')[2]}"
         if cached := _cached(request, tag):
             return cached
-        wanted = HeadRequest.validated({"start": start, "stop": stop, "dtype": dtype})
+        wanted = HeadRequest.validated(rows.model_dump())
         response = await in_worker(lambda: _response(service.lm_head(wanted, caller), form), limiter)
         response.headers["ETag"] = f'"{tag}"'
         return response
@@ -222,14 +237,23 @@ def _client(request: Request) -> str:
     return request.headers.get(CLIENT_HEADER) or (request.client.host if request.client else "")
 
 
+def _require_plain(request: Request) -> None:
+    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        # A small body could become a large one.
+        raise UnknownEncoding("The body is compressed.", hint="Send it as it is, without Content-Encoding.")
+
+
 async def _body(request: Request, max_body_bytes: int) -> bytes:
+    too_large = PayloadTooLarge(
+        f"The body is larger than {max_body_bytes} bytes.", hint="Send fewer sequences in one request."
+    )
+    if int(request.headers.get("content-length", 0)) > max_body_bytes:
+        raise too_large
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_body_bytes:
-            raise PayloadTooLarge(
-                f"The body is larger than {max_body_bytes} bytes.", hint="Send fewer sequences in one request."
-            )
+            raise too_large
     return bytes(body)
 
 

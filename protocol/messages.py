@@ -35,12 +35,12 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 class Limits(Message):
     """What one request may ask for."""
 
-    max_sequence_tokens: int = Field(description="longest sequence, drafted tokens included, in tokens")
-    max_sequences: int = Field(description="most sequences in one request")
-    max_head_rows: int = Field(description="most head rows in one answer; ask for more in pieces")
-    max_look_ahead: int = Field(description="most tokens drafted for a sequence in one request")
-    max_rows: int = Field(description="most representations in one answer")
-    max_body_bytes: int = Field(description="largest request body, in bytes")
+    max_sequence_tokens: int = Field(ge=1, description="longest sequence, drafted tokens included, in tokens")
+    max_sequences: int = Field(ge=1, description="most sequences in one request")
+    max_head_rows: int = Field(ge=1, description="most head rows in one answer; ask for more in pieces")
+    max_look_ahead: int = Field(ge=0, description="most tokens drafted for a sequence in one request")
+    max_rows: int = Field(ge=1, description="most representations in one answer")
+    max_body_bytes: int = Field(ge=1, description="largest request body, in bytes")
 
 
 class ModelCard(Message):
@@ -52,8 +52,8 @@ class ModelCard(Message):
     )
     tokenizer_digest: Digest
     cr_kind: CrKind
-    hidden_size: int = Field(description="D")
-    vocab_size: int = Field(description="V, the number of rows of the LM head")
+    hidden_size: int = Field(ge=1, description="D")
+    vocab_size: int = Field(ge=1, description="V, the number of rows of the LM head")
     dtype: str = Field(description="dtype that the model computes in")
     head_dtype: HeadDtype = Field(description="dtype of the LM head's weight")
     head_digest: Digest = Field(
