@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from plm_owner_server.accounts import DEPARTED, Call, request_id_of, timing_of
-from plm_owner_server.grpc_refusals import RefuseCalls, abort
+from plm_owner_server.grpc_refusals import RefuseCalls, abort, write
 from plm_owner_server.holder import Admission, ServiceHolder
 from plm_owner_server.metering import UNMETERED
 from plm_owner_server.service import PlmService
@@ -27,7 +27,7 @@ from plm_owner_server.tickets import Caller
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.allowance import RATE_LIMIT, RATE_LIMIT_POLICY, to_fields
 from protocol.codec import Message
-from protocol.errors import PemaError, TooSlow, to_problem
+from protocol.errors import PemaError, to_problem
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest, HeadRows
 from protocol.pieces import PIECE_BYTES, split_head, split_rows
 from protocol.protobuf import (
@@ -164,7 +164,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         with self._holder.at_work():
             data = await self._answer("GetTokenizer", "card", context, work)
             for start in range(0, len(data), PIECE_BYTES):
-                await self._write(context, pema_pb2.TokenizerPiece(data=data[start : start + PIECE_BYTES]))
+                await write(context, pema_pb2.TokenizerPiece(data=data[start : start + PIECE_BYTES]), self._transfer_s)
 
     async def GetLmHead(self, request: Proto, context: Any) -> None:
         caller = _callers(context)
@@ -175,7 +175,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         with self._holder.at_work():
             rows = await self._answer("GetLmHead", "head", context, work)
             for piece in split_head(rows):
-                await self._write(context, to_proto(piece, pema_pb2.HeadRows()))
+                await write(context, to_proto(piece, pema_pb2.HeadRows()), self._transfer_s)
 
     async def Encode(self, calls: AsyncIterator[Any], context: Any) -> None:
         await self._answer_stream(
@@ -240,7 +240,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
             await writing.acquire()
             for piece in pieces:
                 piece.request_id = given.request_id
-                await self._write(context, piece)
+                await write(context, piece, self._transfer_s)
             writing.release()
 
         def pieces_of(admitted: Admission, accounted: Call, request: Proto) -> list[_Piece]:
@@ -260,20 +260,6 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
             async for given in calls:
                 await places.acquire()
                 tasks.create_task(answer(given))
-
-    async def _write(self, context: Any, piece: Proto) -> None:
-        """Write a piece of an answer once there is room for it.
-
-        Raises:
-            TooSlow: the client does not read; `RefuseCalls` ends the call.
-        """
-        try:
-            async with asyncio.timeout(self._transfer_s):
-                await context.write(piece)
-        except TimeoutError:
-            raise TooSlow(
-                f"A piece of the answer was not read within {self._transfer_s:g} s.", hint="Read answers as they come."
-            ) from None
 
     async def _work(
         self, name: str, scope: Scope, request_id: str, context: Any, work: Callable[[Admission, Call], _Result]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -28,6 +29,35 @@ async def abort(context: Any, error: PemaError) -> None:
     await context.abort(grpc.StatusCode[error.grpc_status], error.detail, metadata)
 
 
+class Unread(TooSlow):
+    """A piece of an answer that the client does not read.
+
+    Attributes:
+        writing: ends when it has read it, or is gone. Until then gRPC can do nothing else with the call.
+    """
+
+    def __init__(self, writing: asyncio.Task[None], within_s: float) -> None:
+        super().__init__(
+            f"A piece of the answer was not read within {within_s:g} s.", hint="Read answers as they come."
+        )
+        self.writing = writing
+
+
+async def write(context: Any, piece: Any, within_s: float) -> None:
+    """Write a piece of an answer once there is room for it.
+
+    Raises:
+        Unread: there is none in time; `RefuseCalls` ends the call.
+    """
+    writing = asyncio.ensure_future(context.write(piece))
+    # Whoever waits for it may be cancelled: then nobody asks how it ended.
+    writing.add_done_callback(lambda task: task.cancelled() or task.exception())
+    done, _ = await asyncio.wait({writing}, timeout=within_s)
+    if not done:
+        raise Unread(writing, within_s)
+    writing.result()
+
+
 class RefuseCalls(grpc.aio.ServerInterceptor):
     """Ends calls with bytes that are no message, those of a stream once what came before them is answered.
 
@@ -52,8 +82,9 @@ class RefuseCalls(grpc.aio.ServerInterceptor):
             answer = None
             try:
                 answer = await behaviour(given if requests is None else requests.until_undecodable(), context)
-            except* TooSlow as slow:
-                refusal = TooSlow(str(slow.exceptions[0]))
+            except* Unread as unread:
+                refusal = _first(unread)
+                await asyncio.wait({refusal.writing})
             if requests is not None and requests.undecodable:
                 refusal = _undecodable()
             if refusal is not None:
@@ -62,6 +93,12 @@ class RefuseCalls(grpc.aio.ServerInterceptor):
 
         make = _HANDLERS[handler.request_streaming, handler.response_streaming]
         return make(guarded, _lenient(handler.request_deserializer), handler.response_serializer)
+
+
+def _first(group: BaseExceptionGroup[Unread]) -> Unread:
+    """One of the exceptions of a group that may hold groups."""
+    found = group.exceptions[0]
+    return found if isinstance(found, Unread) else _first(found)
 
 
 class _Decodable:
