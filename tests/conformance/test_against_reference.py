@@ -31,6 +31,7 @@ from data_owner_client.tasks import Task
 from plm_owner_server.tenants import SCOPES, Anyone, Tenant
 from plm_owner_server.views import Disclosure
 from tests import support
+from tests.basis import Basis
 from tests.reference import Reference, schedule
 from tests.support import random_ids
 
@@ -59,35 +60,19 @@ class Case:
         targets = self.memory.target_N.split(self.memory.rows_E.tolist())
         self.lookup = Lookup(ids.tolist() for ids in targets)
         self.reference = Reference(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
-        self.q_D_D = self._basis() if self.plm.card.rotated else torch.eye(self.plm.card.hidden_size).double()
+        self.basis = self._basis()
+        self.weights = self.basis.weights(self.adapter)
         self.stop_ids = TASK.stop_ids(self.plm.tokenizer) | {support.EOS}
 
     def prompts(self, sources: list[str]) -> list[list[int]]:
         return [self.plm.tokenizer.encode_prompt(TASK.prompt(source, self.plm.tokenizer)) for source in sources]
 
-    def _basis(self) -> torch.Tensor:
-        """Q, found from what the client and the reference see of the same texts (orthogonal Procrustes)."""
+    def _basis(self) -> Basis:
+        if not self.plm.card.rotated:
+            return Basis.own(self.plm.card.hidden_size)
         contexts = random_ids(3, [4] * 64)
-        ours_N_D = self.plm.encode(contexts, [3] * 64).cr_N_D.double()
         true_N_D = torch.stack([self.reference.context(ids)[0] for ids in contexts])
-        left, _, right = torch.linalg.svd(ours_N_D.T @ true_N_D)
-        return left @ right
-
-    def true(self, rows_N_D: torch.Tensor) -> torch.Tensor:
-        """Representations in the model's own basis."""
-        return rows_N_D.double() @ self.q_D_D
-
-    @property
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Of the adapter, as it would be in the model's own basis."""
-        weights = {name: value.double() for name, value in self.adapter.adapter.state_dict().items()}
-        turned = weights | {
-            "A.weight": weights["A.weight"] @ self.q_D_D,
-            "B_pd.weight": self.q_D_D.T @ weights["B_pd.weight"],
-        }
-        if "E.weight" in weights:  # over two rows of the head, one behind the other
-            turned["E.weight"] = weights["E.weight"] @ torch.block_diag(self.q_D_D, self.q_D_D)
-        return turned
+        return Basis.between(self.plm.encode(contexts, [3] * 64).cr_N_D, true_N_D)
 
     def expected(
         self,
@@ -150,7 +135,7 @@ def case(
 
 
 def test_teacher_forced_rows(case: Case) -> None:
-    rows = iter(zip(case.true(case.memory.cr_N_D), case.memory.target_N.tolist(), strict=True))
+    rows = iter(zip(case.basis.true(case.memory.cr_N_D), case.memory.target_N.tolist(), strict=True))
     for pair in PAIRS[:6]:
         tokens = tokenize_pair(case.plm, TASK, pair, place="pair")
         for f_D, y in case.reference.teacher_forced(tokens.prompt, tokens.target):
@@ -162,7 +147,7 @@ def test_teacher_forced_rows(case: Case) -> None:
 def test_private_rows(case: Case, tmp_path: Path) -> None:
     build_memories(case.plm, TASK, PAIRS[:6], tmp_path, validation=PAIRS[:1])
     memory = ExternalMemory(tmp_path / "train").load()
-    rows = iter(zip(case.true(memory.cr_N_D), memory.target_N.tolist(), strict=True))
+    rows = iter(zip(case.basis.true(memory.cr_N_D), memory.target_N.tolist(), strict=True))
     for pair in PAIRS[:6]:
         tokens = tokenize_pair(case.plm, TASK, pair, place="pair")
         for f_D, y in case.reference.private(tokens.prompt, tokens.target):
@@ -183,7 +168,7 @@ def test_aligned_private_rows_have_contexts_that_end_as_the_true_ones(case: Case
         contexts = case.reference.private(tokens.prompt, tokens.target)
         for i, y in enumerate(tokens.target):
             assert rows.target_N[at] == y
-            near = [torch.allclose(f_D, case.true(rows.cr_N_D[at]), rtol=1e-3, atol=1e-3) for f_D, _ in contexts]
+            near = [torch.allclose(f_D, case.basis.true(rows.cr_N_D[at]), rtol=1e-3, atol=1e-3) for f_D, _ in contexts]
             assert any(near)
             if i and rows.agrees_N[at]:
                 assert any(drafted[k - 1] == tokens.target[i - 1] for k, same in enumerate(near) if same and k)

@@ -1,11 +1,15 @@
 """The embedded models, behind a real server process, against transformers itself."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import trustme
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from data_owner_client import Pair, Task, TrainingSettings, build_memories, connect, load_task, train, translate
@@ -17,6 +21,10 @@ from data_owner_client.plm import RemotePlm
 from data_owner_client.tokenization import Prompt
 from plm_owner_server.models import resolve
 from plm_owner_server.settings import ServerSettings
+from plm_owner_server.tenants import TenantStore
+from plm_owner_server.tenants.quotas import Quotas
+from plm_owner_server.views import Disclosure
+from tests.basis import Basis
 from tests.end_to_end import processes
 from tests.reference import Reference, schedule
 
@@ -52,24 +60,61 @@ class Real:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     task: Task
+    basis: Basis
 
 
-@pytest.fixture(scope="module", params=["gemma-3-270m", "smollm2-135m"])
+def guarded(folder: Path) -> tuple[list[str], dict[str, Any]]:
+    """Flags of a server that strangers may reach, and what its one tenant needs: TLS, a key, candidate rows, Q."""
+    authority = trustme.CA()
+    signed = authority.issue_cert("127.0.0.1")
+    files = {name: folder / name for name in ("ca.pem", "server.pem", "server.key")}
+    authority.cert_pem.write_to_path(str(files["ca.pem"]))
+    signed.private_key_pem.write_to_path(str(files["server.key"]))
+    files["server.pem"].write_bytes(b"".join(blob.bytes() for blob in signed.cert_chain_pems))
+    store = f"sqlite:///{folder}/owner.db"
+    quotas = Quotas(10**9, 10**9, 100, 20_000, 0)
+    key = TenantStore(store).add("acme", disclosure=Disclosure("candidate", rotated=True), quotas=quotas)
+    flags = ["--store", store, "--tls-certificate", str(files["server.pem"]), "--tls-key", str(files["server.key"])]
+    return flags, {"api_key": str(key), "ca": files["ca.pem"]}
+
+
+# The one as on an owner's own machine, the other as on the internet.
+@pytest.fixture(scope="module", params=["smollm2-135m", "gemma-3-270m"])
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
     name = request.param
-    log = tmp_path_factory.mktemp("server") / "log"
+    work = tmp_path_factory.mktemp("server")
+    log = work / "log"
     grpc_port = processes.free_port()
-    with (
-        processes.server(log, "--model", name, grpc_port=grpc_port) as url,
-        connect(url, dtype="float32") as plm,
-        connect(f"grpc://127.0.0.1:{grpc_port}", dtype="float32") as over_grpc,
-    ):
+    with ExitStack() as stack:
+        flags, access = guarded(work) if name == "gemma-3-270m" else ([], {})
+        url = stack.enter_context(
+            processes.server(log, "--model", name, *flags, grpc_port=grpc_port, ca=access.get("ca"))
+        )
+        scheme = "grpcs" if access else "grpc"
+        plm, over_grpc = (
+            stack.enter_context(connect(address, dtype="float32", **access))
+            for address in (url, f"{scheme}://127.0.0.1:{grpc_port}")
+        )
         folder = resolve(name, ServerSettings(_env_file=None).cache_dir).folder
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         task = load_task("translate-en-de")
         if name == "smollm2-135m":  # an instruct model: the same task through its own chat template
             task = task.model_copy(update={"format": "chat", "stop": None})
-        yield Real(plm, over_grpc, model, AutoTokenizer.from_pretrained(folder), task)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        basis = basis_of(plm, model, tokenizer) if plm.card.rotated else Basis.own(plm.card.hidden_size)
+        yield Real(plm, over_grpc, model, tokenizer, task, basis)
+
+
+@torch.inference_mode()
+def basis_of(plm: RemotePlm, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Basis:
+    """The secret one, from more positions than the model is wide."""
+    sequences = [tokenizer(f"{number}. {a} {b}").input_ids for number, (a, b) in enumerate(permutations(TEXTS, 2))]
+    sequences += [tokenizer(f"{pair.target}! {a} {pair.source}").input_ids for pair in PAIRS for a in TEXTS]
+    true_N_D = torch.cat(
+        [model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0] for ids in sequences]
+    )
+    assert len(true_N_D) > plm.card.hidden_size
+    return Basis.between(plm.encode(sequences, [0] * len(sequences)).cr_N_D, true_N_D)
 
 
 def test_tokenizer_is_the_owners(real: Real) -> None:
@@ -91,7 +136,7 @@ def test_encode_is_transformers_last_hidden_state(real: Real) -> None:
     ):
         out = real.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
         expected_T_D = out.hidden_states[-1][0, start:]
-        difference = (cr_T_D - expected_T_D).abs().max() / expected_T_D.abs().max()
+        difference = (real.basis.true(cr_T_D) - expected_T_D).abs().max() / expected_T_D.abs().max()
         assert difference <= 1e-4
         torch.testing.assert_close(logsumexp_T, out.logits[0, start:].logsumexp(-1), rtol=1e-4, atol=1e-4)
 
@@ -131,7 +176,7 @@ def test_the_whole_of_pema_is_the_slow_reference(real: Real, tmp_path: Path) -> 
     try:
         pair = tokenize_pair(real.plm, real.task, PAIRS[0], place="pair")
         f_D, _ = reference.teacher_forced(pair.prompt, pair.target[:1])[0]
-        first = real.plm.encode([pair.prompt], [len(pair.prompt) - 1]).cr_N_D[0].double()
+        first = real.basis.true(real.plm.encode([pair.prompt], [len(pair.prompt) - 1]).cr_N_D)[0]
         assert (first - f_D).abs().max() / f_D.abs().max() <= 1e-4
         for interpolation in (
             Interpolation(schedule="gradual", lambda_max=0.9),
@@ -155,7 +200,7 @@ def test_the_whole_of_pema_is_the_slow_reference(real: Real, tmp_path: Path) -> 
                 horizon = adapter.card.horizon(tokenizer.count(source))
                 text = reference.decode(
                     tokenizer.encode_prompt(real.task.prompt(source, tokenizer)),
-                    adapter.adapter.state_dict(),
+                    real.basis.weights(adapter),
                     adapter.card.form,
                     adapter.candidate_ids_C.tolist(),
                     schedule(interpolation.schedule, interpolation.lambda_max, horizon, 8),
