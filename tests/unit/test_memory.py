@@ -245,6 +245,23 @@ def test_answers_are_checked_before_they_are_stored(
     assert ExternalMemory(tmp_path).manifest.rows == 0
 
 
+def test_private_requests_tell_of_targets_only_how_long_they_are(
+    plm: RemotePlm, recorder: Recorder, tmp_path: Path
+) -> None:
+    """Other targets of as many tokens, and with the same tokens in all, are asked about in the very same words."""
+    targets = ["q x z", "z q x", "j v", "v j", "w"]  # single letters, which this tokenizer never joins
+    requests = []
+    for name, order in (("one", [0, 1, 2, 3, 4]), ("other", [1, 0, 3, 2, 4])):
+        pairs = [Pair(f"the {i} thin", targets[at]) for i, at in enumerate(order)]
+        del recorder.sent[:]
+        build_memory(plm, TASK, pairs, tmp_path / name, with_logsumexp=True)
+        requests.append([request.to_bytes() for request in recorder.sent])
+    assert requests[0] == requests[1]
+    memories = [ExternalMemory(tmp_path / name).load() for name in ("one", "other")]
+    assert memories[0].target_N.tolist() != memories[1].target_N.tolist()
+    torch.testing.assert_close(memories[0].cr_N_D, memories[1].cr_N_D)
+
+
 def test_private_answers_are_as_long_as_the_targets(plm: RemotePlm, recorder: Recorder, tmp_path: Path) -> None:
     recorder.tamper = {"rows_B": torch.ones(3, dtype=torch.long)}
     with pytest.raises(ProtocolViolation):
