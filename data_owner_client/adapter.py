@@ -19,8 +19,7 @@ from typing import Literal, Protocol
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from torch import Tensor, nn
 
 from data_owner_client.candidates import places
@@ -30,6 +29,7 @@ from data_owner_client.files import write_atomically
 from data_owner_client.memory.store import ContextMode, ModelIdentity
 from data_owner_client.nearest import NearestPairs
 from data_owner_client.tasks import Task
+from protocol.codec import unpacked
 from protocol.errors import InvalidData
 from protocol.head import LMHead
 
@@ -128,15 +128,15 @@ class AdapterCard(BaseModel):
     task: Task
     context_mode: ContextMode
     form: AdapterForm
-    rank: int
-    candidates: int
-    length_ratio: float
-    mean_length: float
-    nearest: int = 0
+    rank: int = Field(ge=1)
+    candidates: int = Field(ge=1)
+    length_ratio: FiniteFloat = Field(ge=0)
+    mean_length: FiniteFloat = Field(ge=0)
+    nearest: int = Field(default=0, ge=0)
     interpolation: Interpolation
     interpolation_why: str
-    logit_scale: float
-    softcap: float | None
+    logit_scale: FiniteFloat
+    softcap: FiniteFloat | None
     settings: dict[str, bool | int | float | str | None]
     validation: dict[str, float]
     memory_digest: str
@@ -237,19 +237,45 @@ class TrainedAdapter:
             packed = (folder / _TENSORS).read_bytes()
             if hashlib.sha256(packed).hexdigest() != card.tensors_sha256:
                 raise damaged
-            tensors = safetensors.torch.load(packed)
+            tensors = unpacked(packed)
         except OSError as error:
             raise InvalidData(f"{folder} holds no adapter.", hint="Train one: pema-client train.") from error
-        except (ValidationError, SafetensorError) as error:
+        except ValueError as error:
             raise damaged from error
         try:
             candidate_ids_C, weight = tensors.pop("candidate_ids_C"), tensors.pop("head.weight")
             head = LMHead(weight, tensors.pop("head.bias", None), card.logit_scale, card.softcap)
+            _check_vocabulary(card, candidate_ids_C, head)
+            # Before anything is as large as the card says.
+            if tensors["A.weight"].shape != (card.rank, card.model.hidden_size):
+                raise damaged
             adapter = Adapter(card.model.hidden_size, card.rank, card.form)
             adapter.load_state_dict(tensors)
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError, ValueError) as error:
             raise damaged from error
+        if not all(value.isfinite().all() for value in (*tensors.values(), *head.parts())):
+            raise damaged
         pairs = read_written_pairs(folder / _PAIRS) if card.nearest else []
         if card.nearest and digest_pairs(pairs) != card.pairs_digest:
             raise damaged
         return cls(card, adapter.eval(), candidate_ids_C, head, pairs)
+
+
+def _check_vocabulary(card: AdapterCard, candidate_ids_C: Tensor, head: LMHead) -> None:
+    """Refuse candidates that are no sorted ids of the model, each with its row of the head.
+
+    Raises:
+        ValueError: they are not.
+    """
+    fits = (
+        candidate_ids_C.dtype == torch.int64
+        and candidate_ids_C.shape == (card.candidates,)
+        and bool((candidate_ids_C.diff() > 0).all())
+        and int(candidate_ids_C[0]) >= 0
+        and int(candidate_ids_C[-1]) < card.model.vocab_size
+        and head.weight_V_D.shape == (card.candidates, card.model.hidden_size)
+        and (head.bias_V is None or head.bias_V.shape == (card.candidates,))
+        and all(part.dtype == torch.float32 for part in head.parts())
+    )
+    if not fits:
+        raise ValueError("the candidates are not those of the card")

@@ -126,7 +126,7 @@ def read_written_pairs(path: Path) -> list[Pair]:
     """What `write_pairs` wrote; nothing if that is not there, or damaged: its digest tells."""
     try:
         return [Pair(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return []
 
 
@@ -162,7 +162,7 @@ def _jsonl(text: str, path: str | Path) -> Iterator[tuple[int, dict[str, object]
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidData(f"{path}:{number} is not JSON.", hint="JSONL has one object a line.") from error
         if not isinstance(record, dict):
             raise InvalidData(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from protocol.messages import DTYPES, HeadRows, ModelCard
 # Bytes of one piece: what a cut connection may cost, and what is in memory at a time.
 _PIECE_BYTES = 16 * 2**20
 _COMPLETE, _PIECES = "complete", "rows-*-*.safetensors"
+_SPAN = re.compile(r"rows-([0-9]{1,18})-([0-9]{1,18})\.safetensors")
 
 
 class CachedHead:
@@ -107,6 +109,8 @@ class CachedHead:
             weight_V_D[at : at + len(piece.weight_N_D)] = piece.weight_N_D
             biases += [] if piece.bias_N is None else [piece.bias_N]
             at += len(piece.weight_N_D)
+        if biases and sum(map(len, biases)) != at:
+            raise InvalidData(f"{self.folder} holds pieces of several heads.", hint="Delete the folder.")
         return LMHead(weight_V_D, torch.cat(biases) if biases else None, piece.logit_scale, piece.softcap)
 
     @contextmanager
@@ -126,8 +130,9 @@ class CachedHead:
         """Ranges of the pieces that follow each other without a gap, from the first row on."""
         there: dict[int, int] = {}
         for path in self.folder.glob(_PIECES):
-            start, stop = map(int, path.stem.split("-")[1:])
-            there[start] = max(stop, there.get(start, 0))
+            if (span := _SPAN.fullmatch(path.name)) is not None and int(span[1]) < int(span[2]):
+                start, stop = int(span[1]), int(span[2])
+                there[start] = max(stop, there.get(start, 0))
         at = 0
         while at in there:
             yield at, there[at]
@@ -141,10 +146,24 @@ class CachedHead:
         for start, stop in spans:
             path = self._path(start, stop)
             try:
-                yield HeadRows.from_bytes(path.read_bytes())
-            except (OSError, InvalidRequest) as error:
+                piece = HeadRows.from_bytes(path.read_bytes())
+                self._check(piece, stop - start)
+            except (OSError, InvalidRequest, ValueError) as error:
                 path.unlink(missing_ok=True)
                 raise InvalidData(f"{path} was damaged, and was deleted.", hint="Run this again.") from error
+            yield piece
+
+    def _check(self, piece: HeadRows, rows: int) -> None:
+        """Refuse what is no piece of so many rows of this head.
+
+        Raises:
+            ValueError: it is none.
+        """
+        head, dtype = piece.head(), DTYPES[self._card.head_dtype]
+        if head.weight_V_D.shape != (rows, self._card.hidden_size) or any(part.dtype != dtype for part in head.parts()):
+            raise ValueError("a piece of another head")
+        if head.bias_V is not None and len(head.bias_V) != rows:
+            raise ValueError("a bias of another length")
 
     def _path(self, start: int, stop: int) -> Path:
         return self.folder / f"rows-{start}-{stop}.safetensors"

@@ -69,9 +69,9 @@ class Job:
         for line in lines:  # some may be empty, or halves
             try:
                 record = json.loads(line)
-                if record["job"] == self._identity:
+                if record["job"] == self._identity and isinstance(record["text"], str):
                     done[record["source"]] = record["text"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         return done
 

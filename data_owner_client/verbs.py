@@ -78,6 +78,8 @@ def connect(
     api_key: str | None = None,
     insecure: bool = False,
     ca: Path | None = None,
+    client_certificate: Path | None = None,
+    client_key: Path | None = None,
     timeout_s: float = 600.0,
     give_up_after_s: float = GIVE_UP_AFTER_S,
 ) -> RemotePlm:
@@ -86,12 +88,19 @@ def connect(
     Raises:
         ConnectionFailed: nobody answers there.
         Untrusted: it cannot prove who it is.
-        Unauthenticated: the owner asks for a key.
+        Unauthenticated: the owner asks for a key, or for a certificate.
         Forbidden: the key does not allow to see the model card.
         InvalidRequest: the URL is none, `ca` holds no certificate, or the key would travel in the clear.
     """
     connection = open_connection(
-        url, api_key=api_key, insecure=insecure, ca=ca, timeout_s=timeout_s, give_up_after_s=give_up_after_s
+        url,
+        api_key=api_key,
+        insecure=insecure,
+        ca=ca,
+        client_certificate=client_certificate,
+        client_key=client_key,
+        timeout_s=timeout_s,
+        give_up_after_s=give_up_after_s,
     )
     try:
         return RemotePlm(connection, dtype=dtype)

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import threading
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import torch
 import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, CliSubCommand
-from transformers.utils import logging as transformers_logging
 
+from plm_owner_server.connections import allow_open_files, bounded_http
+from plm_owner_server.draining import DrainingServer
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
 from plm_owner_server.grpc import serve_grpc
 from plm_owner_server.holder import ServiceHolder
+from plm_owner_server.logs import keep_quiet_about_tasks, set_up_logs, write_no_core_files
 from plm_owner_server.master_secret import master_secret
+from plm_owner_server.metrics import Metrics
 from plm_owner_server.models import digest_folder, resolve
 from plm_owner_server.rest import create_app
 from plm_owner_server.service import PlmService
 from plm_owner_server.settings import ServerSettings
-from plm_owner_server.tenants import access_for
+from plm_owner_server.supervision import EngineStuck, Supervisor
+from plm_owner_server.tenants import access_for, certified_for
 from plm_owner_server.tenants.commands import Tenants
 from plm_owner_server.tls import Certificate
 from plm_owner_server.tokenizer import load_tokenizer
+from plm_owner_server.tracing import traces_from_environment
 from protocol.errors import PemaError
 
 log = logging.getLogger(__name__)
@@ -51,7 +57,7 @@ class Serve(ServerSettings):
     """
 
     def cli_cmd(self) -> None:
-        """Run until stopped; exit status 1 if the model cannot be served."""
+        """Run until stopped; exit status 1 if the model cannot be served, or not any more."""
         serve(self)
 
 
@@ -83,6 +89,7 @@ def load_service(settings: ServerSettings) -> PlmService:
         model,
         cr_kind=settings.cr_kind,
         prefix_cache_bytes=int(settings.prefix_cache_mib * 2**20),
+        prefix_cache_seconds=settings.prefix_cache_seconds,
         pack_weights=settings.pack_weights,
     )
     service = PlmService(
@@ -108,53 +115,71 @@ def load_service(settings: ServerSettings) -> PlmService:
 
 
 def serve(settings: ServerSettings) -> None:
-    """Serve until stopped. The port answers at once, `/readyz` says when the model is loaded and warm."""
+    """Serve until stopped. The port answers at once, `/readyz` says whether the model is loaded and works."""
     sys.setswitchinterval(_SWITCH_S)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    transformers_logging.disable_progress_bar()
-    for noisy in ("httpx", "httpcore", "filelock", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    holder = ServiceHolder(access=access_for(settings))
+    set_up_logs(settings.log_level, settings.log_format)
+    write_no_core_files()
+    certified = certified_for(settings)
+    holder = ServiceHolder(access=None if certified else access_for(settings), certified=certified)
     certificate = None
     if settings.tls_certificate and settings.tls_key:
-        certificate = Certificate(settings.tls_certificate, settings.tls_key)
+        certificate = Certificate(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
     context = certificate.context() if certificate else None
+    metrics = Metrics(holder)
+    traces = traces_from_environment()
     credentials = certificate.grpc_credentials() if certificate else None
     failures: list[PemaError] = []
 
-    def load() -> None:
-        try:
-            holder.service = load_service(settings)
-            log.info("ready; the calls are described on /docs")
-        except PemaError as error:
-            failures.append(error)
-        except Exception as error:
-            log.debug("traceback", exc_info=True)
-            failures.append(PemaError(f"The model could not be loaded: {type(error).__name__}: {error}"))
-        if failures:
-            server.should_exit = True
+    def give_up(error: PemaError) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    def load() -> PlmService:
+        service = load_service(settings)
+        log.info("ready; the calls are described on /docs")
+        return service
+
+    supervisor = Supervisor(load, holder, engine_timeout_s=settings.engine_timeout, give_up=give_up)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        keep_quiet_about_tasks(asyncio.get_running_loop())
         async with AsyncExitStack() as stack:
             try:
+                if settings.metrics_port is not None:
+                    holder.accounts.observers.append(metrics.observe)
+                    port = stack.enter_context(metrics.served(settings.metrics_host, settings.metrics_port))
+                    log.info("metrics on http://%s:%d/metrics", settings.metrics_host, port)
+                if traces is not None:
+                    holder.accounts.observers.append(traces.observe)
+                    stack.callback(traces.close)
                 port = await stack.enter_async_context(
-                    serve_grpc(holder, settings.host, grpc_port, **bounds, credentials=credentials)
+                    serve_grpc(
+                        holder,
+                        settings.host,
+                        grpc_port,
+                        **bounds,
+                        max_connections=settings.max_connections,
+                        transfer_s=settings.transfer_s,
+                        credentials=credentials,
+                    )
                 )
                 if certificate and context:
                     renewing = asyncio.create_task(certificate.keep_current(context))
                     stack.callback(renewing.cancel)
                 how = "TLS" if certificate else "no TLS"
                 log.info("gRPC on %s:%d, REST on port %d, %s", settings.host, port, settings.port, how)
-                threading.Thread(target=load, name="load-model", daemon=True).start()
+                threading.Thread(target=supervisor.run, name="supervisor", daemon=True).start()
+            except PemaError as error:
+                give_up(error)
             except OSError as error:
-                failures.append(PemaError(str(error), hint="Choose another --grpc-port."))
-                server.should_exit = True
+                give_up(PemaError(str(error), hint="Choose another --grpc-port."))
             yield
 
     beside = settings.port + 1 if settings.port else 0
     grpc_port = beside if settings.grpc_port is None else settings.grpc_port
     bounds = {"max_body_bytes": settings.max_body_bytes, "max_calls": 2 * settings.max_waiting_requests}
+    allow_open_files(2 * settings.max_connections)
     app = create_app(holder, **bounds, lifespan=lifespan)
     config = uvicorn.Config(
         app,
@@ -162,14 +187,20 @@ def serve(settings: ServerSettings) -> None:
         port=settings.port,
         log_config=None,
         access_log=False,
+        timeout_graceful_shutdown=1,
+        http=bounded_http(settings.max_connections, settings.transfer_s),
+        ws="none",
         ssl_context_factory=(lambda *_: context) if context else None,
     )
-    server = uvicorn.Server(config)
+    server = DrainingServer(config, holder, settings.drain_seconds)
     try:
-        with suppress(KeyboardInterrupt):  # uvicorn has shut down by then, and passes the signal on
-            server.run()
+        server.run()
     except SystemExit:  # it has said why
         sys.exit(f"pema-server: cannot listen on port {settings.port} of {settings.host}. Choose another --port.")
+    if failures and isinstance(failures[0], EngineStuck):
+        # Its thread cannot be ended, and Python would wait for it, or crash over it.
+        print(f"pema-server: {failures[0]}", file=sys.stderr, flush=True)
+        os._exit(1)
     if failures:
         sys.exit(f"pema-server: {failures[0]}")
 

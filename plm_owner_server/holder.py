@@ -1,20 +1,30 @@
-"""What stands before the service: who may call, and the time until the model is loaded."""
+"""What stands before the service: who may call, and whether there is a model to answer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from anyio import CapacityLimiter
 
+from plm_owner_server.accounts import Accounts
 from plm_owner_server.metering import Meter
-from plm_owner_server.scheduler import Caller
 from plm_owner_server.service import PlmService
-from plm_owner_server.tenants import Access, Anyone, Scope, Tenant
+from plm_owner_server.tenants import Access, Anyone, CertifiedTenants, Scope, Tenant
 from plm_owner_server.threads import in_worker
+from plm_owner_server.tickets import Caller
 from protocol.errors import Forbidden, NotReady
 
 # Keys at a time.
 _ASKED_ABOUT = 8
+
+
+def stopping() -> NotReady:
+    """What calls are told while the server stops."""
+    return NotReady(
+        "The server is stopping.", hint="Try again in a moment: another one takes its place.", retry_after_s=5.0
+    )
 
 
 @dataclass(frozen=True)
@@ -37,15 +47,30 @@ class Admission:
 
 
 class ServiceHolder:
-    """The service, once its model is loaded.
+    """The service, while its model is loaded and the server is not stopping.
 
     Args:
         service: may come later.
         access: tells who a caller is; everybody may call unless given.
+        certified: tells it by the callers' certificates, instead.
+
+    Attributes:
+        service: None while the model is loaded, or loaded again.
+        accounts: what every call is put down to.
+        calls: number of those that are worked on, until their answers are on their way.
     """
 
-    def __init__(self, service: PlmService | None = None, access: Access | None = None) -> None:
+    def __init__(
+        self,
+        service: PlmService | None = None,
+        access: Access | None = None,
+        certified: CertifiedTenants | None = None,
+    ) -> None:
         self.service = service
+        self.accounts = Accounts()
+        self.calls = 0
+        self._stopping = False
+        self._certified = certified
         self._access = access or Anyone()
         self._asking = CapacityLimiter(_ASKED_ABOUT)
 
@@ -53,13 +78,33 @@ class ServiceHolder:
         """The service.
 
         Raises:
-            NotReady: the model is still loading.
+            NotReady: the model is loading, or the server is stopping.
         """
+        if self._stopping:
+            raise stopping()
         if self.service is None:
             raise NotReady("The model is still loading.", hint="Try again in a moment.", retry_after_s=2.0)
         return self.service
 
-    async def admit(self, authorization: str | None, scope: Scope) -> Admission:
+    @property
+    def is_ready(self) -> bool:
+        """Whether calls are answered."""
+        return self.service is not None and not self._stopping
+
+    def stop(self) -> None:
+        """Turn away new calls from now on."""
+        self._stopping = True
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Count a call that is worked on; in the event loop's thread."""
+        self.calls += 1
+        try:
+            yield
+        finally:
+            self.calls -= 1
+
+    async def admit(self, authorization: str | None, scope: Scope, certificate: str | None = None) -> Admission:
         """Let a caller make a call, without keeping the event loop waiting for a database.
 
         Who has no key cannot keep those waiting who have one: they are known, and few are asked about at a time.
@@ -67,18 +112,20 @@ class ServiceHolder:
         Args:
             authorization: `Bearer` and the key, as in HTTP's header of the name.
             scope: that the call needs.
+            certificate: common name in the caller's, where the server demands one.
 
         Raises:
-            Unauthenticated: it is nobody's key.
+            Unauthenticated: it is nobody's key, or nobody's certificate.
             Forbidden: its tenant may not make this call.
             NotReady: the model is still loading, or nobody can tell whose key it is.
         """
-        tenant = self._access.recall(authorization)
+        access = self._access if self._certified is None else self._certified.of(certificate)
+        tenant = access.recall(authorization)
         if tenant is None:
-            tenant = await in_worker(lambda: self._access.identify(authorization), self._asking)
+            tenant = await in_worker(lambda: access.identify(authorization), self._asking)
         if scope not in tenant.scopes:
             raise Forbidden(
                 f"Your key does not allow this call, which needs the scope {scope}.",
                 hint=f"It allows {', '.join(sorted(tenant.scopes)) or 'nothing'}. Ask the owner for more.",
             )
-        return Admission(self.ready(), tenant, self._access.meter(tenant))
+        return Admission(self.ready(), tenant, access.meter(tenant))

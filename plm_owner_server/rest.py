@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Annotated, Any, TypeVar
 
 from anyio import CapacityLimiter
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from plm_owner_server import rest_docs
-from plm_owner_server.accounts import answerable, request_id_of, timing_of
-from plm_owner_server.holder import Admission, ServiceHolder
+from plm_owner_server.accounts import DEPARTED, OTHER, PROBE, Call, Transport, request_id_of, timing_of
+from plm_owner_server.connections import CERTIFICATE
+from plm_owner_server.holder import Admission, ServiceHolder, stopping
 from plm_owner_server.metering import UNMETERED
-from plm_owner_server.scheduler import Caller, Departed
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import Scope
 from plm_owner_server.threads import in_worker
+from plm_owner_server.tickets import Caller, Departed
 from protocol.allowance import to_fields
+from protocol.checks import place
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import (
     PROBLEM_JSON,
@@ -35,18 +38,43 @@ from protocol.errors import (
     PemaError,
     UnacceptableAnswer,
     Unauthenticated,
+    UnknownEncoding,
     to_problem,
 )
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadDtype, HeadRequest
-
-log = logging.getLogger(__name__)
 
 _Request = TypeVar("_Request", bound=Message)
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 REQUEST_ID = "X-Request-Id"
 CLIENT_HEADER = "X-Pema-Client"
 _CLIENT_LEFT = 499  # nginx's number for it; HTTP has none
-_PROBES = frozenset({"/healthz", "/readyz"})
+_CALLS = {
+    "/healthz": PROBE,
+    "/readyz": PROBE,
+    "/v1/model": "card",
+    "/v1/tokenizer": "tokenizer",
+    "/v1/lm-head": "head",
+    "/v1/encode": "encode",
+    "/v1/decode": "decode",
+    "/v1/next-token-distribution": "distribution",
+}
+# FastAPI's own would tell of paths, queries and exceptions, word for word.
+_NO_TELEMETRY: dict[str, Any] = {
+    "telemetry": {"auto_configure": False, "tracing": False, "metrics": False, "logs": False}
+}
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class _HeadRange(BaseModel):
+    """The query of a range of head rows; unknown names are refused, as in bodies."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    start: int = Field(default=0, ge=0, description="first row")
+    stop: int | None = Field(
+        default=None, ge=0, description="end of the range (exclusive); by default that of the head"
+    )
+    dtype: HeadDtype = "float16"
 
 
 def create_app(
@@ -62,12 +90,18 @@ def create_app(
     """
     # More threads than calls may wait for the engine: the service must get to turn the next one away.
     limiter = CapacityLimiter(max_calls)
-    app = FastAPI(title="PEMA PLM server", description=rest_docs.DESCRIPTION, version="1", lifespan=lifespan)
+    app = FastAPI(
+        title="PEMA PLM server", description=rest_docs.DESCRIPTION, version="1", lifespan=lifespan, **_NO_TELEMETRY
+    )
 
     async def admit(request: Request, scope: Scope) -> Admission:
-        admitted = await holder.admit(request.headers.get("authorization"), scope)
+        certificate = getattr(request.state, CERTIFICATE, None)
+        admitted = await holder.admit(request.headers.get("authorization"), scope, certificate)
         request.state.meter = admitted.meter
         return admitted
+
+    def caller_of(request: Request, admitted: Admission) -> Caller:
+        return replace(admitted.caller(_client(request)), spent=_call_of(request).spent)
 
     async def answer(
         request: Request,
@@ -77,14 +111,15 @@ def create_app(
     ) -> Response:
         admitted = await admit(request, scope)
         form = _answer_form(request)
+        _require_plain(request)
         body = await _body(request, max_body_bytes)
-        caller = admitted.caller(_client(request))
+        caller = caller_of(request, admitted)
 
         def work() -> Response:
             started = time.perf_counter()
             message = _parse(message_type, body, request.headers.get("content-type", ""))
             response = _response(call(admitted.service, message, caller), form)
-            response.headers["Server-Timing"] = timing_of(caller, started).to_header()
+            response.headers["Server-Timing"] = timing_of(caller.spent, started).to_header()
             return response
 
         async def watch() -> None:
@@ -109,29 +144,27 @@ def create_app(
     @app.get("/v1/model", tags=["model"], summary="The model card", **rest_docs.MODEL)
     async def model_card(request: Request) -> Response:
         admitted = await admit(request, "card")
-        card = await in_worker(lambda: admitted.service.model_card(admitted.caller(_client(request))), limiter)
+        card = await in_worker(lambda: admitted.service.model_card(caller_of(request, admitted)), limiter)
         return Response(card.to_json(), media_type=JSON)
 
     @app.get("/v1/tokenizer", tags=["model"], summary="The fast tokenizer and the chat template", **rest_docs.TOKENIZER)
     async def tokenizer(request: Request) -> Response:
         admitted = await admit(request, "card")
-        bundle = await in_worker(lambda: admitted.service.tokenizer(admitted.caller(_client(request))), limiter)
+        bundle = await in_worker(lambda: admitted.service.tokenizer(caller_of(request, admitted)), limiter)
         return _cached(request, bundle.digest) or Response(
             bundle.to_json(), media_type=JSON, headers={"ETag": f'"{bundle.digest}"'}
         )
 
     @app.get("/v1/lm-head", tags=["model"], summary="A range of rows of the LM head", **rest_docs.LM_HEAD_RANGE)
-    async def lm_head_range(
-        request: Request, start: int = 0, stop: int | None = None, dtype: HeadDtype = "float16"
-    ) -> Response:
+    async def lm_head_range(request: Request, rows: Annotated[_HeadRange, Query()]) -> Response:
         admitted, form = await admit(request, "head"), _answer_form(request)
-        service, caller = admitted.service, admitted.caller(_client(request))
+        service, caller = admitted.service, caller_of(request, admitted)
         # Not yet a call: what is cached is not paid for.
         card = await in_worker(lambda: service.card_of(caller), limiter)
-        tag = f"{card.digest}-{start}-{stop}-{dtype}-{form.rpartition('.')[2]}"
+        tag = f"{card.digest}-{rows.start}-{rows.stop}-{rows.dtype}-{form.rpartition('.')[2]}"
         if cached := _cached(request, tag):
             return cached
-        wanted = HeadRequest.validated({"start": start, "stop": stop, "dtype": dtype})
+        wanted = HeadRequest.validated(rows.model_dump())
         response = await in_worker(lambda: _response(service.lm_head(wanted, caller), form), limiter)
         response.headers["ETag"] = f'"{tag}"'
         return response
@@ -155,30 +188,29 @@ def create_app(
         return await answer(request, "distribution", DistributionRequest, PlmService.distribution)
 
     @app.middleware("http")
-    async def log_and_identify(request: Request, call_next: Callable[[Request], Any]) -> Response:
-        request.state.id = request_id_of(request.headers.get(REQUEST_ID, ""))
+    async def identify_and_account(request: Request, call_next: Callable[[Request], Any]) -> Response:
+        request_id = request_id_of(request.headers.get(REQUEST_ID, ""))
+        call = Call(*_named(request), request_id, request.headers.get("traceparent", ""))
+        request.state.call = call
         request.state.meter = UNMETERED  # until it is known who calls
-        started = time.perf_counter()
-        try:
-            response: Response = await call_next(request)
-        except (ClientDisconnect, Departed):
-            response = Response(status_code=_CLIENT_LEFT)  # for the log: nobody reads it
-        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a problem document
-            response = _problem(request, answerable(error, request.state.id, request.url.path))
-        response.headers[REQUEST_ID] = request.state.id
+        with holder.at_work(), holder.accounts.of(call):
+            try:
+                response: Response = await call_next(request)
+            except (ClientDisconnect, Departed):
+                call.outcome = DEPARTED
+                response = Response(status_code=_CLIENT_LEFT)  # for the log: nobody reads it
+            except asyncio.CancelledError:  # the server ends, and this call's body is still on its way
+                response = _problem(request, stopping())
+            except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a problem document
+                response = _problem(request, error)
+            call.status = str(response.status_code)
+        response.headers[REQUEST_ID] = request_id
         response.headers.update(to_fields(request.state.meter.left))
-        elapsed_ms = 1000 * (time.perf_counter() - started)
-        # Probes come every few seconds; a log of them hides everything else.
-        log.log(
-            logging.DEBUG if request.url.path in _PROBES else logging.INFO,
-            "%s %s %s -> %d in %.0f ms",
-            request.state.id,
-            request.method,
-            request.url.path,
-            response.status_code,
-            elapsed_ms,
-        )
         return response
+
+    @app.exception_handler(Departed)
+    async def departed(request: Request, error: Departed) -> Response:
+        raise error  # nobody reads an answer
 
     @app.exception_handler(PemaError)
     async def pema_error(request: Request, error: PemaError) -> Response:
@@ -193,8 +225,9 @@ def create_app(
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        return _problem(request, InvalidRequest(f"{place}: {first['msg']}.", hint="See the OpenAPI page (/docs)."))
+        return _problem(
+            request, InvalidRequest(f"{place(first['loc'])}: {first['msg']}.", hint="See the OpenAPI page (/docs).")
+        )
 
     return app
 
@@ -204,14 +237,23 @@ def _client(request: Request) -> str:
     return request.headers.get(CLIENT_HEADER) or (request.client.host if request.client else "")
 
 
+def _require_plain(request: Request) -> None:
+    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        # A small body could become a large one.
+        raise UnknownEncoding("The body is compressed.", hint="Send it as it is, without Content-Encoding.")
+
+
 async def _body(request: Request, max_body_bytes: int) -> bytes:
+    too_large = PayloadTooLarge(
+        f"The body is larger than {max_body_bytes} bytes.", hint="Send fewer sequences in one request."
+    )
+    if int(request.headers.get("content-length", 0)) > max_body_bytes:
+        raise too_large
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_body_bytes:
-            raise PayloadTooLarge(
-                f"The body is larger than {max_body_bytes} bytes.", hint="Send fewer sequences in one request."
-            )
+            raise too_large
     return bytes(body)
 
 
@@ -222,7 +264,7 @@ def _parse(message_type: type[_Request], body: bytes, content_type: str) -> _Req
     if kind == JSON:
         return message_type.from_json(body)
     raise MalformedMessage(
-        f"The content type {kind[:80]!r} is not known." if kind else "The content type is missing.",
+        "The content type is not known." if kind else "The content type is missing.",
         hint=f"Send {BINARY} or {JSON}.",
     )
 
@@ -248,11 +290,25 @@ def _cached(request: Request, digest: str) -> Response | None:
     return Response(status_code=304, headers={"ETag": etag}) if request.headers.get("if-none-match") == etag else None
 
 
-def _problem(request: Request, error: PemaError, status: int | None = None) -> Response:
-    error.request_id = getattr(request.state, "id", None)
-    problem = to_problem(error)
-    problem["status"] = status or error.http_status
-    headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if error.retry_after_s is not None else {}
-    if isinstance(error, Unauthenticated):
+def _named(request: Request) -> tuple[str, Transport, str]:
+    """The call, the transport, and the call in its words."""
+    # Paths and methods that are not known may be any text of the client's.
+    path = request.scope["path"]
+    name = _CALLS.get(path, OTHER)
+    method = request.method if request.method in _METHODS else "?"
+    return name, "rest", f"{method} {path}" if name != OTHER else f"{method} no call"
+
+
+def _call_of(request: Request) -> Call:
+    call: Call = request.state.call
+    return call
+
+
+def _problem(request: Request, error: Exception, status: int | None = None) -> Response:
+    told = _call_of(request).fail(error)
+    problem = to_problem(told)
+    problem["status"] = status or told.http_status
+    headers = {"Retry-After": str(math.ceil(told.retry_after_s))} if told.retry_after_s is not None else {}
+    if isinstance(told, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     return Response(json.dumps(problem), problem["status"], headers, PROBLEM_JSON)

@@ -11,7 +11,22 @@ from fastapi import Depends
 from fastapi.security import HTTPBearer
 
 from protocol.codec import BINARY, JSON, Message
-from protocol.errors import PROBLEM_JSON
+from protocol.errors import (
+    PROBLEM_JSON,
+    Forbidden,
+    InvalidRequest,
+    NotReady,
+    OverLimit,
+    Overloaded,
+    PayloadTooLarge,
+    PemaError,
+    ServerFault,
+    TooSlow,
+    UnacceptableAnswer,
+    Unauthenticated,
+    UnknownEncoding,
+    to_problem,
+)
 from protocol.messages import (
     DecodeRequest,
     DecodeResponse,
@@ -44,13 +59,24 @@ A key allows the calls of its scopes; another is 403.
 
 # For the page's "Authorize" button alone: the key itself is checked elsewhere, for both transports.
 _SHOWN_KEY = Depends(HTTPBearer(auto_error=False, description="The owner's key, if one is asked for"))
-_PROBLEM_EXAMPLE = {
-    "type": "urn:pema:error:over-limit",
-    "title": "Over limit",
-    "status": 422,
-    "detail": "Sequence 0 has 9000 tokens.",
-    "hint": "It may have 4096; shorten the prompt or the text.",
-    "request_id": "5f0c2b",
+# Errors by what a call has to do with: any call, a key, a choice of forms or rows, a body, the model.
+_ANY = (ServerFault,)
+_OF_KEYS = (Unauthenticated, Forbidden, NotReady)
+_OF_CHOICES = (InvalidRequest, UnacceptableAnswer, OverLimit)
+_OF_BODIES = (TooSlow, PayloadTooLarge, UnknownEncoding)
+_OF_THE_MODEL = (Overloaded,)
+_PROBLEM_SCHEMA = {
+    "type": "object",
+    "required": ["type", "title", "status", "detail", "hint", "request_id"],
+    "properties": {
+        "type": {"type": "string", "pattern": "^urn:pema:error:"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string", "description": "what happened"},
+        "hint": {"type": "string", "description": "what to do about it"},
+        "retry_after_s": {"type": "number", "description": "seconds after which the call may succeed"},
+        "request_id": {"type": "string", "description": "the id under which the server logged the call"},
+    },
 }
 
 
@@ -62,26 +88,41 @@ def _route(
     *,
     description: str = "",
     tensors: bool = False,
+    cached: bool = False,
+    errors: tuple[type[PemaError], ...] = (),
 ) -> dict[str, Any]:
     content: dict[str, Any] = {JSON: {"example": answer_example}}
     if answer is not None:
         content[JSON]["schema"] = _schema(answer)
     if tensors:
         content[BINARY] = {"schema": {"type": "string", "format": "binary"}}
-    problem = {"description": "Problem", "content": {PROBLEM_JSON: {"example": _PROBLEM_EXAMPLE}}}
-    route: dict[str, Any] = {
-        "description": description,
-        "responses": {200: {"description": "Success", "content": content}, "default": problem},
-    }
+    responses: dict[int, Any] = {200: {"description": "Success", "content": content}}
+    if cached:
+        responses[304] = {"description": "It is what `If-None-Match` names."}
+    route: dict[str, Any] = {"description": description, "responses": responses}
     if answer is not None:
         route["dependencies"] = [_SHOWN_KEY]
+        errors += _OF_KEYS
     if request is not None:
+        errors += _OF_CHOICES + _OF_BODIES
         body = {
             JSON: {"schema": _schema(request), "example": request_example},
             BINARY: {"schema": {"type": "string", "format": "binary"}},
         }
         route["openapi_extra"] = {"requestBody": {"required": True, "content": body}}
+    responses |= {error.http_status: _problem(error) for error in errors + _ANY}
     return route
+
+
+def _problem(error: type[PemaError]) -> dict[str, Any]:
+    example = error("What happened.", hint="What to do about it.", request_id="5f0c2b")
+    problem: dict[str, Any] = {
+        "description": error.code.replace("-", " ").capitalize(),
+        "content": {PROBLEM_JSON: {"schema": _PROBLEM_SCHEMA, "example": to_problem(example)}},
+    }
+    if error in (Overloaded, NotReady):
+        problem["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
+    return problem
 
 
 def _schema(message: type[Message]) -> dict[str, Any]:
@@ -102,7 +143,12 @@ def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
 
 
 HEALTHZ = _route(None, {"status": "alive"})
-READYZ = _route(None, {"status": "ready", "model": "gemma-3-270m"}, description="503 until a real forward pass ran.")
+READYZ = _route(
+    None,
+    {"status": "ready", "model": "gemma-3-270m"},
+    description="503 until a real forward pass ran.",
+    errors=(NotReady,),
+)
 MODEL = _route(
     ModelCard,
     {
@@ -136,12 +182,15 @@ TOKENIZER = _route(
         "special_tokens": {"bos_token": "<bos>"},
     },
     description="Answers 304 to a known `If-None-Match`.",
+    cached=True,
 )
 LM_HEAD_RANGE = _route(
     HeadRows,
     {"digest": "9d3c" * 16, "vocab_size": 262144, "weight_N_D": [[0.01, -0.02], [0.03, 0.0]], "logit_scale": 1.0},
     description="The rows [start, stop). Has an ETag; answers 304 to a known `If-None-Match`.",
     tensors=True,
+    cached=True,
+    errors=_OF_CHOICES,
 )
 LM_HEAD = _route(
     HeadRows,
@@ -163,6 +212,7 @@ ENCODE = _route(
     EncodeRequest,
     {"token_ids": [[2, 9259, 1902]], "from_position": [1], "dtype": "float32", "with_logsumexp": True},
     tensors=True,
+    errors=_OF_THE_MODEL,
 )
 DECODE = _route(
     DecodeResponse,
@@ -180,6 +230,7 @@ DECODE = _route(
     description="With `look_ahead` 0 a plain step; with k > 0 the server drafts k tokens greedily from its own "
     "distribution.",
     tensors=True,
+    errors=_OF_THE_MODEL,
 )
 DISTRIBUTION = _route(
     DistributionResponse,
@@ -189,4 +240,5 @@ DISTRIBUTION = _route(
     description="`token_ids` instead of `text` if you have them; `template: chat` wraps the text in the chat template; "
     "`top_k: 0` gives the whole distribution.",
     tensors=True,
+    errors=_OF_THE_MODEL,
 )

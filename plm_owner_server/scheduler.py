@@ -9,98 +9,27 @@ token.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from plm_owner_server.batching import plan_batches
 from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Encoded, Engine
-from plm_owner_server.metering import UNMETERED, Meter
-from plm_owner_server.views import EVERYTHING, Disclosure
-from protocol.errors import Overloaded, PemaError
+from plm_owner_server.tickets import Caller, Departed, Load, Part, Ticket, Work, fail, joined, room_of
+from protocol.errors import NotReady, Overloaded, PemaError
 
-Work = EncodeBatch | DraftBatch
+log = logging.getLogger(__name__)
 
 # A step costs about as much as so many tokens, however few sequences take part: it reads all the weights.
 _STEP_TOKENS = 16
 # The thread ends after so many idle seconds; the next request starts another one.
 _LINGER_S = 5.0
 _RETRY_AFTER_S = (1.0, 60.0)
-
-
-class Departed(PemaError):
-    """The client has gone: nobody will read the answer."""
-
-
-@dataclass(eq=False)
-class Spent:
-    """Seconds that a call has waited for the engine, and had it."""
-
-    queue_s: float = 0.0
-    compute_s: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class Caller:
-    """Who makes a call.
-
-    Attributes:
-        client: the same for all requests of a client; shares are between these.
-        tenant: to whom the client belongs; tenants never share what is known of a text.
-        disclosure: what that tenant may see of the model.
-        meter: that the call is put down on.
-        departed: set when the client has gone, so that its work is skipped.
-        spent: what the call has cost so far; the scheduler adds to it.
-    """
-
-    client: str = "local"
-    tenant: str = ""
-    disclosure: Disclosure = EVERYTHING
-    meter: Meter = UNMETERED
-    departed: threading.Event = field(default_factory=threading.Event)
-    spent: Spent = field(default_factory=Spent)
-
-
-class _Ticket:
-    """A request that waits for its batches."""
-
-    def __init__(self, caller: Caller, works: Sequence[Work]) -> None:
-        self.caller = caller
-        self.waiting = deque(enumerate(works))
-        self.results: list[Encoded | None] = [None] * len(works)
-        self.left = len(works)
-        self.compute_s = 0.0
-        self.error: Exception | None = None
-        self.done = threading.Event()
-
-    def finish(self, index: int, result: Encoded) -> None:
-        """Note the result of a batch."""
-        self.results[index] = result
-        self.left -= 1
-        if self.left == 0:
-            self.done.set()
-
-    def fail(self, error: Exception) -> None:
-        self.error = error
-        self.waiting.clear()
-        self.done.set()
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """A request's batch within what the engine runs."""
-
-    ticket: _Ticket
-    index: int
-    work: Work
-
-    @property
-    def client(self) -> str:
-        return self.ticket.caller.client
+_RELOADED_AFTER_S = 5.0
 
 
 class Scheduler:
@@ -114,6 +43,9 @@ class Scheduler:
         drafting_tokens: tokens whose attention states all that is drafted may come to hold.
         max_waiting_tokens: tokens of all requests that wait or run; more are turned away.
         max_waiting_requests: requests that wait or run, likewise.
+
+    Attributes:
+        broken: set once the engine works no more; all requests end with `NotReady` from then on.
     """
 
     def __init__(
@@ -134,16 +66,19 @@ class Scheduler:
         self._drafting_tokens = drafting_tokens
         self._max_tokens = max_waiting_tokens
         self._max_requests = max_waiting_requests
+        self.broken = threading.Event()
+        self._engine_since: float | None = None  # time of the engine's present call
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         # The thread's own: what is being drafted.
         self._drafting = engine.drafting(batch_tokens)
-        self._drafted: dict[DraftBatch, _Part] = {}
+        self._drafted: dict[DraftBatch, Part] = {}
         # The rest is guarded by `_changed`.
-        self._queues: dict[str, deque[_Ticket]] = {}
+        self._queues: dict[str, deque[Ticket]] = {}
         self._given: dict[str, float] = {}  # tokens given to each client that is here
         self._tokens: dict[str, int] = {}  # tokens of each client's requests that wait or run
-        self._requests = 0
+        self._tickets: set[Ticket] = set()  # all that wait or run
+        self._closed: PemaError | None = None
         self._rate = 0.0  # tokens per second, smoothed
 
     def run(self, caller: Caller, works: Sequence[Work]) -> list[Encoded]:
@@ -152,9 +87,11 @@ class Scheduler:
         Raises:
             Overloaded: too much waits already.
             Departed: the client went meanwhile.
+            NotReady: the engine is broken, or `close` said so.
         """
         tokens = sum(work.tokens for work in works)
-        ticket = _Ticket(caller, works)
+        caller.spent.tokens += sum(len(ids) for work in works for ids in work.token_ids)
+        ticket = Ticket(caller, works)
         self._admit(ticket, tokens)
         admitted = time.perf_counter()
         try:
@@ -163,7 +100,7 @@ class Scheduler:
             caller.spent.compute_s += ticket.compute_s
             caller.spent.queue_s += max(0.0, time.perf_counter() - admitted - ticket.compute_s)
             with self._changed:
-                self._requests -= 1
+                self._tickets.remove(ticket)
                 self._tokens[caller.client] -= tokens
                 if not self._tokens[caller.client]:
                     del self._tokens[caller.client]
@@ -172,22 +109,48 @@ class Scheduler:
                     self._given = {c: given for c, given in self._given.items() if c in self._tokens or given > least}
         if ticket.error is not None:
             raise ticket.error
-        return [result for result in ticket.results if result is not None]
+        results = [result for result in ticket.results if result is not None]
+        caller.spent.rows += sum(sum(result.rows) for result in results)
+        return results
 
-    def _admit(self, ticket: _Ticket, tokens: int) -> None:
+    def load(self) -> Load:
+        """How much there is to do at the moment."""
+        with self._changed:
+            waiting = [ticket for queue in self._queues.values() for ticket in queue if not ticket.begun]
+            tokens = sum(work.tokens for ticket in waiting for _, work in ticket.waiting)
+            running = len(self._tickets) - len(waiting), sum(self._tokens.values()) - tokens
+            return Load(len(waiting), running[0], tokens, running[1])
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that the engine's present call has taken so far; 0 if there is none."""
+        since = self._engine_since
+        return 0.0 if since is None else time.perf_counter() - since
+
+    def close(self, error: PemaError) -> None:
+        """End all that waits or runs with an error, and turn away with it whatever comes."""
+        with self._changed:
+            self._closed = error
+            for ticket in self._tickets:
+                ticket.fail(copy.copy(error))
+            self._changed.notify()
+
+    def _admit(self, ticket: Ticket, tokens: int) -> None:
         client = ticket.caller.client
         with self._changed:
+            if self._closed is not None:
+                raise copy.copy(self._closed)
             own, total = self._tokens.get(client, 0), sum(self._tokens.values())
             # What is alone is let in, however large: the limits of a single request are the model card's. And nobody
             # may fill more than half of the places, or there would be none for the next one.
             too_much = (total and total + tokens > self._max_tokens) or (own and own + tokens > self._max_tokens // 2)
-            if too_much or self._requests >= self._max_requests:
+            if too_much or len(self._tickets) >= self._max_requests:
                 raise Overloaded(
-                    f"{self._requests} requests with {total} tokens wait already.",
+                    f"{len(self._tickets)} requests with {total} tokens wait already.",
                     hint="Come back later, or send fewer requests at once.",
                     retry_after_s=self._until_free(tokens),
                 )
-            self._requests += 1
+            self._tickets.add(ticket)
             self._tokens[client] = own + tokens
             # Who was away has saved up nothing.
             least = min((self._given[other] for other in self._tokens if other in self._given), default=0.0)
@@ -218,10 +181,12 @@ class Scheduler:
     def _take_turns(self) -> None:
         while True:
             with self._changed:
-                while not self._queues and not self._drafted:
+                while not self._queues and not self._drafted and self._closed is None:
                     if not self._changed.wait(_LINGER_S) and not self._queues:
                         self._thread = None
                         return
+                if self._closed is not None:
+                    return
                 heads = [part for client in sorted(self._queues, key=self._given_to) for part in self._heads(client)]
                 encoding = self._next_to_encode(heads)
                 joining = [] if encoding else self._next_to_draft(heads)
@@ -233,7 +198,7 @@ class Scheduler:
     def _given_to(self, client: str) -> float:
         return self._given.get(client, 0.0)
 
-    def _heads(self, client: str) -> list[_Part]:
+    def _heads(self, client: str) -> list[Part]:
         """The next batch of each of a client's requests, as far as somebody still waits for it."""
         for ticket in self._queues[client]:
             if ticket.waiting and ticket.caller.departed.is_set():
@@ -243,16 +208,16 @@ class Scheduler:
             self._queues[client] = queue
         else:
             del self._queues[client]
-        return [_Part(ticket, *ticket.waiting[0]) for ticket in queue]
+        return [Part(ticket, *ticket.waiting[0]) for ticket in queue]
 
-    def _next_to_encode(self, heads: Sequence[_Part]) -> list[_Part]:
+    def _next_to_encode(self, heads: Sequence[Part]) -> list[Part]:
         """The next batch to encode, unless it is the turn of those who draft; filled up with others' small ones.
 
         A client's own are never put together: a memory is computed in the same way whenever it is built alone.
         """
         drafting = {part.client for part in self._drafted.values()}
         drafting |= {part.client for part in heads if self._may_join(part, [])}
-        parts: list[_Part] = []
+        parts: list[Part] = []
         batch: EncodeBatch | None = None
         for part in heads:
             if not isinstance(part.work, EncodeBatch) or part.client in {other.client for other in parts}:
@@ -263,7 +228,7 @@ class Scheduler:
             if batch is None or self._go_together(batch, part.work):
                 part.ticket.waiting.popleft()
                 parts.append(part)
-                batch = _joined(parts)
+                batch = joined(parts)
         return parts
 
     def _go_together(self, ours: EncodeBatch, theirs: EncodeBatch) -> bool:
@@ -272,9 +237,9 @@ class Scheduler:
         lengths = [len(ids) for ids in (*ours.token_ids, *theirs.token_ids)]
         return len(plan_batches(lengths, self._batch_tokens, self._padding_tokens)) == 1
 
-    def _next_to_draft(self, heads: Sequence[_Part]) -> list[_Part]:
+    def _next_to_draft(self, heads: Sequence[Part]) -> list[Part]:
         """What joins those that are being drafted: as much as there is room for."""
-        joining: list[_Part] = []
+        joining: list[Part] = []
         for part in heads:
             if self._may_join(part, joining):
                 part.ticket.waiting.popleft()
@@ -283,27 +248,27 @@ class Scheduler:
                 break  # or small ones could take its room again and again
         return joining
 
-    def _may_join(self, part: _Part, joining: Sequence[_Part]) -> bool:
+    def _may_join(self, part: Part, joining: Sequence[Part]) -> bool:
         if not isinstance(part.work, DraftBatch):
             return False
         there = [*self._drafted.values(), *joining]
-        fits = not there or _room([*there, part]) <= self._drafting_tokens
+        fits = not there or room_of([*there, part]) <= self._drafting_tokens
         return fits and not self._exceeds_its_half(part, joining)
 
-    def _exceeds_its_half(self, part: _Part, joining: Sequence[_Part]) -> bool:
+    def _exceeds_its_half(self, part: Part, joining: Sequence[Part]) -> bool:
         """Whether a client would have more than half of the room for drafts."""
         own = [other for other in (*self._drafted.values(), *joining) if other.client == part.client]
-        return bool(own) and _room([*own, part]) > self._drafting_tokens // 2
+        return bool(own) and room_of([*own, part]) > self._drafting_tokens // 2
 
-    def _encode(self, parts: list[_Part]) -> None:
-        batch, results = _joined(parts), list[Encoded]()
+    def _encode(self, parts: list[Part]) -> None:
+        batch, results = joined(parts), list[Encoded]()
         with self._charged(parts) as spend:
             results = self._engine.encode(batch).split([len(part.work.token_ids) for part in parts])
             spend(batch.tokens, parts)
         for part, result in zip(parts, results, strict=False):  # none after an error
             part.ticket.finish(part.index, result)
 
-    def _draft(self, joining: list[_Part]) -> None:
+    def _draft(self, joining: list[Part]) -> None:
         """One step of all that is being drafted, and of what joins it."""
         self._let_go_of_departed()
         if not joining and not self._drafted:
@@ -328,29 +293,34 @@ class Scheduler:
             if part.ticket.caller.departed.is_set():
                 self._drafting.leave(batch)
                 del self._drafted[batch]
-                _fail([part], Departed("The client has gone."))
+                fail([part], Departed("The client has gone."))
 
-    def _give_up_drafting(self, failed: Sequence[_Part], error: Exception) -> None:
+    def _give_up_drafting(self, failed: Sequence[Part], error: Exception) -> None:
         """After an error nobody knows in what state the drafts are: others' requests can be made again."""
-        _fail(failed, error)
+        fail(failed, error)
         again = Overloaded("A request beside this one failed.", hint="Make it again.", retry_after_s=_RETRY_AFTER_S[0])
-        _fail([part for part in self._drafted.values() if part not in failed], again)
+        fail([part for part in self._drafted.values() if part not in failed], again)
         self._drafted.clear()
         self._drafting = self._engine.drafting(self._batch_tokens)
 
     @contextmanager
-    def _charged(self, parts: list[_Part]) -> Iterator[Callable[[int, Sequence[_Part]], None]]:
+    def _charged(self, parts: list[Part]) -> Iterator[Callable[[int, Sequence[Part]], None]]:
         """The engine works for some requests; an error reaches all who wait for it.
 
         Gives what puts tokens down to the clients of some of these requests, by their number of sequences.
         """
-        started = time.perf_counter()
-        spent: list[tuple[int, Sequence[_Part]]] = []
+        self._engine_since = started = time.perf_counter()
+        spent: list[tuple[int, Sequence[Part]]] = []
         error: Exception | None = None
         try:
             yield lambda tokens, own: spent.append((tokens, own))
         except Exception as caught:  # noqa: BLE001 - whatever it is, those who wait must hear of it
             error = caught
+            if not isinstance(error, PemaError) and not self._works():
+                error = NotReady("The model has failed.", hint="It is loaded again.", retry_after_s=_RELOADED_AFTER_S)
+                self.close(error)
+                self.broken.set()
+        self._engine_since = None
         seconds = time.perf_counter() - started
         with self._changed:
             for ticket in {part.ticket for part in parts}:
@@ -365,26 +335,13 @@ class Scheduler:
         if error is not None and any(isinstance(part.work, DraftBatch) for part in parts):
             self._give_up_drafting(parts, error)
         elif error is not None:
-            _fail(parts, error)
+            fail(parts, error)
 
-
-def _room(parts: Sequence[_Part]) -> int:
-    """Tokens that batches may come to hold together: all their sequences are padded to the longest."""
-    works = [part.work for part in parts if isinstance(part.work, DraftBatch)]
-    return sum(len(work.token_ids) for work in works) * max(work.width for work in works)
-
-
-def _joined(parts: Sequence[_Part]) -> EncodeBatch:
-    works = [part.work for part in parts if isinstance(part.work, EncodeBatch)]
-    return EncodeBatch(
-        [ids for work in works for ids in work.token_ids],
-        [start for work in works for start in work.from_position],
-        works[0].with_logsumexp,
-        works[0].tenant,
-    )
-
-
-def _fail(parts: Sequence[_Part], error: Exception) -> None:
-    for part in parts:
-        # Each its own: transports note the request's id on it.
-        part.ticket.fail(copy.copy(error))
+    def _works(self) -> bool:
+        """Whether the engine that has just failed still does what it should."""
+        try:
+            self._engine.warm_up()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it does not
+            log.error("the engine is broken: after a failure, its check ends in %s", type(error).__name__)
+            return False
+        return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,17 +12,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from plm_owner_server.batching import plan_batches
-from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Encoded, Engine
+from plm_owner_server.engines.base import Counts, Decoded, DraftBatch, EncodeBatch, Encoded, Engine
 from plm_owner_server.gathering import Gathered, present
 from plm_owner_server.metering import Cost
-from plm_owner_server.scheduler import Caller, Scheduler
+from plm_owner_server.scheduler import Scheduler
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.threads import use_cores
+from plm_owner_server.tickets import Caller, Load
 from plm_owner_server.tokenizer import bundle_tokenizer
 from plm_owner_server.validation import check_vocabulary
 from plm_owner_server.views import View, Views, head_digest, head_dtype
 from protocol.checks import echoes
-from protocol.errors import InvalidRequest, OverLimit, Unsupported
+from protocol.errors import InvalidRequest, OverLimit, PemaError, Unsupported
 from protocol.messages import (
     DecodeRequest,
     DecodeResponse,
@@ -105,6 +107,32 @@ class PlmService:
             self._card, engine.head, weights_digest=weights_digest, master_secret=master_secret or _no_secret
         )
 
+    def load(self) -> Load:
+        """How much there is to do at the moment."""
+        return self._scheduler.load()
+
+    @property
+    def broken(self) -> threading.Event:
+        """Set once the engine works no more."""
+        return self._scheduler.broken
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that the engine's present piece of work has taken so far."""
+        return self._scheduler.busy_s
+
+    def close(self, error: PemaError) -> None:
+        """End all calls that wait for the engine or have it, and turn away whatever comes."""
+        self._scheduler.close(error)
+
+    def forget_unused(self) -> None:
+        """Drop what is known of texts that were not asked about for long."""
+        self._engine.forget_unused()
+
+    def engine_counts(self) -> Counts:
+        """What the engine has done so far."""
+        return self._engine.counts
+
     def model_card(self, caller: Caller = _LOCAL) -> ModelCard:
         """Identity, kind of CR, sizes, limits."""
         with caller.meter.charging(_FREE):
@@ -134,7 +162,9 @@ class PlmService:
         # The same row of the same model is the same in every basis.
         cost = Cost(head_rows=wanted, model=self._card.digest, vocab_size=self._card.vocab_size)
         with caller.meter.charging(cost):
-            return view.head_rows(wanted, request.dtype)
+            rows = view.head_rows(wanted, request.dtype)
+        caller.spent.rows += len(rows.weight_N_D)
+        return rows
 
     def encode(self, request: EncodeRequest, caller: Caller = _LOCAL) -> EncodeResponse:
         """Context representations of given sequences, one forward pass each.
@@ -257,9 +287,7 @@ class PlmService:
         if (request.text is None) == (request.token_ids is None):
             raise InvalidRequest("Exactly one of text and token_ids is wanted.", hint='For example {"text": "Hello"}.')
         if request.template not in ("plain", "chat"):
-            raise Unsupported(
-                f"There is no template of the name {request.template[:40]!r}.", hint="Use 'plain' or 'chat'."
-            )
+            raise Unsupported("There is no template of this name.", hint="Use 'plain' or 'chat'.")
         if request.token_ids is not None:
             if request.template != "plain":
                 raise InvalidRequest("A template is for text, not for token_ids.", hint="Give `text`, or no template.")

@@ -16,6 +16,8 @@ from pydantic_settings import BaseSettings, CliImplicitFlag, SettingsConfigDict
 from protocol.messages import CrKind
 
 DEFAULT_MODEL = "gemma-3-270m"
+# Largest number that gRPC carries, or takes as an option.
+_INT32 = 2**31 - 1
 
 
 def _in_a_file_of_the_users_own() -> str:
@@ -74,6 +76,11 @@ class ServerSettings(StoreSettings):
         "taken without a restart.",
     )
     tls_key: Path | None = Field(default=None, description="PEM file with its private key, without a password.")
+    tls_client_ca: Path | None = Field(
+        default=None,
+        description="PEM file with the authorities of clients' certificates: both transports then demand one, and its "
+        "subject's common name is the tenant's; no key is needed.",
+    )
     insecure: CliImplicitFlag[bool] = Field(
         default=False,
         description="Let keys travel unencrypted to other addresses than loopback, such as behind a proxy that does "
@@ -84,6 +91,8 @@ class ServerSettings(StoreSettings):
     def _certificate_and_key_go_together(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("--tls-certificate and --tls-key go together")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("--tls-client-ca needs --tls-certificate and --tls-key")
         return self
 
     @field_validator("api_key")
@@ -117,21 +126,43 @@ class ServerSettings(StoreSettings):
     max_sequence_tokens: int = Field(
         default=4096,
         ge=2,
+        le=_INT32,
         description="Longest sequence in tokens, drafts included; bounds attention memory, capped by the model's own.",
     )
     max_sequences: int = Field(
-        default=512, ge=1, description="Most sequences in a request. Bounds how long one request occupies the model."
+        default=512,
+        ge=1,
+        le=_INT32,
+        description="Most sequences in a request. Bounds how long one request occupies the model.",
     )
     max_look_ahead: int = Field(
-        default=1024, ge=0, description="Most tokens drafted per sequence and request. Bounds the time of one request."
+        default=1024,
+        ge=0,
+        le=_INT32,
+        description="Most tokens drafted per sequence and request. Bounds the time of one request.",
     )
     max_answer_bytes: int = Field(
         default=128 * 2**20,
         ge=1,
+        le=2**34,
         description="Largest answer in bytes, counted as float32. Bounds its memory; clients ask in pieces.",
     )
     max_body_bytes: int = Field(
-        default=16 * 2**20, ge=1024, description="Largest request body in bytes. Bounds memory per request."
+        default=16 * 2**20, ge=1024, le=_INT32, description="Largest request body in bytes. Bounds memory per request."
+    )
+    max_connections: int = Field(
+        default=1000,
+        ge=1,
+        le=_INT32,
+        description="Connections at the same time, for each transport; each takes a file. One more takes the place of "
+        "the one that is idle longest, or is told to come back.",
+    )
+    transfer_s: float = Field(
+        default=30.0,
+        ge=0.1,
+        allow_inf_nan=False,
+        description="Seconds that a request's head, each MiB of its body, and each MiB of an answer may take. Bounds "
+        "what slow clients hold: who is slower is cut off.",
     )
     batch_tokens: int = Field(
         default=4096,
@@ -153,8 +184,15 @@ class ServerSettings(StoreSettings):
     prefix_cache_mib: float = Field(
         default=1024,
         ge=0,
+        allow_inf_nan=False,
         description="Memory for attention states in MiB: what texts begin with is computed once, and a text that goes "
         "on is not computed again. 0 turns it off.",
+    )
+    prefix_cache_seconds: float = Field(
+        default=600,
+        gt=0,
+        description="How long they are kept after their last use, in seconds. Then they are dropped, whether or not "
+        "somebody calls.",
     )
     max_waiting_requests: int = Field(
         default=64, ge=1, description="Requests that may wait for the model. One more is told to come back (429)."
@@ -165,9 +203,34 @@ class ServerSettings(StoreSettings):
         description="Tokens of all requests that may wait for the model; bounds their answers' memory. More is told to "
         "come back (429). One client may fill half of it.",
     )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="TCP port on which Prometheus finds metrics (/metrics); 0 takes a free one. None by default.",
+    )
+    metrics_host: str = Field(
+        default="127.0.0.1",
+        description="Address of --metrics-port. There are no keys: whoever reaches it may read the metrics.",
+    )
+    engine_timeout: float = Field(
+        default=600,
+        gt=0,
+        description="Longest single piece of the model's work, in seconds. If it takes longer, it hangs: the server "
+        "ends with a status other than 0, to be started again.",
+    )
+    drain_seconds: float = Field(
+        default=30,
+        ge=0,
+        description="How long calls may still be worked on after SIGTERM or SIGINT, in seconds. New ones are refused "
+        "(503). A second signal stops at once.",
+    )
     cache_dir: Path = Field(
         default_factory=lambda: user_cache_path("pema") / "models",
         description="Folder where a GGUF model is kept once it is converted, so that only the first start is slow.",
+    )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Lines for people, or a JSON object each for a log store. On standard error."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Verbosity of the log. No level writes texts, token ids or representations."

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -24,10 +26,12 @@ class Certificate:
     Attributes:
         chain: the server's own certificate first.
         key: without a password.
+        client_ca: the authorities of clients' certificates, PEM too; clients need none without it.
     """
 
     chain: Path
     key: Path
+    client_ca: Path | None = None
 
     def context(self) -> ssl.SSLContext:
         """For the REST server.
@@ -37,11 +41,15 @@ class Certificate:
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if self.client_ca is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
         self.load_into(context)
         return context
 
     def load_into(self, context: ssl.SSLContext) -> None:
         """Take what the files hold now; connections that are made from now on see it.
+
+        An authority that clients had goes with the next start: OpenSSL adds to those that a context knows.
 
         Raises:
             PemaError: the files cannot be read, or do not belong together.
@@ -54,6 +62,15 @@ class Certificate:
             raise PemaError(
                 f"{self.chain} and {self.key} are no certificate and its key: {error}.",
                 hint="--tls-certificate and --tls-key take PEM files; the key without a password.",
+            ) from error
+        if self.client_ca is None:
+            return
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(self.client_ca)
+            context.load_verify_locations(self.client_ca)
+        except (OSError, ssl.SSLError) as error:
+            raise PemaError(
+                f"{self.client_ca} holds no authorities: {error}.", hint="--tls-client-ca takes their PEM file."
             ) from error
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
@@ -78,12 +95,13 @@ class Certificate:
             except (OSError, PemaError):
                 return None
 
+        demanded = self.client_ca is not None
         # Its types do not know that None leaves all as it is.
-        return grpc.dynamic_ssl_server_credentials(current, renewed, require_client_authentication=False)  # type: ignore[arg-type]
+        return grpc.dynamic_ssl_server_credentials(current, renewed, demanded)  # type: ignore[arg-type]
 
     async def keep_current(self, context: ssl.SSLContext) -> None:
         """Load the files into the REST server's context, and again whenever they change, for ever."""
-        seen: tuple[int, int] | None = None
+        seen: tuple[int, ...] | None = None
         while True:
             try:
                 if (now := self._modified()) != seen:
@@ -95,8 +113,18 @@ class Certificate:
                 log.warning("the certificate in use stays: %s", error)
             await asyncio.sleep(_LOOK_EVERY_S)
 
-    def _modified(self) -> tuple[int, int]:
-        return self.chain.stat().st_mtime_ns, self.key.stat().st_mtime_ns
+    def _modified(self) -> tuple[int, ...]:
+        files = (self.chain, self.key, *([] if self.client_ca is None else [self.client_ca]))
+        return tuple(file.stat().st_mtime_ns for file in files)
 
     def _grpc_configuration(self) -> grpc.ServerCertificateConfiguration:
-        return grpc.ssl_server_certificate_configuration([(self.key.read_bytes(), self.chain.read_bytes())])
+        pair = (self.key.read_bytes(), self.chain.read_bytes())
+        authorities = None if self.client_ca is None else self.client_ca.read_bytes()
+        return grpc.ssl_server_certificate_configuration([pair], authorities)
+
+
+def common_name(certificate: Mapping[str, Any] | None) -> str | None:
+    """The common name in a certificate's subject, as `ssl` gives it; None if it has none, or several."""
+    subject = (certificate or {}).get("subject", ())
+    names = [value for part in subject for field, value in part if field == "commonName"]
+    return names[0] if len(names) == 1 else None

@@ -1,4 +1,4 @@
-"""The model's tokenizer, and what of it travels to clients."""
+"""The model's tokenizer, and how it travels to clients."""
 
 from __future__ import annotations
 

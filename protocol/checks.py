@@ -13,6 +13,9 @@ from protocol.errors import NumericalFault
 
 TokenIds = Sequence[int]
 
+# Of a field, in characters.
+_LONGEST_NAME = 40
+
 
 def echo(token_ids: TokenIds) -> int:
     """CRC-32 over a sequence's token ids as little-endian int32.
@@ -37,3 +40,13 @@ def require_finite(values: Tensor, what: str) -> None:
             f"{bad} of {values.numel()} values of {what} are not finite.",
             hint="If they overflowed float16 on the wire, ask for float32; otherwise the model itself produced them.",
         )
+
+
+def place(parts: Sequence[str | int]) -> str:
+    """Where in a message something is wrong, as pydantic's `loc` says; what may be a text is not told."""
+    shown = [str(part) if isinstance(part, int) or _is_a_name(part) else "an unknown field" for part in parts]
+    return ".".join(shown) or "body"
+
+
+def _is_a_name(text: str) -> bool:
+    return text.isascii() and text.isidentifier() and len(text) <= _LONGEST_NAME

@@ -30,6 +30,7 @@ from pydantic import (
 from safetensors import SafetensorError
 from torch import Tensor
 
+from protocol.checks import place
 from protocol.errors import InvalidRequest, MalformedMessage
 
 BINARY = "application/vnd.pema.safetensors"
@@ -160,7 +161,7 @@ class Message(BaseModel):
             InvalidRequest: a field is missing, unknown or of the wrong type.
         """
         try:
-            tensors = safetensors.torch.load(data)
+            tensors = unpacked(data)
             (header_bytes,) = struct.unpack("<Q", data[:8])
             metadata = json.loads(data[8 : 8 + header_bytes]).get("__metadata__") or {}
             text = metadata.get(_METADATA_KEY, "{}")
@@ -173,7 +174,7 @@ class Message(BaseModel):
             for name, field in cls.model_fields.items():
                 if _is_ragged(field.metadata) and f"{name}.values" in tensors:
                     fields[name] = split_ragged(tensors.pop(f"{name}.values"), tensors.pop(f"{name}.lengths"))
-        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, struct.error) as error:
+        except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, struct.error) as error:
             raise MalformedMessage(
                 "The body is not a well-formed safetensors container of this message.",
                 hint=f"Send the tensors as described in the OpenAPI page, or JSON with content type {JSON}.",
@@ -210,11 +211,23 @@ class Message(BaseModel):
         except ValidationError as error:
             # Only the place and the rule: the offending value may be private.
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            place = ".".join(str(part) for part in first["loc"]) or "body"
             raise InvalidRequest(
-                f"{place}: {first['msg']} ({error.error_count()} such in this message).",
+                f"{place(first['loc'])}: {first['msg']} ({error.error_count()} such in this message).",
                 hint="The fields and an example are in the OpenAPI page of the server (/docs).",
             ) from None
+
+
+def unpacked(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors container.
+
+    Raises:
+        ValueError: it is none, or has tensors that torch cannot hold.
+    """
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    except (SafetensorError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError("no safetensors container") from error
+    return tensors
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> Tensor:

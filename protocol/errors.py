@@ -3,16 +3,18 @@
     PemaError
     ├── InvalidRequest (ValueError)         400  the caller's mistake; the detail says what to change
     │   ├── MalformedMessage                400  the body is not what its content type says
+    │   ├── UnknownEncoding                 415  the body is compressed, which no call takes
     │   ├── OverLimit                       422  longer, larger or more than the model card allows
     │   └── Unsupported                     422  a thing this model or server does not have
     ├── Unauthenticated (PermissionError)   401  the owner asks for a key, and this is none
     ├── Forbidden (PermissionError)         403  the key is good, but not for this call
     │   └── BudgetSpent                     403  what the owner gives out once in all is given out
     ├── PayloadTooLarge (ValueError)        413  the body is over the server's byte limit
+    ├── TooSlow (TimeoutError)              408  the request or its answer trickles
     ├── UnacceptableAnswer (ValueError)     406  no representation of the answer suits the Accept header
     ├── Overloaded                          429  try again after `retry_after_s`
     │   └── QuotaExceeded                   429  likewise: the tenant's own share is used up until then
-    ├── NotReady                            503  the model is still loading; try again after `retry_after_s`
+    ├── NotReady                            503  not yet, or not any more; try again after `retry_after_s`
     ├── ServerFault                         500  the server's own fault, without any of the caller's data
     ├── NumericalFault (ArithmeticError)    422  a value that is not finite in the dtype asked for, with counts
     ├── ConnectionFailed (ConnectionError)       the server was not reached, or hung up (client only)
@@ -76,6 +78,11 @@ class MalformedMessage(InvalidRequest):
     code = "malformed-message"
 
 
+class UnknownEncoding(InvalidRequest):
+    code = "unknown-encoding"
+    http_status = 415
+
+
 class OverLimit(InvalidRequest):
     code = "over-limit"
     http_status = 422
@@ -108,6 +115,12 @@ class PayloadTooLarge(PemaError, ValueError):
     code = "payload-too-large"
     http_status = 413
     grpc_status = "OUT_OF_RANGE"
+
+
+class TooSlow(PemaError, TimeoutError):
+    code = "too-slow"
+    http_status = 408
+    grpc_status = "DEADLINE_EXCEEDED"
 
 
 class UnacceptableAnswer(PemaError, ValueError):

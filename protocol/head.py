@@ -47,6 +47,10 @@ class LMHead:
             logits_N_V = torch.tanh(logits_N_V / self.softcap) * self.softcap
         return logits_N_V
 
+    def parts(self) -> list[Tensor]:
+        """The weight, and the bias if there is one."""
+        return [self.weight_V_D, *([] if self.bias_V is None else [self.bias_V])]
+
     def rows_at_once(self) -> int:
         """How many rows have logits, and inputs, of 64 MiB of float32 together."""
         return max(1, 2**24 // max(self.weight_V_D.shape))

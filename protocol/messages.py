@@ -35,12 +35,12 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 class Limits(Message):
     """What one request may ask for."""
 
-    max_sequence_tokens: int = Field(description="longest sequence, drafted tokens included, in tokens")
-    max_sequences: int = Field(description="most sequences in one request")
-    max_head_rows: int = Field(description="most head rows in one answer; ask for more in pieces")
-    max_look_ahead: int = Field(description="most tokens drafted for a sequence in one request")
-    max_rows: int = Field(description="most representations in one answer")
-    max_body_bytes: int = Field(description="largest request body, in bytes")
+    max_sequence_tokens: int = Field(ge=1, description="longest sequence, drafted tokens included, in tokens")
+    max_sequences: int = Field(ge=1, description="most sequences in one request")
+    max_head_rows: int = Field(ge=1, description="most head rows in one answer; ask for more in pieces")
+    max_look_ahead: int = Field(ge=0, description="most tokens drafted for a sequence in one request")
+    max_rows: int = Field(ge=1, description="most representations in one answer")
+    max_body_bytes: int = Field(ge=1, description="largest request body, in bytes")
 
 
 class ModelCard(Message):
@@ -52,8 +52,8 @@ class ModelCard(Message):
     )
     tokenizer_digest: Digest
     cr_kind: CrKind
-    hidden_size: int = Field(description="D")
-    vocab_size: int = Field(description="V, the number of rows of the LM head")
+    hidden_size: int = Field(ge=1, description="D")
+    vocab_size: int = Field(ge=1, description="V, the number of rows of the LM head")
     dtype: str = Field(description="dtype that the model computes in")
     head_dtype: HeadDtype = Field(description="dtype of the LM head's weight")
     head_digest: Digest = Field(
@@ -62,14 +62,14 @@ class ModelCard(Message):
     head_policy: HeadPolicy = Field(
         default="full", description="which rows of the LM head a client may have: all, those of chosen tokens, or none"
     )
+    eos_token_ids: list[int] = Field(description="tokens after which the model itself would stop")
+    limits: Limits
+    protocol_version: int = PROTOCOL_VERSION
     rotated: bool = Field(
         default=False,
         description="representations and LM head come in a secret basis of the tenant's own; head_digest then names "
         "the head, and is not made of its rows",
     )
-    eos_token_ids: list[int] = Field(description="tokens after which the model itself would stop")
-    limits: Limits
-    protocol_version: int = PROTOCOL_VERSION
 
 
 class TokenizerBundle(Message):

@@ -22,6 +22,7 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from plm_owner_server.connections import bounded_http
 from plm_owner_server.engines.base import Engine
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
 from plm_owner_server.grpc import serve_grpc
@@ -169,6 +170,7 @@ def make_service(
         model,
         cr_kind=chosen.cr_kind,
         prefix_cache_bytes=int(chosen.prefix_cache_mib * 2**20),
+        prefix_cache_seconds=chosen.prefix_cache_seconds,
         pack_weights=chosen.pack_weights,
     )
     engine.warm_up()
@@ -183,12 +185,13 @@ def make_service(
 
 
 @contextmanager
-def run_app(app: FastAPI) -> Iterator[str]:
-    """Run an ASGI application with uvicorn in a thread on a free port; gives its base URL."""
+def run_app(app: FastAPI, *, max_connections: int = 1000, transfer_s: float = 30.0) -> Iterator[str]:
+    """Run an ASGI application with uvicorn in a thread on a free port, as the server does; gives its base URL."""
     # With its protocol named, or asyncio would not turn Nagle's delay of 40 ms off.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_config=None, access_log=False, ws="none")
+        http: Any = bounded_http(max_connections, transfer_s)
+        config = uvicorn.Config(app, log_config=None, access_log=False, http=http, ws="none")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn")
         thread.start()
@@ -203,26 +206,40 @@ def run_app(app: FastAPI) -> Iterator[str]:
 
 @contextmanager
 def serve(
-    service: PlmService | None, *, max_body_bytes: int | None = None, access: Access | None = None
+    service: PlmService | None, *, max_body_bytes: int | None = None, access: Access | None = None, **connections: Any
 ) -> Iterator[str]:
     """Serve over REST and give the base URL; without a service, as a server whose model is still loading."""
+    with serve_holder(ServiceHolder(service, access), max_body_bytes=max_body_bytes, **connections) as url:
+        yield url
+
+
+@contextmanager
+def serve_holder(holder: ServiceHolder, *, max_body_bytes: int | None = None, **connections: Any) -> Iterator[str]:
+    """Serve over REST and give the base URL."""
     if max_body_bytes is None:
-        max_body_bytes = service.model_card().limits.max_body_bytes if service else 2**20
-    with run_app(create_app(ServiceHolder(service, access), max_body_bytes=max_body_bytes)) as url:
+        max_body_bytes = holder.service.model_card().limits.max_body_bytes if holder.service else 2**20
+    with run_app(create_app(holder, max_body_bytes=max_body_bytes), **connections) as url:
         yield url
 
 
 @contextmanager
 def serve_over_grpc(
-    service: PlmService | None, *, max_body_bytes: int = 2**24, access: Access | None = None
+    service: PlmService | None, *, max_body_bytes: int = 2**24, access: Access | None = None, **connections: Any
 ) -> Iterator[str]:
+    """Serve over gRPC on an event loop of its own and give the address, grpc://…."""
+    with serve_holder_over_grpc(ServiceHolder(service, access), max_body_bytes=max_body_bytes, **connections) as url:
+        yield url
+
+
+@contextmanager
+def serve_holder_over_grpc(holder: ServiceHolder, *, max_body_bytes: int = 2**24, **connections: Any) -> Iterator[str]:
     """Serve over gRPC on an event loop of its own and give the address, grpc://…."""
     ready, stop = threading.Event(), threading.Event()
     ports: list[int] = []
 
     async def run() -> None:
         async with serve_grpc(
-            ServiceHolder(service, access), "127.0.0.1", 0, max_body_bytes=max_body_bytes, max_calls=64
+            holder, "127.0.0.1", 0, max_body_bytes=max_body_bytes, max_calls=64, **connections
         ) as port:
             ports.append(port)
             ready.set()

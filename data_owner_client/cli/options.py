@@ -59,6 +59,24 @@ _Authority = Annotated[
         rich_help_panel="Connection",
     ),
 ]
+_ClientCertificate = Annotated[
+    Path | None,
+    typer.Option(
+        "--client-certificate",
+        envvar="PEMA_CLIENT_CERTIFICATE",
+        help="PEM file of your own certificate, where the owner asks for one.",
+        rich_help_panel="Connection",
+    ),
+]
+_ClientKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--client-key",
+        envvar="PEMA_CLIENT_KEY",
+        help="PEM file of its private key, without a password.",
+        rich_help_panel="Connection",
+    ),
+]
 _Timeout = Annotated[
     float,
     typer.Option("--timeout", min=0.1, help="Longest wait for one answer, in seconds.", rich_help_panel="Connection"),
@@ -191,6 +209,8 @@ class Server(OptionGroup):
     api_key: _ApiKey = None
     insecure: _Insecure = False
     ca: _Authority = None
+    client_certificate: _ClientCertificate = None
+    client_key: _ClientKey = None
     timeout: _Timeout = 600.0
     give_up_after: _GiveUpAfter = GIVE_UP_AFTER_S
 
@@ -202,6 +222,8 @@ class Server(OptionGroup):
             api_key=self.api_key,
             insecure=self.insecure,
             ca=self.ca,
+            client_certificate=self.client_certificate,
+            client_key=self.client_key,
             timeout_s=self.timeout,
             give_up_after_s=self.give_up_after,
         )

@@ -65,7 +65,7 @@ class Measured(BaseModel):
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return None
-        except ValidationError as error:
+        except (OSError, ValidationError) as error:
             raise InvalidData(f"{path} is damaged.", hint="Delete it and run this again.") from error
 
     @classmethod

@@ -35,6 +35,8 @@ def open_connection(
     api_key: str | None = None,
     insecure: bool = False,
     ca: Path | None = None,
+    client_certificate: Path | None = None,
+    client_key: Path | None = None,
     timeout_s: float = 600.0,
     give_up_after_s: float = GIVE_UP_AFTER_S,
 ) -> Connection:
@@ -45,12 +47,14 @@ def open_connection(
         api_key: sent with every call, where the owner asks for one.
         insecure: send the key even where others may read it on the way.
         ca: PEM file of the authority that signed the server's certificate; one of those that all know unless given.
+        client_certificate: PEM file of our own, where the owner asks for one.
+        client_key: PEM file of its private key, without a password.
         timeout_s: longest wait for one answer, in seconds; a large batch on a CPU takes a while.
         give_up_after_s: how long a call that fails on the way is made again, in seconds.
 
     Raises:
         InvalidRequest: the URL is none, its scheme is not known, the key would travel in the clear, or there is no such
-            authority.
+            authority or certificate.
     """
     scheme, _, rest = url.partition("://")
     if api_key and not (api_key.isascii() and api_key.isprintable()):
@@ -62,9 +66,13 @@ def open_connection(
         )
     if ca is not None:
         _require_certificate(ca)
+    if client_certificate is not None or client_key is not None:
+        _require_own_certificate(client_certificate, client_key)
     settings: dict[str, Any] = {
         "api_key": api_key,
         "ca": ca,
+        "client_certificate": client_certificate,
+        "client_key": client_key,
         "timeout_s": timeout_s,
         "give_up_after_s": give_up_after_s,
     }
@@ -86,3 +94,13 @@ def _require_certificate(path: Path) -> None:
         raise InvalidRequest(
             f"{path} holds no certificate: {error}.", hint="--ca takes the PEM file of the authority."
         ) from error
+
+
+def _require_own_certificate(certificate: Path | None, key: Path | None) -> None:
+    hint = "--client-certificate and --client-key take PEM files, and go together; the key without a password."
+    if certificate is None or key is None:
+        raise InvalidRequest("A certificate and its key are wanted, and only one of them was given.", hint=hint)
+    try:
+        ssl.create_default_context().load_cert_chain(certificate, key, password="")
+    except OSError as error:
+        raise InvalidRequest(f"{certificate} and {key} are no certificate and its key: {error}.", hint=hint) from error

@@ -92,3 +92,14 @@ def untrusted(url: str, reason: str, request_id: str) -> Untrusted:
         hint="If the owner gave you the file of the authority that signed it, say --ca FILE.",
         request_id=request_id,
     )
+
+
+def why_silent(url: str, *, slow: bool) -> str:
+    """What to do when nobody answers."""
+    if slow:
+        return "The server is too slow or hangs; ask its owner."
+    hint = "Is the address right and the server running? It starts with: pema-server serve"
+    if url.startswith(("https://", "grpcs://")):
+        # Who shows none, or one of another authority, is hung up on without a word.
+        hint += ". If the owner asks for a certificate of yours, say --client-certificate and --client-key."
+    return hint

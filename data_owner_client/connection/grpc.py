@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from data_owner_client.connection.base import untrusted
+from data_owner_client.connection.base import untrusted, why_silent
 from data_owner_client.connection.retries import GIVE_UP_AFTER_S, Attempts
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.allowance import Allowance, from_fields
@@ -56,6 +56,8 @@ _OPTIONS = [
     # Pieces are of a MiB or so, but one sequence is never divided, and a long one at a large D is larger.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
+    # Nothing compressed: a small answer could become a large one.
+    ("grpc.compression_enabled_algorithms_bitset", 1 << grpc.Compression.NoCompression),
     # A call may compute for minutes without a byte on the wire, and proxies drop connections that seem idle, often
     # after a minute. Without the last of these gRPC would ping less and less often.
     ("grpc.keepalive_time_ms", 30_000),
@@ -85,6 +87,8 @@ class GrpcConnection:
         url: where the server listens, `grpc://host:port`, or `grpcs://host:port` for TLS.
         api_key: sent with every call.
         ca: PEM file of the authority that signed the server's certificate; one that all know unless given.
+        client_certificate: PEM file of our own, where the owner asks for one.
+        client_key: PEM file of its private key.
         timeout_s: longest time that one attempt may take, in seconds.
         give_up_after_s: how long a call that fails on the way is made again, in seconds.
     """
@@ -95,6 +99,8 @@ class GrpcConnection:
         *,
         api_key: str | None = None,
         ca: Path | None = None,
+        client_certificate: Path | None = None,
+        client_key: Path | None = None,
         timeout_s: float = 600.0,
         give_up_after_s: float = GIVE_UP_AFTER_S,
     ) -> None:
@@ -111,7 +117,7 @@ class GrpcConnection:
         self._target = target
         self._credentials = None
         if scheme == "grpcs":
-            self._credentials = grpc.ssl_channel_credentials(None if ca is None else ca.read_bytes())
+            self._credentials = grpc.ssl_channel_credentials(*map(_content, (ca, client_key, client_certificate)))
         self._dialling = threading.Lock()
         self._line = self._dialled()
 
@@ -262,11 +268,13 @@ class GrpcConnection:
             return untrusted(self._url, distrust[1], request_id)
         return ConnectionFailed(
             f"No answer from {self._url} ({status.name}).",
-            hint="The server is too slow or hangs; ask its owner."
-            if status == grpc.StatusCode.DEADLINE_EXCEEDED
-            else "Is the address right and the server running? It starts with: pema-server serve",
+            hint=why_silent(self._url, slow=status == grpc.StatusCode.DEADLINE_EXCEEDED),
             request_id=request_id,
         )
+
+
+def _content(file: Path | None) -> bytes | None:
+    return None if file is None else file.read_bytes()
 
 
 def _problem_of(request_id: str, problem: object, status: int) -> PemaError:

@@ -12,11 +12,18 @@ from typing import TypeVar
 import httpx
 
 from data_owner_client.connection.addresses import is_loopback
-from data_owner_client.connection.base import untrusted
+from data_owner_client.connection.base import untrusted, why_silent
 from data_owner_client.connection.retries import GIVE_UP_AFTER_S, Attempts
 from protocol.allowance import RATE_LIMIT, RATE_LIMIT_POLICY, Allowance, from_fields
 from protocol.codec import BINARY, JSON, Message
-from protocol.errors import ConnectionFailed, NotReady, Overloaded, PemaError, ProtocolViolation, from_problem
+from protocol.errors import (
+    ConnectionFailed,
+    NotReady,
+    Overloaded,
+    PemaError,
+    ProtocolViolation,
+    from_problem,
+)
 from protocol.messages import (
     DecodeRequest,
     DecodeResponse,
@@ -49,6 +56,8 @@ class RestConnection:
         url: where the server listens, for example `http://127.0.0.1:8000`.
         api_key: sent with every call.
         ca: PEM file of the authority that signed the server's certificate; one that all know unless given.
+        client_certificate: PEM file of our own, where the owner asks for one.
+        client_key: PEM file of its private key.
         timeout_s: longest time that one attempt may take, in seconds.
         give_up_after_s: how long a call that fails on the way is made again, in seconds.
         transport: what carries the requests instead of sockets, for tests.
@@ -60,6 +69,8 @@ class RestConnection:
         *,
         api_key: str | None = None,
         ca: Path | None = None,
+        client_certificate: Path | None = None,
+        client_key: Path | None = None,
         timeout_s: float = 600.0,
         give_up_after_s: float = GIVE_UP_AFTER_S,
         transport: httpx.BaseTransport | None = None,
@@ -71,7 +82,8 @@ class RestConnection:
         self.allowances: tuple[Allowance, ...] = ()
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
         # The server is fair between clients, which may share an address.
-        headers = {"X-Pema-Client": uuid.uuid4().hex}
+        # Nothing compressed: a small answer could become a large one.
+        headers = {"X-Pema-Client": uuid.uuid4().hex, "Accept-Encoding": "identity"}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
         self._http = httpx.Client(
@@ -79,7 +91,7 @@ class RestConnection:
             timeout=timeout,
             transport=transport,
             headers=headers,
-            verify=True if ca is None else ssl.create_default_context(cafile=ca),
+            verify=_context(ca, client_certificate, client_key),
             # What goes to this very machine needs no proxy, which would read the key.
             trust_env=not is_loopback(url),
         )
@@ -138,12 +150,9 @@ class RestConnection:
         except (httpx.RequestError, httpx.InvalidURL) as error:
             if (reason := _distrust(error)) is not None:
                 raise untrusted(self._url, reason, request_id) from error
-            slow = isinstance(error, httpx.ReadTimeout)
             raise ConnectionFailed(
                 f"No answer from {self._url} ({type(error).__name__}).",
-                hint="The server is too slow or hangs; ask its owner."
-                if slow
-                else "Is the address right and the server running? It starts with: pema-server serve",
+                hint=why_silent(self._url, slow=isinstance(error, httpx.ReadTimeout)),
                 request_id=request_id,
             ) from error
         if (left := response.headers.get(RATE_LIMIT)) is not None:
@@ -166,14 +175,19 @@ class RestConnection:
         """The whole response. httpx bounds the wait for each part of it, here they are bounded together."""
         ends = time.monotonic() + self._timeout_s
         with self._http.stream(method, path, content=body, headers=headers) as response:
+            if response.headers.get("content-encoding", "identity") != "identity":
+                raise ProtocolViolation(
+                    f"{self._url}{path} answered with something compressed, which was not asked for.",
+                    hint="Is there a proxy in front of the server?",
+                    request_id=headers[_REQUEST_ID],
+                )
             parts = []
             for part in response.iter_bytes():
                 parts.append(part)
                 if time.monotonic() > ends:
                     raise httpx.ReadTimeout("the answer drips", request=response.request)
-            decoded = [(name, value) for name, value in response.headers.multi_items() if name != "content-encoding"]
             return httpx.Response(
-                response.status_code, headers=decoded, content=b"".join(parts), request=response.request
+                response.status_code, headers=response.headers, content=b"".join(parts), request=response.request
             )
 
 
@@ -194,6 +208,13 @@ def _problem(response: httpx.Response, request_id: str) -> PemaError:
         error = from_problem(problem, response.status_code)
     error.request_id = error.request_id or request_id
     return error
+
+
+def _context(ca: Path | None, certificate: Path | None, key: Path | None) -> ssl.SSLContext:
+    context = httpx.create_ssl_context() if ca is None else ssl.create_default_context(cafile=ca)
+    if certificate is not None:
+        context.load_cert_chain(certificate, key)
+    return context
 
 
 def _distrust(error: BaseException | None) -> str | None:

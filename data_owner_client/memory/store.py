@@ -14,13 +14,14 @@ from typing import Any, Literal, Self
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from data_owner_client.data import Pair, digest_pairs, read_written_pairs, write_pairs
 from data_owner_client.files import write_atomically
+from data_owner_client.memory.whole import is_whole
 from data_owner_client.tasks import Task
+from protocol.codec import unpacked
 from protocol.errors import IdentityMismatch, InvalidData
 from protocol.messages import CrKind, ModelCard, WireDtype
 from protocol.rows import expand
@@ -41,8 +42,8 @@ class ModelIdentity(BaseModel):
     name: str
     digest: str
     cr_kind: CrKind
-    hidden_size: int
-    vocab_size: int
+    hidden_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
 
     @classmethod
     def of(cls, card: ModelCard) -> Self:
@@ -148,9 +149,9 @@ class ShardRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    file: str
-    examples: int
-    rows: int
+    file: str = Field(pattern=r"^shard-[0-9]{5,}\.safetensors$")
+    examples: int = Field(ge=0)
+    rows: int = Field(ge=0)
     sha256: str
 
 
@@ -165,8 +166,8 @@ class MemoryPlan(BaseModel):
     dtype: WireDtype
     with_logsumexp: bool
     data_digest: str
-    examples: int
-    examples_per_shard: int
+    examples: int = Field(ge=0)
+    examples_per_shard: int = Field(ge=1)
 
 
 class Manifest(BaseModel):
@@ -177,7 +178,7 @@ class Manifest(BaseModel):
     format: Literal["pema-memory-1"] = "pema-memory-1"
     plan: MemoryPlan
     shards: tuple[ShardRecord, ...] = ()
-    source_tokens: int = 0
+    source_tokens: int = Field(default=0, ge=0)
 
     @property
     def examples(self) -> int:
@@ -340,6 +341,10 @@ class ExternalMemory:
         if hashlib.sha256(data).hexdigest() != record.sha256:
             raise damaged
         try:
-            return MemoryRows(**safetensors.torch.load(data))
-        except (SafetensorError, TypeError) as error:
+            rows = MemoryRows(**unpacked(data))
+        except (ValueError, TypeError) as error:
             raise damaged from error
+        plan = self.manifest.plan
+        if (len(rows.rows_E), len(rows.target_N)) != (record.examples, record.rows) or not is_whole(rows, plan.model):
+            raise damaged
+        return rows

@@ -103,7 +103,7 @@ def load_task(name_or_path: str | Path) -> Task:
             ) from error
     try:
         return Task.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidData(
             f"{name_or_path} is not TOML: {error}.", hint="Quote texts; write \\n for a newline."
         ) from error

@@ -83,21 +83,25 @@ class Checkpoint:
                 if metadata.get("identity") != self._digest:
                     return None
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError):
             return None
         if metadata.get("sha256") != _checksum(tensors, metadata.get("progress", "")):
             return None
-        adapter.load_state_dict(_part(tensors, _ADAPTER))
-        if average is not None:
-            average.load_state_dict(_part(tensors, _AVERAGE))
+        # All of it is looked at before anything is changed.
+        parts = {_ADAPTER: adapter} | ({} if average is None else {_AVERAGE: average})
+        if not all(_fits(_part(tensors, prefix), module) for prefix, module in parts.items()):
+            return None
+        try:
+            found = _found(tensors, metadata["progress"])
+            torch.Generator().set_state(tensors[_RNG])
+        except (KeyError, ValueError, TypeError, RuntimeError):
+            return None
+        for prefix, module in parts.items():
+            module.load_state_dict(_part(tensors, prefix))
         torch.set_rng_state(tensors[_RNG])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors[_RNG + ".cuda"], self.device)
-        optimiser: dict[int, dict[str, Tensor]] = {}
-        for name, value in _part(tensors, _OPTIMISER).items():
-            number, _, field = name.partition(".")
-            optimiser.setdefault(int(number), {})[field] = value
-        return Found(json.loads(metadata["progress"]), optimiser, _part(tensors, _BEST))
+        return found
 
     @property
     def _digest(self) -> str:
@@ -106,6 +110,21 @@ class Checkpoint:
 
 def _checksum(tensors: dict[str, Tensor], progress: str) -> str:
     return hashlib.sha256(progress.encode() + safetensors.torch.save(tensors)).hexdigest()
+
+
+def _found(tensors: dict[str, Tensor], progress: str) -> Found:
+    optimiser: dict[int, dict[str, Tensor]] = {}
+    for name, value in _part(tensors, _OPTIMISER).items():
+        number, _, field = name.partition(".")
+        optimiser.setdefault(int(number), {})[field] = value
+    return Found(json.loads(progress), optimiser, _part(tensors, _BEST))
+
+
+def _fits(part: dict[str, Tensor], module: nn.Module) -> bool:
+    own = module.state_dict()
+    return part.keys() == own.keys() and all(
+        value.shape == own[name].shape and value.dtype == own[name].dtype for name, value in part.items()
+    )
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

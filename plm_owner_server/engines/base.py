@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self, get_args
 
 from torch import Tensor
 
@@ -33,6 +33,46 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
 
 
+PassKind = Literal["encode", "prompt", "step"]
+
+
+@dataclass
+class Passes:
+    """Forward passes of one kind.
+
+    Attributes:
+        number: of passes.
+        tokens: that were run in them.
+        places: that were computed, padding included.
+    """
+
+    number: int = 0
+    tokens: int = 0
+    places: int = 0
+
+
+@dataclass
+class Counts:
+    """What an engine has done since it was made. Its own thread counts; others may look at any time.
+
+    Attributes:
+        passes: of sequences to encode, of prompts to go on from, and of one more token of sequences that are drafted.
+        known_tokens: tokens that were not run, as their attention states were known.
+        kept_bytes: size of the attention states that are kept.
+    """
+
+    passes: dict[PassKind, Passes] = field(default_factory=lambda: {kind: Passes() for kind in get_args(PassKind)})
+    known_tokens: int = 0
+    kept_bytes: int = 0
+
+    def note(self, kind: PassKind, tokens: int, places: int) -> None:
+        """Count a pass."""
+        passes = self.passes[kind]
+        passes.number += 1
+        passes.tokens += tokens
+        passes.places += places
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Representations of one batch, sequence by sequence. N = Σ rows.
@@ -58,9 +98,9 @@ class Encoded:
         parts = []
         for start, end in zip([0, *ends], ends, strict=False):
             columns = {
-                field.name: value[row_ends[start] : row_ends[end]]
-                for field in fields(self)
-                if isinstance(value := getattr(self, field.name), Tensor)
+                column.name: value[row_ends[start] : row_ends[end]]
+                for column in fields(self)
+                if isinstance(value := getattr(self, column.name), Tensor)
             }
             parts.append(replace(self, rows=self.rows[start:end], echo=self.echo[start:end], **columns))
         return parts
@@ -144,16 +184,20 @@ class Drafting(Protocol):
 
 
 class Engine(Protocol):
-    """Runs a causal language model. Calls come one at a time; every one is stateless."""
+    """Runs a causal language model. Calls come one at a time but for `forget_unused`; every one is stateless."""
 
     info: EngineInfo
     head: LMHead
+    counts: Counts
 
     def warm_up(self) -> None:
         """Run a real forward pass and check the head against the model's own logits."""
 
     def encode(self, batch: EncodeBatch) -> Encoded:
         """Representations of all positions ≥ `from_position` of every sequence."""
+
+    def forget_unused(self) -> None:
+        """Drop what is known of texts that were not asked about for long. Any thread may call it."""
 
     def drafting(self, batch_tokens: int) -> Drafting:
         """Drafting that nothing has joined yet.

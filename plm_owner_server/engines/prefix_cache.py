@@ -2,13 +2,17 @@
 
 A radix tree over token ids: texts share the part they share, as the prompts of a task do, and a text that goes on from
 an earlier one finds all of it. Only an optimisation: a miss costs time, and nothing else. Each tenant has branches of
-its own from the root on, so that none learns from the time an answer takes what another has asked.
+its own from the root on, so that none learns from the time an answer takes what another has asked. What was not used
+for a while is dropped: nothing of a text stays for long.
 """
 
 from __future__ import annotations
 
+import math
+import threading
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,21 +40,39 @@ class _Node:
 class PrefixCache:
     """Attention states (one row of F numbers a token) of token sequences; the least recently used go first.
 
-    Not thread-safe.
+    Thread-safe, so that one thread may drop what another has long not used.
 
     Args:
         max_bytes: bound on all rows together, in bytes.
+        max_idle_s: seconds after which what was not used is dropped.
+        clock: seconds that go by.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(
+        self, max_bytes: int, max_idle_s: float = math.inf, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._max_bytes = max_bytes
+        self._max_idle_s = max_idle_s
+        self._clock = clock
+        self._lock = threading.Lock()
         self._root = _Node(0, [], torch.empty(0, 0), None)
-        # Least recently used first. Whoever touches a node touches the way to it last, so the first one is a leaf.
-        self._nodes: OrderedDict[_Node, None] = OrderedDict()
+        # With the time of their last use, least recently used first. Whoever touches a node touches the way to it last,
+        # so the first one is a leaf.
+        self._nodes: OrderedDict[_Node, float] = OrderedDict()
         self.size_bytes = 0
+
+    def drop_unused(self) -> None:
+        """Drop what was not used for so long. To be called now and then, also when nobody asks for anything."""
+        with self._lock:
+            self._drop_unused()
 
     def match(self, tenant: str, ids: Sequence[int]) -> list[Tensor]:
         """States of the longest prefix of `ids` known of a tenant, in pieces [T_i, F]; empty if there is none."""
+        with self._lock:
+            self._drop_unused()
+            return self._match(tenant, ids)
+
+    def _match(self, tenant: str, ids: Sequence[int]) -> list[Tensor]:
         node, at, pieces = self._root, 0, list[Tensor]()
         while at < len(ids) and (child := node.children.get(_key(tenant, ids, at))) is not None:
             common = _common(child.ids, ids, at)
@@ -71,6 +93,11 @@ class PrefixCache:
             ids: a whole sequence.
             kv_S_F: its last states; copied as far as they are new.
         """
+        with self._lock:
+            self._drop_unused()
+            self._insert(tenant, ids, kv_S_F)
+
+    def _insert(self, tenant: str, ids: Sequence[int], kv_S_F: Tensor) -> None:
         node, at = self._root, 0
         while at < len(ids) and (child := node.children.get(_key(tenant, ids, at))) is not None:
             common = _common(child.ids, ids, at)
@@ -79,7 +106,7 @@ class PrefixCache:
         if 0 < new <= len(kv_S_F):
             leaf = _Node(_key(tenant, ids, at), list(ids[at:]), kv_S_F[len(kv_S_F) - new :].clone(), node)
             node.children[leaf.key] = leaf
-            self._nodes[leaf] = None
+            self._nodes[leaf] = self._clock()
             self.size_bytes += leaf.size_bytes
             node = leaf
         self._touch(node)
@@ -87,7 +114,9 @@ class PrefixCache:
             self._evict()
 
     def _touch(self, node: _Node) -> None:
+        now = self._clock()
         while node.parent is not None:
+            self._nodes[node] = now
             self._nodes.move_to_end(node)
             node = node.parent
 
@@ -101,8 +130,13 @@ class PrefixCache:
         node.parent.children[upper.key] = upper
         node.key, node.ids, node.kv_T_F, node.parent = node.ids[at], node.ids[at:], lower_T_F, upper
         upper.children[node.key] = node
-        self._nodes[upper] = None
+        self._nodes[upper] = self._nodes[node]
         return upper
+
+    def _drop_unused(self) -> None:
+        since = self._clock() - self._max_idle_s
+        while self._nodes and next(iter(self._nodes.values())) < since:
+            self._evict()
 
     def _evict(self) -> None:
         leaf, _ = self._nodes.popitem(last=False)

@@ -6,6 +6,7 @@ Padding, shared prefixes and known states are dealt with here, so that nobody el
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plm_owner_server.batching import alike, common_prefix, plan_batches
+from plm_owner_server.engines.base import Counts
 from plm_owner_server.engines.kv_cache import AlignedCache, KvLayout
 from plm_owner_server.engines.prefix_cache import PrefixCache
 from protocol.errors import ServerFault, Unsupported
@@ -51,17 +53,29 @@ class Runner:
         model: in evaluation mode, on its device.
         ffn_output: also give the last block's feed-forward output as the representation.
         prefix_cache_bytes: bound on the attention states kept for texts that begin alike or go on; 0 keeps none.
+        prefix_cache_seconds: how long they are kept after their last use.
+
+    Attributes:
+        counts: what it has done.
 
     Raises:
         Unsupported: the model has no feed-forward layer that could be found.
     """
 
-    def __init__(self, model: PreTrainedModel, *, ffn_output: bool, prefix_cache_bytes: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        ffn_output: bool,
+        prefix_cache_bytes: int,
+        prefix_cache_seconds: float = math.inf,
+    ) -> None:
         self._base = model.base_model
         self._accepts = set(inspect.signature(self._base.forward).parameters)
         self._ffn = _last_ffn(self._base) if ffn_output else None
-        self._prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
+        self._prefixes = PrefixCache(prefix_cache_bytes, prefix_cache_seconds) if prefix_cache_bytes else None
         self._layout: KvLayout | None = None  # known once states were kept
+        self.counts = Counts()
 
     @property
     def device(self) -> torch.device:
@@ -142,11 +156,19 @@ class Runner:
         if self._layout is None:
             self._layout = KvLayout.of(cache)
         self._prefixes.insert(tenant, token_ids, cache.states(row, known - len(token_ids), 0))
+        self.counts.kept_bytes = self._prefixes.size_bytes
+
+    def forget_unused(self) -> None:
+        """Drop what is known of texts that were not asked about for long."""
+        if self._prefixes is not None:
+            self._prefixes.drop_unused()
+            self.counts.kept_bytes = self._prefixes.size_bytes
 
     def recall(self, known: Sequence[Sequence[Tensor]], lengths: Sequence[int]) -> AlignedCache:
         """A cache with the first so many known states of each sequence."""
         if self._layout is None or not any(lengths):
             return AlignedCache()
+        self.counts.known_tokens += sum(lengths)
         return self._layout.unpack(known, lengths)
 
     def encode(self, token_ids: Sequence[Sequence[int]], shared: Sequence[Tensor]) -> Pass:
@@ -157,6 +179,7 @@ class Runner:
         reused = _tokens(shared)
         cache = self.recall([shared] * len(token_ids), [reused] * len(token_ids)) if reused else None
         ids_B_T = nn.utils.rnn.pad_sequence([torch.tensor(ids[reused:]) for ids in token_ids], batch_first=True)
+        self.counts.note("encode", sum(len(ids) - reused for ids in token_ids), ids_B_T.numel())
         return self._pass(ids_B_T, [reused] * len(token_ids), cache)
 
     def prefill(
@@ -173,6 +196,7 @@ class Runner:
         ids_B_T = nn.utils.rnn.pad_sequence(
             [torch.tensor(ids[-steps:]) for ids in token_ids], batch_first=True, padding_side="left"
         )
+        self.counts.note("prompt", sum(min(length, steps) for length in lengths), ids_B_T.numel())
         return self._pass(ids_B_T, [length - steps for length in lengths], cache, lengths), cache
 
     def step(self, token_ids: Sequence[int], lengths: Sequence[int], cache: AlignedCache) -> Pass:
@@ -183,6 +207,7 @@ class Runner:
             lengths: of the sequences, that token included.
             cache: takes the new states in.
         """
+        self.counts.note("step", len(token_ids), len(token_ids))
         return self._pass(torch.tensor(token_ids)[:, None], [length - 1 for length in lengths], cache, lengths)
 
     def _pass(

@@ -56,6 +56,7 @@ class TransformersEngine:
         cr_kind: which representation its answers hold.
         prefix_cache_bytes: bound on the attention states kept for texts that begin alike or go on; 0 keeps none, and
             computes every token of every sequence.
+        prefix_cache_seconds: how long they are kept after their last use.
         pack_weights: on a CPU, change the model's linear layers to a faster layout, and hold the LM head in it too.
 
     Raises:
@@ -68,6 +69,7 @@ class TransformersEngine:
         *,
         cr_kind: CrKind,
         prefix_cache_bytes: int = 2**28,
+        prefix_cache_seconds: float = 600,
         pack_weights: bool = False,
     ) -> None:
         config = model.config.get_text_config()
@@ -86,7 +88,13 @@ class TransformersEngine:
         self._gives_ffn_output = cr_kind == "ffn_output"
         if pack_weights:
             pack_linear_layers(model.base_model)
-        self._runner = Runner(model, ffn_output=self._gives_ffn_output, prefix_cache_bytes=prefix_cache_bytes)
+        self._runner = Runner(
+            model,
+            ffn_output=self._gives_ffn_output,
+            prefix_cache_bytes=prefix_cache_bytes,
+            prefix_cache_seconds=prefix_cache_seconds,
+        )
+        self.counts = self._runner.counts
         self.head = LMHead(
             output.weight.detach(),
             None if output.bias is None else output.bias.detach(),
@@ -163,6 +171,10 @@ class TransformersEngine:
             last_hidden_N_D=last_hidden_N_D,
             logsumexp_N=logsumexp_N,
         )
+
+    def forget_unused(self) -> None:
+        """Drop what is known of texts that were not asked about for long. Any thread may call it."""
+        self._runner.forget_unused()
 
     def drafting(self, batch_tokens: int) -> BatchedDrafting:
         """Drafting that nothing has joined yet."""

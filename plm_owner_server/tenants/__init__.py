@@ -1,6 +1,7 @@
 """Who may call: tenants, their keys, and what each of them may do."""
 
 from plm_owner_server.tenants.access import Access, Anyone, OneKey, TenantKeys, access_for
+from plm_owner_server.tenants.certified import CertifiedTenants, certified_for
 from plm_owner_server.tenants.store import ANYBODY, SCOPES, Scope, Tenant, TenantRecord, TenantStore
 
 __all__ = [
@@ -8,6 +9,7 @@ __all__ = [
     "SCOPES",
     "Access",
     "Anyone",
+    "CertifiedTenants",
     "OneKey",
     "Scope",
     "Tenant",
@@ -15,4 +17,5 @@ __all__ = [
     "TenantRecord",
     "TenantStore",
     "access_for",
+    "certified_for",
 ]

@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 _BEARER = "Bearer "
 # How long a tenant is taken to be what it was, in seconds: so long a disabled one may go on.
-_TRUST_S = 2.0
+TRUST_S = 2.0
 # And if nobody can tell what it is.
-_GRACE_S = 60.0
+GRACE_S = 60.0
 _MOST_KNOWN = 10_000
 
 
@@ -112,17 +112,17 @@ class TenantKeys:
         self._lock = threading.Lock()
 
     def recall(self, authorization: str | None) -> Tenant | None:
-        return self._kept(_key(authorization), _TRUST_S)
+        return self._kept(_key(authorization), TRUST_S)
 
     def identify(self, authorization: str | None) -> Tenant:
         key = _key(authorization)
-        if (tenant := self._kept(key, _TRUST_S)) is not None:
+        if (tenant := self._kept(key, TRUST_S)) is not None:
             return tenant
         try:
             tenant = self._store.holder(key)
         except PemaError as error:
             log.warning("%s", error)
-            if (tenant := self._kept(key, _GRACE_S)) is not None:
+            if (tenant := self._kept(key, GRACE_S)) is not None:
                 return tenant
             raise NotReady(
                 "The server cannot look keys up at the moment.", hint="Try again in a moment.", retry_after_s=2.0

@@ -182,13 +182,23 @@ class TenantStore:
         # A key that nobody has takes as long as a wrong one.
         if not key.matches(_NO_HASH if row is None else row.key_hash) or row is None or row.disabled_at is not None:
             return None
-        record = _record(row)
-        return Tenant(record.name, frozenset(record.scopes), record.disclosure)
+        return _tenant(row)
+
+    def named(self, name: str) -> Tenant | None:
+        """The tenant of that name; None if there is none, or it is disabled."""
+        with self.database.reading() as connection:
+            row = connection.execute(sa.select(TENANTS).where(TENANTS.c.name == name)).first()
+        return None if row is None or row.disabled_at is not None else _tenant(row)
 
     def _update(self, name: str, values: dict[str, object]) -> None:
         with self.database.writing() as connection:
             if connection.execute(sa.update(TENANTS).where(TENANTS.c.name == name).values(values)).rowcount == 0:
                 raise InvalidRequest(f"There is no tenant {name}.", hint="See pema-server tenants list.")
+
+
+def _tenant(row: Row[Any]) -> Tenant:
+    record = _record(row)
+    return Tenant(record.name, frozenset(record.scopes), record.disclosure)
 
 
 def _record(row: Row[Any]) -> TenantRecord:

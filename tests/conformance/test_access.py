@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,9 +13,10 @@ import httpx
 import pytest
 
 from data_owner_client.connection import Connection, Exchange, open_connection
-from plm_owner_server.scheduler import Caller
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import SCOPES, OneKey, Scope, TenantKeys, TenantStore
+from plm_owner_server.tenants.keys import Key
+from plm_owner_server.tickets import Caller
 from protocol.errors import Forbidden, InvalidRequest, Unauthenticated
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from tests.support import serve, serve_over_grpc
@@ -150,3 +152,43 @@ def test_the_server_says_where_the_time_went(
     assert timing.serialise_ms > 0
     assert timing.queue_ms >= 0
     assert timing.total_ms <= 1000 * exchange.seconds
+
+
+@pytest.mark.parametrize("server", SERVERS.values(), ids=SERVERS)
+def test_keys_that_are_not_good_cannot_be_told_apart(
+    server: Callable[..., AbstractContextManager[str]], tiny_service: PlmService, tmp_path: Path
+) -> None:
+    """Nobody's, another secret with somebody's public part, and that of a disabled tenant: one and the same answer."""
+    store = TenantStore(f"sqlite:///{tmp_path}/owner.db")
+    good, disabled = str(store.add("acme")), str(store.add("beta"))
+    store.disable("beta")
+    foreign = good.rpartition("_")[0] + "_" + disabled[-43:]
+    told = set()
+    with server(tiny_service, access=TenantKeys(store)) as url:
+        for key in (str(Key.new()), foreign, disabled):
+            connection = open_connection(url, api_key=key)
+            with pytest.raises(Unauthenticated) as caught:
+                connection.model_card()
+            told.add((caught.value.detail, caught.value.hint, caught.value.retry_after_s))
+            connection.close()
+    assert len(told) == 1
+
+
+def test_a_clock_that_jumps_lets_nobody_in_or_out(
+    tiny_service: PlmService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over REST: a client of gRPC in this process would lose its own deadlines."""
+    store = TenantStore(f"sqlite:///{tmp_path}/owner.db")
+    good, disabled = str(store.add("acme")), str(store.add("beta"))
+    store.disable("beta")
+    with serve(tiny_service, access=TenantKeys(store)) as url:
+        holder, stranger = open_connection(url, api_key=good), open_connection(url, api_key=disabled)
+        now = time.time()
+        for moment in (now + 10**9, 0.0, now):
+            monkeypatch.setattr(time, "time", lambda moment=moment: moment)
+            for _ in range(2):
+                assert holder.model_card()
+                with pytest.raises(Unauthenticated):
+                    stranger.model_card()
+        holder.close()
+        stranger.close()

@@ -199,7 +199,7 @@ def test_a_fault_of_the_server_quotes_nothing(tiny_models: TinyModels, caplog: p
         connection.close()
     assert caught.value.request_id
     assert SECRET not in str(caught.value) + caplog.text
-    assert f"{caught.value.request_id}: RuntimeError in Encode" in caplog.text
+    assert f"{caught.value.request_id}: RuntimeError in encode" in caplog.text
 
 
 def test_a_server_that_is_not_there_is_said_at_once() -> None:

@@ -18,11 +18,11 @@ import pytest
 from data_owner_client.connection import Connection, Exchange, open_connection, retries
 from plm_owner_server.engines.base import EncodeBatch, Encoded
 from plm_owner_server.engines.transformers import TransformersEngine
-from plm_owner_server.scheduler import Caller, Departed
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import TenantKeys, TenantStore
 from plm_owner_server.tenants.ledger import Ledger
 from plm_owner_server.tenants.usage import DayOfUsage, read_usage
+from plm_owner_server.tickets import Caller, Departed
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.errors import BudgetSpent, InvalidRequest, NumericalFault, QuotaExceeded, ServerFault
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest

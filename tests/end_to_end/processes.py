@@ -29,34 +29,52 @@ def free_port() -> int:
 
 @contextmanager
 def server(
-    log: Path, *arguments: str, port: int | None = None, grpc_port: int = 0, ca: Path | None = None
+    log: Path,
+    *arguments: str,
+    port: int | None = None,
+    grpc_port: int = 0,
+    ca: Path | None = None,
+    own: tuple[Path, Path] | None = None,
 ) -> Iterator[str]:
     """`pema-server serve` with these arguments, once it is ready; gives its URL for REST.
 
-    With the authority `ca` of its certificate, it is one that speaks TLS.
+    With the authority `ca` of its certificate, it is one that speaks TLS; with a certificate of our `own` and its key,
+    one that demands it.
     """
     port = port or free_port()
     process = start_server(log, port, grpc_port, *arguments)
     url = f"{'https' if ca else 'http'}://127.0.0.1:{port}"
     try:
-        wait_until_ready(process, url, log, ca)
+        wait_until_ready(process, url, log, ca, own)
         yield url
     finally:
         _stop(process, log)
 
 
-def start_server(log: Path, port: int, grpc_port: int, *arguments: str) -> subprocess.Popen[bytes]:
-    """`pema-server serve` on these ports."""
+def start_server(
+    log: Path, port: int, grpc_port: int, *arguments: str, module: str = "plm_owner_server.cli"
+) -> subprocess.Popen[bytes]:
+    """`pema-server serve` on these ports; `module` may be another one with the same command line."""
     ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
-    command = [sys.executable, "-m", "plm_owner_server.cli", "serve", *ports, *arguments]
+    command = [sys.executable, "-m", module, "serve", *ports, *arguments]
     with log.open("ab") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
 
-def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, ca: Path | None = None) -> None:
+def wait_until_ready(
+    process: subprocess.Popen[bytes],
+    url: str,
+    log: Path,
+    ca: Path | None = None,
+    own: tuple[Path, Path] | None = None,
+) -> None:
     """Return once the server is ready; fail if it stops or takes too long."""
     deadline = time.monotonic() + _READY_WITHIN_S
-    verify = ssl.create_default_context(cafile=ca) if ca else True
+    verify: ssl.SSLContext | bool = True
+    if ca:
+        verify = ssl.create_default_context(cafile=ca)
+        if own:
+            verify.load_cert_chain(*own)
     while not _ready(url, verify):
         assert process.poll() is None, log.read_text()[-3000:]
         assert time.monotonic() < deadline, log.read_text()[-3000:]

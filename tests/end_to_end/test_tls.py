@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
 
 from data_owner_client import connect
+from data_owner_client.connection import Connection, open_connection
 from plm_owner_server.settings import ServerSettings
-from plm_owner_server.tenants import TenantStore, access_for
+from plm_owner_server.tenants import TenantStore, access_for, certified_for
 from plm_owner_server.tls import Certificate
-from protocol.errors import ConnectionFailed, InvalidRequest, PemaError, Untrusted
+from protocol.errors import ConnectionFailed, Forbidden, InvalidRequest, PemaError, Unauthenticated, Untrusted
+from protocol.messages import HeadRequest
 from tests import support
 from tests.end_to_end.processes import client, free_port, server
 
@@ -25,8 +29,8 @@ class Authority:
         self.file = folder / f"{name}.pem"
         self._authority.cert_pem.write_to_path(str(self.file))
 
-    def sign(self, certificate: Certificate, *names: str) -> None:
-        signed = self._authority.issue_cert(*(names or ("127.0.0.1", "localhost")))
+    def sign(self, certificate: Certificate, *names: str, common_name: str | None = None) -> None:
+        signed = self._authority.issue_cert(*(names or ("127.0.0.1", "localhost")), common_name=common_name)
         signed.private_key_pem.write_to_path(str(certificate.key))
         certificate.chain.write_bytes(b"".join(blob.bytes() for blob in signed.cert_chain_pems))
 
@@ -76,6 +80,73 @@ def test_both_transports_speak_tls_and_take_a_renewed_certificate(
                 connect(url, api_key=key, ca=second.file, give_up_after_s=0)
 
 
+def test_tenants_are_known_by_their_certificates(tiny_models: support.TinyModels, tmp_path: Path) -> None:
+    """Both transports demand one; a key that is shown besides must be the same tenant's."""
+    owners, clients, strangers = (Authority(tmp_path, name) for name in ("owners", "clients", "strangers"))
+    files = Certificate(tmp_path / "server.pem", tmp_path / "server.key")
+    owners.sign(files)
+    own = {}
+    for name, authority in (("acme", clients), ("beta", clients), ("nobody", clients), ("false", strangers)):
+        own[name] = Certificate(tmp_path / f"{name}-own.pem", tmp_path / f"{name}-own.key")
+        authority.sign(own[name], f"{name}.example.com", common_name="acme" if name == "false" else name)
+    store = TenantStore(f"sqlite:///{tmp_path}/owner.db")
+    keys = {"acme": str(store.add("acme", ["card", "encode"])), "beta": str(store.add("beta"))}
+    port = free_port()
+    flags = ["--model", str(tiny_models["llama"]), "--store", f"sqlite:///{tmp_path}/owner.db"]
+    flags += ["--tls-certificate", str(files.chain), "--tls-key", str(files.key), "--tls-client-ca", str(clients.file)]
+    acme = (own["acme"].chain, own["acme"].key)
+
+    def asked(url: str, name: str | None, call: Callable[[Connection], Any], key: str | None = None) -> Any:
+        shown = {"client_certificate": own[name].chain, "client_key": own[name].key} if name else {}
+        connection = open_connection(url, api_key=key, ca=owners.file, give_up_after_s=0, **shown)
+        try:
+            return call(connection)
+        finally:
+            connection.close()
+
+    def card(connection: Connection) -> str:
+        return connection.model_card().name
+
+    def head(connection: Connection) -> int:
+        return len(connection.lm_head(HeadRequest(stop=1)).weight_N_D)
+
+    with server(tmp_path / "server.log", *flags, grpc_port=port, ca=owners.file, own=acme) as rest:
+        urls = [rest, f"grpcs://127.0.0.1:{port}"]
+        for url in urls:
+            for key in (None, keys["acme"]):
+                assert asked(url, "acme", card, key) == "llama"
+                with pytest.raises(Forbidden, match="needs the scope head"):
+                    asked(url, "acme", head, key)
+            assert asked(url, "beta", head) == 1
+            for _ in range(2):  # asked about, and known
+                with pytest.raises(Forbidden, match="not that of the tenant"):
+                    asked(url, "acme", card, keys["beta"])
+            with pytest.raises(Unauthenticated, match="got another one"):
+                asked(url, "acme", card, keys["acme"][:-2])
+            with pytest.raises(Unauthenticated, match="names no tenant") as caught:
+                asked(url, "nobody", card)
+            assert "common name" in caught.value.hint
+            for stranger in (None, "false"):
+                for key in (None, keys["acme"]):
+                    with pytest.raises(ConnectionFailed) as refused:
+                        asked(url, stranger, card, key)
+                    assert "--client-certificate" in refused.value.hint
+        told = client(rest, "info", "--ca", owners.file, "--give-up-after", 0)
+        assert told.returncode == 1
+        assert "--client-certificate" in told.stderr
+        shown = ["--client-certificate", own["acme"].chain, "--client-key", own["acme"].key]
+        assert client(rest, "info", "--ca", owners.file, *shown).returncode == 0
+
+        store.disable("acme")
+        strangers.sign(own["false"], "beta.example.com", common_name="beta")
+        clients.file.write_bytes(clients.file.read_bytes() + strangers.file.read_bytes())  # one more authority
+        time.sleep(2.5)
+        for url in urls:
+            with pytest.raises(Unauthenticated, match="names no tenant"):
+                asked(url, "acme", card)
+            assert asked(url, "false", card) == "llama"
+
+
 def test_what_is_no_certificate_is_told(tmp_path: Path) -> None:
     files = Certificate(tmp_path / "server.pem", tmp_path / "server.key")
     with pytest.raises(PemaError, match="no certificate and its key"):
@@ -89,6 +160,12 @@ def test_what_is_no_certificate_is_told(tmp_path: Path) -> None:
         other.context()
     with pytest.raises(InvalidRequest, match="holds no certificate"):
         connect("https://127.0.0.1:1", ca=files.key)
+    with pytest.raises(InvalidRequest, match="only one of them"):
+        connect("https://127.0.0.1:1", client_key=files.key)
+    with pytest.raises(InvalidRequest, match="no certificate and its key"):
+        connect("https://127.0.0.1:1", client_certificate=files.chain, client_key=other.key)
+    with pytest.raises(PemaError, match="holds no authorities"):
+        Certificate(files.chain, files.key, files.key).context()
     (tmp_path / "empty.pem").touch()
     with pytest.raises(InvalidRequest, match="holds no certificate"):
         connect("grpcs://127.0.0.1:1", ca=tmp_path / "empty.pem")
@@ -111,3 +188,9 @@ def test_keys_do_not_travel_in_the_clear(tmp_path: Path) -> None:
     access_for(settings(host="192.0.2.1", tls_certificate="server.pem", tls_key="server.key"))
     with pytest.raises(ValueError, match="go together"):
         settings(tls_key="server.key")
+    with pytest.raises(ValueError, match="--tls-client-ca needs"):
+        settings(tls_client_ca="clients.pem")
+    tls = {"tls_certificate": "server.pem", "tls_key": "server.key", "tls_client_ca": "clients.pem"}
+    assert certified_for(settings(**tls)) is not None
+    with pytest.raises(InvalidRequest, match="one key for all"):
+        certified_for(settings(api_key="a key for all", **tls))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -269,3 +270,13 @@ def test_json_answers_are_understood() -> None:
     answer = connect(script).distribution(DistributionRequest(text="a", top_k=1))
     assert isinstance(answer, DistributionResponse)
     assert answer.token_ids_K.tolist() == [3]
+
+
+def test_a_compressed_answer_is_not_inflated(naps: list[float]) -> None:
+    def compressed(request: httpx.Request) -> httpx.Response:
+        assert request.headers["accept-encoding"] == "identity"
+        headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+        return httpx.Response(200, headers=headers, stream=httpx.ByteStream(gzip.compress(b" " * 2**24)))
+
+    with pytest.raises(errors.ProtocolViolation):
+        connect(Scripted(compressed)).model_card()

@@ -84,6 +84,43 @@ def test_what_is_kept_is_a_copy() -> None:
     assert known(cache, [1, 2, 3]) == 3
 
 
+@given(st.lists(st.tuples(st.booleans(), IDS, st.integers(0, 4)), max_size=40))
+def test_what_was_not_used_for_long_is_dropped(calls: list[tuple[bool, list[int], int]]) -> None:
+    now = [0.0]
+    cache = PrefixCache(2**20, 10, clock=lambda: now[0])
+    used: dict[tuple[int, ...], float] = {}  # each prefix that is kept, and when it was last used
+    for insert, ids, seconds in calls:
+        now[0] += seconds
+        cache.drop_unused()
+        used = {prefix: since for prefix, since in used.items() if now[0] - since <= 10}
+        assert {prefix for prefix in used if known(cache, list(prefix)) == len(prefix)} == set(used)
+        # All of it was just looked at; and what is looked at is used.
+        used = dict.fromkeys(used, now[0])
+        if insert:
+            cache.insert("a", ids, states(ids))
+            used |= {tuple(ids[: i + 1]): now[0] for i in range(len(ids))}
+        assert cache.size_bytes == ROW_BYTES * len(used)
+    now[0] += 10.5
+    cache.drop_unused()
+    assert cache.size_bytes == 0
+    assert not cache._nodes
+
+
+def test_one_text_goes_and_the_other_stays() -> None:
+    now = [0.0]
+    cache = PrefixCache(2**20, 10, clock=lambda: now[0])
+    cache.insert("a", [1, 2, 3], states([1, 2, 3]))
+    cache.insert("a", [1, 2, 4], states([1, 2, 4]))
+    now[0] = 8
+    assert known(cache, [1, 2, 4]) == 3
+    now[0] = 12
+    cache.drop_unused()
+    assert cache.size_bytes == 3 * ROW_BYTES
+    assert [known(cache, ids) for ids in ([1, 2, 3], [1, 2, 4])] == [2, 3]
+    now[0] = 23
+    assert known(cache, [1, 2, 4]) == 0  # nobody need have looked after it meanwhile
+
+
 @given(st.lists(st.tuples(st.sampled_from("abc"), IDS), max_size=20), st.integers(1, 40))
 def test_tenants_share_the_bound_and_nothing_else(calls: list[tuple[str, list[int]]], rows: int) -> None:
     cache, alone = PrefixCache(2**20), {tenant: PrefixCache(2**20) for tenant in "abc"}

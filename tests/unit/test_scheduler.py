@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from plm_owner_server import scheduler as module
-from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Encoded, EngineInfo
-from plm_owner_server.scheduler import Caller, Departed, Scheduler, Work
+from plm_owner_server.engines.base import Counts, Decoded, DraftBatch, EncodeBatch, Encoded, EngineInfo
+from plm_owner_server.scheduler import Scheduler
+from plm_owner_server.tickets import Caller, Departed, Work
 from protocol.checks import echo
-from protocol.errors import Overloaded
+from protocol.errors import NotReady, Overloaded
 from protocol.head import LMHead
 
 
@@ -29,8 +30,14 @@ class NotingEngine:
         self.calls: list[tuple[str, list[int]]] = []
         self.entered, self.go = threading.Event(), threading.Event()
         self.running = 0
+        self.counts = Counts()
+        self.broken = False
 
-    def warm_up(self) -> None: ...
+    def warm_up(self) -> None:
+        if self.broken:
+            raise RuntimeError("still no luck")
+
+    def forget_unused(self) -> None: ...
 
     def note(self, what: str, token_ids: Sequence[Sequence[int]]) -> None:
         self.running += 1
@@ -97,7 +104,7 @@ class Desk:
         future = self.pool.submit(self.scheduler.run, caller, works)
         self.asked += 1
         deadline = time.monotonic() + 30
-        while not future.done() and self.scheduler._requests < self.asked:
+        while not future.done() and len(self.scheduler._tickets) < self.asked:
             assert time.monotonic() < deadline
             time.sleep(0.001)
         return future
@@ -275,7 +282,7 @@ def test_what_is_too_much_is_turned_away_with_a_time_to_come_back(desk: Callable
     d.engine.go.set()
     for future in waiting:
         future.result(30)
-    assert (d.scheduler._requests, d.scheduler._tokens, d.scheduler._given) == (0, {}, {})
+    assert (d.scheduler._tickets, d.scheduler._tokens, d.scheduler._given) == (set(), {}, {})
 
 
 def test_a_failure_reaches_those_it_concerns(desk: Callable[..., Desk]) -> None:
@@ -292,6 +299,57 @@ def test_a_failure_reaches_those_it_concerns(desk: Callable[..., Desk]) -> None:
     assert len(set(map(id, errors))) == 3
     assert len(good.result(30)) == 2
     assert [1] not in [firsts for _, firsts in d.engine.calls]
+
+
+def test_a_broken_engine_ends_all_requests_at_once(desk: Callable[..., Desk]) -> None:
+    d = desk()
+    d.hold()
+    d.engine.broken = True
+    asked = [d.ask("a", encode(666)), d.ask("b", encode(2)), d.ask("c", draft(3, k=2)), d.ask("a", encode(4))]
+    d.engine.go.set()
+    errors = []
+    for future in asked:
+        with pytest.raises(NotReady) as caught:
+            future.result(30)
+        errors.append(caught.value)
+    assert len(set(map(id, errors))) == len(errors)
+    assert all(error.retry_after_s for error in errors)
+    assert d.scheduler.broken.is_set()
+    with pytest.raises(NotReady):
+        d.scheduler.run(Caller("late"), [encode(5)])
+    assert not d.scheduler._tickets
+    assert 5 not in [first for _, firsts in d.engine.calls for first in firsts]
+
+
+def test_an_engine_that_only_failed_once_goes_on(desk: Callable[..., Desk]) -> None:
+    d = desk()
+    d.engine.go.set()
+    with pytest.raises(RuntimeError, match="no luck"):
+        d.scheduler.run(Caller("a"), [encode(666)])
+    assert not d.scheduler.broken.is_set()
+    assert d.scheduler.run(Caller("a"), [encode(1)])
+
+
+@pytest.mark.parametrize("work", [encode(1), draft(1, k=1000)], ids=["encode", "draft"])
+def test_a_closed_scheduler_waits_for_no_engine(desk: Callable[..., Desk], work: Work) -> None:
+    d = desk()
+    running = d.ask("a", work)
+    assert d.engine.entered.wait(30)
+    waiting = d.ask("b", encode(2))
+    assert d.scheduler.busy_s > 0
+    d.scheduler.close(NotReady("The server is stopping."))
+    for future in (running, waiting):
+        with pytest.raises(NotReady, match="stopping"):
+            future.result(30)
+    with pytest.raises(NotReady, match="stopping"):
+        d.scheduler.run(Caller("late"), [encode(3)])
+    thread = d.scheduler._thread
+    assert thread is not None
+    d.engine.go.set()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert d.scheduler.busy_s == 0
+    assert {first for _, firsts in d.engine.calls for first in firsts} == {1}
 
 
 def test_the_thread_ends_when_idle_and_comes_back(desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch) -> None:

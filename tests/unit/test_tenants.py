@@ -6,6 +6,7 @@ import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
@@ -114,7 +115,7 @@ def test_processes_that_start_at_once_make_the_tables_once(url: str) -> None:
 
 def test_a_disabled_tenant_is_out_within_two_seconds(store: TenantStore, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(access_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(access_module, "time", SimpleNamespace(monotonic=lambda: now))
     keys, shown = TenantKeys(store), f"Bearer {store.add('acme')}"
     assert keys.recall(shown) is None
     assert keys.identify(shown) == keys.recall(shown) == Tenant("acme", frozenset(SCOPES))
@@ -158,7 +159,7 @@ def test_without_its_store_a_server_knows_those_whom_it_knew_for_a_minute(
     store: TenantStore, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 100.0
-    monkeypatch.setattr(access_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(access_module, "time", SimpleNamespace(monotonic=lambda: now))
     keys, known, unknown = TenantKeys(store), f"Bearer {store.add('acme')}", f"Bearer {store.add('beta')}"
     keys.identify(known)
     with sqlite3.connect(sa.make_url(url).database or "") as database:

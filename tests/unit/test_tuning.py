@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **wanted: Any) -> None:
         self.now, self.wanted, self.tried = 0.0, wanted, list[TrainingSettings]()
-        monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
 
     def fit(self, settings: TrainingSettings) -> Trained:
         self.now += 60.0

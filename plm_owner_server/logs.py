@@ -1,0 +1,102 @@
+"""How the server's log is written: its own lines and those of all libraries alike, as text or as JSON.
+
+No traceback tells what an exception says, as that may quote the data that caused it: its type and its place are enough.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import logging
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Literal
+
+from pythonjsonlogger.core import RESERVED_ATTRS
+from pythonjsonlogger.json import JsonFormatter
+from transformers.utils import logging as transformers_logging
+
+try:
+    import resource
+except ImportError:  # Windows has no core files
+    resource = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+
+_Info = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+
+def set_up_logs(level: str, form: Literal["text", "json"]) -> None:
+    """Send all that this process has to say through one handler, to standard error.
+
+    What nobody catches is logged, too; and of a crash in native code the places of all threads are told.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonLines() if form == "json" else _TextLines())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(capture=True)
+    logging.raiseExceptions = False  # or a line that cannot be formatted would be told with its values
+    transformers_logging.disable_progress_bar()
+    # It has a handler of its own otherwise.
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    for noisy in ("httpx", "httpcore", "filelock", "alembic", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    sys.excepthook = _uncaught
+    threading.excepthook = lambda args: _uncaught(args.exc_type, args.exc_value, args.exc_traceback)
+    sys.unraisablehook = lambda args: _uncaught(args.exc_type, args.exc_value, args.exc_traceback)
+    faulthandler.enable()
+
+
+def write_no_core_files() -> None:
+    """Let a crash leave no image of the memory behind, as texts are in it."""
+    if resource is not None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def keep_quiet_about_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    """Let an event loop tell of failed tasks as all else does: its own words quote their exceptions."""
+
+    def tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        log.error("%s", context["message"], exc_info=context.get("exception"))
+
+    loop.set_exception_handler(tell)
+
+
+class _Lines(logging.Formatter):
+    def formatException(self, ei: _Info) -> str:
+        return "\n".join(_places(ei[1]))
+
+
+class _TextLines(_Lines):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+class _JsonLines(_Lines, JsonFormatter):
+    def __init__(self) -> None:
+        JsonFormatter.__init__(
+            self,
+            ["levelname", "name", "message"],
+            rename_fields={"levelname": "level", "name": "logger"},
+            reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's, for terminals
+            timestamp="time",
+        )
+
+
+def _places(error: BaseException | None) -> Iterator[str]:
+    """Types and places of an exception and of those that led to it, the last one first."""
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield type(error).__qualname__
+        yield "".join(traceback.format_tb(error.__traceback__)).rstrip()
+        error = error.__cause__ or error.__context__
+
+
+def _uncaught(exc_type: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    if not issubclass(exc_type, (KeyboardInterrupt, SystemExit)):
+        log.critical("nobody caught this", exc_info=(exc_type, error or exc_type(), trace))

@@ -1,0 +1,48 @@
+"""`pema-server` with an engine that fails when a sequence begins with one of these tokens, to be run with `-m`.
+
+Whatever it raises quotes the token ids, as an exception of a library may.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from plm_owner_server.cli import main
+from plm_owner_server.engines import transformers
+from plm_owner_server.engines.base import EncodeBatch, Encoded
+
+FAIL, BREAK, HANG, HOLD = 201, 202, 203, 204
+HELD = "PEMA_TEST_HELD"
+"""Environment variable with the name of a file: `HOLD` and `HANG` make it, and `HOLD` goes on when it is gone."""
+
+
+class AilingEngine(transformers.TransformersEngine):
+    broken = False
+
+    def warm_up(self) -> None:
+        self._raise_if(self.broken, [])
+        super().warm_up()
+
+    def encode(self, batch: EncodeBatch) -> Encoded:
+        first = batch.token_ids[0][0]
+        self.broken |= first == BREAK
+        self._raise_if(self.broken or first == FAIL, batch.token_ids)
+        if first in (HANG, HOLD):
+            held = Path(os.environ[HELD])
+            held.touch()
+            while first == HANG or held.exists():
+                time.sleep(0.01)
+        return super().encode(batch)
+
+    def _raise_if(self, failing: bool, token_ids: list[list[int]]) -> None:
+        if failing:
+            raise RuntimeError(f"no luck with {token_ids}")
+
+
+if __name__ == "__main__":
+    import plm_owner_server.cli
+
+    plm_owner_server.cli.TransformersEngine = AilingEngine  # type: ignore[misc]
+    main()
