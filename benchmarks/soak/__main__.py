@@ -64,9 +64,11 @@ async def _soak(model: Path, minutes: float, seed: int) -> dict[str, Any]:
     store = TenantStore(url)
     good, bad = let_in(store, len(truth.head_V_D), seed)
     flags = ("--model", str(model), "--store", url, *_FLAGS)
-    replicas = [Replica(_WORK / f"server-{number}.log", flags) for number in (1, 2)]
-    traffic, began = Traffic(truth, replicas), time.time()
+    replicas, began = list[Replica](), time.time()
+    traffic = Traffic(truth, replicas)
     try:
+        for number in (1, 2):
+            replicas.append(Replica(_WORK / f"server-{number}.log", flags))
         for tenant in (*good, *bad.values()):
             await traffic.introduce(tenant)
         rss = await _phases(traffic, good, bad, 60 * minutes, random.Random(seed))
@@ -100,10 +102,11 @@ async def _phases(
             _flood_in_bouts(traffic, bad["flood"]),
             adversaries.cut(traffic, bad["cut"], _CUT_RATE),
             adversaries.garbage(traffic, bad["garbage"], _GARBAGE_RATE),
-            _kill(traffic.replicas[1], seconds * (1 - _QUIET), chance),
         )
     ]
+    killing = asyncio.create_task(_kill(traffic.replicas[1], seconds * (1 - _QUIET), chance))
     done, _ = await asyncio.wait(always, timeout=seconds * (1 - _QUIET), return_when=asyncio.FIRST_EXCEPTION)
+    await killing  # until it is back
     for task in always:
         task.cancel()
     for task in (*done, *always):
@@ -165,7 +168,7 @@ def _figures(
         "kills": traffic.replicas[1].kills,
         "unanswered_at_kills": sum(len(tenant.account.unanswered) for tenant in tenants if tenant.name != "cut"),
         "tokens": sum(tenant.account.tokens for tenant in tenants),
-        "rss_mib": {"second_quarter": median(rss[quarter : 2 * quarter]), "last_quarter": median(rss[-quarter:])},
+        "rss_mib_by_tenth": [round(median(rss[i * len(rss) // 10 : (i + 1) * len(rss) // 10])) for i in range(10)],
         "what_was_wrong": dict(record.wrong),
         "what_was_unexpected": dict(record.unexpected),
         "which_quotas": faults,

@@ -140,13 +140,16 @@ class GrpcLine:
 
     async def _rows(self, stream: Any, answer: type[EncodeResponse | DecodeResponse]) -> Any:
         pieces: list[Any] = []
-        async for piece in stream:
-            if piece.HasField("problem"):
-                problem = {item.name: value for item, value in piece.problem.ListFields()}
-                raise from_problem(problem, piece.problem.status)
-            pieces.append(from_proto(piece.rows, answer))
-            if piece.last:
-                return join_rows(pieces)
+        try:
+            async for piece in stream:
+                if piece.HasField("problem"):
+                    problem = {item.name: value for item, value in piece.problem.ListFields()}
+                    raise from_problem(problem, piece.problem.status)
+                pieces.append(from_proto(piece.rows, answer))
+                if piece.last:
+                    return join_rows(pieces)
+        finally:
+            stream.cancel()
         raise Lost("half an answer")
 
     async def close(self) -> None:

@@ -54,6 +54,7 @@ class Replica:
         """Kill it, as a lack of memory would, and have it back."""
         self.up = False
         self.kills += 1
+        self._owner.process.kill()  # at once: no call may begin after this and be answered
         await asyncio.to_thread(self._owner.kill)
         await asyncio.to_thread(self._owner.start)
         # Not closed yet, for that would end calls that have just begun on them.

@@ -90,8 +90,8 @@ class Traffic:
         """Wait for all that is still on its way; what takes longer hangs."""
         if self._tasks:
             _, pending = await asyncio.wait(self._tasks, timeout=seconds)
-            self.record.unexpected["hangs"] += len(pending)
             for task in pending:
+                self.record.unexpected["hangs"] += 1
                 task.cancel()
 
     def _done(self, task: asyncio.Task[None]) -> None:
