@@ -25,7 +25,10 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.build_memory
 	$(BIN)/python -m benchmarks.compact_rows
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.overload
 	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m benchmarks.train
 
 lint: $(VENV)/ready

@@ -1,0 +1,153 @@
+"""What tenants ask for: calls drawn from their seeded schedules, each with its price and the check of its answer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.soak.tenants import CANDIDATES, Price, Tenant
+from benchmarks.soak.truth import MOST_DRAFTED, Sight, Span, Truth, WrongAnswer
+from protocol.checks import echoes
+from protocol.codec import Message
+from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadDtype, HeadRequest, WireDtype
+
+Kind = Literal["card", "head", "encode", "decode", "distribution"]
+_OFTEN: dict[Kind, int] = {"card": 4, "head": 8, "encode": 40, "decode": 34, "distribution": 14}
+_DISTRIBUTED = 6  # texts of the pool whose distributions are asked for
+_TOP_K = 5
+_SEQUENCES = 3  # at most, of a call
+_EXACT: HeadDtype = "float32"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call.
+
+    Attributes:
+        request: None for the model card.
+        price: of its answer.
+        check: raises WrongAnswer.
+    """
+
+    kind: Kind
+    request: Message | None
+    price: Price
+    check: Callable[[Any], None]
+
+
+def most_tokens(truth: Truth) -> int:
+    """That a call may cost."""
+    return _SEQUENCES * (max(len(text.ids) for text in truth.pool) + MOST_DRAFTED)
+
+
+def draw(truth: Truth, tenant: Tenant) -> Call:
+    """The next call of a tenant's schedule."""
+    kinds = [kind for kind in _OFTEN if kind != "head" or tenant.disclosure.head_policy != "none"]
+    (kind,) = tenant.chance.choices(kinds, [_OFTEN[kind] for kind in kinds])
+    return _DRAW[kind](truth, tenant, tenant.seen())
+
+
+def card(tenant: Tenant) -> Call:
+    """The model card, which never changes."""
+
+    def check(answer: Any) -> None:
+        if tenant.sight is not None and answer.digest != tenant.sight.digest:
+            raise WrongAnswer("another card")
+
+    return Call("card", None, Price(), check)
+
+
+def head(truth: Truth, ids: list[int], sight: Callable[[], Sight]) -> Call:
+    """Chosen rows of the LM head."""
+    request = HeadRequest(token_ids=ids, dtype=_EXACT)
+    return Call("head", request, Price(rows=frozenset(ids)), lambda answer: truth.check_head(answer, ids, sight()))
+
+
+def _card(truth: Truth, tenant: Tenant, sight: Sight) -> Call:
+    return card(tenant)
+
+
+def _head(truth: Truth, tenant: Tenant, sight: Sight) -> Call:
+    chance = tenant.chance
+    if tenant.disclosure.head_policy == "full" and tenant.quotas.head_rows is None and chance.random() < 0.3:
+        start = chance.randrange(len(truth.head_V_D) - CANDIDATES)
+        ids = list(range(start, start + chance.randint(1, CANDIDATES)))
+        request = HeadRequest(start=ids[0], stop=ids[-1] + 1, dtype=_EXACT)
+        return Call("head", request, Price(rows=frozenset(ids)), lambda answer: truth.check_head(answer, ids, sight))
+    return head(truth, chance.sample(tenant.candidates, chance.randint(1, 8)), lambda: sight)
+
+
+def _encode(truth: Truth, tenant: Tenant, sight: Sight) -> Call:
+    chance = tenant.chance
+    texts = chance.choices(range(len(truth.pool)), k=chance.randint(1, _SEQUENCES))
+    ids = [truth.pool[text].ids for text in texts]
+    starts = [chance.randrange(len(one)) for one in ids]
+    request = EncodeRequest(
+        token_ids=ids,
+        from_position=starts,
+        echo=echoes(ids),
+        dtype=(dtype := _dtype(chance)),
+        with_logsumexp=chance.random() < 0.5,
+    )
+    spans = [Span(text, start, len(one)) for text, start, one in zip(texts, starts, ids, strict=True)]
+
+    def check(answer: Any) -> None:
+        truth.check_rows(answer, spans, dtype, sight)
+        if request.with_logsumexp != (answer.logsumexp_N is not None):
+            raise WrongAnswer("log-sum-exp or none")
+
+    return Call("encode", request, Price(sum(map(len, ids))), check)
+
+
+def _decode(truth: Truth, tenant: Tenant, sight: Sight) -> Call:
+    chance = tenant.chance
+    texts = chance.choices(range(len(truth.pool)), k=chance.randint(1, _SEQUENCES))
+    ids = [truth.pool[text].ids for text in texts]
+    starts = [len(one) - 1 if chance.random() < 0.5 else chance.randrange(len(one)) for one in ids]
+    drafted = [chance.randint(0, MOST_DRAFTED) for _ in ids]
+    request = DecodeRequest(
+        token_ids=ids, from_position=starts, look_ahead=drafted, echo=echoes(ids), dtype=(dtype := _dtype(chance))
+    )
+    spans = [Span(text, s, len(one) + k) for text, s, one, k in zip(texts, starts, ids, drafted, strict=True)]
+    # No stop tokens: all that may be drafted is.
+    price = Price(sum(map(len, ids)) + sum(drafted))
+    return Call("decode", request, price, lambda answer: truth.check_rows(answer, spans, dtype, sight))
+
+
+def _distribution(truth: Truth, tenant: Tenant, sight: Sight) -> Call:
+    chance = tenant.chance
+    text, top_k = chance.randrange(_DISTRIBUTED), 0 if chance.random() < 0.4 else _TOP_K
+    told = truth.pool[text]
+    if chance.random() < 0.5:
+        request = DistributionRequest(text=told.text, top_k=top_k)
+    else:
+        request = DistributionRequest(token_ids=told.ids, top_k=top_k)
+    price = Price(len(told.ids), distribution=text if top_k == 0 else None)
+    return Call("distribution", request, price, lambda answer: truth.check_distribution(answer, text, top_k, sight))
+
+
+def _dtype(chance: random.Random) -> WireDtype:
+    return "float16" if chance.random() < 0.3 else "float32"
+
+
+_DRAW: dict[Kind, Callable[[Truth, Tenant, Sight], Call]] = {
+    "card": _card,
+    "head": _head,
+    "encode": _encode,
+    "decode": _decode,
+    "distribution": _distribution,
+}
+
+
+def sight_of(digest: str, tenant: Tenant, rows: Any, ids: list[int]) -> Sight:
+    """How a tenant sees the model, once its card and its first head rows are there."""
+    if rows is None:
+        return Sight(digest, tenant.disclosure.rotated)
+    head_C = rows.head()
+    if not torch.isfinite(head_C.weight_V_D).all():
+        raise WrongAnswer("head rows that are not finite")
+    return Sight(digest, tenant.disclosure.rotated, ids, head_C)
