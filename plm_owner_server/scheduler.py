@@ -42,7 +42,7 @@ class Scheduler:
         padding_tokens: padding in one forward pass.
         drafting_tokens: tokens whose attention states all that is drafted may come to hold.
         max_waiting_tokens: tokens of all requests that wait or run; more are turned away.
-        max_waiting_requests: requests that wait or run, likewise.
+        max_waiting_requests: requests that wait or run, likewise. One client may have half of either.
 
     Attributes:
         broken: set once the engine works no more; all requests end with `NotReady` from then on.
@@ -141,10 +141,12 @@ class Scheduler:
             if self._closed is not None:
                 raise copy.copy(self._closed)
             own, total = self._tokens.get(client, 0), sum(self._tokens.values())
+            own_requests = sum(other.caller.client == client for other in self._tickets)
             # What is alone is let in, however large: the limits of a single request are the model card's. And nobody
             # may fill more than half of the places, or there would be none for the next one.
             too_much = (total and total + tokens > self._max_tokens) or (own and own + tokens > self._max_tokens // 2)
-            if too_much or len(self._tickets) >= self._max_requests:
+            too_many = own_requests >= max(1, self._max_requests // 2) or len(self._tickets) >= self._max_requests
+            if too_much or too_many:
                 raise Overloaded(
                     f"{len(self._tickets)} requests with {total} tokens wait already.",
                     hint="Come back later, or send fewer requests at once.",

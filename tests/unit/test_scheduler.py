@@ -285,6 +285,18 @@ def test_what_is_too_much_is_turned_away_with_a_time_to_come_back(desk: Callable
     assert (d.scheduler._tickets, d.scheduler._tokens, d.scheduler._given) == (set(), {}, {})
 
 
+def test_one_client_cannot_have_all_places(desk: Callable[..., Desk]) -> None:
+    d = desk(max_waiting_requests=6)
+    waiting = [d.hold(), *(d.ask("one", encode(n)) for n in (2, 3, 4))]
+    with pytest.raises(Overloaded):
+        d.ask("one", encode(5)).result(30)
+    d.asked -= 1
+    waiting.append(d.ask("two", encode(6)))
+    d.engine.go.set()
+    for future in waiting:
+        future.result(30)
+
+
 def test_a_failure_reaches_those_it_concerns(desk: Callable[..., Desk]) -> None:
     d = desk()
     d.hold()
