@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import sqlalchemy as sa
@@ -15,12 +17,15 @@ from alembic.migration import MigrationContext
 from hypothesis import given
 from hypothesis import strategies as st
 
+from plm_owner_server.cli import main
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants import ANYBODY, SCOPES, Anyone, OneKey, Tenant, TenantKeys, TenantStore, access_for
 from plm_owner_server.tenants import access as access_module
 from plm_owner_server.tenants.keys import Key
 from plm_owner_server.tenants.tables import METADATA
+from plm_owner_server.views import Disclosure
 from protocol.errors import InvalidRequest, NotReady, PemaError, Unauthenticated
+from protocol.messages import HeadPolicy
 
 
 @pytest.fixture
@@ -174,6 +179,25 @@ def test_without_its_store_a_server_knows_those_whom_it_knew_for_a_minute(
     now += 2
     with pytest.raises(NotReady):
         keys.identify(known)
+
+
+def test_every_policy_can_be_given(
+    store: TenantStore, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tenants(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["pema-server", "tenants", *arguments, "--store", url])
+        main()
+        capsys.readouterr()
+
+    for policy in get_args(HeadPolicy):
+        tenants("add", f"early {policy}", "--head-policy", policy)
+        tenants("add", f"later {policy}")
+        tenants("disclose", f"later {policy}", "--head-policy", policy)
+    for tenant in store.all():
+        policy = tenant.name.split()[1]
+        assert tenant.disclosure == Disclosure(policy, rotated=policy == "candidate")  # type: ignore[arg-type]
+    with pytest.raises(SystemExit, match="No policy was given"):
+        tenants("disclose", "early full", "--rotation", "on")
 
 
 def test_who_lets_nobody_in_gets_no_database(url: str) -> None:
