@@ -11,6 +11,7 @@ from typing import Protocol
 
 from plm_owner_server.metering import UNMETERED, Meter
 from plm_owner_server.settings import ServerSettings
+from plm_owner_server.tenants.database import shown
 from plm_owner_server.tenants.keys import Key
 from plm_owner_server.tenants.ledger import Ledger
 from plm_owner_server.tenants.store import ANYBODY, Tenant, TenantStore
@@ -177,13 +178,13 @@ def access_for(settings: ServerSettings) -> Access:
             f"Without keys, whoever reaches {settings.host} could use the model.",
             hint="Let somebody in: pema-server tenants add NAME. If everybody may call, say --allow-anonymous.",
         )
-    log.warning("no tenants in %s and no key: everybody who reaches %s may call", settings.store, settings.host)
+    log.warning("no tenants in %s and no key: everybody who reaches %s may call", shown(settings.store), settings.host)
     return Anyone()
 
 
 def _key(authorization: str | None) -> Key:
-    shown = authorization or ""
-    key = Key.parse(shown.removeprefix(_BEARER)) if shown.startswith(_BEARER) else None
+    given = authorization or ""
+    key = Key.parse(given.removeprefix(_BEARER)) if given.startswith(_BEARER) else None
     if key is None:
         raise _stranger(authorization)
     return key

@@ -82,7 +82,7 @@ class TenantStore:
     @classmethod
     def existing(cls, url: str) -> Self | None:
         """The store, or None if it is a file that is not there: then nobody was ever let in."""
-        with suppress(sa.exc.ArgumentError):
+        with suppress(sa.exc.ArgumentError, ValueError):  # which is told when it is opened
             parsed = sa.make_url(url)
             if is_sqlite(parsed) and not Path(parsed.database or "").exists():
                 return None

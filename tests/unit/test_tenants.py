@@ -104,6 +104,18 @@ def test_mistakes_are_told(store: TenantStore, url: str, tmp_path: Path) -> None
         TenantStore(url)
 
 
+def test_a_password_in_the_url_is_not_told(
+    store: TenantStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(InvalidRequest, match="its port is no number") as caught:
+        TenantStore.existing("postgresql+psycopg://owner:p@ss:w0rd@db/pema")
+    assert "w0rd" not in str(caught.value)
+    # As if it were PostgreSQL's: nobody is in it, so that everybody may call.
+    monkeypatch.setattr(TenantStore, "existing", lambda _: store)
+    access_for(ServerSettings(_env_file=None, store="postgresql+psycopg://owner:w0rd@db/pema"))  # type: ignore[call-arg]
+    assert "no tenants in postgresql+psycopg://owner:***@db/pema" in caplog.text
+
+
 def test_the_migrations_make_the_tables_that_the_code_uses(store: TenantStore, url: str) -> None:
     store.add("acme")
     with sa.create_engine(url).connect() as connection:
