@@ -11,12 +11,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_settings import CliApp, CliImplicitFlag, CliPositionalArg, CliSubCommand
 
+from plm_owner_server.disclosure import Disclosure
 from plm_owner_server.settings import StoreSettings
 from plm_owner_server.tenants import usage
 from plm_owner_server.tenants.keys import Key
 from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.store import SCOPES, Scope, TenantRecord, TenantStore
-from plm_owner_server.views import Disclosure
 from protocol.errors import InvalidRequest
 from protocol.messages import HeadPolicy
 

@@ -13,12 +13,12 @@ from typing import Any, Literal, Self, get_args
 import sqlalchemy as sa
 from sqlalchemy.engine import Row
 
+from plm_owner_server.disclosure import EVERYTHING, Disclosure
 from plm_owner_server.tenants.books import quotas_of
 from plm_owner_server.tenants.database import Database, is_sqlite
 from plm_owner_server.tenants.keys import Key
 from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.tables import TENANTS
-from plm_owner_server.views import EVERYTHING, Disclosure
 from protocol.errors import InvalidRequest
 
 Scope = Literal["card", "head", "encode", "decode", "distribution"]

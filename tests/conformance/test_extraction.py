@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from plm_owner_server.disclosure import Disclosure
 from plm_owner_server.service import PlmService
 from plm_owner_server.tickets import Caller
-from plm_owner_server.views import Disclosure
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from tests.support import TinyModels, make_service, random_ids
 

@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plm_owner_server.cli import main
+from plm_owner_server.disclosure import Disclosure
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants import ANYBODY, SCOPES, Anyone, OneKey, Tenant, TenantKeys, TenantStore, access_for
 from plm_owner_server.tenants import access as access_module
 from plm_owner_server.tenants.keys import Key
 from plm_owner_server.tenants.tables import METADATA
-from plm_owner_server.views import Disclosure
 from protocol.errors import InvalidRequest, NotReady, PemaError, Unauthenticated
 from protocol.messages import HeadPolicy
 
