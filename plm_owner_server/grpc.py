@@ -153,7 +153,8 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         def work(admitted: Admission, call: Call) -> Proto:
             return to_proto(admitted.service.model_card(caller(admitted, call)), pema_pb2.ModelCard())
 
-        return await self._answer("GetModelCard", "card", context, work)
+        with self._holder.at_work():
+            return await self._answer("GetModelCard", "card", context, work)
 
     async def GetTokenizer(self, request: Proto, context: Any) -> None:
         caller = _callers(context)
@@ -194,7 +195,8 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
             answer = admitted.service.distribution(from_proto(request, DistributionRequest), caller(admitted, call))
             return to_proto(answer, pema_pb2.DistributionResponse())
 
-        return await self._answer("GetNextTokenDistribution", "distribution", context, work)
+        with self._holder.at_work():
+            return await self._answer("GetNextTokenDistribution", "distribution", context, work)
 
     async def _answer(
         self, name: str, scope: Scope, context: Any, work: Callable[[Admission, Call], _Result]
@@ -202,8 +204,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         """The result of `work`, or the call's end with a status and its problem document."""
         request_id = _metadata(context).get(REQUEST_ID_METADATA, "")
         try:
-            with self._holder.at_work():
-                return await self._work(name, scope, request_id, context, work)
+            return await self._work(name, scope, request_id, context, work)
         except PemaError as error:
             await abort(context, error)
             raise  # not reached: abort raises

@@ -11,6 +11,7 @@ from tempfile import NamedTemporaryFile
 import sqlalchemy as sa
 
 from plm_owner_server.settings import ServerSettings
+from plm_owner_server.tenants.database import is_sqlite
 from protocol.errors import PemaError, Unsupported
 
 _BYTES = 32
@@ -26,7 +27,7 @@ def master_secret(settings: ServerSettings) -> bytes:
     if settings.master_secret is not None:
         return settings.master_secret.get_secret_value().encode()
     database = sa.make_url(settings.store)
-    if database.get_backend_name() != "sqlite":
+    if not is_sqlite(database):
         raise Unsupported(
             "This server has no master secret to rotate with.",
             hint="Its owner sets PEMA_MASTER_SECRET to the same value for all servers that share the store.",

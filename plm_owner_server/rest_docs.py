@@ -190,7 +190,7 @@ LM_HEAD_RANGE = _route(
     description="The rows [start, stop). Has an ETag; answers 304 to a known `If-None-Match`.",
     tensors=True,
     cached=True,
-    errors=_OF_CHOICES,
+    errors=_OF_CHOICES + _OF_THE_MODEL,
 )
 LM_HEAD = _route(
     HeadRows,
@@ -199,6 +199,7 @@ LM_HEAD = _route(
     {"token_ids": [107, 9259], "dtype": "float32"},
     description="Chosen rows (`token_ids`), or a range (`start`, `stop`).",
     tensors=True,
+    errors=_OF_THE_MODEL,
 )
 ENCODE = _route(
     EncodeResponse,

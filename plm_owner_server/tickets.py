@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from plm_owner_server.disclosure import EVERYTHING, Disclosure
 from plm_owner_server.engines.base import DraftBatch, EncodeBatch, Encoded
 from plm_owner_server.metering import UNMETERED, Meter
-from plm_owner_server.views import EVERYTHING, Disclosure
 from protocol.errors import PemaError
 
 Work = EncodeBatch | DraftBatch

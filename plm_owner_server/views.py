@@ -11,35 +11,19 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from plm_owner_server.disclosure import EVERYTHING, Disclosure
 from plm_owner_server.rotation import Rotation, RotationKey
 from plm_owner_server.validation import check_vocabulary
 from protocol.checks import require_finite
 from protocol.codec import raw_bytes
 from protocol.errors import Forbidden, InvalidRequest, OverLimit, Unsupported
 from protocol.head import LMHead
-from protocol.messages import DTYPES, HeadDtype, HeadPolicy, HeadRequest, HeadRows, ModelCard
+from protocol.messages import DTYPES, HeadDtype, HeadRequest, HeadRows, ModelCard
 
 # Of the head, from the device at a time.
 _ROWS_AT_ONCE = 4096
 # Of rotations that are kept: they are D × D, and a second's work or more to make anew where D is large.
 _ROTATION_BYTES = 2**31
-
-
-@dataclass(frozen=True)
-class Disclosure:
-    """What a tenant may see of the model.
-
-    Attributes:
-        head_policy: which rows of the LM head.
-        rotated: representations and rows come in a secret basis of its own.
-    """
-
-    head_policy: HeadPolicy = "full"
-    rotated: bool = False
-
-
-EVERYTHING = Disclosure()
-"""All of the LM head, in the model's own basis."""
 
 
 @dataclass(frozen=True)

@@ -223,9 +223,10 @@ class GrpcConnection:
     ) -> tuple[_Answer, ServerTiming | None]:
         """The answer to one call, on a stream of its own."""
         call.request_id = dict(attempt["metadata"])[REQUEST_ID_METADATA]
-        pieces = []
-        for piece in open_stream(iter([call]), **attempt):
+        stream, pieces = open_stream(iter([call]), **attempt), []
+        for piece in stream:
             if piece.HasField("problem"):
+                self._note_what_is_left(stream)  # waits for its end, which follows
                 problem = {field.name: value for field, value in piece.problem.ListFields()}
                 raise _problem_of(call.request_id, problem, piece.problem.status)
             pieces.append(from_proto(piece.rows, answer))

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from plm_owner_server.metering import UNMETERED, Meter
 from plm_owner_server.settings import ServerSettings
+from plm_owner_server.tenants.database import shown
 from plm_owner_server.tenants.keys import Key
 from plm_owner_server.tenants.ledger import Ledger
 from plm_owner_server.tenants.store import ANYBODY, Tenant, TenantStore
@@ -22,8 +23,6 @@ log = logging.getLogger(__name__)
 _BEARER = "Bearer "
 # How long a tenant is taken to be what it was, in seconds: so long a disabled one may go on.
 TRUST_S = 2.0
-# And if nobody can tell what it is.
-GRACE_S = 60.0
 _MOST_KNOWN = 10_000
 
 
@@ -96,9 +95,8 @@ class OneKey:
 class TenantKeys:
     """A key for each tenant. Thread-safe.
 
-    A key that was good is not asked about again for two seconds, so that a busy tenant does not wait for the database
-    with every call, and a disabled one is out that soon. If the database does not answer, it is taken to be good for a
-    minute.
+    A key that was good is not asked about again for two seconds, so that a busy tenant does not wait for its turn with
+    every call, and a disabled one is out that soon.
 
     Args:
         store: of the tenants.
@@ -112,18 +110,16 @@ class TenantKeys:
         self._lock = threading.Lock()
 
     def recall(self, authorization: str | None) -> Tenant | None:
-        return self._kept(_key(authorization), TRUST_S)
+        return self._kept(_key(authorization))
 
     def identify(self, authorization: str | None) -> Tenant:
         key = _key(authorization)
-        if (tenant := self._kept(key, TRUST_S)) is not None:
+        if (tenant := self._kept(key)) is not None:
             return tenant
         try:
             tenant = self._store.holder(key)
         except PemaError as error:
             log.warning("%s", error)
-            if (tenant := self._kept(key, GRACE_S)) is not None:
-                return tenant
             raise NotReady(
                 "The server cannot look keys up at the moment.", hint="Try again in a moment.", retry_after_s=2.0
             ) from None
@@ -140,11 +136,11 @@ class TenantKeys:
     def meter(self, tenant: Tenant) -> Meter:
         return self._ledger.meter(tenant.name)
 
-    def _kept(self, key: Key, seconds: float) -> Tenant | None:
-        """Whose key it was when it was last asked about, if that is not longer ago."""
+    def _kept(self, key: Key) -> Tenant | None:
+        """Whose key it was when it was last asked about, if that was lately."""
         with self._lock:
             since, tenant = self._known.get(key.hash, (0.0, None))
-        return tenant if time.monotonic() - since < seconds else None
+        return tenant if time.monotonic() - since < TRUST_S else None
 
 
 def access_for(settings: ServerSettings) -> Access:
@@ -177,13 +173,13 @@ def access_for(settings: ServerSettings) -> Access:
             f"Without keys, whoever reaches {settings.host} could use the model.",
             hint="Let somebody in: pema-server tenants add NAME. If everybody may call, say --allow-anonymous.",
         )
-    log.warning("no tenants in %s and no key: everybody who reaches %s may call", settings.store, settings.host)
+    log.warning("no tenants in %s and no key: everybody who reaches %s may call", shown(settings.store), settings.host)
     return Anyone()
 
 
 def _key(authorization: str | None) -> Key:
-    shown = authorization or ""
-    key = Key.parse(shown.removeprefix(_BEARER)) if shown.startswith(_BEARER) else None
+    given = authorization or ""
+    key = Key.parse(given.removeprefix(_BEARER)) if given.startswith(_BEARER) else None
     if key is None:
         raise _stranger(authorization)
     return key

@@ -8,7 +8,7 @@ import time
 
 from plm_owner_server.metering import Meter
 from plm_owner_server.settings import ServerSettings
-from plm_owner_server.tenants.access import GRACE_S, TRUST_S, Access, TenantKeys
+from plm_owner_server.tenants.access import TRUST_S, Access, TenantKeys
 from plm_owner_server.tenants.store import Tenant, TenantStore
 from protocol.errors import Forbidden, InvalidRequest, NotReady, PemaError, Unauthenticated
 
@@ -32,11 +32,11 @@ class CertifiedTenants:
         """Tells who a caller is whose certificate, of an authority of ours, has this common name."""
         return _Holder(self, self._keys, name)
 
-    def kept(self, name: str | None, seconds: float = TRUST_S) -> Tenant | None:
-        """The tenant of that name, if it was let in not longer ago."""
+    def kept(self, name: str | None) -> Tenant | None:
+        """The tenant of that name, if it was let in lately."""
         with self._lock:
             since, tenant = self._known.get(name or "", (0.0, None))
-        return tenant if time.monotonic() - since < seconds else None
+        return tenant if time.monotonic() - since < TRUST_S else None
 
     def ask(self, name: str | None) -> Tenant:
         """The tenant of that name, from the database.
@@ -49,8 +49,6 @@ class CertifiedTenants:
             tenant = self._store.named(name) if name else None
         except PemaError as error:
             log.warning("%s", error)
-            if (tenant := self.kept(name, GRACE_S)) is not None:
-                return tenant
             raise NotReady(
                 "The server cannot look tenants up at the moment.", hint="Try again in a moment.", retry_after_s=2.0
             ) from None

@@ -8,15 +8,15 @@ from dataclasses import asdict, fields
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_settings import CliApp, CliImplicitFlag, CliPositionalArg, CliSubCommand
 
+from plm_owner_server.disclosure import Disclosure
 from plm_owner_server.settings import StoreSettings
 from plm_owner_server.tenants import usage
 from plm_owner_server.tenants.keys import Key
 from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.store import SCOPES, Scope, TenantRecord, TenantStore
-from plm_owner_server.views import Disclosure
 from protocol.errors import InvalidRequest
 from protocol.messages import HeadPolicy
 
@@ -39,8 +39,12 @@ _Quota = Annotated[int | None, Field(ge=0, le=10**15 - 1)]  # as large as header
 _CANDIDATE_ROWS = 20_000
 
 
+# The command line reads `none` as None, which is what takes a quota away.
+_HeadPolicy = Annotated[HeadPolicy, BeforeValidator(lambda given: "none" if given is None else given)]
+
+
 class _WithDisclosure(_OfTenant):
-    head_policy: HeadPolicy = Field(
+    head_policy: _HeadPolicy = Field(
         default="candidate",
         description="Rows of the LM head it may have: all (full), only those of tokens that it names (candidate), or "
         "none.",
@@ -99,14 +103,17 @@ class Add(_WithQuotas, _WithDisclosure):
 class Disclose(_WithDisclosure):
     """Let a tenant see more or less of the model; its memories and adapters fit no more, and have to be made anew.
 
-    Its quotas stay as they are.
+    Its quotas stay as they are: who was added with the policy candidate goes on having 20,000 rows of the LM head.
 
     Examples:
       pema-server tenants disclose acme --head-policy candidate --rotation off
+      pema-server tenants disclose acme --head-policy full && pema-server tenants limit acme --head-rows none
     """
 
     def cli_cmd(self) -> None:
         """Change it."""
+        if "head_policy" not in self.model_fields_set:
+            raise InvalidRequest("No policy was given.", hint="Say --head-policy, also where it stays as it is.")
         TenantStore(self.store).disclose(self.name, self.disclosure)
 
 

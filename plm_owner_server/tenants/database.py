@@ -41,14 +41,17 @@ class Database:
     def __init__(self, url: str) -> None:
         try:
             parsed = sa.make_url(url)
-            timeout = {"timeout": _BUSY_S} if is_sqlite(parsed) else {"connect_timeout": int(_BUSY_S)}
+            timeouts = {"timeout": _BUSY_S} if is_sqlite(parsed) else _libpq_timeouts(parsed)
             options: dict[str, Any] = {} if is_sqlite(parsed) else {"pool_timeout": _BUSY_S}
-            self._engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=timeout, **options)
-        except (sa.exc.ArgumentError, ImportError) as error:
+            self._engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=timeouts, **options)
+        except (sa.exc.ArgumentError, ImportError, ValueError) as error:
+            # What is wrong with the number of a port is not told: it may be a part of a password.
+            reason = "its port is no number" if isinstance(error, ValueError) else error
             raise InvalidRequest(
-                f"The store's URL is not usable: {error}.",
-                hint="Give one like sqlite:////var/lib/pema/owner.db; PostgreSQL takes the extra postgres.",
-            ) from error
+                f"The store's URL is not usable: {reason}.",
+                hint="Give one like sqlite:////var/lib/pema/owner.db; PostgreSQL takes the extra postgres. Passwords "
+                "are quoted as in all URLs (%40 for @).",
+            ) from None
         self._writer = self._engine.execution_options(**{_WRITES: True})
         self._writing = threading.Lock()
         if is_sqlite(parsed):
@@ -109,6 +112,14 @@ class Database:
             self._writing.release()
 
 
+def _libpq_timeouts(url: sa.URL) -> dict[str, Any]:
+    """PostgreSQL's own waits have no end, nor has a transaction of a server that was stopped in its middle."""
+    busy_ms = int(1000 * _BUSY_S)
+    bounded = ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout")
+    options = " ".join([*url.normalized_query.get("options", ()), *(f"-c {name}={busy_ms}" for name in bounded)])
+    return {"connect_timeout": int(_BUSY_S), "tcp_user_timeout": busy_ms, "options": options}
+
+
 def _let_sqlite_write_at_once(engine: sa.Engine) -> None:
     """Transactions that write take the lock when they begin: one that has read before could not wait for it."""
 
@@ -132,12 +143,15 @@ def _told(url: sa.URL) -> Iterator[None]:
     except sa.exc.IntegrityError:
         raise
     except (sa.exc.SQLAlchemyError, sqlite3.Error, CommandError, OSError) as error:
-        reason = str(getattr(error, "orig", error)).splitlines()[0]
-        raise PemaError(
-            f"The store {url.render_as_string(hide_password=True)} cannot be used: {reason}.", hint="See --store."
-        ) from error
+        reason, *_ = str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__]
+        raise PemaError(f"The store {shown(url)} cannot be used: {reason}.", hint="See --store.") from error
 
 
 def is_sqlite(url: sa.URL) -> bool:
     """Whether it is the URL of a SQLite file."""
     return url.get_backend_name() == "sqlite"
+
+
+def shown(url: sa.URL | str) -> str:
+    """A store's URL as it may be told: without its password."""
+    return sa.make_url(url).render_as_string(hide_password=True)

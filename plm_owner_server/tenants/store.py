@@ -13,12 +13,12 @@ from typing import Any, Literal, Self, get_args
 import sqlalchemy as sa
 from sqlalchemy.engine import Row
 
+from plm_owner_server.disclosure import EVERYTHING, Disclosure
 from plm_owner_server.tenants.books import quotas_of
 from plm_owner_server.tenants.database import Database, is_sqlite
 from plm_owner_server.tenants.keys import Key
 from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.tables import TENANTS
-from plm_owner_server.views import EVERYTHING, Disclosure
 from protocol.errors import InvalidRequest
 
 Scope = Literal["card", "head", "encode", "decode", "distribution"]
@@ -82,7 +82,7 @@ class TenantStore:
     @classmethod
     def existing(cls, url: str) -> Self | None:
         """The store, or None if it is a file that is not there: then nobody was ever let in."""
-        with suppress(sa.exc.ArgumentError):
+        with suppress(sa.exc.ArgumentError, ValueError):  # which is told when it is opened
             parsed = sa.make_url(url)
             if is_sqlite(parsed) and not Path(parsed.database or "").exists():
                 return None

@@ -28,8 +28,8 @@ from data_owner_client.memory import ExternalMemory
 from data_owner_client.memory.build import tokenize_pair
 from data_owner_client.plm import RemotePlm
 from data_owner_client.tasks import Task
+from plm_owner_server.disclosure import Disclosure
 from plm_owner_server.tenants import SCOPES, Anyone, Tenant
-from plm_owner_server.views import Disclosure
 from tests import support
 from tests.basis import Basis
 from tests.reference import Reference, schedule

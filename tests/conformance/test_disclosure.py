@@ -14,8 +14,8 @@ from data_owner_client import Pair, TrainingSettings, build_memories, train
 from data_owner_client.connection import open_connection
 from data_owner_client.plm import RemotePlm
 from data_owner_client.tasks import Task
+from plm_owner_server.disclosure import EVERYTHING, Disclosure
 from plm_owner_server.tenants import TenantKeys, TenantStore
-from plm_owner_server.views import EVERYTHING, Disclosure
 from protocol.errors import Forbidden, IdentityMismatch, Unsupported
 from protocol.messages import HeadRequest
 from tests.support import VOCAB_SIZE, TinyModels, make_service, serve, serve_over_grpc

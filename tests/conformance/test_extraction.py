@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from plm_owner_server.disclosure import Disclosure
 from plm_owner_server.service import PlmService
 from plm_owner_server.tickets import Caller
-from plm_owner_server.views import Disclosure
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from tests.support import TinyModels, make_service, random_ids
 
@@ -66,6 +66,28 @@ def test_tokens_that_the_model_often_prefers_are_given_away_by_its_top1(service:
     assert times >= D
     mine_N = seen.top1_N == token
     logit_N = (seen.top1_logprob_N + seen.logsumexp_N)[mine_N].double()
+    row_D = torch.linalg.lstsq(seen.cr_N_D[mine_N].double(), logit_N[:, None], driver="gelsd").solution[:, 0]
+    torch.testing.assert_close(row_D, head_V_D[token], rtol=0, atol=0.01 * head_V_D[token].norm().item())
+
+
+def test_tokens_that_are_often_likely_are_given_away_by_parts_of_distributions(
+    service: PlmService, head_V_D: Tensor
+) -> None:
+    """Of which there is no budget: a token that is never the most probable is among a hundred often enough."""
+    contexts = random_ids(13, [4] * (3 * D))
+    request = EncodeRequest(token_ids=contexts, from_position=[3] * len(contexts), dtype="float32", with_logsumexp=True)
+    seen = service.encode(request, THIEF)
+    assert seen.logsumexp_N is not None
+    parts = [service.distribution(DistributionRequest(token_ids=c, top_k=100), THIEF) for c in contexts]
+    ids_N_K = torch.stack([part.token_ids_K for part in parts])
+    logit_N_K = torch.stack([part.logprob_K for part in parts]) + seen.logsumexp_N[:, None]
+    times_V = ids_N_K.flatten().bincount(minlength=len(head_V_D))
+    times_V[ids_N_K[:, 0]] = 0
+    token = int(times_V.argmax())
+    assert D <= times_V[token] < len(contexts)
+    mine_N_K = ids_N_K == token
+    mine_N = mine_N_K.any(dim=1)
+    logit_N = logit_N_K[mine_N_K].double()
     row_D = torch.linalg.lstsq(seen.cr_N_D[mine_N].double(), logit_N[:, None], driver="gelsd").solution[:, 0]
     torch.testing.assert_close(row_D, head_V_D[token], rtol=0, atol=0.01 * head_V_D[token].norm().item())
 

@@ -146,8 +146,11 @@ def test_the_refusal_says_when_to_come_back_and_the_client_does(
     owner.limit(tokens_per_minute=5)
     client.encode(ENCODE)
     # A wait that is longer than the client's patience is told at once.
+    other = open_connection(url, api_key=owner.key, give_up_after_s=5)
     with pytest.raises(QuotaExceeded, match="5 tokens of this minute are used up") as caught:
-        client.encode(ENCODE)
+        other.encode(ENCODE)
+    assert left(other) == {"minute": 0}  # a refusal tells it, too
+    other.close()
     assert caught.value.retry_after_s == 40
     assert "Come back in 40 s, at 12:01 UTC" in str(caught.value)
     assert caught.value.request_id

@@ -25,10 +25,11 @@ from hypothesis import strategies as st
 from plm_owner_server.cli import main
 from plm_owner_server.metering import Cost
 from plm_owner_server.tenants import TenantStore
+from plm_owner_server.tenants import database as database_module
 from plm_owner_server.tenants.database import Database
 from plm_owner_server.tenants.ledger import Ledger
 from plm_owner_server.tenants.quotas import Moment, Quotas
-from plm_owner_server.tenants.tables import METADATA, RUNNING
+from plm_owner_server.tenants.tables import METADATA, RUNNING, TENANTS
 from plm_owner_server.tenants.usage import DayOfUsage, read_usage
 from protocol.allowance import Allowance, from_fields, to_fields
 from protocol.errors import BudgetSpent, NotReady, QuotaExceeded
@@ -352,6 +353,22 @@ def test_what_cannot_be_counted_is_not_answered(
         with pytest.raises(NotReady):
             call(ledger, cost)
     assert "cannot be used" in caplog.text
+
+
+def test_a_database_that_is_held_is_waited_for_no_longer_than_is_said(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(database_module, "_BUSY_S", 2.0)
+    store, other = TenantStore(url), sa.create_engine(url)
+    store.add("acme")
+    with other.connect() as stopped:  # a server in the middle of a transaction
+        stopped.execute(sa.update(TENANTS).values(disabled_at=None))
+        with pytest.raises(NotReady):
+            call(Ledger(store.database), 1)
+        stopped.rollback()
+    other.dispose()
+    assert "cannot be used" in caplog.text
+    assert call(Ledger(store.database), 1) == {}
 
 
 def test_tenants_of_before_there_were_quotas_have_none(tmp_path: Path) -> None:

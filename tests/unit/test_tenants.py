@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import sqlalchemy as sa
@@ -15,12 +17,15 @@ from alembic.migration import MigrationContext
 from hypothesis import given
 from hypothesis import strategies as st
 
+from plm_owner_server.cli import main
+from plm_owner_server.disclosure import Disclosure
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants import ANYBODY, SCOPES, Anyone, OneKey, Tenant, TenantKeys, TenantStore, access_for
 from plm_owner_server.tenants import access as access_module
 from plm_owner_server.tenants.keys import Key
 from plm_owner_server.tenants.tables import METADATA
 from protocol.errors import InvalidRequest, NotReady, PemaError, Unauthenticated
+from protocol.messages import HeadPolicy
 
 
 @pytest.fixture
@@ -99,6 +104,18 @@ def test_mistakes_are_told(store: TenantStore, url: str, tmp_path: Path) -> None
         TenantStore(url)
 
 
+def test_a_password_in_the_url_is_not_told(
+    store: TenantStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(InvalidRequest, match="its port is no number") as caught:
+        TenantStore.existing("postgresql+psycopg://owner:p@ss:w0rd@db/pema")
+    assert "w0rd" not in str(caught.value)
+    # As if it were PostgreSQL's: nobody is in it, so that everybody may call.
+    monkeypatch.setattr(TenantStore, "existing", lambda _: store)
+    access_for(ServerSettings(_env_file=None, store="postgresql+psycopg://owner:w0rd@db/pema"))  # type: ignore[call-arg]
+    assert "no tenants in postgresql+psycopg://owner:***@db/pema" in caplog.text
+
+
 def test_the_migrations_make_the_tables_that_the_code_uses(store: TenantStore, url: str) -> None:
     store.add("acme")
     with sa.create_engine(url).connect() as connection:
@@ -155,7 +172,7 @@ def test_who_may_call(store: TenantStore, url: str) -> None:
         access_for(settings(api_key="long enough"))
 
 
-def test_without_its_store_a_server_knows_those_whom_it_knew_for_a_minute(
+def test_without_its_store_a_server_tells_callers_to_come_back(
     store: TenantStore, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 100.0
@@ -165,15 +182,34 @@ def test_without_its_store_a_server_knows_those_whom_it_knew_for_a_minute(
     with sqlite3.connect(sa.make_url(url).database or "") as database:
         database.execute("DROP TABLE tenants")
     database.close()
-    now += 59
+    now += 1.9
     assert keys.identify(known).name == "acme"
     with pytest.raises(NotReady) as caught:  # which clients try again
         keys.identify(unknown)
     assert "owner.db" not in str(caught.value)
     assert "no such table" in caplog.text
-    now += 2
+    now += 0.2
     with pytest.raises(NotReady):
         keys.identify(known)
+
+
+def test_every_policy_can_be_given(
+    store: TenantStore, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tenants(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["pema-server", "tenants", *arguments, "--store", url])
+        main()
+        capsys.readouterr()
+
+    for policy in get_args(HeadPolicy):
+        tenants("add", f"early {policy}", "--head-policy", policy)
+        tenants("add", f"later {policy}")
+        tenants("disclose", f"later {policy}", "--head-policy", policy)
+    for tenant in store.all():
+        policy = tenant.name.split()[1]
+        assert tenant.disclosure == Disclosure(policy, rotated=policy == "candidate")  # type: ignore[arg-type]
+    with pytest.raises(SystemExit, match="No policy was given"):
+        tenants("disclose", "early full", "--rotation", "on")
 
 
 def test_who_lets_nobody_in_gets_no_database(url: str) -> None:
