@@ -24,12 +24,12 @@ from benchmarks import report
 from benchmarks.processes import server
 from data_owner_client.connection import Connection, open_connection
 from data_owner_client.memory.pipeline import Window, in_order
+from plm_owner_server.disclosure import Disclosure
 from plm_owner_server.metering import Cost
 from plm_owner_server.rotation import Rotation, RotationKey
 from plm_owner_server.settings import DEFAULT_MODEL
 from plm_owner_server.tenants import TenantKeys, TenantStore
 from plm_owner_server.tenants.quotas import Quotas
-from plm_owner_server.views import Disclosure
 from protocol.checks import echoes
 from protocol.messages import EncodeRequest
 

@@ -24,10 +24,10 @@ from benchmarks import report
 from benchmarks.prepared import ANSWERED, REFUSED, Grpc, Rest, Wire
 from benchmarks.processes import server
 from data_owner_client.connection import open_connection
+from plm_owner_server.disclosure import Disclosure
 from plm_owner_server.settings import DEFAULT_MODEL
 from plm_owner_server.tenants import TenantStore
 from plm_owner_server.tenants.quotas import Quotas
-from plm_owner_server.views import Disclosure
 from protocol.checks import echoes
 from protocol.messages import EncodeRequest
 

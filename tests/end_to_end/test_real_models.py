@@ -19,11 +19,11 @@ from data_owner_client.decoding.rounds import DecodingSettings
 from data_owner_client.memory.build import tokenize_pair
 from data_owner_client.plm import RemotePlm
 from data_owner_client.tokenization import Prompt
+from plm_owner_server.disclosure import Disclosure
 from plm_owner_server.models import resolve
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants import TenantStore
 from plm_owner_server.tenants.quotas import Quotas
-from plm_owner_server.views import Disclosure
 from tests.basis import Basis
 from tests.end_to_end import processes
 from tests.reference import Reference, schedule
