@@ -23,7 +23,6 @@ from plm_owner_server.engines.transformers import TransformersEngine, load_model
 from plm_owner_server.grpc import serve_grpc
 from plm_owner_server.holder import ServiceHolder
 from plm_owner_server.logs import keep_quiet_about_tasks, set_up_logs, write_no_core_files
-from plm_owner_server.master_secret import master_secret
 from plm_owner_server.metrics import Metrics
 from plm_owner_server.models import digest_folder, resolve
 from plm_owner_server.rest import create_app
@@ -32,6 +31,7 @@ from plm_owner_server.settings import ServerSettings
 from plm_owner_server.supervision import EngineStuck, Supervisor
 from plm_owner_server.tenants import access_for, certified_for
 from plm_owner_server.tenants.commands import Tenants
+from plm_owner_server.tenants.master_secret import master_secret
 from plm_owner_server.tls import Certificate
 from plm_owner_server.tokenizer import load_tokenizer
 from plm_owner_server.tracing import traces_from_environment

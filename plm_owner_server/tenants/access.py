@@ -14,6 +14,7 @@ from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants.database import shown
 from plm_owner_server.tenants.keys import Key
 from plm_owner_server.tenants.ledger import Ledger
+from plm_owner_server.tenants.master_secret import require_master_secret
 from plm_owner_server.tenants.store import ANYBODY, Tenant, TenantStore
 from protocol.addresses import is_loopback
 from protocol.errors import NotReady, PemaError, Unauthenticated
@@ -148,10 +149,12 @@ def access_for(settings: ServerSettings) -> Access:
 
     Raises:
         PemaError: everybody who reaches it could, or keys could be read on the way, and that was not said to be meant;
-            or the store cannot be used.
+            or the store, or the master secret, cannot be used.
     """
     store = TenantStore.existing(settings.store)
-    tenants = 0 if store is None else len(store.all())
+    records = [] if store is None else store.all()
+    require_master_secret(settings, records)
+    tenants = len(records)
     keys = bool(tenants or settings.api_key)
     if keys and not (is_loopback(settings.host) or settings.tls_certificate or settings.insecure):
         raise PemaError(

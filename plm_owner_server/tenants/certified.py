@@ -9,6 +9,7 @@ import time
 from plm_owner_server.metering import Meter
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants.access import TRUST_S, Access, TenantKeys
+from plm_owner_server.tenants.master_secret import require_master_secret
 from plm_owner_server.tenants.store import Tenant, TenantStore
 from protocol.errors import Forbidden, InvalidRequest, NotReady, PemaError, Unauthenticated
 
@@ -91,7 +92,7 @@ def certified_for(settings: ServerSettings) -> CertifiedTenants | None:
     """Who may call a server that demands certificates; None if it does not.
 
     Raises:
-        PemaError: there is one key for all besides, or the store cannot be used.
+        PemaError: there is one key for all besides, or the store, or the master secret, cannot be used.
     """
     if settings.tls_client_ca is None:
         return None
@@ -101,7 +102,9 @@ def certified_for(settings: ServerSettings) -> CertifiedTenants | None:
             hint="Leave --api-key (PEMA_API_KEY) away, or --tls-client-ca.",
         )
     store = TenantStore(settings.store)
-    log.info("%d tenants, each known by its certificate", len(store.all()))
+    records = store.all()
+    require_master_secret(settings, records)
+    log.info("%d tenants, each known by its certificate", len(records))
     return CertifiedTenants(store)
 
 

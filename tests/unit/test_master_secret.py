@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from plm_owner_server.master_secret import master_secret
+from plm_owner_server.disclosure import Disclosure
+from plm_owner_server.tenants import TenantStore, access_for
+from plm_owner_server.tenants.master_secret import master_secret
 from protocol.errors import PemaError, Unsupported
 from tests.support import make_settings
 
@@ -37,3 +39,14 @@ def test_it_may_be_given_and_must_be_where_servers_share_a_store(tmp_path: Path)
     assert "PEMA_MASTER_SECRET" in caught.value.hint
     with pytest.raises(PemaError, match="cannot be had"):
         master_secret(make_settings(store=f"sqlite:///{tmp_path}/nowhere/owner.db"))
+
+
+def test_a_server_does_not_start_with_a_damaged_one_if_it_needs_it(tmp_path: Path) -> None:
+    settings = make_settings(store=f"sqlite:///{tmp_path}/owner.db")
+    store, damaged = TenantStore(settings.store), tmp_path / "owner.db.secret"
+    damaged.write_text("half")
+    store.add("ourselves")
+    access_for(settings)
+    store.add("acme", disclosure=Disclosure("candidate", rotated=True))
+    with pytest.raises(PemaError, match="damaged"):
+        access_for(settings)

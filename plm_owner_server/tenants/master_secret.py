@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -12,6 +13,7 @@ import sqlalchemy as sa
 
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants.database import is_sqlite
+from plm_owner_server.tenants.store import TenantRecord
 from protocol.errors import PemaError, Unsupported
 
 _BYTES = 32
@@ -47,6 +49,16 @@ def master_secret(settings: ServerSettings) -> bytes:
             hint="Put it back from a backup: with another one, memories and adapters of rotated tenants fit no more.",
         )
     return kept
+
+
+def require_master_secret(settings: ServerSettings, tenants: Sequence[TenantRecord]) -> None:
+    """Let no server start that could not answer a tenant in its secret basis.
+
+    Raises:
+        PemaError: there is such a tenant, and no master secret; see `master_secret`.
+    """
+    if any(tenant.disclosure.rotated for tenant in tenants):
+        master_secret(settings)
 
 
 def _make(path: Path) -> None:
