@@ -104,6 +104,19 @@ class Adapter(nn.Module):
         rows_N_K_D = head.weight_V_D[previous_N_K.clamp(min=0)] / self.head_rms
         return (rows_N_K_D * (previous_N_K >= 0)[:, :, None]).flatten(1)
 
+    @torch.no_grad()
+    def turn_back(self, axes_D_D: Tensor) -> None:
+        """From representations and head rows along other axes to those along their own.
+
+        Args:
+            axes_D_D: orthogonal, an axis each row: what was seen so far are the products with them.
+        """
+        self.A.weight.copy_(self.A.weight @ axes_D_D)
+        for decoder in (self.B_pd, self.B_rct):
+            decoder.weight.copy_(axes_D_D.T @ decoder.weight)
+        if self.form == "recent":
+            self.E.weight.copy_((self.E.weight.unflatten(1, (RECENT, -1)) @ axes_D_D).flatten(1))
+
     def reconstruction(self, x_N_D: Tensor) -> Tensor:
         """B_rct A x for scaled representations x."""
         result: Tensor = self.B_rct(self.dropout(self.A(x_N_D)))

@@ -127,6 +127,12 @@ def train(
         float, typer.Option(min=1e-9, help="Adam's learning rate.")
     ] = TrainingSettings.learning_rate,
     dropout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Dropout.")] = TrainingSettings.dropout,
+    principal_axes: Annotated[
+        bool,
+        typer.Option(
+            "--principal-axes/--own-axes", help="Train along the memory's principal axes, or as representations come."
+        ),
+    ] = TrainingSettings.principal_axes,
     pairing: Annotated[
         Pairing, typer.Option(help="Of targets with contexts in private memories; position: as the paper draws it.")
     ] = TrainingSettings.pairing,
@@ -179,6 +185,7 @@ def train(
         kappa=kappa,
         learning_rate=learning_rate,
         dropout=dropout,
+        principal_axes=principal_axes,
         pairing=pairing,
         nearest=nearest,
         gate=gate,

@@ -49,6 +49,7 @@ AS_PUBLISHED = TrainingSettings(
     kappa=0.2,
     learning_rate=1e-3,
     dropout=0.2,
+    principal_axes=False,
     pairing="position",
     nearest=0,
     gate=False,

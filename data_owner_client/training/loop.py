@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +32,7 @@ from protocol.head import LMHead
 
 _CHECKPOINT_EVERY_S = 60.0
 # Of what a checkpoint holds.
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def train_adapter(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         try:
-            training = _Training(stream, head, validation, settings, device, survey.rms, kept)
+            training = _Training(stream, head, validation, settings, device, survey, kept)
             training.run(reporter or Reporter())
         except torch.cuda.OutOfMemoryError as error:
             raise InvalidRequest(
@@ -147,22 +147,26 @@ class _Training:
         validation: ValidationData,
         settings: TrainingSettings,
         device: torch.device,
-        rms: float,
+        survey: Survey,
         checkpoint: Checkpoint | None,
     ) -> None:
         self._stream = stream
-        self._validation = validation
         self._settings = settings
         self._checkpoint = checkpoint
         self._device = device
-        self._head = head.to(self._device)
+        # All is turned to these axes, and the adapter back in the end.
+        self._axes_D_D = survey.axes_D_D.to(device) if settings.principal_axes else None
+        self._head, self._held_out, self._validation = head.to(self._device), validation.data, validation
+        if self._axes_D_D is not None:
+            self._head = replace(self._head, weight_V_D=self._head.weight_V_D @ self._axes_D_D.T)
+            self._held_out = self._held_out.turned(survey.axes_D_D)
         hidden_size = head.weight_V_D.shape[1]
         rank = min(settings.rank, hidden_size)
         self._adapter = Adapter(
             hidden_size,
             rank,
             settings.form or "residual",
-            rms=rms,
+            rms=survey.rms,
             head_rms=head.weight_V_D.square().mean().sqrt().item(),
             dropout=settings.dropout,
         ).to(self._device)
@@ -199,6 +203,8 @@ class _Training:
     def result(self) -> Trained:
         """What came of it."""
         self._adapter.load_state_dict(self._best)
+        if self._axes_D_D is not None:
+            self._adapter.turn_back(self._axes_D_D)
         return Trained(self._adapter.cpu().eval(), self._progress.history, self._progress.best_nll)
 
     @property
@@ -227,6 +233,8 @@ class _Training:
         """One step of the phase that is on; the losses, in words."""
         progress, adapter, kappa = self._progress, self._adapter, self._settings.kappa
         self._set_learning_rate()
+        if self._axes_D_D is not None:
+            batch = batch.turned(self._axes_D_D)
         with torch.autocast("cuda", torch.bfloat16) if self._device.type == "cuda" else nullcontext():
             x_B_D = adapter.scaled(batch.cr_N_D)
             loss = reconstruction = F.mse_loss(adapter.reconstruction(x_B_D), x_B_D)
@@ -266,7 +274,7 @@ class _Training:
         reconstruction, prediction = (total / progress.step for total in (progress.reconstruction, progress.prediction))
         if self._joint:
             judged = self._adapter if self._average is None else cast(Adapter, self._average.module)
-            logprob_N = target_logprobs(judged, self._head, self._validation.data)
+            logprob_N = target_logprobs(judged, self._head, self._held_out)
             _, nll = self._validation.best(logprob_N, "constant")
             progress.history.append(Epoch("joint", progress.epoch - before + 1, reconstruction, prediction, nll))
             progress.since_best += 1

@@ -28,6 +28,8 @@ class TrainingSettings:
         label_smoothing: probability of each target that is spread over all candidates.
         averaging: how much of the running mean of phase 2's weights stays at each step, such as 0.99; the mean is then
             the adapter. 0 for the last weights.
+        principal_axes: train along the memory's principal axes, so that the same adapter comes out in every basis
+            (`Survey.axes_D_D`); else along those in which representations come.
         pairing: of targets and contexts in private memories: `aligned` (`memory.alignment`), or by `position`, as the
             paper draws it.
         nearest: pairs of the memory, those most like the text at hand, that the PLM sees as examples in its prompt,
@@ -54,6 +56,7 @@ class TrainingSettings:
     batch_rows: int = 512
     label_smoothing: float = 0.0
     averaging: float = 0.0
+    principal_axes: bool = True
     pairing: Pairing = "aligned"
     nearest: int | None = None
     gate: bool = True

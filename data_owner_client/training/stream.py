@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
@@ -22,6 +22,8 @@ from protocol.errors import InvalidData
 # Of the representations that are shuffled together; more, where one shard has more.
 _POOL_BYTES = 2**26
 _ROWS_AT_ONCE = 4096
+# Of a memory, to find its principal axes.
+_ROWS_PER_AXIS = 16
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class Batch:
     def sent_to(self, device: torch.device) -> Batch:
         """The rows on a GPU, without waiting for what runs there."""
         return self._map(lambda column: column.pin_memory().to(device, non_blocking=True))
+
+    def turned(self, axes_D_D: Tensor) -> Batch:
+        """The same with representations along other axes, float32."""
+        return replace(self, cr_N_D=self.cr_N_D.float() @ axes_D_D.T)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Batch]) -> Batch:
@@ -127,10 +133,14 @@ class Survey:
     Attributes:
         candidate_ids_C: int64, sorted: all its targets.
         rms: root mean square of its representations.
+        axes_D_D: float32, orthogonal: the principal axes of some of them, a row each. Adam gives each coordinate a step
+            of its own, so it learns less where what varies most is spread over all of them, as in a secret basis.
+            Along its principal axes a memory looks the same in every basis.
     """
 
     candidate_ids_C: Tensor
     rms: float
+    axes_D_D: Tensor
 
     @classmethod
     def of(cls, memory: Sharded) -> Survey:
@@ -140,15 +150,20 @@ class Survey:
             InvalidData: one is missing or damaged, or there are no rows.
         """
         ids_C, square, numbers = torch.empty(0, dtype=torch.int64), 0.0, 0
-        for number in range(len(memory.shard_rows)):
+        shards, moment_D_D = len(memory.shard_rows), torch.zeros(())
+        for number in range(shards):
             rows = memory.shard(number)
             ids_C = token_set([ids_C, rows.target_N])
-            for cr_B_D in rows.representations_N_D().split(_ROWS_AT_ONCE):
+            cr_N_D = rows.representations_N_D()
+            for cr_B_D in cr_N_D.split(_ROWS_AT_ONCE):
                 square += cr_B_D.float().square().sum(dtype=torch.float64).item()
                 numbers += cr_B_D.numel()
+            some_B_D = cr_N_D[: -(-_ROWS_PER_AXIS * cr_N_D.shape[1] // shards)].float()
+            moment_D_D = moment_D_D + some_B_D.T @ some_B_D
         if not numbers:
             raise InvalidData("The memory has no rows.", hint="Build it from at least one pair.")
-        return cls(ids_C, math.sqrt(square / numbers))
+        axes_D_D = torch.linalg.eigh(moment_D_D).eigenvectors.T.contiguous()
+        return cls(ids_C, math.sqrt(square / numbers), axes_D_D)
 
 
 class RowStream:
