@@ -150,7 +150,7 @@ class Survey:
             InvalidData: one is missing or damaged, or there are no rows.
         """
         ids_C, square, numbers = torch.empty(0, dtype=torch.int64), 0.0, 0
-        shards, moment_D_D = len(memory.shard_rows), torch.zeros(())
+        shards, moment_D_D, sum_D = len(memory.shard_rows), torch.zeros(()), torch.zeros(())
         for number in range(shards):
             rows = memory.shard(number)
             ids_C = token_set([ids_C, rows.target_N])
@@ -159,11 +159,13 @@ class Survey:
                 square += cr_B_D.float().square().sum(dtype=torch.float64).item()
                 numbers += cr_B_D.numel()
             some_B_D = cr_N_D[: -(-_ROWS_PER_AXIS * cr_N_D.shape[1] // shards)].float()
-            moment_D_D = moment_D_D + some_B_D.T @ some_B_D
+            moment_D_D, sum_D = moment_D_D + some_B_D.T @ some_B_D, sum_D + some_B_D.sum(dim=0)
         if not numbers:
             raise InvalidData("The memory has no rows.", hint="Build it from at least one pair.")
-        axes_D_D = torch.linalg.eigh(moment_D_D).eigenvectors.T.contiguous()
-        return cls(ids_C, math.sqrt(square / numbers), axes_D_D)
+        axes_D_D = torch.linalg.eigh(moment_D_D).eigenvectors.T
+        # An axis has no direction of its own: the one in which the rows lie.
+        signs_D_1 = torch.where(axes_D_D @ sum_D < 0, -1.0, 1.0)[:, None]
+        return cls(ids_C, math.sqrt(square / numbers), (signs_D_1 * axes_D_D).contiguous())
 
 
 class RowStream:

@@ -94,9 +94,10 @@ def make_validation(plm_probability: float = 0.2) -> ValidationData:
     return ValidationData.of(rows, CANDIDATES, torch.full((N,), plm_probability).log().double(), length_ratio=1.5)
 
 
+@pytest.mark.parametrize("principal_axes", [False, True])
 @pytest.mark.parametrize("form", ["paper", "residual"])
-def test_both_phases_are_the_formulas(form: Any) -> None:
-    settings = replace(SETTINGS, form=form)
+def test_both_phases_are_the_formulas(form: Any, principal_axes: bool) -> None:
+    settings = replace(SETTINGS, form=form, principal_axes=principal_axes)
     rows, head = make_rows(3), make_head()
     trained = fit(rows, settings)
     assert trained.best_nll == trained.history[-1].validation_nll, "the last epoch is the best, so its weights are kept"
@@ -108,10 +109,11 @@ def test_both_phases_are_the_formulas(form: Any) -> None:
     batches = [[numbers_of(batch.cr_N_D, rows.cr_N_D) for batch in stream.epoch(epoch)] for epoch in range(5)]
     steps = settings.epochs * math.ceil(N / settings.batch_rows)
     rates = [settings.learning_rate * (1 + math.cos(math.pi * i / steps)) / 2 for i in range(steps)]
+    axes_D_D = Survey.of(InMemory(rows)).axes_D_D if principal_axes else torch.eye(D)
     expected = reference.train(
-        rows.cr_N_D,
+        rows.cr_N_D @ axes_D_D.T,
         Batch.of(rows, CANDIDATES).label_N,
-        head.weight_V_D,
+        head.weight_V_D @ axes_D_D.T,
         initial,
         batches,
         form=form,
@@ -121,8 +123,32 @@ def test_both_phases_are_the_formulas(form: Any) -> None:
         reconstruction_epochs=settings.reconstruction_epochs,
     )
     for name, weight in expected.items():
-        torch.testing.assert_close(trained.adapter.state_dict()[name].double(), weight, rtol=1e-3, atol=1e-5)
         assert (weight - initial[name]).abs().max() > 1e-4, f"{name} was trained"
+        own = weight @ axes_D_D.double() if name == "A.weight" else axes_D_D.double().T @ weight
+        torch.testing.assert_close(trained.adapter.state_dict()[name].double(), own, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["paper", "residual", "recent"])
+def test_the_same_adapter_comes_out_in_every_basis(form: Any) -> None:
+    """What a secret basis costs in training: nothing, along the principal axes; these lie as the rows do."""
+    settings = replace(SETTINGS, form=form, rank=6, epochs=4, learning_rate=1e-2)
+    scales_D = torch.logspace(0, -2, D)  # as in real models: a few directions have most of the length
+    q_D_D = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(8)))[0]
+    rows, held_out, head = make_rows(3, rows=900), make_validation(), make_head()
+    trained = []
+    for basis_D_D in (torch.eye(D), q_D_D):
+        memory = InMemory(replace(rows, cr_N_D=(rows.cr_N_D + 0.5) * scales_D @ basis_D_D.T), 3)
+        data = replace(held_out.data, cr_N_D=(held_out.data.cr_N_D + 0.5) * scales_D @ basis_D_D.T)
+        seen = replace(head, weight_V_D=head.weight_V_D @ basis_D_D.T)
+        survey = replace(Survey.of(memory), candidate_ids_C=CANDIDATES)
+        axes_D_D = survey.axes_D_D
+        torch.testing.assert_close(axes_D_D @ axes_D_D.T, torch.eye(D), rtol=0, atol=1e-5)
+        trained.append(train_adapter(memory, survey, seen, replace(held_out, data=data), settings))
+    plain, turned = trained
+    nlls = [[epoch.validation_nll for epoch in one.history if epoch.phase == "joint"] for one in trained]
+    assert nlls[0] == pytest.approx(nlls[1], abs=1e-3)
+    torch.testing.assert_close(turned.adapter.A.weight, plain.adapter.A.weight @ q_D_D.T, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(turned.adapter.B_pd.weight, q_D_D @ plain.adapter.B_pd.weight, rtol=1e-2, atol=1e-2)
 
 
 def test_training_learns_and_is_repeatable() -> None:
