@@ -189,7 +189,7 @@ Minutes = Annotated[
 ]
 Decoded = Annotated[
     int,
-    typer.Option(min=0, help="Held-out texts that are decoded to choose λ by BLEU and chrF; 0: by likelihood alone."),
+    typer.Option(min=0, help="Held-out texts that are decoded to choose λ by chrF; 0: by likelihood alone."),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences in one call.")]
 ShareTargets = Annotated[

@@ -48,11 +48,6 @@ class Option(BaseModel):
     bleu: float | None = None
     chrf: float | None = None
 
-    @property
-    def quality(self) -> float:
-        """Mean of BLEU and chrF: chrF weighs recall more, so alone it prefers texts that are too long."""
-        return 0.0 if self.bleu is None or self.chrf is None else (self.bleu + self.chrf) / 2
-
     def __str__(self) -> str:
         """In words."""
         prompts = f", prompts with {self.nearest} examples of their own" if self.nearest else ""
@@ -108,7 +103,7 @@ def choose_usage(
     with_option: Callable[[Option], TrainedAdapter],
     reporter: Reporter,
 ) -> list[Option]:
-    """All that was tried, what to use first: the likeliest, or, where texts are decoded, the best by their scores.
+    """All that was tried, what to use first: the likeliest, or, where texts are decoded, that of the highest chrF.
 
     Likelihood takes the texts before each token as given, so its λ is not always the best for whole texts.
 
@@ -147,7 +142,10 @@ def _decoded(
     with_option: Callable[[Option], TrainedAdapter],
     reporter: Reporter,
 ) -> list[Option]:
-    """Options with their scores on some held-out texts, the best first: λ is chosen, the length reward, λ again."""
+    """Options with their scores on some held-out texts, the highest chrF first: λ is chosen, the length reward, λ again.
+
+    Not by BLEU: of so few texts it is that of the one or two that do not come to an end, if there are any.
+    """
     pairs, adapter = memories.held_out_pairs[:most_texts], with_option(likeliest)
     sources, references = [pair.source for pair in pairs], [pair.target or "" for pair in pairs]
     # Twice the longest target: who goes on after that is wrong in any case.
@@ -166,7 +164,7 @@ def _decoded(
         scored[interpolation] = option.model_copy(update={"bleu": scores.bleu, "chrf": scores.chrf})
 
     def best() -> Option:
-        return max(scored.values(), key=lambda option: option.quality)
+        return max(scored.values(), key=lambda option: option.chrf or 0.0)
 
     def constant(lambda_max: float) -> Option:
         return prompting.option(Interpolation(schedule="constant", lambda_max=lambda_max))
@@ -181,7 +179,7 @@ def _decoded(
     if used.gate is None and used.schedule == "constant":
         for step in (-0.1, 0.1):
             decode(constant(min(1.0, max(0.0, round(used.lambda_max + step, 3)))).rewarded(used.length_reward))
-    return sorted(scored.values(), key=lambda option: -option.quality)
+    return sorted(scored.values(), key=lambda option: -(option.chrf or 0.0))
 
 
 def _encode_with_nearest(plm: RemotePlm, memories: Memories, count: int, reporter: Reporter) -> MemoryRows:

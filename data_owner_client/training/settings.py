@@ -38,8 +38,8 @@ class TrainingSettings:
         minutes: to look for better settings than these, by whole trainings with one change at a time (form, rank, κ,
             learning rate, dropout: those that are at their defaults); 0 to train once. With it, how many are tried
             depends on the machine's speed.
-        decoded: held-out texts that are decoded with several interpolations, of which the one with the highest mean of
-            BLEU and chrF is taken; 0 to take the likeliest interpolation.
+        decoded: held-out texts that are decoded with several interpolations, of which the one with the highest chrF is
+            taken; 0 to take the likeliest interpolation.
         full_vocabulary: let the adapter's softmax run over all of V; else over the tokens of the memory's targets.
         seed: of initialisation, shuffling and dropout.
         device: where to train; None for CUDA, in bfloat16, where there is CUDA, else the CPU.
