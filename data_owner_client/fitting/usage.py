@@ -142,7 +142,7 @@ def _decoded(
     with_option: Callable[[Option], TrainedAdapter],
     reporter: Reporter,
 ) -> list[Option]:
-    """Options with their scores on some held-out texts, the highest chrF first: λ is chosen, the length reward, λ again.
+    """Options with their scores on held-out texts, the highest chrF first: λ is chosen, the length reward, λ again.
 
     Not by BLEU: of so few texts it is that of the one or two that do not come to an end, if there are any.
     """
