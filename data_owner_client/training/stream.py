@@ -17,6 +17,7 @@ from torch import Tensor
 from data_owner_client.adapter import RECENT
 from data_owner_client.candidates import places, token_set
 from data_owner_client.memory.store import MemoryRows
+from protocol.checks import require_finite
 from protocol.errors import InvalidData
 
 # Of the representations that are shuffled together; more, where one shard has more.
@@ -148,6 +149,7 @@ class Survey:
 
         Raises:
             InvalidData: one is missing or damaged, or there are no rows.
+            NumericalFault: representations are not finite.
         """
         ids_C, square, numbers = torch.empty(0, dtype=torch.int64), 0.0, 0
         shards, moment_D_D, sum_D = len(memory.shard_rows), torch.zeros(()), torch.zeros(())
@@ -162,6 +164,7 @@ class Survey:
             moment_D_D, sum_D = moment_D_D + some_B_D.T @ some_B_D, sum_D + some_B_D.sum(dim=0)
         if not numbers:
             raise InvalidData("The memory has no rows.", hint="Build it from at least one pair.")
+        require_finite(moment_D_D, "the memory's representations")
         axes_D_D = torch.linalg.eigh(moment_D_D).eigenvectors.T
         # An axis has no direction of its own: the one in which the rows lie.
         signs_D_1 = torch.where(axes_D_D @ sum_D < 0, -1.0, 1.0)[:, None]

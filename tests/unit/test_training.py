@@ -164,7 +164,7 @@ def test_training_learns_and_is_repeatable() -> None:
 
 
 def test_the_best_epoch_is_kept_and_patience_ends_training() -> None:
-    settings = replace(SETTINGS, epochs=60, patience=2, learning_rate=0.1)
+    settings = replace(SETTINGS, epochs=60, patience=2, learning_rate=0.1, principal_axes=False)
     trained, head, validation = fit(make_rows(3, rows=18), settings), make_head(), make_validation()
     nlls = [epoch.validation_nll for epoch in trained.history if epoch.validation_nll is not None]
     assert len(nlls) < 60
@@ -278,7 +278,7 @@ def test_the_average_is_that_of_the_weights_after_every_step(monkeypatch: pytest
         return result
 
     monkeypatch.setattr(torch.optim.Adam, "step", noted)
-    settings = replace(SETTINGS, epochs=1, averaging=0.6)
+    settings = replace(SETTINGS, epochs=1, averaging=0.6, principal_axes=False)
     averaged = fit(rows, settings).adapter
     joint = seen[-math.ceil(N / settings.batch_rows) :]
     mean = joint[0]
