@@ -95,7 +95,7 @@ def refused(response: httpx.Response) -> NotReady:
 
 def test_a_broken_engine_comes_back_and_sigterm_lets_calls_end(ailing: Callable[..., Ailing]) -> None:
     server = ailing()
-    assert server.ready() == (200, _STATUS.SERVING)
+    until(lambda: server.ready() == (200, _STATUS.SERVING))
     assert server.post(FAIL).status_code == 500
     refused(server.post(BREAK))
     until(lambda: server.post(7).status_code == 200)
