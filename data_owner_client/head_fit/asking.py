@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-
 from data_owner_client.data import Pair
 from data_owner_client.head_fit.contexts import Context, contexts_of
 from data_owner_client.head_fit.rows import enough
