@@ -155,7 +155,7 @@ def train(
         typer.Option(
             min=2,
             help="Where the owner gives no rows of the LM head (policy none): of how many contexts of the memory to "
-            "ask for the full distribution, as the rows are worked out from these. Default: a tenth more than the model "
+            "ask for the full distribution, as rows are worked out from these. Default: a tenth more than the model "
             "is wide, which makes them exact; fewer make an estimate.",
         ),
     ] = TrainingSettings.distributions,
