@@ -12,6 +12,7 @@ from pydantic import BaseModel, computed_field
 
 from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.connection import Exchange
+from data_owner_client.head_fit.rows import enough
 from data_owner_client.memory import ExternalMemory
 from data_owner_client.memory.store import MANIFEST, ModelIdentity
 from data_owner_client.plm import RemotePlm
@@ -193,6 +194,14 @@ def _head(plm: RemotePlm) -> Finding:
         head.verify()
         how = "rotated, so without a digest of its rows" if plm.card.rotated else "as the server's digest says"
         return Finding(check="LM head", ok=True, detail=f"in {head.folder}, {how}")
+    if plm.card.head_policy == "none":
+        have, wanted = len(plm.distributions().keys()), enough(plm.card)
+        return Finding(
+            check="LM head",
+            ok=True,
+            detail=f"the owner gives no rows; {have:,} full distributions to work them out from are in the cache",
+            advice="" if have >= wanted else f"pema-client train asks for {wanted:,}, unless told --distributions.",
+        )
     if plm.card.head_policy != "full":
         return Finding(check="LM head", ok=True, detail=f"the owner's policy is {plm.card.head_policy}", advice=needed)
     detail = f"{head.rows:,} of {plm.card.vocab_size:,} rows in the cache" if head.rows else "not in the cache"

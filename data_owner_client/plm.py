@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -15,6 +16,8 @@ from torch import Tensor
 from data_owner_client.connection.base import Connection, Observer
 from data_owner_client.files import write_atomically
 from data_owner_client.head_cache import CachedHead
+from data_owner_client.head_fit.rows import fit_rows
+from data_owner_client.head_fit.store import Distributions
 from data_owner_client.progress import Reporter
 from data_owner_client.tokenization import PlmTokenizer
 from protocol import PROTOCOL_VERSION
@@ -26,6 +29,7 @@ from protocol.messages import (
     DTYPES,
     DecodeRequest,
     DecodeResponse,
+    DistributionRequest,
     EncodeRequest,
     EncodeResponse,
     HeadRequest,
@@ -35,6 +39,9 @@ from protocol.messages import (
     WireDtype,
 )
 from protocol.pieces import join_head
+
+# How far the logarithm of a sum of probabilities in float16 may be from 0.
+_MOST_EXCESS = 0.02
 
 
 class RemotePlm:
@@ -46,8 +53,8 @@ class RemotePlm:
     Args:
         connection: any transport.
         dtype: dtype in which representations travel; head rows always travel as float32.
-        cache: folder for tokenizers and whole LM heads, which are large and never change under their digest; None for
-            no cache.
+        cache: folder for tokenizers, whole LM heads and what rows are worked out from, which are large and never change
+            under their digest; None for no cache.
 
     Raises:
         ProtocolViolation: the server speaks another version of the protocol.
@@ -160,8 +167,38 @@ class RemotePlm:
         self._check(response, ids)
         return response
 
+    def in_dtype(self, dtype: WireDtype) -> RemotePlm:
+        """The same PLM over the same connection, with representations in another dtype."""
+        other = copy.copy(self)
+        other.dtype = dtype
+        return other
+
+    def distribution(self, token_ids: Sequence[int]) -> Tensor:
+        """log P of every token after the given ones, float32 [V]."""
+        response = self._connection.distribution(DistributionRequest(token_ids=list(token_ids), top_k=0))
+        self._check_digest(response.digest)
+        logprob_V = response.logprob_K.float()
+        _require_shape(logprob_V, (self.card.vocab_size,), "the next-token distribution")
+        if abs(logprob_V.logsumexp(0).item()) > _MOST_EXCESS:
+            raise ProtocolViolation("The server's probabilities of all tokens do not add up to 1.")
+        return logprob_V
+
+    def distributions(self) -> Distributions:
+        """The full distributions in the cache."""
+        if self._cache is None:
+            raise InvalidData("There is no cache for full distributions.", hint="Give RemotePlm a `cache` folder.")
+        return Distributions(self._cache / "distributions", self.card)
+
     def head_rows(self, token_ids_C: Tensor) -> LMHead:
-        """Chosen rows of the LM head in float32, asked for in pieces of the server's limit."""
+        """Chosen rows of the LM head in float32, asked for in pieces of the server's limit.
+
+        Where the owner gives none, they are worked out from the full distributions in the cache.
+
+        Raises:
+            InvalidData: there are too few of these.
+        """
+        if self.card.head_policy == "none":
+            return fit_rows(self.distributions(), token_ids_C).head
         # Always float32: an adapter keeps its rows, and they are few.
         pieces = [
             self._head(HeadRequest(token_ids=ids_N.tolist(), dtype="float32"), len(ids_N))

@@ -93,6 +93,8 @@ class PlmService:
             dtype=info.dtype,
             head_dtype=head_dtype(engine.head),
             head_digest=head_digest(engine.head),
+            head_bias=engine.head.bias_V is not None,
+            softcap=engine.head.softcap,
             eos_token_ids=list(info.eos_token_ids),
             limits=Limits(
                 max_sequence_tokens=min(settings.max_sequence_tokens, info.max_tokens or settings.max_sequence_tokens),
@@ -277,7 +279,7 @@ class PlmService:
         logits_V = head.logits(last_hidden_1_D.to(head.weight_V_D.device)).float()[0].cpu()
         logprob_V, digest = logits_V.log_softmax(dim=-1), self._view(caller).card.digest
         if top_k == 0:
-            all_ids_V = torch.arange(len(logprob_V))
+            all_ids_V = torch.arange(len(logprob_V), dtype=torch.int32)
             return DistributionResponse(digest=digest, token_ids_K=all_ids_V, logprob_K=logprob_V)
         logprob_K, ids_K = logprob_V.topk(min(top_k, len(logprob_V)))
         tokens = [self._tokenizer.decode([i]) for i in ids_K.tolist()]

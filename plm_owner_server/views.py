@@ -55,7 +55,8 @@ class View:
         if card.head_policy == "none":
             raise Forbidden(
                 "This owner gives no rows of the LM head.",
-                hint="Training needs those of the targets' tokens: ask the owner for the policy candidate.",
+                hint="`pema-client train` works those that it needs out of full distributions, if you may have these; "
+                "or ask the owner for the policy candidate.",
             )
         if request.token_ids is not None:
             if request.start or request.stop is not None:

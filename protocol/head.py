@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# Of a soft-cap: nearer to it, logits in float32 do not tell what they came from.
+_MOST_SHARE = 1 - 1e-6
+
 
 @dataclass(frozen=True)
 class LMHead:
@@ -46,6 +49,13 @@ class LMHead:
         if self.softcap is not None:
             logits_N_V = torch.tanh(logits_N_V / self.softcap) * self.softcap
         return logits_N_V
+
+    def products_of(self, logits_N_V: Tensor) -> Tensor:
+        """The products h Wᵀ + b that gave logits; those at the bound itself count as next to it."""
+        if self.softcap is not None:
+            share_N_V = (logits_N_V / self.softcap).clamp(-_MOST_SHARE, _MOST_SHARE)
+            logits_N_V = torch.atanh(share_N_V) * self.softcap
+        return logits_N_V / self.logit_scale
 
     def parts(self) -> list[Tensor]:
         """The weight, and the bias if there is one."""

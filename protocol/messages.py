@@ -70,6 +70,10 @@ class ModelCard(Message):
         description="representations and LM head come in a secret basis of the tenant's own; head_digest then names "
         "the head, and is not made of its rows",
     )
+    head_bias: bool = Field(default=False, description="whether the LM head has a bias")
+    softcap: float | None = Field(
+        default=None, gt=0, description="bound of the logits (`LMHead`), which who works rows out from them must know"
+    )
 
 
 class TokenizerBundle(Message):

@@ -150,6 +150,15 @@ def train(
     minutes: Minutes = TrainingSettings.minutes,
     decoded: Decoded = TrainingSettings.decoded,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of joint training, at most.")] = TrainingSettings.epochs,
+    distributions: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Where the owner gives no rows of the LM head (policy none): of how many contexts of the memory to "
+            "ask for the full distribution, as rows are worked out from these. Default: a tenth more than the model "
+            "is wide, which makes them exact; fewer make an estimate.",
+        ),
+    ] = TrainingSettings.distributions,
     full_vocabulary: Annotated[
         bool,
         typer.Option(
@@ -192,6 +201,7 @@ def train(
         minutes=minutes,
         decoded=decoded,
         epochs=epochs,
+        distributions=distributions,
         full_vocabulary=full_vocabulary,
         seed=seed,
         device=device,

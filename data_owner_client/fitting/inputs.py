@@ -13,6 +13,8 @@ from data_owner_client.adapter import AdapterForm
 from data_owner_client.candidates import places, token_set
 from data_owner_client.data import Pair
 from data_owner_client.evaluation import plm_target_logprobs
+from data_owner_client.head_fit.asking import ask_distributions
+from data_owner_client.head_fit.rows import fit_rows
 from data_owner_client.memory import ExternalMemory, MemoryRows
 from data_owner_client.memory.store import TRAIN, VALIDATION, MemoryPlan, ModelIdentity
 from data_owner_client.plm import RemotePlm
@@ -98,6 +100,10 @@ class Targets:
         ids_K = token_set([candidate_ids_C, held_out.target_N])
         if len(ids_K) == plm.card.vocab_size:
             head = plm.full_head(reporter).to(torch.float32)
+        elif plm.card.head_policy == "none":
+            fitted = fit_rows(plm.distributions(), ids_K)
+            reporter.say(f"{fitted}.")
+            head = fitted.head
         else:
             reporter.say(
                 "Leaves this machine: which tokens occur anywhere in the targets, as their LM-head rows are asked for."
@@ -140,9 +146,10 @@ class TrainingInput:
         """Read what the settings ask for, and fetch the head's rows.
 
         Args:
-            plm: gives the head's rows of the candidates only, unless the full vocabulary is wanted.
+            plm: gives the head's rows of the candidates only, unless the full vocabulary is wanted; or, under the
+                policy `none`, the distributions that they are worked out from.
             memories: where the rows are.
-            settings: of these, the pairing and the vocabulary count.
+            settings: of these, the pairing, the vocabulary and the distributions count.
             reporter: told what leaves this machine.
             examples: train on the memory's first so many; None for all.
 
@@ -163,6 +170,9 @@ class TrainingInput:
         survey = Survey.of(rows)
         if settings.full_vocabulary:
             survey = replace(survey, candidate_ids_C=torch.arange(memories.plan.model.vocab_size))
+        if plm.card.head_policy == "none" and not settings.full_vocabulary:
+            given = ask_distributions(plm, memories.plan, memories.train_pairs, settings.distributions, reporter)
+            identity = [*identity, given.digest]  # with more of them, the rows are others
         targets = Targets.fetch(plm, survey.candidate_ids_C, memories.held_out, reporter)
         held_out = memories.held_out.aligned() if aligned else memories.held_out
         validation = ValidationData.of(

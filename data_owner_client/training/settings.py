@@ -40,6 +40,8 @@ class TrainingSettings:
             depends on the machine's speed.
         decoded: held-out texts that are decoded with several interpolations, of which the one with the highest chrF is
             taken; 0 to take the likeliest interpolation.
+        distributions: contexts whose full distributions the LM head's rows are worked out from, where the owner gives
+            none (head policy `none`); None for as many as make the rows exact.
         full_vocabulary: let the adapter's softmax run over all of V; else over the tokens of the memory's targets.
         seed: of initialisation, shuffling and dropout.
         device: where to train; None for CUDA, in bfloat16, where there is CUDA, else the CPU.
@@ -62,6 +64,7 @@ class TrainingSettings:
     gate: bool = True
     minutes: float = 5.0
     decoded: int = 100
+    distributions: int | None = None
     full_vocabulary: bool = False
     seed: int = 0
     device: str | None = None
