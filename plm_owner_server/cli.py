@@ -145,6 +145,7 @@ def serve(settings: ServerSettings) -> None:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         keep_quiet_about_tasks(asyncio.get_running_loop())
         async with AsyncExitStack() as stack:
+            stack.callback(holder.close)  # the last of all: gRPC's calls end before
             try:
                 if settings.metrics_port is not None:
                     holder.accounts.observers.append(metrics.observe)

@@ -51,6 +51,10 @@ class Access(Protocol):
         """What one call of this tenant's is put down on."""
         ...
 
+    def close(self) -> None:
+        """Let go of the database, if there is one."""
+        ...
+
 
 class Anyone:
     """Everybody may call, and all are one tenant.
@@ -69,6 +73,8 @@ class Anyone:
 
     def meter(self, tenant: Tenant) -> Meter:
         return UNMETERED
+
+    def close(self) -> None: ...
 
 
 class OneKey:
@@ -91,6 +97,8 @@ class OneKey:
 
     def meter(self, tenant: Tenant) -> Meter:
         return UNMETERED
+
+    def close(self) -> None: ...
 
 
 class TenantKeys:
@@ -137,6 +145,9 @@ class TenantKeys:
     def meter(self, tenant: Tenant) -> Meter:
         return self._ledger.meter(tenant.name)
 
+    def close(self) -> None:
+        self._store.database.close()
+
     def _kept(self, key: Key) -> Tenant | None:
         """Whose key it was when it was last asked about, if that was lately."""
         with self._lock:
@@ -153,6 +164,8 @@ def access_for(settings: ServerSettings) -> Access:
     """
     store = TenantStore.existing(settings.store)
     records = [] if store is None else store.all()
+    if store is not None and not records:  # nobody will be looked up
+        store.database.close()
     require_master_secret(settings, records)
     tenants = len(records)
     keys = bool(tenants or settings.api_key)

@@ -64,6 +64,10 @@ class CertifiedTenants:
             )
         return tenant
 
+    def close(self) -> None:
+        """Let go of the database."""
+        self._keys.close()
+
 
 class _Holder:
     """The holder of one certificate, who may show a key besides."""
@@ -86,6 +90,8 @@ class _Holder:
 
     def meter(self, tenant: Tenant) -> Meter:
         return self._keys.meter(tenant)
+
+    def close(self) -> None: ...  # others hold certificates, too
 
 
 def certified_for(settings: ServerSettings) -> CertifiedTenants | None:

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 from plm_owner_server.cli import main
 from plm_owner_server.disclosure import Disclosure
+from plm_owner_server.holder import ServiceHolder
+from plm_owner_server.metering import Cost
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants import ANYBODY, SCOPES, Anyone, OneKey, Tenant, TenantKeys, TenantStore, access_for
 from plm_owner_server.tenants import access as access_module
@@ -210,6 +212,22 @@ def test_every_policy_can_be_given(
         assert tenant.disclosure == Disclosure(policy, rotated=policy == "candidate")  # type: ignore[arg-type]
     with pytest.raises(SystemExit, match="No policy was given"):
         tenants("disclose", "early full", "--rotation", "on")
+
+
+def test_who_stops_lets_go_of_the_database(store: TenantStore, url: str) -> None:
+    key = f"Bearer {store.add('acme')}"
+    store.database.close()
+    access = access_for(ServerSettings(_env_file=None, store=url))  # type: ignore[call-arg]
+    holder = ServiceHolder(access=access)
+    assert access.identify(key).name == "acme"
+    log = Path(f"{sa.make_url(url).database}-wal")  # which SQLite keeps for as long as a connection is open
+    assert log.exists()
+    holder.close()
+    assert not log.exists()
+    with access.meter(access.identify(key)).charging(Cost()):  # a call that did not end in time
+        pass
+    holder.close()
+    assert not log.exists()
 
 
 def test_who_lets_nobody_in_gets_no_database(url: str) -> None:
