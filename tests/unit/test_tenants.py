@@ -23,7 +23,7 @@ from plm_owner_server.holder import ServiceHolder
 from plm_owner_server.metering import Cost
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants import ANYBODY, SCOPES, Anyone, OneKey, Tenant, TenantKeys, TenantStore, access_for
-from plm_owner_server.tenants import access as access_module
+from plm_owner_server.tenants import trust as trust_module
 from plm_owner_server.tenants.keys import Key
 from plm_owner_server.tenants.tables import METADATA
 from protocol.errors import InvalidRequest, NotReady, PemaError, Unauthenticated
@@ -134,7 +134,7 @@ def test_processes_that_start_at_once_make_the_tables_once(url: str) -> None:
 
 def test_a_disabled_tenant_is_out_within_two_seconds(store: TenantStore, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(access_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(trust_module, "time", SimpleNamespace(monotonic=lambda: now))
     keys, shown = TenantKeys(store), f"Bearer {store.add('acme')}"
     assert keys.recall(shown) is None
     assert keys.identify(shown) == keys.recall(shown) == Tenant("acme", frozenset(SCOPES))
@@ -178,7 +178,7 @@ def test_without_its_store_a_server_tells_callers_to_come_back(
     store: TenantStore, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 100.0
-    monkeypatch.setattr(access_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(trust_module, "time", SimpleNamespace(monotonic=lambda: now))
     keys, known, unknown = TenantKeys(store), f"Bearer {store.add('acme')}", f"Bearer {store.add('beta')}"
     keys.identify(known)
     with sqlite3.connect(sa.make_url(url).database or "") as database:
