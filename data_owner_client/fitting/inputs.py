@@ -142,7 +142,7 @@ class TrainingInput:
         Args:
             plm: gives the head's rows of the candidates only, unless the full vocabulary is wanted.
             memories: where the rows are.
-            settings: of these, the pairing and the vocabulary count.
+            settings: of these, the pairing, the vocabulary and the axes count.
             reporter: told what leaves this machine.
             examples: train on the memory's first so many; None for all.
 
@@ -160,7 +160,7 @@ class TrainingInput:
                 )
             rows = FirstExamples(rows, memories.train.shard_examples, examples)
             identity = [*identity, examples]
-        survey = Survey.of(rows)
+        survey = Survey.of(rows, axes=settings.principal_axes)
         if settings.full_vocabulary:
             survey = replace(survey, candidate_ids_C=torch.arange(memories.plan.model.vocab_size))
         targets = Targets.fetch(plm, survey.candidate_ids_C, memories.held_out, reporter)
