@@ -17,6 +17,7 @@ from plm_owner_server.service import PlmService
 from protocol import pema_pb2
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from protocol.protobuf import PROBLEM_METADATA, to_proto
+from tests import guard
 from tests.support import serve_over_grpc
 
 WITHIN_S = 60
@@ -40,7 +41,7 @@ REFUSALS = {grpc.StatusCode[name] for name in ("INVALID_ARGUMENT", "OUT_OF_RANGE
 def channel(tiny_service: PlmService) -> Iterator[grpc.Channel]:
     with (
         serve_over_grpc(tiny_service) as url,
-        grpc.insecure_channel(url.removeprefix("grpc://")) as channel,
+        guard.channel(url) as channel,
     ):
         yield channel
 
