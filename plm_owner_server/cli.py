@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, CliSubCommand
 
-from plm_owner_server.connections import allow_open_files, bounded_http
+from plm_owner_server.connections import allow_open_files, bound_handshakes, bounded_http
 from plm_owner_server.draining import DrainingServer
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
 from plm_owner_server.grpc import serve_grpc
@@ -166,6 +166,7 @@ def serve(settings: ServerSettings) -> None:
                     )
                 )
                 if certificate and context:
+                    bound_handshakes(asyncio.get_running_loop(), settings.transfer_s)
                     renewing = asyncio.create_task(certificate.keep_current(context))
                     stack.callback(renewing.cancel)
                 how = "TLS" if certificate else "no TLS"
