@@ -199,10 +199,11 @@ def serve(settings: ServerSettings) -> None:
         server.run()
     except SystemExit:  # it has said why
         sys.exit(f"pema-server: cannot listen on port {settings.port} of {settings.host}. Choose another --port.")
-    if failures and isinstance(failures[0], EngineStuck):
+    if supervisor.loading or (failures and isinstance(failures[0], EngineStuck)):
         # Its thread cannot be ended, and Python would wait for it, or crash over it.
-        print(f"pema-server: {failures[0]}", file=sys.stderr, flush=True)
-        os._exit(1)
+        for failure in failures:
+            print(f"pema-server: {failure}", file=sys.stderr, flush=True)
+        os._exit(1 if failures else 0)
     if failures:
         sys.exit(f"pema-server: {failures[0]}")
 
