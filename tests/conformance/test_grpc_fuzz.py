@@ -127,7 +127,8 @@ def test_any_bytes_are_understood_or_refused(
     @given(requests=st.lists(request, min_size=1, max_size=3))
     def understood_or_refused(requests: list[bytes]) -> None:
         pieces, status = ended(channel, name, *requests)
-        assert status in {grpc.StatusCode.OK, *REFUSALS}
+        refusals = REFUSALS | ({grpc.StatusCode.PERMISSION_DENIED} if guard.current else set())  # ranges of the head
+        assert status in {grpc.StatusCode.OK, *refusals}
         piece_type: Any = {"Encode": pema_pb2.EncodePiece, "Decode": pema_pb2.DecodePiece}.get(name)
         for piece in pieces if piece_type else []:
             problem = piece_type.FromString(piece).problem
