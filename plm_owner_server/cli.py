@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, CliSubCommand
 
-from plm_owner_server.connections import allow_open_files, bounded_http
+from plm_owner_server.connections import allow_open_files, bound_handshakes, bounded_http
 from plm_owner_server.draining import DrainingServer
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
 from plm_owner_server.grpc import serve_grpc
@@ -145,6 +145,7 @@ def serve(settings: ServerSettings) -> None:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         keep_quiet_about_tasks(asyncio.get_running_loop())
         async with AsyncExitStack() as stack:
+            stack.callback(holder.close)  # the last of all: gRPC's calls end before
             try:
                 if settings.metrics_port is not None:
                     holder.accounts.observers.append(metrics.observe)
@@ -165,6 +166,7 @@ def serve(settings: ServerSettings) -> None:
                     )
                 )
                 if certificate and context:
+                    bound_handshakes(asyncio.get_running_loop(), settings.transfer_s)
                     renewing = asyncio.create_task(certificate.keep_current(context))
                     stack.callback(renewing.cancel)
                 how = "TLS" if certificate else "no TLS"
@@ -197,10 +199,11 @@ def serve(settings: ServerSettings) -> None:
         server.run()
     except SystemExit:  # it has said why
         sys.exit(f"pema-server: cannot listen on port {settings.port} of {settings.host}. Choose another --port.")
-    if failures and isinstance(failures[0], EngineStuck):
+    if supervisor.loading or (failures and isinstance(failures[0], EngineStuck)):
         # Its thread cannot be ended, and Python would wait for it, or crash over it.
-        print(f"pema-server: {failures[0]}", file=sys.stderr, flush=True)
-        os._exit(1)
+        for failure in failures:
+            print(f"pema-server: {failure}", file=sys.stderr, flush=True)
+        os._exit(1 if failures else 0)
     if failures:
         sys.exit(f"pema-server: {failures[0]}")
 

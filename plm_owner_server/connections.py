@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import struct
 from collections import OrderedDict
 from contextlib import suppress
 from functools import partial
@@ -31,6 +33,14 @@ def bounded_http(max_connections: int, transfer_s: float) -> Any:
         transfer_s: longest time that a request's head, each MiB of its body, and each MiB of an answer may take.
     """
     return partial(BoundedProtocol, idle=OrderedDict(), max_connections=max_connections, transfer_s=transfer_s)
+
+
+def bound_handshakes(loop: asyncio.AbstractEventLoop, transfer_s: float) -> None:
+    """Let TLS handshakes take no longer with servers that are started on this loop.
+
+    uvicorn knows no such setting, and asyncio gives them a minute.
+    """
+    loop.create_server = partial(loop.create_server, ssl_handshake_timeout=transfer_s)  # type: ignore[method-assign]
 
 
 def allow_open_files(connections: int) -> None:
@@ -159,6 +169,9 @@ class BoundedProtocol(H11Protocol):
     def _look_at_unread(self) -> None:
         unread = self.transport.get_write_buffer_size()
         if unread > self._unread - _MIB:
+            # The kernel, too, forgets what it was to send; with TLS, which has read all there was, it would go on.
+            peer = self.transport.get_extra_info("socket")
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.transport.abort()
             return
         self._unread = unread

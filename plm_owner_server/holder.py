@@ -95,6 +95,10 @@ class ServiceHolder:
         """Turn away new calls from now on."""
         self._stopping = True
 
+    def close(self) -> None:
+        """Let go of what callers are looked up in, once there are no calls any more."""
+        (self._certified or self._access).close()
+
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Count a call that is worked on; in the event loop's thread."""

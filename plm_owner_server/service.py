@@ -64,7 +64,7 @@ class PlmService:
         name: str,
         weights_digest: str,
         settings: ServerSettings,
-        master_secret: Callable[[], bytes] | None = None,
+        master_secret: Callable[[], bytes],
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
@@ -105,9 +105,7 @@ class PlmService:
                 max_body_bytes=settings.max_body_bytes,
             ),
         )
-        self._views = Views(
-            self._card, engine.head, weights_digest=weights_digest, master_secret=master_secret or _no_secret
-        )
+        self._views = Views(self._card, engine.head, weights_digest=weights_digest, master_secret=master_secret)
 
     def load(self) -> Load:
         """How much there is to do at the moment."""
@@ -334,10 +332,6 @@ class PlmService:
 
     def _check_vocabulary(self, sequences: Sequence[Sequence[int]]) -> None:
         check_vocabulary(sequences, self._card.vocab_size)
-
-
-def _no_secret() -> bytes:
-    raise Unsupported("This server has no master secret to rotate with.", hint="Ask its owner to set one.")
 
 
 def _check_one_each(name: str, values: Sequence[int], sequences: Sequence[Sequence[int]]) -> None:

@@ -161,8 +161,8 @@ class ServerSettings(StoreSettings):
         default=30.0,
         ge=0.1,
         allow_inf_nan=False,
-        description="Seconds that a request's head, each MiB of its body, and each MiB of an answer may take. Bounds "
-        "what slow clients hold: who is slower is cut off.",
+        description="Seconds that a TLS handshake, a request's head, each MiB of its body, and each MiB of an answer "
+        "may take. Bounds what slow clients hold: who is slower is cut off.",
     )
     batch_tokens: int = Field(
         default=4096,

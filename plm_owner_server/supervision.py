@@ -36,6 +36,9 @@ class Supervisor:
         engine_timeout_s: longest single piece of the engine's work.
         give_up: told in the end why there is no service any more.
         pauses_s: before each attempt to load the model again.
+
+    Attributes:
+        loading: whether the model is being loaded at the moment.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Supervisor:
         self._engine_timeout_s = engine_timeout_s
         self._give_up = give_up
         self._pauses_s = pauses_s
+        self.loading = False
 
     def run(self) -> None:
         """Load the model and look after it, in a thread of its own, until it is beyond help."""
@@ -70,6 +74,7 @@ class Supervisor:
 
     def _serve(self) -> tuple[PemaError, float]:
         """Why there is no service any more, and for how many seconds there was one."""
+        self.loading = True
         try:
             service = self._load()
         except PemaError as error:
@@ -77,6 +82,8 @@ class Supervisor:
         except Exception as error:
             log.debug("traceback", exc_info=True)
             return PemaError(f"The model could not be loaded: {type(error).__name__}: {error}"), 0.0
+        finally:
+            self.loading = False
         began = time.monotonic()
         self._holder.service = service
         try:

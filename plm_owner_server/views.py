@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import get_args
 
 import torch
@@ -98,6 +99,21 @@ class View:
         )
 
 
+class _Once:
+    """Makes a view when it is first asked for. Thread-safe."""
+
+    def __init__(self, make: Callable[[], View]) -> None:
+        self._make = make
+        self._made: View | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self) -> View:
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
+
+
 class Views:
     """Makes the tenants' views of one model. Thread-safe.
 
@@ -116,14 +132,20 @@ class Views:
         self._weights_digest = weights_digest
         self._master_secret = master_secret
         kept = max(1, _ROTATION_BYTES // (4 * card.hidden_size**2))
-        self.of = lru_cache(maxsize=kept)(self._of)
+        self._lock = threading.Lock()
+        self._views = lru_cache(maxsize=kept)(lambda *whose: _Once(partial(self._make, *whose)))
 
-    def _of(self, tenant: str, disclosure: Disclosure) -> View:
-        """What a tenant sees.
+    def of(self, tenant: str, disclosure: Disclosure) -> View:
+        """What a tenant sees; calls that come at once wait for the first one to make it.
 
         Raises:
             Unsupported: it needs a rotation, and there is no master secret to make one from.
         """
+        with self._lock:
+            view = self._views(tenant, disclosure)
+        return view()
+
+    def _make(self, tenant: str, disclosure: Disclosure) -> View:
         if disclosure == EVERYTHING:
             return View(self._card, self._head, None)
         rotation, basis = None, ""

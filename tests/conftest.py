@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 
 # Before transformers is imported: no test may depend on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,7 +22,7 @@ from hypothesis import HealthCheck, settings
 from transformers.utils import logging as transformers_logging
 
 from plm_owner_server.service import PlmService
-from tests import support
+from tests import guard, support
 from tests.support import TinyModels
 
 # Tiny models: a second thread only waits for the first, and for whatever else this machine runs.
@@ -30,6 +31,25 @@ transformers_logging.disable_progress_bar()
 # No deadline: no test may depend on how busy the machine is.
 settings.register_profile("pema", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.load_profile("pema")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--guarded", action="store_true", help="every server with TLS, keys, candidate rows and rotation")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("guarded"):
+        guard.current = guard.Guard.new(Path(tempfile.mkdtemp(prefix="pema-guard-")))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Guarded, leave out what cannot be had so, and the units, which have nobody to guard."""
+    if guard.current is None:
+        return
+    units = Path(__file__).parent / "unit"
+    left_out = {item for item in items if item.get_closest_marker("unguarded") or units in item.path.parents}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -134,6 +135,21 @@ def stored(draw: st.DrawFn, data: bytes) -> bytes:
     if kind == "tensors":
         return safetensors.torch.save(draw(tensors_like(safetensors.torch.load(data))))
     return draw(damaged(data) if kind == "damaged" else crooked(data))
+
+
+def one_spoilt(draw: st.DrawFn, good: Mapping[Path, bytes], tensors: Collection[Path]) -> Path:
+    """Put good files back and spoil one of them: which it is.
+
+    Args:
+        draw: hypothesis'.
+        good: what the files hold.
+        tensors: those that are containers; the others are text.
+    """
+    for path, content in good.items():
+        path.write_bytes(content)
+    path = draw(st.sampled_from(sorted(good)))
+    path.write_bytes((stored if path in tensors else text_like)(draw, good[path]))
+    return path
 
 
 def text_like(draw: st.DrawFn, data: bytes) -> bytes:

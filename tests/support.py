@@ -33,6 +33,7 @@ from plm_owner_server.service import PlmService
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants import Access
 from plm_owner_server.tokenizer import load_tokenizer
+from tests import guard
 
 PAD, BOS, EOS = 0, 1, 2
 _SPECIAL = ["<pad>", "<bos>", "<eos>"]
@@ -191,14 +192,22 @@ def run_app(app: FastAPI, *, max_connections: int = 1000, transfer_s: float = 30
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         http: Any = bounded_http(max_connections, transfer_s)
-        config = uvicorn.Config(app, log_config=None, access_log=False, http=http, ws="none")
+        context = guard.current.certificate.context() if guard.current else None
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            http=http,
+            ws="none",
+            ssl_context_factory=(lambda *_: context) if context else None,
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="uvicorn")
         thread.start()
         try:
             while not server.started and thread.is_alive():
                 time.sleep(0.01)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield guard.url("http", listener.getsockname()[1])
         finally:
             server.should_exit = True
             thread.join()
@@ -209,8 +218,12 @@ def serve(
     service: PlmService | None, *, max_body_bytes: int | None = None, access: Access | None = None, **connections: Any
 ) -> Iterator[str]:
     """Serve over REST and give the base URL; without a service, as a server whose model is still loading."""
-    with serve_holder(ServiceHolder(service, access), max_body_bytes=max_body_bytes, **connections) as url:
+    with serve_holder(_holder(service, access), max_body_bytes=max_body_bytes, **connections) as url:
         yield url
+
+
+def _holder(service: PlmService | None, access: Access | None) -> ServiceHolder:
+    return ServiceHolder(service, access or guard.access())
 
 
 @contextmanager
@@ -227,7 +240,7 @@ def serve_over_grpc(
     service: PlmService | None, *, max_body_bytes: int = 2**24, access: Access | None = None, **connections: Any
 ) -> Iterator[str]:
     """Serve over gRPC on an event loop of its own and give the address, grpc://…."""
-    with serve_holder_over_grpc(ServiceHolder(service, access), max_body_bytes=max_body_bytes, **connections) as url:
+    with serve_holder_over_grpc(_holder(service, access), max_body_bytes=max_body_bytes, **connections) as url:
         yield url
 
 
@@ -236,10 +249,17 @@ def serve_holder_over_grpc(holder: ServiceHolder, *, max_body_bytes: int = 2**24
     """Serve over gRPC on an event loop of its own and give the address, grpc://…."""
     ready, stop = threading.Event(), threading.Event()
     ports: list[int] = []
+    credentials = guard.current.certificate.grpc_credentials() if guard.current else None
 
     async def run() -> None:
         async with serve_grpc(
-            holder, "127.0.0.1", 0, max_body_bytes=max_body_bytes, max_calls=64, **connections
+            holder,
+            "127.0.0.1",
+            0,
+            max_body_bytes=max_body_bytes,
+            max_calls=64,
+            credentials=credentials,
+            **connections,
         ) as port:
             ports.append(port)
             ready.set()
@@ -250,7 +270,7 @@ def serve_holder_over_grpc(holder: ServiceHolder, *, max_body_bytes: int = 2**24
     thread.start()
     try:
         assert ready.wait(60)
-        yield f"grpc://127.0.0.1:{ports[0]}"
+        yield guard.url("grpc", ports[0])
     finally:
         stop.set()
         thread.join()

@@ -149,7 +149,7 @@ class TrainingInput:
             plm: gives the head's rows of the candidates only, unless the full vocabulary is wanted; or, under the
                 policy `none`, the distributions that they are worked out from.
             memories: where the rows are.
-            settings: of these, the pairing, the vocabulary and the distributions count.
+            settings: of these, the pairing, the vocabulary, the axes and the distributions count.
             reporter: told what leaves this machine.
             examples: train on the memory's first so many; None for all.
 
@@ -167,7 +167,7 @@ class TrainingInput:
                 )
             rows = FirstExamples(rows, memories.train.shard_examples, examples)
             identity = [*identity, examples]
-        survey = Survey.of(rows)
+        survey = Survey.of(rows, axes=settings.principal_axes)
         if settings.full_vocabulary:
             survey = replace(survey, candidate_ids_C=torch.arange(memories.plan.model.vocab_size))
         if plm.card.head_policy == "none" and not settings.full_vocabulary:

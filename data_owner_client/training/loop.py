@@ -105,7 +105,7 @@ def train_adapter(
 
     Args:
         memory: the rows, of which a few shards are in memory at a time.
-        survey: of the memory.
+        survey: of the memory; with its axes, if training is to be along these.
         head: float32 head rows of the candidates.
         validation: held-out rows; the adapter of the best epoch is kept.
         settings: see there.
@@ -155,11 +155,12 @@ class _Training:
         self._checkpoint = checkpoint
         self._device = device
         # All is turned to these axes, and the adapter back in the end.
-        self._axes_D_D = survey.axes_D_D.to(device) if settings.principal_axes else None
+        axes_D_D = survey.axes_D_D if settings.principal_axes else None
+        self._axes_D_D = None if axes_D_D is None else axes_D_D.to(device)
         self._head, self._held_out, self._validation = head.to(self._device), validation.data, validation
-        if self._axes_D_D is not None:
-            self._head = replace(self._head, weight_V_D=self._head.weight_V_D @ self._axes_D_D.T)
-            self._held_out = self._held_out.turned(survey.axes_D_D)
+        if axes_D_D is not None:
+            self._head = replace(self._head, weight_V_D=self._head.weight_V_D @ axes_D_D.to(device).T)
+            self._held_out = self._held_out.turned(axes_D_D)
         hidden_size = head.weight_V_D.shape[1]
         rank = min(settings.rank, hidden_size)
         self._adapter = Adapter(

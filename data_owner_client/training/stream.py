@@ -136,39 +136,59 @@ class Survey:
         rms: root mean square of its representations.
         axes_D_D: float32, orthogonal: the principal axes of some of them, a row each. Adam gives each coordinate a step
             of its own, so it learns less where what varies most is spread over all of them, as in a secret basis.
-            Along its principal axes a memory looks the same in every basis.
+            Along its principal axes a memory looks the same in every basis. None if they were not asked for.
     """
 
     candidate_ids_C: Tensor
     rms: float
-    axes_D_D: Tensor
+    axes_D_D: Tensor | None
 
     @classmethod
-    def of(cls, memory: Sharded) -> Survey:
+    def of(cls, memory: Sharded, *, axes: bool = True) -> Survey:
         """Read all shards once.
+
+        Args:
+            memory: with the shards.
+            axes: find its principal axes, too.
 
         Raises:
             InvalidData: one is missing or damaged, or there are no rows.
             NumericalFault: representations are not finite.
         """
         ids_C, square, numbers = torch.empty(0, dtype=torch.int64), 0.0, 0
-        shards, moment_D_D, sum_D = len(memory.shard_rows), torch.zeros(()), torch.zeros(())
+        shards, principal = len(memory.shard_rows), _PrincipalAxes()
         for number in range(shards):
             rows = memory.shard(number)
             ids_C = token_set([ids_C, rows.target_N])
             cr_N_D = rows.representations_N_D()
             for cr_B_D in cr_N_D.split(_ROWS_AT_ONCE):
+                require_finite(cr_B_D, "the memory's representations")
                 square += cr_B_D.float().square().sum(dtype=torch.float64).item()
                 numbers += cr_B_D.numel()
-            some_B_D = cr_N_D[: -(-_ROWS_PER_AXIS * cr_N_D.shape[1] // shards)].float()
-            moment_D_D, sum_D = moment_D_D + some_B_D.T @ some_B_D, sum_D + some_B_D.sum(dim=0)
+            if axes:
+                principal.add(cr_N_D[: -(-_ROWS_PER_AXIS * cr_N_D.shape[1] // shards)].float())
         if not numbers:
             raise InvalidData("The memory has no rows.", hint="Build it from at least one pair.")
-        require_finite(moment_D_D, "the memory's representations")
-        axes_D_D = torch.linalg.eigh(moment_D_D).eigenvectors.T
+        return cls(ids_C, math.sqrt(square / numbers), principal.found() if axes else None)
+
+
+class _PrincipalAxes:
+    """Of rows that come a few at a time."""
+
+    def __init__(self) -> None:
+        self._moment_D_D = self._sum_D = torch.zeros(())
+
+    def add(self, rows_B_D: Tensor) -> None:
+        self._moment_D_D = self._moment_D_D + rows_B_D.T @ rows_B_D
+        self._sum_D = self._sum_D + rows_B_D.sum(dim=0)
+
+    def found(self) -> Tensor:
+        """float32, a row each."""
+        require_finite(self._moment_D_D, "the products of the memory's representations")
+        axes_D_D: Tensor = torch.linalg.eigh(self._moment_D_D).eigenvectors.T
         # An axis has no direction of its own: the one in which the rows lie.
-        signs_D_1 = torch.where(axes_D_D @ sum_D < 0, -1.0, 1.0)[:, None]
-        return cls(ids_C, math.sqrt(square / numbers), (signs_D_1 * axes_D_D).contiguous())
+        signs_D_1 = torch.where(axes_D_D @ self._sum_D < 0, -1.0, 1.0)[:, None]
+        return (signs_D_1 * axes_D_D).contiguous()
 
 
 class RowStream:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hmac
 import logging
-import threading
-import time
-from collections import OrderedDict
 from typing import Protocol
 
 from plm_owner_server.metering import UNMETERED, Meter
@@ -16,15 +13,13 @@ from plm_owner_server.tenants.keys import Key
 from plm_owner_server.tenants.ledger import Ledger
 from plm_owner_server.tenants.master_secret import require_master_secret
 from plm_owner_server.tenants.store import ANYBODY, Tenant, TenantStore
+from plm_owner_server.tenants.trust import Trusted
 from protocol.addresses import is_loopback
-from protocol.errors import NotReady, PemaError, Unauthenticated
+from protocol.errors import PemaError, Unauthenticated
 
 log = logging.getLogger(__name__)
 
 _BEARER = "Bearer "
-# How long a tenant is taken to be what it was, in seconds: so long a disabled one may go on.
-TRUST_S = 2.0
-_MOST_KNOWN = 10_000
 
 
 class Access(Protocol):
@@ -51,6 +46,10 @@ class Access(Protocol):
         """What one call of this tenant's is put down on."""
         ...
 
+    def close(self) -> None:
+        """Let go of the database, if there is one."""
+        ...
+
 
 class Anyone:
     """Everybody may call, and all are one tenant.
@@ -69,6 +68,8 @@ class Anyone:
 
     def meter(self, tenant: Tenant) -> Meter:
         return UNMETERED
+
+    def close(self) -> None: ...
 
 
 class OneKey:
@@ -92,12 +93,11 @@ class OneKey:
     def meter(self, tenant: Tenant) -> Meter:
         return UNMETERED
 
+    def close(self) -> None: ...
+
 
 class TenantKeys:
     """A key for each tenant. Thread-safe.
-
-    A key that was good is not asked about again for two seconds, so that a busy tenant does not wait for its turn with
-    every call, and a disabled one is out that soon.
 
     Args:
         store: of the tenants.
@@ -107,29 +107,14 @@ class TenantKeys:
     def __init__(self, store: TenantStore, ledger: Ledger | None = None) -> None:
         self._store = store
         self._ledger = ledger or Ledger(store.database)
-        self._known: OrderedDict[str, tuple[float, Tenant]] = OrderedDict()  # by the hash of what was shown
-        self._lock = threading.Lock()
+        self._trusted = Trusted()  # by the hashes of keys
 
     def recall(self, authorization: str | None) -> Tenant | None:
-        return self._kept(_key(authorization))
+        return self._trusted.kept(_key(authorization).hash)
 
     def identify(self, authorization: str | None) -> Tenant:
         key = _key(authorization)
-        if (tenant := self._kept(key)) is not None:
-            return tenant
-        try:
-            tenant = self._store.holder(key)
-        except PemaError as error:
-            log.warning("%s", error)
-            raise NotReady(
-                "The server cannot look keys up at the moment.", hint="Try again in a moment.", retry_after_s=2.0
-            ) from None
-        with self._lock:
-            self._known.pop(key.hash, None)
-            if tenant is not None:
-                self._known[key.hash] = time.monotonic(), tenant
-                if len(self._known) > _MOST_KNOWN:
-                    self._known.popitem(last=False)
+        tenant = self._trusted.kept(key.hash) or self._trusted.asked(key.hash, lambda: self._store.holder(key))
         if tenant is None:
             raise _stranger(authorization)
         return tenant
@@ -137,11 +122,8 @@ class TenantKeys:
     def meter(self, tenant: Tenant) -> Meter:
         return self._ledger.meter(tenant.name)
 
-    def _kept(self, key: Key) -> Tenant | None:
-        """Whose key it was when it was last asked about, if that was lately."""
-        with self._lock:
-            since, tenant = self._known.get(key.hash, (0.0, None))
-        return tenant if time.monotonic() - since < TRUST_S else None
+    def close(self) -> None:
+        self._store.database.close()
 
 
 def access_for(settings: ServerSettings) -> Access:
@@ -153,6 +135,8 @@ def access_for(settings: ServerSettings) -> Access:
     """
     store = TenantStore.existing(settings.store)
     records = [] if store is None else store.all()
+    if store is not None and not records:  # nobody will be looked up
+        store.database.close()
     require_master_secret(settings, records)
     tenants = len(records)
     keys = bool(tenants or settings.api_key)

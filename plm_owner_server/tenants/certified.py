@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-import threading
-import time
 
 from plm_owner_server.metering import Meter
 from plm_owner_server.settings import ServerSettings
-from plm_owner_server.tenants.access import TRUST_S, Access, TenantKeys
+from plm_owner_server.tenants.access import Access, TenantKeys
 from plm_owner_server.tenants.master_secret import require_master_secret
 from plm_owner_server.tenants.store import Tenant, TenantStore
-from protocol.errors import Forbidden, InvalidRequest, NotReady, PemaError, Unauthenticated
+from plm_owner_server.tenants.trust import Trusted
+from protocol.errors import Forbidden, InvalidRequest, Unauthenticated
 
 log = logging.getLogger(__name__)
 
 
 class CertifiedTenants:
-    """Who the holders of certificates are. Thread-safe; trusts what it was told as long as `TenantKeys` does.
+    """Who the holders of certificates are. Thread-safe.
 
     Args:
         store: of the tenants.
@@ -26,8 +25,7 @@ class CertifiedTenants:
     def __init__(self, store: TenantStore) -> None:
         self._store = store
         self._keys = TenantKeys(store)
-        self._known: dict[str, tuple[float, Tenant]] = {}  # no more than there are tenants
-        self._lock = threading.Lock()
+        self._trusted = Trusted()  # by their names
 
     def of(self, name: str | None) -> Access:
         """Tells who a caller is whose certificate, of an authority of ours, has this common name."""
@@ -35,9 +33,7 @@ class CertifiedTenants:
 
     def kept(self, name: str | None) -> Tenant | None:
         """The tenant of that name, if it was let in lately."""
-        with self._lock:
-            since, tenant = self._known.get(name or "", (0.0, None))
-        return tenant if time.monotonic() - since < TRUST_S else None
+        return self._trusted.kept(name or "")
 
     def ask(self, name: str | None) -> Tenant:
         """The tenant of that name, from the database.
@@ -46,23 +42,17 @@ class CertifiedTenants:
             Unauthenticated: there is none, or it is disabled.
             NotReady: nobody can tell now.
         """
-        try:
-            tenant = self._store.named(name) if name else None
-        except PemaError as error:
-            log.warning("%s", error)
-            raise NotReady(
-                "The server cannot look tenants up at the moment.", hint="Try again in a moment.", retry_after_s=2.0
-            ) from None
-        with self._lock:
-            self._known.pop(name or "", None)
-            if tenant is not None:
-                self._known[tenant.name] = time.monotonic(), tenant
+        tenant = self._trusted.asked(name, lambda: self._store.named(name)) if name else None
         if tenant is None:
             raise Unauthenticated(
                 "The client's certificate names no tenant who may call.",
                 hint="Its subject's common name must be your name as a tenant. Ask the owner for one.",
             )
         return tenant
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._keys.close()
 
 
 class _Holder:
@@ -86,6 +76,8 @@ class _Holder:
 
     def meter(self, tenant: Tenant) -> Meter:
         return self._keys.meter(tenant)
+
+    def close(self) -> None: ...  # others hold certificates, too
 
 
 def certified_for(settings: ServerSettings) -> CertifiedTenants | None:

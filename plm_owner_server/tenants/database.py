@@ -59,6 +59,10 @@ class Database:
         with _told(self._engine.url):
             self._migrate()
 
+    def close(self) -> None:
+        """Let go of all connections; who asks again opens new ones."""
+        self._engine.dispose()
+
     def _migrate(self) -> None:
         """Bring the tables up to date; one process at a time."""
         config = Config()

@@ -9,16 +9,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from data_owner_client.connection import Connection, Exchange, open_connection
+from data_owner_client.connection import Connection, Exchange
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import SCOPES, OneKey, Scope, TenantKeys, TenantStore
 from plm_owner_server.tenants.keys import Key
 from plm_owner_server.tickets import Caller
 from protocol.errors import Forbidden, InvalidRequest, Unauthenticated
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
+from tests import guard
 from tests.support import serve, serve_over_grpc
 
 KEY = "a key of the owner"
@@ -43,7 +43,7 @@ SERVERS = {"REST": serve, "gRPC": serve_over_grpc}
 @pytest.mark.parametrize("server", SERVERS.values(), ids=SERVERS)
 def test_every_call_wants_the_key(server: Callable[..., AbstractContextManager[str]], tiny_service: PlmService) -> None:
     with server(tiny_service, access=OneKey(KEY)) as url:
-        holder, stranger, mistaken = (open_connection(url, api_key=key) for key in (KEY, None, KEY + "s"))
+        holder, stranger, mistaken = (guard.connection(url, api_key=key) for key in (KEY, None, KEY + "s"))
         for call in CALLS.values():
             call(holder)
             for connection, what in ((stranger, "got none"), (mistaken, "got another one")):
@@ -63,7 +63,7 @@ def test_a_tenant_may_make_the_calls_of_its_scopes_alone(
     store = TenantStore(f"sqlite:///{tmp_path}/owner.db")
     key = str(store.add("acme", [scope]))
     with server(tiny_service, access=TenantKeys(store)) as url:
-        tenant, stranger = open_connection(url, api_key=key), open_connection(url, api_key=key[:-1])
+        tenant, stranger = guard.connection(url, api_key=key), guard.connection(url, api_key=key[:-1])
         for name, call in CALLS.items():
             if SCOPE_OF[name] == scope:
                 call(tenant)
@@ -99,7 +99,7 @@ def test_calls_belong_to_their_tenant(
         store.add(tenant)
     with server(tiny_service, access=TenantKeys(store)) as url:
         for tenant in ("acme", "beta"):
-            connection = open_connection(url, api_key=str(store.rotate_key(tenant)))
+            connection = guard.connection(url, api_key=str(store.rotate_key(tenant)))
             for name in ("encode", "decode", "distribution"):
                 CALLS[name](connection)
             connection.close()
@@ -107,10 +107,10 @@ def test_calls_belong_to_their_tenant(
 
 
 def test_probes_need_no_key_and_browsers_are_told_how(tiny_service: PlmService) -> None:
-    with serve(tiny_service, access=OneKey(KEY)) as url:
-        assert httpx.get(f"{url}/healthz").is_success
-        assert httpx.get(f"{url}/readyz").is_success
-        refused = httpx.get(f"{url}/v1/model")
+    with serve(tiny_service, access=OneKey(KEY)) as url, guard.http(url, headers_of_all={}) as http:
+        assert http.get("/healthz").is_success
+        assert http.get("/readyz").is_success
+        refused = http.get("/v1/model")
     assert refused.status_code == 401
     assert refused.headers["www-authenticate"] == "Bearer"
 
@@ -121,7 +121,7 @@ def test_both_sides_log_the_same_id_and_errors_name_it(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     with server(tiny_service) as url:
-        connection = open_connection(url)
+        connection = guard.connection(url)
         CALLS["encode"](connection)
         with pytest.raises(InvalidRequest) as caught:
             connection.encode(EncodeRequest(token_ids=[[]], from_position=[0]))
@@ -141,7 +141,7 @@ def test_the_server_says_where_the_time_went(
     server: Callable[..., AbstractContextManager[str]], tiny_service: PlmService, call: str
 ) -> None:
     with server(tiny_service) as url:
-        connection, seen = open_connection(url), list[Exchange]()
+        connection, seen = guard.connection(url), list[Exchange]()
         connection.observers.append(seen.append)
         CALLS[call](connection)
         connection.close()
@@ -166,7 +166,7 @@ def test_keys_that_are_not_good_cannot_be_told_apart(
     told = set()
     with server(tiny_service, access=TenantKeys(store)) as url:
         for key in (str(Key.new()), foreign, disabled):
-            connection = open_connection(url, api_key=key)
+            connection = guard.connection(url, api_key=key)
             with pytest.raises(Unauthenticated) as caught:
                 connection.model_card()
             told.add((caught.value.detail, caught.value.hint, caught.value.retry_after_s))
@@ -182,7 +182,7 @@ def test_a_clock_that_jumps_lets_nobody_in_or_out(
     good, disabled = str(store.add("acme")), str(store.add("beta"))
     store.disable("beta")
     with serve(tiny_service, access=TenantKeys(store)) as url:
-        holder, stranger = open_connection(url, api_key=good), open_connection(url, api_key=disabled)
+        holder, stranger = guard.connection(url, api_key=good), guard.connection(url, api_key=disabled)
         now = time.time()
         for moment in (now + 10**9, 0.0, now):
             monkeypatch.setattr(time, "time", lambda moment=moment: moment)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from data_owner_client import Pair, TrainingSettings, build_memories, train
-from data_owner_client.connection import open_connection
 from data_owner_client.plm import RemotePlm
 from data_owner_client.tasks import Task
 from plm_owner_server.disclosure import EVERYTHING, Disclosure
 from plm_owner_server.tenants import TenantKeys, TenantStore
 from protocol.errors import Forbidden, IdentityMismatch, Unsupported
 from protocol.messages import HeadRequest
+from tests import guard
 from tests.support import VOCAB_SIZE, TinyModels, make_service, serve, serve_over_grpc
 
 DISCLOSURES = {
@@ -52,7 +52,7 @@ def plms(
         plms = {}
         for number, (name, disclosure) in enumerate(DISCLOSURES.items()):
             key = str(store.add(name, disclosure=disclosure))
-            connection = open_connection(urls[number % 2], api_key=key)
+            connection = guard.connection(urls[number % 2], api_key=key)
             plms[name] = stack.enter_context(RemotePlm(connection, dtype="float32", cache=folder / "cache"))
         yield plms
 

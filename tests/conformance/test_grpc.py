@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from data_owner_client.connection import GrpcConnection, open_connection
+from data_owner_client.connection import GrpcConnection
 from plm_owner_server.engines.base import EncodeBatch, Encoded
 from plm_owner_server.engines.transformers import TransformersEngine
 from plm_owner_server.service import PlmService
@@ -28,6 +28,7 @@ from protocol.codec import Message
 from protocol.messages import DecodeRequest, EncodeRequest, EncodeResponse, HeadRequest, HeadRows
 from protocol.pieces import join_head, join_rows, split_head, split_rows
 from protocol.protobuf import from_proto, to_proto
+from tests import guard
 from tests.support import TinyModels, make_service, random_ids, serve_over_grpc
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ SECRET = "GEHEIM"
 def channel(tiny_service: PlmService) -> Iterator[grpc.Channel]:
     with (
         serve_over_grpc(tiny_service) as url,
-        grpc.insecure_channel(url.removeprefix("grpc://")) as channel,
+        guard.channel(url) as channel,
     ):
         yield channel
 
@@ -70,7 +71,9 @@ def test_a_stream_answers_every_call_and_a_bad_one_spoils_no_other(stub: Any, ti
     for i, ids in enumerate(texts):
         answer = join_rows([from_proto(piece.rows, EncodeResponse) for piece in parts[f"call-{i}"]])
         assert answer.echo == echoes(ids)
-        expected = tiny_service.encode(EncodeRequest(token_ids=ids, from_position=[0, 0], dtype="float32"))
+        expected = tiny_service.encode(
+            EncodeRequest(token_ids=ids, from_position=[0, 0], dtype="float32"), guard.caller()
+        )
         assert answer.to_bytes() == expected.to_bytes()
 
 
@@ -91,13 +94,13 @@ def test_large_answers_come_in_pieces_and_are_put_together(
     monkeypatch.setattr("plm_owner_server.grpc.PIECE_BYTES", 100)
     ids = random_ids(3, [40, 3, 17, 60, 1, 1])
     with serve_over_grpc(service) as url:
-        connection = GrpcConnection(url)
+        connection = guard.connection(url)
         encode = EncodeRequest(token_ids=ids, from_position=[0, 1, 2, 3, 0, 0], with_logsumexp=True)
         decode = DecodeRequest(token_ids=ids, look_ahead=[3, 0, 9, 1, 2, 0])
         head = HeadRequest(token_ids=[3, 1, 4, 1, 5] * 30)
-        assert connection.encode(encode).to_bytes() == service.encode(encode).to_bytes()
-        assert connection.decode(decode).to_bytes() == service.decode(decode).to_bytes()
-        assert connection.lm_head(head).to_bytes() == service.lm_head(head).to_bytes()
+        assert connection.encode(encode).to_bytes() == service.encode(encode, guard.caller()).to_bytes()
+        assert connection.decode(decode).to_bytes() == service.decode(decode, guard.caller()).to_bytes()
+        assert connection.lm_head(head).to_bytes() == service.lm_head(head, guard.caller()).to_bytes()
         assert connection.tokenizer() == service.tokenizer()
         connection.close()
     assert min(pieces) > 1
@@ -147,7 +150,7 @@ def test_health_and_reflection(channel: grpc.Channel) -> None:
 
 
 def test_before_the_model_is_loaded_every_call_is_unavailable() -> None:
-    with serve_over_grpc(None) as url, grpc.insecure_channel(url.removeprefix("grpc://")) as channel:
+    with serve_over_grpc(None) as url, guard.channel(url) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         stub = pema_pb2_grpc.PlmStub(channel)
@@ -161,7 +164,7 @@ def test_before_the_model_is_loaded_every_call_is_unavailable() -> None:
 
 def test_a_request_over_the_limit_is_refused_as_such(tiny_service: PlmService) -> None:
     with serve_over_grpc(tiny_service, max_body_bytes=4096) as url:
-        connection = GrpcConnection(url)
+        connection = guard.connection(url)
         with pytest.raises(errors.PayloadTooLarge):
             connection.encode(EncodeRequest(token_ids=[[5] * 4000], from_position=[0]))
         assert len(connection.encode(EncodeRequest(token_ids=[[5]], from_position=[0])).cr_N_D) == 1
@@ -193,7 +196,7 @@ class _Failing:
 
 def test_a_fault_of_the_server_quotes_nothing(tiny_models: TinyModels, caplog: pytest.LogCaptureFixture) -> None:
     with serve_over_grpc(make_service(tiny_models["llama"], wrap=_Failing)) as url:
-        connection = open_connection(url)
+        connection = guard.connection(url)
         with pytest.raises(errors.ServerFault) as caught:
             connection.encode(EncodeRequest(token_ids=[[201, 202]], from_position=[0]))
         connection.close()

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
 import pytest
 
-from data_owner_client.connection import Connection, Exchange, open_connection, retries
+from data_owner_client.connection import Connection, Exchange, retries
 from plm_owner_server.engines.base import EncodeBatch, Encoded
 from plm_owner_server.engines.transformers import TransformersEngine
 from plm_owner_server.service import PlmService
@@ -27,6 +26,7 @@ from protocol import pema_pb2, pema_pb2_grpc
 from protocol.errors import BudgetSpent, InvalidRequest, NumericalFault, QuotaExceeded, ServerFault
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from protocol.protobuf import to_proto
+from tests import guard
 from tests.support import TinyModels, make_service, serve, serve_over_grpc
 
 SERVERS = {"REST": serve, "gRPC": serve_over_grpc}
@@ -80,7 +80,7 @@ def url(server: Serve, tiny_service: PlmService, owner: Owner) -> Iterator[str]:
 
 @pytest.fixture
 def client(url: str, owner: Owner) -> Iterator[Connection]:
-    connection = open_connection(url, api_key=owner.key, give_up_after_s=5)
+    connection = guard.connection(url, api_key=owner.key, give_up_after_s=5)
     yield connection
     connection.close()
 
@@ -146,7 +146,7 @@ def test_the_refusal_says_when_to_come_back_and_the_client_does(
     owner.limit(tokens_per_minute=5)
     client.encode(ENCODE)
     # A wait that is longer than the client's patience is told at once.
-    other = open_connection(url, api_key=owner.key, give_up_after_s=5)
+    other = guard.connection(url, api_key=owner.key, give_up_after_s=5)
     with pytest.raises(QuotaExceeded, match="5 tokens of this minute are used up") as caught:
         other.encode(ENCODE)
     assert left(other) == {"minute": 0}  # a refusal tells it, too
@@ -161,7 +161,7 @@ def test_the_refusal_says_when_to_come_back_and_the_client_does(
         owner.now += seconds
 
     monkeypatch.setattr(retries, "sleep_using_event", lambda _: sleep)
-    patient, seen = open_connection(url, api_key=owner.key), list[Exchange]()
+    patient, seen = guard.connection(url, api_key=owner.key), list[Exchange]()
     patient.observers.append(seen.append)
     patient.encode(ENCODE)
     patient.close()
@@ -230,7 +230,7 @@ def test_faults_and_numbers_that_do_not_fit_cost_nothing(server: Serve, tiny_mod
         return Patched(engine, encode)
 
     with server(make_service(tiny_models["llama"], wrap=patched), access=owner.access) as url:
-        connection = open_connection(url, api_key=owner.key)
+        connection = guard.connection(url, api_key=owner.key)
         for first, error in ((5, ServerFault), (6, NumericalFault)):
             with pytest.raises(error):
                 connection.encode(EncodeRequest(token_ids=[[first, 7]], from_position=[0]))
@@ -265,7 +265,7 @@ def test_places_are_taken_while_calls_are_answered(server: Serve, tiny_models: T
         server(make_service(tiny_models["llama"], wrap=patched), access=owner.access) as url,
         ThreadPoolExecutor(1) as pool,
     ):
-        connection = open_connection(url, api_key=owner.key, give_up_after_s=0)
+        connection = guard.connection(url, api_key=owner.key, give_up_after_s=0)
         answered = pool.submit(connection.encode, ENCODE)
         assert begun.wait(60)
         with pytest.raises(QuotaExceeded, match="1 of your requests") as caught:
@@ -281,7 +281,7 @@ def test_places_are_taken_while_calls_are_answered(server: Serve, tiny_models: T
 def test_rest_tells_it_in_the_fields_of_the_draft(tiny_service: PlmService, owner: Owner) -> None:
     owner.limit(tokens_per_minute=2, full_distributions=0)
     with serve(tiny_service, access=owner.access) as url:
-        http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {owner.key}"})
+        http = guard.http(url, headers_of_all={"Authorization": f"Bearer {owner.key}"})
         card = http.get("/v1/model")
         assert card.headers["RateLimit"] == '"minute";r=2;t=40, "full-distributions";r=0'
         assert card.headers["RateLimit-Policy"] == (
@@ -309,7 +309,7 @@ def test_grpc_tells_it_in_trailing_metadata_and_with_the_answers_of_a_stream(
     request = to_proto(ENCODE, pema_pb2.EncodeRequest())
     with (
         serve_over_grpc(tiny_service, access=owner.access) as url,
-        grpc.insecure_channel(url.removeprefix("grpc://")) as channel,
+        guard.channel(url, with_key=False) as channel,
     ):
         stub = pema_pb2_grpc.PlmStub(channel)
         _, card = stub.GetModelCard.with_call(pema_pb2.GetModelCardRequest(), metadata=metadata)

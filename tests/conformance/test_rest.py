@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import pytest
 
-from data_owner_client.connection import open_connection
 from plm_owner_server.engines.base import EncodeBatch, Encoded
 from plm_owner_server.engines.transformers import TransformersEngine
 from plm_owner_server.service import PlmService
@@ -33,7 +32,8 @@ from protocol.messages import (
     ModelCard,
     TokenizerBundle,
 )
-from tests.conformance.test_service import CALLS, checked_problem
+from tests import guard
+from tests.conformance.test_service import A_RANGE, CALLS, checked_problem
 from tests.support import TinyModels, make_service, serve, serve_over_grpc
 
 FINE = EncodeRequest(token_ids=[[5, 6]], from_position=[0])
@@ -43,7 +43,7 @@ SECRET = "GEHEIM"
 
 @pytest.fixture(scope="module")
 def http(tiny_server: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=tiny_server, timeout=60) as client:
+    with guard.http(tiny_server) as client:
         yield client
 
 
@@ -122,7 +122,7 @@ def test_a_body_over_the_limit_is_413(tiny_service: PlmService, chunked: bool, c
         for _ in range(30):
             yield b" " * 1000
 
-    with serve(tiny_service, max_body_bytes=5000) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with serve(tiny_service, max_body_bytes=5000) as url, guard.http(url) as client:
         content: Any = pieces() if chunked else b" " * 30_000
         response = client.post("/v1/encode", content=content, headers={"Content-Type": content_type})
         assert ("content-length" in response.request.headers) != chunked
@@ -135,7 +135,7 @@ def test_a_body_over_the_limit_is_413(tiny_service: PlmService, chunked: bool, c
 
 
 def test_before_the_model_is_loaded_only_healthz_is_well() -> None:
-    with serve(None) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with serve(None) as url, guard.http(url) as client:
         assert client.get("/healthz").json() == {"status": "alive"}
         responses = [client.get(path) for path in ("/readyz", "/v1/model", "/v1/tokenizer")]
         responses += [client.post(path, content=b"{}", headers=AS_JSON) for path in CALLS]
@@ -192,7 +192,7 @@ def test_one_request_too_many_is_told_to_come_back(tiny_models: TinyModels) -> N
         "/v1/decode": b'{"token_ids": [[5]], "look_ahead": [0]}',
         "/v1/next-token-distribution": b'{"text": "a"}',
     }
-    with serve(service) as url, httpx.Client(base_url=url, timeout=100) as client, ThreadPoolExecutor(1) as pool:
+    with serve(service) as url, guard.http(url, timeout=100) as client, ThreadPoolExecutor(1) as pool:
         try:
             first = pool.submit(client.post, "/v1/encode", content=FINE.to_json(), headers=AS_JSON)
             assert engine.entered.wait(100)
@@ -204,9 +204,9 @@ def test_one_request_too_many_is_told_to_come_back(tiny_models: TinyModels) -> N
                 assert int(response.headers["retry-after"]) >= 1
                 assert error.retry_after_s is not None
             with pytest.raises(Overloaded):
-                service.encode(FINE)
+                service.encode(FINE, guard.caller())
             with serve_over_grpc(service) as grpc_url:
-                connection = open_connection(grpc_url, give_up_after_s=0)
+                connection = guard.connection(grpc_url, give_up_after_s=0)
                 calls = (
                     lambda: connection.encode(FINE),
                     lambda: connection.decode(DecodeRequest(token_ids=[[5]], look_ahead=[0])),
@@ -219,7 +219,7 @@ def test_one_request_too_many_is_told_to_come_back(tiny_models: TinyModels) -> N
                 connection.close()
             # What needs no forward pass is answered all the same.
             assert client.get("/readyz").status_code == 200
-            assert client.post("/v1/lm-head", content=b'{"stop": 2}', headers=AS_JSON).status_code == 200
+            assert client.post("/v1/lm-head", content=b'{"token_ids": [2]}', headers=AS_JSON).status_code == 200
         finally:
             engine.go.set()
         assert first.result(100).status_code == 200
@@ -241,7 +241,7 @@ def test_a_client_that_hangs_up_is_skipped(
     engine = engines[0]
     serving = serve(service) if transport == "rest" else serve_over_grpc(service)
     with serving as url, ThreadPoolExecutor(1) as pool:
-        patient, impatient = open_connection(url), open_connection(url, timeout_s=0.5, give_up_after_s=0)
+        patient, impatient = guard.connection(url), guard.connection(url, timeout_s=0.5, give_up_after_s=0)
         try:
             first = pool.submit(patient.encode, FINE)
             assert engine.entered.wait(100)
@@ -276,7 +276,7 @@ def test_a_fault_of_the_server_is_500_and_quotes_nothing(
     service = make_service(tiny_models["llama"], wrap=_Failing, max_waiting_requests=1)
     ids = [[201, 202, 203]]
     body = EncodeRequest(token_ids=ids, from_position=[0]).to_json()
-    with serve(service) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with serve(service) as url, guard.http(url) as client:
         for _ in range(3):  # the place in the queue is given back: no 429
             response = client.post("/v1/encode", content=body, headers=AS_JSON | {"X-Request-Id": "abc-1"})
             error = checked_problem(response)
@@ -335,7 +335,7 @@ def test_request_ids_differ(http: httpx.Client) -> None:
     assert len({http.get("/healthz").headers["X-Request-Id"] for _ in range(5)}) == 5
 
 
-@pytest.mark.parametrize("path", ["/v1/tokenizer", "/v1/lm-head?start=3&stop=9"])
+@pytest.mark.parametrize("path", ["/v1/tokenizer", pytest.param("/v1/lm-head?start=3&stop=9", marks=A_RANGE)])
 def test_what_a_client_has_already_is_not_sent_again(http: httpx.Client, path: str) -> None:
     first = http.get(path)
     etag = first.headers["etag"]
@@ -346,6 +346,7 @@ def test_what_a_client_has_already_is_not_sent_again(http: httpx.Client, path: s
     assert other.content == first.content
 
 
+@A_RANGE
 def test_the_etag_of_head_rows_tells_what_was_asked_for(http: httpx.Client) -> None:
     asked = ["start=3&stop=9", "start=3&stop=10", "start=2&stop=9", "start=3&stop=9&dtype=float32"]
     tags = [http.get(f"/v1/lm-head?{query}").headers["etag"] for query in asked]
@@ -353,6 +354,7 @@ def test_the_etag_of_head_rows_tells_what_was_asked_for(http: httpx.Client) -> N
     assert len(set(tags)) == len(tags)
 
 
+@A_RANGE
 @pytest.mark.parametrize("query", ["start=9&stop=3", "start=-1&stop=3", "stop=1000000", "start=x", "dtype=int4"])
 def test_a_bad_range_of_head_rows_is_a_problem(http: httpx.Client, query: str) -> None:
     response = http.get(f"/v1/lm-head?{query}")
@@ -361,6 +363,7 @@ def test_a_bad_range_of_head_rows_is_a_problem(http: httpx.Client, query: str) -
     assert response.json()["hint"]
 
 
+@A_RANGE
 def test_a_range_of_head_rows_is_the_same_by_get_and_post(http: httpx.Client) -> None:
     ours = HeadRows.from_bytes(http.get("/v1/lm-head?start=3&stop=9&dtype=float32").content)
     body = HeadRequest(start=3, stop=9, dtype="float32").to_json()
@@ -414,13 +417,11 @@ def test_simultaneous_calls_do_not_mix(tiny_server: str, tiny_service: PlmServic
 
     def ask(request: EncodeRequest) -> EncodeResponse:
         headers = {"Content-Type": BINARY}
-        return EncodeResponse.from_bytes(
-            httpx.post(f"{tiny_server}/v1/encode", content=request.to_bytes(), headers=headers, timeout=60).content
-        )
+        return EncodeResponse.from_bytes(http.post("/v1/encode", content=request.to_bytes(), headers=headers).content)
 
-    with ThreadPoolExecutor(6) as pool:
+    with guard.http(tiny_server) as http, ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(ask, requests))
     for request, answer in zip(requests, answers, strict=True):
-        alone = tiny_service.encode(request)
+        alone = tiny_service.encode(request, guard.caller())
         assert answer.echo == alone.echo == echoes(request.token_ids)
         assert (answer.cr_N_D - alone.cr_N_D).abs().max() <= 1e-5

@@ -1,5 +1,7 @@
 """`pema-server` with an engine that fails when a sequence begins with one of these tokens, to be run with `-m`.
 
+Or one that is never loaded.
+
 Whatever it raises quotes the token ids, as an exception of a library may.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from plm_owner_server.cli import main
@@ -17,12 +20,18 @@ FAIL, BREAK, HANG, HOLD = 201, 202, 203, 204
 HELD = "PEMA_TEST_HELD"
 """Environment variable with the name of a file: `HOLD` and `HANG` make it, and `HOLD` goes on when it is gone."""
 
+LOADING = "PEMA_TEST_LOADING"
+"""Environment variable with the name of a file, which is made when all is loaded but what never will be."""
+
 
 class AilingEngine(transformers.TransformersEngine):
     broken = False
 
     def warm_up(self) -> None:
         self._raise_if(self.broken, [])
+        if LOADING in os.environ:
+            with ThreadPoolExecutor(1) as pool:  # as libraries load weights; Python waits for its threads
+                pool.submit(self._never_come_back)
         super().warm_up()
 
     def encode(self, batch: EncodeBatch) -> Encoded:
@@ -35,6 +44,11 @@ class AilingEngine(transformers.TransformersEngine):
             while first == HANG or held.exists():
                 time.sleep(0.01)
         return super().encode(batch)
+
+    def _never_come_back(self) -> None:
+        Path(os.environ[LOADING]).touch()
+        while True:
+            time.sleep(0.01)
 
     def _raise_if(self, failing: bool, token_ids: list[list[int]]) -> None:
         if failing:

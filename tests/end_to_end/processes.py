@@ -18,6 +18,8 @@ from typing import Any
 
 import httpx
 
+from tests import guard
+
 _READY_WITHIN_S = 240
 
 
@@ -43,7 +45,7 @@ def server(
     """
     port = port or free_port()
     process = start_server(log, port, grpc_port, *arguments)
-    url = f"{'https' if ca else 'http'}://127.0.0.1:{port}"
+    url = f"https://127.0.0.1:{port}" if ca else guard.url("http", port)
     try:
         wait_until_ready(process, url, log, ca, own)
         yield url
@@ -55,8 +57,10 @@ def start_server(
     log: Path, port: int, grpc_port: int, *arguments: str, module: str = "plm_owner_server.cli"
 ) -> subprocess.Popen[bytes]:
     """`pema-server serve` on these ports; `module` may be another one with the same command line."""
-    ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
-    command = [sys.executable, "-m", module, "serve", *ports, *arguments]
+    flags = ["--port", str(port), "--grpc-port", str(grpc_port)]
+    if guard.current:  # of flags that are given twice, the last one holds
+        flags += guard.current.flags
+    command = [sys.executable, "-m", module, "serve", *flags, *arguments]
     with log.open("ab") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
@@ -70,7 +74,7 @@ def wait_until_ready(
 ) -> None:
     """Return once the server is ready; fail if it stops or takes too long."""
     deadline = time.monotonic() + _READY_WITHIN_S
-    verify: ssl.SSLContext | bool = True
+    verify = guard.trust()
     if ca:
         verify = ssl.create_default_context(cafile=ca)
         if own:
@@ -94,7 +98,7 @@ class Owner:
 
     def url(self, scheme: str) -> str:
         """Where clients find it: `http` or `grpc`."""
-        return f"{scheme}://127.0.0.1:{self.ports[scheme]}"
+        return guard.url(scheme, self.ports[scheme])
 
     def start(self) -> None:
         """Start the server, and wait until it is ready."""
@@ -126,7 +130,7 @@ def owner_that_can_be_killed(log: Path, *flags: str) -> Iterator[Owner]:
 
 def _stop(process: subprocess.Popen[bytes], log: Path) -> None:
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) in (0, -signal.SIGTERM), log.read_text()[-3000:]
+    assert process.wait(timeout=120) in (0, -signal.SIGTERM), log.read_text()[-3000:]
 
 
 def _ready(url: str, verify: ssl.SSLContext | bool) -> bool:
@@ -137,9 +141,11 @@ def _ready(url: str, verify: ssl.SSLContext | bool) -> bool:
 
 
 def client_command(url: str | None, verb: str, *arguments: Any) -> list[str]:
-    """The command line of a `pema-client` verb."""
+    """The command line of a `pema-client` verb, with what it needs to pass the guard in its environment."""
     server_arguments = ["--server", url] if url else []
-    return [sys.executable, "-m", "data_owner_client.cli", verb, *server_arguments, *map(str, arguments)]
+    shown = guard.current.client_environment.items() if guard.current else ()
+    environment = ["env", *(f"{name}={value}" for name, value in shown)]
+    return [*environment, sys.executable, "-m", "data_owner_client.cli", verb, *server_arguments, *map(str, arguments)]
 
 
 def client(url: str | None, verb: str, *arguments: Any, stdin: str | None = None) -> subprocess.CompletedProcess[str]:

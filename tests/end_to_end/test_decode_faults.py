@@ -14,7 +14,7 @@ import pytest
 
 from data_owner_client import DecodingSettings, connect
 from data_owner_client.decoding.generate import generate
-from tests import support
+from tests import guard, support
 from tests.end_to_end.faulty_proxy import Fault, faulty_proxy
 from tests.end_to_end.processes import Owner, client_command, client_json, end, owner_that_can_be_killed
 from tests.end_to_end.test_command_line import WORDS, write_pairs
@@ -67,7 +67,7 @@ def setting(tiny_models: support.TinyModels, tmp_path_factory: pytest.TempPathFa
 def test_one_fault_of_each_kind(setting: Setting, tmp_path: Path, scheme: str, kind: str) -> None:
     output, struck = tmp_path / "output.txt", threading.Event()
     with faulty_proxy(setting.owner.ports[scheme], [Fault(kind, 20_000, then=struck.set)]) as port:  # type: ignore[arg-type]
-        assert end(setting.start(f"{scheme}://127.0.0.1:{port}", output)) == 0
+        assert end(setting.start(guard.url(scheme, port), output)) == 0
     assert struck.is_set()
     assert output.read_bytes() == setting.expected
 
@@ -78,7 +78,7 @@ def test_a_server_that_is_killed_and_comes_back_changes_nothing(setting: Setting
     before = owner.restarts
     kills = [Fault("cut", after, then=owner.restart) for after in (20_000, 10_000)]
     with faulty_proxy(owner.ports[scheme], kills) as port:
-        process = setting.start(f"{scheme}://127.0.0.1:{port}", output, "--batch-size", "7")
+        process = setting.start(guard.url(scheme, port), output, "--batch-size", "7")
         assert end(process, within_s=300) == 0
     assert owner.restarts - before == len(kills)
     assert output.read_bytes() == setting.expected
@@ -88,7 +88,7 @@ def test_the_servers_memory_is_flat_through_random_traffic(setting: Setting) -> 
     """The cache turns over many times within its bound of 1 MiB: as many tokens as hours of work would bring."""
     rng, process = random.Random(5), psutil.Process(setting.owner.process.pid)
     resident: list[int] = []
-    with connect(setting.owner.url("grpc"), dtype="float16") as plm:
+    with connect(setting.owner.url("grpc"), **guard.credentials(dtype="float16")) as plm:
         for _ in range(6):
             for _ in range(25):
                 prompts = [rng.choices(range(3, support.VOCAB_SIZE), k=rng.randint(2, 60)) for _ in range(32)]

@@ -19,6 +19,7 @@ from data_owner_client.tasks import Task
 from data_owner_client.training import TrainingSettings
 from plm_owner_server.service import PlmService
 from plm_owner_server.tenants import OneKey
+from tests import guard
 from tests.end_to_end.processes import client, client_json
 from tests.support import TinyModels, make_service, serve, serve_over_grpc
 
@@ -28,19 +29,20 @@ PAIRS = [Pair(f"the {i}", f"die {i}") for i in range(12)]
 
 
 @pytest.fixture(scope="module")
-def work(tiny_service: PlmService, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(tiny_server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A memory and an adapter of the tiny Llama."""
     folder = tmp_path_factory.mktemp("work")
-    plm = RemotePlm(InProcessConnection(tiny_service), cache=None)
-    verbs.build_memories(plm, TASK, PAIRS, folder / "memory", validation=PAIRS[:4])
     settings = TrainingSettings(rank=4, epochs=1, nearest=0, decoded=0, minutes=0)
-    verbs.train(plm, folder / "memory", folder / "adapter", settings=settings)
+    with RemotePlm(guard.connection(tiny_server), cache=None) as plm:
+        verbs.build_memories(plm, TASK, PAIRS, folder / "memory", validation=PAIRS[:4])
+        verbs.train(plm, folder / "memory", folder / "adapter", settings=settings)
     return folder
 
 
 @pytest.fixture(params=["http", "grpc"])
 def url(request: pytest.FixtureRequest, tiny_service: PlmService) -> Iterator[str]:
-    with (serve if request.param == "http" else serve_over_grpc)(tiny_service, access=OneKey(KEY)) as url:
+    access = None if guard.current else OneKey(KEY)
+    with (serve if request.param == "http" else serve_over_grpc)(tiny_service, access=access) as url:
         yield url
 
 
@@ -48,8 +50,9 @@ def findings(diagnosis: Diagnosis) -> dict[str, tuple[bool, str]]:
     return {finding.check: (finding.ok, f"{finding.detail} {finding.advice}") for finding in diagnosis.findings}
 
 
-def test_all_is_well(url: str, work: Path, tmp_path: Path) -> None:
-    found = client_json(url, "doctor", "--api-key", KEY, "--memory", work / "memory", "--adapter", work / "adapter")
+def test_all_is_well(url: str, work: Path) -> None:
+    key = guard.current.key if guard.current else KEY
+    found = client_json(url, "doctor", "--api-key", key, "--memory", work / "memory", "--adapter", work / "adapter")
     assert found["healthy"]
     checks = [finding["check"].split()[0] for finding in found["findings"]]
     assert checks == ["server", "tokenizer", "round", "LM", "memory", "adapter"]
@@ -61,7 +64,9 @@ def test_all_is_well(url: str, work: Path, tmp_path: Path) -> None:
     assert found["tokens_per_s"] > 0
 
 
-@pytest.mark.parametrize(("key", "words"), [([], "got none"), (["--api-key", "mistaken"], "got another one")])
+@pytest.mark.parametrize(
+    ("key", "words"), [(["--api-key", ""], "got none"), (["--api-key", "mistaken"], "got another one")]
+)
 def test_a_missing_or_wrong_key_is_said(url: str, key: list[str], words: str) -> None:
     done = client(url, "doctor", *key)
     assert done.returncode == 1
@@ -84,6 +89,7 @@ def test_nobody_there_is_said_in_plain_words(address: str, words: str) -> None:
     assert words in diagnosis.findings[0].detail
 
 
+@pytest.mark.unguarded("speaks TLS to servers that do not, and the other way round")
 @pytest.mark.parametrize("scheme", ["http", "grpc", "https", "grpcs"])
 def test_the_wrong_transport_is_said_in_plain_words(tiny_service: PlmService, scheme: str) -> None:
     with (serve_over_grpc if scheme.startswith("http") else serve)(tiny_service) as url:
@@ -96,7 +102,7 @@ def test_the_wrong_transport_is_said_in_plain_words(tiny_service: PlmService, sc
 
 def test_a_server_that_still_loads_is_said() -> None:
     with serve(None) as url:
-        diagnosis = diagnose(lambda: verbs.connect(url, give_up_after_s=0))
+        diagnosis = diagnose(lambda: verbs.connect(url, **guard.credentials(give_up_after_s=0)))
     assert findings(diagnosis)["server"] == (False, "The model is still loading. Try again in a moment.")
 
 
@@ -130,13 +136,13 @@ def test_what_belongs_to_another_model_is_said(work: Path, tiny_models: TinyMode
         assert "but the server to qwen2" in text
 
 
-def test_unfinished_and_missing_memories_are_said(work: Path, tiny_service: PlmService, tmp_path: Path) -> None:
+def test_unfinished_and_missing_memories_are_said(work: Path, tiny_server: str, tmp_path: Path) -> None:
     shutil.copytree(work / "memory" / "train", tmp_path / "train")
     manifest = tmp_path / "train" / MANIFEST
     manifest.write_text(manifest.read_text().replace(f'"examples": {len(PAIRS)},', '"examples": 99,', 1))
     (tmp_path / "empty").mkdir()
     diagnosis = diagnose(
-        lambda: RemotePlm(InProcessConnection(tiny_service), cache=None), [tmp_path / "train", tmp_path / "empty"]
+        lambda: RemotePlm(guard.connection(tiny_server), cache=None), [tmp_path / "train", tmp_path / "empty"]
     )
     found = findings(diagnosis)
     assert found[f"memory {tmp_path / 'train'}"][0] is False

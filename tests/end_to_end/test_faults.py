@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import support
+from tests import guard, support
 from tests.end_to_end.faulty_proxy import Fault, faulty_proxy
 from tests.end_to_end.processes import Owner, client_command, end, owner_that_can_be_killed
 from tests.end_to_end.test_command_line import write_pairs
@@ -64,7 +64,7 @@ class Job:
 @pytest.fixture(scope="module")
 def undisturbed(owner: Owner, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     job = Job(tmp_path_factory.mktemp("undisturbed") / "memory")
-    assert end(job.start(f"http://127.0.0.1:{owner.ports['http']}")) == 0
+    assert end(job.start(owner.url("http"))) == 0
     files = job.files()
     # Manifest and texts of both, three shards to train on, one to validate on.
     assert len(files) == 2 * 2 + 3 + 1, list(files)
@@ -78,7 +78,7 @@ def test_one_fault_of_each_kind_in_the_middle(
 ) -> None:
     job = Job(tmp_path / "memory")
     with faulty_proxy(owner.ports[scheme], [Fault(kind, ANSWERS_BYTES // 2)]) as port:  # type: ignore[arg-type]
-        assert end(job.start(f"{scheme}://127.0.0.1:{port}")) == 0
+        assert end(job.start(guard.url(scheme, port))) == 0
     assert job.files() == undisturbed
 
 
@@ -88,13 +88,13 @@ def test_a_network_that_never_works_ends_in_a_clear_error(owner: Owner, tmp_path
     job = Job(tmp_path / "memory")
     faults = [Fault(kind, 50)] * 100  # type: ignore[arg-type]
     with faulty_proxy(owner.ports[scheme], faults) as port:
-        assert end(job.start(f"{scheme}://127.0.0.1:{port}")) == 1
+        assert end(job.start(guard.url(scheme, port))) == 1
 
 
 def test_a_full_disk_is_said_and_the_same_command_goes_on(
     owner: Owner, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    job, url = Job(tmp_path / "memory"), f"grpc://127.0.0.1:{owner.ports['grpc']}"
+    job, url = Job(tmp_path / "memory"), owner.url("grpc")
     process = job.start(url, prefix="ulimit -f 16")  # no file of more than 16 KiB: a shard cannot be written
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -115,7 +115,7 @@ def test_no_schedule_of_faults_loses_or_doubles_a_row(
     faults = [Fault(kind, int(math.exp(rng.uniform(0, math.log(ANSWERS_BYTES))))) for kind in kinds]  # type: ignore[arg-type]
     kills = rng.choices(["client", "server", "none"], k=2)
     with faulty_proxy(owner.ports[scheme], faults) as port:
-        url = f"{scheme}://127.0.0.1:{port}"
+        url = guard.url(scheme, port)
         for kill in kills:
             if kill == "none":
                 continue

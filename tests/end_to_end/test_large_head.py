@@ -19,7 +19,7 @@ from protocol.codec import raw_bytes
 from protocol.errors import ConnectionFailed
 from protocol.head import LMHead
 from tests.end_to_end.faulty_proxy import Fault, faulty_proxy
-from tests.support import make_settings, serve, serve_over_grpc, tiny_tokenizer
+from tests.support import MASTER_SECRET, make_settings, serve, serve_over_grpc, tiny_tokenizer
 
 V, D = 2**17, 2**13
 GIB = 2**30
@@ -55,6 +55,7 @@ def service() -> PlmService:
         name="large",
         weights_digest="large",
         settings=make_settings(),
+        master_secret=lambda: MASTER_SECRET,
     )
 
 
@@ -64,6 +65,7 @@ def cache(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)  # two GiB, which pytest would keep
 
 
+@pytest.mark.unguarded("needs the whole head")
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
 def test_a_large_head_passes_in_pieces_and_resumes_after_a_cut(service: PlmService, cache: Path, scheme: str) -> None:
     with (

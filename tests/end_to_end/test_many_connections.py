@@ -10,9 +10,8 @@ from pathlib import Path
 
 import httpx
 
-from data_owner_client.connection import open_connection
 from protocol.messages import EncodeRequest
-from tests import support
+from tests import guard, support
 from tests.end_to_end.processes import free_port, server
 
 WANTED = 10_000
@@ -46,7 +45,7 @@ def test_idle_connections_keep_nobody_out(tiny_models: support.TinyModels, tmp_p
     flags = ["--model", str(tiny_models["llama"]), "--transfer-s", "5"]
     log = tmp_path / "server.log"
     with server(log, *flags, grpc_port=port) as rest, as_many_files_as_may_be() as count, ExitStack() as idle:
-        urls = [rest, f"grpc://127.0.0.1:{port}"]
+        urls = [rest, guard.url("grpc", port)]
         # gRPC closes those over its limit at once.
         for to, most in ((int(rest.rpartition(":")[2]), count), (port, count // 5)):
             for number in range(most):
@@ -54,8 +53,8 @@ def test_idle_connections_keep_nobody_out(tiny_models: support.TinyModels, tmp_p
                     idle.callback(client.close)
                 if number % (most // 3) == 0:
                     for url in urls:
-                        connection = open_connection(url, give_up_after_s=60)
+                        connection = guard.connection(url, give_up_after_s=60)
                         assert len(connection.encode(FINE).cr_N_D) == 2
                         connection.close()
-        assert httpx.get(f"{rest}/readyz", timeout=30).is_success
+        assert httpx.get(f"{rest}/readyz", verify=guard.trust(), timeout=30).is_success
     assert "Traceback" not in log.read_text()

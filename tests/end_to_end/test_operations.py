@@ -9,17 +9,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import grpc
 import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from data_owner_client.connection import open_connection
 from protocol.codec import JSON
 from protocol.errors import NotReady, from_problem
 from protocol.messages import EncodeRequest
-from tests import support
-from tests.end_to_end.ailing_server import BREAK, FAIL, HANG, HELD, HOLD
+from tests import guard, support
+from tests.end_to_end.ailing_server import BREAK, FAIL, HANG, HELD, HOLD, LOADING
 from tests.end_to_end.processes import free_port, start_server, wait_until_ready
 
 _STATUS = health_pb2.HealthCheckResponse
@@ -31,7 +29,7 @@ class Ailing:
     def __init__(self, model: Path, folder: Path, *flags: str) -> None:
         self.log, self.held = folder / "log", folder / "held"
         self.http, self.grpc = free_port(), free_port()
-        self.url = f"http://127.0.0.1:{self.http}"
+        self.url, self.grpc_url = guard.url("http", self.http), guard.url("grpc", self.grpc)
         ports = self.http, self.grpc
         self.process = start_server(
             self.log, *ports, "--model", str(model), *flags, module="tests.end_to_end.ailing_server"
@@ -41,7 +39,12 @@ class Ailing:
 
     def post(self, first: int) -> httpx.Response:
         body = EncodeRequest(token_ids=[[first, 5, 6]], from_position=[0]).to_json()
-        return httpx.post(f"{self.url}/v1/encode", content=body, headers={"Content-Type": JSON}, timeout=120)
+        with guard.http(self.url, timeout=120) as http:
+            return http.post("/v1/encode", content=body, headers={"Content-Type": JSON})
+
+    def probe(self, name: str) -> int:
+        """What a probe over HTTP says."""
+        return httpx.get(f"{self.url}/{name}", verify=guard.trust()).status_code
 
     def hold(self, first: int = HOLD) -> Future[httpx.Response]:
         """A call that the engine works on until `held` is gone, or for ever."""
@@ -51,9 +54,9 @@ class Ailing:
 
     def ready(self) -> tuple[int, int]:
         """What the probes of both transports say."""
-        with grpc.insecure_channel(f"127.0.0.1:{self.grpc}") as channel:
+        with guard.channel(self.grpc_url) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
-            return httpx.get(f"{self.url}/readyz").status_code, stub.Check(health_pb2.HealthCheckRequest()).status
+            return self.probe("readyz"), stub.Check(health_pb2.HealthCheckRequest()).status
 
     def end(self) -> int:
         return self.process.wait(timeout=120)
@@ -101,14 +104,14 @@ def test_a_broken_engine_comes_back_and_sigterm_lets_calls_end(ailing: Callable[
     until(lambda: server.post(7).status_code == 200)
     until(lambda: server.ready() == (200, _STATUS.SERVING))
     # Over gRPC, too, as the stream of a client that stays.
-    connection = open_connection(f"grpc://127.0.0.1:{server.grpc}", give_up_after_s=0)
+    connection = guard.connection(server.grpc_url, give_up_after_s=0)
     fine = EncodeRequest(token_ids=[[7, 5, 6]], from_position=[0])
     connection.encode(fine)
 
     held = server.hold()
     server.process.send_signal(signal.SIGTERM)
     until(lambda: server.ready() == (503, _STATUS.NOT_SERVING))
-    assert httpx.get(f"{server.url}/healthz").status_code == 200
+    assert server.probe("healthz") == 200
     assert "stopping" in str(refused(server.post(7)))
     with pytest.raises(NotReady, match="stopping"):
         connection.encode(fine)
@@ -132,8 +135,12 @@ def test_what_does_not_end_in_time_is_refused(ailing: Callable[..., Ailing]) -> 
     held, waiting = server.hold(), server.pool.submit(server.post, 7)
     queued = 'pema_queue_requests{state="waiting"} 1.0'
     until(lambda: queued in httpx.get(f"http://127.0.0.1:{metrics}/metrics").text)
-    with socket.create_connection(("127.0.0.1", server.http), timeout=120) as sending:
-        head = ["POST /v1/encode HTTP/1.1", "Host: x", "Content-Length: 9", "Expect: 100-continue", "", ""]
+    with (
+        socket.create_connection(("127.0.0.1", server.http), timeout=120) as bare,
+        guard.encrypted(bare) as sending,
+    ):
+        key = [f"{name}: {value}" for name, value in guard.headers().items()]
+        head = ["POST /v1/encode HTTP/1.1", "Host: x", *key, "Content-Length: 9", "Expect: 100-continue", "", ""]
         sending.sendall("\r\n".join(head).encode())
         assert sending.recv(1000).startswith(b"HTTP/1.1 100 ")  # so its body is being waited for
         server.process.send_signal(signal.SIGINT)
@@ -152,11 +159,29 @@ def test_a_second_signal_stops_at_once(ailing: Callable[..., Ailing]) -> None:
     server = ailing()
     held = server.hold()
     server.process.send_signal(signal.SIGTERM)
-    until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
+    until(lambda: server.probe("readyz") == 503)
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == -signal.SIGTERM
     with pytest.raises(httpx.TransportError):
         held.result(120)
+
+
+def test_a_model_that_is_still_loading_keeps_no_server_from_stopping(
+    tiny_models: support.TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading, log = tmp_path / "loading", tmp_path / "log"
+    monkeypatch.setenv(LOADING, str(loading))
+    model = ["--model", str(tiny_models["llama"])]
+    process = start_server(log, free_port(), 0, *model, module="tests.end_to_end.ailing_server")
+    try:
+        until(loading.exists)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in log.read_text()
+    assert log.read_text().rstrip().splitlines()[-1].endswith(f"Finished server process [{process.pid}]")
 
 
 def test_a_hanging_engine_ends_the_server(ailing: Callable[..., Ailing]) -> None:

@@ -5,11 +5,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import trustme
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from data_owner_client import Pair, Task, TrainingSettings, build_memories, connect, load_task, train, translate
@@ -19,11 +17,9 @@ from data_owner_client.decoding.rounds import DecodingSettings
 from data_owner_client.memory.build import tokenize_pair
 from data_owner_client.plm import RemotePlm
 from data_owner_client.tokenization import Prompt
-from plm_owner_server.disclosure import Disclosure
 from plm_owner_server.models import resolve
 from plm_owner_server.settings import ServerSettings
-from plm_owner_server.tenants import TenantStore
-from plm_owner_server.tenants.quotas import Quotas
+from tests import guard
 from tests.basis import Basis
 from tests.end_to_end import processes
 from tests.reference import Reference, schedule
@@ -63,22 +59,7 @@ class Real:
     basis: Basis
 
 
-def guarded(folder: Path) -> tuple[list[str], dict[str, Any]]:
-    """Flags of a server that strangers may reach, and what its one tenant needs: TLS, a key, candidate rows, Q."""
-    authority = trustme.CA()
-    signed = authority.issue_cert("127.0.0.1")
-    files = {name: folder / name for name in ("ca.pem", "server.pem", "server.key")}
-    authority.cert_pem.write_to_path(str(files["ca.pem"]))
-    signed.private_key_pem.write_to_path(str(files["server.key"]))
-    files["server.pem"].write_bytes(b"".join(blob.bytes() for blob in signed.cert_chain_pems))
-    store = f"sqlite:///{folder}/owner.db"
-    quotas = Quotas(10**9, 10**9, 100, 20_000, 0)
-    key = TenantStore(store).add("acme", disclosure=Disclosure("candidate", rotated=True), quotas=quotas)
-    flags = ["--store", store, "--tls-certificate", str(files["server.pem"]), "--tls-key", str(files["server.key"])]
-    return flags, {"api_key": str(key), "ca": files["ca.pem"]}
-
-
-# The one as on an owner's own machine, the other as on the internet.
+# The one as on an owner's own machine, the other as on the internet, whatever becomes of the rest of the suite.
 @pytest.fixture(scope="module", params=["smollm2-135m", "gemma-3-270m"])
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
     name = request.param
@@ -86,14 +67,12 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     log = work / "log"
     grpc_port = processes.free_port()
     with ExitStack() as stack:
-        flags, access = guarded(work) if name == "gemma-3-270m" else ([], {})
-        url = stack.enter_context(
-            processes.server(log, "--model", name, *flags, grpc_port=grpc_port, ca=access.get("ca"))
-        )
-        scheme = "grpcs" if access else "grpc"
+        if name == "gemma-3-270m":
+            stack.enter_context(guard.put_up(work))
+        url = stack.enter_context(processes.server(log, "--model", name, grpc_port=grpc_port))
         plm, over_grpc = (
-            stack.enter_context(connect(address, dtype="float32", **access))
-            for address in (url, f"{scheme}://127.0.0.1:{grpc_port}")
+            stack.enter_context(connect(address, dtype="float32", **guard.credentials()))
+            for address in (url, guard.url("grpc", grpc_port))
         )
         folder = resolve(name, ServerSettings(_env_file=None).cache_dir).folder
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

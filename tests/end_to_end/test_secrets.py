@@ -27,7 +27,7 @@ from protocol.checks import echoes
 from protocol.codec import BINARY, JSON
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest
 from protocol.protobuf import to_proto
-from tests import support
+from tests import guard, support
 from tests.end_to_end.ailing_server import BREAK, FAIL, HELD, HOLD
 from tests.end_to_end.processes import free_port, start_server, wait_until_ready
 from tests.end_to_end.test_operations import until
@@ -82,7 +82,7 @@ def ask_over_rest(url: str, key: str) -> list[httpx.Response]:
     """Good calls and bad ones; the answers to all."""
     headers = {"Authorization": f"Bearer {key}", "X-Pema-Client": WORD, "User-Agent": WORD, "Cookie": f"a={WORD}"}
     headers |= {"tracestate": f"a={WORD}", "Content-Type": JSON}
-    with httpx.Client(base_url=url, headers=headers, timeout=120) as client:
+    with guard.http(url, headers_of_all=headers, timeout=120) as client:
 
         def post(call: str, body: bytes, **more: str) -> httpx.Response:
             return client.post(f"/v1/{call}", content=body, headers={k.replace("_", "-"): v for k, v in more.items()})
@@ -125,7 +125,7 @@ def ask_over_grpc(address: str, key: str) -> list[str]:
     """Good calls and bad ones; what is told of the bad ones."""
     told: list[str] = []
     metadata = (("authorization", f"Bearer {key}"), ("x-pema-client", WORD), ("tracestate", f"a={WORD}"))
-    with grpc.insecure_channel(address) as channel:
+    with guard.channel(address, with_key=False) as channel:
         stub = pema_pb2_grpc.PlmStub(channel)  # type: ignore[no-untyped-call]
 
         def attempt(call: Any, request: Any, metadata: Sequence[tuple[str, str]] = metadata) -> None:
@@ -169,7 +169,7 @@ def test_nothing_of_the_users_is_written_anywhere(
     database = f"sqlite:///{store}"
     key = pema_server(database, "tenants", "add", "acme").stdout.strip()
     port, grpc_port, metrics_port = free_port(), free_port(), free_port()
-    url = f"http://127.0.0.1:{port}"
+    url = guard.url("http", port)
     flags = ["--model", str(tiny_models["llama"]), "--store", database, "--metrics-port", str(metrics_port)]
     flags += ["--log-level", "debug", "--log-format", "json"]
     written: dict[str, bytes] = {}
@@ -182,7 +182,8 @@ def test_nothing_of_the_users_is_written_anywhere(
 
         def post(first: int) -> httpx.Response:
             body, headers = encode(first, *IDS).to_json(), {"Authorization": f"Bearer {key}", "Content-Type": JSON}
-            return httpx.post(f"{url}/v1/encode", content=body, headers=headers, timeout=120)
+            with guard.http(url, headers_of_all=headers, timeout=120) as http:
+                return http.post("/v1/encode", content=body)
 
         for life, last in enumerate((signal.SIGKILL, signal.SIGABRT)):
             process = start_server(log, port, grpc_port, *flags, module="tests.end_to_end.ailing_server")
@@ -192,7 +193,7 @@ def test_nothing_of_the_users_is_written_anywhere(
                 # A trace and an id that are none are no mistakes.
                 assert sorted(r.status_code for r in bad)[:2] == [200, 400], [r.status_code for r in bad]
                 written[f"REST {life}"] = b"\n".join(r.content + str(r.headers).encode() for r in bad)
-                written[f"gRPC {life}"] = "\n".join(ask_over_grpc(f"127.0.0.1:{grpc_port}", key)).encode()
+                written[f"gRPC {life}"] = "\n".join(ask_over_grpc(guard.url("grpc", grpc_port), key)).encode()
                 written[f"junk {life}"] = shout(port) + shout(grpc_port)
                 broken = post(BREAK)
                 assert broken.status_code == 503

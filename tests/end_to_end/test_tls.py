@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trustme
 
 from data_owner_client import connect
 from data_owner_client.connection import Connection, open_connection
@@ -19,20 +19,7 @@ from protocol.errors import ConnectionFailed, Forbidden, InvalidRequest, PemaErr
 from protocol.messages import HeadRequest
 from tests import support
 from tests.end_to_end.processes import client, free_port, server
-
-
-class Authority:
-    """Signs certificates for this machine, into the files that the server reads."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._authority = trustme.CA(organization_name=name)
-        self.file = folder / f"{name}.pem"
-        self._authority.cert_pem.write_to_path(str(self.file))
-
-    def sign(self, certificate: Certificate, *names: str, common_name: str | None = None) -> None:
-        signed = self._authority.issue_cert(*(names or ("127.0.0.1", "localhost")), common_name=common_name)
-        signed.private_key_pem.write_to_path(str(certificate.key))
-        certificate.chain.write_bytes(b"".join(blob.bytes() for blob in signed.cert_chain_pems))
+from tests.guard import Authority
 
 
 def test_both_transports_speak_tls_and_take_a_renewed_certificate(
@@ -44,8 +31,12 @@ def test_both_transports_speak_tls_and_take_a_renewed_certificate(
     store = f"sqlite:///{tmp_path}/owner.db"
     key, port = str(TenantStore(store).add("acme")), free_port()
     flags = ["--model", tiny_models["llama"], "--store", store]
-    flags += ["--tls-certificate", str(files.chain), "--tls-key", str(files.key)]
-    with server(tmp_path / "server.log", *flags, grpc_port=port, ca=first.file) as rest:
+    flags += ["--tls-certificate", str(files.chain), "--tls-key", str(files.key), "--transfer-s", "5"]
+    with (
+        server(tmp_path / "server.log", *flags, grpc_port=port, ca=first.file) as rest,
+        # One that never shakes hands: its own time-out is longer than the server's.
+        socket.create_connection(("127.0.0.1", int(rest.rpartition(":")[2])), timeout=40) as silent,
+    ):
         urls = [rest, f"grpcs://127.0.0.1:{port}"]
 
         def card_names(authority: Authority | None) -> list[str]:
@@ -78,8 +69,10 @@ def test_both_transports_speak_tls_and_take_a_renewed_certificate(
         for url in urls:
             with pytest.raises(Untrusted, match=r"(?i)peer name|hostname|not valid for"):
                 connect(url, api_key=key, ca=second.file, give_up_after_s=0)
+        assert silent.recv(1) == b""
 
 
+@pytest.mark.unguarded("clients show certificates of their own in place of keys")
 def test_tenants_are_known_by_their_certificates(tiny_models: support.TinyModels, tmp_path: Path) -> None:
     """Both transports demand one; a key that is shown besides must be the same tenant's."""
     owners, clients, strangers = (Authority(tmp_path, name) for name in ("owners", "clients", "strangers"))

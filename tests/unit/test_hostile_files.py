@@ -28,7 +28,7 @@ from plm_owner_server.cli import main
 from plm_owner_server.settings import ServerSettings
 from protocol.codec import Message
 from protocol.messages import HeadRows, Limits, ModelCard
-from tests.hostile import DEEP, crooked, damaged, refused, stored, tensors_like, text_like
+from tests.hostile import DEEP, crooked, damaged, one_spoilt, refused, tensors_like, text_like
 from tests.unit.test_training import make_trained
 
 D, V, MOST_MIB = 4, 20, 256
@@ -74,10 +74,7 @@ def test_memories(tmp_path: Path) -> None:
     @given(data=st.data(), stamped=st.booleans())
     @settings(max_examples=250, database=None)
     def reads(data: st.DataObject, stamped: bool) -> None:
-        for path, content in good.items():
-            path.write_bytes(content)
-        path = data.draw(st.sampled_from(list(good)))
-        path.write_bytes((stored if path == shard else text_like)(data.draw, good[path]))
+        path = one_spoilt(data.draw, good, [shard])
         if stamped and path == shard:  # as who means harm would
             record = json.loads(good[manifest])
             record["shards"][0]["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
@@ -113,10 +110,7 @@ def test_adapters(tmp_path: Path) -> None:
     @given(data=st.data(), stamped=st.booleans())
     @settings(max_examples=250, database=None)
     def reads(data: st.DataObject, stamped: bool) -> None:
-        for path, content in good.items():
-            path.write_bytes(content)
-        path = data.draw(st.sampled_from(list(good)))
-        path.write_bytes((stored if path == tensors else text_like)(data.draw, good[path]))
+        path = one_spoilt(data.draw, good, [tensors])
         if stamped and path == tensors:
             record = json.loads(good[json_file])
             record["tensors_sha256"] = hashlib.sha256(tensors.read_bytes()).hexdigest()
@@ -175,12 +169,9 @@ def test_head_caches(tmp_path: Path) -> None:
     def reads(data: st.DataObject, name: str) -> None:
         for path in cached.folder.glob("rows-*"):
             path.unlink()
-        for path, content in good.items():
-            path.write_bytes(content)
+        one_spoilt(data.draw, good, good)
         if name:
             (cached.folder / name).write_bytes(b"")
-        path = data.draw(st.sampled_from(sorted(good)))
-        path.write_bytes(stored(data.draw, good[path]))
         found = refused(cached.load)
         if found is not None:
             assert found.logits(torch.ones(1, D)).shape == (1, V)

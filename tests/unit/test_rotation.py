@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from plm_owner_server.disclosure import Disclosure
 from plm_owner_server.rotation import Rotation, RotationKey
+from tests import support
 
 SECRET = b"a master secret of at least 32 bytes"
 
@@ -58,3 +62,28 @@ def test_all_rotations_are_equally_likely(size: int) -> None:
     assert (traces**2).mean().item() == pytest.approx(1.0, abs=3 * error)
     # Reflections, too: half of them.
     assert (torch.linalg.det(q_S_D_D) > 0).double().mean().item() == pytest.approx(0.5, abs=error)
+
+
+def test_first_calls_that_come_at_once_make_one_rotation(
+    tiny_models: support.TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And keep nobody waiting whose view is made already."""
+    made, go_on = list[int](), threading.Event()
+    inner = RotationKey.matrix
+
+    def matrix(key: RotationKey, size: int) -> torch.Tensor:
+        made.append(size)
+        assert len(made) == 1 or go_on.wait(60)
+        return inner(key, size)
+
+    monkeypatch.setattr(RotationKey, "matrix", matrix)
+    views = support.make_service(tiny_models["llama"])._views
+    rotated = Disclosure("candidate", rotated=True)
+    acme = views.of("acme", rotated)
+    with ThreadPoolExecutor(4) as pool:
+        first_calls = [pool.submit(views.of, "beta", rotated) for _ in range(4)]
+        assert views.of("acme", rotated) is acme
+        go_on.set()
+        one, *others = [call.result(60) for call in first_calls]
+    assert all(view is one for view in others)
+    assert len(made) == 2

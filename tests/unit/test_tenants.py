@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 
 from plm_owner_server.cli import main
 from plm_owner_server.disclosure import Disclosure
+from plm_owner_server.holder import ServiceHolder
+from plm_owner_server.metering import Cost
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants import ANYBODY, SCOPES, Anyone, OneKey, Tenant, TenantKeys, TenantStore, access_for
-from plm_owner_server.tenants import access as access_module
+from plm_owner_server.tenants import trust as trust_module
 from plm_owner_server.tenants.keys import Key
 from plm_owner_server.tenants.tables import METADATA
 from protocol.errors import InvalidRequest, NotReady, PemaError, Unauthenticated
@@ -132,7 +134,7 @@ def test_processes_that_start_at_once_make_the_tables_once(url: str) -> None:
 
 def test_a_disabled_tenant_is_out_within_two_seconds(store: TenantStore, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(access_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(trust_module, "time", SimpleNamespace(monotonic=lambda: now))
     keys, shown = TenantKeys(store), f"Bearer {store.add('acme')}"
     assert keys.recall(shown) is None
     assert keys.identify(shown) == keys.recall(shown) == Tenant("acme", frozenset(SCOPES))
@@ -176,7 +178,7 @@ def test_without_its_store_a_server_tells_callers_to_come_back(
     store: TenantStore, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 100.0
-    monkeypatch.setattr(access_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(trust_module, "time", SimpleNamespace(monotonic=lambda: now))
     keys, known, unknown = TenantKeys(store), f"Bearer {store.add('acme')}", f"Bearer {store.add('beta')}"
     keys.identify(known)
     with sqlite3.connect(sa.make_url(url).database or "") as database:
@@ -210,6 +212,22 @@ def test_every_policy_can_be_given(
         assert tenant.disclosure == Disclosure(policy, rotated=policy == "candidate")  # type: ignore[arg-type]
     with pytest.raises(SystemExit, match="No policy was given"):
         tenants("disclose", "early full", "--rotation", "on")
+
+
+def test_who_stops_lets_go_of_the_database(store: TenantStore, url: str) -> None:
+    key = f"Bearer {store.add('acme')}"
+    store.database.close()
+    access = access_for(ServerSettings(_env_file=None, store=url))  # type: ignore[call-arg]
+    holder = ServiceHolder(access=access)
+    assert access.identify(key).name == "acme"
+    log = Path(f"{sa.make_url(url).database}-wal")  # which SQLite keeps for as long as a connection is open
+    assert log.exists()
+    holder.close()
+    assert not log.exists()
+    with access.meter(access.identify(key)).charging(Cost()):  # a call that did not end in time
+        pass
+    holder.close()
+    assert not log.exists()
 
 
 def test_who_lets_nobody_in_gets_no_database(url: str) -> None:

@@ -76,7 +76,7 @@ class InMemory:
 
 def fit(rows: MemoryRows, settings: TrainingSettings, *, shards: int = 1, **options: Any) -> Trained:
     memory = InMemory(rows, shards)
-    survey = replace(Survey.of(memory), candidate_ids_C=CANDIDATES)
+    survey = replace(Survey.of(memory, axes=settings.principal_axes), candidate_ids_C=CANDIDATES)
     return train_adapter(memory, survey, make_head(), make_validation(), settings, **options)
 
 
@@ -109,7 +109,9 @@ def test_both_phases_are_the_formulas(form: Any, principal_axes: bool) -> None:
     batches = [[numbers_of(batch.cr_N_D, rows.cr_N_D) for batch in stream.epoch(epoch)] for epoch in range(5)]
     steps = settings.epochs * math.ceil(N / settings.batch_rows)
     rates = [settings.learning_rate * (1 + math.cos(math.pi * i / steps)) / 2 for i in range(steps)]
-    axes_D_D = Survey.of(InMemory(rows)).axes_D_D if principal_axes else torch.eye(D)
+    axes_D_D = Survey.of(InMemory(rows), axes=principal_axes).axes_D_D
+    assert (axes_D_D is not None) == principal_axes
+    axes_D_D = torch.eye(D) if axes_D_D is None else axes_D_D
     expected = reference.train(
         rows.cr_N_D @ axes_D_D.T,
         Batch.of(rows, CANDIDATES).label_N,
@@ -292,8 +294,12 @@ def test_training_refuses_what_it_cannot_learn_from() -> None:
     rows = make_rows(3)
     with pytest.raises(InvalidData, match="no rows"):
         Survey.of(InMemory(replace(rows, cr_N_D=rows.cr_N_D[:0], rows_E=rows.rows_E[:0])))
-    with pytest.raises(NumericalFault, match="not finite"):
-        fit(replace(rows, cr_N_D=rows.cr_N_D * float("nan")), SETTINGS)
+    for principal_axes in (False, True):
+        with pytest.raises(NumericalFault, match="not finite"):
+            fit(
+                replace(rows, cr_N_D=rows.cr_N_D * float("nan")),
+                replace(SETTINGS, principal_axes=principal_axes),
+            )
     for device in ("abacus", "xpu:7", "meta"):
         with pytest.raises(InvalidRequest, match="no device"):
             fit(rows, replace(SETTINGS, device=device))
