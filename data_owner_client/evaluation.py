@@ -62,6 +62,12 @@ def text_scores(hypotheses: Sequence[str], references: Sequence[str]) -> TextSco
     )
 
 
+def sentence_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Tensor:
+    """chrF of each hypothesis by itself, float64 from 0 to 100."""
+    chrf, pairs = sacrebleu.CHRF(), zip(hypotheses, references, strict=True)
+    return torch.tensor([chrf.sentence_score(text, [reference]).score for text, reference in pairs]).double()
+
+
 def plm_target_logprobs(head: LMHead, target_ids_K: Tensor, rows: MemoryRows) -> Tensor:
     """log P_PLM(y) of each row, float64, from head rows and the stored log-sum-exp.
 

@@ -215,6 +215,7 @@ def _generate(
         drawn = [None, *range(consensus)]
         sampling = replace(sampling or Sampling(CONSENSUS_TEMPERATURE), known_only=adapter is not None)
     # Samples of the same prompt one after another: they share all of its attention states.
+    stop_ids = task.stop_ids(tokenizer) | frozenset(plm.card.eos_token_ids)
     continuations, usage = generate_ids(
         plm,
         [prompt_ids[number] for number in numbers for _ in drawn],
@@ -222,7 +223,7 @@ def _generate(
         interpolation=interpolation or (adapter.card.interpolation if adapter else Interpolation(schedule="none")),
         horizons=None if horizons is None else [horizons[number] for number in numbers for _ in drawn],
         own_prompts=None if own_ids is None else [own_ids[number] for number in numbers for _ in drawn],
-        stop_ids=task.stop_ids(tokenizer) | frozenset(plm.card.eos_token_ids),
+        stop_ids=stop_ids,
         settings=decoding,
         sampling=sampling,
         samples=drawn * len(numbers),
@@ -235,7 +236,9 @@ def _generate(
     for at, number in enumerate(numbers):
         own = continuations[at * len(drawn) : (at + 1) * len(drawn)]
         texts = [task.answer(one.token_ids, tokenizer) for one in own]
-        order = by_likeness(texts) if consensus else _by_likelihood(own)
+        order = _by_likelihood(own)
+        if consensus:
+            order = by_likeness(texts, [one.token_ids[-1] in stop_ids for one in own])
         answers[number] = [texts[n] for n in order[:best]]
         choices[number] = own[order[0]].choices
     return Generation(

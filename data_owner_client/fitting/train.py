@@ -66,7 +66,8 @@ def train(
     The server is asked for the head rows of the candidate vocabulary only, unless the full one is wanted. How the
     adapter is used is chosen on the validation memory, first by likelihood: schedule and λ_max, or a learned gate, and,
     where the targets were shared, whether the PLM sees examples of its own for each text. Then some of the texts are
-    decoded with that and with constant values of λ, and the one with the highest chrF stays.
+    decoded with that and with constant values of λ, and the one with the highest chrF stays; with a length
+    reward only where that is clearly better.
 
     The memory is read from disk as it is needed, so it may be larger than RAM. Interrupted, the same call goes on where
     it was, to the same adapter, bit for bit. (But for a gate behind examples for each text: it is fitted to answers
@@ -136,7 +137,7 @@ def train(
     best = options[0]
     why = f"{best}: {best.nll:.3f} nats per token of the validation examples (the PLM alone: {given.plm_nll:.3f})"
     if best.chrf is not None:
-        why += f", chrF {best.chrf:.1f} on those that were decoded, the best of those tried"
+        why += f", chrF {best.chrf:.1f} on those that were decoded"
     reporter.say(f"Chosen: {why}.")
     adapter = made(best, why)
     adapter.save(folder)

@@ -13,7 +13,7 @@ from data_owner_client.adapter import TrainedAdapter
 from data_owner_client.decoding.gate import Gate, nll_on_unseen
 from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.decoding.rounds import DecodingSettings
-from data_owner_client.evaluation import both_sides, text_scores
+from data_owner_client.evaluation import both_sides, sentence_chrf, text_scores
 from data_owner_client.fitting.inputs import Memories, TrainingInput
 from data_owner_client.generation import translate
 from data_owner_client.memory import MemoryRows
@@ -103,7 +103,7 @@ def choose_usage(
     with_option: Callable[[Option], TrainedAdapter],
     reporter: Reporter,
 ) -> list[Option]:
-    """All that was tried, what to use first: the likeliest, or, where texts are decoded, that of the highest chrF.
+    """All that was tried, what to use first: the likeliest, or, where texts are decoded, what `_decoded` says.
 
     Likelihood takes the texts before each token as given, so its λ is not always the best for whole texts.
 
@@ -142,15 +142,18 @@ def _decoded(
     with_option: Callable[[Option], TrainedAdapter],
     reporter: Reporter,
 ) -> list[Option]:
-    """Options with their scores on held-out texts, the highest chrF first: λ is chosen, the length reward, λ again.
+    """Options with their scores on held-out texts, the chosen one first: λ is chosen, the length reward, λ again.
 
-    Not by BLEU: of so few texts it is that of the one or two that do not come to an end, if there are any.
+    Not by BLEU: of so few texts it is that of the one or two that do not come to an end, if there are any. And a length
+    reward must be worth it: chrF counts what is there of the reference twice as much as what is there besides, so it
+    hardly sees the superfluous words that a reward brings, too.
     """
     pairs, adapter = memories.held_out_pairs[:most_texts], with_option(likeliest)
     sources, references = [pair.source for pair in pairs], [pair.target or "" for pair in pairs]
     # Twice the longest target: who goes on after that is wrong in any case.
     decoding = DecodingSettings(max_new_tokens=2 * int(memories.held_out.rows_E.max()))
     scored: dict[Interpolation, Option] = {}
+    chrf_E: dict[Interpolation, Tensor] = {}
 
     def decode(option: Option) -> None:
         interpolation = option.interpolation
@@ -162,24 +165,39 @@ def _decoded(
         scores = text_scores(texts, references)
         reporter.say(f"{option}: BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f} on {len(pairs)} validation texts.")
         scored[interpolation] = option.model_copy(update={"bleu": scores.bleu, "chrf": scores.chrf})
+        chrf_E[interpolation] = sentence_chrf(texts, references)
 
-    def best() -> Option:
-        return max(scored.values(), key=lambda option: option.chrf or 0.0)
+    def best(reward: float | None = None) -> Option:
+        given = [each for each in scored.values() if reward in (None, each.interpolation.length_reward)]
+        return max(given, key=lambda option: option.chrf or 0.0)
 
     def constant(lambda_max: float) -> Option:
         return prompting.option(Interpolation(schedule="constant", lambda_max=lambda_max))
 
     for option in [likeliest, *map(constant, _LAMBDAS)]:
         decode(option.rewarded(_REWARDS[0]))
-    chosen = best()
+    plain = best().rewarded(0.0)
     for reward in _REWARDS:
-        decode(chosen.rewarded(reward))
+        decode(plain.rewarded(reward))
     chosen = best()
+    if not clearly_better(chrf_E[chosen.interpolation], chrf_E[plain.interpolation]):
+        chosen = plain
     used = chosen.interpolation
     if used.gate is None and used.schedule == "constant":
         for step in (-0.1, 0.1):
             decode(constant(min(1.0, max(0.0, round(used.lambda_max + step, 3)))).rewarded(used.length_reward))
-    return sorted(scored.values(), key=lambda option: -(option.chrf or 0.0))
+    chosen = best(used.length_reward)
+    return [chosen, *sorted((each for each in scored.values() if each != chosen), key=lambda each: -(each.chrf or 0.0))]
+
+
+def clearly_better(score_E: Tensor, other_E: Tensor) -> bool:
+    """Whether the scores of the same texts are higher, on average, by more than the standard error of the difference.
+
+    The rule of one standard error: of what is nearly as good, the simpler (Breiman et al. 1984, section 3.4.3).
+    """
+    difference_E = score_E - other_E
+    error = difference_E.std(correction=0) / max(1, len(difference_E) - 1) ** 0.5
+    return bool(difference_E.mean() > error)
 
 
 def _encode_with_nearest(plm: RemotePlm, memories: Memories, count: int, reporter: Reporter) -> MemoryRows:
