@@ -59,7 +59,8 @@ def test_enough_contexts_give_the_rows(bias: bool) -> None:
 def test_fewer_contexts_give_the_shortest_rows_that_fit() -> None:
     input_N_D, _, _, product_N_C = make(D // 2)
     solutions = solved(input_N_D, product_N_C)
-    weight, _ = solutions.rows(next(solutions.ridges()))
+    # Weak, but stronger than what rounding leaves in the directions in which no context lies.
+    weight, _ = solutions.rows(list(solutions.ridges())[3])
     shortest = torch.linalg.pinv(input_N_D) @ product_N_C
     torch.testing.assert_close(weight.T, shortest.float(), rtol=0, atol=1e-4)
 
