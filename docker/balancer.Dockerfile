@@ -8,7 +8,7 @@ COPY docker/haproxy.cfg /etc/haproxy/haproxy.cfg
 COPY docker/ready.py /usr/local/bin/
 USER haproxy
 EXPOSE 8000 8001
-HEALTHCHECK --interval=10s --timeout=5s --start-period=1m --retries=3 CMD ["python3", "/usr/local/bin/ready.py"]
+HEALTHCHECK --interval=10s --timeout=10s --start-period=1m --retries=3 CMD ["python3", "/usr/local/bin/ready.py"]
 # HAProxy lets what it has begun end at this signal, and is at once gone at SIGTERM.
 STOPSIGNAL SIGUSR1
 ENTRYPOINT ["haproxy", "-f", "/etc/haproxy/haproxy.cfg"]

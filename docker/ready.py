@@ -12,6 +12,6 @@ scheme = "https" if os.environ.get("PEMA_TLS_CERTIFICATE") else "http"
 port = os.environ.get("PEMA_PORT", "8000")
 direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
 try:
-    direct.open(f"{scheme}://127.0.0.1:{port}/readyz", timeout=4).close()
+    direct.open(f"{scheme}://127.0.0.1:{port}/readyz", timeout=8).close()
 except (urllib.error.URLError, OSError) as error:
     sys.exit(f"not ready: {error}")

@@ -60,7 +60,7 @@ ENV PATH=/opt/pema/bin:$PATH \
     PEMA_CACHE_DIR=/var/cache/pema/models \
     HF_HOME=/var/cache/pema/huggingface
 EXPOSE 8000 8001
-HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 CMD ["python", "/opt/pema/bin/ready.py"]
+HEALTHCHECK --interval=10s --timeout=10s --start-period=10m --retries=3 CMD ["python", "/opt/pema/bin/ready.py"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["pema-server"]
 CMD ["serve"]
