@@ -3,6 +3,7 @@
 # make compare rivals side by side on two tasks, LoRA included (some hours on 2 cores)
 # make test    format, lint, types and all tests, those on the real models included
 # make test-guarded  the conformance and end-to-end tests again, every server with TLS, keys, candidate rows, rotation
+# make compose-test  the main job in containers, a killed replica included; needs Docker and nothing else
 PYTHON ?= python3
 VENV ?= .venv
 # Processes that run tests at the same time; each may need three GiB.
@@ -11,7 +12,7 @@ WORKERS ?= 2
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo compare test test-guarded bench lint format proto clean
+.PHONY: demo compare test test-guarded compose-test bench lint format proto clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo.run
@@ -24,6 +25,9 @@ test: lint
 
 test-guarded: $(VENV)/ready
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --guarded
+
+compose-test:
+	docker/compose-test.sh
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.build_memory
