@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plm_owner_server.engines.base import EncodeBatch, Encoded, EngineInfo
+from plm_owner_server.engines.described import described_head, end_tokens
 from plm_owner_server.engines.drafting import BatchedDrafting
 from plm_owner_server.engines.packing import pack_linear_layers
 from plm_owner_server.engines.runner import Runner
@@ -22,7 +22,6 @@ from plm_owner_server.engines.to_host import to_host
 from plm_owner_server.engines.vocabulary import Vocabulary
 from protocol.checks import echo
 from protocol.errors import Unsupported
-from protocol.head import LMHead
 from protocol.messages import CrKind
 
 log = logging.getLogger(__name__)
@@ -95,11 +94,8 @@ class TransformersEngine:
             prefix_cache_seconds=prefix_cache_seconds,
         )
         self.counts = self._runner.counts
-        self.head = LMHead(
-            output.weight.detach(),
-            None if output.bias is None else output.bias.detach(),
-            _logit_scale(config),
-            getattr(config, "final_logit_softcapping", None),
+        self.head = described_head(
+            config, output.weight.detach(), None if output.bias is None else output.bias.detach()
         )
         self._vocabulary = Vocabulary(self.head, packed=pack_weights)
         self.info = EngineInfo(
@@ -108,7 +104,7 @@ class TransformersEngine:
             max_tokens=getattr(config, "max_position_embeddings", None),
             dtype=str(model.dtype).removeprefix("torch."),
             cr_kind=cr_kind,
-            eos_token_ids=_eos(model),
+            eos_token_ids=end_tokens(config, getattr(model, "generation_config", None)),
         )
 
     @torch.inference_mode()
@@ -181,18 +177,3 @@ class TransformersEngine:
         return BatchedDrafting(
             self._runner, self._vocabulary, batch_tokens=batch_tokens, with_last_hidden=self._gives_ffn_output
         )
-
-
-def _logit_scale(config: Any) -> float:
-    """Factor between the head's product and the logits: Cohere multiplies, Granite divides, Falcon-H1 multiplies."""
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
-    return scale / float(getattr(config, "logits_scaling", None) or 1.0)
-
-
-def _eos(model: PreTrainedModel) -> tuple[int, ...]:
-    generation = getattr(model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
-    if eos is None:
-        eos = getattr(model.config.get_text_config(), "eos_token_id", None)
-    return tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
