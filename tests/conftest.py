@@ -32,6 +32,23 @@ settings.register_profile("pema", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("pema")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--engine", default="transformers", help="of every server: transformers or vllm")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    support.use_engine(config.getoption("engine"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With another engine, leave out what only transformers can be asked."""
+    if support.engine == "transformers":
+        return
+    left_out = [item for item in items if item.get_closest_marker("transformers_only")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """`tiny_models["llama"]` is the folder of a tiny model of that architecture (`support.ARCHITECTURES`)."""

@@ -6,12 +6,15 @@ Everything here is deterministic and needs no network. Tests get at it through t
 from __future__ import annotations
 
 import asyncio
+import copy
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from plm_owner_server.connections import bounded_http
 from plm_owner_server.engines.base import Engine
-from plm_owner_server.engines.transformers import TransformersEngine, load_model
+from plm_owner_server.engines.loading import load_engine
 from plm_owner_server.grpc import serve_grpc
 from plm_owner_server.holder import ServiceHolder
 from plm_owner_server.models import digest_folder
@@ -150,30 +153,32 @@ class TinyModels:
         return folder
 
 
+engine = "transformers"
+"""What runs the models of all servers (`pytest --engine`)."""
+
+
+def use_engine(name: str) -> None:
+    """Let all servers, those of their own process included, run their models so."""
+    global engine
+    engine = os.environ["PEMA_ENGINE"] = name
+    # Of a tiny model's attention states there are few.
+    os.environ["PEMA_VLLM_OPTIONS"] = '{"kv_cache_memory_bytes": 67108864, "enforce_eager": true}'
+
+
 def make_settings(**settings: Any) -> ServerSettings:
     """Server settings that no `.env` file of the developer changes."""
     return ServerSettings(_env_file=None, **settings)
 
 
-def make_service(
-    folder: Path, *, wrap: Callable[[TransformersEngine], Engine] | None = None, **settings: Any
-) -> PlmService:
+def make_service(folder: Path, *, wrap: Callable[[Any], Engine] | None = None, **settings: Any) -> PlmService:
     """The service over the model in `folder`, float32 on the CPU, warmed up.
 
     Args:
         wrap: puts something around the engine, for tests of failures.
         settings: of `ServerSettings`.
     """
-    chosen = make_settings(model=str(folder), **settings)
-    model = load_model(folder, device="cpu", dtype="float32")
-    engine = TransformersEngine(
-        model,
-        cr_kind=chosen.cr_kind,
-        prefix_cache_bytes=int(chosen.prefix_cache_mib * 2**20),
-        prefix_cache_seconds=chosen.prefix_cache_seconds,
-        pack_weights=chosen.pack_weights,
-    )
-    engine.warm_up()
+    chosen = make_settings(model=str(folder), device="cpu", dtype="float32", **settings)
+    engine = _engine(folder, chosen)
     return PlmService(
         wrap(engine) if wrap else engine,
         load_tokenizer(folder),
@@ -182,6 +187,19 @@ def make_service(
         settings=chosen,
         master_secret=lambda: MASTER_SECRET,
     )
+
+
+def _engine(folder: Path, settings: ServerSettings) -> Engine:
+    if settings.engine == "transformers":
+        return load_engine(folder, settings)
+    # Its start takes many seconds; a copy, as a test may change what it does.
+    return copy.copy(_started(folder, settings.prefix_cache_mib > 0))
+
+
+@lru_cache(maxsize=2)  # each is a process
+def _started(folder: Path, prefix_cache: bool) -> Engine:
+    mib = 64 if prefix_cache else 0
+    return load_engine(folder, make_settings(device="cpu", dtype="float32", prefix_cache_mib=mib))
 
 
 @contextmanager
