@@ -41,10 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With another engine, leave out what only transformers can be asked."""
-    if support.engine == "transformers":
-        return
-    left_out = [item for item in items if item.get_closest_marker("transformers_only")]
+    """Leave out what is for another engine than the one that is run."""
+    other = "vllm" if support.engine == "transformers" else "transformers_only"
+    left_out = [item for item in items if item.get_closest_marker(other)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 

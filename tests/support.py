@@ -52,6 +52,18 @@ CHAT_TEMPLATE = (
 )
 
 
+engine = "transformers"
+"""What runs the models of all servers (`pytest --engine`)."""
+
+
+def use_engine(name: str) -> None:
+    """Let all servers, those of their own process included, run their models so."""
+    global engine
+    engine = os.environ["PEMA_ENGINE"] = name
+    # Of a tiny model's attention states there are few.
+    os.environ["PEMA_VLLM_OPTIONS"] = '{"kv_cache_memory_bytes": 67108864, "enforce_eager": true}'
+
+
 def tiny_tokenizer(*, chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a few merges: any text round-trips, `<bos>` is added, `\\n` is one token."""
     merges = [("e", "n"), ("e", "r"), ("c", "h"), ("t", "h"), ("h", "e"), ("i", "n"), ("Ġ", "d"), ("Ġ", "t")]
@@ -116,9 +128,22 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
 WINDOWED = ("mistral", "gemma2", "gemma3")
 
 
+def _config(architecture: str) -> PretrainedConfig:
+    config = ARCHITECTURES[architecture]()
+    if engine == "vllm":
+        # Its kernels for CPUs take no heads narrower than 32.
+        if architecture not in ("llama", "qwen3", *WINDOWED):
+            config.num_attention_heads = 1
+            if hasattr(config, "num_key_value_heads"):
+                config.num_key_value_heads = 1
+        if hasattr(config, "head_dim"):
+            config.head_dim = 32
+    return config
+
+
 def build_model(architecture: str) -> PreTrainedModel:
     """A randomly initialised model: every weight, norm and bias differs from its neutral value, top-1 tokens vary."""
-    model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[architecture](), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(_config(architecture), dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -153,32 +178,23 @@ class TinyModels:
         return folder
 
 
-engine = "transformers"
-"""What runs the models of all servers (`pytest --engine`)."""
-
-
-def use_engine(name: str) -> None:
-    """Let all servers, those of their own process included, run their models so."""
-    global engine
-    engine = os.environ["PEMA_ENGINE"] = name
-    # Of a tiny model's attention states there are few.
-    os.environ["PEMA_VLLM_OPTIONS"] = '{"kv_cache_memory_bytes": 67108864, "enforce_eager": true}'
-
-
 def make_settings(**settings: Any) -> ServerSettings:
     """Server settings that no `.env` file of the developer changes."""
     return ServerSettings(_env_file=None, **settings)
 
 
-def make_service(folder: Path, *, wrap: Callable[[Any], Engine] | None = None, **settings: Any) -> PlmService:
+def make_service(
+    folder: Path, *, wrap: Callable[[Any], Engine] | None = None, shared: bool = True, **settings: Any
+) -> PlmService:
     """The service over the model in `folder`, float32 on the CPU, warmed up.
 
     Args:
         wrap: puts something around the engine, for tests of failures.
+        shared: the processes behind the engine may be those of another service, where it has any.
         settings: of `ServerSettings`.
     """
     chosen = make_settings(model=str(folder), device="cpu", dtype="float32", **settings)
-    engine = _engine(folder, chosen)
+    engine = _engine(folder, chosen) if shared else load_engine(folder, chosen)
     return PlmService(
         wrap(engine) if wrap else engine,
         load_tokenizer(folder),
