@@ -23,9 +23,9 @@ compare: $(VENV)/ready
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-# One process: each server in it has processes of vLLM's beside it.
+# One process: each server in it has processes of vLLM's beside it. What vLLM warns of is not ours to mend.
 test-vllm: $(VLLM_VENV)/ready
-	$(VLLM_VENV)/bin/pytest --engine vllm --timeout 1200 tests/conformance tests/end_to_end/test_faults.py \
+	$(VLLM_VENV)/bin/pytest --engine vllm --timeout 1200 -W default tests/conformance tests/end_to_end/test_faults.py \
 	  tests/end_to_end/test_decode_faults.py tests/end_to_end/test_operations.py
 
 bench: $(VENV)/ready

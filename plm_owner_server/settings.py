@@ -115,6 +115,11 @@ class ServerSettings(StoreSettings):
         description="What runs the model. vllm, which is installed with pema[vllm], is for models that need several "
         "GPUs and for many clients on one.",
     )
+    device_map: str | None = Field(
+        default=None,
+        description="transformers: how layers are spread over several devices, as accelerate knows it: auto, balanced, "
+        "sequential. They work one after another: for a model that fits no single GPU. Goes before --device.",
+    )
     tensor_parallel_size: int = Field(
         default=1, ge=1, description="vLLM: GPUs that share every layer; those of one node, as they talk all the time."
     )

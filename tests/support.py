@@ -59,9 +59,11 @@ engine = "transformers"
 def use_engine(name: str) -> None:
     """Let all servers, those of their own process included, run their models so."""
     global engine
-    engine = os.environ["PEMA_ENGINE"] = name
-    # Of a tiny model's attention states there are few.
-    os.environ["PEMA_VLLM_OPTIONS"] = '{"kv_cache_memory_bytes": 67108864, "enforce_eager": true}'
+    engine = name
+    if name == "vllm":
+        # Of a tiny model's attention states there are few, and compiling it takes longer than it ever runs.
+        options = '{"kv_cache_memory_bytes": 67108864, "enforce_eager": true}'
+        os.environ |= {"PEMA_ENGINE": name, "PEMA_VLLM_OPTIONS": options}
 
 
 def tiny_tokenizer(*, chat_template: str | None = None) -> PreTrainedTokenizerFast:

@@ -25,7 +25,7 @@ def load_engine(folder: Path, settings: ServerSettings) -> Engine:
 
 
 def _transformers(folder: Path, settings: ServerSettings) -> Engine:
-    model = load_model(folder, device=settings.device, dtype=settings.dtype)
+    model = load_model(folder, device=settings.device, dtype=settings.dtype, device_map=settings.device_map)
     log.info("transformers runs it on %s", model.device)
     return TransformersEngine(
         model,

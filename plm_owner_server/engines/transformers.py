@@ -27,8 +27,14 @@ from protocol.messages import CrKind
 log = logging.getLogger(__name__)
 
 
-def load_model(folder: Path, *, device: str, dtype: str) -> PreTrainedModel:
+def load_model(folder: Path, *, device: str, dtype: str, device_map: str | None = None) -> PreTrainedModel:
     """Load a causal language model; `auto` means CUDA with bfloat16 where there is CUDA, else the CPU with float32.
+
+    Args:
+        folder: in the Hugging Face layout.
+        device: that has the whole model, unless there is a map.
+        dtype: of the weights.
+        device_map: how accelerate spreads the layers over devices.
 
     Raises:
         Unsupported: transformers cannot load it as one.
@@ -38,13 +44,13 @@ def load_model(folder: Path, *, device: str, dtype: str) -> PreTrainedModel:
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map=device_map)
     except (ValueError, OSError, KeyError) as error:
         raise Unsupported(
             f"transformers cannot load {folder} as a causal language model: {error}",
             hint="It must hold config.json and weights of an AutoModelForCausalLM architecture.",
         ) from error
-    return model.to(device).eval()
+    return (model if device_map else model.to(device)).eval()
 
 
 class TransformersEngine:
@@ -97,7 +103,8 @@ class TransformersEngine:
         self.head = described_head(
             config, output.weight.detach(), None if output.bias is None else output.bias.detach()
         )
-        self._vocabulary = Vocabulary(self.head, packed=pack_weights)
+        # Where the states are; spread over devices, the head itself is on the last one.
+        self._vocabulary = Vocabulary(self.head.to(self._runner.device), packed=pack_weights)
         self.info = EngineInfo(
             hidden_size=self.head.weight_V_D.shape[1],
             vocab_size=self.head.weight_V_D.shape[0],
@@ -118,7 +125,7 @@ class TransformersEngine:
         ids_B_T = torch.arange(1, 9, device=self._runner.device).remainder(self.info.vocab_size)[None]
         expected = self._model(input_ids=ids_B_T, use_cache=False).logits.float()
         state = self._runner.encode(ids_B_T.tolist(), [])
-        ours = self.head.logits(state.last_hidden_B_T_D).float()
+        ours = self.head.logits(state.last_hidden_B_T_D.to(self.head.weight_V_D.device)).float().to(expected.device)
         logsumexp_T, _, top_logit_T = self._vocabulary.logsumexp_top1(state.last_hidden_B_T_D[0])
         differences = [
             ours - expected,

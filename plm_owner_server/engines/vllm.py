@@ -20,6 +20,7 @@ import torch
 from plm_owner_server.engines.checkpoint import read_head
 from plm_owner_server.engines.pooled import PooledEngine
 from plm_owner_server.engines.pooled_runner import Answer, PooledRunner, Question
+from plm_owner_server.engines.vllm_plugin import END_WITH_SERVER
 from protocol.errors import InvalidRequest, ServerFault, Unsupported
 
 # The CPU kernel takes multiples of 32, and a step computes what is not a whole block again; vLLM's own 128 is slow.
@@ -70,6 +71,7 @@ def load_vllm_engine(folder: Path, settings: VllmSettings) -> PooledEngine:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ[END_WITH_SERVER] = str(os.getpid())
     if settings.threads:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
     try:
