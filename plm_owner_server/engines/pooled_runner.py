@@ -103,8 +103,8 @@ class PoolingModel(Protocol):
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """Answers to all questions, in their order; the model runs them together as it can."""
 
-    def forget(self) -> None:
-        """Drop all that is known of texts."""
+    def forget(self) -> bool:
+        """Drop all that is known of texts; whether it could be dropped."""
 
 
 class PooledRunner:
@@ -169,9 +169,9 @@ class PooledRunner:
 
     def _forget_if_due(self) -> None:
         # All of it: the model does not tell what was last used when. It is computed once more, then.
-        if self._known_since is not None and self._clock() - self._known_since >= self._forget_after_s:
+        due = self._known_since is not None and self._clock() - self._known_since >= self._forget_after_s
+        if due and self._model.forget():
             self._known_since = None
-            self._model.forget()
 
     def _note(self, kind: PassKind, answers: Sequence[Answer]) -> int:
         ran = sum(len(answer.token_ids) - answer.known for answer in answers)

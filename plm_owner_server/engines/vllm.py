@@ -138,10 +138,9 @@ class VllmModel:
         """Answers to all questions, in their order."""
         return asyncio.run_coroutine_threadsafe(self._answers(questions), self._loop).result()
 
-    def forget(self) -> None:
-        """Drop all that is known of texts."""
-        if not asyncio.run_coroutine_threadsafe(self._llm.reset_prefix_cache(), self._loop).result():
-            raise ServerFault("vLLM has not dropped what it knows of texts.", hint="It tries again.")
+    def forget(self) -> bool:
+        """Drop all that is known of texts; whether it could be dropped."""
+        return bool(asyncio.run_coroutine_threadsafe(self._llm.reset_prefix_cache(), self._loop).result())
 
     async def _answers(self, questions: Sequence[Question]) -> list[Answer]:
         # All of them, also after an error: none goes on unattended.

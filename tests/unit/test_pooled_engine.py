@@ -45,8 +45,9 @@ class Blocks:
             raise self.faults[-1]
         return [self._answer(question) for question in questions]
 
-    def forget(self) -> None:
+    def forget(self) -> bool:
         self.seen.clear()
+        return True
 
     def _answer(self, question: Question) -> Answer:
         self.asked.append(question)
