@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -59,12 +60,10 @@ def main() -> None:
             for count in (1, 2):
                 figures[f"replicas_{count}_{kind}"].append(_replicas(model, cores[:count], kind, arguments.seconds))
             if not arguments.no_vllm:
-                for name, flags, python in (
-                    ("transformers", [], None),
-                    ("vllm", _VLLM_FLAGS, arguments.vllm_python),
-                ):
-                    rows_per_s = _engine([*model, *flags], len(cores), kind, arguments.seconds, python)
-                    figures[f"{name}_{kind}"].append(rows_per_s)
+                own = _engine(model, len(cores), kind, arguments.seconds, sys.executable)
+                figures[f"transformers_{kind}"].append(own)
+                own = _engine([*model, *_VLLM_FLAGS], len(cores), kind, arguments.seconds, arguments.vllm_python)
+                figures[f"vllm_{kind}"].append(own)
         if not arguments.no_vllm:
             bare = [str(folder), str(_REQUESTS), str(arguments.seconds), str(len(cores)), str(_CLIENTS)]
             at_work = at_once("benchmarks.scale_bare", [bare], arguments.vllm_python)
@@ -127,12 +126,11 @@ def _replicas(model: Sequence[str], cores: Sequence[int], kind: str, seconds: fl
         return _rows_per_s(at_once("benchmarks.scale_worker", clients))
 
 
-def _engine(flags: Sequence[str], threads: int, kind: str, seconds: float, python: str | None) -> float:
+def _engine(flags: Sequence[str], threads: int, kind: str, seconds: float, python: str) -> float:
     """Rows per second of one server with all cores, which is never without work."""
     # Drafting asks for the same text again and again; encoding does so only from one request to the next.
     cache = ["--prefix-cache-mib", "0" if kind == "encode" else "1024"]
-    environment = {} if python is None else {"python": python}
-    with server(_LOG, *flags, "--threads", str(threads), *cache, **environment) as (_, grpc_port):
+    with server(_LOG, *flags, "--threads", str(threads), *cache, python=python) as (_, grpc_port):
         client = [f"grpc://127.0.0.1:{grpc_port}", str(_REQUESTS), kind, str(seconds)]
         return _rows_per_s(at_once("benchmarks.scale_worker", [client] * _CLIENTS))
 

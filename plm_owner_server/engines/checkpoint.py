@@ -57,8 +57,7 @@ def read_head(folder: Path, *, dtype: torch.dtype, device: str) -> tuple[LMHead,
             hint="Give a folder with safetensors files that are not quantised.",
         )
     bias_V = None if output.bias is None else _read(files, [f"{places[0]}.bias"])
-    target = {"dtype": dtype, "device": device}
-    head = described_head(text, weight_V_D.to(**target), None if bias_V is None else bias_V.to(**target))
+    head = described_head(text, weight_V_D.to(device, dtype), None if bias_V is None else bias_V.to(device, dtype))
     info = EngineInfo(
         hidden_size=weight_V_D.shape[1],
         vocab_size=weight_V_D.shape[0],
