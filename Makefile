@@ -28,13 +28,14 @@ test-vllm: $(VLLM_VENV)/ready
 	$(VLLM_VENV)/bin/pytest --engine vllm --timeout 1200 -W default tests/conformance tests/end_to_end/test_faults.py \
 	  tests/end_to_end/test_decode_faults.py tests/end_to_end/test_operations.py
 
-bench: $(VENV)/ready
+bench: $(VENV)/ready $(VLLM_VENV)/ready
 	$(BIN)/python -m benchmarks.build_memory
 	$(BIN)/python -m benchmarks.compact_rows
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.overload
 	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.scale --vllm-python $(VLLM_VENV)/bin/python
 	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m benchmarks.train
 

@@ -9,6 +9,7 @@ engine may know anything of a text before. All take turns in every round.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -55,20 +56,18 @@ def main() -> None:
     prepared = _prepare(model, arguments.requests)
     folder = resolve(arguments.model, ServerSettings(_env_file=None).cache_dir).folder
     figures: dict[str, list[float]] = defaultdict(list)
-    for _ in range(arguments.rounds):
-        for kind in _KINDS:
-            for count in (1, 2):
-                figures[f"replicas_{count}_{kind}"].append(_replicas(model, cores[:count], kind, arguments.seconds))
-            if not arguments.no_vllm:
-                own = _engine(model, len(cores), kind, arguments.seconds, sys.executable)
-                figures[f"transformers_{kind}"].append(own)
-                own = _engine([*model, *_VLLM_FLAGS], len(cores), kind, arguments.seconds, arguments.vllm_python)
-                figures[f"vllm_{kind}"].append(own)
-        if not arguments.no_vllm:
-            bare = [str(folder), str(_REQUESTS), str(arguments.seconds), str(len(cores)), str(_CLIENTS)]
-            at_work = at_once("benchmarks.scale_bare", [bare], arguments.vllm_python)
-            figures["bare_vllm_encode"].append(_rows_per_s(at_work))
-    report.write("scale", _summary(figures) | prepared | {"rounds": arguments.rounds, "seconds": arguments.seconds})
+    seconds, python = arguments.seconds, arguments.vllm_python
+    bare = [str(folder), str(_REQUESTS), str(seconds), str(len(cores)), str(_CLIENTS)]
+    for _, kind in itertools.product(range(arguments.rounds), _KINDS):
+        for count in (1, 2):
+            figures[f"replicas_{count}_{kind}"].append(_replicas(model, cores[:count], kind, seconds))
+        if arguments.no_vllm:
+            continue
+        figures[f"transformers_{kind}"].append(_engine(model, len(cores), kind, seconds, sys.executable))
+        figures[f"vllm_{kind}"].append(_engine([*model, *_VLLM_FLAGS], len(cores), kind, seconds, python))
+        if kind == "encode":
+            figures["bare_vllm_encode"].append(_rows_per_s(at_once("benchmarks.scale_bare", [bare], python)))
+    report.write("scale", _summary(figures) | prepared | {"rounds": arguments.rounds, "seconds": seconds})
 
 
 def _summary(figures: dict[str, list[float]]) -> dict[str, Any]:
