@@ -27,12 +27,10 @@ from tests.support import EOS, TinyModels, random_ids
 
 pytestmark = pytest.mark.vllm
 
-# All of support.ARCHITECTURES that vLLM 0.32 runs on a CPU in these sizes.
-RUN = ("llama",)
 IDS = random_ids(1, [70, 33, 1, 100, 64], shared=40)
 
 
-@pytest.fixture(scope="module", params=RUN)
+@pytest.fixture(scope="module", params=support.ARCHITECTURES)
 def engines(request: pytest.FixtureRequest, tiny_models: TinyModels) -> tuple[Engine, Engine]:
     folder = tiny_models[request.param]
     ours = load_engine(folder, support.make_settings(device="cpu", dtype="float32", prefix_cache_mib=64))
