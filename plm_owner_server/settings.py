@@ -7,7 +7,7 @@ the same; a flag wins over the environment.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from platformdirs import user_cache_path, user_data_path
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -95,6 +95,14 @@ class ServerSettings(StoreSettings):
             raise ValueError("--tls-client-ca needs --tls-certificate and --tls-key")
         return self
 
+    @model_validator(mode="after")
+    def _engine_has_the_representation(self) -> Self:
+        if self.engine == "vllm" and self.cr_kind != "last_hidden_state":
+            raise ValueError(
+                f"--engine vllm gives no --cr-kind {self.cr_kind}: take last_hidden_state, or --engine transformers"
+            )
+        return self
+
     @field_validator("api_key")
     @classmethod
     def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
@@ -102,12 +110,44 @@ class ServerSettings(StoreSettings):
             raise ValueError("it has characters that no header can carry")
         return value
 
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers",
+        description="What runs the model. vllm, which is installed with pema[vllm], is for models that need several "
+        "GPUs and for many clients on one.",
+    )
+    device_map: str | None = Field(
+        default=None,
+        description="transformers: how layers are spread over several devices, as accelerate knows it: auto, balanced, "
+        "sequential. They work one after another: for a model that fits no single GPU. Goes before --device.",
+    )
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, description="vLLM: GPUs that share every layer; those of one node, as they talk all the time."
+    )
+    pipeline_parallel_size: int = Field(
+        default=1, ge=1, description="vLLM: groups of GPUs that have some of the layers each, such as nodes."
+    )
+    data_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        description="vLLM: copies of the model behind this server. They do not share known prefixes: replicas of the "
+        "server are better for decoding.",
+    )
+    distributed_executor_backend: str | None = Field(
+        default=None, description="vLLM: what starts its workers: mp on one node, ray on several. vLLM chooses."
+    )
+    vllm_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="vLLM: other options of its AsyncEngineArgs, as JSON; they win over all that follows from other "
+        """flags. For example '{"gpu_memory_utilization": 0.8}'.""",
+    )
     cr_kind: CrKind = Field(
         default="last_hidden_state",
         description="Representation served: the LM head's own input, or the last feed-forward output as in the paper.",
     )
     device: str = Field(
-        default="auto", description="Torch device. auto takes CUDA where there is one, because it is faster."
+        default="auto",
+        description="Torch device; with vLLM, that of the LM head alone. auto takes CUDA where there is one, because "
+        "it is faster.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
@@ -186,13 +226,14 @@ class ServerSettings(StoreSettings):
         ge=0,
         allow_inf_nan=False,
         description="Memory for attention states in MiB: what texts begin with is computed once, and a text that goes "
-        "on is not computed again. 0 turns it off.",
+        "on is not computed again. 0 turns it off. vLLM on a CPU has running texts in it, too; on GPUs it takes what "
+        "is free.",
     )
     prefix_cache_seconds: float = Field(
         default=600,
         gt=0,
         description="How long they are kept after their last use, in seconds. Then they are dropped, whether or not "
-        "somebody calls.",
+        "somebody calls. vLLM drops all of them, so long after the first was computed.",
     )
     max_waiting_requests: int = Field(
         default=64, ge=1, description="Requests that may wait for the model. One more is told to come back (429)."

@@ -34,20 +34,26 @@ settings.load_profile("pema")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--engine", default="transformers", help="of every server: transformers or vllm")
     parser.addoption("--guarded", action="store_true", help="every server with TLS, keys, candidate rows and rotation")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    support.use_engine(config.getoption("engine"))
     if config.getoption("guarded"):
         guard.current = guard.Guard.new(Path(tempfile.mkdtemp(prefix="pema-guard-")))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Guarded, leave out what cannot be had so, and the units, which have nobody to guard."""
-    if guard.current is None:
-        return
-    units = Path(__file__).parent / "unit"
-    left_out = {item for item in items if item.get_closest_marker("unguarded") or units in item.path.parents}
+    """Leave out what is for another engine than the one that is run.
+
+    Guarded, also what cannot be had so, and the units, which have nobody to guard.
+    """
+    other = "vllm" if support.engine == "transformers" else "transformers_only"
+    left_out = {item for item in items if item.get_closest_marker(other)}
+    if guard.current is not None:
+        units = Path(__file__).parent / "unit"
+        left_out |= {item for item in items if item.get_closest_marker("unguarded") or units in item.path.parents}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
 

@@ -6,12 +6,15 @@ Everything here is deterministic and needs no network. Tests get at it through t
 from __future__ import annotations
 
 import asyncio
+import copy
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from plm_owner_server.connections import bounded_http
 from plm_owner_server.engines.base import Engine
-from plm_owner_server.engines.transformers import TransformersEngine, load_model
+from plm_owner_server.engines.loading import load_engine
 from plm_owner_server.grpc import serve_grpc
 from plm_owner_server.holder import ServiceHolder
 from plm_owner_server.models import digest_folder
@@ -48,6 +51,20 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
+
+
+engine = "transformers"
+"""What runs the models of all servers (`pytest --engine`)."""
+
+
+def use_engine(name: str) -> None:
+    """Let all servers, those of their own process included, run their models so."""
+    global engine
+    engine = name
+    if name == "vllm":
+        # Of a tiny model's attention states there are few, and compiling it takes longer than it ever runs.
+        options = '{"kv_cache_memory_bytes": 67108864, "enforce_eager": true}'
+        os.environ |= {"PEMA_ENGINE": name, "PEMA_VLLM_OPTIONS": options}
 
 
 def tiny_tokenizer(*, chat_template: str | None = None) -> PreTrainedTokenizerFast:
@@ -114,9 +131,22 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
 WINDOWED = ("mistral", "gemma2", "gemma3")
 
 
+def _config(architecture: str) -> PretrainedConfig:
+    config = ARCHITECTURES[architecture]()
+    if engine == "vllm":
+        # Its kernels for CPUs take no heads narrower than 32.
+        if architecture not in ("llama", "qwen3", *WINDOWED):
+            config.num_attention_heads = 1
+            if hasattr(config, "num_key_value_heads"):
+                config.num_key_value_heads = 1
+        if hasattr(config, "head_dim"):
+            config.head_dim = 32
+    return config
+
+
 def build_model(architecture: str) -> PreTrainedModel:
     """A randomly initialised model: every weight, norm and bias differs from its neutral value, top-1 tokens vary."""
-    model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[architecture](), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(_config(architecture), dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -157,24 +187,17 @@ def make_settings(**settings: Any) -> ServerSettings:
 
 
 def make_service(
-    folder: Path, *, wrap: Callable[[TransformersEngine], Engine] | None = None, **settings: Any
+    folder: Path, *, wrap: Callable[[Any], Engine] | None = None, shared: bool = True, **settings: Any
 ) -> PlmService:
     """The service over the model in `folder`, float32 on the CPU, warmed up.
 
     Args:
         wrap: puts something around the engine, for tests of failures.
+        shared: the processes behind the engine may be those of another service, where it has any.
         settings: of `ServerSettings`.
     """
-    chosen = make_settings(model=str(folder), **settings)
-    model = load_model(folder, device="cpu", dtype="float32")
-    engine = TransformersEngine(
-        model,
-        cr_kind=chosen.cr_kind,
-        prefix_cache_bytes=int(chosen.prefix_cache_mib * 2**20),
-        prefix_cache_seconds=chosen.prefix_cache_seconds,
-        pack_weights=chosen.pack_weights,
-    )
-    engine.warm_up()
+    chosen = make_settings(model=str(folder), device="cpu", dtype="float32", **settings)
+    engine = _engine(folder, chosen) if shared else load_engine(folder, chosen)
     return PlmService(
         wrap(engine) if wrap else engine,
         load_tokenizer(folder),
@@ -183,6 +206,19 @@ def make_service(
         settings=chosen,
         master_secret=lambda: MASTER_SECRET,
     )
+
+
+def _engine(folder: Path, settings: ServerSettings) -> Engine:
+    if settings.engine == "transformers":
+        return load_engine(folder, settings)
+    # Its start takes many seconds; a copy, as a test may change what it does.
+    return copy.copy(_started(folder, settings.prefix_cache_mib > 0))
+
+
+@lru_cache(maxsize=2)  # each is a process
+def _started(folder: Path, prefix_cache: bool) -> Engine:
+    mib = 64 if prefix_cache else 0
+    return load_engine(folder, make_settings(device="cpu", dtype="float32", prefix_cache_mib=mib))
 
 
 @contextmanager

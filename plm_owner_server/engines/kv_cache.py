@@ -83,7 +83,8 @@ class AlignedCache(Cache):  # type: ignore[misc]
     def select(self, rows_R: Tensor) -> None:
         """Go on with some of the sequences."""
         for layer in self.held:
-            layer.hold([layer.keys[rows_R], layer.values[rows_R]])
+            own_R = rows_R.to(layer.keys.device)  # layers may be spread over devices
+            layer.hold([layer.keys[own_R], layer.values[own_R]])
 
     def join(self, other: AlignedCache) -> None:
         """Take in the sequences of another cache, which is spent."""
@@ -109,7 +110,7 @@ class AlignedCache(Cache):  # type: ignore[misc]
         """States [stop − start, F] of a sequence at some slots, counted from the end (−1 is the last)."""
         slots = slice(start, stop or None)
         parts = [part[row, :, slots].transpose(0, 1).flatten(1) for layer in self.held for part in _both(layer)]
-        return torch.cat(parts, dim=-1)
+        return torch.cat([part.to(parts[0].device) for part in parts], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,11 @@ class KvLayout:
 
     Attributes:
         heads: for each layer, its keys' (heads, width) and its values' (heads, width); None if it has none of its own.
+        devices: where each layer is; None if it has none of its own.
     """
 
     heads: tuple[tuple[tuple[int, int], tuple[int, int]] | None, ...]
+    devices: tuple[torch.device | None, ...]
 
     @classmethod
     def of(cls, cache: Cache) -> KvLayout:
@@ -128,7 +131,8 @@ class KvLayout:
         return cls(
             tuple(
                 (_heads(layer.keys), _heads(layer.values)) if layer.is_initialized else None for layer in cache.layers
-            )
+            ),
+            tuple(layer.keys.device if layer.is_initialized else None for layer in cache.layers),
         )
 
     def unpack(self, pieces: Sequence[Sequence[Tensor]], lengths: Sequence[int]) -> AlignedCache:
@@ -150,10 +154,11 @@ class KvLayout:
         cache = AlignedCache()
         sizes = [heads * width for pair in self.heads if pair for heads, width in pair]
         parts_B_S_F = iter(buffer_B_S_F.split(sizes, dim=-1))
-        for pair in self.heads:
+        for pair, device in zip(self.heads, self.devices, strict=True):
             layer = _Layer()
             if pair is not None:
-                layer.hold([next(parts_B_S_F).unflatten(-1, heads).transpose(1, 2) for heads in pair], slots)
+                own = [next(parts_B_S_F).unflatten(-1, heads).transpose(1, 2).to(device) for heads in pair]
+                layer.hold(own, slots)
             cache.layers.append(layer)
         return cache
 

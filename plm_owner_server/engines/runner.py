@@ -219,8 +219,11 @@ class Runner:
         if lengths is not None and len(set(lengths)) > 1:  # else nothing is padded
             mask_B_S = self.send(attention_mask(lengths))
         token_ids_B_T = self.send(ids_B_T)
-        hidden = self.forward(token_ids_B_T, self.send(positions_B_T), cache=cache, mask_B_S=mask_B_S)
-        return Pass(*hidden, token_ids_B_T, first)
+        last_hidden_B_T_D, cr_B_T_D = self.forward(
+            token_ids_B_T, self.send(positions_B_T), cache=cache, mask_B_S=mask_B_S
+        )
+        # The last layer may be on another device than the first.
+        return Pass(last_hidden_B_T_D.to(self.device), cr_B_T_D.to(self.device), token_ids_B_T, first)
 
     def forward(
         self,

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plm_owner_server.engines.base import EncodeBatch, Encoded, EngineInfo
+from plm_owner_server.engines.described import described_head, end_tokens
 from plm_owner_server.engines.drafting import BatchedDrafting
 from plm_owner_server.engines.packing import pack_linear_layers
 from plm_owner_server.engines.runner import Runner
@@ -22,14 +22,19 @@ from plm_owner_server.engines.to_host import to_host
 from plm_owner_server.engines.vocabulary import Vocabulary
 from protocol.checks import echo
 from protocol.errors import Unsupported
-from protocol.head import LMHead
 from protocol.messages import CrKind
 
 log = logging.getLogger(__name__)
 
 
-def load_model(folder: Path, *, device: str, dtype: str) -> PreTrainedModel:
+def load_model(folder: Path, *, device: str, dtype: str, device_map: str | None = None) -> PreTrainedModel:
     """Load a causal language model; `auto` means CUDA with bfloat16 where there is CUDA, else the CPU with float32.
+
+    Args:
+        folder: in the Hugging Face layout.
+        device: that has the whole model, unless there is a map.
+        dtype: of the weights.
+        device_map: how accelerate spreads the layers over devices.
 
     Raises:
         Unsupported: transformers cannot load it as one.
@@ -39,13 +44,13 @@ def load_model(folder: Path, *, device: str, dtype: str) -> PreTrainedModel:
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map=device_map)
     except (ValueError, OSError, KeyError) as error:
         raise Unsupported(
             f"transformers cannot load {folder} as a causal language model: {error}",
             hint="It must hold config.json and weights of an AutoModelForCausalLM architecture.",
         ) from error
-    return model.to(device).eval()
+    return (model if device_map else model.to(device)).eval()
 
 
 class TransformersEngine:
@@ -95,20 +100,18 @@ class TransformersEngine:
             prefix_cache_seconds=prefix_cache_seconds,
         )
         self.counts = self._runner.counts
-        self.head = LMHead(
-            output.weight.detach(),
-            None if output.bias is None else output.bias.detach(),
-            _logit_scale(config),
-            getattr(config, "final_logit_softcapping", None),
+        self.head = described_head(
+            config, output.weight.detach(), None if output.bias is None else output.bias.detach()
         )
-        self._vocabulary = Vocabulary(self.head, packed=pack_weights)
+        # Where the states are; spread over devices, the head itself is on the last one.
+        self._vocabulary = Vocabulary(self.head.to(self._runner.device), packed=pack_weights)
         self.info = EngineInfo(
             hidden_size=self.head.weight_V_D.shape[1],
             vocab_size=self.head.weight_V_D.shape[0],
             max_tokens=getattr(config, "max_position_embeddings", None),
             dtype=str(model.dtype).removeprefix("torch."),
             cr_kind=cr_kind,
-            eos_token_ids=_eos(model),
+            eos_token_ids=end_tokens(config, getattr(model, "generation_config", None)),
         )
 
     @torch.inference_mode()
@@ -122,7 +125,7 @@ class TransformersEngine:
         ids_B_T = torch.arange(1, 9, device=self._runner.device).remainder(self.info.vocab_size)[None]
         expected = self._model(input_ids=ids_B_T, use_cache=False).logits.float()
         state = self._runner.encode(ids_B_T.tolist(), [])
-        ours = self.head.logits(state.last_hidden_B_T_D).float()
+        ours = self.head.logits(state.last_hidden_B_T_D.to(self.head.weight_V_D.device)).float().to(expected.device)
         logsumexp_T, _, top_logit_T = self._vocabulary.logsumexp_top1(state.last_hidden_B_T_D[0])
         differences = [
             ours - expected,
@@ -181,18 +184,3 @@ class TransformersEngine:
         return BatchedDrafting(
             self._runner, self._vocabulary, batch_tokens=batch_tokens, with_last_hidden=self._gives_ffn_output
         )
-
-
-def _logit_scale(config: Any) -> float:
-    """Factor between the head's product and the logits: Cohere multiplies, Granite divides, Falcon-H1 multiplies."""
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
-    return scale / float(getattr(config, "logits_scaling", None) or 1.0)
-
-
-def _eos(model: PreTrainedModel) -> tuple[int, ...]:
-    generation = getattr(model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
-    if eos is None:
-        eos = getattr(model.config.get_text_config(), "eos_token_id", None)
-    return tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from plm_owner_server.engines.packing import PackedLinear, can_pack
+from plm_owner_server.engines.to_host import to_host
 from protocol.head import LMHead
 
 # Rows × V float32 logits that exist at once on a GPU: 256 MiB.
@@ -47,6 +48,10 @@ class Vocabulary:
         parts = [self._reduced(rows_C_D) for rows_C_D in last_hidden_N_D.split(self._rows)]
         logsumexp_N, top1_N, top1_logit_N = (torch.cat(column) for column in zip(*parts, strict=True))
         return logsumexp_N, top1_N, top1_logit_N
+
+    def reduce_from_host(self, last_hidden_N_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from the CPU to the CPU, wherever the head is."""
+        return to_host(*self.logsumexp_top1(last_hidden_N_D.to(self._head.weight_V_D.device)))
 
     def _reduced(self, last_hidden_C_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         blocks = []

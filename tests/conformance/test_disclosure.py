@@ -29,13 +29,18 @@ DISCLOSURES = {
     "nothing": Disclosure("none", rotated=True),
 }
 TEXTS = [[5, 6, 7, 8], [9, 10]]
+FFN = pytest.mark.transformers_only(reason="only it gives feed-forward outputs")
 Plms = dict[str, RemotePlm]
 
 
 # A head with a bias, with a scale, with a soft-cap; a representation that is not the head's input.
 @pytest.fixture(
     scope="module",
-    params=[("phi", "last_hidden_state"), ("cohere", "last_hidden_state"), ("gemma2", "ffn_output")],
+    params=[
+        ("phi", "last_hidden_state"),
+        ("cohere", "last_hidden_state"),
+        pytest.param(("gemma2", "ffn_output"), marks=FFN),
+    ],
     ids=["phi", "cohere", "gemma2-ffn"],
 )
 def plms(

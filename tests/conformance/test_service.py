@@ -212,6 +212,7 @@ def test_the_model_card_is_the_models(tiny_service: PlmService, http: httpx.Clie
     assert card.limits.max_sequence_tokens == 128  # the model's own limit is under the setting
 
 
+@pytest.mark.transformers_only(reason="only it gives feed-forward outputs")
 def test_identity_tells_models_and_kinds_of_representation_apart(tiny_models: TinyModels) -> None:
     cards = [
         make_service(tiny_models["llama"]).model_card(),

@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from plm_owner_server.cli import main
-from plm_owner_server.engines import transformers
-from plm_owner_server.engines.base import EncodeBatch, Encoded
+from plm_owner_server.engines.base import EncodeBatch, Encoded, Engine
+from plm_owner_server.engines.loading import load_engine
+from plm_owner_server.settings import ServerSettings
 
 FAIL, BREAK, HANG, HOLD = 201, 202, 203, 204
 HELD = "PEMA_TEST_HELD"
@@ -24,26 +25,30 @@ LOADING = "PEMA_TEST_LOADING"
 """Environment variable with the name of a file, which is made when all is loaded but what never will be."""
 
 
-class AilingEngine(transformers.TransformersEngine):
-    broken = False
+class AilingEngine:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.info, self.head, self.counts = engine.info, engine.head, engine.counts
+        self.drafting, self.forget_unused = engine.drafting, engine.forget_unused
+        self._broken = False
 
     def warm_up(self) -> None:
-        self._raise_if(self.broken, [])
+        self._raise_if(self._broken, [])
         if LOADING in os.environ:
             with ThreadPoolExecutor(1) as pool:  # as libraries load weights; Python waits for its threads
                 pool.submit(self._never_come_back)
-        super().warm_up()
+        self._engine.warm_up()
 
     def encode(self, batch: EncodeBatch) -> Encoded:
         first = batch.token_ids[0][0]
-        self.broken |= first == BREAK
-        self._raise_if(self.broken or first == FAIL, batch.token_ids)
+        self._broken |= first == BREAK
+        self._raise_if(self._broken or first == FAIL, batch.token_ids)
         if first in (HANG, HOLD):
             held = Path(os.environ[HELD])
             held.touch()
             while first == HANG or held.exists():
                 time.sleep(0.01)
-        return super().encode(batch)
+        return self._engine.encode(batch)
 
     def _never_come_back(self) -> None:
         Path(os.environ[LOADING]).touch()
@@ -55,8 +60,12 @@ class AilingEngine(transformers.TransformersEngine):
             raise RuntimeError(f"no luck with {token_ids}")
 
 
+def load_ailing_engine(folder: Path, settings: ServerSettings) -> AilingEngine:
+    return AilingEngine(load_engine(folder, settings))
+
+
 if __name__ == "__main__":
     import plm_owner_server.cli
 
-    plm_owner_server.cli.TransformersEngine = AilingEngine  # type: ignore[misc]
+    plm_owner_server.cli.load_engine = load_ailing_engine
     main()

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from tests import guard, support
 from tests.end_to_end.faulty_proxy import Fault, faulty_proxy
@@ -61,6 +63,20 @@ class Job:
         }
 
 
+def assert_same(ours: dict[str, bytes], theirs: dict[str, bytes]) -> None:
+    """Byte for byte; but in vLLM the last bits depend on what runs beside a text."""
+    if support.engine == "transformers":
+        assert ours == theirs
+        return
+    assert ours.keys() == theirs.keys()
+    for name, content in theirs.items():
+        if name.endswith(".safetensors"):
+            columns, expected = (safetensors.torch.load(file) for file in (ours[name], content))
+            torch.testing.assert_close(columns, expected, rtol=2e-3, atol=2e-3)  # of float16
+        elif name.endswith(".jsonl"):
+            assert ours[name] == content
+
+
 @pytest.fixture(scope="module")
 def undisturbed(owner: Owner, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     job = Job(tmp_path_factory.mktemp("undisturbed") / "memory")
@@ -79,7 +95,7 @@ def test_one_fault_of_each_kind_in_the_middle(
     job = Job(tmp_path / "memory")
     with faulty_proxy(owner.ports[scheme], [Fault(kind, ANSWERS_BYTES // 2)]) as port:  # type: ignore[arg-type]
         assert end(job.start(guard.url(scheme, port))) == 0
-    assert job.files() == undisturbed
+    assert_same(job.files(), undisturbed)
 
 
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
@@ -102,7 +118,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     assert "Make room" in errors
     assert "Traceback" not in errors
     assert end(job.start(url)) == 0
-    assert job.files() == undisturbed
+    assert_same(job.files(), undisturbed)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -131,4 +147,4 @@ def test_no_schedule_of_faults_loses_or_doubles_a_row(
         for _ in range(len(faults) + 1):
             if end(job.start(url)) == 0:
                 break
-    assert job.files() == undisturbed
+    assert_same(job.files(), undisturbed)

@@ -607,6 +607,18 @@ def test_warm_up_refuses_unknown_changes_of_the_logits(tiny_models: TinyModels) 
         engine.warm_up()
 
 
+def test_a_device_map_changes_nothing_but_where_the_layers_are(tiny_models: TinyModels) -> None:
+    batch = EncodeBatch(random_ids(19, [30, 90], shared=80), [0, 81])
+    plain, spread = (
+        TransformersEngine(
+            load_model(tiny_models["gemma3"], device="cpu", dtype="float32", device_map=device_map),
+            cr_kind="last_hidden_state",
+        )
+        for device_map in (None, "auto")
+    )
+    assert torch.equal(spread.encode(batch).cr_N_D, plain.encode(batch).cr_N_D)
+
+
 def test_warm_up_refuses_a_model_that_is_not_finite(tiny_models: TinyModels) -> None:
     model = load_model(tiny_models["llama"], device="cpu", dtype="float32")
     engine = TransformersEngine(model, cr_kind="last_hidden_state")

@@ -1,0 +1,142 @@
+"""Two replicas against one, and the vLLM engine against bare vLLM and the engine over transformers.
+
+A replica is a server process with one thread, pinned to a core of its own; its client, which asks for prepared token
+ids and does nothing with the answers, shares that core, as if each replica were a machine. The engines have all cores,
+and two clients at a time; bare vLLM is its `AsyncLLM` with the same settings, which has as many texts before it. No
+engine may know anything of a text before. All take turns in every round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks import report
+from benchmarks.processes import at_once, server
+from data_owner_client import connect, load_task, read_pairs
+from data_owner_client.memory.build import tokenize_pair
+from demo import home_assistant
+from plm_owner_server.models import resolve
+from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
+
+_WORK = report.FOLDER / "scale"
+_DATA, _LOG, _REQUESTS = _WORK / "data", _WORK / "server.log", _WORK / "requests.json"
+_BATCH, _CLIENTS = 32, 2
+_KINDS = ("encode", "decode")
+_VLLM_FLAGS = ["--engine", "vllm", "--dtype", "float32"]
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="as for pema-server")
+    parser.add_argument("--rounds", type=int, default=3, help="how often everything takes its turn")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement")
+    parser.add_argument("--requests", type=int, default=8, help=f"of {_BATCH} texts each")
+    parser.add_argument(
+        "--vllm-python", default=".venv-vllm/bin/python", help="of the environment that `make test-vllm` makes"
+    )
+    parser.add_argument("--no-vllm", action="store_true", help="only the replicas")
+    arguments = parser.parse_args()
+    if not arguments.no_vllm and not Path(arguments.vllm_python).is_file():
+        parser.error(f"{arguments.vllm_python} does not exist: run make .venv-vllm/ready, or give --no-vllm")
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        parser.error("two replicas need two cores")
+    model = ["--model", arguments.model]
+    prepared = _prepare(model, arguments.requests)
+    folder = resolve(arguments.model, ServerSettings(_env_file=None).cache_dir).folder
+    figures: dict[str, list[float]] = defaultdict(list)
+    seconds, python = arguments.seconds, arguments.vllm_python
+    bare = [str(folder), str(_REQUESTS), str(seconds), str(len(cores)), str(_CLIENTS)]
+    for _, kind in itertools.product(range(arguments.rounds), _KINDS):
+        for count in (1, 2):
+            figures[f"replicas_{count}_{kind}"].append(_replicas(model, cores[:count], kind, seconds))
+        if arguments.no_vllm:
+            continue
+        figures[f"transformers_{kind}"].append(_engine(model, len(cores), kind, seconds, sys.executable))
+        figures[f"vllm_{kind}"].append(_engine([*model, *_VLLM_FLAGS], len(cores), kind, seconds, python))
+        if kind == "encode":
+            figures["bare_vllm_encode"].append(_rows_per_s(at_once("benchmarks.scale_bare", [bare], python)))
+    report.write("scale", _summary(figures) | prepared | {"rounds": arguments.rounds, "seconds": seconds})
+
+
+def _summary(figures: dict[str, list[float]]) -> dict[str, Any]:
+    """Ratios of each round's neighbours, and what they are made of."""
+    ratios = {
+        "replicas_2_over_1": ("replicas_2_encode", "replicas_1_encode"),
+        "replicas_2_over_1_decode": ("replicas_2_decode", "replicas_1_decode"),
+        "vllm_encode_over_bare": ("vllm_encode", "bare_vllm_encode"),
+        "vllm_encode_over_transformers": ("vllm_encode", "transformers_encode"),
+        "vllm_decode_over_transformers": ("vllm_decode", "transformers_decode"),
+    }
+    summary: dict[str, Any] = {
+        name: median(ours / theirs for ours, theirs in zip(figures[above], figures[below], strict=True))
+        for name, (above, below) in ratios.items()
+        if figures[above]
+    }
+    return summary | {"rows_per_s": {name: median(values) for name, values in figures.items() if values}}
+
+
+def _prepare(model: Sequence[str], requests: int) -> dict[str, Any]:
+    """Write the token ids of all requests; what is known of them, and of the model."""
+    home_assistant.prepare(_DATA)
+    task, pairs = load_task(_DATA / "task.toml"), read_pairs(_DATA / "train.jsonl")[: requests * _BATCH]
+    with server(_LOG, *model) as (rest_port, _), connect(f"http://127.0.0.1:{rest_port}") as plm:
+        tokens = [tokenize_pair(plm, task, pair, place="a pair") for pair in pairs]
+        most = plm.card.limits.max_sequence_tokens
+        card = {"model": plm.card.name, "hidden_size": plm.card.hidden_size, "dtype": plm.card.dtype}
+    prompts, texts = [own.prompt for own in tokens], [[*own.prompt, *own.target][:most] for own in tokens]
+    batches = {
+        "encode": [texts[i : i + _BATCH] for i in range(0, len(texts), _BATCH)],
+        "decode": [prompts[i : i + _BATCH] for i in range(0, len(prompts), _BATCH)],
+    }
+    _REQUESTS.write_text(json.dumps({"most": most, **batches}), encoding="utf-8")
+    return card | {"tokens_per_text": sum(map(len, texts)) / len(texts)}
+
+
+def _replicas(model: Sequence[str], cores: Sequence[int], kind: str, seconds: float) -> float:
+    """Rows per second of all replicas together, each on a core with its client."""
+    with ExitStack() as stack:
+        ports = [
+            stack.enter_context(
+                server(
+                    _WORK / f"server-{core}.log",
+                    *model,
+                    *("--threads", "1", "--prefix-cache-mib", "0"),
+                    cores=[core],
+                )
+            )
+            for core in cores
+        ]
+        clients = [
+            [f"grpc://127.0.0.1:{grpc_port}", str(_REQUESTS), kind, str(seconds), str(core)]
+            for (_, grpc_port), core in zip(ports, cores, strict=True)
+        ]
+        return _rows_per_s(at_once("benchmarks.scale_worker", clients))
+
+
+def _engine(flags: Sequence[str], threads: int, kind: str, seconds: float, python: str) -> float:
+    """Rows per second of one server with all cores, which is never without work."""
+    # Drafting asks for the same text again and again; encoding does so only from one request to the next.
+    cache = ["--prefix-cache-mib", "0" if kind == "encode" else "1024"]
+    with server(_LOG, *flags, "--threads", str(threads), *cache, python=python) as (_, grpc_port):
+        client = [f"grpc://127.0.0.1:{grpc_port}", str(_REQUESTS), kind, str(seconds)]
+        return _rows_per_s(at_once("benchmarks.scale_worker", [client] * _CLIENTS))
+
+
+def _rows_per_s(reports: Sequence[dict[str, Any]]) -> float:
+    return sum(float(one["rows"]) / float(one["seconds"]) for one in reports)
+
+
+if __name__ == "__main__":
+    main()

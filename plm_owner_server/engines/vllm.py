@@ -1,0 +1,191 @@
+"""vLLM, as `PooledEngine` asks it: an `AsyncLLM` in this process, with the runner for pooling, on an event loop.
+
+Nothing else here imports vLLM, which pins versions of its own and may not be installed. Written for version 0.32.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plm_owner_server.engines.checkpoint import read_head
+from plm_owner_server.engines.pooled import PooledEngine
+from plm_owner_server.engines.pooled_runner import Answer, PooledRunner, Question
+from plm_owner_server.engines.vllm_plugin import END_WITH_SERVER
+from protocol.errors import InvalidRequest, ServerFault, Unsupported
+
+# The CPU kernel takes multiples of 32, and a step computes what is not a whole block again; vLLM's own 128 is slow.
+_BLOCK_TOKENS_CPU, _BLOCK_TOKENS_GPU = 32, 16
+_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",  # it would report to its makers
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or two servers would take the same cores
+}
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """How vLLM runs a model.
+
+    Attributes:
+        dtype: of the weights; auto means bfloat16 on a GPU, float32 on a CPU.
+        device: where the LM head is; auto means on the first GPU if there is one.
+        threads: of the model on a CPU, 0 for all cores.
+        max_tokens: longest sequence, capped by the model's own.
+        batch_tokens: tokens in one forward pass; no fewer than the longest sequence has.
+        prefix_cache_bytes: on a CPU the memory for attention states, those of running texts included; on GPUs vLLM
+            takes what is free. 0 keeps nothing of a text that is done.
+        prefix_cache_seconds: how long something may be known of a text.
+        pack_weights: on a CPU, hold the LM head in a faster layout, too.
+        options: of vLLM's own `AsyncEngineArgs`, by name; these win.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int = 0
+    max_tokens: int = 4096
+    batch_tokens: int = 4096
+    prefix_cache_bytes: int = 2**30
+    prefix_cache_seconds: float = 600
+    pack_weights: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def load_vllm_engine(folder: Path, settings: VllmSettings) -> PooledEngine:
+    """Start vLLM on a model.
+
+    Raises:
+        InvalidRequest: vLLM is not installed, or does not take an option.
+        Unsupported: the model is not one that it can run here.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ[END_WITH_SERVER] = str(os.getpid())
+    if settings.threads:
+        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise InvalidRequest(
+            f"vLLM cannot be imported: {error}.",
+            hint="Run: pip install 'pema[server,vllm]', or without a GPU: make .venv-vllm/ready.",
+        ) from error
+    on_cpu = current_platform.is_cpu()
+    dtype = ("float32" if on_cpu else "bfloat16") if settings.dtype == "auto" else settings.dtype
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    head, info = read_head(folder, dtype=getattr(torch, dtype), device=device)
+    max_tokens = min(settings.max_tokens, info.max_tokens or settings.max_tokens)
+    arguments: dict[str, Any] = {
+        "model": str(folder),
+        "skip_tokenizer_init": True,
+        "runner": "pooling",
+        "convert": "embed",
+        "dtype": dtype,
+        "max_model_len": max_tokens,
+        # Or the states of a text would come in pieces.
+        "max_num_batched_tokens": max(settings.batch_tokens, max_tokens),
+        "async_scheduling": False,
+        "block_size": _BLOCK_TOKENS_CPU if on_cpu else _BLOCK_TOKENS_GPU,
+        "enable_prefix_caching": settings.prefix_cache_bytes > 0,
+        "disable_log_stats": True,
+    }
+    if on_cpu:
+        arguments["kv_cache_memory_bytes"] = settings.prefix_cache_bytes or 2**30
+    runner = PooledRunner(VllmModel(arguments | settings.options), forget_after_s=settings.prefix_cache_seconds)
+    return PooledEngine(runner, info=info, head=head, pack_weights=settings.pack_weights)
+
+
+class VllmModel:
+    """A model in vLLM, with its event loop in a thread of its own; its processes end when nobody has it any more.
+
+    Args:
+        arguments: of `AsyncEngineArgs`.
+
+    Attributes:
+        block_tokens: beginnings are known in multiples of so many tokens.
+
+    Raises:
+        InvalidRequest: vLLM does not take an argument.
+        Unsupported: it cannot run the model.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
+        try:
+            self._llm = asyncio.run_coroutine_threadsafe(_start(arguments), self._loop).result()
+        except BaseException:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            raise
+        weakref.finalize(self, _end, self._llm, self._loop)
+        self.block_tokens = int(arguments["block_size"])
+        self._numbers = itertools.count()
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answers to all questions, in their order."""
+        return asyncio.run_coroutine_threadsafe(self._answers(questions), self._loop).result()
+
+    def forget(self) -> bool:
+        """Drop all that is known of texts; whether it could be dropped."""
+        return bool(asyncio.run_coroutine_threadsafe(self._llm.reset_prefix_cache(), self._loop).result())
+
+    async def _answers(self, questions: Sequence[Question]) -> list[Answer]:
+        # All of them, also after an error: none goes on unattended.
+        answers = await asyncio.gather(*map(self._answer, questions), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return [answer for answer in answers if isinstance(answer, Answer)]
+
+    async def _answer(self, question: Question) -> Answer:
+        from vllm.pooling_params import PoolingParams
+
+        params = PoolingParams(
+            task="embed" if question.newest else "token_embed",
+            use_activation=False,  # which would normalise
+            skip_reading_prefix_cache=question.anew,
+        )
+        # With the name of its tenant, so that no other finds what is known of it.
+        prompt = {"prompt_token_ids": question.token_ids, "cache_salt": f"tenant {question.tenant}"}
+        async for output in self._llm.encode(prompt, params, str(next(self._numbers))):
+            hidden = output.outputs.data
+            return Answer(
+                output.prompt_token_ids, hidden[None] if question.newest else hidden, output.num_cached_tokens
+            )
+        raise ServerFault("vLLM has given no answer.", hint="Try again.")
+
+
+async def _start(arguments: dict[str, Any]) -> Any:
+    from vllm import AsyncEngineArgs
+    from vllm.config import PoolerConfig
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    pooler = PoolerConfig(use_activation=False, seq_pooling_type="LAST", tok_pooling_type="ALL")
+    try:
+        options = AsyncEngineArgs(**arguments, pooler_config=pooler)
+    except TypeError as error:
+        raise InvalidRequest(f"vLLM does not take this: {error}", hint="Look at --vllm-options.") from error
+    try:
+        return AsyncLLM.from_engine_args(options)
+    except ValueError as error:
+        raise Unsupported(
+            f"vLLM cannot run this model so: {error}", hint="Its own log says more; or try --engine transformers."
+        ) from error
+
+
+def _end(llm: Any, loop: asyncio.AbstractEventLoop) -> None:
+    llm.shutdown()
+    loop.call_soon_threadsafe(loop.stop)

@@ -1,0 +1,121 @@
+"""The engine over vLLM against transformers, architecture by architecture, and what becomes of it when it is killed.
+
+Only with `--engine vllm` (`make test-vllm`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+import torch
+
+from data_owner_client.connection import open_connection
+from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Engine
+from plm_owner_server.engines.loading import load_engine
+from plm_owner_server.engines.transformers import TransformersEngine, load_model
+from plm_owner_server.holder import ServiceHolder
+from plm_owner_server.service import PlmService
+from plm_owner_server.supervision import Supervisor
+from protocol.errors import NotReady, PemaError
+from protocol.messages import EncodeRequest
+from tests import support
+from tests.support import EOS, TinyModels, random_ids
+
+pytestmark = pytest.mark.vllm
+
+IDS = random_ids(1, [70, 33, 1, 100, 64], shared=40)
+
+
+@pytest.fixture(scope="module", params=support.ARCHITECTURES)
+def engines(request: pytest.FixtureRequest, tiny_models: TinyModels) -> tuple[Engine, Engine]:
+    folder = tiny_models[request.param]
+    ours = load_engine(folder, support.make_settings(device="cpu", dtype="float32", prefix_cache_mib=64))
+    model = load_model(folder, device="cpu", dtype="float32")
+    theirs = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=0)
+    theirs.warm_up()
+    return ours, theirs
+
+
+def assert_close(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> None:
+    assert ours is not None
+    assert theirs is not None
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_every_position_is_that_of_transformers(engines: tuple[Engine, Engine]) -> None:
+    """From the first position, from behind what is known, and from within it."""
+    ours, theirs = engines
+    assert ours.info == theirs.info
+    for starts in ([0, 0, 0, 99, 0], [40, 32, 0, 60, 63], [5, 32, 0, 0, 31], [0] * 5):
+        batch = EncodeBatch(IDS, starts, with_logsumexp=True, tenant="acme")
+        expected, result = theirs.encode(batch), ours.encode(batch)
+        assert (result.rows, result.echo) == (expected.rows, expected.echo)
+        assert_close(result.cr_N_D, expected.cr_N_D)
+        assert_close(result.logsumexp_N, expected.logsumexp_N)
+    assert ours.counts.known_tokens > 0
+
+
+def test_nothing_of_a_tenants_text_is_known_to_another(engines: tuple[Engine, Engine]) -> None:
+    ours, _ = engines
+    known = []
+    for tenant in ("first", "second", "first"):
+        before = ours.counts.known_tokens
+        ours.encode(EncodeBatch(IDS[3:4], [99], tenant=tenant))
+        known.append(ours.counts.known_tokens - before)
+    assert known == [0, 0, 96]
+
+
+def test_drafts_are_those_of_transformers(engines: tuple[Engine, Engine]) -> None:
+    batch = DraftBatch(IDS, [69, 30, 0, 99, 63], [20, 9, 30, 15, 0], frozenset([EOS]), "acme")
+    results = list[Decoded]()
+    for engine in engines:
+        drafting, done = engine.drafting(4096), list[tuple[DraftBatch, Decoded]]()
+        drafting.join([batch])
+        while not done:
+            done = drafting.step()
+        results.append(done[0][1])
+    ours, theirs = results
+    assert (ours.rows, ours.echo) == (theirs.rows, theirs.echo)
+    assert ours.top1_N.tolist() == theirs.top1_N.tolist()
+    for name in ("cr_N_D", "logsumexp_N", "top1_logprob_N"):
+        assert_close(getattr(ours, name), getattr(theirs, name))
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 600
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("transport", ["rest", "grpc"])
+def test_vllm_that_is_killed_is_a_503_and_started_again(tiny_models: TinyModels, transport: str) -> None:
+    request, gave_up = EncodeRequest(token_ids=[[5, 6]], from_position=[0]), list[PemaError]()
+
+    def load() -> PlmService:
+        return support.make_service(tiny_models["llama"], shared=False)
+
+    before = set(psutil.Process().children())
+    holder = ServiceHolder()
+    supervisor = Supervisor(load, holder, engine_timeout_s=600, give_up=gave_up.append)
+    threading.Thread(target=supervisor.run, daemon=True).start()
+    serve = support.serve_holder if transport == "rest" else support.serve_holder_over_grpc
+    with serve(holder, max_body_bytes=2**20) as url:
+        until(lambda: holder.is_ready)
+        connection = open_connection(url, give_up_after_s=0)
+        expected = connection.encode(request).cr_N_D
+        (core,) = [child for child in set(psutil.Process().children()) - before if child.children()]
+        core.kill()
+        with pytest.raises(NotReady) as caught:
+            connection.encode(request)
+        assert caught.value.retry_after_s
+        until(lambda: not holder.is_ready)
+        until(lambda: holder.is_ready)
+        assert not core.is_running()
+        torch.testing.assert_close(connection.encode(request).cr_N_D, expected)
+        connection.close()
+    assert not gave_up
