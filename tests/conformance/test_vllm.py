@@ -81,8 +81,9 @@ def test_drafts_are_those_of_transformers(engines: tuple[Engine, Engine]) -> Non
     ours, theirs = results
     assert (ours.rows, ours.echo) == (theirs.rows, theirs.echo)
     assert ours.top1_N.tolist() == theirs.top1_N.tolist()
-    for name in ("cr_N_D", "logsumexp_N", "top1_logprob_N"):
-        assert_close(getattr(ours, name), getattr(theirs, name))
+    assert_close(ours.cr_N_D, theirs.cr_N_D)
+    for name in ("logsumexp_N", "top1_logprob_N"):  # in nats
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-4)
 
 
 def until(true: Callable[[], bool]) -> None:
