@@ -74,7 +74,7 @@ def _files(folder: Path) -> dict[str, Path]:
     if (folder / _INDEX).is_file():
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         return {name: folder / file for name, file in index["weight_map"].items()}
-    files = {}
+    files = dict[str, Path]()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             files |= dict.fromkeys(file.keys(), path)
