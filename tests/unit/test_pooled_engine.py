@@ -208,6 +208,7 @@ def test_a_model_that_is_dead_breaks_the_service(setting: Setting, tiny_models: 
         name="llama",
         weights_digest=digest_folder(folder),
         settings=support.make_settings(model=str(folder)),
+        master_secret=lambda: support.MASTER_SECRET,
     )
     request = EncodeRequest(token_ids=[[5, 6]], from_position=[0])
     service.encode(request)
