@@ -342,10 +342,24 @@ def test_a_consensus_is_that_of_the_greedy_text_and_the_draws(case: Case) -> Non
     greedy = translate(case.plm, sources, adapter=case.adapter, decoding=BRIEF).texts
     draws = translate(case.plm, sources, adapter=case.adapter, decoding=BRIEF, sampling=drawing, samples=5, best=5).best
     agreed = translate(case.plm, sources, adapter=case.adapter, decoding=BRIEF, sampling=drawing, consensus=5, best=6)
-    for text, drawn, ordered in zip(greedy, draws, agreed.best, strict=True):
+    for source, text, drawn, ordered in zip(sources, greedy, draws, agreed.best, strict=True):
         assert sorted(ordered) == sorted([text, *drawn])
-        likeness = [sum(sacrebleu.sentence_chrf(one, [other]).score for other in ordered) for one in ordered]
-        assert likeness == sorted(likeness, reverse=True)
+        continuations, _ = generate(
+            case.plm,
+            case.prompts([source]) * 6,
+            adapter=case.adapter,
+            interpolation=case.adapter.card.interpolation,
+            horizons=[case.adapter.card.horizon(case.plm.tokenizer.count(source))] * 6,
+            stop_ids=case.stop_ids,
+            settings=BRIEF,
+            sampling=drawing,
+            samples=[None, *range(5)],
+        )
+        ended = sum(one.token_ids[-1] in case.stop_ids for one in continuations) or 6
+        whole = ordered[:ended]
+        likeness = [sum(sacrebleu.sentence_chrf(one, [other]).score for other in whole) for one in ordered]
+        for part in (likeness[:ended], likeness[ended:]):
+            assert part == sorted(part, reverse=True)
     assert any(len(set(ordered)) > 1 for ordered in agreed.best)
 
 
