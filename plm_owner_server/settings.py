@@ -7,11 +7,12 @@ the same; a flag wins over the environment.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from platformdirs import user_cache_path, user_data_path
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, CliImplicitFlag, SettingsConfigDict
+from pydantic_core import from_json
+from pydantic_settings import BaseSettings, CliImplicitFlag, NoDecode, SettingsConfigDict
 
 from protocol.messages import CrKind
 
@@ -103,6 +104,12 @@ class ServerSettings(StoreSettings):
             )
         return self
 
+    @field_validator("vllm_options", mode="before")
+    @classmethod
+    def _is_json(cls, value: Any) -> Any:
+        # Here, and not where settings are read: there, bad JSON is no ValidationError.
+        return from_json(value) if isinstance(value, str) else value
+
     @field_validator("api_key")
     @classmethod
     def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
@@ -135,7 +142,7 @@ class ServerSettings(StoreSettings):
     distributed_executor_backend: str | None = Field(
         default=None, description="vLLM: what starts its workers: mp on one node, ray on several. vLLM chooses."
     )
-    vllm_options: dict[str, Any] = Field(
+    vllm_options: Annotated[dict[str, Any], NoDecode] = Field(
         default_factory=dict,
         description="vLLM: other options of its AsyncEngineArgs, as JSON; they win over all that follows from other "
         """flags. For example '{"gpu_memory_utilization": 0.8}'.""",
