@@ -34,9 +34,6 @@ class AilingEngine:
 
     def warm_up(self) -> None:
         self._raise_if(self._broken, [])
-        if LOADING in os.environ:
-            with ThreadPoolExecutor(1) as pool:  # as libraries load weights; Python waits for its threads
-                pool.submit(self._never_come_back)
         self._engine.warm_up()
 
     def encode(self, batch: EncodeBatch) -> Encoded:
@@ -50,18 +47,23 @@ class AilingEngine:
                 time.sleep(0.01)
         return self._engine.encode(batch)
 
-    def _never_come_back(self) -> None:
-        Path(os.environ[LOADING]).touch()
-        while True:
-            time.sleep(0.01)
-
     def _raise_if(self, failing: bool, token_ids: list[list[int]]) -> None:
         if failing:
             raise RuntimeError(f"no luck with {token_ids}")
 
 
 def load_ailing_engine(folder: Path, settings: ServerSettings) -> AilingEngine:
-    return AilingEngine(load_engine(folder, settings))
+    engine = load_engine(folder, settings)
+    if LOADING in os.environ:
+        with ThreadPoolExecutor(1) as pool:  # as libraries load weights; Python waits for its threads
+            pool.submit(_never_come_back)
+    return AilingEngine(engine)
+
+
+def _never_come_back() -> None:
+    Path(os.environ[LOADING]).touch()
+    while True:
+        time.sleep(0.01)
 
 
 if __name__ == "__main__":
