@@ -160,7 +160,8 @@ def _plan_at(server_B_K: np.ndarray, client_B_M: np.ndarray, row: float, step: f
     # Drafts of the client's own run in a pass of their own, besides that of the sequences which have none.
     with_own_S = np.maximum(server_B_S, own_B_1).sum(axis=0) - price_S - step
     # Unless all have one, even where it is not worth its row.
-    all_own = np.maximum(client_B_M[:, :1] - row, own_B_1).sum() if _all_have(client_B_M) else -np.inf
+    forced_B_1 = np.where(own_B_1 > 0, own_B_1, client_B_M[:, :1] - row)
+    all_own = forced_B_1.sum() if _all_have(client_B_M) else -np.inf
     if all_own >= max(without_S.max(), with_own_S.max()):
         return [Drafts(offered=max(1, int(m))) for m in offered_B]
     if with_own_S.max() > without_S.max():
