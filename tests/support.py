@@ -312,6 +312,14 @@ def serve_holder_over_grpc(holder: ServiceHolder, *, max_body_bytes: int = 2**24
         thread.join()
 
 
+def until(true: Callable[[], bool], *, within_s: float) -> None:
+    """Wait for something, and fail if it takes too long."""
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def random_ids(seed: int, lengths: Sequence[int], *, shared: int = 0) -> list[list[int]]:
     """Sequences of the given lengths without special tokens, the first `shared` ids of all being the same."""
     generator = torch.Generator().manual_seed(seed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -34,7 +33,7 @@ from protocol.messages import (
 )
 from tests import guard
 from tests.conformance.test_service import A_RANGE, CALLS, checked_problem
-from tests.support import TinyModels, make_service, serve, serve_over_grpc
+from tests.support import TinyModels, make_service, serve, serve_over_grpc, until
 
 FINE = EncodeRequest(token_ids=[[5, 6]], from_position=[0])
 AS_JSON = {"Content-Type": JSON}
@@ -248,10 +247,7 @@ def test_a_client_that_hangs_up_is_skipped(
             with pytest.raises(errors.ConnectionFailed):
                 impatient.encode(EncodeRequest(token_ids=[[77, 78]], from_position=[0]))
             callers = [ticket.caller for queue in service._scheduler._queues.values() for ticket in queue]
-            deadline = time.monotonic() + 30
-            while not any(caller.departed.is_set() for caller in callers):
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            until(lambda: any(caller.departed.is_set() for caller in callers), within_s=30)
         finally:
             engine.go.set()
         assert len(first.result(100).cr_N_D) == 2

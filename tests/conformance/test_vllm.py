@@ -6,8 +6,7 @@ Only with `--engine vllm` (`make test-vllm`).
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
+from functools import partial
 
 import psutil
 import pytest
@@ -27,6 +26,7 @@ from tests.support import EOS, TinyModels, random_ids
 
 pytestmark = pytest.mark.vllm
 
+until = partial(support.until, within_s=600)
 IDS = random_ids(1, [70, 33, 1, 100, 64], shared=40)
 
 
@@ -84,13 +84,6 @@ def test_drafts_are_those_of_transformers(engines: tuple[Engine, Engine]) -> Non
     assert_close(ours.cr_N_D, theirs.cr_N_D)
     for name in ("logsumexp_N", "top1_logprob_N"):  # in nats
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-4)
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 600
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("transport", ["rest", "grpc"])

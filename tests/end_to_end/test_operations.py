@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -20,6 +20,7 @@ from tests import guard, support
 from tests.end_to_end.ailing_server import BREAK, FAIL, HANG, HELD, HOLD, LOADING
 from tests.end_to_end.processes import free_port, start_server, wait_until_ready
 
+until = partial(support.until, within_s=120)
 _STATUS = health_pb2.HealthCheckResponse
 
 
@@ -79,13 +80,6 @@ def ailing(
             server.process.kill()
             server.process.wait()
         server.pool.shutdown()
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def refused(response: httpx.Response) -> NotReady:

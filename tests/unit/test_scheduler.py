@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -19,6 +18,7 @@ from plm_owner_server.tickets import Caller, Departed, Work
 from protocol.checks import echo
 from protocol.errors import NotReady, Overloaded
 from protocol.head import LMHead
+from tests.support import until
 
 
 class NotingEngine:
@@ -103,10 +103,7 @@ class Desk:
         caller = client if isinstance(client, Caller) else Caller(client)
         future = self.pool.submit(self.scheduler.run, caller, works)
         self.asked += 1
-        deadline = time.monotonic() + 30
-        while not future.done() and len(self.scheduler._tickets) < self.asked:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        until(lambda: future.done() or len(self.scheduler._tickets) >= self.asked, within_s=30)
         return future
 
     def hold(self) -> Future[list[Encoded]]:
@@ -370,10 +367,7 @@ def test_the_thread_ends_when_idle_and_comes_back(desk: Callable[..., Desk], mon
     d.engine.go.set()
     for i in range(5):
         assert d.pool.submit(d.scheduler.run, Caller("x"), [encode(i)]).result(30)
-        deadline = time.monotonic() + 30
-        while d.scheduler._thread is not None:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        until(lambda: d.scheduler._thread is None, within_s=30)
 
 
 def test_many_clients_at_once_all_get_their_own(desk: Callable[..., Desk]) -> None:

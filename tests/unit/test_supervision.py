@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import httpx
@@ -21,6 +21,7 @@ from protocol.errors import NotReady, PemaError
 from protocol.messages import EncodeRequest
 from tests import support
 
+until = partial(support.until, within_s=60)
 FINE = EncodeRequest(token_ids=[[5, 6]], from_position=[0])
 
 
@@ -68,13 +69,6 @@ class Watched:
         assert self.holder.service is None
         assert not self.holder.is_ready
         return error
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_what_never_worked_is_not_tried_again() -> None:
