@@ -22,5 +22,6 @@ def end_with_the_server() -> None:
     if server is None or server == str(os.getpid()) or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1 != int(server):  # it ended meanwhile
+    orphaned = os.getppid() == 1 and int(server) != 1
+    if orphaned:  # it ended meanwhile
         os.kill(os.getpid(), signal.SIGKILL)
