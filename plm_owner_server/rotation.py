@@ -9,7 +9,10 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+_TILE_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ class Rotation:
     q_D_D: Tensor
 
     def apply(self, rows_N_D: Tensor) -> Tensor:
-        """Q x for every row x, representations as well as rows of the LM head; float32, where they were."""
-        rotated_N_D = rows_N_D.to(self.q_D_D.device, torch.float32) @ self.q_D_D.T
-        return rotated_N_D.to(rows_N_D.device)
+        """Q x for every row x, representations as well as rows of the LM head; float32, where they were.
+
+        To the last bit the same, whatever rows are beside it: a memory that was interrupted asks for others at a time.
+        """
+        count = len(rows_N_D)
+        # BLAS sums in another order where the rows are few, or do not fill a tile.
+        full_N_D = F.pad(rows_N_D.to(self.q_D_D.device, torch.float32), (0, 0, 0, -count % _TILE_ROWS))
+        return (full_N_D @ self.q_D_D.T)[:count].to(rows_N_D.device)

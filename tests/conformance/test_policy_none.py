@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from data_owner_client import Pair, TrainingReport, TrainingSettings, build_memories, evaluate, train
-from data_owner_client.connection import open_connection
 from data_owner_client.doctor import diagnose
 from data_owner_client.head_fit.asking import ask_distributions
 from data_owner_client.head_fit.rows import enough, fit_rows
@@ -29,6 +28,7 @@ from plm_owner_server.tenants.usage import DayOfUsage, read_usage
 from plm_owner_server.tickets import Caller
 from protocol.errors import BudgetSpent, Forbidden, InvalidData, QuotaExceeded
 from protocol.messages import HeadRequest
+from tests import guard
 from tests.support import VOCAB_SIZE, TinyModels, make_service, random_ids, serve, serve_over_grpc
 
 TASK = Task(name="t", source_label="In", target_label="Out")
@@ -69,7 +69,7 @@ class Owner:
         if tenant not in self._keys:
             self._keys[tenant] = str(self.store.add(tenant, disclosure=disclosure, **arguments))
         cache = self._folder / "cache" / tenant
-        connection = open_connection(self._urls[transport], api_key=self._keys[tenant], give_up_after_s=0.1)
+        connection = guard.connection(self._urls[transport], api_key=self._keys[tenant], give_up_after_s=0.1)
         return self._stack.enter_context(RemotePlm(connection, dtype="float32", cache=cache))
 
     def distributions(self, tenant: str) -> int:

@@ -54,7 +54,7 @@ MADE = [
 
 def test_there_is_an_overlay_for_each_need() -> None:
     names = {path.name.split(".")[1] for path in OVERLAYS}
-    assert names >= {"gpu", "tls", "postgres", "replicas", "monitoring"}
+    assert names >= {"gpu", "vllm", "tls", "postgres", "replicas", "monitoring"}
 
 
 @pytest.mark.parametrize("service", MADE)

@@ -29,6 +29,18 @@ def test_a_rotation_changes_no_product() -> None:
     assert (rotation.apply(f_N_D) - f_N_D).norm() > f_N_D.norm() / 2
 
 
+@pytest.mark.parametrize("size", [32, 640])
+def test_a_row_is_rotated_alike_to_the_last_bit_whatever_is_beside_it(size: int) -> None:
+    rotation = Rotation(RotationKey.derive(SECRET, "acme", "weights").matrix(size))
+    rows_N_D = torch.randn(200, size, generator=torch.Generator().manual_seed(0))
+    all_N_D = rotation.apply(rows_N_D)
+    for first in (0, 3):
+        for count in (*range(1, 40), 100, 190):
+            part = slice(first, first + count)
+            assert torch.equal(rotation.apply(rows_N_D[part]), all_N_D[part]), (first, count)
+    assert rotation.apply(rows_N_D[:0]).shape == (0, size)
+
+
 def test_whose_rotation_it_is_and_of_which_model_decide_it_and_nothing_else() -> None:
     keys = [
         RotationKey.derive(secret, tenant, weights)
