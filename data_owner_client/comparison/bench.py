@@ -26,6 +26,7 @@ from data_owner_client.decoding.interpolation import Interpolation
 from data_owner_client.evaluation import perplexities, plm_target_logprobs
 from data_owner_client.fitting import NEAREST, REPORT, TrainingReport
 from data_owner_client.generation import translate
+from data_owner_client.head_fit.rows import enough
 from data_owner_client.memory import ExternalMemory, MemoryRows
 from data_owner_client.memory.build import encode_all, tokenize_pairs
 from data_owner_client.memory.store import TRAIN, VALIDATION, ContextMode
@@ -56,7 +57,7 @@ AS_PUBLISHED = TrainingSettings(
     decoded=0,
     minutes=0,
 )
-# LM-head rows always travel as float32.
+# LM-head rows and distributions always travel as float32.
 _HEAD_BYTES = 4
 
 
@@ -223,10 +224,12 @@ class Bench:
         texts += [pair.target or "" for pair in pairs] if mode == "teacher-forced" else []
         memories = [ExternalMemory(self.memory(mode) / part) for part in (TRAIN, VALIDATION)]
         rows = sum(memory.manifest.rows for memory in memories)
-        width = self._plm.card.hidden_size
+        card = self._plm.card
+        # Who gives no rows of the head is asked for whole distributions.
+        head = enough(card) * card.vocab_size if card.head_policy == "none" else candidates * card.hidden_size
         return {
             "client_discloses": sum(len(text.encode()) for text in texts),
-            "owner_discloses": width * (rows * DTYPES[self._plm.dtype].itemsize + candidates * _HEAD_BYTES),
+            "owner_discloses": rows * card.hidden_size * DTYPES[self._plm.dtype].itemsize + head * _HEAD_BYTES,
         }
 
     @property
