@@ -34,7 +34,7 @@ compose-test:
 # One process: each server in it has processes of vLLM's beside it. What vLLM warns of is not ours to mend.
 test-vllm: $(VLLM_VENV)/ready
 	$(VLLM_VENV)/bin/pytest --engine vllm --timeout 1200 -W default tests/conformance tests/end_to_end/test_faults.py \
-	  tests/end_to_end/test_decode_faults.py tests/end_to_end/test_operations.py
+	  tests/end_to_end/test_decode_faults.py tests/end_to_end/test_operations.py tests/end_to_end/test_secrets.py
 
 bench: $(VENV)/ready $(VLLM_VENV)/ready
 	$(BIN)/python -m benchmarks.build_memory

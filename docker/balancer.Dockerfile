@@ -6,7 +6,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 COPY docker/haproxy.cfg /etc/haproxy/haproxy.cfg
 COPY docker/ready.py /usr/local/bin/
-USER haproxy
+USER 10001:10001
 EXPOSE 8000 8001
 HEALTHCHECK --interval=10s --timeout=10s --start-period=1m --retries=3 CMD ["python3", "/usr/local/bin/ready.py"]
 # HAProxy lets what it has begun end at this signal, and is at once gone at SIGTERM.

@@ -1,6 +1,7 @@
 """Whether the server of this container answers calls: exit status 0, or 1 with the reason. For health checks."""
 
 import os
+import re
 import ssl
 import sys
 import urllib.error
@@ -10,8 +11,14 @@ import urllib.request
 context = ssl._create_unverified_context()  # noqa: S323
 scheme = "https" if os.environ.get("PEMA_TLS_CERTIFICATE") else "http"
 port = os.environ.get("PEMA_PORT", "8000")
+url = f"{scheme}://127.0.0.1:{port}/readyz"
+demands_certificates = bool(os.environ.get("PEMA_TLS_CLIENT_CA"))
+if demands_certificates:  # and there is none here: the metrics say the same
+    url = f"http://127.0.0.1:{os.environ.get('PEMA_METRICS_PORT', '9100')}/metrics"
 direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
 try:
-    direct.open(f"{scheme}://127.0.0.1:{port}/readyz", timeout=8).close()
+    with direct.open(url, timeout=8) as answer:
+        if demands_certificates and not re.search(rb"^pema_ready 1", answer.read(), re.MULTILINE):
+            sys.exit("not ready, say the metrics")
 except (urllib.error.URLError, OSError) as error:
     sys.exit(f"not ready: {error}")

@@ -35,7 +35,7 @@ def set_up_logs(level: str, form: Literal["text", "json"]) -> None:
     What nobody catches is logged, too; and of a crash in native code the places of all threads are told.
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(_JsonLines() if form == "json" else _TextLines())
+    handler.setFormatter(formatter(form))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
     logging.raiseExceptions = False  # or a line that cannot be formatted would be told with its values
@@ -49,6 +49,11 @@ def set_up_logs(level: str, form: Literal["text", "json"]) -> None:
     threading.excepthook = lambda args: _uncaught(args.exc_type, args.exc_value, args.exc_traceback)
     sys.unraisablehook = lambda args: _uncaught(args.exc_type, args.exc_value, args.exc_traceback)
     faulthandler.enable()
+
+
+def formatter(form: Literal["text", "json"]) -> logging.Formatter:
+    """Writes a line as all of the server's are written."""
+    return _JsonLines() if form == "json" else _TextLines()
 
 
 def write_no_core_files() -> None:
@@ -82,7 +87,8 @@ class _JsonLines(_Lines, JsonFormatter):
             self,
             ["levelname", "name", "message"],
             rename_fields={"levelname": "level", "name": "logger"},
-            reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's, for terminals
+            # uvicorn's, for terminals; vLLM's, for its own formatter
+            reserved_attrs=[*RESERVED_ATTRS, "color_message", "vllm_process_name"],
             timestamp="time",
         )
 

@@ -125,6 +125,10 @@ class PlmService:
         """End all calls that wait for the engine or have it, and turn away whatever comes."""
         self._scheduler.close(error)
 
+    def is_alive(self) -> bool:
+        """Whether the engine can still work, as far as that can be told without work."""
+        return self._engine.is_alive()
+
     def forget_unused(self) -> None:
         """Drop what is known of texts that were not asked about for long."""
         self._engine.forget_unused()

@@ -104,11 +104,21 @@ class ServerSettings(StoreSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _engine_has_what_is_set(self) -> Self:
+        of_vllm = ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"]
+        of_vllm += ["distributed_executor_backend", "vllm_options"]
+        for name in ["device_map"] if self.engine == "vllm" else of_vllm:
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} is nothing to --engine {self.engine}: leave it out, or take the other engine")
+        return self
+
     @field_validator("vllm_options", mode="before")
     @classmethod
     def _is_json(cls, value: Any) -> Any:
         # Here, and not where settings are read: there, bad JSON is no ValidationError.
-        return from_json(value) if isinstance(value, str) else value
+        return from_json(value or "{}") if isinstance(value, str) else value
 
     @field_validator("api_key")
     @classmethod
@@ -144,8 +154,8 @@ class ServerSettings(StoreSettings):
     )
     vllm_options: Annotated[dict[str, Any], NoDecode] = Field(
         default_factory=dict,
-        description="vLLM: other options of its AsyncEngineArgs, as JSON; they win over all that follows from other "
-        """flags. For example '{"gpu_memory_utilization": 0.8}'.""",
+        description="vLLM: other options of its AsyncEngineArgs, as JSON; they win over what follows from "
+        """other flags, but for those that have one. For example '{"gpu_memory_utilization": 0.8}'.""",
     )
     cr_kind: CrKind = Field(
         default="last_hidden_state",

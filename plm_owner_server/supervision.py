@@ -95,6 +95,10 @@ class Supervisor:
     def _look_after(self, service: PlmService) -> PemaError:
         """What has become of the engine at last."""
         while not service.broken.wait(min(_LOOK_EVERY_S, self._engine_timeout_s / 4)):
+            if not service.is_alive():
+                log.error("the engine has died")
+                service.close(NotReady("The model broke.", hint="Try again in a moment.", retry_after_s=5.0))
+                break
             service.forget_unused()
             if service.busy_s > self._engine_timeout_s:
                 service.close(NotReady("The model hangs.", hint="Try again in a moment.", retry_after_s=5.0))

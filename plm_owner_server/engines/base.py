@@ -184,20 +184,23 @@ class Drafting(Protocol):
 
 
 class Engine(Protocol):
-    """Runs a causal language model. Calls come one at a time but for `forget_unused`; every one is stateless."""
+    """Runs a causal language model. Calls come one at a time but for the first two; every one is stateless."""
 
     info: EngineInfo
     head: LMHead
     counts: Counts
+
+    def is_alive(self) -> bool:
+        """Whether it can still work, as far as that can be told without work. Any thread may call it."""
+
+    def forget_unused(self) -> None:
+        """Drop what is known of texts that were not asked about for long. Any thread may call it."""
 
     def warm_up(self) -> None:
         """Run a real forward pass and check the head against the model's own logits."""
 
     def encode(self, batch: EncodeBatch) -> Encoded:
         """Representations of all positions ≥ `from_position` of every sequence."""
-
-    def forget_unused(self) -> None:
-        """Drop what is known of texts that were not asked about for long. Any thread may call it."""
 
     def drafting(self, batch_tokens: int) -> Drafting:
         """Drafting that nothing has joined yet.

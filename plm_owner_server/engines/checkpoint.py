@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from plm_owner_server.engines.base import EngineInfo
-from plm_owner_server.engines.described import described_head, end_tokens
+from plm_owner_server.engines.described import described_head, end_tokens, linear_head
 from protocol.errors import Unsupported
 from protocol.head import LMHead
 
@@ -39,11 +39,7 @@ def read_head(folder: Path, *, dtype: torch.dtype, device: str) -> tuple[LMHead,
             f"{folder} holds no causal language model: {error}",
             hint="It must hold config.json of an AutoModelForCausalLM architecture, and its weights.",
         ) from error
-    output = model.get_output_embeddings()
-    if config.is_encoder_decoder or not isinstance(output, torch.nn.Linear):
-        raise Unsupported(
-            f"{type(model).__name__} has no linear LM head on a decoder.", hint="Serve a decoder-only language model."
-        )
+    output = linear_head(model)
     text = config.get_text_config()
     names = {id(module): name for name, module in model.named_modules()}
     places = [names[id(output)]]

@@ -1,12 +1,36 @@
-"""What a model's own configuration says of its head and of its end, for every engine alike."""
+"""What follows from a model's own description, and from what the owner left open, for every engine alike."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from protocol.errors import Unsupported
 from protocol.head import LMHead
+
+
+def device_and_dtype(device: str, dtype: str, *, has_gpu: bool) -> tuple[str, str]:
+    """Those that were chosen; `auto` means CUDA with bfloat16 where there is a GPU, else the CPU with float32."""
+    if device == "auto":
+        device = "cuda" if has_gpu else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    return device, dtype
+
+
+def linear_head(model: Any) -> nn.Linear:
+    """The LM head of a causal language model of transformers'.
+
+    Raises:
+        Unsupported: it has none, or an encoder before it.
+    """
+    output = model.get_output_embeddings()
+    if model.config.is_encoder_decoder or not isinstance(output, nn.Linear):
+        raise Unsupported(
+            f"{type(model).__name__} has no linear LM head on a decoder.", hint="Serve a decoder-only language model."
+        )
+    return output
 
 
 def described_head(config: Any, weight_V_D: Tensor, bias_V: Tensor | None) -> LMHead:

@@ -39,12 +39,6 @@ def _transformers(folder: Path, settings: ServerSettings) -> Engine:
 def _vllm(folder: Path, settings: ServerSettings) -> Engine:
     from plm_owner_server.engines.vllm import VllmSettings, load_vllm_engine
 
-    own = {
-        "tensor_parallel_size": settings.tensor_parallel_size,
-        "pipeline_parallel_size": settings.pipeline_parallel_size,
-        "data_parallel_size": settings.data_parallel_size,
-        "distributed_executor_backend": settings.distributed_executor_backend,
-    }
     return load_vllm_engine(
         folder,
         VllmSettings(
@@ -56,7 +50,12 @@ def _vllm(folder: Path, settings: ServerSettings) -> Engine:
             prefix_cache_bytes=_prefix_cache_bytes(settings),
             prefix_cache_seconds=settings.prefix_cache_seconds,
             pack_weights=settings.pack_weights,
-            options=own | settings.vllm_options,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            pipeline_parallel_size=settings.pipeline_parallel_size,
+            data_parallel_size=settings.data_parallel_size,
+            distributed_executor_backend=settings.distributed_executor_backend,
+            log_format=settings.log_format,
+            options=settings.vllm_options,
         ),
     )
 

@@ -34,6 +34,10 @@ class PooledEngine:
         self._runner = runner
         self._vocabulary = Vocabulary(head, packed=pack_weights)
 
+    def is_alive(self) -> bool:
+        """Whether the model's processes are there. Any thread may call it."""
+        return self._runner.is_alive()
+
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Check on real passes that a position has the same state alone as among all, and that states are raw.

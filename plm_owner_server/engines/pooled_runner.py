@@ -106,6 +106,9 @@ class PoolingModel(Protocol):
     def forget(self) -> bool:
         """Drop all that is known of texts; whether it could be dropped."""
 
+    def is_alive(self) -> bool:
+        """Whether it can still answer, as far as that can be told without a question."""
+
 
 class PooledRunner:
     """Runs texts on a model that schedules itself.
@@ -156,6 +159,10 @@ class PooledRunner:
         ]
         return cut, ran
 
+    def is_alive(self) -> bool:
+        """Whether the model can still answer. Any thread may call it."""
+        return self._model.is_alive()
+
     def forget_unused(self) -> None:
         """Drop what is known of texts, if it has been known for long. Any thread may call it."""
         # Who works at the moment sees to it next time.
@@ -169,9 +176,12 @@ class PooledRunner:
 
     def _forget_if_due(self) -> None:
         # All of it: the model does not tell what was last used when. It is computed once more, then.
-        due = self._known_since is not None and self._clock() - self._known_since >= self._forget_after_s
-        if due and self._model.forget():
+        if self._known_since is None or self._clock() - self._known_since < self._forget_after_s:
+            return
+        if self._model.forget():
             self._known_since = None
+        else:
+            log.warning("what is known of texts could not be dropped yet; it is tried again")
 
     def _note(self, kind: PassKind, answers: Sequence[Answer]) -> int:
         ran = sum(len(answer.token_ids) - answer.known for answer in answers)

@@ -10,11 +10,10 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plm_owner_server.engines.base import EncodeBatch, Encoded, EngineInfo
-from plm_owner_server.engines.described import described_head, end_tokens
+from plm_owner_server.engines.described import described_head, device_and_dtype, end_tokens, linear_head
 from plm_owner_server.engines.drafting import BatchedDrafting
 from plm_owner_server.engines.packing import pack_linear_layers
 from plm_owner_server.engines.runner import Runner
@@ -28,21 +27,18 @@ log = logging.getLogger(__name__)
 
 
 def load_model(folder: Path, *, device: str, dtype: str, device_map: str | None = None) -> PreTrainedModel:
-    """Load a causal language model; `auto` means CUDA with bfloat16 where there is CUDA, else the CPU with float32.
+    """Load a causal language model.
 
     Args:
         folder: in the Hugging Face layout.
-        device: that has the whole model, unless there is a map.
-        dtype: of the weights.
+        device: that has the whole model, unless there is a map; may be `auto`.
+        dtype: of the weights; may be `auto`.
         device_map: how accelerate spreads the layers over devices.
 
     Raises:
         Unsupported: transformers cannot load it as one.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    device, dtype = device_and_dtype(device, dtype, has_gpu=torch.cuda.is_available())
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map=device_map)
     except (ValueError, OSError, KeyError) as error:
@@ -78,12 +74,7 @@ class TransformersEngine:
         pack_weights: bool = False,
     ) -> None:
         config = model.config.get_text_config()
-        output = model.get_output_embeddings()
-        if model.config.is_encoder_decoder or not isinstance(output, nn.Linear):
-            raise Unsupported(
-                f"{type(model).__name__} has no linear LM head on a decoder.",
-                hint="Serve a decoder-only language model.",
-            )
+        output = linear_head(model)
         if getattr(model, "_is_stateful", False):
             raise Unsupported(
                 f"{type(model).__name__} carries a recurrent state, which padding would spoil.",
@@ -113,6 +104,10 @@ class TransformersEngine:
             cr_kind=cr_kind,
             eos_token_ids=end_tokens(config, getattr(model, "generation_config", None)),
         )
+
+    def is_alive(self) -> bool:
+        """It is in this process."""
+        return True
 
     @torch.inference_mode()
     def warm_up(self) -> None:

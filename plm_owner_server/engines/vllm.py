@@ -18,19 +18,41 @@ from typing import Any
 import torch
 
 from plm_owner_server.engines.checkpoint import read_head
+from plm_owner_server.engines.described import device_and_dtype
 from plm_owner_server.engines.pooled import PooledEngine
 from plm_owner_server.engines.pooled_runner import Answer, PooledRunner, Question
-from plm_owner_server.engines.vllm_plugin import END_WITH_SERVER
+from plm_owner_server.engines.vllm_plugin import END_WITH_SERVER, LOG_FORMAT
+from plm_owner_server.logs import keep_quiet_about_tasks
 from protocol.errors import InvalidRequest, ServerFault, Unsupported
 
 # The CPU kernel takes multiples of 32, and a step computes what is not a whole block again; vLLM's own 128 is slow.
 _BLOCK_TOKENS_CPU, _BLOCK_TOKENS_GPU = 32, 16
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",  # it would report to its makers
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_LOGGING_CONFIG_PATH": str(Path(__file__).with_name("vllm_logs.json")),
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or two servers would take the same cores
+}
+# Of a GPU's memory, what vLLM takes by itself, and what it must leave for us beside the LM head.
+_GPU_SHARE, _GPU_SPARE_BYTES = 0.92, 2**30
+_FORGET_WITHIN_S = 30.0
+# What this module relies on, and the flag that says it.
+_NOT_OPTIONS = {
+    "async_scheduling": "",
+    "block_size": "",
+    "convert": "",
+    "data_parallel_size": "--data-parallel-size",
+    "distributed_executor_backend": "--distributed-executor-backend",
+    "dtype": "--dtype",
+    "enable_prefix_caching": "--prefix-cache-mib 0",
+    "max_model_len": "--max-sequence-tokens",
+    "max_num_batched_tokens": "--batch-tokens",
+    "model": "--model",
+    "pipeline_parallel_size": "--pipeline-parallel-size",
+    "pooler_config": "",
+    "runner": "",
+    "skip_tokenizer_init": "",
+    "tensor_parallel_size": "--tensor-parallel-size",
 }
 
 
@@ -48,7 +70,12 @@ class VllmSettings:
             takes what is free. 0 keeps nothing of a text that is done.
         prefix_cache_seconds: how long something may be known of a text.
         pack_weights: on a CPU, hold the LM head in a faster layout, too.
-        options: of vLLM's own `AsyncEngineArgs`, by name; these win.
+        tensor_parallel_size: GPUs that share every layer.
+        pipeline_parallel_size: groups of GPUs with some of the layers each.
+        data_parallel_size: copies of the model.
+        distributed_executor_backend: what starts the workers; None lets vLLM choose.
+        log_format: of vLLM's lines, as for `set_up_logs`.
+        options: other ones of vLLM's own `AsyncEngineArgs`, by name; these win.
     """
 
     dtype: str = "auto"
@@ -59,6 +86,11 @@ class VllmSettings:
     prefix_cache_bytes: int = 2**30
     prefix_cache_seconds: float = 600
     pack_weights: bool = False
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    distributed_executor_backend: str | None = None
+    log_format: str = "text"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -69,9 +101,15 @@ def load_vllm_engine(folder: Path, settings: VllmSettings) -> PooledEngine:
         InvalidRequest: vLLM is not installed, or does not take an option.
         Unsupported: the model is not one that it can run here.
     """
+    for name in settings.options:
+        if name in _NOT_OPTIONS:
+            raise InvalidRequest(
+                f"--vllm-options cannot say {name}: the server itself relies on it.",
+                hint=f"Leave it out, and say {_NOT_OPTIONS[name]}." if _NOT_OPTIONS[name] else "Leave it out.",
+            )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ[END_WITH_SERVER] = str(os.getpid())
+    os.environ |= {END_WITH_SERVER: str(os.getpid()), LOG_FORMAT: settings.log_format}
     if settings.threads:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
     try:
@@ -82,10 +120,8 @@ def load_vllm_engine(folder: Path, settings: VllmSettings) -> PooledEngine:
             hint="Run: pip install 'pema[server,vllm]', or without a GPU: make .venv-vllm/ready.",
         ) from error
     on_cpu = current_platform.is_cpu()
-    dtype = ("float32" if on_cpu else "bfloat16") if settings.dtype == "auto" else settings.dtype
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _, dtype = device_and_dtype("auto", settings.dtype, has_gpu=not on_cpu)
+    device, _ = device_and_dtype(settings.device, dtype, has_gpu=not on_cpu)
     head, info = read_head(folder, dtype=getattr(torch, dtype), device=device)
     max_tokens = min(settings.max_tokens, info.max_tokens or settings.max_tokens)
     arguments: dict[str, Any] = {
@@ -101,11 +137,23 @@ def load_vllm_engine(folder: Path, settings: VllmSettings) -> PooledEngine:
         "block_size": _BLOCK_TOKENS_CPU if on_cpu else _BLOCK_TOKENS_GPU,
         "enable_prefix_caching": settings.prefix_cache_bytes > 0,
         "disable_log_stats": True,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "pipeline_parallel_size": settings.pipeline_parallel_size,
+        "data_parallel_size": settings.data_parallel_size,
+        "distributed_executor_backend": settings.distributed_executor_backend,
     }
     if on_cpu:
         arguments["kv_cache_memory_bytes"] = settings.prefix_cache_bytes or 2**30
+    elif head.weight_V_D.is_cuda:
+        total = torch.cuda.get_device_properties(head.weight_V_D.device).total_memory
+        arguments["gpu_memory_utilization"] = share_beside(head.weight_V_D.nbytes, total)
     runner = PooledRunner(VllmModel(arguments | settings.options), forget_after_s=settings.prefix_cache_seconds)
     return PooledEngine(runner, info=info, head=head, pack_weights=settings.pack_weights)
+
+
+def share_beside(head_bytes: int, total_bytes: int) -> float:
+    """The part of a GPU's memory that vLLM may take where our LM head is there first: it refuses to start with less."""
+    return round(min(_GPU_SHARE, 1 - (head_bytes + _GPU_SPARE_BYTES) / total_bytes), 3)
 
 
 class VllmModel:
@@ -124,6 +172,7 @@ class VllmModel:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._loop = asyncio.new_event_loop()
+        keep_quiet_about_tasks(self._loop)
         threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
         try:
             self._llm = asyncio.run_coroutine_threadsafe(_start(arguments), self._loop).result()
@@ -139,8 +188,17 @@ class VllmModel:
         return asyncio.run_coroutine_threadsafe(self._answers(questions), self._loop).result()
 
     def forget(self) -> bool:
-        """Drop all that is known of texts; whether it could be dropped."""
-        return bool(asyncio.run_coroutine_threadsafe(self._llm.reset_prefix_cache(), self._loop).result())
+        """Drop all that is known of texts; whether it could be dropped.
+
+        Raises:
+            TimeoutError: it does not say so; an engine that dies meanwhile never does.
+        """
+        future = asyncio.run_coroutine_threadsafe(self._llm.reset_prefix_cache(), self._loop)
+        return bool(future.result(_FORGET_WITHIN_S))
+
+    def is_alive(self) -> bool:
+        """Whether none of its processes has ended."""
+        return not self._llm.errored
 
     async def _answers(self, questions: Sequence[Question]) -> list[Answer]:
         # All of them, also after an error: none goes on unattended.
@@ -180,9 +238,12 @@ async def _start(arguments: dict[str, Any]) -> Any:
         raise InvalidRequest(f"vLLM does not take this: {error}", hint="Look at --vllm-options.") from error
     try:
         return AsyncLLM.from_engine_args(options)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise Unsupported(
-            f"vLLM cannot run this model so: {error}", hint="Its own log says more; or try --engine transformers."
+            f"vLLM cannot run this model so: {error}",
+            hint="Its own log says more. If memory is short: a smaller --max-sequence-tokens, on a CPU a larger "
+            """--prefix-cache-mib, on GPUs --vllm-options '{"gpu_memory_utilization": 0.8}' or more of them """
+            "(--tensor-parallel-size). Or try --engine transformers.",
         ) from error
 
 

@@ -5,19 +5,27 @@ Only with `--engine vllm` (`make test-vllm`).
 
 from __future__ import annotations
 
+import math
 import threading
 from functools import partial
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+from data_owner_client import connect, load_task, read_pairs
 from data_owner_client.connection import open_connection
+from data_owner_client.memory.build import tokenize_pair
+from demo import home_assistant
 from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Engine
 from plm_owner_server.engines.loading import load_engine
+from plm_owner_server.engines.pooled import PooledEngine
 from plm_owner_server.engines.transformers import TransformersEngine, load_model
 from plm_owner_server.holder import ServiceHolder
+from plm_owner_server.models import resolve
 from plm_owner_server.service import PlmService
+from plm_owner_server.settings import DEFAULT_MODEL
 from plm_owner_server.supervision import Supervisor
 from protocol.errors import NotReady, PemaError
 from protocol.messages import EncodeRequest
@@ -69,6 +77,21 @@ def test_nothing_of_a_tenants_text_is_known_to_another(engines: tuple[Engine, En
     assert known == [0, 0, 96]
 
 
+def test_what_is_known_of_texts_can_be_dropped(engines: tuple[Engine, Engine]) -> None:
+    ours, _ = engines
+    assert isinstance(ours, PooledEngine)
+    batch = EncodeBatch(IDS[3:4], [99], tenant="forgetful")
+    ours.encode(batch)
+    ours._runner._known_since = -math.inf
+    ours.forget_unused()
+    assert ours._runner._known_since is None
+    known = ours.counts.known_tokens
+    ours.encode(batch)
+    assert ours.counts.known_tokens == known
+    ours.encode(batch)
+    assert ours.counts.known_tokens > known
+
+
 def test_drafts_are_those_of_transformers(engines: tuple[Engine, Engine]) -> None:
     batch = DraftBatch(IDS, [69, 30, 0, 99, 63], [20, 9, 30, 15, 0], frozenset([EOS]), "acme")
     results = list[Decoded]()
@@ -84,6 +107,25 @@ def test_drafts_are_those_of_transformers(engines: tuple[Engine, Engine]) -> Non
     assert_close(ours.cr_N_D, theirs.cr_N_D)
     for name in ("logsumexp_N", "top1_logprob_N"):  # in nats
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-4)
+
+
+@pytest.mark.real_model
+def test_the_default_model_says_the_same_on_the_demos_test_set(tmp_path: Path) -> None:
+    """Token for token, as far as an answer goes."""
+    folder = resolve(DEFAULT_MODEL, support.make_settings().cache_dir).folder
+    home_assistant.prepare(tmp_path)
+    task, pairs = load_task(tmp_path / "task.toml"), read_pairs(tmp_path / "test.jsonl")
+    said: dict[str, list[list[int]]] = {"transformers": [], "vllm": []}
+    for name, answers in said.items():
+        service = support.make_service(folder, shared=False, engine=name, vllm_options={}, max_sequence_tokens=1024)
+        with support.serve(service) as url, connect(url, dtype="float32") as plm:
+            prompts = [tokenize_pair(plm, task, pair, place="a pair").prompt for pair in pairs]
+            for start in range(0, len(prompts), 40):
+                some = prompts[start : start + 40]
+                response = plm.decode(some, [48] * len(some), sorted(task.stop_ids(plm.tokenizer)))
+                answers += [ids.tolist() for ids in response.top1_N.split(response.rows_B.tolist())]
+    assert len(said["vllm"]) == 200
+    assert said["vllm"] == said["transformers"]
 
 
 @pytest.mark.parametrize("transport", ["rest", "grpc"])
@@ -111,5 +153,9 @@ def test_vllm_that_is_killed_is_a_503_and_started_again(tiny_models: TinyModels,
         until(lambda: holder.is_ready)
         assert not core.is_running()
         torch.testing.assert_close(connection.encode(request).cr_N_D, expected)
+        (core,) = [child for child in set(psutil.Process().children()) - before if child.children()]
+        core.kill()  # and nobody calls
+        until(lambda: not holder.is_ready)
+        until(lambda: holder.is_ready)
         connection.close()
     assert not gave_up

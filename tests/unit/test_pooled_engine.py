@@ -39,6 +39,10 @@ class Blocks:
         self.asked: list[Question] = []
         self.faults: list[Exception] = []
         self.lost_rows = 0
+        self.alive = True
+
+    def is_alive(self) -> bool:
+        return self.alive
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         if self.faults:

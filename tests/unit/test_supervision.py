@@ -33,6 +33,10 @@ class FakeService:
         self.busy_s = 0.0
         self.closed: PemaError | None = None
         self.tidied = threading.Event()
+        self.alive = True
+
+    def is_alive(self) -> bool:
+        return self.alive
 
     def forget_unused(self) -> None:
         self.tidied.set()
@@ -105,6 +109,16 @@ def test_an_engine_that_worked_for_long_gets_all_attempts_again(monkeypatch: pyt
         watched.wait_for(service)
         service.broken.set()
     assert "two" in str(watched.end())
+
+
+def test_an_engine_that_dies_while_nobody_calls_is_replaced() -> None:
+    first, second = FakeService(), FakeService()
+    watched = Watched(first, second, timeout_s=0.1)
+    watched.wait_for(first)
+    first.alive = False
+    watched.wait_for(second)
+    assert isinstance(first.closed, NotReady)
+    assert not watched.ends
 
 
 def test_a_hanging_engine_is_the_end() -> None:

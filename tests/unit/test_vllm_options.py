@@ -1,0 +1,42 @@
+"""What is settled about vLLM before it is asked for anything, without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from plm_owner_server.engines.vllm import VllmSettings, load_vllm_engine, share_beside
+from protocol.errors import InvalidRequest
+from tests import support
+
+
+@pytest.mark.parametrize(("name", "flag"), [("max_model_len", "--max-sequence-tokens"), ("runner", "Leave it out")])
+def test_options_that_the_server_relies_on_are_refused(name: str, flag: str) -> None:
+    with pytest.raises(InvalidRequest, match=name) as caught:
+        load_vllm_engine(Path("anywhere"), VllmSettings(options={name: 1}))
+    assert flag in caught.value.hint
+
+
+def test_vllm_leaves_room_for_our_head_on_its_gpu() -> None:
+    gib = 2**30
+    assert share_beside(2 * gib, 80 * gib) == 0.92  # what it takes by itself
+    small = share_beside(2 * gib, 24 * gib)
+    assert 0.8 < small < 0.92
+    assert (1 - small) * 24 >= 3 - 0.1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"engine": "vllm", "device_map": "auto"},
+        {"engine": "transformers", "tensor_parallel_size": 2},
+        {"engine": "transformers", "vllm_options": '{"seed": 1}'},
+    ],
+)
+def test_flags_of_the_other_engine_are_refused(wrong: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PEMA_ENGINE", "PEMA_VLLM_OPTIONS"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="nothing to --engine"):
+        support.make_settings(**wrong)
+    assert support.make_settings(engine="vllm", tensor_parallel_size=2, vllm_options="").vllm_options == {}
