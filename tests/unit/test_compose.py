@@ -48,7 +48,7 @@ def all_services() -> Iterator[tuple[str, dict[str, Any]]]:
 MADE = [
     pytest.param(service, id=label)
     for label, service in all_services()
-    if "cap_drop" in service or "image" in service and label.split(": ")[1] not in services(FILES[0])
+    if "cap_drop" in service or ("image" in service and label.split(": ")[1] not in services(FILES[0]))
 ]
 
 
