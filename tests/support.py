@@ -141,6 +141,8 @@ def _config(architecture: str) -> PretrainedConfig:
                 config.num_key_value_heads = 1
         if hasattr(config, "head_dim"):
             config.head_dim = 32
+        if architecture == "gemma2":
+            config.attn_logit_softcapping = None  # which they get wrong: the engine refuses it
     return config
 
 

@@ -65,6 +65,12 @@ def read_head(folder: Path, *, dtype: torch.dtype, device: str) -> tuple[LMHead,
     return head, info
 
 
+def caps_attention(folder: Path) -> bool:
+    """Whether the model's attention has soft-capped logits (Gemma 2)."""
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    return getattr(config, "attn_logit_softcapping", None) is not None
+
+
 def _files(folder: Path) -> dict[str, Path]:
     """Of each tensor, the file that it is in."""
     if (folder / _INDEX).is_file():

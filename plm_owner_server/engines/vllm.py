@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from plm_owner_server.engines.checkpoint import read_head
+from plm_owner_server.engines.checkpoint import caps_attention, read_head
 from plm_owner_server.engines.described import device_and_dtype
 from plm_owner_server.engines.pooled import PooledEngine
 from plm_owner_server.engines.pooled_runner import Answer, PooledRunner, Question
@@ -123,6 +123,11 @@ def load_vllm_engine(folder: Path, settings: VllmSettings) -> PooledEngine:
     _, dtype = device_and_dtype("auto", settings.dtype, has_gpu=not on_cpu)
     device, _ = device_and_dtype(settings.device, dtype, has_gpu=not on_cpu)
     head, info = read_head(folder, dtype=getattr(torch, dtype), device=device)
+    if on_cpu and caps_attention(folder):
+        raise Unsupported(
+            "vLLM 0.32 computes attention with soft-capped logits wrongly on a CPU.",
+            hint="Serve this model with --engine transformers, or on a GPU.",
+        )
     max_tokens = min(settings.max_tokens, info.max_tokens or settings.max_tokens)
     arguments: dict[str, Any] = {
         "model": str(folder),
