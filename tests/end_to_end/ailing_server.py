@@ -29,7 +29,7 @@ class AilingEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.info, self.head, self.counts = engine.info, engine.head, engine.counts
-        self.drafting, self.forget_unused = engine.drafting, engine.forget_unused
+        self.drafting, self.forget_unused, self.is_alive = engine.drafting, engine.forget_unused, engine.is_alive
         self._broken = False
 
     def warm_up(self) -> None:

@@ -139,7 +139,7 @@ class _Ailing:
     def __init__(self, engine: TransformersEngine) -> None:
         self.engine = engine
         self.info, self.head, self.counts = engine.info, engine.head, engine.counts
-        self.drafting, self.forget_unused = engine.drafting, engine.forget_unused
+        self.drafting, self.forget_unused, self.is_alive = engine.drafting, engine.forget_unused, engine.is_alive
         self.broken = False
 
     def warm_up(self) -> None:
