@@ -141,7 +141,11 @@ def test_training_is_that_of_the_policy_candidate(
 # A head with a bias, with a scale, with a soft-cap; a representation that is not the head's input.
 @pytest.mark.parametrize(
     ("architecture", "cr_kind"),
-    [("phi", "last_hidden_state"), ("cohere", "last_hidden_state"), ("gemma2", "ffn_output")],
+    [
+        ("phi", "last_hidden_state"),
+        ("cohere", "last_hidden_state"),
+        pytest.param("gemma2", "ffn_output", marks=pytest.mark.transformers_only(reason="only it has these")),
+    ],
 )
 def test_logits_are_the_models_own(
     architecture: str, cr_kind: str, tiny_models: TinyModels, tmp_path: Path, stack: ExitStack
