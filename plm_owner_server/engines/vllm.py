@@ -120,14 +120,14 @@ def load_vllm_engine(folder: Path, settings: VllmSettings) -> PooledEngine:
             hint="Run: pip install 'pema[server,vllm]', or without a GPU: make .venv-vllm/ready.",
         ) from error
     on_cpu = current_platform.is_cpu()
-    _, dtype = device_and_dtype("auto", settings.dtype, has_gpu=not on_cpu)
-    device, _ = device_and_dtype(settings.device, dtype, has_gpu=not on_cpu)
-    head, info = read_head(folder, dtype=getattr(torch, dtype), device=device)
     if on_cpu and caps_attention(folder):
         raise Unsupported(
             "vLLM 0.32 computes attention with soft-capped logits wrongly on a CPU.",
             hint="Serve this model with --engine transformers, or on a GPU.",
         )
+    _, dtype = device_and_dtype("auto", settings.dtype, has_gpu=not on_cpu)
+    device, _ = device_and_dtype(settings.device, dtype, has_gpu=not on_cpu)
+    head, info = read_head(folder, dtype=getattr(torch, dtype), device=device)
     max_tokens = min(settings.max_tokens, info.max_tokens or settings.max_tokens)
     arguments: dict[str, Any] = {
         "model": str(folder),

@@ -50,13 +50,19 @@ def engines(request: pytest.FixtureRequest, tiny_models: TinyModels) -> tuple[En
     return ours, theirs
 
 
-def assert_close(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> None:
+@pytest.fixture
+def rounding(request: pytest.FixtureRequest) -> float:
+    """How much coarser an architecture's tiny model may be than the others: the norms of these two amplify more."""
+    return 5.0 if request.node.callspec.params["engines"] in ("gemma2", "gemma3") else 1.0
+
+
+def assert_close(ours: torch.Tensor | None, theirs: torch.Tensor | None, rounding: float) -> None:
     assert ours is not None
     assert theirs is not None
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-5 * theirs.abs().max().item())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * rounding * theirs.abs().max().item())
 
 
-def test_every_position_is_that_of_transformers(engines: tuple[Engine, Engine]) -> None:
+def test_every_position_is_that_of_transformers(engines: tuple[Engine, Engine], rounding: float) -> None:
     """From the first position, from behind what is known, and from within it."""
     ours, theirs = engines
     assert ours.info == theirs.info
@@ -64,8 +70,8 @@ def test_every_position_is_that_of_transformers(engines: tuple[Engine, Engine]) 
         batch = EncodeBatch(IDS, starts, with_logsumexp=True, tenant="acme")
         expected, result = theirs.encode(batch), ours.encode(batch)
         assert (result.rows, result.echo) == (expected.rows, expected.echo)
-        assert_close(result.cr_N_D, expected.cr_N_D)
-        assert_close(result.logsumexp_N, expected.logsumexp_N)
+        assert_close(result.cr_N_D, expected.cr_N_D, rounding)
+        assert_close(result.logsumexp_N, expected.logsumexp_N, rounding)
     assert ours.counts.known_tokens > 0
 
 
@@ -94,7 +100,7 @@ def test_what_is_known_of_texts_can_be_dropped(engines: tuple[Engine, Engine]) -
     assert ours.counts.known_tokens > known
 
 
-def test_drafts_are_those_of_transformers(engines: tuple[Engine, Engine]) -> None:
+def test_drafts_are_those_of_transformers(engines: tuple[Engine, Engine], rounding: float) -> None:
     batch = DraftBatch(IDS, [69, 30, 0, 99, 63], [20, 9, 30, 15, 0], frozenset([EOS]), "acme")
     results = list[Decoded]()
     for engine in engines:
@@ -106,9 +112,9 @@ def test_drafts_are_those_of_transformers(engines: tuple[Engine, Engine]) -> Non
     ours, theirs = results
     assert (ours.rows, ours.echo) == (theirs.rows, theirs.echo)
     assert ours.top1_N.tolist() == theirs.top1_N.tolist()
-    assert_close(ours.cr_N_D, theirs.cr_N_D)
+    assert_close(ours.cr_N_D, theirs.cr_N_D, rounding)
     for name in ("logsumexp_N", "top1_logprob_N"):  # in nats
-        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=5e-4)
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-4 * rounding)
 
 
 def test_what_vllm_gets_wrong_on_a_cpu_is_refused(tiny_models: TinyModels, tmp_path: Path) -> None:
