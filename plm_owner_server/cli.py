@@ -192,6 +192,7 @@ def serve(settings: ServerSettings) -> None:
         server.run()
     except SystemExit:  # it has said why
         sys.exit(f"pema-server: cannot listen on port {settings.port} of {settings.host}. Choose another --port.")
+    supervisor.stop()
     if supervisor.loading or (failures and isinstance(failures[0], EngineStuck)):
         # Its thread cannot be ended, and Python would wait for it, or crash over it.
         for failure in failures:

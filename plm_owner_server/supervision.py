@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -55,6 +56,7 @@ class Supervisor:
         self._engine_timeout_s = engine_timeout_s
         self._give_up = give_up
         self._pauses_s = pauses_s
+        self._stopped = threading.Event()
         self.loading = False
 
     def run(self) -> None:
@@ -62,6 +64,8 @@ class Supervisor:
         pauses: deque[float] | None = None  # there is no second attempt at what has never worked
         while True:
             failure, worked_s = self._serve()
+            if failure is None:
+                return
             if worked_s and (pauses is None or worked_s >= _WELL_S):
                 pauses = deque(self._pauses_s)
             if isinstance(failure, EngineStuck) or not pauses:
@@ -69,11 +73,16 @@ class Supervisor:
             pause_s = pauses.popleft()
             log.error("the model is loaded again in %g s; attempts left after that: %d", pause_s, len(pauses))
             _release_memory()
-            time.sleep(pause_s)
+            if self._stopped.wait(pause_s):
+                return
         self._give_up(failure)
 
-    def _serve(self) -> tuple[PemaError, float]:
-        """Why there is no service any more, and for how many seconds there was one."""
+    def stop(self) -> None:
+        """Look after it no more: the process is about to end, and the engine with it."""
+        self._stopped.set()
+
+    def _serve(self) -> tuple[PemaError | None, float]:
+        """Why there is no service any more, unless it was stopped, and for how many seconds there was one."""
         self.loading = True
         try:
             service = self._load()
@@ -89,13 +98,18 @@ class Supervisor:
         try:
             failure = self._look_after(service)
         finally:
-            self._holder.service = None
+            # Whoever drops it last ends its engine, and waits: when the process ends, that is for the main thread.
+            if not self._stopped.is_set():
+                self._holder.service = None
         return failure, time.monotonic() - began
 
-    def _look_after(self, service: PlmService) -> PemaError:
-        """What has become of the engine at last."""
+    def _look_after(self, service: PlmService) -> PemaError | None:
+        """What has become of the engine at last; nothing if nobody wants to know any more."""
         while not service.broken.wait(min(_LOOK_EVERY_S, self._engine_timeout_s / 4)):
-            if not service.is_alive():
+            is_alive = service.is_alive()
+            if self._stopped.is_set():
+                return None
+            if not is_alive:
                 log.error("the engine has died")
                 service.close(NotReady("The model broke.", hint="Try again in a moment.", retry_after_s=5.0))
                 break

@@ -31,11 +31,14 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",  # it would report to its makers
     "VLLM_LOGGING_CONFIG_PATH": str(Path(__file__).with_name("vllm_logs.json")),
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "20",  # they need more than its 5 to end in good order
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or two servers would take the same cores
+    "PYTHONWARNINGS": "ignore:resource_tracker",  # it tidies up behind a server that had to end at once, and says so
 }
 # Of a GPU's memory, what vLLM takes by itself, and what it must leave for us beside the LM head.
 _GPU_SHARE, _GPU_SPARE_BYTES = 0.92, 2**30
 _FORGET_WITHIN_S = 30.0
+_END_WITHIN_S = 30.0
 # What this module relies on, and the flag that says it.
 _NOT_OPTIONS = {
     "async_scheduling": "",
@@ -178,13 +181,14 @@ class VllmModel:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._loop = asyncio.new_event_loop()
         keep_quiet_about_tasks(self._loop)
-        threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
+        thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
+        thread.start()
         try:
             self._llm = asyncio.run_coroutine_threadsafe(_start(arguments), self._loop).result()
         except BaseException:
             self._loop.call_soon_threadsafe(self._loop.stop)
             raise
-        weakref.finalize(self, _end, self._llm, self._loop)
+        weakref.finalize(self, _end, self._llm, self._loop, thread)
         self.block_tokens = int(arguments["block_size"])
         self._numbers = itertools.count()
 
@@ -252,6 +256,19 @@ async def _start(arguments: dict[str, Any]) -> Any:
         ) from error
 
 
-def _end(llm: Any, loop: asyncio.AbstractEventLoop) -> None:
-    llm.shutdown()
-    loop.call_soon_threadsafe(loop.stop)
+def _end(llm: Any, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    asyncio.run_coroutine_threadsafe(_end_here(llm, loop), loop)
+    if thread is not threading.current_thread():
+        thread.join(_END_WITHIN_S)
+
+
+async def _end_here(llm: Any, loop: asyncio.AbstractEventLoop) -> None:
+    """End vLLM and the loop; its own tasks first, or they log its end as a failure."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    try:
+        llm.shutdown()
+    finally:
+        loop.stop()

@@ -6,6 +6,7 @@ import random
 import socket
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,8 +30,11 @@ class Fault:
 
 @contextmanager
 def faulty_proxy(port: int, faults: Iterable[Fault]) -> Iterator[int]:
-    """Forward a free local port to `port`; the connections take the faults in turn, those after them none."""
-    waiting, stop = iter(faults), threading.Event()
+    """Forward a free local port to `port`; the connections take the faults in turn, those after them none.
+
+    A fault that its connection did not come to, as one does not that found the server loading, waits for the next.
+    """
+    waiting, stop = deque(faults), threading.Event()
     listener = socket.create_server(("127.0.0.1", 0))
     sockets: list[socket.socket] = []
 
@@ -43,15 +47,17 @@ def faulty_proxy(port: int, faults: Iterable[Fault]) -> Iterator[int]:
             server.shutdown(socket.SHUT_WR)
 
     def to_client(client: socket.socket, server: socket.socket, fault: Fault | None, garbling: threading.Event) -> None:
-        left, noise = fault.after_bytes if fault else 0, random.Random(7)
+        left, noise, struck = fault.after_bytes if fault else 0, random.Random(7), False
         with suppress(OSError):
             while data := server.recv(2**16):
                 if fault is not None and fault.kind == "garble-request":
                     left -= len(data)
                     if left < 0 and not garbling.is_set():
+                        struck = True
                         fault.then()
                         garbling.set()
                 elif fault is not None and len(data) > left:
+                    struck = True
                     client.sendall(data[:left])
                     fault.then()
                     if fault.kind == "stall":
@@ -63,6 +69,8 @@ def faulty_proxy(port: int, faults: Iterable[Fault]) -> Iterator[int]:
                 elif fault is not None:
                     left -= len(data)
                 client.sendall(data)
+        if fault is not None and not struck:
+            waiting.appendleft(fault)
         for one in (client, server):
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
@@ -78,7 +86,7 @@ def faulty_proxy(port: int, faults: Iterable[Fault]) -> Iterator[int]:
                     client.close()
                     continue
                 sockets.extend((client, server))
-                fault, garbling = next(waiting, None), threading.Event()
+                fault, garbling = waiting.popleft() if waiting else None, threading.Event()
                 threading.Thread(target=to_server, args=(client, server, garbling), daemon=True).start()
                 threading.Thread(target=to_client, args=(client, server, fault, garbling), daemon=True).start()
 

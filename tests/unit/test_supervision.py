@@ -52,10 +52,10 @@ class Watched:
         self.loads = list(loads)
         self.holder = ServiceHolder()
         self.ends: list[PemaError] = []
-        supervisor = Supervisor(
+        self.supervisor = Supervisor(
             self.load, self.holder, engine_timeout_s=timeout_s, give_up=self.ends.append, pauses_s=(0.0, 0.0)
         )
-        self.thread = threading.Thread(target=supervisor.run, daemon=True)
+        self.thread = threading.Thread(target=self.supervisor.run, daemon=True)
         self.thread.start()
 
     def load(self) -> PlmService:
@@ -119,6 +119,20 @@ def test_an_engine_that_dies_while_nobody_calls_is_replaced() -> None:
     watched.wait_for(second)
     assert isinstance(first.closed, NotReady)
     assert not watched.ends
+
+
+def test_an_engine_that_ends_with_the_process_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plm_owner_server.supervision._LOOK_EVERY_S", 0.02)
+    service = FakeService()
+    watched = Watched(service, FakeService())
+    watched.wait_for(service)
+    watched.supervisor.stop()
+    service.alive = False
+    watched.thread.join(30)
+    assert not watched.thread.is_alive()
+    assert not watched.ends
+    assert len(watched.loads) == 1
+    assert watched.holder.service is cast(Any, service)
 
 
 def test_a_hanging_engine_is_the_end() -> None:
