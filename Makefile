@@ -10,6 +10,8 @@ VENV ?= .venv
 # Processes that run tests at the same time; each may need three GiB.
 WORKERS ?= 2
 VLLM_VENV ?= .venv-vllm
+VLLM_TESTS ?= tests/conformance tests/end_to_end/test_faults.py tests/end_to_end/test_decode_faults.py \
+  tests/end_to_end/test_operations.py tests/end_to_end/test_secrets.py
 # Where the CPU build of torch lives; a local wheel that pip knows of (PIP_FIND_LINKS) serves as well.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
@@ -33,8 +35,7 @@ compose-test:
 
 # One process: each server in it has processes of vLLM's beside it. What vLLM warns of is not ours to mend.
 test-vllm: $(VLLM_VENV)/ready
-	$(VLLM_VENV)/bin/pytest --engine vllm --timeout 1200 -W default tests/conformance tests/end_to_end/test_faults.py \
-	  tests/end_to_end/test_decode_faults.py tests/end_to_end/test_operations.py tests/end_to_end/test_secrets.py
+	$(VLLM_VENV)/bin/pytest --engine vllm --timeout 1200 -W default $(VLLM_TESTS)
 
 bench: $(VENV)/ready $(VLLM_VENV)/ready
 	$(BIN)/python -m benchmarks.build_memory
@@ -72,7 +73,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 $(VLLM_VENV)/ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip
-	$(VLLM_VENV)/bin/pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) -r constraints-vllm.txt
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) -c constraints-vllm.txt torch
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps -r constraints-vllm.txt
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps -e .
 	touch $@
 

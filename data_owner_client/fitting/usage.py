@@ -29,6 +29,7 @@ NEAREST = 8
 # What is decoded besides the likeliest interpolation; each with the first of the rewards, the best with all of them.
 _LAMBDAS = (0.3, 0.5, 0.7, 0.85)
 _REWARDS = (1.0, 0.0, 0.5, 2.0)
+_ROUNDING = 1e-6
 
 
 class Option(BaseModel):
@@ -197,7 +198,8 @@ def clearly_better(score_E: Tensor, other_E: Tensor) -> bool:
     """
     difference_E = score_E - other_E
     error = difference_E.std(correction=0) / max(1, len(difference_E) - 1) ** 0.5
-    return bool(difference_E.mean() > error)
+    # Where a single text differs, the mean is the error, and rounding must not say which of them is larger.
+    return bool(difference_E.mean() > (1 + _ROUNDING) * error)
 
 
 def _encode_with_nearest(plm: RemotePlm, memories: Memories, count: int, reporter: Reporter) -> MemoryRows:

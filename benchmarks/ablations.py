@@ -1,0 +1,125 @@
+"""Training with one thing changed at a time, on one memory: how likely held-out targets become.
+
+Most of it is a setting of `pema-client sweep`. Here alone: to learn, too, from what the nearest rows of the memory have
+for targets, P_kNN of kNN-LM, which is the idea of Memory Decoder (Cao et al., 2025, arXiv 2508.09874).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks import report
+from benchmarks.processes import server
+from data_owner_client import TrainingSettings, build_memories, connect, load_task, read_pairs
+from data_owner_client.comparison.knn_lm import build_index, search, tune
+from data_owner_client.fitting import Memories, TrainingInput
+from data_owner_client.memory import MemoryRows
+from data_owner_client.progress import Reporter
+from data_owner_client.training import Sharded, target_logprobs
+from demo import home_assistant
+
+_WORK = report.FOLDER / "ablations"
+_USUAL = TrainingSettings(form="residual")
+_CHANGES = {
+    "as usual": _USUAL,
+    "paper's form": replace(_USUAL, form="paper"),
+    "recent tokens seen": replace(_USUAL, form="recent"),
+    "no reconstruction phase": replace(_USUAL, reconstruction_epochs=0),
+    "no reconstruction at all": replace(_USUAL, reconstruction_epochs=0, kappa=0.0),
+    "label smoothing 0.1": replace(_USUAL, label_smoothing=0.1),
+    "mean of the weights (0.99)": replace(_USUAL, averaging=0.99),
+}
+_SHARES = (0.25, 0.5)
+
+
+def main() -> None:
+    """Train, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="500 pairs and two epochs")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(os.cpu_count() or 1)
+    home_assistant.prepare(_WORK / "data")
+    task = load_task(_WORK / "data" / "task.toml")
+    pairs, held_out = (read_pairs(_WORK / "data" / f"{part}.jsonl") for part in ("train", "validation"))
+    if quick:
+        pairs, held_out = pairs[:500], held_out[:50]
+    folder, reporter = _WORK / f"memory-{len(pairs)}", Reporter()
+    with server(_WORK / "server.log") as (_, grpc_port), connect(f"grpc://127.0.0.1:{grpc_port}") as plm:
+        build_memories(plm, task, pairs, folder, validation=held_out, context_mode="teacher-forced", share_targets=True)
+        memories = Memories.open(folder, plm)
+        given = TrainingInput.of(plm, memories, _USUAL, reporter)
+    works = {name: (given, settings) for name, settings in _CHANGES.items()}
+    near = NearTargets.of(memories, given)
+    for share in _SHARES:
+        taught = replace(given, rows=Taught(given.rows, near, share), identity=[*given.identity, share])
+        works[f"{share:.0%} of the targets from P_kNN"] = taught, _USUAL
+    figures: dict[str, object] = {"pairs": len(pairs), "rows": memories.train.manifest.rows, "plm_nll": given.plm_nll}
+    for name, (rows, settings) in works.items():
+        tried = replace(settings, epochs=2) if quick else settings
+        trained = rows.fit(tried, _WORK / "checkpoint.safetensors", reporter)
+        logprob_N = target_logprobs(trained.adapter, given.targets.candidates, given.validation.data)
+        interpolation, nll = given.validation.best(logprob_N, "constant")
+        figures[name] = {"nll": nll, "lambda": interpolation.lambda_max}
+        print(f"{name}: {nll:.4f} nats per token at λ {interpolation.lambda_max}", flush=True)
+    report.write("ablations", figures)
+
+
+@dataclass(frozen=True)
+class NearTargets:
+    """What the nearest other rows have for targets.
+
+    Attributes:
+        target_N_K: int32 token ids.
+        weight_N_K: float32, P_kNN's weight of each.
+    """
+
+    target_N_K: Tensor
+    weight_N_K: Tensor
+
+    @classmethod
+    def of(cls, memories: Memories, given: TrainingInput) -> NearTargets:
+        """With the k and the temperature that are likeliest on the validation rows."""
+        index, label_N = build_index(memories.train, given.survey.candidate_ids_C)
+        neighbours, temperature, _ = tune(index, label_N, given.validation)
+        rows = memories.train.load()
+        distance_N_K, row_N_K = search(index, rows.representations_N_D(), neighbours + 1)
+        distance_N_K[row_N_K == torch.arange(len(row_N_K))[:, None]] = math.inf  # of a row to itself
+        weight_N_K = (-distance_N_K / temperature).softmax(dim=-1)
+        print(f"P_kNN of {neighbours} rows at temperature {temperature:.3g}", flush=True)
+        return cls(rows.target_N[row_N_K], weight_N_K)
+
+
+class Taught:
+    """A memory in which some rows have a near row's target, drawn anew whenever a shard is read.
+
+    In the mean over epochs, the loss is the cross-entropy with (1 − share)·[y] + share·P_kNN.
+    """
+
+    def __init__(self, memory: Sharded, near: NearTargets, share: float) -> None:
+        self._memory, self._near, self._share = memory, near, share
+        self._rng = torch.Generator().manual_seed(0)
+
+    @property
+    def shard_rows(self) -> Sequence[int]:
+        """Rows of each shard."""
+        return self._memory.shard_rows
+
+    def shard(self, number: int) -> MemoryRows:
+        """One shard."""
+        rows, start = self._memory.shard(number), sum(self.shard_rows[:number])
+        span = slice(start, start + len(rows.target_N))
+        drawn_N_1 = torch.multinomial(self._near.weight_N_K[span], 1, generator=self._rng)
+        near_N = self._near.target_N_K[span].gather(1, drawn_N_1)[:, 0]
+        is_taught_N = torch.rand(len(near_N), generator=self._rng) < self._share
+        return replace(rows, target_N=torch.where(is_taught_N, near_N, rows.target_N))
+
+
+if __name__ == "__main__":
+    main()
