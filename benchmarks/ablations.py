@@ -61,9 +61,9 @@ def main() -> None:
         taught = replace(given, rows=Taught(given.rows, near, share), identity=[*given.identity, share])
         works[f"{share:.0%} of the targets from P_kNN"] = taught, _USUAL
     figures: dict[str, object] = {"pairs": len(pairs), "rows": memories.train.manifest.rows, "plm_nll": given.plm_nll}
-    for name, (rows, settings) in works.items():
+    for name, (data, settings) in works.items():
         tried = replace(settings, epochs=2) if quick else settings
-        trained = rows.fit(tried, _WORK / "checkpoint.safetensors", reporter)
+        trained = data.fit(tried, _WORK / "checkpoint.safetensors", reporter)
         logprob_N = target_logprobs(trained.adapter, given.targets.candidates, given.validation.data)
         interpolation, nll = given.validation.best(logprob_N, "constant")
         figures[name] = {"nll": nll, "lambda": interpolation.lambda_max}

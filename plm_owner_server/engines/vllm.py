@@ -27,19 +27,19 @@ from protocol.errors import InvalidRequest, ServerFault, Unsupported
 
 # The CPU kernel takes multiples of 32, and a step computes what is not a whole block again; vLLM's own 128 is slow.
 _BLOCK_TOKENS_CPU, _BLOCK_TOKENS_GPU = 32, 16
+# Its processes may need more than the 5 s of its own before they are killed.
+_ENDS_ITSELF_WITHIN_S, _END_WITHIN_S = 20, 30
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",  # it would report to its makers
     "VLLM_LOGGING_CONFIG_PATH": str(Path(__file__).with_name("vllm_logs.json")),
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads
-    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "20",  # as `_ENDS_ITSELF_WITHIN_S`
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": str(_ENDS_ITSELF_WITHIN_S),
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or two servers would take the same cores
     "PYTHONWARNINGS": "ignore:resource_tracker",  # it tidies up behind a server that had to end at once, and says so
 }
 # Of a GPU's memory, what vLLM takes by itself, and what it must leave for us beside the LM head.
 _GPU_SHARE, _GPU_SPARE_BYTES = 0.92, 2**30
 _FORGET_WITHIN_S = 30.0
-# Its processes may need more than the 5 s of its own before they are killed.
-_ENDS_ITSELF_WITHIN_S, _END_WITHIN_S = 20.0, 30.0
 # What this module relies on, and the flag that says it.
 _NOT_OPTIONS = {
     "async_scheduling": "",
