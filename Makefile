@@ -38,6 +38,7 @@ test-vllm: $(VLLM_VENV)/ready
 	$(VLLM_VENV)/bin/pytest --engine vllm --timeout 1200 -W default $(VLLM_TESTS)
 
 bench: $(VENV)/ready $(VLLM_VENV)/ready
+	$(BIN)/python -m benchmarks.ablations
 	$(BIN)/python -m benchmarks.build_memory
 	$(BIN)/python -m benchmarks.compact_rows
 	$(BIN)/python -m benchmarks.decode

@@ -18,7 +18,7 @@ from data_owner_client import plotting
 from data_owner_client.adapter import AdapterForm
 from data_owner_client.decoding.interpolation import Interpolation, Schedule
 from data_owner_client.files import write_atomically
-from data_owner_client.fitting import Memories, TrainingInput, with_form
+from data_owner_client.fitting import Memories, TrainingInput, suited
 from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter
 from data_owner_client.training import (
@@ -117,7 +117,7 @@ def sweep(
     rows: list[SweepRow] = []
     trainings = grid.trainings()
     for number, (given, examples) in enumerate(trainings, 1):
-        settings = with_form(given, memories.plan)
+        settings = suited(given, memories.plan)[0]
         told = ", ".join(f"{name} {getattr(settings, name)}" for name in SETTINGS if len(getattr(grid, name)) > 1)
         reporter.say(f"Training {number} of {len(trainings)}: {told or 'as usual'}, {examples or 'all'} examples.")
         rows += _training(plm, memories, settings, examples, grid, folder, reporter)

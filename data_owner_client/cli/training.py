@@ -134,7 +134,11 @@ def train(
         ),
     ] = TrainingSettings.principal_axes,
     pairing: Annotated[
-        Pairing, typer.Option(help="Of targets with contexts in private memories; position: as the paper draws it.")
+        Pairing | None,
+        typer.Option(
+            help="Of targets with contexts in private memories; position: as the paper draws it; default: aligned or "
+            "sure, chosen on the validation memory."
+        ),
     ] = TrainingSettings.pairing,
     nearest: Annotated[
         int | None,

@@ -23,8 +23,8 @@ def markdown(title: str, rows: list[Row], signatures: list[str]) -> str:
     lines += [
         f"| **{row.name}**: {row.what} | {row.bleu:.1f} | {row.chrf:.1f} | {_number(row.ppl, 2)} "
         f"| {_number(row.p_value_chrf_vs_plm, 3)} | {_number(row.p_value_chrf_vs_published, 3)} "
-        f"| {row.train_seconds:.0f} | {_number(row.peak_rss_mb, 0)} | {row.adapter_bytes / 1e6:.1f} "
-        f"| {row.client_discloses / 1e6:.2f} | {row.owner_discloses / 1e6:.1f} |"
+        f"| {row.train_seconds:.0f} | {_number(row.peak_rss_mb, 0)} | {_megabytes(row.adapter_bytes, 1)} "
+        f"| {_megabytes(row.client_discloses, 2)} | {_megabytes(row.owner_discloses, 1)} |"
         for row in rows
     ]
     return "\n".join([*lines, "", *signatures]) + "\n"
@@ -45,6 +45,10 @@ def draw(title: str, rows: list[Row], path: Path) -> None:
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def _megabytes(size: int | None, digits: int) -> str:
+    return _number(None if size is None else size / 1e6, digits)
 
 
 def _number(value: float | None, digits: int) -> str:

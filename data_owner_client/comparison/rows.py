@@ -30,7 +30,8 @@ class Measured(BaseModel):
         peak_rss_mb: largest resident memory of the process that trained.
         adapter_bytes: on the client's disk.
         client_discloses: bytes of the client's texts that the owner sees to build and train.
-        owner_discloses: bytes of representations and LM-head rows that the client sees.
+        owner_discloses: bytes of representations and LM-head rows that the client sees. None, like the two before, for
+            a system that needs the model's weights and the texts in one place: there are no two sides then.
         details: what was chosen.
         identity: of all that decides the answers; a row of something else is measured again.
     """
@@ -43,9 +44,9 @@ class Measured(BaseModel):
     ppl: float | None = None
     train_seconds: float = 0.0
     peak_rss_mb: float | None = None
-    adapter_bytes: int = 0
-    client_discloses: int = 0
-    owner_discloses: int = 0
+    adapter_bytes: int | None = None
+    client_discloses: int | None = None
+    owner_discloses: int | None = None
     details: dict[str, Any] = {}
     identity: str | None = None
 
@@ -98,9 +99,9 @@ class Row(BaseModel):
     ppl: float | None
     train_seconds: float
     peak_rss_mb: float | None
-    adapter_bytes: int
-    client_discloses: int
-    owner_discloses: int
+    adapter_bytes: int | None
+    client_discloses: int | None
+    owner_discloses: int | None
     p_value_bleu_vs_plm: float | None
     p_value_chrf_vs_plm: float | None
     p_value_bleu_vs_published: float | None

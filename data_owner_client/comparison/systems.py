@@ -24,10 +24,11 @@ PUBLISHED_INTERPOLATION = Interpolation(schedule="gradual", lambda_max=0.9)
 # Texts drawn for each by our best.
 CONSENSUS = 8
 _ALONE = Interpolation(schedule="none")
+_NO_ADAPTER = {"adapter_bytes": 0, "owner_discloses": 0}
 
 
 def _plm(bench: Bench) -> Measured:
-    return Measured(texts=bench.answer(None), ppl=bench.plm_perplexity())
+    return Measured(texts=bench.answer(None), ppl=bench.plm_perplexity(), **_NO_ADAPTER, client_discloses=0)
 
 
 def _plm_with_examples(bench: Bench) -> Measured:
@@ -37,6 +38,7 @@ def _plm_with_examples(bench: Bench) -> Measured:
         ppl=bench.perplexity(adapter, _ALONE),
         details={"nearest": adapter.card.nearest},
         client_discloses=bench.disclosed("teacher-forced", 0)["client_discloses"],
+        **_NO_ADAPTER,
     )
 
 

@@ -20,8 +20,10 @@ from data_owner_client.memory.store import TRAIN, VALIDATION, MemoryPlan, ModelI
 from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter
 from data_owner_client.training import (
+    Agreeing,
     Aligned,
     FirstExamples,
+    Pairing,
     Sharded,
     Survey,
     Trained,
@@ -156,7 +158,7 @@ class TrainingInput:
         Raises:
             InvalidData: a memory is damaged, has no rows, or has fewer examples.
         """
-        aligned = settings.pairing == "aligned"
+        aligned = settings.pairing != "position"
         rows: Sharded = Aligned(memories.train) if aligned else memories.train
         identity = memories.identity
         if examples is not None:
@@ -174,11 +176,21 @@ class TrainingInput:
             given = ask_distributions(plm, memories.plan, memories.train_pairs, settings.distributions, reporter)
             identity = [*identity, given.digest]  # with more of them, the rows are others
         targets = Targets.fetch(plm, survey.candidate_ids_C, memories.held_out, reporter)
-        held_out = memories.held_out.aligned() if aligned else memories.held_out
+        held_out = memories.held_out
+        if aligned:
+            held_out = held_out.aligned()
+            strict = held_out.strict()
+            held_out = strict if strict.agrees_N is not None and strict.agrees_N.any() else held_out
         validation = ValidationData.of(
             held_out, survey.candidate_ids_C, targets.plm_logprobs(held_out), memories.train.length_ratio
         )
         return cls(identity, rows, survey, targets, held_out, validation)
+
+    @cached_property
+    def sure(self) -> Sharded | None:
+        """The rows whose contexts are sure; None if there are none."""
+        rows = Agreeing(self.rows)
+        return rows if sum(rows.shard_rows) else None
 
     @property
     def plm_nll(self) -> float:
@@ -186,9 +198,19 @@ class TrainingInput:
         return -self.validation.plm_logprob_N.mean().item()
 
     def fit(self, settings: TrainingSettings, checkpoint: Path, reporter: Reporter) -> Trained:
-        """Train; stopped and called again with the same checkpoint, go on where it was."""
+        """Train; stopped and called again with the same checkpoint, go on where it was.
+
+        Raises:
+            InvalidData: the settings ask for sure contexts only, and there are none.
+        """
+        rows = self.sure if settings.pairing == "sure" else self.rows
+        if rows is None:
+            raise InvalidData(
+                "The PLM's continuations have nothing in common with the targets that is sure to be no coincidence.",
+                hint="Use --pairing aligned.",
+            )
         return train_adapter(
-            self.rows,
+            rows,
             self.survey,
             self.targets.candidates,
             self.validation,
@@ -199,17 +221,28 @@ class TrainingInput:
         )
 
 
-def with_form(settings: TrainingSettings, plan: MemoryPlan) -> TrainingSettings:
-    """Settings with the form that suits a memory, if they have none.
+def suited(settings: TrainingSettings, plan: MemoryPlan) -> list[TrainingSettings]:
+    """Settings with every pairing that suits a memory, each with the form that suits both, where they leave them open.
 
     Raises:
-        InvalidData: they have one that does not.
+        InvalidData: they have a form that does not suit the memory or the pairing.
     """
-    in_head_space = plan.model.cr_kind == "last_hidden_state"
+    in_head_space, is_private = plan.model.cr_kind == "last_hidden_state", plan.context_mode == "private"
     if settings.form not in (None, "paper") and not in_head_space:
         raise InvalidData(
             f"The form {settings.form} adds to the LM head's input, and this memory holds {plan.model.cr_kind}.",
             hint="Use --form paper.",
         )
-    best: AdapterForm = "recent" if plan.context_mode == "private" else "residual"
-    return replace(settings, form=settings.form or (best if in_head_space else "paper"))
+    if settings.form == "recent" and settings.pairing == "sure":
+        raise InvalidData(
+            "The form recent makes up for contexts that are not the true ones, and the pairing sure leaves them out.",
+            hint="Use --form residual, or --pairing aligned.",
+        )
+    pairings: list[Pairing] = ["aligned", "sure"] if is_private else ["aligned"]
+    found = []
+    for pairing in [settings.pairing] if settings.pairing else pairings:
+        best: AdapterForm = "recent" if is_private and pairing != "sure" else "residual"
+        form = settings.form or (best if in_head_space else "paper")
+        if (form, pairing) != ("recent", "sure"):
+            found.append(replace(settings, form=form, pairing=pairing))
+    return found

@@ -14,7 +14,7 @@ from data_owner_client import plotting
 from data_owner_client.adapter import AdapterCard, AdapterForm, TrainedAdapter
 from data_owner_client.data import digest_pairs
 from data_owner_client.files import write_atomically
-from data_owner_client.fitting.inputs import Memories, TrainingInput, with_form
+from data_owner_client.fitting.inputs import Memories, TrainingInput, suited
 from data_owner_client.fitting.usage import Option, choose_usage
 from data_owner_client.memory.store import MemoryPlan
 from data_owner_client.peak_memory import peak_rss_mb
@@ -87,9 +87,11 @@ def train(
     forms: list[AdapterForm] = [] if settings.form else ["paper"]
     if forms and plan.model.cr_kind == "last_hidden_state":
         forms += ["residual", "recent"]
-    settings = with_form(settings, plan)
+    openings = suited(settings, plan)
     _require_shared(settings, plan)
     given = TrainingInput.of(plm, memories, settings, reporter)
+    if len(openings) > 1 and given.sure is None:
+        openings = [opening for opening in openings if opening.pairing != "sure"]
 
     def fit(tried: TrainingSettings) -> Trained:
         # Settings that were tried before an interruption are done at once.
@@ -100,11 +102,12 @@ def train(
 
     def on_trial(tried: TrainingSettings, nll: float) -> None:
         trials.append(Trial(settings=asdict(tried), nll=nll))
-        if tried.minutes:
+        if tried.minutes or len(openings) > 1:
             words = f"{tried.form}, rank {tried.rank}, κ {tried.kappa}, learning rate {tried.learning_rate}"
-            reporter.say(f"Tried {words}, dropout {tried.dropout}: {nll:.4f} nats per token.")
+            words += f", dropout {tried.dropout}" + (f", pairing {tried.pairing}" if len(openings) > 1 else "")
+            reporter.say(f"Tried {words}: {nll:.4f} nats per token.")
 
-    settings, trained = tune(settings, fit, forms=forms, on_trial=on_trial)
+    settings, trained = tune(openings, fit, forms=forms, on_trial=on_trial)
 
     def made(option: Option, why: str = "") -> TrainedAdapter:
         pairs = memories.train_pairs if option.nearest else []

@@ -5,31 +5,57 @@ its first difference from the target, the k-th of them has nothing to do with th
 them all the same). But the two texts meet again: where ŵ_k−1 and y_i−1 are the same word of a common subsequence,
 I + ŵ_<k ends as the true context I + y_<i does. Elsewhere the context that follows the last such place is the nearest
 there is.
+
+A single word that both have may be a coincidence, and what lies between two such places may be told in other words: a
+target that is learned there teaches to skip or to repeat. So it is known, too, which contexts are sure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from typing import NamedTuple
+
+_MEET_AGAIN = 3
+"""Tokens of either text, at most, after which they are the same again behind a sure context."""
 
 
-def align(drafted: Sequence[int], target: Sequence[int], stop_ids: Container[int]) -> list[tuple[int, bool]]:
-    """For every token of the target a context of the continuation, and whether it ends as the true one does.
+class Context(NamedTuple):
+    """What stands for the true context of a target token.
+
+    Attributes:
+        drafted: k, the number of drafted tokens in it.
+        agrees: whether ŵ_k−1 stands for y_i−1, or both texts begin.
+        sure: whether, besides, ŵ_k−2 stands for y_i−2, unless the texts begin there, and both are the same again, or at
+            their ends, within `_MEET_AGAIN` tokens of each.
+    """
+
+    drafted: int
+    agrees: bool
+    sure: bool
+
+
+def align(drafted: Sequence[int], target: Sequence[int], stop_ids: Container[int]) -> list[Context]:
+    """For every token of the target a context of the continuation.
 
     Args:
         drafted: ŵ, as token ids; what follows a stop token is ignored.
         target: y, as token ids.
         stop_ids: tokens that end an answer.
-
-    Returns:
-        k, the number of drafted tokens in the context; and true where ŵ_k−1 stands for y_i−1, or both texts begin.
     """
     end = next((k for k, token in enumerate(drafted) if token in stop_ids), len(drafted) - 1)
     follows = {0: 0} | {i + 1: k + 1 for k, i in _common_subsequence(drafted[:end], target[:-1])}
-    contexts, last_k, last_i = list[tuple[int, bool]](), 0, 0
+    # Behind the last common word they meet at their ends.
+    meetings = [*((i - 1, k - 1) for i, k in follows.items() if i), (len(target) - 1, end)]
+    contexts, last_k, last_i, met = list[Context](), 0, 0, 0
     for i in range(len(target)):
-        if i in follows:
+        agrees = i in follows
+        if agrees:
             last_k, last_i = follows[i], i
-        contexts.append((min(last_k + i - last_i, end), i in follows))
+        while meetings[met][0] < i:
+            met += 1
+        apart = max(meetings[met][0] - i, meetings[met][1] - last_k)
+        sure = agrees and apart <= _MEET_AGAIN and (i == 0 or follows.get(i - 1) == last_k - 1)
+        contexts.append(Context(min(last_k + i - last_i, end), agrees, sure))
     return contexts
 
 

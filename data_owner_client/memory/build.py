@@ -175,8 +175,9 @@ def encode_private(plm: RemotePlm, pairs: Sequence[TokenizedPair], stop_ids: fro
     ]
     return replace(
         _labelled(response, pairs),
-        context_N=torch.tensor([k for k, _ in contexts], dtype=torch.int32),
-        agrees_N=torch.tensor([agrees for _, agrees in contexts], dtype=torch.uint8),
+        context_N=torch.tensor([context.drafted for context in contexts], dtype=torch.int32),
+        agrees_N=torch.tensor([context.agrees for context in contexts], dtype=torch.uint8),
+        sure_N=torch.tensor([context.sure for context in contexts], dtype=torch.uint8),
     )
 
 

@@ -80,6 +80,7 @@ class MemoryRows:
         context_N: int32, in private memories the row of the same example, counted from 0, whose context comes nearest
             to the true one of this row's target (`memory.alignment`).
         agrees_N: uint8, whether that context ends as the true one does.
+        sure_N: uint8, whether that is no coincidence.
     """
 
     cr_N_D: Tensor
@@ -92,6 +93,7 @@ class MemoryRows:
     last_hidden_scale_N: Tensor | None = None
     context_N: Tensor | None = None
     agrees_N: Tensor | None = None
+    sure_N: Tensor | None = None
 
     def position_N(self) -> Tensor:
         """int64 position t of each row in its target, from 0."""
@@ -104,6 +106,20 @@ class MemoryRows:
         index_N = self._start_N() + self.context_N.long()
         moved = {name: getattr(self, name) for name in _OF_CONTEXTS if getattr(self, name) is not None}
         return replace(self, context_N=None, **{name: column[index_N] for name, column in moved.items()})
+
+    def strict(self) -> MemoryRows:
+        """The same, said to agree only where the contexts are sure to; as it is if all are true."""
+        return self if self.sure_N is None else replace(self, agrees_N=self.sure_N)
+
+    def agreeing(self) -> MemoryRows:
+        """The rows whose contexts agree without the others, so that positions are no longer those in the targets."""
+        if self.agrees_N is None:
+            return self
+        kept_N = self.agrees_N.bool()
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept = {n: column[kept_N] for n, column in columns.items() if column is not None and not n.endswith("_E")}
+        rows_E = [int(kept_T.sum()) for kept_T in kept_N.split(self.rows_E.tolist())]
+        return replace(self, rows_E=torch.tensor(rows_E, dtype=torch.int32), **kept)
 
     def first(self, examples: int) -> MemoryRows:
         """The rows of the first so many examples."""

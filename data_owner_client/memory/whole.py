@@ -26,10 +26,11 @@ def is_whole(rows: MemoryRows, model: ModelIdentity) -> bool:
         return False
     if rows.logsumexp_N is not None and not _finite(rows.logsumexp_N, (n,)):
         return False
-    if rows.agrees_N is not None and (rows.agrees_N.dtype != torch.uint8 or rows.agrees_N.shape != (n,)):
-        return False
     if rows.context_N is None:
-        return True
+        return rows.agrees_N is None and rows.sure_N is None
+    for known_N in (rows.agrees_N, rows.sure_N):
+        if known_N is None or known_N.dtype != torch.uint8 or known_N.shape != (n,):
+            return False
     length_N = counts_E.long().repeat_interleave(counts_E.long())
     return _ids(rows.context_N, 0) and len(rows.context_N) == n and bool((rows.context_N < length_N).all())
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from data_owner_client.adapter import AdapterForm
 
-Pairing = Literal["aligned", "position"]
+Pairing = Literal["aligned", "sure", "position"]
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class TrainingSettings:
     """What can be set; the defaults need no tuning for memories of a thousand to some hundred thousand rows.
 
     Attributes:
-        form: of the adapter; None for what measures better: `residual`, or `recent` in private memories; `paper` where
-            the representations are not in the LM head's space.
+        form: of the adapter; None for what measures better: `residual`, or `recent` with private contexts of which some
+            are not sure; `paper` where the representations are not in the LM head's space.
         rank: R; at most the model's hidden size.
         kappa: κ, weight of the reconstruction loss in the joint phase.
         learning_rate: Adam's, at its peak; it falls to zero along a cosine.
@@ -30,8 +30,9 @@ class TrainingSettings:
             the adapter. 0 for the last weights.
         principal_axes: train along the memory's principal axes, so that the same adapter comes out in every basis
             (`Survey.axes_D_D`); else along those in which representations come.
-        pairing: of targets and contexts in private memories: `aligned` (`memory.alignment`), or by `position`, as the
-            paper draws it.
+        pairing: of targets and contexts in private memories: `aligned` (`memory.alignment`), only the `sure` ones of
+            these, or by `position`, as the paper draws it. None to train with the first two and keep that which finds
+            the held-out targets of sure contexts likelier.
         nearest: pairs of the memory, those most like the text at hand, that the PLM sees as examples in its prompt,
             while the adapter sees the task's own; None to choose between none and some on the validation memory.
         gate: whether a gate that predicts λ at each position may take the place of a schedule.
@@ -59,7 +60,7 @@ class TrainingSettings:
     label_smoothing: float = 0.0
     averaging: float = 0.0
     principal_axes: bool = True
-    pairing: Pairing = "aligned"
+    pairing: Pairing | None = None
     nearest: int | None = None
     gate: bool = True
     minutes: float = 5.0

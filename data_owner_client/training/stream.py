@@ -102,6 +102,22 @@ class Aligned:
         return self.memory.shard(number).aligned()
 
 
+class Agreeing:
+    """The rows of a memory whose contexts are sure to agree with the true ones, without the others.
+
+    Args:
+        memory: with the contexts that are nearest to the true ones; all its shards are read once.
+    """
+
+    def __init__(self, memory: Sharded) -> None:
+        self._memory = memory
+        self.shard_rows: Sequence[int] = [len(self.shard(n).target_N) for n in range(len(memory.shard_rows))]
+
+    def shard(self, number: int) -> MemoryRows:
+        """One shard."""
+        return self._memory.shard(number).strict().agreeing()
+
+
 class FirstExamples:
     """The first examples of a memory.
 

@@ -29,37 +29,44 @@ Fit = Callable[[TrainingSettings], Trained]
 
 
 def tune(
-    settings: TrainingSettings,
+    openings: Sequence[TrainingSettings],
     fit: Fit,
     *,
     forms: Sequence[AdapterForm],
     on_trial: Callable[[TrainingSettings, float], None],
 ) -> tuple[TrainingSettings, Trained]:
-    """Train with the settings, then with one change at a time; what is better on the validation rows stays.
+    """Train with the best of some settings, then with one change at a time; what is better on validation rows stays.
 
     What the user has set to something else than its default is not changed.
 
     Args:
-        settings: to begin with; `minutes` bounds the time. A training is begun only if it should end in time.
+        openings: to begin with, each trained in any case; `minutes` bounds the time of all. A further training is begun
+            only if it should end in time.
         fit: trains.
         forms: of the adapter, that may be tried.
         on_trial: told of each training, and of its validation loss.
     """
-    started = time.monotonic()
-    best, trained = settings, fit(settings)
-    on_trial(settings, trained.best_nll)
-    tried, longest = {settings}, time.monotonic() - started
-    for change in _changes(settings, forms):
+    started, longest, tried = time.monotonic(), 0.0, set[TrainingSettings]()
+
+    def attempt(candidate: TrainingSettings) -> Trained:
+        nonlocal longest
         begun = time.monotonic()
-        if begun - started + longest > 60 * settings.minutes:
+        trained = fit(candidate)
+        on_trial(candidate, trained.best_nll)
+        tried.add(candidate)
+        longest = max(longest, time.monotonic() - begun)
+        return trained
+
+    opened = [(opening, attempt(opening)) for opening in openings]
+    best, trained = min(opened, key=lambda each: each[1].best_nll)
+    for change in _changes(best, forms):
+        if time.monotonic() - started + longest > 60 * best.minutes:
             break
         candidate = replace(best, **change)
-        if candidate in tried:
+        # Sure contexts need no making up for.
+        if candidate in tried or (candidate.form, candidate.pairing) == ("recent", "sure"):
             continue
-        tried.add(candidate)
-        other = fit(candidate)
-        on_trial(candidate, other.best_nll)
-        longest = max(longest, time.monotonic() - begun)
+        other = attempt(candidate)
         if other.best_nll < trained.best_nll:
             best, trained = candidate, other
     return best, trained

@@ -23,25 +23,51 @@ def longest_common_subsequence(a: list[int], b: list[int]) -> int:
 def test_contexts_end_as_the_true_ones_wherever_they_are_said_to(drafted: list[int], target: list[int]) -> None:
     contexts = align(drafted, target, {STOP})
     assert len(contexts) == len(target)
-    assert contexts[0] == (0, True)
-    for i, (k, agrees) in enumerate(contexts):
+    assert contexts[0][:2] == (0, True)
+    for i, (k, agrees, sure) in enumerate(contexts):
         assert 0 <= k < len(drafted)
         if agrees and i:
             assert drafted[k - 1] == target[i - 1]
-    assert [k for k, agrees in contexts if agrees] == sorted({k for k, agrees in contexts if agrees})
-    agreeing = sum(agrees for _, agrees in contexts) - 1
+        if sure:
+            assert agrees
+            # The two tokens before, or all that there are.
+            assert drafted[:k][-2:] == target[:i][-2:]
+    placed = [k for k, agrees, _ in contexts if agrees]
+    assert placed == sorted(set(placed))
+    agreeing = sum(agrees for _, agrees, _ in contexts) - 1
     assert agreeing == longest_common_subsequence(drafted[:-1], target[:-1])
 
 
+def placed(drafted: list[int], target: list[int]) -> list[tuple[int, bool]]:
+    return [(context.drafted, context.agrees) for context in align(drafted, target, {STOP})]
+
+
+def sure(drafted: list[int], target: list[int]) -> list[bool]:
+    return [context.sure for context in align(drafted, target, {STOP})]
+
+
 def test_a_continuation_that_is_the_target_has_the_true_contexts() -> None:
-    assert align([5, 6, 7, STOP], [5, 6, 7, STOP], {STOP}) == [(0, True), (1, True), (2, True), (3, True)]
+    assert placed([5, 6, 7, STOP], [5, 6, 7, STOP]) == [(0, True), (1, True), (2, True), (3, True)]
 
 
 def test_contexts_behind_the_continuations_end_are_not_used() -> None:
-    assert align([5, STOP, 6, 7], [5, 6, 7, STOP], {STOP}) == [(0, True), (1, True), (1, False), (1, False)]
-    assert align([STOP, 1, 2], [1, 2, STOP], {STOP}) == [(0, True), (0, False), (0, False)]
+    assert placed([5, STOP, 6, 7], [5, 6, 7, STOP]) == [(0, True), (1, True), (1, False), (1, False)]
+    assert placed([STOP, 1, 2], [1, 2, STOP]) == [(0, True), (0, False), (0, False)]
 
 
 def test_after_a_word_of_its_own_the_continuation_is_met_again() -> None:
-    assert align([5, 8, 7, STOP], [5, 6, 7, STOP], {STOP}) == [(0, True), (1, True), (2, False), (3, True)]
-    assert align([5, 7, 3], [5, 6, 7, STOP], {STOP}) == [(0, True), (1, True), (2, False), (2, True)]
+    assert placed([5, 8, 7, STOP], [5, 6, 7, STOP]) == [(0, True), (1, True), (2, False), (3, True)]
+    assert placed([5, 7, 3], [5, 6, 7, STOP]) == [(0, True), (1, True), (2, False), (2, True)]
+
+
+def test_a_context_is_sure_where_the_texts_differ_in_a_few_words() -> None:
+    assert sure([1, 2, 8, 3, 4, STOP], [1, 2, 7, 3, 4, STOP]) == [True, True, True, False, False, True]
+    assert sure([1, 2, 3, STOP], [1, 2, 3, STOP]) == [True, True, True, True]
+
+
+def test_no_context_is_sure_before_a_long_difference_or_behind_a_word_that_may_meet_by_chance() -> None:
+    # 1 2, then four words for one; then 3, alone among others.
+    assert sure([1, 2, 8, 8, 8, 8, 3, 6, STOP], [1, 2, 7, 3, 5, STOP]) == [True, True, False, False, False, False]
+    # What is left out at the end, so that the answer would stop too early.
+    assert sure([1, 2, 3, 4, 5, 6, STOP], [1, 2, STOP]) == [True, True, False]
+    assert sure([1, 2, 3, 4, 5, STOP], [1, 2, STOP]) == [True, True, True]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data_owner_client.comparison import Measured
 from data_owner_client.comparison.knn_lm import KnnLm, tune
+from data_owner_client.comparison.report import markdown
 from data_owner_client.comparison.rows import side_by_side
 from data_owner_client.training import Batch, ValidationData
 from protocol.errors import InvalidData
@@ -53,6 +54,13 @@ def test_without_a_baseline_there_are_no_p_values() -> None:
     (row,) = side_by_side([measured("best", REFERENCES)], REFERENCES)
     assert row.p_value_chrf_vs_plm is None
     assert row.p_value_bleu_vs_published is None
+
+
+def test_the_table_tells_nothing_disclosed_from_nothing_said() -> None:
+    alone = measured("plm", REFERENCES).model_copy(update={"client_discloses": 0, "owner_discloses": 2_500_000})
+    table = markdown("", side_by_side([alone, measured("lora", REFERENCES)], REFERENCES), [])
+    disclosed = {line.split("**")[1]: line.split("|")[-3:-1] for line in table.splitlines() if "**" in line}
+    assert disclosed == {"plm": [" 0.00 ", " 2.5 "], "lora": [" – ", " – "]}
 
 
 def test_rows_of_another_test_set_are_refused(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ BEGIN = TrainingSettings(form="residual", minutes=30.0)
 def test_what_is_better_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, told = Clock(monkeypatch, dropout=0.35, kappa=0.05, form="recent"), list[float]()
     best, trained = tune(
-        BEGIN, clock.fit, forms=["residual", "recent", "paper"], on_trial=lambda _, nll: told.append(nll)
+        [BEGIN], clock.fit, forms=["residual", "recent", "paper"], on_trial=lambda _, nll: told.append(nll)
     )
     assert best == replace(BEGIN, dropout=0.35, kappa=0.05, form="recent")
     assert trained.best_nll == min(told) == 1.0
@@ -39,7 +39,7 @@ def test_what_is_better_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, dropout=0.35, rank=256, form="recent")
     begin = replace(BEGIN, rank=64, dropout=0.1)
-    best, _ = tune(begin, clock.fit, forms=[], on_trial=lambda *_: None)
+    best, _ = tune([begin], clock.fit, forms=[], on_trial=lambda *_: None)
     assert best == begin
     assert {(tried.rank, tried.dropout, tried.form) for tried in clock.tried} == {(64, 0.1, "residual")}
 
@@ -49,5 +49,23 @@ def test_no_training_is_begun_that_would_end_too_late(
     monkeypatch: pytest.MonkeyPatch, minutes: float, trainings: int
 ) -> None:
     clock = Clock(monkeypatch, dropout=0.9)
-    tune(replace(BEGIN, minutes=minutes), clock.fit, forms=["paper"], on_trial=lambda *_: None)
+    tune([replace(BEGIN, minutes=minutes)], clock.fit, forms=["paper"], on_trial=lambda *_: None)
     assert len(clock.tried) == trainings
+
+
+def test_every_opening_is_tried_whatever_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, pairing="sure")
+    openings = [
+        replace(BEGIN, form="recent", pairing="aligned", minutes=0.0),
+        replace(BEGIN, pairing="sure", minutes=0.0),
+    ]
+    best, trained = tune(openings, clock.fit, forms=["recent"], on_trial=lambda *_: None)
+    assert clock.tried == openings
+    assert best == openings[1]
+    assert trained.best_nll == 1.0
+
+
+def test_sure_contexts_are_not_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, pairing="sure")
+    tune([replace(BEGIN, pairing="sure")], clock.fit, forms=["recent", "paper"], on_trial=lambda *_: None)
+    assert {tried.form for tried in clock.tried} == {"residual", "paper"}
