@@ -188,7 +188,7 @@ def train(
     Examples:
 
     - `pema-client train --memory memory --adapter adapter`
-    - `pema-client train --minutes 30` (look longer for better settings; `--minutes 0` trains once)
+    - `pema-client train --minutes 30` (look longer for better settings; `--minutes 0` does not look)
     - `pema-client train --form paper --seed 1 --json`
     """
     set_threads(threads)

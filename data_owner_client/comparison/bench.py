@@ -211,6 +211,7 @@ class Bench:
             details={
                 "interpolation": used.model_dump(),
                 "form": adapter.card.form,
+                "pairing": adapter.card.settings["pairing"],
                 "nearest": adapter.card.nearest,
                 "consensus": consensus,
             },

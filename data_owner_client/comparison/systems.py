@@ -112,7 +112,7 @@ SYSTEMS: dict[str, tuple[str, Callable[[Bench], Measured]]] = {
     "without_length_reward": ("all that training chose but for the length reward", _without_length_reward),
     "most_probable": ("all that training chose, the most probable tokens", _most_probable),
     BEST: (f"all that training chose, consensus of {CONSENSUS} draws", _best),
-    "private": ("the same on a private memory: contexts aligned, recent tokens seen", _private),
+    "private": ("the same on a private memory, contexts aligned", _private),
     "private_by_position": ("a private memory paired as the paper draws it", _private_by_position),
 }
 """What `compare` measures: each system in words, and how."""

@@ -180,7 +180,8 @@ class TrainingInput:
         if aligned:
             held_out = held_out.aligned()
             strict = held_out.strict()
-            held_out = strict if strict.agrees_N is not None and strict.agrees_N.any() else held_out
+            if strict.agrees_N is not None and strict.agrees_N.any():  # else contexts that agree must do
+                held_out = strict
         validation = ValidationData.of(
             held_out, survey.candidate_ids_C, targets.plm_logprobs(held_out), memories.train.length_ratio
         )

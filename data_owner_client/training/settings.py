@@ -37,7 +37,7 @@ class TrainingSettings:
             while the adapter sees the task's own; None to choose between none and some on the validation memory.
         gate: whether a gate that predicts λ at each position may take the place of a schedule.
         minutes: to look for better settings than these, by whole trainings with one change at a time (form, rank, κ,
-            learning rate, dropout: those that are at their defaults); 0 to train once. With it, how many are tried
+            learning rate, dropout: those that are at their defaults); 0 not to. With it, how many are tried
             depends on the machine's speed.
         decoded: held-out texts that are decoded with several interpolations, of which the one with the highest chrF is
             taken; 0 to take the likeliest interpolation.

@@ -51,6 +51,7 @@ def rows() -> MemoryRows:
         logsumexp_N=torch.ones(5),
         context_N=torch.tensor([0, 1, 0, 2, 2], dtype=torch.int32),
         agrees_N=torch.ones(5, dtype=torch.uint8),
+        sure_N=torch.tensor([1, 1, 1, 0, 0], dtype=torch.uint8),
     )
 
 
