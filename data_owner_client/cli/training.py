@@ -117,7 +117,7 @@ def train(
     memory: MemoryFolder = Path("memory"),
     adapter: AdapterFolder = Path("adapter"),
     form: Annotated[
-        AdapterForm | None, typer.Option(help="Form of the adapter; default: residual where the memory allows it.")
+        AdapterForm | None, typer.Option(help="Form of the adapter; default: what suits the memory and the pairing.")
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="R, at most the model's hidden size.")] = TrainingSettings.rank,
     kappa: Annotated[
@@ -216,6 +216,7 @@ def train(
     shown = {
         "folder": report.folder,
         "form": card.form,
+        "pairing": card.settings["pairing"],
         "rank": card.rank,
         "candidates": card.candidates,
         **card.validation,
@@ -231,7 +232,11 @@ def sweep(
     memory: MemoryFolder = Path("memory"),
     folder: Annotated[Path, typer.Option(help="For the results.")] = Path("runs/sweep"),
     form: Annotated[
-        list[str] | None, typer.Option(help=f"Forms: {', '.join(get_args(AdapterForm))}; default: train's own.")
+        list[str] | None,
+        typer.Option(
+            help=f"Forms: {', '.join(get_args(AdapterForm))}; default: residual, or, on a private memory, of "
+            "which all aligned rows are learned, recent."
+        ),
     ] = None,
     rank: Annotated[list[int] | None, typer.Option(min=1, help="Ranks.")] = None,
     kappa: Annotated[list[float] | None, typer.Option(min=0.0, max=1.0, help="Values of κ.")] = None,

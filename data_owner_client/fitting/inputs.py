@@ -20,11 +20,11 @@ from data_owner_client.memory.store import TRAIN, VALIDATION, MemoryPlan, ModelI
 from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter
 from data_owner_client.training import (
-    Agreeing,
     Aligned,
     FirstExamples,
     Pairing,
     Sharded,
+    Sure,
     Survey,
     Trained,
     TrainingSettings,
@@ -125,7 +125,7 @@ class TrainingInput:
 
     Attributes:
         identity: of all that decides a training, but for its settings.
-        held_out: the rows of `validation`, and those whose contexts have drifted.
+        held_out: the rows of `validation`, and those whose contexts are not sure.
     """
 
     identity: list[object]
@@ -176,22 +176,12 @@ class TrainingInput:
             given = ask_distributions(plm, memories.plan, memories.train_pairs, settings.distributions, reporter)
             identity = [*identity, given.digest]  # with more of them, the rows are others
         targets = Targets.fetch(plm, survey.candidate_ids_C, memories.held_out, reporter)
-        held_out = memories.held_out
-        if aligned:
-            held_out = held_out.aligned()
-            strict = held_out.strict()
-            if strict.agrees_N is not None and strict.agrees_N.any():  # else contexts that agree must do
-                held_out = strict
+        # By position, every context counts for what it stands beside.
+        held_out = memories.held_out.aligned().strict() if aligned else memories.held_out.by_position()
         validation = ValidationData.of(
             held_out, survey.candidate_ids_C, targets.plm_logprobs(held_out), memories.train.length_ratio
         )
         return cls(identity, rows, survey, targets, held_out, validation)
-
-    @cached_property
-    def sure(self) -> Sharded | None:
-        """The rows whose contexts are sure; None if there are none."""
-        rows = Agreeing(self.rows)
-        return rows if sum(rows.shard_rows) else None
 
     @property
     def plm_nll(self) -> float:
@@ -199,19 +189,9 @@ class TrainingInput:
         return -self.validation.plm_logprob_N.mean().item()
 
     def fit(self, settings: TrainingSettings, checkpoint: Path, reporter: Reporter) -> Trained:
-        """Train; stopped and called again with the same checkpoint, go on where it was.
-
-        Raises:
-            InvalidData: the settings ask for sure contexts only, and there are none.
-        """
-        rows = self.sure if settings.pairing == "sure" else self.rows
-        if rows is None:
-            raise InvalidData(
-                "The PLM's continuations have nothing in common with the targets that is sure to be no coincidence.",
-                hint="Use --pairing aligned.",
-            )
+        """Train; stopped and called again with the same checkpoint, go on where it was."""
         return train_adapter(
-            rows,
+            Sure(self.rows) if settings.pairing == "sure" else self.rows,
             self.survey,
             self.targets.candidates,
             self.validation,
@@ -223,10 +203,12 @@ class TrainingInput:
 
 
 def suited(settings: TrainingSettings, plan: MemoryPlan) -> list[TrainingSettings]:
-    """Settings with every pairing that suits a memory, each with the form that suits both, where they leave them open.
+    """The settings to begin with: what they leave open, pairing and form, as it suits a memory.
+
+    For a private memory that is several, one for each pairing.
 
     Raises:
-        InvalidData: they have a form that does not suit the memory or the pairing.
+        InvalidData: the form does not suit the memory or the pairing.
     """
     in_head_space, is_private = plan.model.cr_kind == "last_hidden_state", plan.context_mode == "private"
     if settings.form not in (None, "paper") and not in_head_space:
@@ -234,16 +216,15 @@ def suited(settings: TrainingSettings, plan: MemoryPlan) -> list[TrainingSetting
             f"The form {settings.form} adds to the LM head's input, and this memory holds {plan.model.cr_kind}.",
             hint="Use --form paper.",
         )
-    if settings.form == "recent" and settings.pairing == "sure":
+    if not settings.makes_sense:
         raise InvalidData(
-            "The form recent makes up for contexts that are not the true ones, and the pairing sure leaves them out.",
+            "The form recent makes up for contexts that are not the true ones, and the pairing sure has none of these.",
             hint="Use --form residual, or --pairing aligned.",
         )
     pairings: list[Pairing] = ["aligned", "sure"] if is_private else ["aligned"]
     found = []
     for pairing in [settings.pairing] if settings.pairing else pairings:
-        best: AdapterForm = "recent" if is_private and pairing != "sure" else "residual"
+        best: AdapterForm = "recent" if is_private and pairing == "aligned" else "residual"
         form = settings.form or (best if in_head_space else "paper")
-        if (form, pairing) != ("recent", "sure"):
-            found.append(replace(settings, form=form, pairing=pairing))
-    return found
+        found.append(replace(settings, form=form, pairing=pairing))
+    return [each for each in found if each.makes_sense]

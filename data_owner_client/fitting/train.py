@@ -90,8 +90,6 @@ def train(
     openings = suited(settings, plan)
     _require_shared(settings, plan)
     given = TrainingInput.of(plm, memories, settings, reporter)
-    if len(openings) > 1 and given.sure is None:
-        openings = [opening for opening in openings if opening.pairing != "sure"]
 
     def fit(tried: TrainingSettings) -> Trained:
         # Settings that were tried before an interruption are done at once.

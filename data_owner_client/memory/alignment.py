@@ -25,8 +25,8 @@ class Context(NamedTuple):
     Attributes:
         drafted: k, the number of drafted tokens in it.
         agrees: whether ŵ_k−1 stands for y_i−1, or both texts begin.
-        sure: whether, besides, ŵ_k−2 stands for y_i−2, unless the texts begin there, and both are the same again, or at
-            their ends, within `_MEET_AGAIN` tokens of each.
+        sure: whether it is the true one, as all tokens so far are the same; or, besides, ŵ_k−2 stands for y_i−2, and
+            both texts are the same again, or at their ends, within `_MEET_AGAIN` tokens of each.
     """
 
     drafted: int
@@ -42,19 +42,22 @@ def align(drafted: Sequence[int], target: Sequence[int], stop_ids: Container[int
         target: y, as token ids.
         stop_ids: tokens that end an answer.
     """
-    end = next((k for k, token in enumerate(drafted) if token in stop_ids), len(drafted) - 1)
+    stop = next((k for k, token in enumerate(drafted) if token in stop_ids), None)
+    end = len(drafted) - 1 if stop is None else stop
     follows = {0: 0} | {i + 1: k + 1 for k, i in _common_subsequence(drafted[:end], target[:-1])}
-    # Behind the last common word they meet at their ends.
-    meetings = [*((i - 1, k - 1) for i, k in follows.items() if i), (len(target) - 1, end)]
-    contexts, last_k, last_i, met = list[Context](), 0, 0, 0
+    # Behind the last common word they meet at their ends, but for a continuation that was cut off.
+    meetings = [(i - 1, k - 1) for i, k in follows.items() if i]
+    meetings.append((len(target) - 1, len(drafted) + _MEET_AGAIN if stop is None else stop))
+    contexts, last_k, last_i, met, is_true = list[Context](), 0, 0, 0, True
     for i in range(len(target)):
         agrees = i in follows
+        is_true = is_true and follows.get(i) == i
         if agrees:
             last_k, last_i = follows[i], i
         while meetings[met][0] < i:
             met += 1
         apart = max(meetings[met][0] - i, meetings[met][1] - last_k)
-        sure = agrees and apart <= _MEET_AGAIN and (i == 0 or follows.get(i - 1) == last_k - 1)
+        sure = is_true or (agrees and apart <= _MEET_AGAIN and follows.get(i - 1) == last_k - 1)
         contexts.append(Context(min(last_k + i - last_i, end), agrees, sure))
     return contexts
 

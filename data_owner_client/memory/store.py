@@ -80,7 +80,7 @@ class MemoryRows:
         context_N: int32, in private memories the row of the same example, counted from 0, whose context comes nearest
             to the true one of this row's target (`memory.alignment`).
         agrees_N: uint8, whether that context ends as the true one does.
-        sure_N: uint8, whether that is no coincidence.
+        sure_N: uint8, whether that is no coincidence; always so in the first row of an example.
     """
 
     cr_N_D: Tensor
@@ -106,6 +106,10 @@ class MemoryRows:
         index_N = self._start_N() + self.context_N.long()
         moved = {name: getattr(self, name) for name in _OF_CONTEXTS if getattr(self, name) is not None}
         return replace(self, context_N=None, **{name: column[index_N] for name, column in moved.items()})
+
+    def by_position(self) -> MemoryRows:
+        """The same without what is known of other pairings: the k-th context stands for that of the k-th token."""
+        return replace(self, context_N=None, agrees_N=None, sure_N=None)
 
     def strict(self) -> MemoryRows:
         """The same, said to agree only where the contexts are sure to; as it is if all are true."""
@@ -191,7 +195,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal["pema-memory-1"] = "pema-memory-1"
+    format: Literal["pema-memory-2"] = "pema-memory-2"
     plan: MemoryPlan
     shards: tuple[ShardRecord, ...] = ()
     source_tokens: int = Field(default=0, ge=0)

@@ -2,7 +2,7 @@
 
 from data_owner_client.training.loop import Epoch, Trained, train_adapter
 from data_owner_client.training.settings import Pairing, TrainingSettings
-from data_owner_client.training.stream import Agreeing, Aligned, Batch, FirstExamples, Sharded, Survey
+from data_owner_client.training.stream import Aligned, Batch, FirstExamples, Sharded, Sure, Survey
 from data_owner_client.training.tuning import tune
 from data_owner_client.training.validation import (
     ValidationData,
@@ -11,13 +11,13 @@ from data_owner_client.training.validation import (
 )
 
 __all__ = [
-    "Agreeing",
     "Aligned",
     "Batch",
     "Epoch",
     "FirstExamples",
     "Pairing",
     "Sharded",
+    "Sure",
     "Survey",
     "Trained",
     "TrainingSettings",

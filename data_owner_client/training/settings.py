@@ -69,3 +69,8 @@ class TrainingSettings:
     full_vocabulary: bool = False
     seed: int = 0
     device: str | None = None
+
+    @property
+    def makes_sense(self) -> bool:
+        """Whether form and pairing go together: sure contexts leave nothing that recent tokens could make up for."""
+        return (self.form, self.pairing) != ("recent", "sure")

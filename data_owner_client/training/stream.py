@@ -102,7 +102,7 @@ class Aligned:
         return self.memory.shard(number).aligned()
 
 
-class Agreeing:
+class Sure:
     """The rows of a memory whose contexts are sure to agree with the true ones, without the others.
 
     Args:
@@ -111,7 +111,11 @@ class Agreeing:
 
     def __init__(self, memory: Sharded) -> None:
         self._memory = memory
-        self.shard_rows: Sequence[int] = [len(self.shard(n).target_N) for n in range(len(memory.shard_rows))]
+        counts = []
+        for number, rows in enumerate(memory.shard_rows):
+            sure_N = memory.shard(number).sure_N
+            counts.append(rows if sure_N is None else int(sure_N.sum()))
+        self.shard_rows: Sequence[int] = counts
 
     def shard(self, number: int) -> MemoryRows:
         """One shard."""

@@ -63,8 +63,7 @@ def tune(
         if time.monotonic() - started + longest > 60 * best.minutes:
             break
         candidate = replace(best, **change)
-        # Sure contexts need no making up for.
-        if candidate in tried or (candidate.form, candidate.pairing) == ("recent", "sure"):
+        if candidate in tried or not candidate.makes_sense:
             continue
         other = attempt(candidate)
         if other.best_nll < trained.best_nll:

@@ -36,7 +36,7 @@ class ValidationData:
     def of(
         cls, rows: MemoryRows, candidate_ids_C: Tensor, plm_logprob_N: Tensor, length_ratio: float
     ) -> ValidationData:
-        """Rows of a memory whose contexts end as the true ones do; `length_ratio` is the training memory's."""
+        """Rows of a memory whose contexts agree with the true ones; `length_ratio` is the training memory's."""
         horizon_E = (rows.source_tokens_E.double() * length_ratio).clamp(min=1.0)
         horizon_N = horizon_E.repeat_interleave(rows.rows_E.long())
         data = Batch.of(rows, candidate_ids_C)

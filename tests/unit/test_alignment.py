@@ -29,9 +29,11 @@ def test_contexts_end_as_the_true_ones_wherever_they_are_said_to(drafted: list[i
         if agrees and i:
             assert drafted[k - 1] == target[i - 1]
         if sure:
+            # The true context, or one with the two tokens before.
             assert agrees
-            # The two tokens before, or all that there are.
-            assert drafted[:k][-2:] == target[:i][-2:]
+            assert drafted[:k] == target[:i] or drafted[k - 2 : k] == target[i - 2 : i]
+        if drafted[:i] == target[:i]:
+            assert (k, agrees, sure) == (i, True, True)
     placed = [k for k, agrees, _ in contexts if agrees]
     assert placed == sorted(set(placed))
     agreeing = sum(agrees for _, agrees, _ in contexts) - 1
@@ -60,14 +62,20 @@ def test_after_a_word_of_its_own_the_continuation_is_met_again() -> None:
     assert placed([5, 7, 3], [5, 6, 7, STOP]) == [(0, True), (1, True), (2, False), (2, True)]
 
 
-def test_a_context_is_sure_where_the_texts_differ_in_a_few_words() -> None:
-    assert sure([1, 2, 8, 3, 4, STOP], [1, 2, 7, 3, 4, STOP]) == [True, True, True, False, False, True]
+def test_a_context_is_sure_where_all_is_the_same_or_the_texts_differ_in_a_few_words() -> None:
     assert sure([1, 2, 3, STOP], [1, 2, 3, STOP]) == [True, True, True, True]
+    assert sure([1, 2, 8, 3, 4, STOP], [1, 2, 7, 3, 4, STOP]) == [True, True, True, False, False, True]
+    assert sure([1, 2, 8, 8, 8, 8, 3, 6], [1, 2, 7, 3, 5, 6, 6, STOP]) == [True, True, True, *[False] * 5]
 
 
 def test_no_context_is_sure_before_a_long_difference_or_behind_a_word_that_may_meet_by_chance() -> None:
     # 1 2, then four words for one; then 3, alone among others.
-    assert sure([1, 2, 8, 8, 8, 8, 3, 6, STOP], [1, 2, 7, 3, 5, STOP]) == [True, True, False, False, False, False]
-    # What is left out at the end, so that the answer would stop too early.
-    assert sure([1, 2, 3, 4, 5, 6, STOP], [1, 2, STOP]) == [True, True, False]
-    assert sure([1, 2, 3, 4, 5, STOP], [1, 2, STOP]) == [True, True, True]
+    assert sure([0, 1, 2, 8, 8, 8, 8, 3], [4, 1, 2, 7, 3, 5, 5, STOP]) == [True, *[False] * 7]
+    # Four words for one at the end.
+    assert sure([0, 1, 2, 8, 8, 8, 8, STOP], [4, 1, 2, 7, STOP]) == [True, *[False] * 4]
+    assert sure([0, 1, 2, 8, 8, 8, STOP], [4, 1, 2, 7, STOP]) == [True, False, False, True, False]
+
+
+def test_where_a_continuation_was_cut_off_it_is_not_known_to_end() -> None:
+    assert sure([0, 1, 2, STOP], [4, 1, 2, STOP]) == [True, False, False, True]
+    assert sure([0, 1, 2, 3], [4, 1, 2, STOP]) == [True, False, False, False]

@@ -31,7 +31,7 @@ from data_owner_client.training import (
     train_adapter,
 )
 from data_owner_client.training.loss import cross_entropy
-from data_owner_client.training.stream import Agreeing, RowStream
+from data_owner_client.training.stream import RowStream, Sure
 from protocol.errors import InvalidData, InvalidRequest, NumericalFault
 from protocol.head import LMHead
 from tests import reference
@@ -160,7 +160,7 @@ def test_of_private_rows_only_the_sure_ones_are_streamed() -> None:
     sure_N = agrees_N & (torch.rand(N, generator=generator) < 0.5)
     sure_N[:10] = False  # an example without any
     rows = replace(make_rows(3), agrees_N=agrees_N.byte(), sure_N=sure_N.byte())
-    memory = Agreeing(WholeMemory(rows))
+    memory = Sure(WholeMemory(rows))
     kept = memory.shard(0)
     assert memory.shard_rows == [int(sure_N.sum())]
     assert torch.equal(kept.cr_N_D, rows.cr_N_D[sure_N])
@@ -170,7 +170,7 @@ def test_of_private_rows_only_the_sure_ones_are_streamed() -> None:
     streamed_N_D = torch.cat([batch.cr_N_D for batch in stream.epoch(0)])
     assert sorted(numbers_of(streamed_N_D, rows.cr_N_D).tolist()) == sure_N.nonzero()[:, 0].tolist()
     teacher_forced = make_rows(3)
-    assert Agreeing(WholeMemory(teacher_forced)).shard(0) is teacher_forced
+    assert Sure(WholeMemory(teacher_forced)).shard(0) is teacher_forced
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_of_private_rows_only_the_sure_ones_are_streamed() -> None:
         ("private", {"form": "residual"}, [("residual", "aligned"), ("residual", "sure")]),
         ("private", {"form": "recent"}, [("recent", "aligned")]),
         ("private", {"pairing": "sure"}, [("residual", "sure")]),
-        ("private", {"pairing": "position"}, [("recent", "position")]),
+        ("private", {"pairing": "position"}, [("residual", "position")]),
     ],
 )
 def test_what_is_left_open_suits_the_memory(mode: Any, asked: dict[str, Any], found: list[tuple[str, str]]) -> None:
@@ -189,7 +189,7 @@ def test_what_is_left_open_suits_the_memory(mode: Any, asked: dict[str, Any], fo
 
 
 def test_forms_that_do_not_suit_are_refused() -> None:
-    with pytest.raises(InvalidData, match="pairing sure leaves them out"):
+    with pytest.raises(InvalidData, match="pairing sure has none of these"):
         suited(TrainingSettings(form="recent", pairing="sure"), make_plan("private"))
     with pytest.raises(InvalidData, match="this memory holds ffn_output"):
         suited(TrainingSettings(form="residual"), make_plan("private", "ffn_output"))
