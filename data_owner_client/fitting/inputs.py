@@ -20,7 +20,6 @@ from data_owner_client.memory.store import TRAIN, VALIDATION, MemoryPlan, ModelI
 from data_owner_client.plm import RemotePlm
 from data_owner_client.progress import Reporter
 from data_owner_client.training import (
-    Aligned,
     FirstExamples,
     Pairing,
     Sharded,
@@ -29,6 +28,7 @@ from data_owner_client.training import (
     Trained,
     TrainingSettings,
     ValidationData,
+    Viewed,
     train_adapter,
 )
 from protocol.errors import InvalidData
@@ -158,8 +158,8 @@ class TrainingInput:
         Raises:
             InvalidData: a memory is damaged, has no rows, or has fewer examples.
         """
-        aligned = settings.pairing != "position"
-        rows: Sharded = Aligned(memories.train) if aligned else memories.train
+        view = MemoryRows.by_position if settings.pairing == "position" else MemoryRows.aligned
+        rows: Sharded = Viewed(memories.train, view)
         identity = memories.identity
         if examples is not None:
             if examples > memories.train.manifest.examples:
@@ -176,12 +176,16 @@ class TrainingInput:
             given = ask_distributions(plm, memories.plan, memories.train_pairs, settings.distributions, reporter)
             identity = [*identity, given.digest]  # with more of them, the rows are others
         targets = Targets.fetch(plm, survey.candidate_ids_C, memories.held_out, reporter)
-        # By position, every context counts for what it stands beside.
-        held_out = memories.held_out.aligned().strict() if aligned else memories.held_out.by_position()
+        held_out = view(memories.held_out).strict()
         validation = ValidationData.of(
             held_out, survey.candidate_ids_C, targets.plm_logprobs(held_out), memories.train.length_ratio
         )
         return cls(identity, rows, survey, targets, held_out, validation)
+
+    @cached_property
+    def _sure(self) -> Sure:
+        """Counted once, however many trainings take them."""
+        return Sure(self.rows)
 
     @property
     def plm_nll(self) -> float:
@@ -191,7 +195,7 @@ class TrainingInput:
     def fit(self, settings: TrainingSettings, checkpoint: Path, reporter: Reporter) -> Trained:
         """Train; stopped and called again with the same checkpoint, go on where it was."""
         return train_adapter(
-            Sure(self.rows) if settings.pairing == "sure" else self.rows,
+            self._sure if settings.pairing == "sure" else self.rows,
             self.survey,
             self.targets.candidates,
             self.validation,

@@ -120,19 +120,19 @@ class MemoryRows:
         if self.agrees_N is None:
             return self
         kept_N = self.agrees_N.bool()
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        kept = {n: column[kept_N] for n, column in columns.items() if column is not None and not n.endswith("_E")}
         rows_E = [int(kept_T.sum()) for kept_T in kept_N.split(self.rows_E.tolist())]
-        return replace(self, rows_E=torch.tensor(rows_E, dtype=torch.int32), **kept)
+        return self._of_rows(kept_N, rows_E=torch.tensor(rows_E, dtype=torch.int32))
 
     def first(self, examples: int) -> MemoryRows:
         """The rows of the first so many examples."""
-        rows = int(self.rows_E[:examples].sum())
-        columns: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, column in columns.items():
-            if column is not None:
-                columns[name] = column[: examples if name.endswith("_E") else rows]
-        return MemoryRows(**columns)
+        rows_E = self.rows_E[:examples]
+        rows = slice(int(rows_E.sum()))
+        return self._of_rows(rows, rows_E=rows_E, source_tokens_E=self.source_tokens_E[:examples])
+
+    def _of_rows(self, index: Tensor | slice, **of_examples: Tensor) -> MemoryRows:
+        columns = {field.name: getattr(self, field.name) for field in fields(self) if not field.name.endswith("_E")}
+        kept = {name: column[index] for name, column in columns.items() if column is not None}
+        return replace(self, **kept, **of_examples)
 
     def _start_N(self) -> Tensor:
         starts_E = self.rows_E.long().cumsum(0) - self.rows_E.long()

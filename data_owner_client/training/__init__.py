@@ -2,7 +2,7 @@
 
 from data_owner_client.training.loop import Epoch, Trained, train_adapter
 from data_owner_client.training.settings import Pairing, TrainingSettings
-from data_owner_client.training.stream import Aligned, Batch, FirstExamples, Sharded, Sure, Survey
+from data_owner_client.training.stream import Batch, FirstExamples, Sharded, Sure, Survey, Viewed
 from data_owner_client.training.tuning import tune
 from data_owner_client.training.validation import (
     ValidationData,
@@ -11,7 +11,6 @@ from data_owner_client.training.validation import (
 )
 
 __all__ = [
-    "Aligned",
     "Batch",
     "Epoch",
     "FirstExamples",
@@ -22,6 +21,7 @@ __all__ = [
     "Trained",
     "TrainingSettings",
     "ValidationData",
+    "Viewed",
     "likeliest_interpolations",
     "target_logprobs",
     "train_adapter",

@@ -87,10 +87,16 @@ class Sharded(Protocol):
 
 
 @dataclass(frozen=True)
-class Aligned:
-    """A memory whose targets come with the contexts that are nearest to their true ones."""
+class Viewed:
+    """A memory whose shards are seen in another way.
+
+    Attributes:
+        memory: as it lies on disk.
+        view: of each shard; as many rows as there are.
+    """
 
     memory: Sharded
+    view: Callable[[MemoryRows], MemoryRows]
 
     @property
     def shard_rows(self) -> Sequence[int]:
@@ -99,7 +105,7 @@ class Aligned:
 
     def shard(self, number: int) -> MemoryRows:
         """One shard."""
-        return self.memory.shard(number).aligned()
+        return self.view(self.memory.shard(number))
 
 
 class Sure:

@@ -1,19 +1,36 @@
-"""The verb `train` on a private memory: which of its rows are learned."""
+"""The verb `train`: which rows of a memory are learned, and in which form."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from data_owner_client import Pair, RemotePlm, TrainingSettings, build_memories, train
 from data_owner_client.connection.in_process import InProcessConnection
+from data_owner_client.fitting import suited
+from data_owner_client.memory.store import MemoryPlan, ModelIdentity
 from data_owner_client.progress import Reporter
 from data_owner_client.tasks import Task
 from plm_owner_server.service import PlmService
+from protocol.errors import InvalidData
 
 TASK = Task(name="t", source_label="In", target_label="Out")
 PAIRS = [Pair(f"the thin {number}", "die Tür " * (1 + number % 3) + str(number)) for number in range(20)]
 QUICK = TrainingSettings(rank=4, epochs=2, minutes=0, decoded=0)
+
+
+def make_plan(mode: Any, cr_kind: Any = "last_hidden_state") -> MemoryPlan:
+    return MemoryPlan(
+        model=ModelIdentity(name="m", digest="d" * 64, cr_kind=cr_kind, hidden_size=12, vocab_size=14),
+        task=TASK,
+        context_mode=mode,
+        dtype="float16",
+        with_logsumexp=True,
+        data_digest="",
+        examples=1,
+        examples_per_shard=1,
+    )
 
 
 class Stopping(Reporter):
@@ -67,3 +84,26 @@ def test_what_is_said_names_the_pairing(plm: RemotePlm, memory: Path, tmp_path: 
     train(plm, memory, tmp_path / "adapter", settings=QUICK, reporter=reporter)
     tried = [text for text in reporter.said if text.startswith("Tried")]
     assert ["pairing aligned" in tried[0], "pairing sure" in tried[1], len(tried)] == [True, True, 2]
+
+
+@pytest.mark.parametrize(
+    ("mode", "asked", "found"),
+    [
+        ("teacher-forced", {}, [("residual", "aligned")]),
+        ("private", {}, [("recent", "aligned"), ("residual", "sure")]),
+        ("private", {"form": "residual"}, [("residual", "aligned"), ("residual", "sure")]),
+        ("private", {"form": "recent"}, [("recent", "aligned")]),
+        ("private", {"pairing": "sure"}, [("residual", "sure")]),
+        ("private", {"pairing": "position"}, [("residual", "position")]),
+    ],
+)
+def test_what_is_left_open_suits_the_memory(mode: Any, asked: dict[str, Any], found: list[tuple[str, str]]) -> None:
+    assert [(each.form, each.pairing) for each in suited(TrainingSettings(**asked), make_plan(mode))] == found
+
+
+def test_forms_that_do_not_suit_are_refused() -> None:
+    with pytest.raises(InvalidData, match="pairing sure has none of these"):
+        suited(TrainingSettings(form="recent", pairing="sure"), make_plan("private"))
+    with pytest.raises(InvalidData, match="this memory holds ffn_output"):
+        suited(TrainingSettings(form="residual"), make_plan("private", "ffn_output"))
+    assert suited(TrainingSettings(), make_plan("teacher-forced", "ffn_output"))[0].form == "paper"

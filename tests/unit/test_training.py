@@ -14,9 +14,8 @@ from torch import Tensor
 
 from data_owner_client.adapter import Adapter, AdapterCard, TrainedAdapter
 from data_owner_client.decoding.interpolation import Interpolation
-from data_owner_client.fitting import suited
 from data_owner_client.memory import MemoryRows
-from data_owner_client.memory.store import MemoryPlan, ModelIdentity
+from data_owner_client.memory.store import ModelIdentity
 from data_owner_client.progress import Bar, Reporter
 from data_owner_client.tasks import Task
 from data_owner_client.training import (
@@ -73,29 +72,6 @@ class InMemory:
 
     def shard(self, number: int) -> MemoryRows:
         return self._shards[number]
-
-
-class WholeMemory:
-    """All rows in one shard, as they are."""
-
-    def __init__(self, rows: MemoryRows) -> None:
-        self.rows, self.shard_rows = rows, [len(rows.target_N)]
-
-    def shard(self, number: int) -> MemoryRows:
-        return self.rows
-
-
-def make_plan(mode: Any, cr_kind: Any = "last_hidden_state") -> MemoryPlan:
-    return MemoryPlan(
-        model=ModelIdentity(name="m", digest="d" * 64, cr_kind=cr_kind, hidden_size=D, vocab_size=2 * C),
-        task=Task(name="t"),
-        context_mode=mode,
-        dtype="float16",
-        with_logsumexp=True,
-        data_digest="",
-        examples=1,
-        examples_per_shard=1,
-    )
 
 
 def fit(rows: MemoryRows, settings: TrainingSettings, *, shards: int = 1, **options: Any) -> Trained:
@@ -160,7 +136,7 @@ def test_of_private_rows_only_the_sure_ones_are_streamed() -> None:
     sure_N = agrees_N & (torch.rand(N, generator=generator) < 0.5)
     sure_N[:10] = False  # an example without any
     rows = replace(make_rows(3), agrees_N=agrees_N.byte(), sure_N=sure_N.byte())
-    memory = Sure(WholeMemory(rows))
+    memory = Sure(InMemory(rows))
     kept = memory.shard(0)
     assert memory.shard_rows == [int(sure_N.sum())]
     assert torch.equal(kept.cr_N_D, rows.cr_N_D[sure_N])
@@ -169,31 +145,8 @@ def test_of_private_rows_only_the_sure_ones_are_streamed() -> None:
     stream = RowStream(memory, CANDIDATES, batch_rows=16, seed=2)
     streamed_N_D = torch.cat([batch.cr_N_D for batch in stream.epoch(0)])
     assert sorted(numbers_of(streamed_N_D, rows.cr_N_D).tolist()) == sure_N.nonzero()[:, 0].tolist()
-    teacher_forced = make_rows(3)
-    assert Sure(WholeMemory(teacher_forced)).shard(0) is teacher_forced
-
-
-@pytest.mark.parametrize(
-    ("mode", "asked", "found"),
-    [
-        ("teacher-forced", {}, [("residual", "aligned")]),
-        ("private", {}, [("recent", "aligned"), ("residual", "sure")]),
-        ("private", {"form": "residual"}, [("residual", "aligned"), ("residual", "sure")]),
-        ("private", {"form": "recent"}, [("recent", "aligned")]),
-        ("private", {"pairing": "sure"}, [("residual", "sure")]),
-        ("private", {"pairing": "position"}, [("residual", "position")]),
-    ],
-)
-def test_what_is_left_open_suits_the_memory(mode: Any, asked: dict[str, Any], found: list[tuple[str, str]]) -> None:
-    assert [(each.form, each.pairing) for each in suited(TrainingSettings(**asked), make_plan(mode))] == found
-
-
-def test_forms_that_do_not_suit_are_refused() -> None:
-    with pytest.raises(InvalidData, match="pairing sure has none of these"):
-        suited(TrainingSettings(form="recent", pairing="sure"), make_plan("private"))
-    with pytest.raises(InvalidData, match="this memory holds ffn_output"):
-        suited(TrainingSettings(form="residual"), make_plan("private", "ffn_output"))
-    assert suited(TrainingSettings(), make_plan("teacher-forced", "ffn_output"))[0].form == "paper"
+    teacher_forced = InMemory(make_rows(3))
+    assert Sure(teacher_forced).shard(0) is teacher_forced.shard(0)
 
 
 @pytest.mark.parametrize("form", ["paper", "residual", "recent"])
