@@ -18,11 +18,12 @@ from torch import Tensor
 from benchmarks import report
 from benchmarks.processes import server
 from data_owner_client import TrainingSettings, build_memories, connect, load_task, read_pairs
-from data_owner_client.comparison.knn_lm import build_index, search, tune
-from data_owner_client.fitting import Memories, TrainingInput
-from data_owner_client.memory import MemoryRows
-from data_owner_client.progress import Reporter
-from data_owner_client.training import Sharded, target_logprobs
+from data_owner_client.evaluation.comparison.knn_lm import build_index, search, tune
+from data_owner_client.memory.rows import MemoryRows
+from data_owner_client.runtime.progress import Reporter
+from data_owner_client.training.batches import Sharded
+from data_owner_client.training.inputs import Memories, TrainingInput
+from data_owner_client.training.validation import target_logprobs
 from demo import home_assistant
 
 _WORK = report.FOLDER / "ablations"

@@ -24,9 +24,9 @@ from benchmarks.build_memory_peers import Peer
 from benchmarks.processes import build_at_once, server
 from benchmarks.proxy import counting_proxy
 from data_owner_client import Pair, connect, load_task, read_pairs
-from data_owner_client.memory import build_memory
-from data_owner_client.memory.build import tokenize_pair
-from data_owner_client.tasks import Task
+from data_owner_client.data.tasks import Task
+from data_owner_client.memory.build import build_memory
+from data_owner_client.memory.encode import tokenize_pair
 from demo import home_assistant
 
 _WORK = report.FOLDER / "build_memory"

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from data_owner_client.memory.build import TokenizedPair
-from plm_owner_server.batching import plan_batches
-from plm_owner_server.engines.transformers import load_model
-from plm_owner_server.models import resolve
+from data_owner_client.memory.encode import TokenizedPair
+from plm_owner_server.engines.batching import plan_batches
+from plm_owner_server.engines.model_files.sources import resolve
+from plm_owner_server.engines.transformers.engine import load_model
 from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from data_owner_client import connect, load_task, read_pairs
-from data_owner_client.memory import build_memory
-from data_owner_client.peak_memory import peak_rss_mb
+from data_owner_client.memory.build import build_memory
+from data_owner_client.runtime.memory_usage import peak_rss_mb
 
 
 def main(url: str, data: str, start: str, stop: str, folder: str) -> None:

@@ -19,10 +19,10 @@ import torch
 from benchmarks import report
 from benchmarks.processes import server
 from data_owner_client import ExternalMemory, TrainingSettings, build_memories, connect, load_task, read_pairs, train
-from data_owner_client.memory import MemoryRows
+from data_owner_client.memory.rows import MemoryRows
 from demo import home_assistant
 from protocol.messages import WireDtype
-from protocol.rows import compact
+from protocol.quantization import compact
 
 _WORK = report.FOLDER / "compact_rows"
 _PARTS = ("train", "validation")

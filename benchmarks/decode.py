@@ -36,10 +36,10 @@ from data_owner_client import (
     train,
     translate,
 )
-from data_owner_client.decoding.rounds import Usage
+from data_owner_client.decoding.speculative import Usage
 from demo import home_assistant
-from plm_owner_server.engines.transformers import load_model
-from plm_owner_server.models import resolve
+from plm_owner_server.engines.model_files.sources import resolve
+from plm_owner_server.engines.transformers.engine import load_model
 from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
 from protocol.errors import InvalidData
 

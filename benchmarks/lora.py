@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from data_owner_client.data import Pair, read_pairs
-from data_owner_client.peak_memory import peak_rss_mb
-from data_owner_client.tasks import Task, load_task
-from plm_owner_server.engines.transformers import load_model
-from plm_owner_server.models import resolve
+from data_owner_client.data.pairs import Pair, read_pairs
+from data_owner_client.data.tasks import Task, load_task
+from data_owner_client.runtime.memory_usage import peak_rss_mb
+from plm_owner_server.engines.model_files.sources import resolve
+from plm_owner_server.engines.transformers.engine import load_model
 from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
 
 _RATES = (3e-4, 1e-3)

@@ -22,15 +22,17 @@ import torch
 
 from benchmarks import report
 from benchmarks.processes import server
-from data_owner_client.connection import Connection, open_connection
-from data_owner_client.memory.pipeline import Window, in_order
-from plm_owner_server.disclosure import Disclosure
-from plm_owner_server.metering import Cost
-from plm_owner_server.rotation import Rotation, RotationKey
+from data_owner_client.plm.connection.base import Connection
+from data_owner_client.plm.connection.in_flight import Window, in_order
+from data_owner_client.plm.connection.open import open_connection
+from plm_owner_server.admission.authentication import TenantKeys
+from plm_owner_server.service.disclosure import Disclosure
+from plm_owner_server.service.metering import Cost
+from plm_owner_server.service.rotation import Rotation, RotationKey
 from plm_owner_server.settings import DEFAULT_MODEL
-from plm_owner_server.tenants import TenantKeys, TenantStore
 from plm_owner_server.tenants.quotas import Quotas
-from protocol.checks import echoes
+from plm_owner_server.tenants.store import TenantStore
+from protocol.integrity import echoes
 from protocol.messages import EncodeRequest
 
 _WORK = report.FOLDER / "overhead"

@@ -23,12 +23,12 @@ from typing import Any
 from benchmarks import report
 from benchmarks.prepared import ANSWERED, REFUSED, Grpc, Rest, Wire
 from benchmarks.processes import server
-from data_owner_client.connection import open_connection
-from plm_owner_server.disclosure import Disclosure
+from data_owner_client.plm.connection.open import open_connection
+from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.settings import DEFAULT_MODEL
-from plm_owner_server.tenants import TenantStore
 from plm_owner_server.tenants.quotas import Quotas
-from protocol.checks import echoes
+from plm_owner_server.tenants.store import TenantStore
+from protocol.integrity import echoes
 from protocol.messages import EncodeRequest
 
 _WORK = report.FOLDER / "overload"

@@ -10,9 +10,9 @@ from statistics import median
 import torch
 
 from benchmarks import report
-from plm_owner_server.engines.base import DraftBatch, EncodeBatch
-from plm_owner_server.engines.transformers import TransformersEngine, load_model
-from plm_owner_server.models import resolve
+from plm_owner_server.engines.interface import DraftBatch, EncodeBatch
+from plm_owner_server.engines.model_files.sources import resolve
+from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
 from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
 
 _PROMPT_TOKENS = 80

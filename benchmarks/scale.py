@@ -23,9 +23,9 @@ from typing import Any
 from benchmarks import report
 from benchmarks.processes import at_once, server
 from data_owner_client import connect, load_task, read_pairs
-from data_owner_client.memory.build import tokenize_pair
+from data_owner_client.memory.encode import tokenize_pair
 from demo import home_assistant
-from plm_owner_server.models import resolve
+from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
 
 _WORK = report.FOLDER / "scale"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data_owner_client.connection import open_connection
+from data_owner_client.plm.connection.open import open_connection
 from protocol.messages import DecodeRequest, EncodeRequest
 
 _LOOK_AHEAD = 24

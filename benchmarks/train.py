@@ -24,10 +24,10 @@ import torch
 from benchmarks import report
 from benchmarks.decode import prepare
 from data_owner_client import ExternalMemory
-from data_owner_client.memory import MemoryRows
-from data_owner_client.memory.store import MemoryPlan
-from plm_owner_server.engines.transformers import load_model
-from plm_owner_server.models import resolve
+from data_owner_client.memory.manifest import MemoryPlan
+from data_owner_client.memory.rows import MemoryRows
+from plm_owner_server.engines.model_files.sources import resolve
+from plm_owner_server.engines.transformers.engine import load_model
 from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
 
 _WORK = report.FOLDER / "train"

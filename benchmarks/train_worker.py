@@ -19,11 +19,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from data_owner_client import ExternalMemory, TrainingSettings
-from data_owner_client.adapter import Adapter
-from data_owner_client.evaluation import plm_target_logprobs
-from data_owner_client.peak_memory import peak_rss_mb
-from data_owner_client.progress import Bar, Reporter
-from data_owner_client.training import Survey, ValidationData, target_logprobs, train_adapter
+from data_owner_client.adapter.network import Adapter
+from data_owner_client.runtime.memory_usage import peak_rss_mb
+from data_owner_client.runtime.progress import Bar, Reporter
+from data_owner_client.training.batches import Survey
+from data_owner_client.training.likelihood import plm_target_logprobs
+from data_owner_client.training.trainer import train_adapter
+from data_owner_client.training.validation import ValidationData, target_logprobs
 from protocol.head import LMHead
 
 RECONSTRUCTION_EPOCHS, EPOCHS = 1, 1

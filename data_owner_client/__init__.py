@@ -5,24 +5,19 @@ The verbs of `pema-client` as functions:
     from data_owner_client import build_memories, connect, load_task, read_pairs, train, translate
 """
 
-from data_owner_client.adapter import TrainedAdapter
-from data_owner_client.data import Pair, read_pairs, read_parallel
-from data_owner_client.decoding.interpolation import Interpolation
-from data_owner_client.decoding.rounds import DecodingSettings
-from data_owner_client.generation import Generation, generate, translate
-from data_owner_client.memory import ExternalMemory
-from data_owner_client.plm import RemotePlm
-from data_owner_client.tasks import Task, load_task
-from data_owner_client.training import TrainingSettings
-from data_owner_client.verbs import (
-    Evaluation,
-    MemoryReport,
-    TrainingReport,
-    build_memories,
-    connect,
-    evaluate,
-    train,
-)
+from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.adapter.trained import TrainedAdapter
+from data_owner_client.data.pairs import Pair, read_pairs, read_parallel
+from data_owner_client.data.tasks import Task, load_task
+from data_owner_client.decoding.generation import Generation, generate, translate
+from data_owner_client.decoding.speculative import DecodingSettings
+from data_owner_client.evaluation.evaluate import Evaluation, evaluate
+from data_owner_client.memory.build_splits import MemoryReport, build_memories
+from data_owner_client.memory.store import ExternalMemory
+from data_owner_client.plm.connect import connect
+from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.training.settings import TrainingSettings
+from data_owner_client.training.train import TrainingReport, train
 
 __all__ = [
     "DecodingSettings",

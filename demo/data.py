@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_owner_client.data import Pair, write_pairs
+from data_owner_client.data.pairs import Pair, write_pairs
 
 SourceAndTarget = tuple[str, str]
 

@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data_owner_client.plotting import draw_training
-from data_owner_client.training import Epoch
+from data_owner_client.training.plots import draw_training
+from data_owner_client.training.trainer import Epoch
 
 _BARS = (
     ("PLM", "plm", "tab:gray"),

@@ -25,7 +25,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from data_owner_client.files import write_atomically
+from data_owner_client.runtime.atomic_files import write_atomically
 from demo import home_assistant, picture
 
 _READY_WITHIN_S = 600.0

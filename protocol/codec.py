@@ -30,8 +30,8 @@ from pydantic import (
 from safetensors import SafetensorError
 from torch import Tensor
 
-from protocol.checks import place
 from protocol.errors import InvalidRequest, MalformedMessage
+from protocol.integrity import place
 
 BINARY = "application/vnd.pema.safetensors"
 JSON = "application/json"

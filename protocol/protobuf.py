@@ -11,9 +11,9 @@ from google.protobuf.message import Message as Proto
 from torch import Tensor
 
 from protocol import pema_pb2
-from protocol.allowance import RATE_LIMIT, RATE_LIMIT_POLICY
 from protocol.codec import Message, join_ragged, raw_bytes, split_ragged
 from protocol.errors import InvalidRequest, MalformedMessage
+from protocol.rate_limits import RATE_LIMIT, RATE_LIMIT_POLICY
 
 REQUEST_ID_METADATA = "x-request-id"
 """Metadata of unary calls; the calls of a stream carry their ids themselves."""

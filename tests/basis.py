@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from data_owner_client.adapter import TrainedAdapter
+from data_owner_client.adapter.trained import TrainedAdapter
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers.utils import logging as transformers_logging
 
-from plm_owner_server.service import PlmService
+from plm_owner_server.service.plm_service import PlmService
 from tests import guard, support
 from tests.support import TinyModels
 

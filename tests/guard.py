@@ -19,12 +19,14 @@ import grpc
 import httpx
 import trustme
 
-from data_owner_client.connection import Connection, open_connection
-from plm_owner_server.disclosure import Disclosure
-from plm_owner_server.tenants import Access, TenantKeys, TenantStore
+from data_owner_client.plm.connection.base import Connection
+from data_owner_client.plm.connection.open import open_connection
+from plm_owner_server.admission.authentication import Access, TenantKeys
+from plm_owner_server.service.disclosure import Disclosure
+from plm_owner_server.service.requests import Caller
 from plm_owner_server.tenants.quotas import Quotas
-from plm_owner_server.tickets import Caller
-from plm_owner_server.tls import Certificate
+from plm_owner_server.tenants.store import TenantStore
+from plm_owner_server.transports.tls import Certificate
 
 TENANT = "acme"
 DISCLOSURE = Disclosure("candidate", rotated=True)

@@ -25,17 +25,17 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from plm_owner_server.connections import bounded_http
-from plm_owner_server.engines.base import Engine
+from plm_owner_server.admission.authentication import Access
+from plm_owner_server.admission.controller import ServiceHolder
+from plm_owner_server.engines.interface import Engine
 from plm_owner_server.engines.loading import load_engine
-from plm_owner_server.grpc import serve_grpc
-from plm_owner_server.holder import ServiceHolder
-from plm_owner_server.models import digest_folder
-from plm_owner_server.rest import create_app
-from plm_owner_server.service import PlmService
+from plm_owner_server.engines.model_files.sources import digest_folder
+from plm_owner_server.engines.model_files.tokenizer import load_tokenizer
+from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.settings import ServerSettings
-from plm_owner_server.tenants import Access
-from plm_owner_server.tokenizer import load_tokenizer
+from plm_owner_server.transports.grpc_server import serve_grpc
+from plm_owner_server.transports.http_protocol import bounded_http
+from plm_owner_server.transports.rest_app import create_app
 from tests import guard
 
 PAD, BOS, EOS = 0, 1, 2

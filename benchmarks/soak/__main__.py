@@ -31,7 +31,7 @@ from benchmarks.soak.replicas import Replica
 from benchmarks.soak.tenants import FLOODED, Tenant, let_in
 from benchmarks.soak.traffic import Traffic
 from benchmarks.soak.truth import Truth
-from plm_owner_server.tenants import TenantStore
+from plm_owner_server.tenants.store import TenantStore
 from tests.support import save_model
 
 _WORK = report.FOLDER / "soak"

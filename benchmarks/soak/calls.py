@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.soak.tenants import CANDIDATES, Price, Tenant
 from benchmarks.soak.truth import MOST_DRAFTED, Sight, Span, Truth, WrongAnswer
-from protocol.checks import echoes
 from protocol.codec import Message
+from protocol.integrity import echoes
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadDtype, HeadRequest, WireDtype
 
 Kind = Literal["card", "head", "encode", "decode", "distribution"]

@@ -11,17 +11,10 @@ import httpx
 
 from benchmarks.soak.calls import Call, Kind
 from protocol import pema_pb2, pema_pb2_grpc
+from protocol.chunks import join_head, join_rows
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import from_problem
-from protocol.messages import (
-    DecodeResponse,
-    DistributionResponse,
-    EncodeResponse,
-    HeadRequest,
-    HeadRows,
-    ModelCard,
-)
-from protocol.pieces import join_head, join_rows
+from protocol.messages import DecodeResponse, DistributionResponse, EncodeResponse, HeadRequest, HeadRows, ModelCard
 from protocol.protobuf import KEY_METADATA, PROBLEM_METADATA, from_proto, to_proto
 
 TIMEOUT_S = 60.0

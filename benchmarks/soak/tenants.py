@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.soak.truth import Sight
-from plm_owner_server.disclosure import Disclosure
-from plm_owner_server.tenants import TenantStore
+from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.tenants.quotas import Quotas
+from plm_owner_server.tenants.store import TenantStore
 
 CANDIDATES = 40
 """Tokens whose head rows a tenant asks for, in all."""

@@ -14,8 +14,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from protocol.checks import echoes
 from protocol.head import LMHead
+from protocol.integrity import echoes
 from protocol.messages import DecodeResponse, DistributionResponse, EncodeResponse, HeadRows
 
 MOST_DRAFTED = 8

@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from data_owner_client.cli.app import command
+from data_owner_client.cli.doctor import diagnose
 from data_owner_client.cli.options import AsJson, Server
 from data_owner_client.cli.output import print_record
-from data_owner_client.doctor import diagnose
-from data_owner_client.progress import RichReporter
+from data_owner_client.runtime.progress import RichReporter
 
 _DOCTOR_WAITS_S = 10.0
 

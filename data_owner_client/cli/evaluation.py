@@ -9,8 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from data_owner_client import comparison, verbs
-from data_owner_client.adapter import TrainedAdapter
+from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.cli.app import command, set_threads
 from data_owner_client.cli.inputs import pairs_of
 from data_owner_client.cli.options import (
@@ -30,13 +29,17 @@ from data_owner_client.cli.options import (
     Threads,
 )
 from data_owner_client.cli.output import print_record
-from data_owner_client.comparison import SYSTEMS, Splits, report
-from data_owner_client.data import read_lines, read_pairs
-from data_owner_client.evaluation import text_scores
-from data_owner_client.files import write_atomically
-from data_owner_client.progress import RichReporter
-from data_owner_client.tasks import load_task
-from data_owner_client.training import TrainingSettings
+from data_owner_client.data.pairs import read_lines, read_pairs
+from data_owner_client.data.tasks import load_task
+from data_owner_client.data.text_metrics import text_scores
+from data_owner_client.evaluation.comparison import report
+from data_owner_client.evaluation.comparison.compare import compare as compare_systems
+from data_owner_client.evaluation.comparison.runner import Splits
+from data_owner_client.evaluation.comparison.systems import SYSTEMS
+from data_owner_client.evaluation.evaluate import evaluate as evaluate_systems
+from data_owner_client.runtime.atomic_files import write_atomically
+from data_owner_client.runtime.progress import RichReporter
+from data_owner_client.training.settings import TrainingSettings
 from protocol.errors import InvalidData
 
 
@@ -80,7 +83,7 @@ def evaluate(
         raise InvalidData("There is nothing to evaluate.", hint="Give --adapter, or --hypotheses to score a file.")
     trained = TrainedAdapter.load(adapter)
     with server.connect(decoding.dtype) as plm:
-        report = verbs.evaluate(
+        report = evaluate_systems(
             plm,
             pairs,
             trained,
@@ -151,7 +154,7 @@ def compare(
         )
     )
     loaded = load_task(task)
-    result = comparison.compare(
+    result = compare_systems(
         server.connect,
         loaded,
         splits,

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from data_owner_client import generation
-from data_owner_client.adapter import TrainedAdapter
+from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.cli.app import command, set_threads
 from data_owner_client.cli.inputs import sources_of
 from data_owner_client.cli.options import (
@@ -25,8 +24,9 @@ from data_owner_client.cli.options import (
     Stream,
 )
 from data_owner_client.cli.output import stream_text, write_texts
-from data_owner_client.progress import RichReporter
-from data_owner_client.tasks import Task, load_task
+from data_owner_client.data.tasks import Task, load_task
+from data_owner_client.decoding import generation
+from data_owner_client.runtime.progress import RichReporter
 from protocol.errors import InvalidData
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_owner_client.data import Format, Pair, read_pairs, read_parallel
+from data_owner_client.data.pairs import Format, Pair, read_pairs, read_parallel
 from protocol.errors import InvalidData
 
 

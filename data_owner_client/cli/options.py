@@ -11,16 +11,16 @@ from typing import Annotated, Any
 
 import typer
 
-from data_owner_client import verbs
-from data_owner_client.adapter import TrainedAdapter
-from data_owner_client.connection import GIVE_UP_AFTER_S
-from data_owner_client.data import Format
-from data_owner_client.decoding.interpolation import Interpolation, Schedule
-from data_owner_client.decoding.lookup import Lookup
-from data_owner_client.decoding.rounds import DecodingSettings
+from data_owner_client.adapter.interpolation import Interpolation, Schedule
+from data_owner_client.adapter.trained import TrainedAdapter
+from data_owner_client.data.pairs import Format
+from data_owner_client.decoding.client_drafts import Lookup
+from data_owner_client.decoding.generation import CONSENSUS_TEMPERATURE, lookup_in
 from data_owner_client.decoding.sampling import Sampling
-from data_owner_client.generation import CONSENSUS_TEMPERATURE, lookup_in
-from data_owner_client.plm import RemotePlm
+from data_owner_client.decoding.speculative import DecodingSettings
+from data_owner_client.plm.connect import connect
+from data_owner_client.plm.connection.retries import GIVE_UP_AFTER_S
+from data_owner_client.plm.remote_plm import RemotePlm
 from protocol.errors import InvalidData
 from protocol.messages import WireDtype
 
@@ -216,7 +216,7 @@ class Server(OptionGroup):
 
     def connect(self, dtype: WireDtype = "float16") -> RemotePlm:
         """The PLM behind it."""
-        return verbs.connect(
+        return connect(
             self.server,
             dtype=dtype,
             api_key=self.api_key,

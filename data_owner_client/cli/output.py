@@ -12,13 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data_owner_client.decoding.choosing import Choice
-from data_owner_client.decoding.rounds import Usage
-from data_owner_client.files import write_atomically
-from data_owner_client.generation import Generation
-from data_owner_client.jobs import Job
-from data_owner_client.tasks import Task
-from data_owner_client.tokenization import PlmTokenizer
+from data_owner_client.data.tasks import Task
+from data_owner_client.decoding.generation import Generation
+from data_owner_client.decoding.speculative import Usage
+from data_owner_client.decoding.token_selection import Choice
+from data_owner_client.plm.tokenizer import PlmTokenizer
+from data_owner_client.runtime.atomic_files import write_atomically
+from data_owner_client.runtime.resumable_output import Job
 from protocol.errors import InvalidData, PemaError
 
 

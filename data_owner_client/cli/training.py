@@ -12,9 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from data_owner_client import sweep as sweeping
-from data_owner_client import verbs
-from data_owner_client.adapter import AdapterForm
+from data_owner_client.adapter.interpolation import SCHEDULES
+from data_owner_client.adapter.network import AdapterForm
 from data_owner_client.cli.app import command, set_threads
 from data_owner_client.cli.inputs import pairs_of
 from data_owner_client.cli.options import (
@@ -35,12 +34,16 @@ from data_owner_client.cli.options import (
     Threads,
 )
 from data_owner_client.cli.output import print_record
-from data_owner_client.data import read_pairs
-from data_owner_client.decoding.interpolation import SCHEDULES
-from data_owner_client.memory.store import ContextMode
-from data_owner_client.progress import RichReporter
-from data_owner_client.tasks import load_task
-from data_owner_client.training import Pairing, TrainingSettings
+from data_owner_client.data.pairs import read_pairs
+from data_owner_client.data.tasks import load_task
+from data_owner_client.memory.build_splits import build_memories
+from data_owner_client.memory.manifest import ContextMode
+from data_owner_client.runtime.progress import RichReporter
+from data_owner_client.training.settings import Pairing, TrainingSettings
+from data_owner_client.training.sweep import Grid
+from data_owner_client.training.sweep import sweep as run_sweep
+from data_owner_client.training.sweep_results import SETTINGS, likeliest
+from data_owner_client.training.train import train as train_adapter
 from protocol.errors import InvalidData
 
 
@@ -96,7 +99,7 @@ def build_memory(
     pairs = pairs_of(input_file, sources, targets, file_format, source_field=source_field, target_field=target_field)
     held_out = read_pairs(validation, source_field=source_field, target_field=target_field) if validation else None
     with server.connect(dtype) as plm:
-        report = verbs.build_memories(
+        report = build_memories(
             plm,
             load_task(task),
             pairs,
@@ -211,7 +214,7 @@ def train(
         device=device,
     )
     with server.connect() as plm:
-        _, report = verbs.train(plm, memory, adapter, settings=settings, reporter=RichReporter())
+        _, report = train_adapter(plm, memory, adapter, settings=settings, reporter=RichReporter())
     card = report.card
     shown = {
         "folder": report.folder,
@@ -293,17 +296,17 @@ def sweep(
         "schedule": schedule,
         "lambda_max": lambda_max,
     }
-    grid = sweeping.Grid(**{name: tuple(values) for name, values in given.items() if values})  # type: ignore[arg-type]
+    grid = Grid(**{name: tuple(values) for name, values in given.items() if values})  # type: ignore[arg-type]
     with server.connect() as plm:
-        rows = sweeping.sweep(plm, memory, grid, folder, reporter=RichReporter())
+        rows = run_sweep(plm, memory, grid, folder, reporter=RichReporter())
     if as_json:
         sys.stdout.write(json.dumps([row.model_dump() for row in rows], indent=1) + "\n")
         return
     # Besides what was varied, what a reader expects.
-    varied = [name for name in sweeping.SETTINGS if name in ("form", "rank") or given[name]]
+    varied = [name for name in SETTINGS if name in ("form", "rank") or given[name]]
     columns = (*varied, "examples", "schedule", "lambda_max", "nll", "train_seconds")
     table = Table(*columns, title=f"likeliest interpolation of each training; the PLM alone: {rows[0].plm_nll:.3f}")
-    for row in sweeping.likeliest(rows):
+    for row in likeliest(rows):
         values = (getattr(row, name) for name in columns)
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
     Console().print(table)

@@ -4,33 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 
-from data_owner_client.data import Pair, digest_pairs
-from data_owner_client.memory.alignment import align
-from data_owner_client.memory.pipeline import Window, in_order
-from data_owner_client.memory.planning import Sizes, plan_requests
-from data_owner_client.memory.store import MANIFEST, ContextMode, ExternalMemory, MemoryPlan, MemoryRows, ModelIdentity
-from data_owner_client.plm import RemotePlm
-from data_owner_client.progress import Reporter
-from data_owner_client.tasks import Task
-from protocol.errors import InvalidData, ProtocolViolation
-from protocol.messages import DecodeResponse, EncodeResponse
+from data_owner_client.data.pairs import Pair, digest_pairs
+from data_owner_client.data.tasks import Task
+from data_owner_client.memory.encode import encode_private, encode_teacher_forced, require_fits, tokenize_pair
+from data_owner_client.memory.manifest import ContextMode, MemoryPlan
+from data_owner_client.memory.request_batches import Sizes, plan_requests
+from data_owner_client.memory.rows import MemoryRows
+from data_owner_client.memory.store import MANIFEST, ExternalMemory
+from data_owner_client.plm.connection.in_flight import Window, in_order
+from data_owner_client.plm.identity import ModelIdentity
+from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.runtime.progress import Reporter
+from protocol.errors import InvalidData
 
 _EXAMPLES_PER_SHARD = 512
-
-
-@dataclass(frozen=True)
-class TokenizedPair:
-    """A pair as token ids; the target ends with the stop."""
-
-    prompt: list[int]
-    target: list[int]
-    source_tokens: int
 
 
 def build_memory(
@@ -97,103 +88,6 @@ def build_memory(
     return memory
 
 
-def tokenize_pair(plm: RemotePlm, task: Task, pair: Pair, *, place: str) -> TokenizedPair:
-    """Prompt and target of a pair as token ids.
-
-    Raises:
-        InvalidData: the pair has no target, or its target holds the task's stop text.
-    """
-    if pair.target is None:
-        raise InvalidData(f"{place} has no target.", hint="A memory is made of pairs.")
-    if task.stop_text and task.stop_text in pair.target:
-        raise InvalidData(
-            f"The target of {place} contains the stop {task.stop_text!r}, so an answer would end in its middle.",
-            hint="Replace it in the texts, or give the task another `stop`.",
-        )
-    tokenizer = plm.tokenizer
-    prompt = task.prompt(pair.source, tokenizer)
-    prompt_ids = tokenizer.encode_prompt(prompt)
-    target_ids = tokenizer.encode_target(prompt, prompt_ids, task.continuation(pair.target, tokenizer))
-    if target_ids[-1] not in task.stop_ids(tokenizer):
-        raise InvalidData(
-            f"The target of {place} does not end with a stop token of this model.", hint="Give the task another `stop`."
-        )
-    return TokenizedPair(prompt_ids, target_ids, tokenizer.count(pair.source))
-
-
-def encode_teacher_forced(plm: RemotePlm, pairs: Sequence[TokenizedPair], *, with_logsumexp: bool) -> MemoryRows:
-    """Rows with the contexts c_i = prompt + y_<i. The targets but for their last token go to the server."""
-    response = plm.encode(
-        [pair.prompt + pair.target[:-1] for pair in pairs],
-        [len(pair.prompt) - 1 for pair in pairs],
-        with_logsumexp=with_logsumexp,
-    )
-    return _labelled(response, pairs)
-
-
-def tokenize_pairs(plm: RemotePlm, tasks: Sequence[Task], pairs: Sequence[Pair], *, place: str) -> list[TokenizedPair]:
-    """Pairs as token ids, each with a task of its own, and none too long for the server.
-
-    Raises:
-        InvalidData: as `tokenize_pair`, or a pair is too long.
-    """
-    tokenized = []
-    for number, (task, pair) in enumerate(zip(tasks, pairs, strict=True), 1):
-        tokenized.append(tokenize_pair(plm, task, pair, place=f"{place} {number}"))
-        require_fits(plm, tokenized[-1], place=f"{place} {number}")
-    return tokenized
-
-
-def encode_all(plm: RemotePlm, pairs: Sequence[TokenizedPair], reporter: Reporter) -> MemoryRows:
-    """Teacher-forced rows with log-sum-exp of pairs that need no memory on disk."""
-    sizes = Sizes()
-    for pair in pairs:
-        sizes.append(len(pair.prompt) + len(pair.target), len(pair.target))
-    parts = []
-    with reporter.bar("likelihood of targets", len(pairs), "pairs") as bar:
-        for run in plan_requests(sizes, plm.card, plm.dtype, done=0, examples_per_shard=len(pairs)):
-            parts.append(encode_teacher_forced(plm, [pairs[i] for i in run], with_logsumexp=True))
-            bar.advance(len(run))
-    return MemoryRows.concatenate(parts)
-
-
-def encode_private(plm: RemotePlm, pairs: Sequence[TokenizedPair], stop_ids: frozenset[int]) -> MemoryRows:
-    """Rows with the contexts c_i = prompt + the PLM's own greedy continuation ŵ_<i. Only prompts go to the server.
-
-    And, as `look_ahead`, the targets' lengths.
-    """
-    response = plm.decode([pair.prompt for pair in pairs], [len(pair.target) - 1 for pair in pairs])
-    lengths = [len(pair.target) for pair in pairs]
-    if response.rows_B.tolist() != lengths:
-        raise ProtocolViolation(
-            "The server drafted fewer tokens than were asked for.", hint="Nothing was stored; try again."
-        )
-    contexts = [
-        context
-        for drafted_T, pair in zip(response.top1_N.split(lengths), pairs, strict=True)
-        for context in align(drafted_T.tolist(), pair.target, stop_ids)
-    ]
-    return replace(
-        _labelled(response, pairs),
-        context_N=torch.tensor([context.drafted for context in contexts], dtype=torch.int32),
-        agrees_N=torch.tensor([context.agrees for context in contexts], dtype=torch.uint8),
-        sure_N=torch.tensor([context.sure for context in contexts], dtype=torch.uint8),
-    )
-
-
-def _labelled(response: EncodeResponse | DecodeResponse, pairs: Sequence[TokenizedPair]) -> MemoryRows:
-    return MemoryRows(
-        cr_N_D=response.cr_N_D,
-        target_N=torch.tensor([i for pair in pairs for i in pair.target], dtype=torch.int32),
-        rows_E=torch.tensor([len(pair.target) for pair in pairs], dtype=torch.int32),
-        source_tokens_E=torch.tensor([pair.source_tokens for pair in pairs], dtype=torch.int32),
-        logsumexp_N=response.logsumexp_N,
-        last_hidden_N_D=response.last_hidden_N_D,
-        cr_scale_N=response.cr_scale_N,
-        last_hidden_scale_N=response.last_hidden_scale_N,
-    )
-
-
 def _append_missing(
     memory: ExternalMemory, plm: RemotePlm, pairs: Sequence[Pair], sizes: Sizes, reporter: Reporter
 ) -> None:
@@ -219,26 +113,6 @@ def _append_missing(
             if run.stop % plan.examples_per_shard == 0 or run.stop == len(pairs):
                 memory.append(MemoryRows.concatenate(parts))
                 parts = []
-
-
-def require_fits(plm: RemotePlm, pair: TokenizedPair, *, place: str, drafted: bool = False) -> None:
-    """Refuse a pair that is longer than the server takes, or drafts in one call.
-
-    Raises:
-        InvalidData: it is.
-    """
-    limits = plm.card.limits
-    tokens = len(pair.prompt) + len(pair.target)
-    if tokens > limits.max_sequence_tokens or len(pair.target) > limits.max_rows:
-        raise InvalidData(
-            f"{place} has {tokens} tokens with its prompt; the server takes {limits.max_sequence_tokens}.",
-            hint="Shorten the text or use fewer examples in the task.",
-        )
-    if drafted and len(pair.target) - 1 > limits.max_look_ahead:
-        raise InvalidData(
-            f"The target of {place} has {len(pair.target)} tokens; the server drafts {limits.max_look_ahead}.",
-            hint="Shorten the text.",
-        )
 
 
 @contextmanager

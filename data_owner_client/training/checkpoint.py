@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from data_owner_client.files import write_atomically
+from data_owner_client.runtime.atomic_files import write_atomically
 
 _BEST, _ADAPTER, _AVERAGE, _OPTIMISER, _RNG = "best.", "adapter.", "average.", "optimiser.", "rng"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from data_owner_client.adapter import AdapterForm
+from data_owner_client.adapter.network import AdapterForm
 
 Pairing = Literal["aligned", "sure", "position"]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data_owner_client.adapter import Adapter
-from data_owner_client.decoding.interpolation import Interpolation, Schedule, mix
-from data_owner_client.memory.store import MemoryRows
-from data_owner_client.training.stream import Batch
+from data_owner_client.adapter.interpolation import Interpolation, Schedule, mix
+from data_owner_client.adapter.network import Adapter
+from data_owner_client.memory.rows import MemoryRows
+from data_owner_client.training.batches import Batch
 from protocol.head import LMHead
 
 _LAMBDAS = tuple(i / 20 for i in range(1, 20))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from plm_owner_server.engines.base import Engine
-from plm_owner_server.engines.transformers import TransformersEngine, load_model
+from plm_owner_server.engines.interface import Engine
+from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
 from plm_owner_server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def _transformers(folder: Path, settings: ServerSettings) -> Engine:
 
 
 def _vllm(folder: Path, settings: ServerSettings) -> Engine:
-    from plm_owner_server.engines.vllm import VllmSettings, load_vllm_engine
+    from plm_owner_server.engines.vllm.async_llm import VllmSettings, load_vllm_engine
 
     return load_vllm_engine(
         folder,

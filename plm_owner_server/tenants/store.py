@@ -13,11 +13,10 @@ from typing import Any, Literal, Self, get_args
 import sqlalchemy as sa
 from sqlalchemy.engine import Row
 
-from plm_owner_server.disclosure import EVERYTHING, Disclosure
-from plm_owner_server.tenants.books import quotas_of
+from plm_owner_server.service.disclosure import EVERYTHING, Disclosure
+from plm_owner_server.tenants.api_keys import Key
 from plm_owner_server.tenants.database import Database, is_sqlite
-from plm_owner_server.tenants.keys import Key
-from plm_owner_server.tenants.quotas import Quotas
+from plm_owner_server.tenants.quotas import Quotas, quotas_of
 from plm_owner_server.tenants.tables import TENANTS
 from protocol.errors import InvalidRequest
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from data_owner_client.connection import Connection, Exchange
-from plm_owner_server.service import PlmService
-from plm_owner_server.tenants import SCOPES, OneKey, Scope, TenantKeys, TenantStore
-from plm_owner_server.tenants.keys import Key
-from plm_owner_server.tickets import Caller
+from data_owner_client.plm.connection.base import Connection, Exchange
+from plm_owner_server.admission.authentication import OneKey, TenantKeys
+from plm_owner_server.service.plm_service import PlmService
+from plm_owner_server.service.requests import Caller
+from plm_owner_server.tenants.api_keys import Key
+from plm_owner_server.tenants.store import SCOPES, Scope, TenantStore
 from protocol.errors import Forbidden, InvalidRequest, Unauthenticated
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from tests import guard
@@ -128,7 +129,7 @@ def test_both_sides_log_the_same_id_and_errors_name_it(
         connection.close()
     ours, theirs = (
         {record.getMessage().split()[0] for record in caplog.records if record.name.startswith(name)}
-        for name in ("data_owner_client.connection", "plm_owner_server")
+        for name in ("data_owner_client.plm.connection", "plm_owner_server")
     )
     assert len(ours) == 2
     assert ours <= theirs

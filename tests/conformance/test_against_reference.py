@@ -16,20 +16,21 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from data_owner_client import Pair, TrainingSettings, build_memories, train, translate
-from data_owner_client.adapter import TrainedAdapter
-from data_owner_client.connection import Exchange
-from data_owner_client.decoding.gate import Gate
-from data_owner_client.decoding.generate import generate
-from data_owner_client.decoding.interpolation import SCHEDULES, Interpolation
-from data_owner_client.decoding.lookup import Lookup
-from data_owner_client.decoding.rounds import DecodingSettings
+from data_owner_client.adapter.gate import Gate
+from data_owner_client.adapter.interpolation import SCHEDULES, Interpolation
+from data_owner_client.adapter.trained import TrainedAdapter
+from data_owner_client.data.tasks import Task
+from data_owner_client.decoding.client_drafts import Lookup
+from data_owner_client.decoding.decode_loop import generate
 from data_owner_client.decoding.sampling import Sampling
-from data_owner_client.memory import ExternalMemory
-from data_owner_client.memory.build import tokenize_pair
-from data_owner_client.plm import RemotePlm
-from data_owner_client.tasks import Task
-from plm_owner_server.disclosure import Disclosure
-from plm_owner_server.tenants import SCOPES, Anyone, Tenant
+from data_owner_client.decoding.speculative import DecodingSettings
+from data_owner_client.memory.encode import tokenize_pair
+from data_owner_client.memory.store import ExternalMemory
+from data_owner_client.plm.connection.base import Exchange
+from data_owner_client.plm.remote_plm import RemotePlm
+from plm_owner_server.admission.authentication import Anyone
+from plm_owner_server.service.disclosure import Disclosure
+from plm_owner_server.tenants.store import SCOPES, Tenant
 from tests import guard, support
 from tests.basis import Basis
 from tests.reference import Reference, schedule

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from data_owner_client import Pair, TrainingSettings, build_memories, train
-from data_owner_client.plm import RemotePlm
-from data_owner_client.tasks import Task
-from plm_owner_server.disclosure import EVERYTHING, Disclosure
-from plm_owner_server.tenants import TenantKeys, TenantStore
+from data_owner_client.data.tasks import Task
+from data_owner_client.plm.remote_plm import RemotePlm
+from plm_owner_server.admission.authentication import TenantKeys
+from plm_owner_server.service.disclosure import EVERYTHING, Disclosure
+from plm_owner_server.tenants.store import TenantStore
 from protocol.errors import Forbidden, IdentityMismatch, Unsupported
 from protocol.messages import HeadRequest
 from tests import guard

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from plm_owner_server.disclosure import Disclosure
-from plm_owner_server.service import PlmService
-from plm_owner_server.tickets import Caller
+from plm_owner_server.service.disclosure import Disclosure
+from plm_owner_server.service.plm_service import PlmService
+from plm_owner_server.service.requests import Caller
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from tests.support import TinyModels, make_service, random_ids
 

@@ -18,15 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from data_owner_client.connection import GrpcConnection
-from plm_owner_server.engines.base import EncodeBatch, Encoded
-from plm_owner_server.engines.transformers import TransformersEngine
-from plm_owner_server.service import PlmService
+from data_owner_client.plm.connection.grpc import GrpcConnection
+from plm_owner_server.engines.interface import EncodeBatch, Encoded
+from plm_owner_server.engines.transformers.engine import TransformersEngine
+from plm_owner_server.service.plm_service import PlmService
 from protocol import errors, messages, pema_pb2, pema_pb2_grpc
-from protocol.checks import echoes
+from protocol.chunks import join_head, join_rows, split_head, split_rows
 from protocol.codec import Message
+from protocol.integrity import echoes
 from protocol.messages import DecodeRequest, EncodeRequest, EncodeResponse, HeadRequest, HeadRows
-from protocol.pieces import join_head, join_rows, split_head, split_rows
 from protocol.protobuf import from_proto, to_proto
 from tests import guard
 from tests.support import TinyModels, make_service, random_ids, serve_over_grpc
@@ -89,9 +89,9 @@ def test_large_answers_come_in_pieces_and_are_put_together(
         pieces.append(len(parts))
         yield from parts
 
-    monkeypatch.setattr("plm_owner_server.grpc.split_rows", small)
-    monkeypatch.setattr("plm_owner_server.grpc.split_head", lambda rows: split_head(rows, 1000))
-    monkeypatch.setattr("plm_owner_server.grpc.PIECE_BYTES", 100)
+    monkeypatch.setattr("plm_owner_server.transports.grpc_server.split_rows", small)
+    monkeypatch.setattr("plm_owner_server.transports.grpc_server.split_head", lambda rows: split_head(rows, 1000))
+    monkeypatch.setattr("plm_owner_server.transports.grpc_server.PIECE_BYTES", 100)
     ids = random_ids(3, [40, 3, 17, 60, 1, 1])
     with serve_over_grpc(service) as url:
         connection = guard.connection(url)

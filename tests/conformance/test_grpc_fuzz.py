@@ -13,7 +13,7 @@ from google.protobuf.message import Message as Proto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plm_owner_server.service import PlmService
+from plm_owner_server.service.plm_service import PlmService
 from protocol import pema_pb2
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from protocol.protobuf import PROBLEM_METADATA, to_proto

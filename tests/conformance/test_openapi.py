@@ -19,10 +19,10 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from plm_owner_server.holder import ServiceHolder
-from plm_owner_server.rest import create_app
-from plm_owner_server.service import PlmService
-from plm_owner_server.tenants import OneKey
+from plm_owner_server.admission.authentication import OneKey
+from plm_owner_server.admission.controller import ServiceHolder
+from plm_owner_server.service.plm_service import PlmService
+from plm_owner_server.transports.rest_app import create_app
 from tests.support import VOCAB_SIZE
 
 KEY = "a key of the owner"

@@ -14,18 +14,19 @@ import pytest
 import torch
 
 from data_owner_client import Pair, TrainingReport, TrainingSettings, build_memories, evaluate, train
-from data_owner_client.doctor import diagnose
-from data_owner_client.head_fit.asking import ask_distributions
-from data_owner_client.head_fit.rows import enough, fit_rows
-from data_owner_client.memory import ExternalMemory
-from data_owner_client.plm import RemotePlm
-from data_owner_client.progress import Reporter
-from data_owner_client.tasks import Task
-from plm_owner_server.disclosure import Disclosure
-from plm_owner_server.service import PlmService
-from plm_owner_server.tenants import TenantKeys, TenantStore
+from data_owner_client.cli.doctor import diagnose
+from data_owner_client.data.tasks import Task
+from data_owner_client.memory.store import ExternalMemory
+from data_owner_client.plm.head_recovery.fit import enough, fit_rows
+from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.runtime.progress import Reporter
+from data_owner_client.training.head_distributions import ask_distributions
+from plm_owner_server.admission.authentication import TenantKeys
+from plm_owner_server.service.disclosure import Disclosure
+from plm_owner_server.service.plm_service import PlmService
+from plm_owner_server.service.requests import Caller
+from plm_owner_server.tenants.store import TenantStore
 from plm_owner_server.tenants.usage import DayOfUsage, read_usage
-from plm_owner_server.tickets import Caller
 from protocol.errors import BudgetSpent, Forbidden, InvalidData, QuotaExceeded
 from protocol.messages import HeadRequest
 from tests import guard

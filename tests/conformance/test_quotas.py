@@ -14,14 +14,16 @@ from typing import Any
 import grpc
 import pytest
 
-from data_owner_client.connection import Connection, Exchange, retries
-from plm_owner_server.engines.base import EncodeBatch, Encoded
-from plm_owner_server.engines.transformers import TransformersEngine
-from plm_owner_server.service import PlmService
-from plm_owner_server.tenants import TenantKeys, TenantStore
-from plm_owner_server.tenants.ledger import Ledger
+from data_owner_client.plm.connection import retries
+from data_owner_client.plm.connection.base import Connection, Exchange
+from plm_owner_server.admission.authentication import TenantKeys
+from plm_owner_server.admission.ledger import Ledger
+from plm_owner_server.engines.interface import EncodeBatch, Encoded
+from plm_owner_server.engines.transformers.engine import TransformersEngine
+from plm_owner_server.service.plm_service import PlmService
+from plm_owner_server.service.requests import Caller, Departed
+from plm_owner_server.tenants.store import TenantStore
 from plm_owner_server.tenants.usage import DayOfUsage, read_usage
-from plm_owner_server.tickets import Caller, Departed
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.errors import BudgetSpent, InvalidRequest, NumericalFault, QuotaExceeded, ServerFault
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest

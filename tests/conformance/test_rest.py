@@ -12,13 +12,13 @@ from typing import Any
 import httpx
 import pytest
 
-from plm_owner_server.engines.base import EncodeBatch, Encoded
-from plm_owner_server.engines.transformers import TransformersEngine
-from plm_owner_server.service import PlmService
+from plm_owner_server.engines.interface import EncodeBatch, Encoded
+from plm_owner_server.engines.transformers.engine import TransformersEngine
+from plm_owner_server.service.plm_service import PlmService
 from protocol import errors
-from protocol.checks import echoes
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import PROBLEM_JSON, Overloaded, from_problem
+from protocol.integrity import echoes
 from protocol.messages import (
     DecodeRequest,
     DecodeResponse,

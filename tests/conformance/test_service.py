@@ -14,14 +14,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data_owner_client.connection import Connection
-from plm_owner_server.disclosure import Disclosure
-from plm_owner_server.engines.transformers import load_model
-from plm_owner_server.service import PlmService
+from data_owner_client.plm.connection.base import Connection
+from plm_owner_server.engines.transformers.engine import load_model
+from plm_owner_server.service.disclosure import Disclosure
+from plm_owner_server.service.plm_service import PlmService
 from protocol import errors
-from protocol.checks import echoes
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import PROBLEM_JSON, OverLimit, PemaError, from_problem
+from protocol.integrity import echoes
 from protocol.messages import (
     DecodeRequest,
     DecodeResponse,

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import grpc
 import pytest
 
-from plm_owner_server.service import PlmService
+from plm_owner_server.service.plm_service import PlmService
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.codec import JSON
 from protocol.errors import UnknownEncoding

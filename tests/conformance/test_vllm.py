@@ -17,18 +17,18 @@ import pytest
 import torch
 
 from data_owner_client import connect, load_task, read_pairs
-from data_owner_client.connection import open_connection
-from data_owner_client.memory.build import tokenize_pair
+from data_owner_client.memory.encode import tokenize_pair
+from data_owner_client.plm.connection.open import open_connection
 from demo import home_assistant
-from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Engine
+from plm_owner_server.admission.controller import ServiceHolder
+from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch, Engine
 from plm_owner_server.engines.loading import load_engine
-from plm_owner_server.engines.pooled import PooledEngine
-from plm_owner_server.engines.transformers import TransformersEngine, load_model
-from plm_owner_server.holder import ServiceHolder
-from plm_owner_server.models import resolve
-from plm_owner_server.service import PlmService
+from plm_owner_server.engines.model_files.sources import resolve
+from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
+from plm_owner_server.engines.vllm.engine import PooledEngine
+from plm_owner_server.operations.supervisor import Supervisor
+from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.settings import DEFAULT_MODEL
-from plm_owner_server.supervision import Supervisor
 from protocol.errors import NotReady, PemaError, Unsupported
 from protocol.messages import EncodeRequest
 from tests import support

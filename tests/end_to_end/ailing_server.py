@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from plm_owner_server.cli import main
-from plm_owner_server.engines.base import EncodeBatch, Encoded, Engine
+from plm_owner_server.engines.interface import EncodeBatch, Encoded, Engine
 from plm_owner_server.engines.loading import load_engine
 from plm_owner_server.settings import ServerSettings
 
@@ -69,5 +69,5 @@ def _never_come_back() -> None:
 if __name__ == "__main__":
     import plm_owner_server.cli
 
-    plm_owner_server.cli.load_engine = load_ailing_engine
+    plm_owner_server.cli.serve.load_engine = load_ailing_engine
     main()

@@ -514,7 +514,10 @@ def test_help_has_examples() -> None:
         shown = client(None, verb, "--help").stdout
         assert f"pema-client {verb}" in shown
     done = subprocess.run(
-        [sys.executable, "-m", "plm_owner_server.cli", "serve", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "plm_owner_server.cli", "serve", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "pema-server serve --model smollm2-135m" in done.stdout
     assert "--max-sequence-tokens" in done.stdout

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from data_owner_client import DecodingSettings, connect
-from data_owner_client.decoding.generate import generate
+from data_owner_client.decoding.decode_loop import generate
 from tests import guard, support
 from tests.end_to_end.faulty_proxy import Fault, faulty_proxy
 from tests.end_to_end.processes import Owner, client_command, client_json, end, owner_that_can_be_killed

@@ -10,15 +10,17 @@ from typing import Any
 import httpx
 import pytest
 
-from data_owner_client import Pair, verbs
-from data_owner_client.connection import InProcessConnection, RestConnection
-from data_owner_client.doctor import Diagnosis, diagnose
+from data_owner_client import Pair
+from data_owner_client.cli.doctor import Diagnosis, diagnose
+from data_owner_client.data.tasks import Task
+from data_owner_client.evaluation import evaluate as verbs
 from data_owner_client.memory.store import MANIFEST
-from data_owner_client.plm import RemotePlm
-from data_owner_client.tasks import Task
-from data_owner_client.training import TrainingSettings
-from plm_owner_server.service import PlmService
-from plm_owner_server.tenants import OneKey
+from data_owner_client.plm.connection.in_process import InProcessConnection
+from data_owner_client.plm.connection.rest import RestConnection
+from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.training.settings import TrainingSettings
+from plm_owner_server.admission.authentication import OneKey
+from plm_owner_server.service.plm_service import PlmService
 from tests import guard
 from tests.end_to_end.processes import client, client_json
 from tests.support import TinyModels, make_service, serve, serve_over_grpc

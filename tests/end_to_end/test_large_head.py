@@ -11,10 +11,10 @@ import psutil
 import pytest
 import torch
 
-from data_owner_client.plm import RemotePlm
-from data_owner_client.verbs import open_connection
-from plm_owner_server.engines.base import EngineInfo
-from plm_owner_server.service import PlmService
+from data_owner_client.evaluation.evaluate import open_connection
+from data_owner_client.plm.remote_plm import RemotePlm
+from plm_owner_server.engines.interface import EngineInfo
+from plm_owner_server.service.plm_service import PlmService
 from protocol.codec import raw_bytes
 from protocol.errors import ConnectionFailed
 from protocol.head import LMHead

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from data_owner_client import Pair, Task, TrainingSettings, build_memories, connect, load_task, train, translate
-from data_owner_client.decoding.generate import generate
-from data_owner_client.decoding.interpolation import Interpolation
-from data_owner_client.decoding.rounds import DecodingSettings
-from data_owner_client.memory.build import tokenize_pair
-from data_owner_client.plm import RemotePlm
-from data_owner_client.tokenization import Prompt
-from plm_owner_server.models import resolve
+from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.decoding.decode_loop import generate
+from data_owner_client.decoding.speculative import DecodingSettings
+from data_owner_client.memory.encode import tokenize_pair
+from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.plm.tokenizer import Prompt
+from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.settings import ServerSettings
 from tests import guard
 from tests.basis import Basis

@@ -23,8 +23,8 @@ import httpx
 import pytest
 
 from protocol import pema_pb2, pema_pb2_grpc
-from protocol.checks import echoes
 from protocol.codec import BINARY, JSON
+from protocol.integrity import echoes
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest
 from protocol.protobuf import to_proto
 from tests import guard, support

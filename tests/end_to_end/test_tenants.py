@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from plm_owner_server.tenants import TenantStore
+from plm_owner_server.tenants.store import TenantStore
 from tests import support
 from tests.end_to_end.processes import client, server
 

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 
 from data_owner_client import connect
-from data_owner_client.connection import Connection, open_connection
+from data_owner_client.plm.connection.base import Connection
+from data_owner_client.plm.connection.open import open_connection
+from plm_owner_server.admission.authentication import access_for
+from plm_owner_server.admission.client_certificates import certified_for
 from plm_owner_server.settings import ServerSettings
-from plm_owner_server.tenants import TenantStore, access_for, certified_for
-from plm_owner_server.tls import Certificate
+from plm_owner_server.tenants.store import TenantStore
+from plm_owner_server.transports.tls import Certificate
 from protocol.errors import ConnectionFailed, Forbidden, InvalidRequest, PemaError, Unauthenticated, Untrusted
 from protocol.messages import HeadRequest
 from tests import support

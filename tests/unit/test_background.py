@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from data_owner_client.background import in_background, one_ahead
+from data_owner_client.runtime.background import in_background, one_ahead
 
 
 def test_results_and_errors_come_back() -> None:
@@ -39,5 +39,8 @@ def test_one_item_is_made_while_the_one_before_is_used() -> None:
 
 
 def test_a_program_does_not_wait_for_what_nobody_needs() -> None:
-    code = "import time; from data_owner_client.background import in_background; in_background(lambda: time.sleep(60))"
+    code = (
+        "import time; from data_owner_client.runtime.background import in_background; "
+        "in_background(lambda: time.sleep(60))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plm_owner_server.batching import alike, common_prefix, plan_batches
+from plm_owner_server.engines.batching import alike, common_prefix, plan_batches
 
 lengths_of = st.lists(st.integers(1, 200), min_size=1, max_size=40)
 

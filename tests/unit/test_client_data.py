@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_owner_client.data import Pair, digest_pairs, read_pairs, read_parallel, split_validation
+from data_owner_client.data.pairs import Pair, digest_pairs, read_pairs, read_parallel, split_validation
 from protocol.errors import InvalidData
 
 PAIRS = [Pair("Hello, “you”", 'Hallo "du"'), Pair("a\u2028b, c", "x; y")]

@@ -15,8 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_owner_client.connection import Exchange, open_connection, retries
-from data_owner_client.connection.rest import RestConnection
+from data_owner_client.plm.connection.base import Exchange
+from data_owner_client.plm.connection.open import open_connection, retries
+from data_owner_client.plm.connection.rest import RestConnection
 from protocol import errors
 from protocol.codec import BINARY
 from protocol.errors import PROBLEM_JSON, to_problem

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_owner_client.comparison import Measured
-from data_owner_client.comparison.knn_lm import KnnLm, tune
-from data_owner_client.comparison.report import markdown
-from data_owner_client.comparison.rows import side_by_side
-from data_owner_client.training import Batch, ValidationData
+from data_owner_client.evaluation.comparison.knn_lm import KnnLm, tune
+from data_owner_client.evaluation.comparison.report import markdown
+from data_owner_client.evaluation.comparison.results import Measured, side_by_side
+from data_owner_client.training.batches import Batch
+from data_owner_client.training.validation import ValidationData
 from protocol.errors import InvalidData
 from protocol.head import LMHead
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from plm_owner_server.holder import ServiceHolder
-from plm_owner_server.metrics import Metrics
+from plm_owner_server.admission.controller import ServiceHolder
+from plm_owner_server.operations.metrics import Metrics
 from plm_owner_server.settings import ServerSettings
 from tests import support
 

@@ -6,7 +6,7 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_owner_client.decoding.consensus import by_likeness
+from data_owner_client.decoding.mbr import by_likeness
 
 _TEXTS = st.lists(st.text(alphabet="abc d", max_size=8), min_size=1, max_size=6)
 

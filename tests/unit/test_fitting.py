@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from data_owner_client import Pair, RemotePlm, TrainingSettings, build_memories, train
-from data_owner_client.connection.in_process import InProcessConnection
-from data_owner_client.fitting import suited
-from data_owner_client.memory.store import MemoryPlan, ModelIdentity
-from data_owner_client.progress import Reporter
-from data_owner_client.tasks import Task
-from plm_owner_server.service import PlmService
+from data_owner_client.data.tasks import Task
+from data_owner_client.memory.manifest import MemoryPlan
+from data_owner_client.plm.connection.in_process import InProcessConnection
+from data_owner_client.plm.identity import ModelIdentity
+from data_owner_client.runtime.progress import Reporter
+from data_owner_client.training.inputs import suited
+from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidData
 
 TASK = Task(name="t", source_label="In", target_label="Out")

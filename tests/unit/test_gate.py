@@ -3,8 +3,8 @@ import math
 import torch
 from torch import Tensor
 
-from data_owner_client.decoding.gate import Gate, gate_features, nll_on_unseen
-from data_owner_client.decoding.interpolation import mix
+from data_owner_client.adapter.gate import Gate, gate_features, nll_on_unseen
+from data_owner_client.adapter.interpolation import mix
 
 N, C = 600, 9
 

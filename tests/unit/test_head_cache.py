@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from data_owner_client import head_cache
-from data_owner_client.connection import InProcessConnection
-from data_owner_client.plm import RemotePlm
-from plm_owner_server.engines.transformers import TransformersEngine
+from data_owner_client.plm import head_cache
+from data_owner_client.plm.connection.in_process import InProcessConnection
+from data_owner_client.plm.remote_plm import RemotePlm
+from plm_owner_server.engines.transformers.engine import TransformersEngine
 from protocol.errors import ConnectionFailed, InvalidData, ProtocolViolation
 from protocol.messages import HeadRequest, HeadRows
 from tests import support

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from data_owner_client import Pair
-from data_owner_client.connection import InProcessConnection
-from data_owner_client.head_fit.contexts import Context, contexts_of
-from data_owner_client.head_fit.least_squares import NormalEquations, Solutions
-from data_owner_client.memory import build_memory
-from data_owner_client.memory.build import tokenize_pair
-from data_owner_client.plm import RemotePlm
-from data_owner_client.tasks import Task
-from plm_owner_server.service import PlmService
+from data_owner_client.data.tasks import Task
+from data_owner_client.memory.build import build_memory
+from data_owner_client.memory.encode import tokenize_pair
+from data_owner_client.plm.connection.in_process import InProcessConnection
+from data_owner_client.plm.head_recovery.least_squares import NormalEquations, Solutions
+from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.training.head_contexts import Context, contexts_of
+from plm_owner_server.service.plm_service import PlmService
 from protocol.head import LMHead
 
 D, C = 24, 7

@@ -16,13 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data_owner_client.adapter import TrainedAdapter
-from data_owner_client.comparison.rows import Measured
-from data_owner_client.data import Pair, digest_pairs, read_pairs, read_written_pairs, write_pairs
-from data_owner_client.head_cache import CachedHead
-from data_owner_client.memory import ExternalMemory, MemoryRows
-from data_owner_client.memory.store import MemoryPlan, ModelIdentity
-from data_owner_client.tasks import Task, load_task
+from data_owner_client.adapter.trained import TrainedAdapter
+from data_owner_client.data.pairs import Pair, digest_pairs, read_pairs, read_written_pairs, write_pairs
+from data_owner_client.data.tasks import Task, load_task
+from data_owner_client.evaluation.comparison.results import Measured
+from data_owner_client.memory.manifest import MemoryPlan
+from data_owner_client.memory.rows import MemoryRows
+from data_owner_client.memory.store import ExternalMemory
+from data_owner_client.plm.head_cache import CachedHead
+from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.training.checkpoint import Checkpoint
 from plm_owner_server.cli import main
 from plm_owner_server.settings import ServerSettings

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_owner_client.decoding.interpolation import SCHEDULES, Interpolation, KnownMixture, PlmPositions, mix
+from data_owner_client.adapter.interpolation import SCHEDULES, Interpolation, mix
+from data_owner_client.decoding.candidate_mixture import KnownMixture, PlmPositions
 from tests import reference
 
 

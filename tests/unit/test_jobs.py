@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_owner_client import jobs
-from data_owner_client.jobs import Job
+from data_owner_client.runtime import resumable_output as jobs
+from data_owner_client.runtime.resumable_output import Job
 from protocol.errors import InvalidData
 
 TEXTS = [f"text {i}" for i in range(10)]

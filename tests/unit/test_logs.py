@@ -55,7 +55,7 @@ def test_all_lines_have_the_form_and_no_exception_is_quoted(form: str) -> None:
     assert "GEHEIM" not in done.stderr
     assert "no luck" not in done.stderr
     if form == "text":
-        assert "INFO plm_owner_server.accounts: id-1 POST /v1/encode -> 429 in " in done.stderr
+        assert "INFO plm_owner_server.operations.call_log: id-1 POST /v1/encode -> 429 in " in done.stderr
         assert done.stderr.count("in fail\n") == 8  # four failures, each of two exceptions
         assert "\nRuntimeError\n" in done.stderr
         return

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_owner_client.decoding.lookahead import Agreement, Costs, Drafts, plan
-from data_owner_client.decoding.lookup import Copying, Lookup
+from data_owner_client.decoding.client_drafts import Copying, Lookup
+from data_owner_client.decoding.draft_planning import Agreement, Costs, Drafts, plan
 
 CAUTION = 5.0  # a round trip counts for more than it was measured to take
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from plm_owner_server.disclosure import Disclosure
-from plm_owner_server.tenants import TenantStore, access_for
+from plm_owner_server.admission.authentication import access_for
+from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.tenants.master_secret import master_secret
+from plm_owner_server.tenants.store import TenantStore
 from protocol.errors import PemaError, Unsupported
 from tests.support import make_settings
 

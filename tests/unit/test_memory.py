@@ -7,12 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from data_owner_client.connection import InProcessConnection
-from data_owner_client.data import Pair
-from data_owner_client.memory import ExternalMemory, MemoryRows, build, build_memory, planning
-from data_owner_client.plm import RemotePlm
-from data_owner_client.tasks import Task
-from plm_owner_server.service import PlmService
+from data_owner_client.data.pairs import Pair
+from data_owner_client.data.tasks import Task
+from data_owner_client.memory import build
+from data_owner_client.memory import request_batches as planning
+from data_owner_client.memory.build import build_memory
+from data_owner_client.memory.rows import MemoryRows
+from data_owner_client.memory.store import ExternalMemory
+from data_owner_client.plm.connection.in_process import InProcessConnection
+from data_owner_client.plm.remote_plm import RemotePlm
+from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import ConnectionFailed, IdentityMismatch, InvalidData, ProtocolViolation
 from protocol.messages import DTYPES, DecodeRequest, EncodeRequest, WireDtype
 from tests import support

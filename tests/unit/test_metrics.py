@@ -10,12 +10,12 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from data_owner_client.connection import open_connection
-from plm_owner_server.engines.base import EncodeBatch, Encoded
-from plm_owner_server.engines.transformers import TransformersEngine
-from plm_owner_server.holder import ServiceHolder
-from plm_owner_server.metrics import Metrics
-from plm_owner_server.service import PlmService
+from data_owner_client.plm.connection.open import open_connection
+from plm_owner_server.admission.controller import ServiceHolder
+from plm_owner_server.engines.interface import EncodeBatch, Encoded
+from plm_owner_server.engines.transformers.engine import TransformersEngine
+from plm_owner_server.operations.metrics import Metrics
+from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidRequest, PemaError
 from protocol.messages import DecodeRequest, EncodeRequest, HeadRequest
 from tests import support

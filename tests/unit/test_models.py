@@ -10,8 +10,8 @@ import huggingface_hub.constants
 import pytest
 import transformers
 
-from plm_owner_server import models
-from plm_owner_server.models import digest_folder, resolve
+from plm_owner_server.engines.model_files import sources as models
+from plm_owner_server.engines.model_files.sources import digest_folder, resolve
 from protocol.errors import InvalidRequest
 from tests.support import TinyModels
 

@@ -2,8 +2,8 @@ import math
 import re
 from collections import Counter
 
-from data_owner_client.data import Pair
-from data_owner_client.nearest import NearestPairs
+from data_owner_client.data.example_retrieval import NearestPairs
+from data_owner_client.data.pairs import Pair
 
 PAIRS = [
     Pair("Turn the light on", "Mach das Licht an"),

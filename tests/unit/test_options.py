@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 
+from data_owner_client.adapter.gate import Gate
+from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.cli.options import Decoding
-from data_owner_client.decoding.gate import Gate
-from data_owner_client.decoding.interpolation import Interpolation
 from protocol.errors import InvalidData
 
 GATE = Gate(weight=(1.0,), centre=(0.0,), scale=(1.0,))

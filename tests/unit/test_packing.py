@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plm_owner_server.engines.packing import PackedLinear, can_pack, pack_linear_layers
+from plm_owner_server.engines.ops.packed_linear import PackedLinear, can_pack, pack_linear_layers
 
 
 @pytest.mark.parametrize("bias", [False, True])

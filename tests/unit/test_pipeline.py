@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_owner_client.connection import Exchange
-from data_owner_client.memory import planning
-from data_owner_client.memory.pipeline import Window, in_order
-from data_owner_client.memory.planning import Sizes, plan_requests
+from data_owner_client.memory import request_batches as planning
+from data_owner_client.memory.request_batches import Sizes, plan_requests
+from data_owner_client.plm.connection.base import Exchange
+from data_owner_client.plm.connection.in_flight import Window, in_order
 from protocol.messages import Limits, ModelCard
 from protocol.timing import ServerTiming
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch
-from plm_owner_server.engines.checkpoint import read_head
-from plm_owner_server.engines.pooled import PooledEngine
-from plm_owner_server.engines.pooled_runner import Answer, PooledRunner, Question
-from plm_owner_server.engines.transformers import TransformersEngine, load_model
-from plm_owner_server.engines.vllm import VllmSettings, load_vllm_engine
-from plm_owner_server.models import digest_folder
-from plm_owner_server.service import PlmService
-from plm_owner_server.tokenizer import load_tokenizer
+from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch
+from plm_owner_server.engines.model_files.lm_head import read_head
+from plm_owner_server.engines.model_files.sources import digest_folder
+from plm_owner_server.engines.model_files.tokenizer import load_tokenizer
+from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
+from plm_owner_server.engines.vllm.async_llm import VllmSettings, load_vllm_engine
+from plm_owner_server.engines.vllm.engine import PooledEngine
+from plm_owner_server.engines.vllm.model_runner import Answer, PooledRunner, Question
+from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidRequest, NotReady, ServerFault, Unsupported
 from protocol.messages import EncodeRequest
 from tests import support

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plm_owner_server.engines.prefix_cache import PrefixCache
+from plm_owner_server.engines.transformers.prefix_cache import PrefixCache
 
 ROW_BYTES = 8
 IDS = st.lists(st.integers(0, 2), min_size=1, max_size=12)

@@ -22,17 +22,18 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
+from plm_owner_server.admission.ledger import Ledger
+from plm_owner_server.admission.quota_rules import Moment
 from plm_owner_server.cli import main
-from plm_owner_server.metering import Cost
-from plm_owner_server.tenants import TenantStore
+from plm_owner_server.service.metering import Cost
 from plm_owner_server.tenants import database as database_module
 from plm_owner_server.tenants.database import Database
-from plm_owner_server.tenants.ledger import Ledger
-from plm_owner_server.tenants.quotas import Moment, Quotas
+from plm_owner_server.tenants.quotas import Quotas
+from plm_owner_server.tenants.store import TenantStore
 from plm_owner_server.tenants.tables import METADATA, RUNNING, TENANTS
 from plm_owner_server.tenants.usage import DayOfUsage, read_usage
-from protocol.allowance import Allowance, from_fields, to_fields
 from protocol.errors import BudgetSpent, NotReady, QuotaExceeded
+from protocol.rate_limits import Allowance, from_fields, to_fields
 
 NOON = datetime(2026, 11, 25, 12, 0, 0, tzinfo=UTC).timestamp()
 TODAY = date(2026, 11, 25)

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from plm_owner_server.disclosure import Disclosure
-from plm_owner_server.rotation import Rotation, RotationKey
+from plm_owner_server.service.disclosure import Disclosure
+from plm_owner_server.service.rotation import Rotation, RotationKey
 from tests import support
 
 SECRET = b"a master secret of at least 32 bytes"

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import NumericalFault
 from protocol.messages import DTYPES, WireDtype
-from protocol.rows import compact, expand
+from protocol.quantization import compact, expand
 
 
 @given(

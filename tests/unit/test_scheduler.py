@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from plm_owner_server import scheduler as module
-from plm_owner_server.engines.base import Counts, Decoded, DraftBatch, EncodeBatch, Encoded, EngineInfo
-from plm_owner_server.scheduler import Scheduler
-from plm_owner_server.tickets import Caller, Departed, Work
-from protocol.checks import echo
+from plm_owner_server.engines.interface import Counts, Decoded, DraftBatch, EncodeBatch, Encoded, EngineInfo
+from plm_owner_server.service import scheduler as module
+from plm_owner_server.service.requests import Caller, Departed, Work
+from plm_owner_server.service.scheduler import Scheduler
 from protocol.errors import NotReady, Overloaded
 from protocol.head import LMHead
+from protocol.integrity import echo
 from tests.support import until
 
 

@@ -11,12 +11,12 @@ from typing import Any, cast
 import httpx
 import pytest
 
-from data_owner_client.connection import open_connection
-from plm_owner_server.engines.base import EncodeBatch, Encoded
-from plm_owner_server.engines.transformers import TransformersEngine
-from plm_owner_server.holder import ServiceHolder
-from plm_owner_server.service import PlmService
-from plm_owner_server.supervision import EngineStuck, Supervisor
+from data_owner_client.plm.connection.open import open_connection
+from plm_owner_server.admission.controller import ServiceHolder
+from plm_owner_server.engines.interface import EncodeBatch, Encoded
+from plm_owner_server.engines.transformers.engine import TransformersEngine
+from plm_owner_server.operations.supervisor import EngineStuck, Supervisor
+from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import NotReady, PemaError
 from protocol.messages import EncodeRequest
 from tests import support
@@ -102,7 +102,7 @@ def test_a_failed_attempt_to_load_again_is_not_the_last() -> None:
 
 
 def test_an_engine_that_worked_for_long_gets_all_attempts_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("plm_owner_server.supervision._WELL_S", 0.0)
+    monkeypatch.setattr("plm_owner_server.operations.supervisor._WELL_S", 0.0)
     services = [FakeService() for _ in range(6)]
     watched = Watched(*services, PemaError("one"), PemaError("two"))
     for service in services:
@@ -122,7 +122,7 @@ def test_an_engine_that_dies_while_nobody_calls_is_replaced() -> None:
 
 
 def test_an_engine_that_ends_with_the_process_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("plm_owner_server.supervision._LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr("plm_owner_server.operations.supervisor._LOOK_EVERY_S", 0.02)
     service = FakeService()
     watched = Watched(service, FakeService())
     watched.wait_for(service)

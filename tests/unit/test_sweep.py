@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from data_owner_client import Pair, RemotePlm, build_memories
-from data_owner_client.connection.in_process import InProcessConnection
-from data_owner_client.memory import ExternalMemory
-from data_owner_client.memory.store import TRAIN
-from data_owner_client.sweep import Grid, likeliest, sweep
-from data_owner_client.tasks import Task
-from data_owner_client.training import FirstExamples
-from plm_owner_server.service import PlmService
+from data_owner_client.data.tasks import Task
+from data_owner_client.memory.store import TRAIN, ExternalMemory
+from data_owner_client.plm.connection.in_process import InProcessConnection
+from data_owner_client.training.batches import FirstExamples
+from data_owner_client.training.sweep import Grid, sweep
+from data_owner_client.training.sweep_results import likeliest
+from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidData
 
 TASK = Task(name="t", source_label="In", target_label="Out")

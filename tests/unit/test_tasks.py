@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from data_owner_client.connection import InProcessConnection
-from data_owner_client.plm import RemotePlm
-from data_owner_client.tasks import Task, builtin_tasks, load_task
-from data_owner_client.tokenization import PlmTokenizer
-from plm_owner_server.service import PlmService
-from plm_owner_server.tokenizer import bundle_tokenizer, load_tokenizer
+from data_owner_client.data.tasks import Task, builtin_tasks, load_task
+from data_owner_client.plm.connection.in_process import InProcessConnection
+from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.plm.tokenizer import PlmTokenizer
+from plm_owner_server.engines.model_files.tokenizer import bundle_tokenizer, load_tokenizer
+from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidData, ProtocolViolation, Unsupported
 from protocol.messages import TokenizerBundle
 from tests import support
@@ -79,7 +79,7 @@ def test_prompt_and_target_tokenise_as_one_text_does(
 
 def test_a_token_across_the_boundary_falls_back_to_the_target_alone(tokenizer: PlmTokenizer) -> None:
     # "e" + "n" merge into one token, which no generation after "e" can produce.
-    from data_owner_client.tokenization import Prompt
+    from data_owner_client.plm.tokenizer import Prompt
 
     prompt = Prompt("e")
     prompt_ids = tokenizer.encode_prompt(prompt)

@@ -17,14 +17,15 @@ from alembic.migration import MigrationContext
 from hypothesis import given
 from hypothesis import strategies as st
 
+from plm_owner_server.admission import tenant_cache as trust_module
+from plm_owner_server.admission.authentication import Anyone, OneKey, TenantKeys, access_for
+from plm_owner_server.admission.controller import ServiceHolder
 from plm_owner_server.cli import main
-from plm_owner_server.disclosure import Disclosure
-from plm_owner_server.holder import ServiceHolder
-from plm_owner_server.metering import Cost
+from plm_owner_server.service.disclosure import Disclosure
+from plm_owner_server.service.metering import Cost
 from plm_owner_server.settings import ServerSettings
-from plm_owner_server.tenants import ANYBODY, SCOPES, Anyone, OneKey, Tenant, TenantKeys, TenantStore, access_for
-from plm_owner_server.tenants import trust as trust_module
-from plm_owner_server.tenants.keys import Key
+from plm_owner_server.tenants.api_keys import Key
+from plm_owner_server.tenants.store import ANYBODY, SCOPES, Tenant, TenantStore
 from plm_owner_server.tenants.tables import METADATA
 from protocol.errors import InvalidRequest, NotReady, PemaError, Unauthenticated
 from protocol.messages import HeadPolicy

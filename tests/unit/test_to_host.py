@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plm_owner_server.engines import to_host as module
-from plm_owner_server.engines.to_host import _packed, _unpacked, to_host
+from plm_owner_server.engines.ops import to_host as module
+from plm_owner_server.engines.ops.to_host import _packed, _unpacked, to_host
 
 DTYPES = [
     torch.bool,

@@ -16,10 +16,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
 
-from plm_owner_server.accounts import Accounts, Call
-from plm_owner_server.holder import ServiceHolder
-from plm_owner_server.service import PlmService
-from plm_owner_server.tracing import Traces, traces_from_environment
+from plm_owner_server.admission.controller import ServiceHolder
+from plm_owner_server.operations.call_log import Accounts, Call
+from plm_owner_server.operations.tracing import Traces, traces_from_environment
+from plm_owner_server.service.plm_service import PlmService
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.codec import JSON
 from protocol.errors import PemaError

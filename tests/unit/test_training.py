@@ -12,25 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_owner_client.adapter import Adapter, AdapterCard, TrainedAdapter
-from data_owner_client.decoding.interpolation import Interpolation
-from data_owner_client.memory import MemoryRows
-from data_owner_client.memory.store import ModelIdentity
-from data_owner_client.progress import Bar, Reporter
-from data_owner_client.tasks import Task
-from data_owner_client.training import (
-    Batch,
-    Survey,
-    Trained,
-    TrainingSettings,
-    ValidationData,
-    likeliest_interpolations,
-    loop,
-    target_logprobs,
-    train_adapter,
-)
+from data_owner_client.adapter.card import AdapterCard
+from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.adapter.network import Adapter
+from data_owner_client.adapter.trained import TrainedAdapter
+from data_owner_client.data.tasks import Task
+from data_owner_client.memory.rows import MemoryRows
+from data_owner_client.plm.identity import ModelIdentity
+from data_owner_client.runtime.progress import Bar, Reporter
+from data_owner_client.training import trainer as loop
+from data_owner_client.training.batches import Batch, RowStream, Sure, Survey
 from data_owner_client.training.loss import cross_entropy
-from data_owner_client.training.stream import RowStream, Sure
+from data_owner_client.training.settings import TrainingSettings
+from data_owner_client.training.trainer import Trained, train_adapter
+from data_owner_client.training.validation import ValidationData, likeliest_interpolations, target_logprobs
 from protocol.errors import InvalidData, InvalidRequest, NumericalFault
 from protocol.head import LMHead
 from tests import reference

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from plm_owner_server.engines import to_host
-from plm_owner_server.engines.base import Decoded, DraftBatch, EncodeBatch, Encoded
-from plm_owner_server.engines.runner import Runner
-from plm_owner_server.engines.transformers import TransformersEngine, load_model
-from plm_owner_server.service import PlmService
-from protocol.checks import echo
+from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch, Encoded
+from plm_owner_server.engines.ops import to_host
+from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
+from plm_owner_server.engines.transformers.model_runner import Runner
+from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import NumericalFault, Unsupported
+from protocol.integrity import echo
 from protocol.messages import CrKind, DecodeRequest, DecodeResponse, DistributionRequest, EncodeRequest
 from tests.support import ARCHITECTURES, EOS, VOCAB_SIZE, WINDOW, TinyModels, make_service, random_ids
 
@@ -223,7 +223,7 @@ def test_the_vocabulary_in_blocks_is_the_whole_vocabulary(
     packed: bool,
 ) -> None:
     for name in ("_CPU_BLOCK", "_PACKED_BLOCK"):
-        monkeypatch.setattr(f"plm_owner_server.engines.vocabulary.{name}", block)
+        monkeypatch.setattr(f"plm_owner_server.engines.ops.vocab_reduction.{name}", block)
     model = load_model(tiny_models[architecture], device="cpu", dtype="float32")
     engine = TransformersEngine(model, cr_kind="last_hidden_state", pack_weights=packed)
     linear = [module for module in model.base_model.modules() if type(module) is nn.Linear]

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 
-from data_owner_client.adapter import Adapter
-from data_owner_client.training import Trained, TrainingSettings, tune
-from data_owner_client.training import tuning as module
+from data_owner_client.adapter.network import Adapter
+from data_owner_client.training import settings_search as module
+from data_owner_client.training.settings import TrainingSettings
+from data_owner_client.training.settings_search import tune
+from data_owner_client.training.trainer import Trained
 
 
 class Clock:

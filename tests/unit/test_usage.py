@@ -5,7 +5,7 @@ from statistics import fmean, stdev
 import pytest
 import torch
 
-from data_owner_client.fitting.usage import clearly_better
+from data_owner_client.training.decoding_policy import clearly_better
 
 
 @pytest.mark.parametrize("gain", [-1.0, 0.0, 0.1, 0.4, 0.6, 3.0])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from plm_owner_server.engines.vllm import VllmSettings, load_vllm_engine, share_beside
+from plm_owner_server.engines.vllm.async_llm import VllmSettings, load_vllm_engine, share_beside
 from protocol.errors import InvalidRequest
 from tests import support
 

@@ -1,0 +1,85 @@
+"""P = (1 − λ_t)·P_PLM + λ_t·P_PEMA: the schedules of λ, and the exact argmax from candidate rows alone."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from data_owner_client.adapter.gate import Gate
+
+Schedule = Literal["gradual", "linear", "constant", "none"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+
+
+class Interpolation(BaseModel):
+    """A schedule of λ over the tokens of one sequence.
+
+    With SL the expected length in tokens and SS = λ_max / SL:
+
+    `gradual`   Gradual Unrolling (PEMA, section 3.3): λ_0 = λ_max; then λ_t = CS_t², CS_t = max(0, λ_max − t·SS)
+    `linear`    λ_t = max(0, λ_max − t·SS)
+    `constant`  λ_t = λ_max
+    `none`      λ_t = 0, the PLM alone
+
+    It depends on the sequence's own source and position alone: not on its batch, and on no reference.
+
+    Attributes:
+        schedule: see above.
+        lambda_max: see above.
+        gate: predicts λ_t from what both sides make of the position; the schedule is then what is expected of it.
+        length_reward: nats by which an end of the text is less likely to be chosen, wherever λ_t > 0. The end is one
+            token and what may follow instead are many, each with its share, so the most probable choices make texts too
+            short (the word reward of He et al., AAAI 2016; Murray & Chiang, WMT 2018, arXiv 1808.10006).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schedule: Schedule = "gradual"
+    lambda_max: float = Field(default=0.9, ge=0.0, le=1.0)
+    gate: Gate | None = None
+    length_reward: float = Field(default=0.0, ge=0.0, le=20.0)
+
+    def __str__(self) -> str:
+        """In words."""
+        reward = f", length reward {self.length_reward:g}" if self.length_reward else ""
+        if self.gate is not None:
+            return f"a learned gate (λ {self.lambda_max:.2f} on average){reward}"
+        return f"{self.schedule} with λ_max {self.lambda_max:.2f}{reward}"
+
+    def rewarded(self, length_reward: float) -> Interpolation:
+        """The same with another length reward."""
+        return self.model_copy(update={"length_reward": length_reward})
+
+    def weights(self, position_N: Tensor, horizon_N: Tensor) -> Tensor:
+        """λ at each position.
+
+        Args:
+            position_N: int64, t counted from 0.
+            horizon_N: SL of the sequence that each position belongs to, in tokens.
+
+        Returns:
+            float64 [N] in [0, 1].
+        """
+        t_N = position_N.double()
+        if self.schedule == "none":
+            return torch.zeros_like(t_N)
+        if self.schedule == "constant":
+            return torch.full_like(t_N, self.lambda_max)
+        current_N = (self.lambda_max * (1.0 - t_N / horizon_N.double())).clamp(min=0.0)
+        if self.schedule == "linear":
+            return current_N
+        return torch.where(position_N == 0, current_N, current_N.square())
+
+    def finished(self, position: int, horizon: float) -> bool:
+        """Whether λ is 0 from this position on for good: the PLM can go on alone."""
+        if self.schedule == "none" or self.lambda_max == 0.0:
+            return True
+        return self.schedule != "constant" and position >= horizon
+
+
+def mix(plm_logprob: Tensor, pema_logprob: Tensor, weight: Tensor) -> Tensor:
+    """log((1 − λ)·P_PLM + λ·P_PEMA), float64; probabilities of 0 are log-probabilities of −∞."""
+    return torch.logaddexp(torch.log1p(-weight) + plm_logprob.double(), torch.log(weight) + pema_logprob.double())

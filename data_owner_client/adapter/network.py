@@ -1,0 +1,110 @@
+"""The adapter's network: a few low-rank matrices."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from protocol.head import LMHead
+
+AdapterForm = Literal["paper", "residual", "recent"]
+
+
+RECENT = 2
+
+
+"""Tokens before the current one that the form `recent` sees."""
+
+
+class Adapter(nn.Module):
+    """A ∈ R^{R×D}, B_pd ∈ R^{D×R} (prediction) and B_rct ∈ R^{D×R} (reconstruction), all float32.
+
+    Representations are divided by `rms`, their root mean square over the memory, so that one learning rate suits every
+    model; the product is scaled back, so that the head sees its own scale.
+
+    Args:
+        hidden_size: D.
+        rank: R.
+        form: see the module.
+        rms: root mean square of the memory's representations.
+        head_rms: root mean square of the LM head's rows.
+        dropout: probability with which a coordinate of A f is dropped in training.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        rank: int,
+        form: AdapterForm,
+        *,
+        rms: float = 1.0,
+        head_rms: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.form: AdapterForm = form
+        self.A = nn.Linear(hidden_size, rank, bias=False)
+        self.B_pd = nn.Linear(rank, hidden_size, bias=False)
+        self.B_rct = nn.Linear(rank, hidden_size, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.rms: Tensor
+        self.register_buffer("rms", torch.tensor(rms))
+        if form != "paper":
+            nn.init.zeros_(self.B_pd.weight)
+        if form == "recent":
+            self.E = nn.Linear(RECENT * hidden_size, rank, bias=False)
+            self.drifted = nn.Parameter(torch.tensor(0.5))
+            self.head_rms: Tensor
+            self.register_buffer("head_rms", torch.tensor(head_rms))
+
+    def scaled(self, cr_N_D: Tensor, agrees_N: Tensor | None = None) -> Tensor:
+        """x = f / rms in float32; for `recent`, less of it where it is known to come from another context.
+
+        Args:
+            cr_N_D: representations.
+            agrees_N: bool, whether each is that of a context that ends as the true one; None if all are.
+        """
+        x_N_D = cr_N_D.float() / self.rms
+        if self.form != "recent" or agrees_N is None:
+            return x_N_D
+        return x_N_D * torch.where(agrees_N, 1.0, self.drifted)[:, None]
+
+    def recent(self, head: LMHead, previous_N_K: Tensor) -> Tensor | None:
+        """e, the head rows of the tokens before, scaled [N, K·D]; None for forms that do not look at them.
+
+        Args:
+            head: of the candidates.
+            previous_N_K: int64 index among the candidates, the newest first; −1 where there is none.
+        """
+        if self.form != "recent":
+            return None
+        rows_N_K_D = head.weight_V_D[previous_N_K.clamp(min=0)] / self.head_rms
+        return (rows_N_K_D * (previous_N_K >= 0)[:, :, None]).flatten(1)
+
+    @torch.no_grad()
+    def turn_back(self, axes_D_D: Tensor) -> None:
+        """From representations and head rows along other axes to those along their own.
+
+        Args:
+            axes_D_D: orthogonal, an axis each row: what was seen so far are the products with them.
+        """
+        self.A.weight.copy_(self.A.weight @ axes_D_D)
+        for decoder in (self.B_pd, self.B_rct):
+            decoder.weight.copy_(axes_D_D.T @ decoder.weight)
+        if self.form == "recent":
+            self.E.weight.copy_((self.E.weight.unflatten(1, (RECENT, -1)) @ axes_D_D).flatten(1))
+
+    def reconstruction(self, x_N_D: Tensor) -> Tensor:
+        """B_rct A x for scaled representations x."""
+        result: Tensor = self.B_rct(self.dropout(self.A(x_N_D)))
+        return result
+
+    def hidden(self, x_N_D: Tensor, recent_N_E: Tensor | None = None) -> Tensor:
+        """h_pd, the head's input, for scaled representations x and what `recent` made of the tokens before."""
+        z_N_R: Tensor = self.A(x_N_D)
+        if recent_N_E is not None:
+            z_N_R = z_N_R + self.E(recent_N_E)
+        update_N_D: Tensor = self.B_pd(self.dropout(z_N_R))
+        return (update_N_D if self.form == "paper" else x_N_D + update_N_D) * self.rms

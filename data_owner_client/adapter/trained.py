@@ -1,0 +1,137 @@
+"""The adapter: a few low-rank matrices that turn the PLM's representation into the data owner's distribution.
+
+P_PEMA(· | c) = softmax(head(h_pd)) over the candidate vocabulary V' ⊂ V, the tokens that occur in the memory's targets.
+
+`paper`: h_pd = B_pd A f.
+`residual`: h_pd = f + B_pd A f, which starts as the PLM itself.
+`recent`: h_pd = f + B_pd (A f + E e) with e the head rows of the two target tokens before this one. It makes up for
+what f does not know: in private memories it is that of the PLM's own continuation, often after other words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from data_owner_client.adapter.candidates import places
+from data_owner_client.adapter.card import AdapterCard
+from data_owner_client.adapter.network import RECENT, Adapter
+from data_owner_client.data.example_retrieval import NearestPairs
+from data_owner_client.data.pairs import Pair, digest_pairs, read_written_pairs, write_pairs
+from data_owner_client.runtime.atomic_files import write_atomically
+from protocol.codec import unpacked
+from protocol.errors import InvalidData
+from protocol.head import LMHead
+
+_JSON, _TENSORS, _PAIRS = "adapter.json", "adapter.safetensors", "pairs.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter with the head rows of its candidate vocabulary, ready to decode with.
+
+    Attributes:
+        candidate_ids_C: int64, sorted.
+        head: float32 head rows of these tokens.
+        pairs: where the examples of the PLM's prompts are taken from, if each is to have its own (`card.nearest`).
+    """
+
+    card: AdapterCard
+    adapter: Adapter
+    candidate_ids_C: Tensor
+    head: LMHead
+    pairs: Sequence[Pair] = ()
+
+    @cached_property
+    def nearest(self) -> NearestPairs | None:
+        """Finds the examples that the PLM sees; None if it sees the task's own."""
+        return NearestPairs(self.pairs, self.card.nearest) if self.card.nearest else None
+
+    @torch.inference_mode()
+    def logprobs(self, cr_N_D: Tensor, previous_N_K: Tensor | None = None) -> Tensor:
+        """log P_PEMA over the candidates [N, C], float32. The arguments: see `Adaptation`."""
+        if previous_N_K is None:
+            previous_N_K = torch.full((len(cr_N_D), RECENT), -1)
+        adapter = self.adapter.eval()
+        recent_N_E = adapter.recent(self.head, places(previous_N_K, self.candidate_ids_C))
+        return self.head.logits(adapter.hidden(adapter.scaled(cr_N_D), recent_N_E)).log_softmax(dim=-1)
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter: tensors first, then the JSON that makes it one.
+
+        Raises:
+            InvalidData: the disk is full.
+        """
+        tensors = {name: value.contiguous() for name, value in self.adapter.state_dict().items()}
+        tensors |= {"candidate_ids_C": self.candidate_ids_C, "head.weight": self.head.weight_V_D.contiguous()}
+        if self.head.bias_V is not None:
+            tensors["head.bias"] = self.head.bias_V.contiguous()
+        packed = safetensors.torch.save(tensors)
+        card = self.card.model_copy(update={"tensors_sha256": hashlib.sha256(packed).hexdigest()})
+        write_atomically(folder / _TENSORS, packed)
+        if card.nearest:
+            write_pairs(folder / _PAIRS, self.pairs)
+        write_atomically(folder / _JSON, card.model_dump_json(indent=1).encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> TrainedAdapter:
+        """Read an adapter.
+
+        Raises:
+            InvalidData: there is none, or its files are damaged.
+        """
+        damaged = InvalidData(f"The adapter in {folder} is damaged.", hint="Train it again: pema-client train.")
+        try:
+            card = AdapterCard.model_validate_json((folder / _JSON).read_bytes())
+            packed = (folder / _TENSORS).read_bytes()
+            if hashlib.sha256(packed).hexdigest() != card.tensors_sha256:
+                raise damaged
+            tensors = unpacked(packed)
+        except OSError as error:
+            raise InvalidData(f"{folder} holds no adapter.", hint="Train one: pema-client train.") from error
+        except ValueError as error:
+            raise damaged from error
+        try:
+            candidate_ids_C, weight = tensors.pop("candidate_ids_C"), tensors.pop("head.weight")
+            head = LMHead(weight, tensors.pop("head.bias", None), card.logit_scale, card.softcap)
+            _check_vocabulary(card, candidate_ids_C, head)
+            # Before anything is as large as the card says.
+            if tensors["A.weight"].shape != (card.rank, card.model.hidden_size):
+                raise damaged
+            adapter = Adapter(card.model.hidden_size, card.rank, card.form)
+            adapter.load_state_dict(tensors)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise damaged from error
+        if not all(value.isfinite().all() for value in (*tensors.values(), *head.parts())):
+            raise damaged
+        pairs = read_written_pairs(folder / _PAIRS) if card.nearest else []
+        if card.nearest and digest_pairs(pairs) != card.pairs_digest:
+            raise damaged
+        return cls(card, adapter.eval(), candidate_ids_C, head, pairs)
+
+
+def _check_vocabulary(card: AdapterCard, candidate_ids_C: Tensor, head: LMHead) -> None:
+    """Refuse candidates that are no sorted ids of the model, each with its row of the head.
+
+    Raises:
+        ValueError: they are not.
+    """
+    fits = (
+        candidate_ids_C.dtype == torch.int64
+        and candidate_ids_C.shape == (card.candidates,)
+        and bool((candidate_ids_C.diff() > 0).all())
+        and int(candidate_ids_C[0]) >= 0
+        and int(candidate_ids_C[-1]) < card.model.vocab_size
+        and head.weight_V_D.shape == (card.candidates, card.model.hidden_size)
+        and (head.bias_V is None or head.bias_V.shape == (card.candidates,))
+        and all(part.dtype == torch.float32 for part in head.parts())
+    )
+    if not fits:
+        raise ValueError("the candidates are not those of the card")

@@ -1,0 +1,1 @@
+"""The data owner's texts: pairs, tasks, retrieved examples, text metrics."""

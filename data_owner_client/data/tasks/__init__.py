@@ -1,0 +1,115 @@
+"""Tasks: how a source text becomes a prompt, and where the answer ends. Declared in TOML, not in code."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data_owner_client.plm.tokenizer import ChatMessages, PlmTokenizer, Prompt
+from protocol.errors import InvalidData
+
+
+class Shot(BaseModel):
+    """One worked example in the prompt."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    target: str
+
+
+class Task(BaseModel):
+    """A task template.
+
+    In the format `plain` the prompt is the instruction, the examples as labelled lines, and the source with an open
+    target label; `chat` puts the same through the model's own chat template, one turn each.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    instruction: str = ""
+    source_label: str = "Source"
+    target_label: str = "Target"
+    format: Literal["plain", "chat"] = "plain"
+    stop: str | None = Field(default=None, description="text that ends an answer; default: a newline, in chat the eos")
+    examples: tuple[Shot, ...] = ()
+
+    @property
+    def stop_text(self) -> str | None:
+        """The text that ends an answer; None where only the end-of-sequence token does."""
+        return self.stop or ("\n" if self.format == "plain" else None)
+
+    def prompt(self, source: str, tokenizer: PlmTokenizer) -> Prompt:
+        """The prompt for a source text; it ends without a dangling space, which belongs to the target."""
+        if self.format == "chat":
+            return tokenizer.render_chat(self._messages(source))
+        lines = [f"{self.instruction}\n"] if self.instruction else []
+        lines += [f"{self.source_label}: {shot.source}\n{self.target_label}: {shot.target}" for shot in self.examples]
+        lines.append(f"{self.source_label}: {source}\n{self.target_label}:")
+        return Prompt("\n".join(lines))
+
+    def continuation(self, target: str, tokenizer: PlmTokenizer) -> str:
+        """The target as it follows the prompt, always ending with the stop: without it no sentence would ever end."""
+        separator = " " if self.format == "plain" else ""
+        return f"{separator}{target}{self.stop_text or tokenizer.special_token('eos_token')}"
+
+    def stop_ids(self, tokenizer: PlmTokenizer) -> frozenset[int]:
+        """All tokens after which an answer has ended."""
+        if self.stop_text is None:
+            return frozenset({tokenizer.special_token_id("eos_token")})
+        return tokenizer.ids_containing(self.stop_text)
+
+    def answer(self, token_ids: list[int], tokenizer: PlmTokenizer) -> str:
+        """The answer's text in generated token ids: up to the stop, without surrounding space."""
+        text = tokenizer.decode(token_ids)
+        return (text.split(self.stop_text)[0] if self.stop_text else text).strip()
+
+    def _messages(self, source: str) -> ChatMessages:
+        turns: ChatMessages = []
+        for shot in self.examples:
+            turns += [{"role": "user", "content": shot.source}, {"role": "assistant", "content": shot.target}]
+        turns.append({"role": "user", "content": source})
+        if self.instruction:
+            # In the first user turn, because not every template knows a system role.
+            turns[0] = {"role": "user", "content": f"{self.instruction}\n\n{turns[0]['content']}"}
+        return turns
+
+
+def builtin_tasks() -> list[str]:
+    """Names of the tasks that come with the package."""
+    return sorted(Path(entry.name).stem for entry in files(__name__).iterdir() if entry.name.endswith(".toml"))
+
+
+def load_task(name_or_path: str | Path) -> Task:
+    """A built-in task by name, or a task from a TOML file.
+
+    Raises:
+        InvalidData: there is no such task, or the file does not declare one.
+    """
+    if str(name_or_path) in builtin_tasks():
+        text = files(__name__).joinpath(f"{name_or_path}.toml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = Path(name_or_path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidData(
+                f"{name_or_path} is neither a built-in task ({', '.join(builtin_tasks())}) nor a readable file.",
+                hint="A task is a small TOML file; `pema-client build-memory --help` shows one.",
+            ) from error
+    try:
+        return Task.model_validate(tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InvalidData(
+            f"{name_or_path} is not TOML: {error}.", hint="Quote texts; write \\n for a newline."
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InvalidData(
+            f"{name_or_path}: {place}: {first['msg']}.", hint=f"A task has: {', '.join(Task.model_fields)}."
+        ) from error

@@ -1,0 +1,1 @@
+"""Scores on a test set, and comparison with baselines."""

@@ -1,0 +1,97 @@
+"""kNN-LM (Khandelwal et al., ICLR 2020, arXiv 1911.00172) on an external memory: nearest rows instead of an adapter.
+
+P_kNN(y | c) ∝ Σ over the k rows nearest to f(c) of [y_i = y] · exp(−‖f(c) − f(c_i)‖² / T).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_owner_client.adapter.candidates import places
+from data_owner_client.adapter.card import AdapterCard
+from data_owner_client.memory.store import ExternalMemory
+from data_owner_client.training.validation import ValidationData
+from protocol.errors import Unsupported
+from protocol.head import LMHead
+
+_NEIGHBOURS = (4, 8, 16, 32, 64)
+# Of the mean distance to the nearest neighbours.
+_TEMPERATURES = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class KnnLm:
+    """P_kNN in the place of an adapter's distribution.
+
+    Attributes:
+        index: faiss' exact index of all rows.
+        label_N: int64, the target of each row among the candidates.
+        neighbours: k.
+        temperature: T, in squared units of the representations.
+    """
+
+    card: AdapterCard
+    candidate_ids_C: Tensor
+    head: LMHead
+    index: Any
+    label_N: Tensor
+    neighbours: int
+    temperature: float
+    nearest: None = None
+
+    def logprobs(self, cr_N_D: Tensor, previous_N_K: Tensor | None = None) -> Tensor:
+        """log P_kNN over the candidates [N, C], float32; −∞ for tokens that no neighbour has."""
+        distance_N_K, row_N_K = search(self.index, cr_N_D, self.neighbours)
+        weight_N_K = (-distance_N_K / self.temperature).softmax(dim=-1)
+        probability_N_C = torch.zeros(len(cr_N_D), len(self.candidate_ids_C))
+        return probability_N_C.scatter_add_(1, self.label_N[row_N_K], weight_N_K).log()
+
+
+def build_index(memory: ExternalMemory, candidate_ids_C: Tensor) -> tuple[Any, Tensor]:
+    """faiss' exact index of all rows, and the targets' places among the candidates.
+
+    Raises:
+        Unsupported: faiss is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise Unsupported("kNN-LM needs faiss.", hint="pip install 'pema[client,compare]'") from error
+    index, labels = None, []
+    for rows in memory.shards():
+        cr_N_D = rows.representations_N_D().float().contiguous()
+        if index is None:
+            index = faiss.IndexFlatL2(cr_N_D.shape[1])
+        index.add(cr_N_D.numpy())
+        labels.append(places(rows.target_N.long(), candidate_ids_C))
+    return index, torch.cat(labels)
+
+
+def search(index: Any, cr_N_D: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
+    """Squared distances and numbers of the nearest rows."""
+    distance_N_K, row_N_K = index.search(cr_N_D.float().contiguous().numpy(), min(neighbours, index.ntotal))
+    return torch.from_numpy(distance_N_K), torch.from_numpy(row_N_K)
+
+
+def tune(index: Any, label_N: Tensor, validation: ValidationData) -> tuple[int, float, Tensor]:
+    """k and T of the highest likelihood in the best constant mixture; with log P_kNN(y) of the validation rows."""
+    distance_N_K, row_N_K = search(index, validation.data.cr_N_D, _NEIGHBOURS[-1])
+    right_N_K = (label_N[row_N_K] == validation.data.label_N[:, None]).double()
+    scale = distance_N_K[:, : _NEIGHBOURS[0]].mean().item() or 1.0
+
+    def options() -> Iterator[tuple[float, int, float, Tensor]]:
+        for k in _NEIGHBOURS:
+            for temperature in (scale * factor for factor in _TEMPERATURES):
+                weight_N_K = (-distance_N_K[:, :k].double() / temperature).softmax(dim=-1)
+                logprob_N = (weight_N_K * right_N_K[:, :k]).sum(dim=-1).log()
+                logprob_N[validation.data.label_N < 0] = -math.inf
+                yield validation.best(logprob_N, "constant")[1], k, temperature, logprob_N
+
+    _, neighbours, temperature, logprob_N = min(options(), key=lambda option: option[0])
+    return neighbours, temperature, logprob_N

@@ -1,0 +1,281 @@
+"""What the systems of a comparison share: the server, the data, memories, adapters, the test set's views."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+
+from data_owner_client.adapter.candidates import token_set
+from data_owner_client.adapter.card import Adaptation
+from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.adapter.trained import TrainedAdapter
+from data_owner_client.data.example_retrieval import NearestPairs, tasks_for
+from data_owner_client.data.pairs import Pair, digest_pairs
+from data_owner_client.data.tasks import Task
+from data_owner_client.decoding.generation import translate
+from data_owner_client.evaluation.comparison.results import BEST, PUBLISHED, Measured
+from data_owner_client.evaluation.perplexity import perplexities
+from data_owner_client.memory.build_splits import build_memories
+from data_owner_client.memory.encode import encode_all, tokenize_pairs
+from data_owner_client.memory.manifest import ContextMode
+from data_owner_client.memory.rows import MemoryRows
+from data_owner_client.memory.store import TRAIN, VALIDATION, ExternalMemory
+from data_owner_client.plm.head_recovery.fit import enough
+from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.runtime.progress import Reporter, RichReporter
+from data_owner_client.training.decoding_policy import NEAREST
+from data_owner_client.training.likelihood import plm_target_logprobs
+from data_owner_client.training.settings import TrainingSettings
+from data_owner_client.training.train import REPORT, TrainingReport, train
+from protocol.messages import DTYPES
+
+Connect = Callable[[], RemotePlm]
+"""Opens a connection; travels to other processes."""
+
+_T = TypeVar("_T")
+
+# Section 4 of the paper.
+AS_PUBLISHED = TrainingSettings(
+    form="paper",
+    rank=512,
+    kappa=0.2,
+    learning_rate=1e-3,
+    dropout=0.2,
+    principal_axes=False,
+    pairing="position",
+    nearest=0,
+    gate=False,
+    decoded=0,
+    minutes=0,
+)
+# LM-head rows and distributions always travel as float32.
+_HEAD_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The pairs of a task."""
+
+    train: Sequence[Pair]
+    validation: Sequence[Pair]
+    test: Sequence[Pair]
+
+
+class Bench:
+    """Builds, trains and answers what a system asks for; nothing twice.
+
+    Args:
+        connect: opens further connections.
+        plm: the PLM.
+        task: of all systems.
+        splits: its pairs.
+        folder: for memories, adapters and rows.
+        settings: of our own systems.
+        reporter: told of the progress.
+    """
+
+    def __init__(
+        self,
+        connect: Connect,
+        plm: RemotePlm,
+        task: Task,
+        splits: Splits,
+        folder: Path,
+        settings: TrainingSettings,
+        reporter: Reporter,
+    ) -> None:
+        self.connect = connect
+        self._plm = plm
+        self._task = task
+        self._splits = splits
+        self._folder = folder
+        self.settings = settings
+        self._reporter = reporter
+        digests = [digest_pairs(part) for part in vars(splits).values()]
+        record = json.dumps([plm.card.digest, task.model_dump(), digests], sort_keys=True)
+        self._identity = hashlib.sha256(record.encode()).hexdigest()
+        # What is made once, however many systems ask for it.
+        self.memory = cache(self._memory)
+        self._rows = cache(self._encoded)
+
+    def measure(self, name: str, what: str, system: Callable[[Bench], Measured]) -> None:
+        """Measure a system and keep its row, unless that is there."""
+        kept = Measured.load(self._folder / "rows", name)
+        if kept is None or kept.identity != self._identity:
+            self._reporter.say(f"{name}: {what}.")
+            row = system(self).model_copy(update={"name": name, "what": what, "identity": self._identity})
+            row.save(self._folder / "rows")
+
+    def _memory(self, mode: ContextMode) -> Path:
+        """The memories of a context mode."""
+        folder = self._folder / f"memory-{mode}"
+        build_memories(
+            self._plm,
+            self._task,
+            self._splits.train,
+            folder,
+            validation=self._splits.validation,
+            context_mode=mode,
+            share_targets=mode == "teacher-forced",
+            reporter=self._reporter,
+        )
+        return folder
+
+    def trained(
+        self, name: str, mode: ContextMode, settings: TrainingSettings
+    ) -> tuple[TrainedAdapter, TrainingReport]:
+        """An adapter, trained in a process of its own so that its memory can be measured."""
+        memory, folder = self.memory(mode), self._folder / f"adapter-{name}"
+        digest = ExternalMemory(memory / TRAIN).digest
+        report = _report(folder)
+        asked = {name: value for name, value in asdict(settings).items() if value is not None}
+        # The first trial is of what was asked for.
+        if (
+            report is None
+            or report.card.memory_digest != digest
+            or not asked.items() <= report.trials[0].settings.items()
+        ):
+            in_own_process(_train, self.connect, memory, folder, settings)
+            report = TrainingReport.model_validate_json((folder / REPORT).read_bytes())
+        return TrainedAdapter.load(folder), report
+
+    @cached_property
+    def published(self) -> tuple[TrainedAdapter, TrainingReport]:
+        """PEMA as published."""
+        return self.trained(PUBLISHED, "teacher-forced", AS_PUBLISHED)
+
+    @cached_property
+    def best(self) -> tuple[TrainedAdapter, TrainingReport]:
+        """What training chooses by itself."""
+        return self.trained(BEST, "teacher-forced", self.settings)
+
+    def with_examples(self, adapter: TrainedAdapter) -> TrainedAdapter:
+        """The adapter, with prompts for the PLM that have examples of their own."""
+        card = adapter.card.model_copy(update={"nearest": adapter.card.nearest or NEAREST})
+        return replace(adapter, card=card, pairs=list(self._splits.train))
+
+    def answer(
+        self, adapter: Adaptation | None, interpolation: Interpolation | None = None, consensus: int = 0
+    ) -> list[str]:
+        """The texts of the test set."""
+        return translate(
+            self._plm,
+            self._test_sources,
+            adapter=adapter,
+            task=self._task,
+            interpolation=interpolation,
+            consensus=consensus,
+            reporter=self._reporter,
+        ).texts
+
+    def perplexity(self, adapter: Adaptation, interpolation: Interpolation) -> float:
+        """Of the test set's targets."""
+        views = [self._rows(0)]
+        if adapter.nearest is not None:
+            views.append(self._rows(adapter.card.nearest))
+        return perplexities(self._plm, adapter, views[0], interpolation, *views[1:]).mixture
+
+    def plm_perplexity(self) -> float:
+        """Of the PLM alone."""
+        rows = self._rows(0)
+        ids_K = token_set([rows.target_N])
+        return math.exp(-plm_target_logprobs(self._plm.head_rows(ids_K), ids_K, rows).mean().item())
+
+    def adapted(
+        self,
+        adapter: TrainedAdapter,
+        report: TrainingReport,
+        mode: ContextMode,
+        interpolation: Interpolation | None = None,
+        *,
+        consensus: int = 0,
+    ) -> Measured:
+        """The row of a trained adapter."""
+        used = interpolation or adapter.card.interpolation
+        files = Path(report.folder).glob("[!.]*")
+        return Measured(
+            texts=self.answer(adapter, used, consensus),
+            ppl=self.perplexity(adapter, used),
+            train_seconds=report.seconds,
+            peak_rss_mb=report.peak_rss_mb,
+            adapter_bytes=sum(path.stat().st_size for path in files if path.suffix != ".png"),
+            details={
+                "interpolation": used.model_dump(),
+                "form": adapter.card.form,
+                "pairing": adapter.card.settings["pairing"],
+                "nearest": adapter.card.nearest,
+                "consensus": consensus,
+            },
+            **self.disclosed(mode, len(adapter.candidate_ids_C)),
+        )
+
+    def disclosed(self, mode: ContextMode, candidates: int) -> dict[str, int]:
+        """Bytes that each side shows the other to build memories and train."""
+        pairs = [*self._splits.train, *self._splits.validation]
+        texts = [pair.source for pair in pairs]
+        texts += [pair.target or "" for pair in pairs] if mode == "teacher-forced" else []
+        memories = [ExternalMemory(self.memory(mode) / part) for part in (TRAIN, VALIDATION)]
+        rows = sum(memory.manifest.rows for memory in memories)
+        card = self._plm.card
+        # Who gives no rows of the head is asked for whole distributions.
+        head = enough(card) * card.vocab_size if card.head_policy == "none" else candidates * card.hidden_size
+        return {
+            "client_discloses": sum(len(text.encode()) for text in texts),
+            "owner_discloses": rows * card.hidden_size * DTYPES[self._plm.dtype].itemsize + head * _HEAD_BYTES,
+        }
+
+    @property
+    def _test_sources(self) -> list[str]:
+        return [pair.source for pair in self._splits.test]
+
+    def _encoded(self, count: int) -> MemoryRows:
+        """The test set behind prompts with so many examples of their own, or, for 0, with the task's."""
+        nearest = NearestPairs(self._splits.train, count) if count else None
+        tasks = tasks_for(self._plm, self._task, self._test_sources, nearest)
+        pairs = tokenize_pairs(self._plm, tasks, self._splits.test, place="test pair")
+        return encode_all(self._plm, pairs, self._reporter)
+
+
+def in_own_process(work: Callable[..., _T], *arguments: Any) -> _T:
+    """What `work` gives in a process of its own, so that its memory can be measured."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=(torch.get_num_threads(),)) as process:
+        return process.submit(work, *arguments).result()
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Stop when the process that waits for the work is killed: it would only be in the way of the next."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+    os._exit(1)
+
+
+def _train(connect: Connect, memory: Path, folder: Path, settings: TrainingSettings) -> None:
+    with connect() as plm:
+        train(plm, memory, folder, settings=settings, reporter=RichReporter())
+
+
+def _report(folder: Path) -> TrainingReport | None:
+    """What was trained in a folder; None if nothing was, or not to the end."""
+    try:
+        return TrainingReport.model_validate_json((folder / REPORT).read_bytes())
+    except (OSError, ValidationError):
+        return None

@@ -1,0 +1,104 @@
+"""Scores of the PLM alone and with an adapter, on a test set."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from pydantic import BaseModel
+
+from data_owner_client.adapter.card import Adaptation
+from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.data.example_retrieval import tasks_for
+from data_owner_client.data.pairs import Pair
+from data_owner_client.data.text_metrics import TextScores, text_scores
+from data_owner_client.decoding.client_drafts import Lookup
+from data_owner_client.decoding.generation import Generation, translate
+from data_owner_client.decoding.speculative import DEFAULT_DECODING, DecodingSettings
+from data_owner_client.evaluation.perplexity import Perplexities, perplexities
+from data_owner_client.memory.encode import TokenizedPair, encode_all, tokenize_pairs
+from data_owner_client.plm.identity import ModelIdentity
+from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.runtime.progress import Reporter
+from protocol.errors import InvalidData
+
+
+class Evaluation(BaseModel):
+    """Scores of the PLM alone and with the adapter, on the same pairs and prompts."""
+
+    plm: TextScores
+    pema: TextScores
+    perplexity: Perplexities | None
+    plm_texts: list[str]
+    pema_texts: list[str]
+    seconds: dict[str, float]
+
+
+def evaluate(
+    plm: RemotePlm,
+    pairs: Sequence[Pair],
+    adapter: Adaptation,
+    *,
+    interpolation: Interpolation | None = None,
+    share_targets: bool = False,
+    decoding: DecodingSettings = DEFAULT_DECODING,
+    lookup: Lookup | None = None,
+    consensus: int = 0,
+    reporter: Reporter | None = None,
+) -> Evaluation:
+    """Translate the sources with the PLM alone and with the adapter, and score both against the targets.
+
+    The texts are scored on this machine. Perplexity needs the PLM's view of the targets themselves, so it is computed
+    only with `share_targets`. A consensus (see `GenerationOptions`) is for the adapter alone.
+
+    Raises:
+        As `translate`.
+    """
+    task, interpolation = adapter.card.task, interpolation or adapter.card.interpolation
+    sources, references = [pair.source for pair in pairs], [_target(pair) for pair in pairs]
+
+    def run(with_adapter: Adaptation | None) -> Generation:
+        return translate(
+            plm,
+            sources,
+            adapter=with_adapter,
+            task=task,
+            interpolation=interpolation,
+            decoding=decoding,
+            lookup=lookup if with_adapter else None,
+            consensus=consensus if with_adapter else 0,
+            reporter=reporter,
+        )
+
+    # What could fail should fail before the long work.
+    adapter.card.model.require(ModelIdentity.of(plm.card), "The adapter", "the server")
+    views: list[list[TokenizedPair]] = []
+    if share_targets:
+        views = [
+            tokenize_pairs(plm, tasks_for(plm, task, sources, nearest), pairs, place="pair")
+            for nearest in ([None, adapter.nearest] if adapter.nearest else [None])
+        ]
+    alone, adapted = run(None), run(adapter)
+    started = time.perf_counter()
+    perplexity = None
+    if share_targets:
+        rows = [encode_all(plm, view, reporter or Reporter()) for view in views]
+        perplexity = perplexities(plm, adapter, rows[0], interpolation, *rows[1:])
+    return Evaluation(
+        plm=text_scores(alone.texts, references),
+        pema=text_scores(adapted.texts, references),
+        perplexity=perplexity,
+        plm_texts=alone.texts,
+        pema_texts=adapted.texts,
+        seconds={
+            "translate_plm": alone.seconds,
+            "translate": adapted.seconds,
+            "perplexity": time.perf_counter() - started,
+        },
+    )
+
+
+def _target(pair: Pair) -> str:
+    if pair.target is None:
+        raise InvalidData("A pair has no target.", hint="Evaluation needs references.")
+    return pair.target

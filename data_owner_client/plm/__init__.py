@@ -1,0 +1,1 @@
+"""The remote model: connection, tokenizer, LM head and identity."""

@@ -1,0 +1,1 @@
+"""Ways to reach a PLM server. Each translates between messages and one transport, and decides nothing else."""

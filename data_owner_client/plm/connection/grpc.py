@@ -1,0 +1,283 @@
+"""The calls over gRPC."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+
+from data_owner_client.plm.connection.base import untrusted, why_silent
+from data_owner_client.plm.connection.retries import GIVE_UP_AFTER_S, Attempts
+from protocol import pema_pb2, pema_pb2_grpc
+from protocol.chunks import join_head, join_rows
+from protocol.errors import ConnectionFailed, PayloadTooLarge, PemaError, ProtocolViolation, from_problem
+from protocol.messages import (
+    DecodeRequest,
+    DecodeResponse,
+    DistributionRequest,
+    DistributionResponse,
+    EncodeRequest,
+    EncodeResponse,
+    HeadRequest,
+    HeadRows,
+    ModelCard,
+    TokenizerBundle,
+)
+from protocol.protobuf import (
+    CLIENT_METADATA,
+    KEY_METADATA,
+    PROBLEM_METADATA,
+    RATE_LIMIT_METADATA,
+    RATE_LIMIT_POLICY_METADATA,
+    REQUEST_ID_METADATA,
+    from_proto,
+    to_proto,
+)
+from protocol.rate_limits import Allowance, from_fields
+from protocol.timing import ServerTiming
+
+_Result = TypeVar("_Result")
+_Answer = TypeVar("_Answer", EncodeResponse, DecodeResponse)
+_OPTIONS = [
+    # Pieces are of a MiB or so, but one sequence is never divided, and a long one at a large D is larger.
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # Nothing compressed: a small answer could become a large one.
+    ("grpc.compression_enabled_algorithms_bitset", 1 << grpc.Compression.NoCompression),
+    # A call may compute for minutes without a byte on the wire, and proxies drop connections that seem idle, often
+    # after a minute. Without the last of these gRPC would ping less and less often.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Else a new channel to the same server would share the connection of the one that was left as dead.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+# What gRPC says of a certificate, of whatever authority or name.
+_DISTRUST = re.compile(r"(?:CERTIFICATE_VERIFY_FAILED: |(?=Hostname Verification|Peer name))([^;\"]+)")
+_Attempt = dict[str, Any]  # the arguments of one attempt: its time-out and metadata
+_Fetch = Callable[[Any, _Attempt], tuple[_Result, ServerTiming | None]]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A channel and its stub, which belong together."""
+
+    channel: grpc.Channel
+    stub: Any
+
+
+class GrpcConnection:
+    """gRPC connection to a PLM server; thread-safe.
+
+    Args:
+        url: where the server listens, `grpc://host:port`, or `grpcs://host:port` for TLS.
+        api_key: sent with every call.
+        ca: PEM file of the authority that signed the server's certificate; one that all know unless given.
+        client_certificate: PEM file of our own, where the owner asks for one.
+        client_key: PEM file of its private key.
+        timeout_s: longest time that one attempt may take, in seconds.
+        give_up_after_s: how long a call that fails on the way is made again, in seconds.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        ca: Path | None = None,
+        client_certificate: Path | None = None,
+        client_key: Path | None = None,
+        timeout_s: float = 600.0,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
+    ) -> None:
+        scheme, _, target = url.partition("://")
+        self._url = url
+        self._timeout_s = timeout_s
+        self._attempts = Attempts(give_up_after_s)
+        self.observers = self._attempts.observers
+        self.allowances: tuple[Allowance, ...] = ()
+        # The server is fair between clients, which may share an address.
+        self._metadata: tuple[tuple[str, str], ...] = ((CLIENT_METADATA, uuid.uuid4().hex),)
+        if api_key:
+            self._metadata += ((KEY_METADATA, f"Bearer {api_key}"),)
+        self._target = target
+        self._credentials = None
+        if scheme == "grpcs":
+            self._credentials = grpc.ssl_channel_credentials(*map(_content, (ca, client_key, client_certificate)))
+        self._dialling = threading.Lock()
+        self._line = self._dialled()
+
+    def close(self) -> None:
+        """Close the channel."""
+        self._attempts.close()
+        with self._dialling:
+            self._line.channel.close()
+
+    def model_card(self) -> ModelCard:
+        def fetch(stub: Any, attempt: _Attempt) -> ModelCard:
+            card, call = stub.GetModelCard.with_call(pema_pb2.GetModelCardRequest(), **attempt)
+            self._note_what_is_left(call)
+            return from_proto(card, ModelCard)
+
+        # The first call of every command: a server that is not there should be said at once, not after a minute.
+        return self._call("GetModelCard", _untimed(fetch), unless_gone=True)
+
+    def tokenizer(self) -> TokenizerBundle:
+        def fetch(stub: Any, attempt: _Attempt) -> TokenizerBundle:
+            call = stub.GetTokenizer(pema_pb2.GetTokenizerRequest(), **attempt)
+            pieces = list(call)
+            self._note_what_is_left(call)
+            return TokenizerBundle.from_json(b"".join(piece.data for piece in pieces))
+
+        return self._call("GetTokenizer", _untimed(fetch))
+
+    def lm_head(self, request: HeadRequest) -> HeadRows:
+        proto = to_proto(request, pema_pb2.HeadRequest())
+
+        def fetch(stub: Any, attempt: _Attempt) -> HeadRows:
+            call = stub.GetLmHead(proto, **attempt)
+            pieces = [from_proto(piece, HeadRows) for piece in call]
+            self._note_what_is_left(call)
+            return join_head(pieces)
+
+        return self._call("GetLmHead", _untimed(fetch))
+
+    def encode(self, request: EncodeRequest) -> EncodeResponse:
+        call = pema_pb2.EncodeCall(request=to_proto(request, pema_pb2.EncodeRequest()))
+        return self._call("Encode", lambda stub, attempt: self._rows(stub.Encode, call, EncodeResponse, attempt))
+
+    def decode(self, request: DecodeRequest) -> DecodeResponse:
+        call = pema_pb2.DecodeCall(request=to_proto(request, pema_pb2.DecodeRequest()))
+        return self._call("Decode", lambda stub, attempt: self._rows(stub.Decode, call, DecodeResponse, attempt))
+
+    def distribution(self, request: DistributionRequest) -> DistributionResponse:
+        proto = to_proto(request, pema_pb2.DistributionRequest())
+
+        def fetch(stub: Any, attempt: _Attempt) -> DistributionResponse:
+            answer, call = stub.GetNextTokenDistribution.with_call(proto, **attempt)
+            self._note_what_is_left(call)
+            return from_proto(answer, DistributionResponse)
+
+        return self._call("GetNextTokenDistribution", _untimed(fetch))
+
+    def _call(self, name: str, fetch: _Fetch[_Result], *, unless_gone: bool = False) -> _Result:
+        def attempt(request_id: str) -> tuple[_Result, ServerTiming | None]:
+            return self._attempt(fetch, request_id)
+
+        return self._attempts.until_answered(f"gRPC {name}", attempt, unless_gone=unless_gone)
+
+    def _dialled(self) -> _Line:
+        if self._credentials is None:
+            channel = grpc.insecure_channel(self._target, _OPTIONS)
+        else:
+            channel = grpc.secure_channel(self._target, self._credentials, _OPTIONS)
+        return _Line(channel, pema_pb2_grpc.PlmStub(channel))  # type: ignore[no-untyped-call]
+
+    def _leave(self, line: _Line) -> None:
+        """Take another line after a time-out: this one's connection may be dead, and every retry would use it.
+
+        It is not closed, for other calls may still be answered on it; it goes with the last of them.
+        """
+        with self._dialling:
+            if line is self._line:
+                self._line = self._dialled()
+
+    def _attempt(self, fetch: _Fetch[_Result], request_id: str) -> tuple[_Result, ServerTiming | None]:
+        line, metadata = self._line, ((REQUEST_ID_METADATA, request_id), *self._metadata)
+        try:
+            return fetch(line.stub, {"timeout": self._timeout_s, "metadata": metadata})
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                self._leave(line)
+            raise self._understood(error, request_id) from error
+        except PemaError as error:
+            # What the server says of our request comes as a problem, with the request's id. All else is our own
+            # judgement of its answer.
+            if error.request_id is not None:
+                raise
+            raise self._unreadable(request_id) from error
+        except (ValueError, TypeError, LookupError, RuntimeError) as error:
+            raise self._unreadable(request_id) from error
+
+    def _note_what_is_left(self, call: Any) -> None:
+        metadata = dict(call.trailing_metadata() or ())
+        if RATE_LIMIT_METADATA in metadata:
+            self.allowances = from_fields(metadata[RATE_LIMIT_METADATA], metadata.get(RATE_LIMIT_POLICY_METADATA, ""))
+
+    def _rows(
+        self, open_stream: Any, call: Any, answer: type[_Answer], attempt: _Attempt
+    ) -> tuple[_Answer, ServerTiming | None]:
+        """The answer to one call, on a stream of its own."""
+        call.request_id = dict(attempt["metadata"])[REQUEST_ID_METADATA]
+        stream, pieces = open_stream(iter([call]), **attempt), []
+        for piece in stream:
+            if piece.HasField("problem"):
+                self._note_what_is_left(stream)  # waits for its end, which follows
+                problem = {field.name: value for field, value in piece.problem.ListFields()}
+                raise _problem_of(call.request_id, problem, piece.problem.status)
+            pieces.append(from_proto(piece.rows, answer))
+            if piece.last:
+                timing = piece.timing
+                self.allowances = from_fields(piece.quotas.rate_limit, piece.quotas.rate_limit_policy)
+                return join_rows(pieces), ServerTiming(timing.queue_ms, timing.compute_ms, timing.serialise_ms)
+        raise ProtocolViolation(
+            "The server ended an answer in its middle.",
+            hint="Nothing was stored; try again.",
+            request_id=call.request_id,
+        )
+
+    def _unreadable(self, request_id: str) -> ProtocolViolation:
+        return ProtocolViolation(
+            f"{self._url} did not answer in the form of this protocol.",
+            hint="Is this a PEMA server of the same version?",
+            request_id=request_id,
+        )
+
+    def _understood(self, error: Any, request_id: str) -> PemaError:
+        """The error that a call ended with: the server's own if it sent a problem, else what the status means."""
+        self._note_what_is_left(error)
+        problem = dict(error.trailing_metadata() or ()).get(PROBLEM_METADATA)
+        if problem is not None:
+            with suppress(ValueError):
+                return _problem_of(request_id, json.loads(problem), 500)
+        status = error.code()
+        if status == grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own refusal: the server's would have a problem
+            return PayloadTooLarge(
+                "The request is larger than the server takes.", hint="Send fewer sequences in one request."
+            )
+        if status == grpc.StatusCode.UNIMPLEMENTED:
+            return ProtocolViolation(
+                f"{self._url} does not know this call ({status.name}).",
+                hint="Is this a PEMA server of the same version?",
+                request_id=request_id,
+            )
+        if (distrust := _DISTRUST.search(error.details() or "")) is not None:
+            return untrusted(self._url, distrust[1], request_id)
+        return ConnectionFailed(
+            f"No answer from {self._url} ({status.name}).",
+            hint=why_silent(self._url, slow=status == grpc.StatusCode.DEADLINE_EXCEEDED),
+            request_id=request_id,
+        )
+
+
+def _content(file: Path | None) -> bytes | None:
+    return None if file is None else file.read_bytes()
+
+
+def _problem_of(request_id: str, problem: object, status: int) -> PemaError:
+    error = from_problem(problem, status)
+    error.request_id = error.request_id or request_id
+    return error
+
+
+def _untimed(fetch: Callable[[Any, _Attempt], _Result]) -> _Fetch[_Result]:
+    """Only streams of calls carry the server's account of its time."""
+    return lambda stub, attempt: (fetch(stub, attempt), None)

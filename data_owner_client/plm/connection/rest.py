@@ -1,0 +1,217 @@
+"""The calls over HTTP."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import time
+import uuid
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+
+from data_owner_client.plm.connection.base import untrusted, why_silent
+from data_owner_client.plm.connection.retries import GIVE_UP_AFTER_S, Attempts
+from data_owner_client.plm.connection.urls import is_loopback
+from protocol.codec import BINARY, JSON, Message
+from protocol.errors import ConnectionFailed, NotReady, Overloaded, PemaError, ProtocolViolation, from_problem
+from protocol.messages import (
+    DecodeRequest,
+    DecodeResponse,
+    DistributionRequest,
+    DistributionResponse,
+    EncodeRequest,
+    EncodeResponse,
+    HeadRequest,
+    HeadRows,
+    ModelCard,
+    TokenizerBundle,
+)
+from protocol.rate_limits import RATE_LIMIT, RATE_LIMIT_POLICY, Allowance, from_fields
+from protocol.timing import ServerTiming
+
+_Answer = TypeVar("_Answer", bound=Message)
+_REQUEST_ID = "X-Request-Id"
+_CONNECT_TIMEOUT_S = 10.0
+_OF_PROXIES: dict[int, type[PemaError]] = {
+    429: Overloaded,
+    502: ConnectionFailed,
+    503: NotReady,
+    504: ConnectionFailed,
+}
+
+
+class RestConnection:
+    """HTTP connection to a PLM server; thread-safe. What failed on the way is asked again (`retries`).
+
+    Args:
+        url: where the server listens, for example `http://127.0.0.1:8000`.
+        api_key: sent with every call.
+        ca: PEM file of the authority that signed the server's certificate; one that all know unless given.
+        client_certificate: PEM file of our own, where the owner asks for one.
+        client_key: PEM file of its private key.
+        timeout_s: longest time that one attempt may take, in seconds.
+        give_up_after_s: how long a call that fails on the way is made again, in seconds.
+        transport: what carries the requests instead of sockets, for tests.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        ca: Path | None = None,
+        client_certificate: Path | None = None,
+        client_key: Path | None = None,
+        timeout_s: float = 600.0,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._url = url
+        self._timeout_s = timeout_s
+        self._attempts = Attempts(give_up_after_s)
+        self.observers = self._attempts.observers
+        self.allowances: tuple[Allowance, ...] = ()
+        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
+        # The server is fair between clients, which may share an address.
+        # Nothing compressed: a small answer could become a large one.
+        headers = {"X-Pema-Client": uuid.uuid4().hex, "Accept-Encoding": "identity"}
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
+        self._http = httpx.Client(
+            base_url=url,
+            timeout=timeout,
+            transport=transport,
+            headers=headers,
+            verify=_context(ca, client_certificate, client_key),
+            # What goes to this very machine needs no proxy, which would read the key.
+            trust_env=not is_loopback(url),
+        )
+
+    def close(self) -> None:
+        """Close the sockets."""
+        self._attempts.close()
+        self._http.close()
+
+    def model_card(self) -> ModelCard:
+        # The first call of every command: a server that is not there should be said at once, not after a minute.
+        return self._call("GET", "/v1/model", ModelCard, unless_gone=True)
+
+    def tokenizer(self) -> TokenizerBundle:
+        return self._call("GET", "/v1/tokenizer", TokenizerBundle)
+
+    def lm_head(self, request: HeadRequest) -> HeadRows:
+        if request.token_ids is not None:
+            return self._call("POST", "/v1/lm-head", HeadRows, request)
+        parameters = httpx.QueryParams(request.model_dump(include={"start", "stop", "dtype"}, exclude_none=True))
+        return self._call("GET", f"/v1/lm-head?{parameters}", HeadRows)
+
+    def encode(self, request: EncodeRequest) -> EncodeResponse:
+        return self._call("POST", "/v1/encode", EncodeResponse, request)
+
+    def decode(self, request: DecodeRequest) -> DecodeResponse:
+        return self._call("POST", "/v1/decode", DecodeResponse, request)
+
+    def distribution(self, request: DistributionRequest) -> DistributionResponse:
+        return self._call("POST", "/v1/next-token-distribution", DistributionResponse, request)
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        answer: type[_Answer],
+        request: Message | None = None,
+        *,
+        unless_gone: bool = False,
+    ) -> _Answer:
+        body = None if request is None else request.to_bytes()
+
+        def attempt(request_id: str) -> tuple[_Answer, ServerTiming | None]:
+            return self._attempt(method, path, answer, body, request_id)
+
+        return self._attempts.until_answered(f"{method} {path}", attempt, unless_gone=unless_gone)
+
+    def _attempt(
+        self, method: str, path: str, answer: type[_Answer], body: bytes | None, request_id: str
+    ) -> tuple[_Answer, ServerTiming | None]:
+        headers = {"Accept": f"{BINARY}, {JSON};q=0.5", _REQUEST_ID: request_id}
+        if body is not None:
+            headers["Content-Type"] = BINARY
+        try:
+            response = self._exchanged(method, path, body, headers)
+        except (httpx.RequestError, httpx.InvalidURL) as error:
+            if (reason := _distrust(error)) is not None:
+                raise untrusted(self._url, reason, request_id) from error
+            raise ConnectionFailed(
+                f"No answer from {self._url} ({type(error).__name__}).",
+                hint=why_silent(self._url, slow=isinstance(error, httpx.ReadTimeout)),
+                request_id=request_id,
+            ) from error
+        if (left := response.headers.get(RATE_LIMIT)) is not None:
+            self.allowances = from_fields(left, response.headers.get(RATE_LIMIT_POLICY, ""))
+        if not response.is_success:
+            raise _problem(response, request_id)
+        timing = ServerTiming.from_header(response.headers.get("server-timing", ""))
+        try:
+            if response.headers.get("content-type", "").startswith(BINARY):
+                return answer.from_bytes(response.content), timing
+            return answer.from_json(response.content), timing
+        except PemaError as error:
+            raise ProtocolViolation(
+                f"{self._url}{path} did not answer in the form of this protocol.",
+                hint="Is this a PEMA server of the same version, or a proxy in front of it?",
+                request_id=request_id,
+            ) from error
+
+    def _exchanged(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> httpx.Response:
+        """The whole response. httpx bounds the wait for each part of it, here they are bounded together."""
+        ends = time.monotonic() + self._timeout_s
+        with self._http.stream(method, path, content=body, headers=headers) as response:
+            if response.headers.get("content-encoding", "identity") != "identity":
+                raise ProtocolViolation(
+                    f"{self._url}{path} answered with something compressed, which was not asked for.",
+                    hint="Is there a proxy in front of the server?",
+                    request_id=headers[_REQUEST_ID],
+                )
+            parts = []
+            for part in response.iter_bytes():
+                parts.append(part)
+                if time.monotonic() > ends:
+                    raise httpx.ReadTimeout("the answer drips", request=response.request)
+            return httpx.Response(
+                response.status_code, headers=response.headers, content=b"".join(parts), request=response.request
+            )
+
+
+def _problem(response: httpx.Response, request_id: str) -> PemaError:
+    try:
+        problem = json.loads(response.content)
+    except ValueError:
+        problem = None
+    if not isinstance(problem, dict) and response.status_code in _OF_PROXIES:
+        # A proxy in front of the server refuses without our problem document.
+        after = response.headers.get("retry-after", "")
+        error = _OF_PROXIES[response.status_code](
+            f"Something in front of the server answered HTTP {response.status_code}.",
+            hint="Try again later, or ask the server's owner.",
+            retry_after_s=float(after) if after.isdecimal() else None,
+        )
+    else:
+        error = from_problem(problem, response.status_code)
+    error.request_id = error.request_id or request_id
+    return error
+
+
+def _context(ca: Path | None, certificate: Path | None, key: Path | None) -> ssl.SSLContext:
+    context = httpx.create_ssl_context() if ca is None else ssl.create_default_context(cafile=ca)
+    if certificate is not None:
+        context.load_cert_chain(certificate, key)
+    return context
+
+
+def _distrust(error: BaseException | None) -> str | None:
+    """What is wrong with the server's certificate, if that was the error."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return None if error is None else error.verify_message

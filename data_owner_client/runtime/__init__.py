@@ -1,0 +1,1 @@
+"""Atomic files, progress, background work and resumable output."""

@@ -1,0 +1,216 @@
+"""How a trained adapter is used: prompts, interpolation and length reward, chosen on the held-out pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from data_owner_client.adapter.gate import Gate, nll_on_unseen
+from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.adapter.trained import TrainedAdapter
+from data_owner_client.data.example_retrieval import NearestPairs, tasks_for
+from data_owner_client.data.text_metrics import sentence_chrf, text_scores
+from data_owner_client.decoding.generation import translate
+from data_owner_client.decoding.speculative import DecodingSettings
+from data_owner_client.memory.encode import encode_all, tokenize_pairs
+from data_owner_client.memory.rows import MemoryRows
+from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.runtime.progress import Reporter
+from data_owner_client.training.inputs import Memories, TrainingInput
+from data_owner_client.training.likelihood import both_sides
+from data_owner_client.training.settings import TrainingSettings
+from data_owner_client.training.validation import ValidationData, likeliest_interpolations
+from protocol.errors import InvalidData
+
+# Examples of its own for every prompt, where the user does not say how many.
+NEAREST = 8
+# What is decoded besides the likeliest interpolation; each with the first of the rewards, the best with all of them.
+_LAMBDAS = (0.3, 0.5, 0.7, 0.85)
+_REWARDS = (1.0, 0.0, 0.5, 2.0)
+_ROUNDING = 1e-6
+
+
+class Option(BaseModel):
+    """A way to use the adapter, as it did on the held-out pairs.
+
+    Attributes:
+        nearest: examples that each prompt of the PLM has for itself; 0 for those of the task.
+        interpolation: with the PLM.
+        nll: of the mixture, in nats per token; a length reward, which is for choices alone, does not change it.
+        bleu: of decoded texts, where this option was decoded.
+        chrf: likewise.
+    """
+
+    nearest: int
+    interpolation: Interpolation
+    nll: float
+    bleu: float | None = None
+    chrf: float | None = None
+
+    def __str__(self) -> str:
+        """In words."""
+        prompts = f", prompts with {self.nearest} examples of their own" if self.nearest else ""
+        return f"{self.interpolation}{prompts}"
+
+    def rewarded(self, length_reward: float) -> Option:
+        """The same with another length reward."""
+        return self.model_copy(update={"interpolation": self.interpolation.rewarded(length_reward)})
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """Held-out rows with one kind of prompt for the PLM, as both sides see them.
+
+    Attributes:
+        nearest: see `Option`.
+        data: with the PLM's likelihood behind these prompts.
+        pema_logprob_N: log P_PEMA(y), float64.
+        features_N_F: of a gate.
+    """
+
+    nearest: int
+    data: ValidationData
+    pema_logprob_N: Tensor
+    features_N_F: Tensor
+
+    @classmethod
+    def of(cls, nearest: int, data: ValidationData, adapter: TrainedAdapter, plm_rows: MemoryRows) -> Prompting:
+        """Of the rows that the PLM's distributions come from."""
+        return cls(nearest, data, *both_sides(adapter, data, plm_rows))
+
+    def option(self, interpolation: Interpolation) -> Option:
+        """How likely a mixture without a gate finds the targets."""
+        nll = self.data.mixture_nll(self.pema_logprob_N, interpolation)
+        return Option(nearest=self.nearest, interpolation=interpolation, nll=nll)
+
+    def likeliest(self, *, gate: bool) -> list[Option]:
+        """Every schedule with its likeliest λ_max; and a gate, if wanted."""
+        found = [self.option(each) for each in likeliest_interpolations(self.data, self.pema_logprob_N)]
+        if gate:
+            sides = self.features_N_F, self.data.plm_logprob_N, self.pema_logprob_N
+            nll, mean_lambda = nll_on_unseen(*sides, self.data.position_N)
+            gated = Interpolation(schedule="constant", lambda_max=mean_lambda, gate=Gate.fit(*sides))
+            found.append(Option(nearest=self.nearest, interpolation=gated, nll=nll))
+        return found
+
+
+def choose_usage(
+    plm: RemotePlm,
+    memories: Memories,
+    given: TrainingInput,
+    settings: TrainingSettings,
+    with_option: Callable[[Option], TrainedAdapter],
+    reporter: Reporter,
+) -> list[Option]:
+    """All that was tried, what to use first: the likeliest, or, where texts are decoded, what `_decoded` says.
+
+    Likelihood takes the texts before each token as given, so its λ is not always the best for whole texts.
+
+    Args:
+        plm: the server.
+        memories: both.
+        given: what was trained on.
+        settings: which of the choices are open.
+        with_option: the trained adapter, as it is used with an option.
+        reporter: told of what is tried.
+    """
+    plain = with_option(Option(nearest=0, interpolation=Interpolation(), nll=0.0))
+    promptings: dict[int, Prompting] = {}
+    if not settings.nearest:
+        promptings[0] = Prompting.of(0, given.validation, plain, given.held_out)
+    if settings.nearest != 0 and memories.plan.context_mode == "teacher-forced":
+        count = settings.nearest or NEAREST
+        rows = _encode_with_nearest(plm, memories, count, reporter)
+        near = replace(given.validation, plm_logprob_N=given.targets.plm_logprobs(rows))
+        promptings[count] = Prompting.of(count, near, plain, rows)
+    found = [option for each in promptings.values() for option in each.likeliest(gate=settings.gate)]
+    found.sort(key=lambda option: option.nll)
+    if not settings.decoded:
+        return found
+    best = found[0]
+    decoded = _decoded(plm, memories, settings.decoded, best, promptings[best.nearest], with_option, reporter)
+    return [*decoded, *found]
+
+
+def _decoded(
+    plm: RemotePlm,
+    memories: Memories,
+    most_texts: int,
+    likeliest: Option,
+    prompting: Prompting,
+    with_option: Callable[[Option], TrainedAdapter],
+    reporter: Reporter,
+) -> list[Option]:
+    """Options with their scores on held-out texts, the chosen one first: λ is chosen, the length reward, λ again.
+
+    Not by BLEU: of so few texts it is that of the one or two that do not come to an end, if there are any. And a length
+    reward must be worth it: chrF counts what is there of the reference twice as much as what is there besides, so it
+    hardly sees the superfluous words that a reward brings, too.
+    """
+    pairs, adapter = memories.held_out_pairs[:most_texts], with_option(likeliest)
+    sources, references = [pair.source for pair in pairs], [pair.target or "" for pair in pairs]
+    # Twice the longest target: who goes on after that is wrong in any case.
+    decoding = DecodingSettings(max_new_tokens=2 * int(memories.held_out.rows_E.max()))
+    scored: dict[Interpolation, Option] = {}
+    chrf_E: dict[Interpolation, Tensor] = {}
+
+    def decode(option: Option) -> None:
+        interpolation = option.interpolation
+        if interpolation in scored:
+            return
+        texts = translate(
+            plm, sources, adapter=adapter, interpolation=interpolation, decoding=decoding, reporter=reporter
+        ).texts
+        scores = text_scores(texts, references)
+        reporter.say(f"{option}: BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f} on {len(pairs)} validation texts.")
+        scored[interpolation] = option.model_copy(update={"bleu": scores.bleu, "chrf": scores.chrf})
+        chrf_E[interpolation] = sentence_chrf(texts, references)
+
+    def best(reward: float | None = None) -> Option:
+        given = [each for each in scored.values() if reward in (None, each.interpolation.length_reward)]
+        return max(given, key=lambda option: option.chrf or 0.0)
+
+    def constant(lambda_max: float) -> Option:
+        return prompting.option(Interpolation(schedule="constant", lambda_max=lambda_max))
+
+    for option in [likeliest, *map(constant, _LAMBDAS)]:
+        decode(option.rewarded(_REWARDS[0]))
+    plain = best().rewarded(0.0)
+    for reward in _REWARDS:
+        decode(plain.rewarded(reward))
+    chosen = best()
+    if not clearly_better(chrf_E[chosen.interpolation], chrf_E[plain.interpolation]):
+        chosen = plain
+    used = chosen.interpolation
+    if used.gate is None and used.schedule == "constant":
+        for step in (-0.1, 0.1):
+            decode(constant(min(1.0, max(0.0, round(used.lambda_max + step, 3)))).rewarded(used.length_reward))
+    chosen = best(used.length_reward)
+    return [chosen, *sorted((each for each in scored.values() if each != chosen), key=lambda each: -(each.chrf or 0.0))]
+
+
+def clearly_better(score_E: Tensor, other_E: Tensor) -> bool:
+    """Whether the scores of the same texts are higher, on average, by more than the standard error of the difference.
+
+    The rule of one standard error: of what is nearly as good, the simpler (Breiman et al. 1984, section 3.4.3).
+    """
+    difference_E = score_E - other_E
+    error = difference_E.std(correction=0) / max(1, len(difference_E) - 1) ** 0.5
+    # Where a single text differs, the mean is the error, and rounding must not say which of them is larger.
+    return bool(difference_E.mean() > (1 + _ROUNDING) * error)
+
+
+def _encode_with_nearest(plm: RemotePlm, memories: Memories, count: int, reporter: Reporter) -> MemoryRows:
+    """The held-out pairs behind prompts with examples of their own."""
+    pairs, nearest = memories.held_out_pairs, NearestPairs(memories.train_pairs, count)
+    tasks = tasks_for(plm, memories.plan.task, [pair.source for pair in pairs], nearest)
+    rows = encode_all(plm, tokenize_pairs(plm, tasks, pairs, place="validation pair"), reporter)
+    if not torch.equal(rows.target_N, memories.held_out.target_N):
+        raise InvalidData(
+            "The targets are other tokens behind prompts with examples of their own.", hint="Use --nearest 0."
+        )
+    return rows

@@ -1,0 +1,112 @@
+"""Asking for the full distributions that rows of the LM head are worked out from; goes on where it was stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from data_owner_client.data.pairs import Pair
+from data_owner_client.memory.manifest import MemoryPlan
+from data_owner_client.plm.connection.in_flight import Window, in_order
+from data_owner_client.plm.head_recovery.distributions import Answer, Distributions
+from data_owner_client.plm.head_recovery.fit import enough
+from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.runtime.progress import Reporter
+from data_owner_client.training.head_contexts import Context, contexts_of
+from protocol.errors import Forbidden, Overloaded, PemaError
+from protocol.messages import Limits
+
+# Representations that are asked for at a time; what an interruption may lose.
+_CONTEXTS_AT_ONCE = 16
+# On the wire, of each token: a log-probability in float32 and an id in int32.
+_TOKEN_BYTES = 8
+
+
+def ask_distributions(
+    plm: RemotePlm, plan: MemoryPlan, pairs: Sequence[Pair], wanted: int | None, reporter: Reporter
+) -> Distributions:
+    """Have the full distributions of a memory's contexts, asking for those that are not on disk yet.
+
+    Args:
+        plm: has a cache.
+        plan: of the memory.
+        pairs: that it was built from.
+        wanted: so many contexts; None for enough for an exact fit.
+        reporter: told what leaves this machine, what it costs, and of the progress.
+
+    Raises:
+        Forbidden, Overloaded: the owner gives no more of them, or not now; what it gave is kept.
+        PemaError: as the calls to the PLM.
+    """
+    given = plm.distributions()
+    wanted = wanted or enough(plm.card)
+    contexts = list(islice(contexts_of(plm, plan, pairs), wanted))
+    missing = [context for context in contexts if context.key not in given]
+    if not missing:
+        return given
+    if len(contexts) < wanted:
+        reporter.say(f"The memory has no more than {len(contexts):,} contexts; for an exact fit it takes {wanted:,}.")
+    megabytes = len(missing) * plm.card.vocab_size * _TOKEN_BYTES / 1e6
+    tokens = 2 * sum(len(context.prefix) + context.drafted for context in missing)
+    reporter.say(
+        "The owner gives no rows of the LM head; they are worked out from full distributions. Leaves this machine: "
+        "nothing that building the memory has not shown. "
+        f"Costs {len(missing):,} calls, {tokens:,} tokens, {megabytes:,.0f} MB down, and half of that on disk."
+    )
+    done, window = len(contexts) - len(missing), Window()
+    with (
+        reporter.bar("full distributions", len(contexts), "contexts", done=done) as bar,
+        plm.observed_by(window.learn),
+    ):
+        try:
+            for chunk in _chunks(missing, plm.card.limits):
+                for context, answer in zip(chunk, _answers(plm, chunk, window), strict=True):
+                    given.keep(context.key, answer)
+                    done += 1
+                    bar.advance(1)
+        except (Forbidden, Overloaded) as error:
+            raise _stopped(error, done, len(contexts)) from error
+    return given
+
+
+def _answers(plm: RemotePlm, chunk: Sequence[Context], window: Window) -> Iterator[Answer]:
+    exact = plm.in_dtype("float32")
+    decoded = exact.decode([context.prefix for context in chunk], [context.drafted for context in chunk])
+    rows = decoded.rows_B.tolist()
+    last_B = decoded.rows_B.long().cumsum(0) - 1
+    input_N_D = decoded.cr_N_D if decoded.last_hidden_N_D is None else decoded.last_hidden_N_D
+    whole = [
+        [*context.prefix, *drafts_T.tolist()[: context.drafted]]
+        for context, drafts_T in zip(chunk, decoded.top1_N.split(rows), strict=True)
+    ]
+    logprobs = in_order(exact.distribution, whole, window)
+    logsumexps = decoded.logsumexp_N[last_B].tolist()
+    for input_D, logsumexp, logprob_V in zip(input_N_D[last_B], logsumexps, logprobs, strict=True):
+        yield Answer(input_D=input_D, logsumexp=logsumexp, logprob_V=logprob_V)
+
+
+def _chunks(contexts: Sequence[Context], limits: Limits) -> Iterator[list[Context]]:
+    """Contexts that go into one request each."""
+    chunk, rows = list[Context](), 0
+    for context in contexts:
+        rows += 1 + context.drafted
+        if chunk and (rows > limits.max_rows or len(chunk) == min(_CONTEXTS_AT_ONCE, limits.max_sequences)):
+            yield chunk
+            chunk, rows = [], 1 + context.drafted
+        chunk.append(context)
+    if chunk:
+        yield chunk
+
+
+def _stopped(error: PemaError, done: int, wanted: int) -> PemaError:
+    hint = "The same command goes on where this one stopped."
+    if isinstance(error, Forbidden):
+        hint = f"Once you may have more, {hint[0].lower()}{hint[1:]}"
+        if done:
+            hint += f" An estimate from what you have: --distributions {done}."
+    return type(error)(
+        f"{error.detail} Of {wanted:,} full distributions {done:,} are answered and kept.",
+        hint=f"{error.hint} {hint}".lstrip(),
+        retry_after_s=error.retry_after_s,
+        request_id=error.request_id,
+    )

@@ -1,0 +1,33 @@
+"""Pictures of trainings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from data_owner_client.training.trainer import Epoch
+
+
+def draw_training(axes: Axes, history: list[Epoch], plm_nll: float) -> None:
+    """Prediction loss and validation likelihood against epochs, with the PLM's own as a line."""
+    joint = [epoch for epoch in history if epoch.phase == "joint"]
+    epochs = [epoch.epoch for epoch in joint]
+    axes.plot(epochs, [epoch.prediction_loss or 0.0 for epoch in joint], "o-", label="adapter, training rows")
+    axes.plot(epochs, [epoch.validation_nll or 0.0 for epoch in joint], "o-", label="mixture, validation rows")
+    axes.axhline(plm_nll, linestyle="--", color="gray", label="PLM alone, validation rows")
+    axes.set(xlabel="epoch", ylabel="negative log-likelihood (nats per token)", title="Joint training")
+    axes.legend()
+
+
+def plot_training(history: list[Epoch], plm_nll: float, path: Path) -> None:
+    """Write `training.png`: both phases side by side."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    losses = [epoch.reconstruction_loss for epoch in history]
+    left.plot(range(1, len(history) + 1), losses, "o-", color="tab:green")
+    left.axvline(sum(e.phase == "reconstruction" for e in history) + 0.5, linestyle=":", color="gray")
+    left.set(xlabel="epoch (joint training begins at the dotted line)", ylabel="L_rct", title="Reconstruction")
+    draw_training(right, history, plm_nll)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,308 @@
+"""Training the adapter on an external memory: reconstruction first, then jointly with prediction.
+
+(1) Reconstruction: A and B_rct minimise L_rct, the mean over rows and coordinates of (B_rct A x − x)².
+(2) Joint: B_rct frozen; A and B_pd minimise κ·L_rct + (1 − κ)·L_pd with L_pd = CE(head(h_pd), y).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from data_owner_client.adapter.network import Adapter
+from data_owner_client.runtime.background import one_ahead
+from data_owner_client.runtime.progress import Reporter
+from data_owner_client.training.batches import Batch, RowStream, Sharded, Survey
+from data_owner_client.training.checkpoint import Checkpoint
+from data_owner_client.training.loss import cross_entropy
+from data_owner_client.training.settings import TrainingSettings
+from data_owner_client.training.validation import ValidationData, target_logprobs
+from protocol.errors import InvalidRequest, NumericalFault
+from protocol.head import LMHead
+
+_CHECKPOINT_EVERY_S = 60.0
+# Of what a checkpoint holds.
+_FORMAT = 3
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the memory.
+
+    Losses are means over its batches; `validation_nll` is the mixture's at its best constant λ.
+    """
+
+    phase: str
+    epoch: int
+    reconstruction_loss: float
+    prediction_loss: float | None
+    validation_nll: float | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The adapter of the best validation epoch, and how it got there."""
+
+    adapter: Adapter
+    history: list[Epoch]
+    best_nll: float
+
+
+@dataclass
+class _Progress:
+    """How far a training is.
+
+    Attributes:
+        epoch: the one that is running, of both phases together, from 0.
+        step: batches of it that are done.
+        reconstruction: sum of their reconstruction losses.
+        prediction: sum of their prediction losses.
+        best_nll: of the best epoch so far.
+        since_best: epochs since then.
+        history: the epochs that are over.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    reconstruction: float = 0.0
+    prediction: float = 0.0
+    best_nll: float = math.inf
+    since_best: int = 0
+    history: list[Epoch] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def of_json(cls, record: dict[str, Any]) -> _Progress:
+        """From a checkpoint."""
+        return cls(**record | {"history": [Epoch(**epoch) for epoch in record["history"]]})
+
+
+def train_adapter(
+    memory: Sharded,
+    survey: Survey,
+    head: LMHead,
+    validation: ValidationData,
+    settings: TrainingSettings,
+    *,
+    checkpoint: Path | None = None,
+    identity: object = None,
+    reporter: Reporter | None = None,
+) -> Trained:
+    """Train an adapter; the same data, settings and thread count give the same adapter, interrupted or not.
+
+    Args:
+        memory: the rows, of which a few shards are in memory at a time.
+        survey: of the memory; with its axes, if training is to be along these.
+        head: float32 head rows of the candidates.
+        validation: held-out rows; the adapter of the best epoch is kept.
+        settings: see there.
+        checkpoint: a file where the state is kept until all is done, to go on from if the process is stopped.
+        identity: what decides the result besides `settings`: a checkpoint of something else is ignored.
+        reporter: told of the progress, with a live loss.
+
+    Raises:
+        InvalidData: a shard is damaged, or the disk is full.
+        InvalidRequest: there is no such device, or it has too little memory.
+        NumericalFault: the loss is no longer finite.
+    """
+    stream = RowStream(memory, survey.candidate_ids_C, batch_rows=settings.batch_rows, seed=settings.seed)
+    device = _device(settings.device)
+    kept = None
+    if checkpoint is not None:
+        hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads()
+        decides = [_FORMAT, identity, asdict(settings), str(device), hardware, torch.__version__]
+        kept = Checkpoint(checkpoint, decides, device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)
+        try:
+            training = _Training(stream, head, validation, settings, device, survey, kept)
+            training.run(reporter or Reporter())
+        except torch.cuda.OutOfMemoryError as error:
+            raise InvalidRequest(
+                f"The memory of {device} does not suffice for this training.", hint="Use --device cpu."
+            ) from error
+    return training.result()
+
+
+class _Training:
+    """One training, from its beginning or from a checkpoint."""
+
+    def __init__(
+        self,
+        stream: RowStream,
+        head: LMHead,
+        validation: ValidationData,
+        settings: TrainingSettings,
+        device: torch.device,
+        survey: Survey,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self._stream = stream
+        self._settings = settings
+        self._checkpoint = checkpoint
+        self._device = device
+        # All is turned to these axes, and the adapter back in the end.
+        axes_D_D = survey.axes_D_D if settings.principal_axes else None
+        self._axes_D_D = None if axes_D_D is None else axes_D_D.to(device)
+        self._head, self._held_out, self._validation = head.to(self._device), validation.data, validation
+        if axes_D_D is not None:
+            self._head = replace(self._head, weight_V_D=self._head.weight_V_D @ axes_D_D.to(device).T)
+            self._held_out = self._held_out.turned(axes_D_D)
+        hidden_size = head.weight_V_D.shape[1]
+        rank = min(settings.rank, hidden_size)
+        self._adapter = Adapter(
+            hidden_size,
+            rank,
+            settings.form or "residual",
+            rms=survey.rms,
+            head_rms=head.weight_V_D.square().mean().sqrt().item(),
+            dropout=settings.dropout,
+        ).to(self._device)
+        self._average: AveragedModel | None = None
+        if settings.averaging:
+            self._average = AveragedModel(self._adapter, multi_avg_fn=get_ema_multi_avg_fn(settings.averaging))
+        self._progress, self._best = _Progress(), copy.deepcopy(self._adapter.state_dict())
+        found = None if checkpoint is None else checkpoint.load(self._adapter, self._average)
+        if found is not None:
+            self._progress, self._best = _Progress.of_json(found.progress), found.best
+        self._optimiser = self._new_optimiser()
+        if found is not None:
+            groups = self._optimiser.state_dict()["param_groups"]
+            self._optimiser.load_state_dict({"state": found.optimiser, "param_groups": groups})
+
+    def run(self, reporter: Reporter) -> None:
+        """Train to the end."""
+        settings, progress = self._settings, self._progress
+        total = settings.reconstruction_epochs + settings.epochs
+        if progress.epoch or progress.step:
+            reporter.say(f"Going on from the checkpoint: epoch {progress.epoch + 1}, step {progress.step + 1}.")
+        done = progress.epoch * self._stream.steps + progress.step
+        with reporter.bar("training", self._stream.steps * total, "steps", done=done) as bar:
+            while progress.epoch < total and progress.since_best < settings.patience:
+                saved_at = time.monotonic()
+                for batch in self._batches():
+                    bar.advance(1, self._step(batch))
+                    if time.monotonic() - saved_at > _CHECKPOINT_EVERY_S:
+                        self._save()
+                        saved_at = time.monotonic()
+                self._end_epoch()
+                self._save()
+
+    def result(self) -> Trained:
+        """What came of it."""
+        self._adapter.load_state_dict(self._best)
+        if self._axes_D_D is not None:
+            self._adapter.turn_back(self._axes_D_D)
+        return Trained(self._adapter.cpu().eval(), self._progress.history, self._progress.best_nll)
+
+    @property
+    def _joint(self) -> bool:
+        return self._progress.epoch >= self._settings.reconstruction_epochs
+
+    def _new_optimiser(self) -> torch.optim.Optimizer:
+        adapter = self._adapter
+        adapter.B_rct.requires_grad_(not self._joint)
+        if self._joint:
+            trained = [value for name, value in adapter.named_parameters() if name != "B_rct.weight"]
+        else:
+            trained = [*adapter.A.parameters(), *adapter.B_rct.parameters()]
+        return torch.optim.Adam(trained, lr=self._settings.learning_rate)
+
+    def _batches(self) -> Iterator[Batch]:
+        batches = self._stream.epoch(self._progress.epoch, start=self._progress.step)
+        if self._device.type != "cuda":
+            yield from batches
+            return
+        # Read and shuffled while the GPU works; on a CPU that would only take its cores.
+        for batch in one_ahead(batches):
+            yield batch.sent_to(self._device)
+
+    def _step(self, batch: Batch) -> str:
+        """One step of the phase that is on; the losses, in words."""
+        progress, adapter, kappa = self._progress, self._adapter, self._settings.kappa
+        self._set_learning_rate()
+        if self._axes_D_D is not None:
+            batch = batch.turned(self._axes_D_D)
+        with torch.autocast("cuda", torch.bfloat16) if self._device.type == "cuda" else nullcontext():
+            x_B_D = adapter.scaled(batch.cr_N_D)
+            loss = reconstruction = F.mse_loss(adapter.reconstruction(x_B_D), x_B_D)
+            words = f"reconstruction {reconstruction.item():.3f}"
+            if self._joint:
+                recent_B_E = adapter.recent(self._head, batch.previous_N_K)
+                h_B_D = adapter.hidden(adapter.scaled(batch.cr_N_D, batch.agrees_N), recent_B_E)
+                prediction = cross_entropy(h_B_D, self._head, batch.label_N, smoothing=self._settings.label_smoothing)
+                loss = kappa * reconstruction + (1 - kappa) * prediction
+                progress.prediction += prediction.item()
+                number = progress.epoch - self._settings.reconstruction_epochs + 1
+                words = f"epoch {number}  prediction {prediction.item():.3f}"
+                words += "" if math.isinf(progress.best_nll) else f"  validation {progress.best_nll:.4f}"
+        if not torch.isfinite(loss):
+            raise NumericalFault("The training loss is not finite.", hint="Try a smaller --learning-rate.")
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimiser.step()
+        if self._joint and self._average is not None:
+            self._average.update_parameters(adapter)
+        progress.reconstruction += reconstruction.item()
+        progress.step += 1
+        return words
+
+    def _set_learning_rate(self) -> None:
+        """Adam's rate falls along a cosine in the joint phase."""
+        settings, progress = self._settings, self._progress
+        rate = settings.learning_rate
+        if self._joint:
+            step = (progress.epoch - settings.reconstruction_epochs) * self._stream.steps + progress.step
+            rate *= (1 + math.cos(math.pi * step / (settings.epochs * self._stream.steps))) / 2
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+
+    def _end_epoch(self) -> None:
+        progress, before = self._progress, self._settings.reconstruction_epochs
+        reconstruction, prediction = (total / progress.step for total in (progress.reconstruction, progress.prediction))
+        if self._joint:
+            judged = self._adapter if self._average is None else cast(Adapter, self._average.module)
+            logprob_N = target_logprobs(judged, self._head, self._held_out)
+            _, nll = self._validation.best(logprob_N, "constant")
+            progress.history.append(Epoch("joint", progress.epoch - before + 1, reconstruction, prediction, nll))
+            progress.since_best += 1
+            if nll < progress.best_nll:
+                progress.best_nll, progress.since_best = nll, 0
+                self._best = copy.deepcopy(judged.state_dict())
+        else:
+            progress.history.append(Epoch("reconstruction", progress.epoch + 1, reconstruction, None, None))
+        was_joint = self._joint
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        progress.reconstruction = progress.prediction = 0.0
+        if self._joint != was_joint:
+            self._optimiser = self._new_optimiser()
+
+    def _save(self) -> None:
+        if self._checkpoint is not None:
+            self._checkpoint.save(self._progress.as_json(), self._adapter, self._optimiser, self._best, self._average)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only CPUs and CUDA are known here")
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise InvalidRequest(
+            f"There is no device {name!r} to train on: {str(error).splitlines()[0]}", hint="Use --device cpu."
+        ) from error
+    return device

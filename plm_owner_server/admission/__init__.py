@@ -1,0 +1,1 @@
+"""Admission: authentication of the client, and the quotas that its call may use."""

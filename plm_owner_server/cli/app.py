@@ -1,0 +1,49 @@
+"""The command `pema-server` and its subcommands."""
+
+from __future__ import annotations
+
+import sys
+from argparse import RawDescriptionHelpFormatter
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, CliSubCommand
+
+from plm_owner_server.cli.serve import Serve
+from plm_owner_server.cli.tenants import Tenants
+from protocol.errors import PemaError
+
+
+class Command(BaseSettings):
+    """PEMA, the PLM owner's side: serve a language model without giving its weights away."""
+
+    serve: CliSubCommand[Serve]
+    tenants: CliSubCommand[Tenants]
+
+    def cli_cmd(self) -> None:
+        """Run the subcommand."""
+        CliApp.run_subcommand(self)
+
+
+_COMMANDS = frozenset(Command.model_fields)
+
+
+def run() -> None:
+    """Parse the arguments and run the subcommand that they name."""
+    source: CliSettingsSource[Command] = CliSettingsSource(
+        Command,
+        cli_prog_name="pema-server",
+        cli_kebab_case=True,
+        cli_parse_none_str="none",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    try:
+        CliApp.run(Command, cli_settings_source=source)
+    except PemaError as error:
+        sys.exit(f"pema-server: {error}")
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = next((part for part in reversed(first["loc"]) if isinstance(part, str)), "")
+        if flag in _COMMANDS:  # no single flag is wrong, but several together
+            sys.exit(f"pema-server: {first['msg'].removeprefix('Value error, ')}. See pema-server {flag} --help.")
+        words = f"--{flag.replace('_', '-')} (or its environment variable)"
+        sys.exit(f"pema-server: {words}: {first['msg']}. See pema-server --help.")

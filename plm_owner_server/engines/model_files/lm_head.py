@@ -1,0 +1,101 @@
+"""The LM head of a model that is run by something that does not load it, read from the checkpoint alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from plm_owner_server.engines.interface import EngineInfo
+from plm_owner_server.engines.model_files.config import described_head, end_tokens, linear_head
+from protocol.errors import Unsupported
+from protocol.head import LMHead
+
+_INDEX = "model.safetensors.index.json"
+
+
+def read_head(folder: Path, *, dtype: torch.dtype, device: str) -> tuple[LMHead, EngineInfo]:
+    """The head, and what else there is to know of the model.
+
+    Args:
+        folder: with config and safetensors files, in the Hugging Face layout.
+        dtype: in which the model's weights are served.
+        device: where the head is put.
+
+    Raises:
+        Unsupported: the folder has no such head.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, OSError, KeyError) as error:
+        raise Unsupported(
+            f"{folder} holds no causal language model: {error}",
+            hint="It must hold config.json of an AutoModelForCausalLM architecture, and its weights.",
+        ) from error
+    output = linear_head(model)
+    text = config.get_text_config()
+    names = {id(module): name for name, module in model.named_modules()}
+    places = [names[id(output)]]
+    if text.tie_word_embeddings:
+        places.append(names[id(model.get_input_embeddings())])
+    files = _files(folder)
+    weight_V_D = _read(files, [f"{place}.weight" for place in places])
+    if weight_V_D is None or weight_V_D.shape != output.weight.shape:
+        raise Unsupported(
+            f"The weights in {folder} have no LM head of {tuple(output.weight.shape)}.",
+            hint="Give a folder with safetensors files that are not quantised.",
+        )
+    bias_V = None if output.bias is None else _read(files, [f"{places[0]}.bias"])
+    head = described_head(text, weight_V_D.to(device, dtype), None if bias_V is None else bias_V.to(device, dtype))
+    info = EngineInfo(
+        hidden_size=weight_V_D.shape[1],
+        vocab_size=weight_V_D.shape[0],
+        max_tokens=getattr(text, "max_position_embeddings", None),
+        dtype=str(dtype).removeprefix("torch."),
+        cr_kind="last_hidden_state",
+        eos_token_ids=end_tokens(text, _generation_config(folder)),
+    )
+    return head, info
+
+
+def caps_attention(folder: Path) -> bool:
+    """Whether the model's attention has soft-capped logits (Gemma 2)."""
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    return getattr(config, "attn_logit_softcapping", None) is not None
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Of each tensor, the file that it is in."""
+    if (folder / _INDEX).is_file():
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        return {name: folder / file for name, file in index["weight_map"].items()}
+    files = dict[str, Path]()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            files |= dict.fromkeys(file.keys(), path)
+    return files
+
+
+def _read(files: dict[str, Path], names: list[str]) -> Tensor | None:
+    """The first tensor that is there; checkpoints may leave the first part of a name out, or have one more."""
+    for name in names:
+        for stored, path in files.items():
+            if stored == name or stored.endswith(f".{name}") or name.endswith(f".{stored}"):
+                with safe_open(path, framework="pt") as file:
+                    tensor: Tensor = file.get_tensor(stored)
+                    return tensor
+    return None
+
+
+def _generation_config(folder: Path) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return None

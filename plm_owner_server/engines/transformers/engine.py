@@ -1,0 +1,181 @@
+"""The engine over Hugging Face transformers, for any decoder-only `AutoModelForCausalLM`.
+
+No list of architectures: the last hidden state is what the model's own base returns, the head is what the model
+declares as its output embedding, and `warm_up` proves both against the model's own logits before anything is served.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from plm_owner_server.engines.interface import EncodeBatch, Encoded, EngineInfo
+from plm_owner_server.engines.model_files.config import described_head, device_and_dtype, end_tokens, linear_head
+from plm_owner_server.engines.ops.packed_linear import pack_linear_layers
+from plm_owner_server.engines.ops.to_host import to_host
+from plm_owner_server.engines.ops.vocab_reduction import Vocabulary
+from plm_owner_server.engines.transformers.drafting import BatchedDrafting
+from plm_owner_server.engines.transformers.model_runner import Runner
+from protocol.errors import Unsupported
+from protocol.integrity import echo
+from protocol.messages import CrKind
+
+log = logging.getLogger(__name__)
+
+
+def load_model(folder: Path, *, device: str, dtype: str, device_map: str | None = None) -> PreTrainedModel:
+    """Load a causal language model.
+
+    Args:
+        folder: in the Hugging Face layout.
+        device: that has the whole model, unless there is a map; may be `auto`.
+        dtype: of the weights; may be `auto`.
+        device_map: how accelerate spreads the layers over devices.
+
+    Raises:
+        Unsupported: transformers cannot load it as one.
+    """
+    device, dtype = device_and_dtype(device, dtype, has_gpu=torch.cuda.is_available())
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map=device_map)
+    except (ValueError, OSError, KeyError) as error:
+        raise Unsupported(
+            f"transformers cannot load {folder} as a causal language model: {error}",
+            hint="It must hold config.json and weights of an AutoModelForCausalLM architecture.",
+        ) from error
+    return (model if device_map else model.to(device)).eval()
+
+
+class TransformersEngine:
+    """Runs a causal language model with transformers.
+
+    Args:
+        model: in evaluation mode, on its device.
+        cr_kind: which representation its answers hold.
+        prefix_cache_bytes: bound on the attention states kept for texts that begin alike or go on; 0 keeps none, and
+            computes every token of every sequence.
+        prefix_cache_seconds: how long they are kept after their last use.
+        pack_weights: on a CPU, change the model's linear layers to a faster layout, and hold the LM head in it too.
+
+    Raises:
+        Unsupported: the model is no attention-based decoder, or has no such representation.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        cr_kind: CrKind,
+        prefix_cache_bytes: int = 2**28,
+        prefix_cache_seconds: float = 600,
+        pack_weights: bool = False,
+    ) -> None:
+        config = model.config.get_text_config()
+        output = linear_head(model)
+        if getattr(model, "_is_stateful", False):
+            raise Unsupported(
+                f"{type(model).__name__} carries a recurrent state, which padding would spoil.",
+                hint="Serve an attention-based model.",
+            )
+        self._model = model
+        self._gives_ffn_output = cr_kind == "ffn_output"
+        if pack_weights:
+            pack_linear_layers(model.base_model)
+        self._runner = Runner(
+            model,
+            ffn_output=self._gives_ffn_output,
+            prefix_cache_bytes=prefix_cache_bytes,
+            prefix_cache_seconds=prefix_cache_seconds,
+        )
+        self.counts = self._runner.counts
+        self.head = described_head(
+            config, output.weight.detach(), None if output.bias is None else output.bias.detach()
+        )
+        # Where the states are; spread over devices, the head itself is on the last one.
+        self._vocabulary = Vocabulary(self.head.to(self._runner.device), packed=pack_weights)
+        self.info = EngineInfo(
+            hidden_size=self.head.weight_V_D.shape[1],
+            vocab_size=self.head.weight_V_D.shape[0],
+            max_tokens=getattr(config, "max_position_embeddings", None),
+            dtype=str(model.dtype).removeprefix("torch."),
+            cr_kind=cr_kind,
+            eos_token_ids=end_tokens(config, getattr(model, "generation_config", None)),
+        )
+
+    def is_alive(self) -> bool:
+        """It is in this process."""
+        return True
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Check on a real forward pass that softmax(head(f)) is the model's own distribution.
+
+        Raises:
+            Unsupported: something between the last hidden state and the logits is not known here, or the
+                representation is not of the head's width.
+        """
+        ids_B_T = torch.arange(1, 9, device=self._runner.device).remainder(self.info.vocab_size)[None]
+        expected = self._model(input_ids=ids_B_T, use_cache=False).logits.float()
+        state = self._runner.encode(ids_B_T.tolist(), [])
+        ours = self.head.logits(state.last_hidden_B_T_D.to(self.head.weight_V_D.device)).float().to(expected.device)
+        logsumexp_T, _, top_logit_T = self._vocabulary.logsumexp_top1(state.last_hidden_B_T_D[0])
+        differences = [
+            ours - expected,
+            logsumexp_T - expected[0].logsumexp(dim=-1),
+            top_logit_T - expected[0].amax(dim=-1),
+        ]
+        largest = torch.stack([difference.abs().max() for difference in differences]).max()
+        error = (largest / expected.abs().max().clamp(min=1e-6)).item()
+        tolerance = 1e-4 if self._model.dtype == torch.float32 else 3e-2
+        if not error <= tolerance:
+            raise Unsupported(
+                f"The logits of {type(self._model).__name__} are not head(last hidden state): relative difference "
+                f"{error:.1e}.",
+                hint="This architecture changes the logits in a way that is not known here; please report it.",
+            )
+        if state.cr_B_T_D.shape != state.last_hidden_B_T_D.shape:
+            raise Unsupported(
+                f"The feed-forward output of {type(self._model).__name__} is {state.cr_B_T_D.shape[-1]} wide, its head "
+                f"takes {self.info.hidden_size}.",
+                hint="An adapter could not map one to the other; serve --cr-kind last_hidden_state.",
+            )
+        log.info("warm-up: logits agree with the model's own to %.1e", error)
+
+    @torch.inference_mode()
+    def encode(self, batch: EncodeBatch) -> Encoded:
+        """Representations of all positions ≥ `from_position` of every sequence, from one forward pass."""
+        token_ids, starts = batch.token_ids, batch.from_position
+        shared = self._runner.shared_states(batch.tenant, token_ids, at_most=min(starts))
+        run = self._runner.encode(token_ids, shared)
+        bounds = [(start, len(ids)) for ids, start in zip(token_ids, starts, strict=True)]
+        places = [place for row, (start, stop) in enumerate(bounds) for place in run.places(row, start, stop)]
+        places_N = self._runner.send(torch.tensor(places))
+        cr_N_D, last_hidden_N_D, logsumexp_N = run.cr_B_T_D.flatten(0, 1).index_select(0, places_N), None, None
+        if self._gives_ffn_output:
+            last_hidden_N_D = run.last_hidden_B_T_D.flatten(0, 1).index_select(0, places_N)
+        if batch.with_logsumexp:
+            logsumexp_N, _, _ = self._vocabulary.logsumexp_top1(cr_N_D if last_hidden_N_D is None else last_hidden_N_D)
+        ran_B_T, cr_N_D, last_hidden_N_D, logsumexp_N = to_host(run.token_ids_B_T, cr_N_D, last_hidden_N_D, logsumexp_N)
+        return Encoded(
+            rows=[stop - start for start, stop in bounds],
+            echo=[
+                echo([*ids[:first], *row[: len(ids) - first]])
+                for ids, row, first in zip(token_ids, ran_B_T.tolist(), run.first, strict=True)
+            ],
+            cr_N_D=cr_N_D,
+            last_hidden_N_D=last_hidden_N_D,
+            logsumexp_N=logsumexp_N,
+        )
+
+    def forget_unused(self) -> None:
+        """Drop what is known of texts that were not asked about for long. Any thread may call it."""
+        self._runner.forget_unused()
+
+    def drafting(self, batch_tokens: int) -> BatchedDrafting:
+        """Drafting that nothing has joined yet."""
+        return BatchedDrafting(
+            self._runner, self._vocabulary, batch_tokens=batch_tokens, with_last_hidden=self._gives_ffn_output
+        )

@@ -1,0 +1,1 @@
+"""Everything an operator watches: serving state, call log, metrics, traces, supervision, shutdown."""

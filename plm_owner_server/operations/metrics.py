@@ -1,0 +1,145 @@
+"""What Prometheus may know of a server, on a port of its own.
+
+Calls are counted when they are over; the state of queue, engine and memory is looked at when somebody asks. Labels have
+few values: no client, no tenant, no request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from plm_owner_server.admission.controller import ServiceHolder
+from plm_owner_server.operations.call_log import PROBE, Call
+from plm_owner_server.service.plm_service import PlmService
+from protocol.errors import PemaError
+
+# Seconds: from a decode step of a small model to the longest request.
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
+
+
+class Metrics:
+    """The metrics of one server.
+
+    Args:
+        holder: of the service.
+
+    Attributes:
+        registry: of these metrics alone, so that a process may have several servers.
+    """
+
+    def __init__(self, holder: ServiceHolder) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.registry.register(_State(holder))
+        self._requests = Counter(
+            "pema_requests",
+            "Calls that are over, by outcome: ok, departed, or the code of the error.",
+            ["call", "transport", "outcome"],
+            registry=self.registry,
+        )
+        self._tokens = Counter("pema_tokens_in", "Tokens of sequences sent.", ["call"], registry=self.registry)
+        self._rows = Counter("pema_rows_out", "Rows given out.", ["call"], registry=self.registry)
+        self._seconds = Histogram(
+            "pema_call_seconds",
+            "Where the time of a call went: waiting for the model, its work, all else.",
+            ["call", "part"],
+            buckets=_BUCKETS,
+            registry=self.registry,
+        )
+
+    def observe(self, call: Call) -> None:
+        """Count a call that is over."""
+        if call.name == PROBE:
+            return
+        self._requests.labels(call.name, call.transport, call.outcome).inc()
+        self._tokens.labels(call.name).inc(call.spent.tokens)
+        self._rows.labels(call.name).inc(call.spent.rows)
+        for part, seconds in call.parts.items():
+            self._seconds.labels(call.name, part).observe(seconds)
+
+    @contextmanager
+    def served(self, host: str, port: int) -> Iterator[int]:
+        """Serve them over HTTP; gives the port.
+
+        Args:
+            host: address to listen on.
+            port: 0 takes a free one.
+
+        Raises:
+            PemaError: the address cannot be had.
+        """
+        try:
+            server, thread = start_http_server(port, host, self.registry)
+        except OSError as error:
+            raise PemaError(
+                f"Metrics cannot be served on port {port} of {host}: {error}.", hint="Choose another --metrics-port."
+            ) from error
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+
+class _State(Collector):
+    """Queue, engine and GPU as they are when somebody asks."""
+
+    def __init__(self, holder: ServiceHolder) -> None:
+        self._holder = holder
+
+    def describe(self) -> Iterable[Metric]:
+        return []  # what would be collected now need not be, for the sake of the names alone
+
+    def collect(self) -> Iterator[Metric]:
+        service = self._holder.service
+        yield GaugeMetricFamily("pema_ready", "1 if calls are answered.", value=float(self._holder.is_ready))
+        if service is not None:
+            yield from _queue(service)
+            yield from _engine(service)
+        if torch.cuda.is_available():
+            yield from _gpus()
+
+
+def _queue(service: PlmService) -> Iterator[Metric]:
+    load = service.load()
+    requests = GaugeMetricFamily("pema_queue_requests", "Requests before the model.", labels=["state"])
+    tokens = GaugeMetricFamily("pema_queue_tokens", "Their tokens, with those to draft.", labels=["state"])
+    requests.add_metric(["waiting"], load.waiting_requests)
+    requests.add_metric(["running"], load.running_requests)
+    tokens.add_metric(["waiting"], load.waiting_tokens)
+    tokens.add_metric(["running"], load.running_tokens)
+    yield from (requests, tokens)
+
+
+def _engine(service: PlmService) -> Iterator[Metric]:
+    counts = service.engine_counts()
+    passes = CounterMetricFamily("pema_passes", "Forward passes.", labels=["kind"])
+    tokens = CounterMetricFamily("pema_pass_tokens", "Tokens run in them.", labels=["kind"])
+    places = CounterMetricFamily("pema_pass_places", "Places computed, padding included.", labels=["kind"])
+    for kind, own in counts.passes.items():
+        passes.add_metric([kind], own.number)
+        tokens.add_metric([kind], own.tokens)
+        places.add_metric([kind], own.places)
+    yield from (passes, tokens, places)
+    yield CounterMetricFamily(
+        "pema_prefix_cache_hit_tokens", "Tokens not run, as their states were known.", value=counts.known_tokens
+    )
+    yield GaugeMetricFamily("pema_prefix_cache_bytes", "Size of the states that are kept.", value=counts.kept_bytes)
+
+
+def _gpus() -> Iterator[Metric]:
+    memory = GaugeMetricFamily("pema_gpu_memory_bytes", "Memory of a GPU.", labels=["device", "kind"])
+    for device in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(device)
+        memory.add_metric([str(device), "free"], free)
+        memory.add_metric([str(device), "total"], total)
+        memory.add_metric([str(device), "allocated"], torch.cuda.memory_allocated(device))
+        memory.add_metric([str(device), "reserved"], torch.cuda.memory_reserved(device))
+    yield memory

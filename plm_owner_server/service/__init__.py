@@ -1,0 +1,1 @@
+"""The calls that clients make, and the scheduler that batches them on the engine."""

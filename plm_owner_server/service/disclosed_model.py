@@ -1,0 +1,192 @@
+"""The model as its tenants see it: what of the LM head each may have, and in which basis."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from plm_owner_server.service.disclosure import EVERYTHING, Disclosure
+from plm_owner_server.service.rotation import Rotation, RotationKey
+from plm_owner_server.service.validation import check_vocabulary
+from protocol.codec import raw_bytes
+from protocol.errors import Forbidden, InvalidRequest, OverLimit, Unsupported
+from protocol.head import LMHead
+from protocol.integrity import require_finite
+from protocol.messages import DTYPES, HeadDtype, HeadRequest, HeadRows, ModelCard
+
+# Of the head, from the device at a time.
+_ROWS_AT_ONCE = 4096
+# Of rotations that are kept: they are D × D, and a second's work or more to make anew where D is large.
+_ROTATION_BYTES = 2**31
+
+
+@dataclass(frozen=True)
+class View:
+    """The model as one tenant sees it.
+
+    Attributes:
+        card: what it is told of the model.
+        head: the LM head, as the engine has it.
+        rotation: its own basis, or None for the model's.
+    """
+
+    card: ModelCard
+    head: LMHead
+    rotation: Rotation | None
+
+    def rows(self, rows_N_D: Tensor) -> Tensor:
+        """Representations in the tenant's basis."""
+        return rows_N_D if self.rotation is None else self.rotation.apply(rows_N_D)
+
+    def wanted(self, request: HeadRequest) -> list[int] | slice:
+        """The rows of the LM head that a request is for.
+
+        Raises:
+            InvalidRequest, OverLimit: ids outside the vocabulary, too many rows, an empty range.
+            Forbidden: the tenant may not have them.
+        """
+        card = self.card
+        if card.head_policy == "none":
+            raise Forbidden(
+                "This owner gives no rows of the LM head.",
+                hint="`pema-client train` works those that it needs out of full distributions, if you may have these; "
+                "or ask the owner for the policy candidate.",
+            )
+        if request.token_ids is not None:
+            if request.start or request.stop is not None:
+                raise InvalidRequest("Both token_ids and a range were given.", hint="Ask for one of the two.")
+            check_vocabulary([request.token_ids], card.vocab_size)
+            rows = len(request.token_ids)
+            wanted: list[int] | slice = request.token_ids
+        else:
+            if card.head_policy != "full":
+                raise Forbidden(
+                    "This owner gives only rows of chosen tokens, not ranges of the LM head.",
+                    hint="Do without what needs the whole head: sample with --known-only, train on the candidates.",
+                )
+            stop = card.vocab_size if request.stop is None else request.stop
+            if not request.start < stop <= card.vocab_size:
+                raise InvalidRequest(
+                    f"[{request.start}, {stop}) is no range of rows.",
+                    hint=f"The head has {card.vocab_size} rows; start must be less than stop.",
+                )
+            rows, wanted = stop - request.start, slice(request.start, stop)
+        if not 0 < rows <= card.limits.max_head_rows:
+            raise OverLimit(
+                f"{rows} head rows were asked for.",
+                hint=f"One answer has 1 to {card.limits.max_head_rows} rows; ask for more in pieces (start and stop).",
+            )
+        return wanted
+
+    def head_rows(self, wanted: list[int] | slice, dtype: HeadDtype) -> HeadRows:
+        """Rows of the LM head in the tenant's basis."""
+        device = self.head.weight_V_D.device
+        chosen = self.head.rows(wanted if isinstance(wanted, slice) else torch.tensor(wanted, device=device))
+        return HeadRows(
+            digest=self.card.digest,
+            vocab_size=self.card.vocab_size,
+            weight_N_D=_on_wire(self.rows(chosen.weight_V_D), dtype, "the LM head"),
+            bias_N=None if chosen.bias_V is None else _on_wire(chosen.bias_V, dtype, "the LM head's bias"),
+            logit_scale=chosen.logit_scale,
+            softcap=chosen.softcap,
+        )
+
+
+class _Once:
+    """Makes a view when it is first asked for. Thread-safe."""
+
+    def __init__(self, make: Callable[[], View]) -> None:
+        self._make = make
+        self._made: View | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self) -> View:
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
+
+
+class Views:
+    """Makes the tenants' views of one model. Thread-safe.
+
+    Args:
+        card: of the model in its own basis with the whole head.
+        head: the engine's.
+        weights_digest: of the model's files.
+        master_secret: gives what rotations follow from.
+    """
+
+    def __init__(
+        self, card: ModelCard, head: LMHead, *, weights_digest: str, master_secret: Callable[[], bytes]
+    ) -> None:
+        self._card = card
+        self._head = head
+        self._weights_digest = weights_digest
+        self._master_secret = master_secret
+        kept = max(1, _ROTATION_BYTES // (4 * card.hidden_size**2))
+        self._lock = threading.Lock()
+        self._views = lru_cache(maxsize=kept)(lambda *whose: _Once(partial(self._make, *whose)))
+
+    def of(self, tenant: str, disclosure: Disclosure) -> View:
+        """What a tenant sees; calls that come at once wait for the first one to make it.
+
+        Raises:
+            Unsupported: it needs a rotation, and there is no master secret to make one from.
+        """
+        with self._lock:
+            view = self._views(tenant, disclosure)
+        return view()
+
+    def _make(self, tenant: str, disclosure: Disclosure) -> View:
+        if disclosure == EVERYTHING:
+            return View(self._card, self._head, None)
+        rotation, basis = None, ""
+        if disclosure.rotated:
+            key = RotationKey.derive(self._master_secret(), tenant, self._weights_digest)
+            rotation = Rotation(key.matrix(self._card.hidden_size).to(self._head.weight_V_D.device))
+            basis = key.fingerprint
+        # Memories and adapters of one view fit no other.
+        identity = "\0".join([self._card.digest, disclosure.head_policy, basis])
+        told = asdict(disclosure) | {"digest": hashlib.sha256(identity.encode()).hexdigest()}
+        if rotation is not None:
+            # Not of the rows themselves: to multiply them all takes long, and another machine rounds them otherwise.
+            told["head_digest"] = hashlib.sha256(f"head\0{identity}".encode()).hexdigest()
+            told["head_dtype"] = "float32"  # or what was exact would be rounded
+        return View(self._card.model_copy(update=told), self._head, rotation)
+
+
+def head_dtype(head: LMHead) -> HeadDtype:
+    """The name of the dtype of the head's weight.
+
+    Raises:
+        Unsupported: it cannot travel.
+    """
+    for name in get_args(HeadDtype):
+        if head.weight_V_D.dtype == DTYPES[name]:
+            return name  # type: ignore[no-any-return]
+    raise Unsupported(
+        f"The LM head's weight is of dtype {head.weight_V_D.dtype}.", hint=f"Load the model as {get_args(HeadDtype)}."
+    )
+
+
+def head_digest(head: LMHead) -> str:
+    """SHA-256 over the head's rows, its bias, its scale and soft-cap."""
+    digest = hashlib.sha256()
+    for part in (*head.weight_V_D.split(_ROWS_AT_ONCE), *([] if head.bias_V is None else [head.bias_V])):
+        digest.update(raw_bytes(part.cpu()))
+    digest.update(head.trailer())
+    return digest.hexdigest()
+
+
+def _on_wire(values: Tensor, dtype: HeadDtype, what: str) -> Tensor:
+    converted = values.to(DTYPES[dtype]).cpu()
+    require_finite(converted, what)
+    return converted
