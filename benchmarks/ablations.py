@@ -21,7 +21,7 @@ from data_owner_client import TrainingSettings, build_memories, connect, load_ta
 from data_owner_client.evaluation.comparison.knn_lm import build_index, search, tune
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.runtime.progress import Reporter
-from data_owner_client.training.batches import Sharded
+from data_owner_client.training.batches import ShardSource
 from data_owner_client.training.inputs import Memories, TrainingInput
 from data_owner_client.training.validation import target_logprobs
 from demo import home_assistant
@@ -103,7 +103,7 @@ class Taught:
     In the mean over epochs, the loss is the cross-entropy with (1 − share)·[y] + share·P_kNN.
     """
 
-    def __init__(self, memory: Sharded, near: NearTargets, share: float) -> None:
+    def __init__(self, memory: ShardSource, near: NearTargets, share: float) -> None:
         self._memory, self._near, self._share = memory, near, share
         self._rng = torch.Generator().manual_seed(0)
 

@@ -22,7 +22,7 @@ from data_owner_client import ExternalMemory, TrainingSettings, build_memories, 
 from data_owner_client.memory.rows import MemoryRows
 from demo import home_assistant
 from protocol.messages import WireDtype
-from protocol.quantization import compact
+from protocol.quantization import quantize
 
 _WORK = report.FOLDER / "compact_rows"
 _PARTS = ("train", "validation")
@@ -76,7 +76,7 @@ def _converted(source: Path, target: Path, dtype: WireDtype) -> float:
     exact = ExternalMemory(source)
     memory = ExternalMemory.create(target, exact.manifest.plan.model_copy(update={"dtype": dtype}))
     rows = exact.load()
-    cr_N_D, cr_scale_N = compact(rows.cr_N_D, dtype, "rows")
+    cr_N_D, cr_scale_N = quantize(rows.cr_N_D, dtype, "rows")
     memory.append(
         MemoryRows(cr_N_D, rows.target_N, rows.rows_E, rows.source_tokens_E, rows.logsumexp_N, cr_scale_N=cr_scale_N)
     )

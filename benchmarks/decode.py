@@ -36,7 +36,7 @@ from data_owner_client import (
     train,
     translate,
 )
-from data_owner_client.decoding.speculative import Usage
+from data_owner_client.decoding.speculative import GenerationStats
 from demo import home_assistant
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.engines.transformers.engine import load_model
@@ -74,7 +74,7 @@ def main() -> None:
                 with delaying_proxy("127.0.0.1", grpc_port, ms / 1000) as port:
                     without, with_drafts = _in_turns(port, adapter, sources)
                 speedups[ms].append(_tokens_per_s(*with_drafts) / _tokens_per_s(*without))
-                usage = sum((generation.usage for generation in with_drafts), start=Usage())
+                usage = sum((generation.usage for generation in with_drafts), start=GenerationStats())
                 trips[ms].append(usage.round_trips / usage.tokens)
             ours = _translate(grpc_port, adapter, sources, None)
             one, eight = (_clients(count, seconds, grpc_port, adapter_folder) for count in (1, 8))

@@ -23,11 +23,11 @@ import torch
 from benchmarks import report
 from benchmarks.processes import server
 from data_owner_client.plm.connection.base import Connection
-from data_owner_client.plm.connection.in_flight import Window, in_order
+from data_owner_client.plm.connection.in_flight import InFlightWindow, ordered_map
 from data_owner_client.plm.connection.open import open_connection
-from plm_owner_server.admission.authentication import TenantKeys
+from plm_owner_server.admission.authentication import TenantKeyAuthenticator
 from plm_owner_server.service.disclosure import Disclosure
-from plm_owner_server.service.metering import Cost
+from plm_owner_server.service.metering import CallCost
 from plm_owner_server.service.rotation import Rotation, RotationKey
 from plm_owner_server.settings import DEFAULT_MODEL
 from plm_owner_server.tenants.quotas import Quotas
@@ -133,7 +133,7 @@ def _in_turns(
 def _rate(connection: Connection, requests: Sequence[EncodeRequest]) -> float:
     """Tokens per second of one turn, with two requests in flight as when a memory is built."""
     started = time.perf_counter()
-    for _ in in_order(connection.encode, requests, Window()):
+    for _ in ordered_map(connection.encode, requests, InFlightWindow()):
         pass
     return sum(len(ids) for request in requests for ids in request.token_ids) / (time.perf_counter() - started)
 
@@ -142,11 +142,11 @@ def _parts(hidden_size: int) -> dict[str, float]:
     """Microseconds of what is done for each call, or each token; medians."""
     store = _store(_WORK / "parts")
     key = store.add("tenant", quotas=_GENEROUS)
-    access = TenantKeys(store)
+    access = TenantKeyAuthenticator(store)
     tenant = access.identify(f"Bearer {key}")
 
     def charge() -> None:
-        with access.meter(tenant).charging(Cost(tokens=_SEQUENCES * _TOKENS)):
+        with access.meter(tenant).charging(CallCost(tokens=_SEQUENCES * _TOKENS)):
             pass
 
     rows = torch.randn(_SEQUENCES * _TOKENS, hidden_size)

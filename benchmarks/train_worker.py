@@ -22,7 +22,7 @@ from data_owner_client import ExternalMemory, TrainingSettings
 from data_owner_client.adapter.network import Adapter
 from data_owner_client.runtime.memory_usage import peak_rss_mb
 from data_owner_client.runtime.progress import Bar, Reporter
-from data_owner_client.training.batches import Survey
+from data_owner_client.training.batches import MemoryStats
 from data_owner_client.training.likelihood import plm_target_logprobs
 from data_owner_client.training.trainer import train_adapter
 from data_owner_client.training.validation import ValidationData, target_logprobs
@@ -45,7 +45,7 @@ def main(kind: str, folder: str, head: str) -> None:
 def _ours(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str, Any]:
     """As `pema-client train` does it: the memory from disk, the candidates' rows of the head alone."""
     started = time.perf_counter()
-    survey = Survey.of(memory)
+    survey = MemoryStats.of(memory)
     head = LMHead(weight_V_D[survey.candidate_ids_C])
     validation = _validation(memory, folder, weight_V_D, survey.candidate_ids_C)
     settings = TrainingSettings(reconstruction_epochs=RECONSTRUCTION_EPOCHS, epochs=EPOCHS, batch_rows=_BATCH_ROWS)
@@ -90,7 +90,9 @@ def _reference(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict
     started = time.perf_counter()
     torch.manual_seed(0)
     hidden_size, kappa = weight_V_D.shape[1], 0.2
-    adapter = Adapter(hidden_size, min(512, hidden_size), "paper", rms=Survey.of(memory, axes=False).rms, dropout=0.2)
+    adapter = Adapter(
+        hidden_size, min(512, hidden_size), "paper", rms=MemoryStats.of(memory, axes=False).rms, dropout=0.2
+    )
     optimiser = torch.optim.Adam([adapter.A.weight, adapter.B_rct.weight], lr=1e-3)
     for _ in range(RECONSTRUCTION_EPOCHS):
         for cr_B_D, _ in loader:
@@ -149,7 +151,7 @@ class _Until(Reporter):
 
 def _large(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str, Any]:
     """Ours on a memory that takes hours: all of the first phase, and two minutes of the second."""
-    survey = Survey.of(memory)
+    survey = MemoryStats.of(memory)
     head = LMHead(weight_V_D)
     validation = _validation(memory, folder, weight_V_D, survey.candidate_ids_C)
     steps = math.ceil(memory.manifest.rows / _BATCH_ROWS)

@@ -62,7 +62,7 @@ def write_no_core_files() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def keep_quiet_about_tasks(loop: asyncio.AbstractEventLoop) -> None:
+def redact_task_exceptions(loop: asyncio.AbstractEventLoop) -> None:
     """Let an event loop tell of failed tasks as all else does: its own words quote their exceptions."""
 
     def tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ def keep_quiet_about_tasks(loop: asyncio.AbstractEventLoop) -> None:
 
 class _Lines(logging.Formatter):
     def formatException(self, ei: _Info) -> str:
-        return "\n".join(_places(ei[1]))
+        return "\n".join(_redacted_traceback(ei[1]))
 
 
 class _TextLines(_Lines):
@@ -93,7 +93,7 @@ class _JsonLines(_Lines, JsonFormatter):
         )
 
 
-def _places(error: BaseException | None) -> Iterator[str]:
+def _redacted_traceback(error: BaseException | None) -> Iterator[str]:
     """Types and places of an exception and of those that led to it, the last one first."""
     seen = set[int]()
     while error is not None and id(error) not in seen:

@@ -31,7 +31,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from protocol.errors import InvalidRequest, MalformedMessage
-from protocol.integrity import place
 
 BINARY = "application/vnd.pema.safetensors"
 JSON = "application/json"
@@ -212,7 +211,7 @@ class Message(BaseModel):
             # Only the place and the rule: the offending value may be private.
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             raise InvalidRequest(
-                f"{place(first['loc'])}: {first['msg']} ({error.error_count()} such in this message).",
+                f"{error_path(first['loc'])}: {first['msg']} ({error.error_count()} such in this message).",
                 hint="The fields and an example are in the OpenAPI page of the server (/docs).",
             ) from None
 

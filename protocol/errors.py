@@ -78,7 +78,7 @@ class MalformedMessage(InvalidRequest):
     code = "malformed-message"
 
 
-class UnknownEncoding(InvalidRequest):
+class UnsupportedMediaType(InvalidRequest):
     code = "unknown-encoding"
     http_status = 415
 
@@ -107,7 +107,7 @@ class Forbidden(PemaError, PermissionError):
     grpc_status = "PERMISSION_DENIED"
 
 
-class BudgetSpent(Forbidden):
+class BudgetExhausted(Forbidden):
     code = "budget-spent"
 
 
@@ -117,13 +117,13 @@ class PayloadTooLarge(PemaError, ValueError):
     grpc_status = "OUT_OF_RANGE"
 
 
-class TooSlow(PemaError, TimeoutError):
+class RequestTimeout(PemaError, TimeoutError):
     code = "too-slow"
     http_status = 408
     grpc_status = "DEADLINE_EXCEEDED"
 
 
-class UnacceptableAnswer(PemaError, ValueError):
+class NotAcceptable(PemaError, ValueError):
     code = "not-acceptable"
     http_status = 406
 

@@ -42,7 +42,7 @@ def require_finite(values: Tensor, what: str) -> None:
         )
 
 
-def place(parts: Sequence[str | int]) -> str:
+def error_path(parts: Sequence[str | int]) -> str:
     """Where in a message something is wrong, as pydantic's `loc` says; what may be a text is not told."""
     shown = [str(part) if isinstance(part, int) or _is_a_name(part) else "an unknown field" for part in parts]
     return ".".join(shown) or "body"

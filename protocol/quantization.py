@@ -11,7 +11,7 @@ from protocol.messages import DTYPES, WireDtype
 _INT8_MAX = 127
 
 
-def compact(rows_N_D: Tensor, dtype: WireDtype, what: str) -> tuple[Tensor, Tensor | None]:
+def quantize(rows_N_D: Tensor, dtype: WireDtype, what: str) -> tuple[Tensor, Tensor | None]:
     """Rows in a number format.
 
     Args:
@@ -36,6 +36,6 @@ def compact(rows_N_D: Tensor, dtype: WireDtype, what: str) -> tuple[Tensor, Tens
     return (rows_N_D / scale_N[:, None]).round().to(torch.int8), scale_N
 
 
-def expand(values_N_D: Tensor, scale_N: Tensor | None) -> Tensor:
-    """What `compact` was given, as far as the format keeps it: float32 from int8, else the very values."""
+def dequantize(values_N_D: Tensor, scale_N: Tensor | None) -> Tensor:
+    """What `quantize` was given, as far as the format keeps it: float32 from int8, else the very values."""
     return values_N_D if scale_N is None else values_N_D.float() * scale_N[:, None]

@@ -19,7 +19,7 @@ _PARAMETER = re.compile(r';\s*([a-z]+)="?([0-9a-z-]*)"?')
 
 
 @dataclass(frozen=True)
-class Allowance:
+class RateLimitStatus:
     """One quota, and what is left of it.
 
     Attributes:
@@ -44,7 +44,7 @@ class Allowance:
         return f"{self.left:,} of {self.quota:,} {self.unit.replace('-', ' ')}{again}"
 
 
-def to_fields(allowances: Sequence[Allowance]) -> dict[str, str]:
+def to_fields(allowances: Sequence[RateLimitStatus]) -> dict[str, str]:
     """The two fields by name; none where there are no quotas."""
     if not allowances:
         return {}
@@ -56,11 +56,11 @@ def to_fields(allowances: Sequence[Allowance]) -> dict[str, str]:
     return {RATE_LIMIT: ", ".join(left), RATE_LIMIT_POLICY: ", ".join(policy)}
 
 
-def from_fields(rate_limit: str, policy: str) -> tuple[Allowance, ...]:
+def from_fields(rate_limit: str, policy: str) -> tuple[RateLimitStatus, ...]:
     """What two such fields say. What is of another kind is left out, as a proxy may write some, too."""
     left, quotas = _items(rate_limit), _items(policy)
     return tuple(
-        Allowance(
+        RateLimitStatus(
             name,
             int(quotas[name]["q"]),
             int(left[name]["r"]),

@@ -21,9 +21,9 @@ import trustme
 
 from data_owner_client.plm.connection.base import Connection
 from data_owner_client.plm.connection.open import open_connection
-from plm_owner_server.admission.authentication import Access, TenantKeys
+from plm_owner_server.admission.authentication import Authenticator, TenantKeyAuthenticator
 from plm_owner_server.service.disclosure import Disclosure
-from plm_owner_server.service.requests import Caller
+from plm_owner_server.service.requests import CallContext
 from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.store import TenantStore
 from plm_owner_server.transports.tls import Certificate
@@ -91,9 +91,9 @@ class Guard:
         return {"ca": self.ca, "api_key": self.key}
 
     @cached_property
-    def access(self) -> Access:
+    def access(self) -> Authenticator:
         """For servers in this process."""
-        return TenantKeys(TenantStore(self.store))
+        return TenantKeyAuthenticator(TenantStore(self.store))
 
 
 current: Guard | None = None
@@ -116,14 +116,14 @@ def url(scheme: str, port: int) -> str:
     return f"{scheme}{'s' if current else ''}://127.0.0.1:{port}"
 
 
-def access() -> Access | None:
+def access() -> Authenticator | None:
     """Who may call a server in this process, unless it has tenants of its own."""
     return current.access if current else None
 
 
-def caller() -> Caller:
+def caller() -> CallContext:
     """Whose calls clients make, for calls of the service itself: it shows both the same."""
-    return Caller(TENANT, TENANT, DISCLOSURE) if current else Caller()
+    return CallContext(TENANT, TENANT, DISCLOSURE) if current else CallContext()
 
 
 def credentials(**chosen: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from plm_owner_server.admission.authentication import Access
+from plm_owner_server.admission.authentication import Authenticator
 from plm_owner_server.admission.controller import ServiceHolder
 from plm_owner_server.engines.interface import Engine
 from plm_owner_server.engines.loading import load_engine
@@ -34,7 +34,7 @@ from plm_owner_server.engines.model_files.tokenizer import load_tokenizer
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.transports.grpc_server import serve_grpc
-from plm_owner_server.transports.http_protocol import bounded_http
+from plm_owner_server.transports.http_protocol import bounded_http_protocol
 from plm_owner_server.transports.rest_app import create_app
 from tests import guard
 
@@ -229,7 +229,7 @@ def run_app(app: FastAPI, *, max_connections: int = 1000, transfer_s: float = 30
     # With its protocol named, or asyncio would not turn Nagle's delay of 40 ms off.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
-        http: Any = bounded_http(max_connections, transfer_s)
+        http: Any = bounded_http_protocol(max_connections, transfer_s)
         context = guard.current.certificate.context() if guard.current else None
         config = uvicorn.Config(
             app,
@@ -253,14 +253,18 @@ def run_app(app: FastAPI, *, max_connections: int = 1000, transfer_s: float = 30
 
 @contextmanager
 def serve(
-    service: PlmService | None, *, max_body_bytes: int | None = None, access: Access | None = None, **connections: Any
+    service: PlmService | None,
+    *,
+    max_body_bytes: int | None = None,
+    access: Authenticator | None = None,
+    **connections: Any,
 ) -> Iterator[str]:
     """Serve over REST and give the base URL; without a service, as a server whose model is still loading."""
     with serve_holder(_holder(service, access), max_body_bytes=max_body_bytes, **connections) as url:
         yield url
 
 
-def _holder(service: PlmService | None, access: Access | None) -> ServiceHolder:
+def _holder(service: PlmService | None, access: Authenticator | None) -> ServiceHolder:
     return ServiceHolder(service, access or guard.access())
 
 
@@ -275,7 +279,7 @@ def serve_holder(holder: ServiceHolder, *, max_body_bytes: int | None = None, **
 
 @contextmanager
 def serve_over_grpc(
-    service: PlmService | None, *, max_body_bytes: int = 2**24, access: Access | None = None, **connections: Any
+    service: PlmService | None, *, max_body_bytes: int = 2**24, access: Authenticator | None = None, **connections: Any
 ) -> Iterator[str]:
     """Serve over gRPC on an event loop of its own and give the address, grpc://…."""
     with serve_holder_over_grpc(_holder(service, access), max_body_bytes=max_body_bytes, **connections) as url:

@@ -14,7 +14,7 @@ from benchmarks.soak.lines import Lost
 from benchmarks.soak.replicas import Replica
 from benchmarks.soak.tenants import FLOODED, Tenant
 from benchmarks.soak.truth import Truth, WrongAnswer
-from protocol.errors import BudgetSpent, NotReady, Overloaded, PemaError, QuotaExceeded
+from protocol.errors import BudgetExhausted, NotReady, Overloaded, PemaError, QuotaExceeded
 
 _ATTEMPTS = 40
 _PAUSE_S = 0.25
@@ -133,7 +133,7 @@ class Traffic:
 
     def _refused(self, tenant: Tenant, call: Call, error: PemaError) -> float | None:
         self.record.refused[f"{tenant.name}: {error.code}"] += 1
-        if isinstance(error, BudgetSpent) and tenant.quotas.head_rows is not None:
+        if isinstance(error, BudgetExhausted) and tenant.quotas.head_rows is not None:
             return None  # for ever, so it is an answer
         beyond_quota = isinstance(error, QuotaExceeded) and tenant.quotas != FLOODED
         if isinstance(error, Overloaded) and error.retry_after_s is not None and not beyond_quota:

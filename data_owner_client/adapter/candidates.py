@@ -14,7 +14,7 @@ def token_set(tokens: Sequence[Tensor]) -> Tensor:
     return ids_K
 
 
-def places(token_ids: Tensor, candidate_ids_C: Tensor) -> Tensor:
+def index_of(token_ids: Tensor, candidate_ids_C: Tensor) -> Tensor:
     """Index of each token among the candidates, which are sorted; −1 where it is none of them."""
     at = torch.searchsorted(candidate_ids_C, token_ids).clamp(max=len(candidate_ids_C) - 1)
     return torch.where(candidate_ids_C[at] == token_ids, at, -1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.network import AdapterForm
-from data_owner_client.data.example_retrieval import NearestPairs
+from data_owner_client.data.example_retrieval import ExampleRetriever
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.manifest import ContextMode
 from data_owner_client.plm.identity import ModelIdentity
@@ -46,7 +46,7 @@ class AdapterCard(BaseModel):
         return max(1.0, source_tokens * self.length_ratio)
 
 
-class Adaptation(Protocol):
+class CandidateDistribution(Protocol):
     """What the PLM can be interpolated with: a trained adapter, or a rival.
 
     Attributes:
@@ -63,7 +63,7 @@ class Adaptation(Protocol):
     @property
     def head(self) -> LMHead: ...
     @property
-    def nearest(self) -> NearestPairs | None: ...
+    def nearest(self) -> ExampleRetriever | None: ...
 
     def logprobs(self, cr_N_D: Tensor, previous_N_K: Tensor | None = None) -> Tensor:
         """log P over the candidates [N, C], float32.

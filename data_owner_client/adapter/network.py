@@ -12,7 +12,7 @@ from protocol.head import LMHead
 AdapterForm = Literal["paper", "residual", "recent"]
 
 
-RECENT = 2
+RECENT_TOKENS = 2
 
 
 """Tokens before the current one that the form `recent` sees."""
@@ -54,7 +54,7 @@ class Adapter(nn.Module):
         if form != "paper":
             nn.init.zeros_(self.B_pd.weight)
         if form == "recent":
-            self.E = nn.Linear(RECENT * hidden_size, rank, bias=False)
+            self.E = nn.Linear(RECENT_TOKENS * hidden_size, rank, bias=False)
             self.drifted = nn.Parameter(torch.tensor(0.5))
             self.head_rms: Tensor
             self.register_buffer("head_rms", torch.tensor(head_rms))
@@ -94,7 +94,7 @@ class Adapter(nn.Module):
         for decoder in (self.B_pd, self.B_rct):
             decoder.weight.copy_(axes_D_D.T @ decoder.weight)
         if self.form == "recent":
-            self.E.weight.copy_((self.E.weight.unflatten(1, (RECENT, -1)) @ axes_D_D).flatten(1))
+            self.E.weight.copy_((self.E.weight.unflatten(1, (RECENT_TOKENS, -1)) @ axes_D_D).flatten(1))
 
     def reconstruction(self, x_N_D: Tensor) -> Tensor:
         """B_rct A x for scaled representations x."""

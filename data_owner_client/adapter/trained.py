@@ -20,10 +20,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from data_owner_client.adapter.candidates import places
+from data_owner_client.adapter.candidates import index_of
 from data_owner_client.adapter.card import AdapterCard
-from data_owner_client.adapter.network import RECENT, Adapter
-from data_owner_client.data.example_retrieval import NearestPairs
+from data_owner_client.adapter.network import RECENT_TOKENS, Adapter
+from data_owner_client.data.example_retrieval import ExampleRetriever
 from data_owner_client.data.pairs import Pair, digest_pairs, read_written_pairs, write_pairs
 from data_owner_client.runtime.atomic_files import write_atomically
 from protocol.codec import unpacked
@@ -50,17 +50,17 @@ class TrainedAdapter:
     pairs: Sequence[Pair] = ()
 
     @cached_property
-    def nearest(self) -> NearestPairs | None:
+    def nearest(self) -> ExampleRetriever | None:
         """Finds the examples that the PLM sees; None if it sees the task's own."""
-        return NearestPairs(self.pairs, self.card.nearest) if self.card.nearest else None
+        return ExampleRetriever(self.pairs, self.card.nearest) if self.card.nearest else None
 
     @torch.inference_mode()
     def logprobs(self, cr_N_D: Tensor, previous_N_K: Tensor | None = None) -> Tensor:
         """log P_PEMA over the candidates [N, C], float32. The arguments: see `Adaptation`."""
         if previous_N_K is None:
-            previous_N_K = torch.full((len(cr_N_D), RECENT), -1)
+            previous_N_K = torch.full((len(cr_N_D), RECENT_TOKENS), -1)
         adapter = self.adapter.eval()
-        recent_N_E = adapter.recent(self.head, places(previous_N_K, self.candidate_ids_C))
+        recent_N_E = adapter.recent(self.head, index_of(previous_N_K, self.candidate_ids_C))
         return self.head.logits(adapter.hidden(adapter.scaled(cr_N_D), recent_N_E)).log_softmax(dim=-1)
 
     def save(self, folder: Path) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from data_owner_client.cli.app import command
 from data_owner_client.cli.doctor import diagnose
-from data_owner_client.cli.options import AsJson, Server
+from data_owner_client.cli.options import AsJson, ServerOptions
 from data_owner_client.cli.output import print_record
 from data_owner_client.runtime.progress import RichReporter
 
@@ -21,7 +21,7 @@ _DOCTOR_WAITS_S = 10.0
 
 
 @command()
-def info(server: Server, as_json: AsJson = False) -> None:
+def info(server: ServerOptions, as_json: AsJson = False) -> None:
     """Show which model a server has, what it allows, and what is left of your quotas.
 
     Example: `pema-client info --server http://127.0.0.1:8000`
@@ -35,7 +35,7 @@ def info(server: Server, as_json: AsJson = False) -> None:
 
 @command()
 def doctor(
-    server: Server,
+    server: ServerOptions,
     memory: Annotated[list[Path] | None, typer.Option(help="Memories to check; default: ./memory.")] = None,
     adapter: Annotated[list[Path] | None, typer.Option(help="Adapters to check; default: ./adapter.")] = None,
     as_json: AsJson = False,
@@ -72,7 +72,7 @@ def doctor(
 
 
 @command("fetch-head")
-def fetch_head(server: Server, as_json: AsJson = False) -> None:
+def fetch_head(server: ServerOptions, as_json: AsJson = False) -> None:
     """Download the whole LM head into the cache, for work that needs more than the candidates' rows.
 
     Interrupted, the same command goes on where it stopped. What is there is checked against the server's digest.

@@ -12,8 +12,8 @@ from pydantic import BaseModel, computed_field
 
 from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.memory.store import MANIFEST, ExternalMemory
-from data_owner_client.plm.connection.base import Exchange
-from data_owner_client.plm.head_recovery.fit import enough
+from data_owner_client.plm.connection.base import Attempt
+from data_owner_client.plm.head_recovery.fit import contexts_needed
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
 from protocol.errors import ConnectionFailed, Forbidden, InvalidData, PemaError, Unauthenticated
@@ -133,7 +133,7 @@ def _tokenizer(plm: RemotePlm) -> Finding:
 
 
 def _round_trip(plm: RemotePlm, diagnosis: Diagnosis) -> Finding:
-    exchanges, seconds = list[Exchange](), list[float]()
+    exchanges, seconds = list[Attempt](), list[float]()
     ids = [i % plm.card.vocab_size for i in range(1, min(16, plm.card.limits.max_sequence_tokens))]
     with plm.observed_by(exchanges.append):
         for _ in range(_TRIPS + 1):
@@ -195,7 +195,7 @@ def _head(plm: RemotePlm) -> Finding:
         how = "rotated, so without a digest of its rows" if plm.card.rotated else "as the server's digest says"
         return Finding(check="LM head", ok=True, detail=f"in {head.folder}, {how}")
     if plm.card.head_policy == "none":
-        have, wanted = len(plm.distributions().keys()), enough(plm.card)
+        have, wanted = len(plm.distributions().keys()), contexts_needed(plm.card)
         return Finding(
             check="LM head",
             ok=True,

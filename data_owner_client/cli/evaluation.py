@@ -15,12 +15,12 @@ from data_owner_client.cli.inputs import pairs_of
 from data_owner_client.cli.options import (
     AsJson,
     Decoded,
-    Decoding,
+    DecodingOptions,
     FileFormat,
     InputFile,
     Minutes,
     OptionalAdapter,
-    Server,
+    ServerOptions,
     ShareTargets,
     SourceField,
     Sources,
@@ -45,8 +45,8 @@ from protocol.errors import InvalidData
 
 @command()
 def evaluate(
-    server: Server,
-    decoding: Decoding,
+    server: ServerOptions,
+    decoding: DecodingOptions,
     adapter: OptionalAdapter = None,
     input_file: InputFile = None,
     sources: Sources = None,
@@ -114,7 +114,7 @@ def evaluate(
 
 @command()
 def compare(
-    server: Server,
+    server: ServerOptions,
     input_file: Annotated[Path, typer.Option("--input", help="Pairs to train on.")],
     validation: Annotated[Path, typer.Option(help="Pairs held out for validation.")],
     test: Annotated[Path, typer.Option(help="Pairs to evaluate on.")],

@@ -12,14 +12,14 @@ from data_owner_client.cli.app import command, set_threads
 from data_owner_client.cli.inputs import sources_of
 from data_owner_client.cli.options import (
     AsJson,
-    Decoding,
-    Draws,
+    DecodingOptions,
     Explain,
     FileFormat,
     InputFile,
     OptionalAdapter,
     Output,
-    Server,
+    SamplingOptions,
+    ServerOptions,
     SourceField,
     Stream,
 )
@@ -32,9 +32,9 @@ from protocol.errors import InvalidData
 
 @command()
 def translate(
-    server: Server,
-    decoding: Decoding,
-    draws: Draws,
+    server: ServerOptions,
+    decoding: DecodingOptions,
+    draws: SamplingOptions,
     texts: Annotated[list[str] | None, typer.Argument(help="Source texts; or give --input.")] = None,
     adapter: OptionalAdapter = None,
     task: Annotated[str | None, typer.Option(help="Built-in task or TOML file; default: the adapter's.")] = None,
@@ -73,9 +73,9 @@ def translate(
 
 @command()
 def generate(
-    server: Server,
-    decoding: Decoding,
-    draws: Draws,
+    server: ServerOptions,
+    decoding: DecodingOptions,
+    draws: SamplingOptions,
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, used as they are; or give --input.")] = None,
     adapter: OptionalAdapter = None,
     input_file: InputFile = None,
@@ -106,7 +106,7 @@ def generate(
             write_texts(inputs, run, identity, output, as_json, explain, plm.tokenizer)
 
 
-def _how(decoding: Decoding, draws: Draws, adapter: TrainedAdapter | None) -> dict[str, Any]:
+def _how(decoding: DecodingOptions, draws: SamplingOptions, adapter: TrainedAdapter | None) -> dict[str, Any]:
     """What `translate` and `generate` have in common."""
     return {
         "interpolation": decoding.interpolation(adapter),
@@ -120,7 +120,7 @@ def _how(decoding: Decoding, draws: Draws, adapter: TrainedAdapter | None) -> di
     }
 
 
-def _require_one(decoding: Decoding, draws: Draws) -> None:
+def _require_one(decoding: DecodingOptions, draws: SamplingOptions) -> None:
     if decoding.consensus or draws.samples > 1:
         raise InvalidData(
             "--stream shows a text as it grows, and of several the best is known at the end.",

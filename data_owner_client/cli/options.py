@@ -14,12 +14,12 @@ import typer
 from data_owner_client.adapter.interpolation import Interpolation, Schedule
 from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.data.pairs import Format
-from data_owner_client.decoding.client_drafts import Lookup
-from data_owner_client.decoding.generation import CONSENSUS_TEMPERATURE, lookup_in
+from data_owner_client.decoding.client_drafts import NgramDrafter
+from data_owner_client.decoding.generation import CONSENSUS_TEMPERATURE, ngram_drafter_for
 from data_owner_client.decoding.sampling import Sampling
 from data_owner_client.decoding.speculative import DecodingSettings
 from data_owner_client.plm.connect import connect
-from data_owner_client.plm.connection.retries import GIVE_UP_AFTER_S
+from data_owner_client.plm.connection.retries import RETRY_FOR_SECONDS
 from data_owner_client.plm.remote_plm import RemotePlm
 from protocol.errors import InvalidData
 from protocol.messages import WireDtype
@@ -202,7 +202,7 @@ class OptionGroup:
 
 
 @dataclass(frozen=True)
-class Server(OptionGroup):
+class ServerOptions(OptionGroup):
     """What the options say of the connection."""
 
     server: _Server = "http://127.0.0.1:8000"
@@ -212,7 +212,7 @@ class Server(OptionGroup):
     client_certificate: _ClientCertificate = None
     client_key: _ClientKey = None
     timeout: _Timeout = 600.0
-    give_up_after: _GiveUpAfter = GIVE_UP_AFTER_S
+    give_up_after: _GiveUpAfter = RETRY_FOR_SECONDS
 
     def connect(self, dtype: WireDtype = "float16") -> RemotePlm:
         """The PLM behind it."""
@@ -230,7 +230,7 @@ class Server(OptionGroup):
 
 
 @dataclass(frozen=True)
-class Decoding(OptionGroup):
+class DecodingOptions(OptionGroup):
     """What the options say of generating."""
 
     schedule: OptionalSchedule = None
@@ -249,9 +249,9 @@ class Decoding(OptionGroup):
         """Length, look-ahead, batch size."""
         return DecodingSettings(self.max_new_tokens, self.look_ahead, self.batch_size)
 
-    def drafts(self) -> Lookup | None:
+    def drafts(self) -> NgramDrafter | None:
         """Where drafts are looked up."""
-        return lookup_in(self.lookup) if self.lookup else None
+        return ngram_drafter_for(self.lookup) if self.lookup else None
 
     def identity(self, adapter: TrainedAdapter | None) -> list[object]:
         """What of these options can change a text."""
@@ -281,7 +281,7 @@ class Decoding(OptionGroup):
 
 
 @dataclass(frozen=True)
-class Draws(OptionGroup):
+class SamplingOptions(OptionGroup):
     """What the options say of sampling."""
 
     temperature: Temperature = 0.0

@@ -14,11 +14,11 @@ from rich.table import Table
 
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.generation import Generation
-from data_owner_client.decoding.speculative import Usage
-from data_owner_client.decoding.token_selection import Choice
+from data_owner_client.decoding.speculative import GenerationStats
+from data_owner_client.decoding.token_selection import TokenChoice
 from data_owner_client.plm.tokenizer import PlmTokenizer
 from data_owner_client.runtime.atomic_files import write_atomically
-from data_owner_client.runtime.resumable_output import Job
+from data_owner_client.runtime.resumable_output import ResumableOutput
 from protocol.errors import InvalidData, PemaError
 
 
@@ -33,7 +33,7 @@ def write_texts(
 ) -> None:
     """Generate and write: to a file in parts that an interruption leaves behind, to standard output at the end."""
     if output is not None and not as_json and explain is None:
-        usage = Usage()
+        usage = GenerationStats()
 
         def work(numbers: list[int]) -> dict[int, str]:
             nonlocal usage
@@ -51,7 +51,7 @@ def write_texts(
                 if at not in failed
             }
 
-        before = Job(output, identity).run(inputs, work)
+        before = ResumableOutput(output, identity).run(inputs, work)
         done_before = f" ({before} of them done before)" if before else ""
         print(f"{len(inputs)} texts{done_before}: {usage}.", file=sys.stderr)
         return
@@ -78,7 +78,7 @@ def write_texts(
 def _explained(inputs: list[str], result: Generation, tokenizer: PlmTokenizer) -> str:
     """A JSON object a line for every input: its tokens, the distribution that each was chosen from, who wanted it."""
 
-    def token(choice: Choice) -> dict[str, Any]:
+    def token(choice: TokenChoice) -> dict[str, Any]:
         return {
             "token": tokenizer.decode([choice.token]),
             "id": choice.token,

@@ -25,7 +25,7 @@ from data_owner_client.cli.options import (
     InputFile,
     MemoryFolder,
     Minutes,
-    Server,
+    ServerOptions,
     ShareTargets,
     SourceField,
     Sources,
@@ -49,7 +49,7 @@ from protocol.errors import InvalidData
 
 @command("build-memory")
 def build_memory(
-    server: Server,
+    server: ServerOptions,
     memory: MemoryFolder = Path("memory"),
     task: Annotated[str, typer.Option(help="Name of a built-in task, or a TOML file.")] = "translate-en-de",
     input_file: InputFile = None,
@@ -116,7 +116,7 @@ def build_memory(
 
 @command()
 def train(
-    server: Server,
+    server: ServerOptions,
     memory: MemoryFolder = Path("memory"),
     adapter: AdapterFolder = Path("adapter"),
     form: Annotated[
@@ -231,7 +231,7 @@ def train(
 
 @command()
 def sweep(
-    server: Server,
+    server: ServerOptions,
     memory: MemoryFolder = Path("memory"),
     folder: Annotated[Path, typer.Option(help="For the results.")] = Path("runs/sweep"),
     form: Annotated[

@@ -16,14 +16,16 @@ from data_owner_client.plm.remote_plm import RemotePlm
 _AT_ONCE = 256
 
 
-def tasks_for(plm: RemotePlm, task: Task, sources: Sequence[str], nearest: NearestPairs | None) -> list[Task]:
+def with_retrieved_examples(
+    plm: RemotePlm, task: Task, sources: Sequence[str], nearest: ExampleRetriever | None
+) -> list[Task]:
     """The task of each text: with the examples nearest to it in its prompt, or, without `nearest`, as it is."""
     if nearest is None:
         return [task] * len(sources)
     return [_with_examples(plm, task, *each) for each in zip(sources, nearest.examples(sources), strict=True)]
 
 
-class NearestPairs:
+class ExampleRetriever:
     """Finds pairs by the likeness of their sources, by the TF-IDF weights of pieces of words.
 
     The product of two texts' weights is divided by the square root of the pair's length alone, not by its length: the

@@ -9,12 +9,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from data_owner_client.adapter.candidates import places
+from data_owner_client.adapter.candidates import index_of
 from data_owner_client.adapter.interpolation import mix
 
 
 @dataclass(frozen=True)
-class PlmPositions:
+class PlmScores:
     """What is known of the PLM's distribution at N positions.
 
     Attributes:
@@ -29,7 +29,7 @@ class PlmPositions:
 
 
 @dataclass(frozen=True)
-class KnownMixture:
+class CandidateMixture:
     """The mixture at N positions, where its probabilities are known without the whole LM head.
 
     Attributes:
@@ -40,7 +40,7 @@ class KnownMixture:
             none of them, else −∞.
     """
 
-    plm: PlmPositions
+    plm: PlmScores
     candidate_ids_C: Tensor
     lambda_N: Tensor
     logprob_N_K: Tensor
@@ -48,7 +48,7 @@ class KnownMixture:
     @classmethod
     def of(
         cls,
-        plm: PlmPositions,
+        plm: PlmScores,
         pema_logprob_N_C: Tensor,
         candidate_ids_C: Tensor,
         lambda_N: Tensor,
@@ -63,7 +63,7 @@ class KnownMixture:
             lambda_N: λ at each position.
             reluctance_C: taken from the log-probability of each candidate, where λ > 0.
         """
-        at_N = places(plm.top1_N, candidate_ids_C)
+        at_N = index_of(plm.top1_N, candidate_ids_C)
         inside_N, at_N = at_N >= 0, at_N.clamp(min=0)
         # Rows that travelled as float16 must not make another candidate seem likelier to the PLM than its own top-1.
         plm_logprob_N_C = plm.logprob_N_C.minimum(plm.top1_logprob_N[:, None])

@@ -22,7 +22,7 @@ _COPY_PRIOR = {1: 0.15, 2: 0.4, 3: 0.6, 4: 0.75}
 
 
 @dataclass(frozen=True)
-class Offer:
+class DraftToken:
     """A draft of the client's own.
 
     Attributes:
@@ -41,14 +41,14 @@ class Offer:
 class Drafter(Protocol):
     """Where the client finds drafts."""
 
-    def after(self, prompt: Sequence[int], generated: Sequence[int], most: int) -> list[Offer]:
+    def after(self, prompt: Sequence[int], generated: Sequence[int], most: int) -> list[DraftToken]:
         """Drafts for what comes next, `most` of them or fewer."""
 
-    def learn(self, offer: Offer, *, agreed: bool) -> None:
+    def learn(self, offer: DraftToken, *, agreed: bool) -> None:
         """One draft that was looked at."""
 
 
-class Lookup:
+class NgramDrafter:
     """Continuations of the last few tokens in given texts.
 
     Args:
@@ -68,9 +68,9 @@ class Lookup:
         self._accepted = 0
         self._expected = 0.0
 
-    def after(self, prompt: Sequence[int], generated: Sequence[int], most: int) -> list[Offer]:
+    def after(self, prompt: Sequence[int], generated: Sequence[int], most: int) -> list[DraftToken]:
         """What most often followed the last two or three tokens generated, and so on from there."""
-        ids, offers = list(generated), list[Offer]()
+        ids, offers = list(generated), list[DraftToken]()
         # How much oftener the mixture agrees than the counts say.
         calibration = (self._accepted + _CALIBRATION_WEIGHT) / (self._expected + _CALIBRATION_WEIGHT)
         while len(offers) < min(most, MOST_OFFERS):
@@ -78,24 +78,24 @@ class Lookup:
             if found is None:
                 break
             token, evidence = found
-            offers.append(Offer(token, min(1.0, evidence * calibration), evidence, self))
+            offers.append(DraftToken(token, min(1.0, evidence * calibration), evidence, self))
             ids.append(token)
         return offers
 
-    def learn(self, offer: Offer, *, agreed: bool) -> None:
+    def learn(self, offer: DraftToken, *, agreed: bool) -> None:
         """One draft that was looked at."""
         self._expected += offer.evidence
         self._accepted += agreed
 
 
-class Copying:
+class PromptLookupDrafter:
     """Continuations of the last few tokens in the sequence itself: its source, its examples, what was generated."""
 
     def __init__(self) -> None:
         self._offered = dict.fromkeys(_COPY_PRIOR, 0)
         self._accepted = dict.fromkeys(_COPY_PRIOR, 0)
 
-    def after(self, prompt: Sequence[int], generated: Sequence[int], most: int) -> list[Offer]:
+    def after(self, prompt: Sequence[int], generated: Sequence[int], most: int) -> list[DraftToken]:
         """What followed the last place where the same tokens stood, the more of them the better."""
         ids = [*prompt, *generated]
         longest, follows = 0, 0
@@ -111,11 +111,11 @@ class Copying:
         copied = ids[follows : follows + min(most, MOST_OFFERS)] if longest else []
         return [self._offer(token, min(longest + step, 4)) for step, token in enumerate(copied)]
 
-    def _offer(self, token: int, matching: int) -> Offer:
+    def _offer(self, token: int, matching: int) -> DraftToken:
         accepted = self._accepted[matching] + _CALIBRATION_WEIGHT * _COPY_PRIOR[matching]
-        return Offer(token, accepted / (self._offered[matching] + _CALIBRATION_WEIGHT), matching, self)
+        return DraftToken(token, accepted / (self._offered[matching] + _CALIBRATION_WEIGHT), matching, self)
 
-    def learn(self, offer: Offer, *, agreed: bool) -> None:
+    def learn(self, offer: DraftToken, *, agreed: bool) -> None:
         """One draft that was looked at."""
         self._offered[int(offer.evidence)] += 1
         self._accepted[int(offer.evidence)] += agreed

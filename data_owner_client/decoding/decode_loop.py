@@ -7,12 +7,19 @@ from dataclasses import dataclass
 
 import torch
 
-from data_owner_client.adapter.card import Adaptation
+from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
-from data_owner_client.decoding.client_drafts import Lookup
+from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.sampling import Noise, Sampling
-from data_owner_client.decoding.speculative import DEFAULT_DECODING, DecodingSettings, Ending, Hypothesis, Rounds, Usage
-from data_owner_client.decoding.token_selection import Choice, Chooser
+from data_owner_client.decoding.speculative import (
+    DEFAULT_DECODING,
+    DecodingSettings,
+    GenerationStats,
+    PlmOnlyCalls,
+    SequenceState,
+    SpeculativeDecoder,
+)
+from data_owner_client.decoding.token_selection import TokenChoice, TokenSelector
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
 from protocol.errors import InvalidData
@@ -28,7 +35,7 @@ class Continuation:
         choices: its tokens, the stop token included, and how each of them was chosen.
     """
 
-    choices: list[Choice]
+    choices: list[TokenChoice]
 
     @property
     def token_ids(self) -> list[int]:
@@ -45,7 +52,7 @@ def generate(
     plm: RemotePlm,
     prompts: Sequence[Sequence[int]],
     *,
-    adapter: Adaptation | None = None,
+    adapter: CandidateDistribution | None = None,
     interpolation: Interpolation = _ALONE,
     horizons: Sequence[float] | None = None,
     own_prompts: Sequence[Sequence[int]] | None = None,
@@ -53,10 +60,10 @@ def generate(
     settings: DecodingSettings = DEFAULT_DECODING,
     sampling: Sampling | None = None,
     samples: Sequence[int | None] | None = None,
-    lookup: Lookup | None = None,
+    lookup: NgramDrafter | None = None,
     on_token: Callable[[int, int], None] | None = None,
     reporter: Reporter | None = None,
-) -> tuple[list[Continuation], Usage]:
+) -> tuple[list[Continuation], GenerationStats]:
     """Continue prompts by the mixture; without an adapter, by the PLM alone.
 
     Args:
@@ -112,19 +119,23 @@ def generate(
     head = None
     if sampling is not None and not sampling.known_only:
         head = plm.full_head(reporter).to(torch.float32)
-    chooser = Chooser(adapter, head, interpolation, stop_ids, sampling)
-    rounds = Rounds(plm, chooser, stop_ids, settings, lookup, on_token)
+    chooser = TokenSelector(adapter, head, interpolation, stop_ids, sampling)
+    rounds = SpeculativeDecoder(plm, chooser, stop_ids, settings, lookup, on_token)
     batch_size = max(1, min(settings.batch_size, limits.max_sequences, limits.max_rows // settings.max_new_tokens))
     # Longest prompts first, or the last one to begin might be the longest.
-    waiting, active, alone = sorted(sequences, key=lambda s: len(s.prompt)), list[Hypothesis](), list[Hypothesis]()
-    ending = Ending(rounds, batch_size)
+    waiting, active, alone = (
+        sorted(sequences, key=lambda s: len(s.prompt)),
+        list[SequenceState](),
+        list[SequenceState](),
+    )
+    ending = PlmOnlyCalls(rounds, batch_size)
     with (reporter or Reporter()).bar("generating", len(sequences), "sequences") as bar:
         while waiting or active or alone or ending.calls:
             while waiting and len(active) < batch_size:
                 newest = waiting.pop()
                 (alone if newest.finished_at == 0 else active).append(newest)
             ending.begin(alone)
-            came: list[Hypothesis] = []
+            came: list[SequenceState] = []
             if active:
                 rounds.go_on(active)
                 came, active = active, []
@@ -154,8 +165,8 @@ def require_room(plm: RemotePlm, prompt: Sequence[int], *, place: str) -> None:
 
 def _begin(
     number: int, prompt: Sequence[int], horizon: float, interpolation: Interpolation, most_tokens: int
-) -> Hypothesis:
+) -> SequenceState:
     positions_T = torch.arange(most_tokens)
     lambdas = interpolation.weights(positions_T, torch.full((most_tokens,), horizon, dtype=torch.float64)).tolist()
     finished_at = next((t for t in range(most_tokens) if interpolation.finished(t, horizon)), most_tokens)
-    return Hypothesis(number, list(prompt), lambdas, finished_at)
+    return SequenceState(number, list(prompt), lambdas, finished_at)

@@ -28,7 +28,7 @@ _CAUTION = 5.0
 
 
 @dataclass
-class Agreement:
+class AcceptanceStats:
     """Of drafts offered, how many the mixture agreed with, by λ.
 
     Attributes:
@@ -53,7 +53,7 @@ class Agreement:
 
 
 @dataclass
-class Costs:
+class RoundCostModel:
     """Seconds of a round: overhead + steps · step + rows · row, learned from the rounds themselves.
 
     `steps` are the server's forward passes one after another, `rows` the positions in them, of all sequences together.
@@ -101,7 +101,7 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Drafts:
+class DraftPlan:
     """What is drafted of one sequence in a round: by the client or by the server.
 
     Attributes:
@@ -113,7 +113,9 @@ class Drafts:
     look_ahead: int = 0
 
 
-def plan(chances: Sequence[Sequence[float]], offers: Sequence[Sequence[float]], costs: Costs) -> list[Drafts]:
+def plan_drafts(
+    chances: Sequence[Sequence[float]], offers: Sequence[Sequence[float]], costs: RoundCostModel
+) -> list[DraftPlan]:
     """Drafts for each sequence of a batch, so that the tokens expected per (cautious) second are the most.
 
     The ratio is maximised by Dinkelbach's method: at the price of time that the best ratio so far sets, every draft
@@ -130,7 +132,7 @@ def plan(chances: Sequence[Sequence[float]], offers: Sequence[Sequence[float]], 
     step_s, row_s = costs.step_and_row()
     base_s = _CAUTION * (costs.overhead_s or 0.0) + step_s + batch * row_s
     server_B_K, client_B_M = _survival(chances), _survival(offers)
-    best = [Drafts()] * batch
+    best = [DraftPlan()] * batch
     rate = batch / max(base_s, 1e-9)
     for _ in range(10):
         drafts = _plan_at(server_B_K, client_B_M, rate * row_s, rate * step_s)
@@ -145,7 +147,7 @@ def plan(chances: Sequence[Sequence[float]], offers: Sequence[Sequence[float]], 
     return best
 
 
-def _plan_at(server_B_K: np.ndarray, client_B_M: np.ndarray, row: float, step: float) -> list[Drafts]:
+def _plan_at(server_B_K: np.ndarray, client_B_M: np.ndarray, row: float, step: float) -> list[DraftPlan]:
     """The drafts that gain most if rows and steps cost so many tokens."""
     batch, longest = server_B_K.shape
     # Survival falls along a sequence, so what is worth its row comes first.
@@ -163,14 +165,14 @@ def _plan_at(server_B_K: np.ndarray, client_B_M: np.ndarray, row: float, step: f
     forced_B_1 = np.where(own_B_1 > 0, own_B_1, client_B_M[:, :1] - row)
     all_own = forced_B_1.sum() if _all_have(client_B_M) else -np.inf
     if all_own >= max(without_S.max(), with_own_S.max()):
-        return [Drafts(offered=max(1, int(m))) for m in offered_B]
+        return [DraftPlan(offered=max(1, int(m))) for m in offered_B]
     if with_own_S.max() > without_S.max():
         steps = int(np.argmax(with_own_S))
         takes_own_B = own_B_1[:, 0] > server_B_S[:, steps]
     else:
         steps, takes_own_B = int(np.argmax(without_S)), np.zeros(batch, dtype=bool)
     return [
-        Drafts(offered=int(m)) if own else Drafts(look_ahead=min(int(k), steps))
+        DraftPlan(offered=int(m)) if own else DraftPlan(look_ahead=min(int(k), steps))
         for own, m, k in zip(takes_own_B, offered_B, drafted_B, strict=True)
     ]
 

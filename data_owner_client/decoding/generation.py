@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from data_owner_client.adapter.card import Adaptation
+from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
-from data_owner_client.data.example_retrieval import tasks_for
+from data_owner_client.data.example_retrieval import with_retrieved_examples
 from data_owner_client.data.tasks import Task
-from data_owner_client.decoding.client_drafts import Lookup
+from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.decode_loop import Continuation, require_room
 from data_owner_client.decoding.decode_loop import generate as generate_ids
-from data_owner_client.decoding.mbr import by_likeness
+from data_owner_client.decoding.mbr import rank_by_expected_chrf
 from data_owner_client.decoding.sampling import Sampling
-from data_owner_client.decoding.speculative import DEFAULT_DECODING, DecodingSettings, Usage
-from data_owner_client.decoding.token_selection import Choice
+from data_owner_client.decoding.speculative import DEFAULT_DECODING, DecodingSettings, GenerationStats
+from data_owner_client.decoding.token_selection import TokenChoice
 from data_owner_client.memory.store import TRAIN, ExternalMemory
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
@@ -46,8 +46,8 @@ class Generation:
     """
 
     best: list[list[str]]
-    choices: list[list[Choice]]
-    usage: Usage
+    choices: list[list[TokenChoice]]
+    usage: GenerationStats
     seconds: float
 
     @property
@@ -67,7 +67,7 @@ class GenerationOptions(TypedDict, total=False):
     Attributes:
         interpolation: what training chose unless given.
         decoding: length, look-ahead, batch size.
-        lookup: where drafts are looked up (`lookup_in`); the owner of the PLM sees them.
+        lookup: where drafts are looked up (`ngram_drafter_for`); the owner of the PLM sees them.
         sampling: how to draw tokens; None for the most probable ones. The text depends on the seed, not on drafts.
         samples: texts to draw for each input.
         best: of these, how many of the most probable ones to give.
@@ -82,7 +82,7 @@ class GenerationOptions(TypedDict, total=False):
 
     interpolation: Interpolation | None
     decoding: DecodingSettings
-    lookup: Lookup | None
+    lookup: NgramDrafter | None
     sampling: Sampling | None
     samples: int
     best: int
@@ -96,7 +96,7 @@ def translate(
     plm: RemotePlm,
     sources: Sequence[str],
     *,
-    adapter: Adaptation | None = None,
+    adapter: CandidateDistribution | None = None,
     task: Task | None = None,
     **options: Unpack[GenerationOptions],
 ) -> Generation:
@@ -120,7 +120,7 @@ def translate(
     prompts = [task.prompt(source, tokenizer) for source in sources]
     own_prompts = None
     if adapter and adapter.nearest:
-        tasks = tasks_for(plm, task, sources, adapter.nearest)
+        tasks = with_retrieved_examples(plm, task, sources, adapter.nearest)
         own_prompts = prompts
         prompts = [each.prompt(source, tokenizer) for each, source in zip(tasks, sources, strict=True)]
     return _generate(
@@ -138,7 +138,7 @@ def generate(
     plm: RemotePlm,
     prompts: Sequence[str],
     *,
-    adapter: Adaptation | None = None,
+    adapter: CandidateDistribution | None = None,
     task: Task | None = None,
     **options: Unpack[GenerationOptions],
 ) -> Generation:
@@ -158,7 +158,7 @@ def generate(
     )
 
 
-def lookup_in(memory: Path) -> Lookup:
+def ngram_drafter_for(memory: Path) -> NgramDrafter:
     """Where drafts are looked up: the targets of a memory.
 
     The owner of the PLM sees the drafts, so it must have seen the targets before.
@@ -173,7 +173,7 @@ def lookup_in(memory: Path) -> Lookup:
             hint="Leave --lookup away, or use a memory that was built with --share-targets.",
         )
     # Shard by shard: the representations, which are nearly all of a memory, are not needed.
-    return Lookup(ids_T.tolist() for rows in part.shards() for ids_T in rows.target_N.split(rows.rows_E.tolist()))
+    return NgramDrafter(ids_T.tolist() for rows in part.shards() for ids_T in rows.target_N.split(rows.rows_E.tolist()))
 
 
 def _generate(
@@ -181,12 +181,12 @@ def _generate(
     prompts: Sequence[Prompt],
     task: Task,
     *,
-    adapter: Adaptation | None,
+    adapter: CandidateDistribution | None,
     horizons: list[float] | None,
     own_prompts: Sequence[Prompt] | None = None,
     interpolation: Interpolation | None = None,
     decoding: DecodingSettings = DEFAULT_DECODING,
-    lookup: Lookup | None = None,
+    lookup: NgramDrafter | None = None,
     sampling: Sampling | None = None,
     samples: int = 1,
     best: int = 1,
@@ -232,13 +232,13 @@ def _generate(
         reporter=reporter,
     )
     answers = [[""] for _ in prompts]
-    choices: list[list[Choice]] = [[] for _ in prompts]
+    choices: list[list[TokenChoice]] = [[] for _ in prompts]
     for at, number in enumerate(numbers):
         own = continuations[at * len(drawn) : (at + 1) * len(drawn)]
         texts = [task.answer(one.token_ids, tokenizer) for one in own]
         order = _by_likelihood(own)
         if consensus:
-            order = by_likeness(texts, [one.token_ids[-1] in stop_ids for one in own])
+            order = rank_by_expected_chrf(texts, [one.token_ids[-1] in stop_ids for one in own])
         answers[number] = [texts[n] for n in order[:best]]
         choices[number] = own[order[0]].choices
     return Generation(

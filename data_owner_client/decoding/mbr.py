@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import sacrebleu
 
 
-def by_likeness(texts: Sequence[str], ended: Sequence[bool]) -> list[int]:
+def rank_by_expected_chrf(texts: Sequence[str], ended: Sequence[bool]) -> list[int]:
     """The texts' numbers, that with the highest mean chrF against all texts first.
 
     Drawn texts stand for the references that there might be, so this is the text of the highest expected chrF (minimum

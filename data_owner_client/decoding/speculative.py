@@ -18,14 +18,20 @@ from functools import partial
 from itertools import accumulate
 from operator import mul
 
-from data_owner_client.adapter.network import RECENT
-from data_owner_client.decoding.client_drafts import Copying, Drafter, Lookup, Offer
-from data_owner_client.decoding.draft_planning import MOST_DRAFTS, Agreement, Costs, Drafts, plan
+from data_owner_client.adapter.network import RECENT_TOKENS
+from data_owner_client.decoding.client_drafts import Drafter, DraftToken, NgramDrafter, PromptLookupDrafter
+from data_owner_client.decoding.draft_planning import (
+    MOST_DRAFTS,
+    AcceptanceStats,
+    DraftPlan,
+    RoundCostModel,
+    plan_drafts,
+)
 from data_owner_client.decoding.sampling import Noise
-from data_owner_client.decoding.token_selection import Choice, Chooser, Position
-from data_owner_client.plm.connection.base import Exchange
+from data_owner_client.decoding.token_selection import DecodePosition, TokenChoice, TokenSelector
+from data_owner_client.plm.connection.base import Attempt
 from data_owner_client.plm.remote_plm import RemotePlm
-from data_owner_client.runtime.background import in_background
+from data_owner_client.runtime.background import daemon_future
 from protocol.messages import DecodeResponse
 from protocol.timing import ServerTiming
 
@@ -57,7 +63,7 @@ DEFAULT_DECODING = DecodingSettings()
 
 
 @dataclass
-class Hypothesis:
+class SequenceState:
     """One text as it grows.
 
     Attributes:
@@ -80,7 +86,7 @@ class Hypothesis:
     finished_at: int
     own_prompt: list[int] | None = None
     noise: Noise | None = None
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[TokenChoice] = field(default_factory=list)
     expected: float = 0.0
     agreed: int = 0
     done: bool = False
@@ -99,11 +105,11 @@ class Hypothesis:
     def context(self) -> list[int]:
         return self.prompt + self.generated
 
-    def position(self, t: int, drafts: Sequence[int]) -> Position:
+    def position(self, t: int, drafts: Sequence[int]) -> DecodePosition:
         """Where the choice of token t is made, if the drafts before it agree."""
-        recent = [*(choice.token for choice in self.choices[-RECENT:]), *drafts]
+        recent = [*(choice.token for choice in self.choices[-RECENT_TOKENS:]), *drafts]
         # Only draws look at the whole context.
-        return Position(self.lambdas[t], t, self.noise, recent, [*self.context, *drafts] if self.noise else ())
+        return DecodePosition(self.lambdas[t], t, self.noise, recent, [*self.context, *drafts] if self.noise else ())
 
     @property
     def most(self) -> int:
@@ -112,7 +118,7 @@ class Hypothesis:
 
 
 @dataclass(frozen=True)
-class Answer:
+class RoundResponse:
     """What the server made of a call.
 
     Attributes:
@@ -123,8 +129,8 @@ class Answer:
         timing: where the server says that the time went, that of both calls if there were two.
     """
 
-    batch: Sequence[Hypothesis]
-    offers: Sequence[Sequence[Offer]]
+    batch: Sequence[SequenceState]
+    offers: Sequence[Sequence[DraftToken]]
     response: DecodeResponse
     own: DecodeResponse | None
     waited_s: float
@@ -132,7 +138,7 @@ class Answer:
 
 
 @dataclass
-class Usage:
+class GenerationStats:
     """What a generation took; usages add up.
 
     Attributes:
@@ -155,8 +161,8 @@ class Usage:
     server_s: float = 0.0
     client_s: float = 0.0
 
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: GenerationStats) -> GenerationStats:
+        return GenerationStats(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def __str__(self) -> str:
         """In words."""
@@ -167,16 +173,16 @@ class Usage:
         )
 
 
-class Rounds:
+class SpeculativeDecoder:
     """Rounds of one generation, and what is learned from them."""
 
     def __init__(
         self,
         plm: RemotePlm,
-        chooser: Chooser,
+        chooser: TokenSelector,
         stop_ids: frozenset[int],
         settings: DecodingSettings,
-        lookup: Lookup | None,
+        lookup: NgramDrafter | None,
         on_token: Callable[[int, int], None] | None,
     ) -> None:
         self._plm = plm
@@ -184,14 +190,14 @@ class Rounds:
         self._stop_ids = stop_ids
         self._look_ahead = settings.look_ahead
         # Copying costs nothing but rows; still, who fixes the look-ahead wants no other drafts than he asks for.
-        self._drafters: list[Drafter] = [] if settings.look_ahead is not None else [Copying()]
+        self._drafters: list[Drafter] = [] if settings.look_ahead is not None else [PromptLookupDrafter()]
         self._drafters += [] if lookup is None else [lookup]
         self._on_token = on_token
-        self._agreement = Agreement()
-        self._costs = Costs()
-        self.usage = Usage()
+        self._agreement = AcceptanceStats()
+        self._costs = RoundCostModel()
+        self.usage = GenerationStats()
 
-    def go_on(self, batch: Sequence[Hypothesis]) -> None:
+    def go_on(self, batch: Sequence[SequenceState]) -> None:
         """One call to the server for all sequences: every one of them grows by at least one token."""
         started = time.perf_counter()
         offers = [self._offers(s) for s in batch]
@@ -218,11 +224,13 @@ class Rounds:
                 begins=begins,
             )
 
-    def ask(self, batch: Sequence[Hypothesis], offers: Sequence[Sequence[Offer]], look_ahead: Sequence[int]) -> Answer:
+    def ask(
+        self, batch: Sequence[SequenceState], offers: Sequence[Sequence[DraftToken]], look_ahead: Sequence[int]
+    ) -> RoundResponse:
         """The call alone, in any thread."""
         thread, timings = threading.get_ident(), list[ServerTiming | None]()
 
-        def note(exchange: Exchange) -> None:
+        def note(exchange: Attempt) -> None:
             if threading.get_ident() == thread:  # and not another call's
                 timings.append(exchange.timing)
 
@@ -238,10 +246,10 @@ class Rounds:
             own = self._behind_own_prompts(batch, offers, response)
             if own is not None and timing is not None and timings[-1] is not None:
                 timing += timings[-1]
-        return Answer(batch, offers, response, own, time.perf_counter() - asked, timing)
+        return RoundResponse(batch, offers, response, own, time.perf_counter() - asked, timing)
 
     def _behind_own_prompts(
-        self, batch: Sequence[Hypothesis], offers: Sequence[Sequence[Offer]], response: DecodeResponse
+        self, batch: Sequence[SequenceState], offers: Sequence[Sequence[DraftToken]], response: DecodeResponse
     ) -> DecodeResponse | None:
         """The representations that the adapter was trained on, at the positions of an answer."""
         prompts = [s.own_prompt for s in batch if s.own_prompt is not None]
@@ -254,38 +262,38 @@ class Rounds:
             from_position=[len(prompt) + s.length - 1 for prompt, s in zip(prompts, batch, strict=True)],
         )
 
-    def rest(self, sequence: Hypothesis) -> int:
+    def rest(self, sequence: SequenceState) -> int:
         """The most tokens that the server may draft in one call."""
         return min(sequence.most, self._plm.card.limits.max_look_ahead)
 
-    def _offers(self, sequence: Hypothesis) -> list[Offer]:
+    def _offers(self, sequence: SequenceState) -> list[DraftToken]:
         """The most promising drafts of the client's own."""
         found = [drafter.after(sequence.prompt, sequence.generated, sequence.most) for drafter in self._drafters]
         return max(found, key=lambda own: sum(accumulate((offer.chance for offer in own), mul)), default=[])
 
-    def _plan(self, batch: Sequence[Hypothesis], offers: Sequence[Sequence[Offer]]) -> list[Drafts]:
+    def _plan(self, batch: Sequence[SequenceState], offers: Sequence[Sequence[DraftToken]]) -> list[DraftPlan]:
         """What is drafted of each sequence, by either side."""
         fixed = self._look_ahead
         offered = [[offer.chance for offer in own] for own in offers]
         if fixed is not None:
             return [self._fixed(s, own, fixed) for s, own in zip(batch, offered, strict=True)]
         if not self._costs.known:
-            return [Drafts(look_ahead=min(_UNMEASURED_LOOK_AHEAD, self.rest(s))) for s in batch]
+            return [DraftPlan(look_ahead=min(_UNMEASURED_LOOK_AHEAD, self.rest(s))) for s in batch]
         chances = [[self._chance(s, s.length + step) for step in range(min(MOST_DRAFTS, self.rest(s)))] for s in batch]
-        return plan(chances, offered, self._costs)
+        return plan_drafts(chances, offered, self._costs)
 
-    def _fixed(self, sequence: Hypothesis, offered: Sequence[float], look_ahead: int) -> Drafts:
+    def _fixed(self, sequence: SequenceState, offered: Sequence[float], look_ahead: int) -> DraftPlan:
         """The server drafts as much as was asked for, unless the client's own drafts are likelier to be agreed with."""
         if offered and offered[0] > self._chance(sequence, sequence.length):
-            return Drafts(offered=len(offered))
-        return Drafts(look_ahead=min(look_ahead, self.rest(sequence)))
+            return DraftPlan(offered=len(offered))
+        return DraftPlan(look_ahead=min(look_ahead, self.rest(sequence)))
 
-    def _chance(self, sequence: Hypothesis, position: int) -> float:
+    def _chance(self, sequence: SequenceState, position: int) -> float:
         """That the mixture agrees with the server's draft at a position, if it does with all before."""
         own = (_OWN_WEIGHT + sequence.agreed) / (_OWN_WEIGHT + sequence.expected)
         return min(1.0, own * self._agreement.rate(sequence.lambdas[position]))
 
-    def take_in(self, answer: Answer) -> None:
+    def take_in(self, answer: RoundResponse) -> None:
         """Append the mixture's tokens to every sequence, up to its first difference from the drafts."""
         batch, offers, response = answer.batch, answer.offers, answer.response
         counts = response.rows_B.tolist()
@@ -319,7 +327,7 @@ class Rounds:
                 kept += chosen == draft
 
 
-def _drafts(offers: Sequence[Sequence[Offer]], response: DecodeResponse) -> list[list[int]]:
+def _drafts(offers: Sequence[Sequence[DraftToken]], response: DecodeResponse) -> list[list[int]]:
     """What each next position of an answer is conditioned on: the client's drafts, then the server's."""
     return [
         [*(offer.token for offer in own), *top1_K.tolist()[len(own) :]]
@@ -327,25 +335,25 @@ def _drafts(offers: Sequence[Sequence[Offer]], response: DecodeResponse) -> list
     ]
 
 
-class Ending:
+class PlmOnlyCalls:
     """Sequences that the server finishes alone, where λ is 0 for good: to the end in one call, beside the others'."""
 
-    def __init__(self, rounds: Rounds, batch_size: int) -> None:
+    def __init__(self, rounds: SpeculativeDecoder, batch_size: int) -> None:
         self._rounds = rounds
         self._batch_size = batch_size
-        self.calls: dict[Future[Answer], int] = {}  # and how many sequences each has
+        self.calls: dict[Future[RoundResponse], int] = {}  # and how many sequences each has
 
-    def begin(self, alone: list[Hypothesis]) -> None:
+    def begin(self, alone: list[SequenceState]) -> None:
         """Let the server finish some of these, which leave the list: a batch with those on their way."""
         room = self._batch_size - sum(self.calls.values())
         if not alone or room <= 0 or len(self.calls) >= _MOST_ENDING:
             return
         batch, alone[:] = alone[:room], alone[room:]
         rest = [self._rounds.rest(s) for s in batch]
-        call = in_background(partial(self._rounds.ask, batch, [[]] * len(batch), rest))
+        call = daemon_future(partial(self._rounds.ask, batch, [[]] * len(batch), rest))
         self.calls[call] = len(batch)
 
-    def those_back(self, *, wait: bool) -> list[Hypothesis]:
+    def those_back(self, *, wait: bool) -> list[SequenceState]:
         """The sequences whose call was answered meanwhile; `wait` for one of them."""
         started = time.perf_counter()
         done = futures.wait(self.calls, None if wait else 0, futures.FIRST_COMPLETED).done

@@ -9,23 +9,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data_owner_client.adapter.candidates import places
-from data_owner_client.adapter.card import Adaptation
+from data_owner_client.adapter.candidates import index_of
+from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.gate import gate_features
 from data_owner_client.adapter.interpolation import Interpolation, mix
-from data_owner_client.adapter.network import RECENT
-from data_owner_client.decoding.candidate_mixture import KnownMixture, PlmPositions
+from data_owner_client.adapter.network import RECENT_TOKENS
+from data_owner_client.decoding.candidate_mixture import CandidateMixture, PlmScores
 from data_owner_client.decoding.sampling import Noise, Sampling
 from protocol.head import LMHead
 from protocol.messages import DecodeResponse
-from protocol.quantization import expand
+from protocol.quantization import dequantize
 
 # Rows of all of V at a time.
 _ROWS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
-class Position:
+class DecodePosition:
     """Where a choice is made.
 
     Attributes:
@@ -44,7 +44,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TokenChoice:
     """The token chosen at a position, and why.
 
     Attributes:
@@ -72,7 +72,7 @@ class Choice:
         return float(mix(*parts))
 
 
-class Chooser:
+class TokenSelector:
     """Chooses tokens of the mixture.
 
     Args:
@@ -86,7 +86,7 @@ class Chooser:
 
     def __init__(
         self,
-        adapter: Adaptation | None,
+        adapter: CandidateDistribution | None,
         head: LMHead | None,
         interpolation: Interpolation,
         stop_ids: frozenset[int],
@@ -101,7 +101,9 @@ class Chooser:
             is_stop_C = torch.isin(adapter.candidate_ids_C, torch.tensor(sorted(stop_ids), dtype=torch.int64))
             self._reluctance_C = interpolation.length_reward * is_stop_C.double()
 
-    def choose(self, response: DecodeResponse, positions: Sequence[Position], own: DecodeResponse) -> list[Choice]:
+    def choose(
+        self, response: DecodeResponse, positions: Sequence[DecodePosition], own: DecodeResponse
+    ) -> list[TokenChoice]:
         """The choice at each position.
 
         Args:
@@ -109,12 +111,12 @@ class Chooser:
             positions: in the order of its rows.
             own: the same positions behind the prompts that the adapter knows; the same answer where they are the same.
         """
-        cr_N_D = expand(own.cr_N_D, own.cr_scale_N)
+        cr_N_D = dequantize(own.cr_N_D, own.cr_scale_N)
         if self._sampling is not None and self._head is not None:
             return self._draw(self._sampling, self._head, response, positions, cr_N_D)
         if self._adapter is None or not any(position.weight or position.noise for position in positions):
             return [
-                Choice(token, position.weight, logprob, None, token, None)
+                TokenChoice(token, position.weight, logprob, None, token, None)
                 for token, logprob, position in zip(
                     response.top1_N.tolist(), response.top1_logprob_N.tolist(), positions, strict=True
                 )
@@ -122,12 +124,12 @@ class Chooser:
         ids_C, plm = self._adapter.candidate_ids_C, plm_positions(self._adapter.head, response)
         pema_logprob_N_C = self._adapter.logprobs(cr_N_D, _previous(positions))
         lambda_N = self._lambdas(positions, plm.logprob_N_C, pema_logprob_N_C)
-        known = KnownMixture.of(plm, pema_logprob_N_C, ids_C, lambda_N, self._reluctance_C)
+        known = CandidateMixture.of(plm, pema_logprob_N_C, ids_C, lambda_N, self._reluctance_C)
         token_N = known.most_probable()
         if self._sampling is not None:
             _redraw(token_N, positions, known, self._sampling)
         # Every chosen token is a candidate, or else the PLM's top-1.
-        at_N = places(token_N, ids_C)
+        at_N = index_of(token_N, ids_C)
         inside_N, at_N = at_N >= 0, at_N.clamp(min=0)
         top1_logprob_N = plm.top1_logprob_N
         own_plm_N = torch.where(
@@ -137,19 +139,24 @@ class Chooser:
         )
         own_pema_N = pema_logprob_N_C.gather(1, at_N[:, None])[:, 0].masked_fill(~inside_N, -math.inf)
         columns = (token_N, lambda_N, own_plm_N, own_pema_N, plm.top1_N, ids_C[pema_logprob_N_C.argmax(dim=-1)])
-        return [Choice(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        return [TokenChoice(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
-    def _lambdas(self, positions: Sequence[Position], plm_N_C: Tensor, pema_N_C: Tensor) -> Tensor:
+    def _lambdas(self, positions: Sequence[DecodePosition], plm_N_C: Tensor, pema_N_C: Tensor) -> Tensor:
         """λ at each position, float64."""
         if self._gate is None:
             return torch.tensor([position.weight for position in positions], dtype=torch.float64)
         return self._gate.lambdas(gate_features(plm_N_C, pema_N_C, torch.tensor([p.t for p in positions])))
 
     def _draw(
-        self, sampling: Sampling, head: LMHead, response: DecodeResponse, positions: Sequence[Position], cr_N_D: Tensor
-    ) -> list[Choice]:
+        self,
+        sampling: Sampling,
+        head: LMHead,
+        response: DecodeResponse,
+        positions: Sequence[DecodePosition],
+        cr_N_D: Tensor,
+    ) -> list[TokenChoice]:
         input_N_D = _head_input(response)
-        choices: list[Choice] = []
+        choices: list[TokenChoice] = []
         for start in range(0, len(positions), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
             plm_N_V = head.logits(input_N_D[rows].float()).double().log_softmax(dim=-1)
@@ -169,7 +176,7 @@ class Chooser:
                 if position.noise is not None:
                     token = sampling.draw(mixture_N_V[row], position.context, position.noise, position.t)
                 choices.append(
-                    Choice(
+                    TokenChoice(
                         token,
                         float(lambda_N[row]),
                         float(plm_N_V[row, token]),
@@ -181,7 +188,7 @@ class Chooser:
         return choices
 
 
-def _redraw(token_N: Tensor, positions: Sequence[Position], known: KnownMixture, sampling: Sampling) -> None:
+def _redraw(token_N: Tensor, positions: Sequence[DecodePosition], known: CandidateMixture, sampling: Sampling) -> None:
     """Wherever there is noise, put a draw from the known tokens in the place of the most probable one."""
     for row, position in enumerate(positions):
         if position.noise is not None:
@@ -190,26 +197,28 @@ def _redraw(token_N: Tensor, positions: Sequence[Position], known: KnownMixture,
             token_N[row] = ids_K[drawn]
 
 
-def _previous(positions: Sequence[Position]) -> Tensor:
+def _previous(positions: Sequence[DecodePosition]) -> Tensor:
     """Token ids of the last tokens before each position, the newest first; −1 for none."""
-    recent = [list(reversed(position.recent[-RECENT:])) for position in positions]
-    return torch.tensor([own + [-1] * (RECENT - len(own)) for own in recent], dtype=torch.int64).view(-1, RECENT)
+    recent = [list(reversed(position.recent[-RECENT_TOKENS:])) for position in positions]
+    return torch.tensor([own + [-1] * (RECENT_TOKENS - len(own)) for own in recent], dtype=torch.int64).view(
+        -1, RECENT_TOKENS
+    )
 
 
-def _over_all(adapter: Adaptation, cr_N_D: Tensor, previous_N_K: Tensor, like_N_V: Tensor) -> Tensor:
+def _over_all(adapter: CandidateDistribution, cr_N_D: Tensor, previous_N_K: Tensor, like_N_V: Tensor) -> Tensor:
     """log P_PEMA over all of V: −∞ but for the candidates."""
     pema_logprob_N_V = torch.full_like(like_N_V, -math.inf)
     pema_logprob_N_V[:, adapter.candidate_ids_C] = adapter.logprobs(cr_N_D, previous_N_K).double()
     return pema_logprob_N_V
 
 
-def plm_positions(head: LMHead, response: DecodeResponse) -> PlmPositions:
+def plm_positions(head: LMHead, response: DecodeResponse) -> PlmScores:
     """The PLM's log-probabilities of the candidates from their head rows and the log-sum-exp over V."""
     logprob_N_C = head.logits(_head_input(response).float()) - response.logsumexp_N[:, None]
-    return PlmPositions(logprob_N_C, response.top1_N, response.top1_logprob_N)
+    return PlmScores(logprob_N_C, response.top1_N, response.top1_logprob_N)
 
 
 def _head_input(response: DecodeResponse) -> Tensor:
     if response.last_hidden_N_D is None:
-        return expand(response.cr_N_D, response.cr_scale_N)
-    return expand(response.last_hidden_N_D, response.last_hidden_scale_N)
+        return dequantize(response.cr_N_D, response.cr_scale_N)
+    return dequantize(response.last_hidden_N_D, response.last_hidden_scale_N)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
-from data_owner_client.adapter.card import Adaptation
+from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
-from data_owner_client.data.example_retrieval import tasks_for
+from data_owner_client.data.example_retrieval import with_retrieved_examples
 from data_owner_client.data.pairs import Pair
 from data_owner_client.data.text_metrics import TextScores, text_scores
-from data_owner_client.decoding.client_drafts import Lookup
+from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.generation import Generation, translate
 from data_owner_client.decoding.speculative import DEFAULT_DECODING, DecodingSettings
 from data_owner_client.evaluation.perplexity import Perplexities, perplexities
@@ -37,12 +37,12 @@ class Evaluation(BaseModel):
 def evaluate(
     plm: RemotePlm,
     pairs: Sequence[Pair],
-    adapter: Adaptation,
+    adapter: CandidateDistribution,
     *,
     interpolation: Interpolation | None = None,
     share_targets: bool = False,
     decoding: DecodingSettings = DEFAULT_DECODING,
-    lookup: Lookup | None = None,
+    lookup: NgramDrafter | None = None,
     consensus: int = 0,
     reporter: Reporter | None = None,
 ) -> Evaluation:
@@ -57,7 +57,7 @@ def evaluate(
     task, interpolation = adapter.card.task, interpolation or adapter.card.interpolation
     sources, references = [pair.source for pair in pairs], [_target(pair) for pair in pairs]
 
-    def run(with_adapter: Adaptation | None) -> Generation:
+    def run(with_adapter: CandidateDistribution | None) -> Generation:
         return translate(
             plm,
             sources,
@@ -75,7 +75,7 @@ def evaluate(
     views: list[list[TokenizedPair]] = []
     if share_targets:
         views = [
-            tokenize_pairs(plm, tasks_for(plm, task, sources, nearest), pairs, place="pair")
+            tokenize_pairs(plm, with_retrieved_examples(plm, task, sources, nearest), pairs, place="pair")
             for nearest in ([None, adapter.nearest] if adapter.nearest else [None])
         ]
     alone, adapted = run(None), run(adapter)

@@ -7,7 +7,7 @@ import math
 from pydantic import BaseModel
 
 from data_owner_client.adapter.candidates import token_set
-from data_owner_client.adapter.card import Adaptation
+from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation, mix
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.plm.remote_plm import RemotePlm
@@ -36,7 +36,7 @@ class Perplexities(BaseModel):
 
 def perplexities(
     plm: RemotePlm,
-    adapter: Adaptation,
+    adapter: CandidateDistribution,
     rows: MemoryRows,
     interpolation: Interpolation,
     nearest: MemoryRows | None = None,

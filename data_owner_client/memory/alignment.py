@@ -19,7 +19,7 @@ _MEET_AGAIN = 3
 """Tokens of either text, at most, after which they are the same again behind a sure context."""
 
 
-class Context(NamedTuple):
+class AlignedContext(NamedTuple):
     """What stands for the true context of a target token.
 
     Attributes:
@@ -34,7 +34,7 @@ class Context(NamedTuple):
     sure: bool
 
 
-def align(drafted: Sequence[int], target: Sequence[int], stop_ids: Container[int]) -> list[Context]:
+def align(drafted: Sequence[int], target: Sequence[int], stop_ids: Container[int]) -> list[AlignedContext]:
     """For every token of the target a context of the continuation.
 
     Args:
@@ -48,7 +48,7 @@ def align(drafted: Sequence[int], target: Sequence[int], stop_ids: Container[int
     # Behind the last common word they meet at their ends, but for a continuation that was cut off.
     meetings = [(i - 1, k - 1) for i, k in follows.items() if i]
     meetings.append((len(target) - 1, len(drafted) + _MEET_AGAIN if stop is None else stop))
-    contexts, last_k, last_i, met, is_true = list[Context](), 0, 0, 0, True
+    contexts, last_k, last_i, met, is_true = list[AlignedContext](), 0, 0, 0, True
     for i in range(len(target)):
         agrees = i in follows
         is_true = is_true and follows.get(i) == i
@@ -58,7 +58,7 @@ def align(drafted: Sequence[int], target: Sequence[int], stop_ids: Container[int
             met += 1
         apart = max(meetings[met][0] - i, meetings[met][1] - last_k)
         sure = is_true or (agrees and apart <= _MEET_AGAIN and follows.get(i - 1) == last_k - 1)
-        contexts.append(Context(min(last_k + i - last_i, end), agrees, sure))
+        contexts.append(AlignedContext(min(last_k + i - last_i, end), agrees, sure))
     return contexts
 
 

@@ -12,10 +12,10 @@ from data_owner_client.data.pairs import Pair, digest_pairs
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.encode import encode_private, encode_teacher_forced, require_fits, tokenize_pair
 from data_owner_client.memory.manifest import ContextMode, MemoryPlan
-from data_owner_client.memory.request_batches import Sizes, plan_requests
+from data_owner_client.memory.request_batches import ExampleSizes, split_into_requests
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.store import MANIFEST, ExternalMemory
-from data_owner_client.plm.connection.in_flight import Window, in_order
+from data_owner_client.plm.connection.in_flight import InFlightWindow, ordered_map
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
@@ -70,7 +70,7 @@ def build_memory(
         examples_per_shard=_EXAMPLES_PER_SHARD,
     )
     # Before anything is sent: a pair that cannot be used should not stop a build after an hour.
-    sizes = Sizes()
+    sizes = ExampleSizes()
     reporter = reporter or Reporter()
     with reporter.bar("tokenising", len(pairs), "pairs") as bar:
         for number, pair in enumerate(pairs, 1):
@@ -89,7 +89,7 @@ def build_memory(
 
 
 def _append_missing(
-    memory: ExternalMemory, plm: RemotePlm, pairs: Sequence[Pair], sizes: Sizes, reporter: Reporter
+    memory: ExternalMemory, plm: RemotePlm, pairs: Sequence[Pair], sizes: ExampleSizes, reporter: Reporter
 ) -> None:
     plan, done = memory.manifest.plan, memory.manifest.examples
 
@@ -99,15 +99,15 @@ def _append_missing(
             return encode_private(plm, chunk, plan.task.stop_ids(plm.tokenizer))
         return encode_teacher_forced(plm, chunk, with_logsumexp=plan.with_logsumexp)
 
-    runs = list(plan_requests(sizes, plm.card, plan.dtype, done=done, examples_per_shard=plan.examples_per_shard))
-    window = Window()
+    runs = list(split_into_requests(sizes, plm.card, plan.dtype, done=done, examples_per_shard=plan.examples_per_shard))
+    window = InFlightWindow()
     parts: list[MemoryRows] = []
     # While one request computes on the server, the next are tokenised and on their way, and the last shard is stored.
     with (
         reporter.bar(f"memory {memory.folder.name}", len(pairs), "examples", done=done) as bar,
         plm.observed_by(window.learn),
     ):
-        for run, rows in zip(runs, in_order(fetch, runs, window), strict=True):
+        for run, rows in zip(runs, ordered_map(fetch, runs, window), strict=True):
             parts.append(rows)
             bar.advance(len(run), f"{memory.manifest.rows + sum(len(p.target_N) for p in parts):,} rows")
             if run.stop % plan.examples_per_shard == 0 or run.stop == len(pairs):

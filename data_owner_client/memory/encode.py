@@ -10,7 +10,7 @@ import torch
 from data_owner_client.data.pairs import Pair
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.alignment import align
-from data_owner_client.memory.request_batches import Sizes, plan_requests
+from data_owner_client.memory.request_batches import ExampleSizes, split_into_requests
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
@@ -76,12 +76,12 @@ def tokenize_pairs(plm: RemotePlm, tasks: Sequence[Task], pairs: Sequence[Pair],
 
 def encode_all(plm: RemotePlm, pairs: Sequence[TokenizedPair], reporter: Reporter) -> MemoryRows:
     """Teacher-forced rows with log-sum-exp of pairs that need no memory on disk."""
-    sizes = Sizes()
+    sizes = ExampleSizes()
     for pair in pairs:
         sizes.append(len(pair.prompt) + len(pair.target), len(pair.target))
     parts = []
     with reporter.bar("likelihood of targets", len(pairs), "pairs") as bar:
-        for run in plan_requests(sizes, plm.card, plm.dtype, done=0, examples_per_shard=len(pairs)):
+        for run in split_into_requests(sizes, plm.card, plm.dtype, done=0, examples_per_shard=len(pairs)):
             parts.append(encode_teacher_forced(plm, [pairs[i] for i in run], with_logsumexp=True))
             bar.advance(len(run))
     return MemoryRows.concatenate(parts)

@@ -17,7 +17,7 @@ _ANSWER_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ExampleSizes:
     """Tokens of every example's whole sequence and of its target; eight bytes an example."""
 
     sequence: array[int] = field(default_factory=lambda: array("I"))
@@ -29,8 +29,8 @@ class Sizes:
         self.target.append(target)
 
 
-def plan_requests(
-    sizes: Sizes, card: ModelCard, dtype: WireDtype, *, done: int, examples_per_shard: int
+def split_into_requests(
+    sizes: ExampleSizes, card: ModelCard, dtype: WireDtype, *, done: int, examples_per_shard: int
 ) -> Iterator[range]:
     """Runs of examples, in order, one for each request.
 

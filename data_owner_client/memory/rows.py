@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from protocol.quantization import expand
+from protocol.quantization import dequantize
 
 # Columns that belong to the contexts, not to the targets.
 _OF_CONTEXTS = ("cr_N_D", "cr_scale_N", "logsumexp_N", "last_hidden_N_D", "last_hidden_scale_N")
@@ -91,13 +91,13 @@ class MemoryRows:
 
     def representations_N_D(self) -> Tensor:
         """f(c_i) as floats."""
-        return expand(self.cr_N_D, self.cr_scale_N)
+        return dequantize(self.cr_N_D, self.cr_scale_N)
 
     def head_input_N_D(self) -> Tensor:
         """What the LM head is applied to for P_PLM, as floats."""
         if self.last_hidden_N_D is None:
             return self.representations_N_D()
-        return expand(self.last_hidden_N_D, self.last_hidden_scale_N)
+        return dequantize(self.last_hidden_N_D, self.last_hidden_scale_N)
 
     @classmethod
     def concatenate(cls, parts: list[MemoryRows]) -> Self:

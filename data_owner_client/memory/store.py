@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from data_owner_client.data.pairs import Pair, digest_pairs, read_written_pairs, write_pairs
 from data_owner_client.memory.manifest import Manifest, MemoryPlan, ShardRecord
 from data_owner_client.memory.rows import MemoryRows
-from data_owner_client.memory.validation import is_whole
+from data_owner_client.memory.validation import is_valid
 from data_owner_client.runtime.atomic_files import write_atomically
 from protocol.codec import unpacked
 from protocol.errors import InvalidData
@@ -180,6 +180,6 @@ class ExternalMemory:
         except (ValueError, TypeError) as error:
             raise damaged from error
         plan = self.manifest.plan
-        if (len(rows.rows_E), len(rows.target_N)) != (record.examples, record.rows) or not is_whole(rows, plan.model):
+        if (len(rows.rows_E), len(rows.target_N)) != (record.examples, record.rows) or not is_valid(rows, plan.model):
             raise damaged
         return rows

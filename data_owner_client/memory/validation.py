@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def is_whole(rows: MemoryRows, model: ModelIdentity) -> bool:
+def is_valid(rows: MemoryRows, model: ModelIdentity) -> bool:
     """Whether every column has its shape, dtype and range, for this model."""
     counts_E, target_N = rows.rows_E, rows.target_N
     if not (_ids(counts_E, 1) and _ids(target_N, 0, model.vocab_size) and _ids(rows.source_tokens_E, 0)):

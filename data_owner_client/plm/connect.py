@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_owner_client.plm.connection.open import open_connection
-from data_owner_client.plm.connection.retries import GIVE_UP_AFTER_S
+from data_owner_client.plm.connection.retries import RETRY_FOR_SECONDS
 from data_owner_client.plm.remote_plm import RemotePlm
 from protocol.errors import PemaError
 from protocol.messages import WireDtype
@@ -21,7 +21,7 @@ def connect(
     client_certificate: Path | None = None,
     client_key: Path | None = None,
     timeout_s: float = 600.0,
-    give_up_after_s: float = GIVE_UP_AFTER_S,
+    give_up_after_s: float = RETRY_FOR_SECONDS,
 ) -> RemotePlm:
     """The PLM behind a server. The arguments: see `connection.open_connection` and `RemotePlm`.
 

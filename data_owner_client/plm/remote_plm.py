@@ -38,7 +38,7 @@ from protocol.messages import (
     TokenizerBundle,
     WireDtype,
 )
-from protocol.rate_limits import Allowance
+from protocol.rate_limits import RateLimitStatus
 
 # How far the logarithm of a sum of probabilities in float16 may be from 0.
 _MOST_EXCESS = 0.02
@@ -79,7 +79,7 @@ class RemotePlm:
             )
 
     @property
-    def allowances(self) -> tuple[Allowance, ...]:
+    def allowances(self) -> tuple[RateLimitStatus, ...]:
         """What the newest answer said is left of the client's quotas; empty where there are none."""
         return self._connection.allowances
 

@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 _Result = TypeVar("_Result")
 
 
-def in_background(work: Callable[[], _Result]) -> Future[_Result]:
+def daemon_future(work: Callable[[], _Result]) -> Future[_Result]:
     """What `work` will give, done in a thread that the program does not wait for at its end.
 
     A `ThreadPoolExecutor` would: an answer may be minutes away, and nobody waits for it any more.
@@ -27,7 +27,7 @@ def in_background(work: Callable[[], _Result]) -> Future[_Result]:
     return future
 
 
-def one_ahead(items: Iterator[_Result]) -> Iterator[_Result]:
+def prefetch_one(items: Iterator[_Result]) -> Iterator[_Result]:
     """The same items, each of which is made, in one other thread, while the one before is used."""
     end = object()
     with ThreadPoolExecutor(1) as thread:

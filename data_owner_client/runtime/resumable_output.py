@@ -15,7 +15,7 @@ from protocol.errors import InvalidData
 _TEXTS_AT_ONCE = 256
 
 
-class Job:
+class ResumableOutput:
     """Texts that become lines of a file.
 
     What is done lies beside the file, one JSON record a line, until all is.

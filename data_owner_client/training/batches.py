@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from data_owner_client.adapter.candidates import places, token_set
-from data_owner_client.adapter.network import RECENT
+from data_owner_client.adapter.candidates import index_of, token_set
+from data_owner_client.adapter.network import RECENT_TOKENS
 from data_owner_client.memory.rows import MemoryRows
 from protocol.errors import InvalidData
 from protocol.integrity import require_finite
@@ -46,8 +46,8 @@ class Batch:
     @classmethod
     def of(cls, rows: MemoryRows, candidate_ids_C: Tensor) -> Batch:
         """Rows of a memory; candidate ids are sorted."""
-        label_N, position_N = places(rows.target_N.long(), candidate_ids_C), rows.position_N()
-        before = [label_N.roll(k).masked_fill(position_N < k, -1) for k in range(1, RECENT + 1)]
+        label_N, position_N = index_of(rows.target_N.long(), candidate_ids_C), rows.position_N()
+        before = [label_N.roll(k).masked_fill(position_N < k, -1) for k in range(1, RECENT_TOKENS + 1)]
         agrees_N = torch.ones_like(label_N) if rows.agrees_N is None else rows.agrees_N
         return cls(rows.representations_N_D(), label_N, torch.stack(before, dim=1), agrees_N.bool())
 
@@ -75,7 +75,7 @@ class Batch:
         return Batch(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
 
 
-class Sharded(Protocol):
+class ShardSource(Protocol):
     """What can be streamed: a memory on disk, or rows that are there already."""
 
     @property
@@ -87,7 +87,7 @@ class Sharded(Protocol):
 
 
 @dataclass(frozen=True)
-class Viewed:
+class ShardView:
     """A memory whose shards are seen in another way.
 
     Attributes:
@@ -95,7 +95,7 @@ class Viewed:
         view: of each shard; as many rows as there are.
     """
 
-    memory: Sharded
+    memory: ShardSource
     view: Callable[[MemoryRows], MemoryRows]
 
     @property
@@ -108,14 +108,14 @@ class Viewed:
         return self.view(self.memory.shard(number))
 
 
-class Sure:
+class ReliableRows:
     """The rows of a memory whose contexts are sure to agree with the true ones, without the others.
 
     Args:
         memory: with the contexts that are nearest to the true ones; all its shards are read once.
     """
 
-    def __init__(self, memory: Sharded) -> None:
+    def __init__(self, memory: ShardSource) -> None:
         self._memory = memory
         counts = []
         for number, rows in enumerate(memory.shard_rows):
@@ -137,7 +137,7 @@ class FirstExamples:
         examples: how many.
     """
 
-    def __init__(self, memory: Sharded, shard_examples: Sequence[int], examples: int) -> None:
+    def __init__(self, memory: ShardSource, shard_examples: Sequence[int], examples: int) -> None:
         self._memory = memory
         self._examples: list[int] = []  # of each shard
         for count in shard_examples:
@@ -154,7 +154,7 @@ class FirstExamples:
 
 
 @dataclass(frozen=True)
-class Survey:
+class MemoryStats:
     """What must be known of a memory before training.
 
     Attributes:
@@ -170,7 +170,7 @@ class Survey:
     axes_D_D: Tensor | None
 
     @classmethod
-    def of(cls, memory: Sharded, *, axes: bool = True) -> Survey:
+    def of(cls, memory: ShardSource, *, axes: bool = True) -> MemoryStats:
         """Read all shards once.
 
         Args:
@@ -229,7 +229,7 @@ class RowStream:
     """
 
     def __init__(
-        self, memory: Sharded, candidate_ids_C: Tensor, *, batch_rows: int, seed: int, pool_bytes: int = _POOL_BYTES
+        self, memory: ShardSource, candidate_ids_C: Tensor, *, batch_rows: int, seed: int, pool_bytes: int = _POOL_BYTES
     ) -> None:
         self._memory = memory
         self._candidate_ids_C = candidate_ids_C

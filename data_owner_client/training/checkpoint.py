@@ -19,7 +19,7 @@ _BEST, _ADAPTER, _AVERAGE, _OPTIMISER, _RNG = "best.", "adapter.", "average.", "
 
 
 @dataclass(frozen=True)
-class Found:
+class TrainingState:
     """What was kept of a training, besides the adapter and the state of the random numbers.
 
     Attributes:
@@ -75,7 +75,7 @@ class Checkpoint:
         metadata["sha256"] = _checksum(tensors, metadata["progress"])
         write_atomically(self.path, safetensors.torch.save(tensors, metadata))
 
-    def load(self, adapter: nn.Module, average: nn.Module | None) -> Found | None:
+    def load(self, adapter: nn.Module, average: nn.Module | None) -> TrainingState | None:
         """Bring all to where it was; None if nothing whole of this training is there."""
         try:
             with safe_open(self.path, framework="pt") as file:
@@ -112,12 +112,12 @@ def _checksum(tensors: dict[str, Tensor], progress: str) -> str:
     return hashlib.sha256(progress.encode() + safetensors.torch.save(tensors)).hexdigest()
 
 
-def _found(tensors: dict[str, Tensor], progress: str) -> Found:
+def _found(tensors: dict[str, Tensor], progress: str) -> TrainingState:
     optimiser: dict[int, dict[str, Tensor]] = {}
     for name, value in _part(tensors, _OPTIMISER).items():
         number, _, field = name.partition(".")
         optimiser.setdefault(int(number), {})[field] = value
-    return Found(json.loads(progress), optimiser, _part(tensors, _BEST))
+    return TrainingState(json.loads(progress), optimiser, _part(tensors, _BEST))
 
 
 def _fits(part: dict[str, Tensor], module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from data_owner_client.adapter.gate import Gate, nll_on_unseen
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.trained import TrainedAdapter
-from data_owner_client.data.example_retrieval import NearestPairs, tasks_for
+from data_owner_client.data.example_retrieval import ExampleRetriever, with_retrieved_examples
 from data_owner_client.data.text_metrics import sentence_chrf, text_scores
 from data_owner_client.decoding.generation import translate
 from data_owner_client.decoding.speculative import DecodingSettings
@@ -34,7 +34,7 @@ _REWARDS = (1.0, 0.0, 0.5, 2.0)
 _ROUNDING = 1e-6
 
 
-class Option(BaseModel):
+class DecodingPolicy(BaseModel):
     """A way to use the adapter, as it did on the held-out pairs.
 
     Attributes:
@@ -56,17 +56,17 @@ class Option(BaseModel):
         prompts = f", prompts with {self.nearest} examples of their own" if self.nearest else ""
         return f"{self.interpolation}{prompts}"
 
-    def rewarded(self, length_reward: float) -> Option:
+    def rewarded(self, length_reward: float) -> DecodingPolicy:
         """The same with another length reward."""
         return self.model_copy(update={"interpolation": self.interpolation.rewarded(length_reward)})
 
 
 @dataclass(frozen=True)
-class Prompting:
+class PromptVariant:
     """Held-out rows with one kind of prompt for the PLM, as both sides see them.
 
     Attributes:
-        nearest: see `Option`.
+        nearest: see `DecodingPolicy`.
         data: with the PLM's likelihood behind these prompts.
         pema_logprob_N: log P_PEMA(y), float64.
         features_N_F: of a gate.
@@ -78,35 +78,35 @@ class Prompting:
     features_N_F: Tensor
 
     @classmethod
-    def of(cls, nearest: int, data: ValidationData, adapter: TrainedAdapter, plm_rows: MemoryRows) -> Prompting:
+    def of(cls, nearest: int, data: ValidationData, adapter: TrainedAdapter, plm_rows: MemoryRows) -> PromptVariant:
         """Of the rows that the PLM's distributions come from."""
         return cls(nearest, data, *both_sides(adapter, data, plm_rows))
 
-    def option(self, interpolation: Interpolation) -> Option:
+    def option(self, interpolation: Interpolation) -> DecodingPolicy:
         """How likely a mixture without a gate finds the targets."""
         nll = self.data.mixture_nll(self.pema_logprob_N, interpolation)
-        return Option(nearest=self.nearest, interpolation=interpolation, nll=nll)
+        return DecodingPolicy(nearest=self.nearest, interpolation=interpolation, nll=nll)
 
-    def likeliest(self, *, gate: bool) -> list[Option]:
+    def likeliest(self, *, gate: bool) -> list[DecodingPolicy]:
         """Every schedule with its likeliest λ_max; and a gate, if wanted."""
         found = [self.option(each) for each in likeliest_interpolations(self.data, self.pema_logprob_N)]
         if gate:
             sides = self.features_N_F, self.data.plm_logprob_N, self.pema_logprob_N
             nll, mean_lambda = nll_on_unseen(*sides, self.data.position_N)
             gated = Interpolation(schedule="constant", lambda_max=mean_lambda, gate=Gate.fit(*sides))
-            found.append(Option(nearest=self.nearest, interpolation=gated, nll=nll))
+            found.append(DecodingPolicy(nearest=self.nearest, interpolation=gated, nll=nll))
         return found
 
 
-def choose_usage(
+def select_decoding_policy(
     plm: RemotePlm,
     memories: Memories,
     given: TrainingInput,
     settings: TrainingSettings,
-    with_option: Callable[[Option], TrainedAdapter],
+    with_option: Callable[[DecodingPolicy], TrainedAdapter],
     reporter: Reporter,
-) -> list[Option]:
-    """All that was tried, what to use first: the likeliest, or, where texts are decoded, what `_decoded` says.
+) -> list[DecodingPolicy]:
+    """All that was tried, what to use first: the likeliest, or, where texts are decoded, what `_rank_by_chrf` says.
 
     Likelihood takes the texts before each token as given, so its λ is not always the best for whole texts.
 
@@ -118,33 +118,33 @@ def choose_usage(
         with_option: the trained adapter, as it is used with an option.
         reporter: told of what is tried.
     """
-    plain = with_option(Option(nearest=0, interpolation=Interpolation(), nll=0.0))
-    promptings: dict[int, Prompting] = {}
+    plain = with_option(DecodingPolicy(nearest=0, interpolation=Interpolation(), nll=0.0))
+    promptings: dict[int, PromptVariant] = {}
     if not settings.nearest:
-        promptings[0] = Prompting.of(0, given.validation, plain, given.held_out)
+        promptings[0] = PromptVariant.of(0, given.validation, plain, given.held_out)
     if settings.nearest != 0 and memories.plan.context_mode == "teacher-forced":
         count = settings.nearest or NEAREST
         rows = _encode_with_nearest(plm, memories, count, reporter)
         near = replace(given.validation, plm_logprob_N=given.targets.plm_logprobs(rows))
-        promptings[count] = Prompting.of(count, near, plain, rows)
+        promptings[count] = PromptVariant.of(count, near, plain, rows)
     found = [option for each in promptings.values() for option in each.likeliest(gate=settings.gate)]
     found.sort(key=lambda option: option.nll)
     if not settings.decoded:
         return found
     best = found[0]
-    decoded = _decoded(plm, memories, settings.decoded, best, promptings[best.nearest], with_option, reporter)
+    decoded = _rank_by_chrf(plm, memories, settings.decoded, best, promptings[best.nearest], with_option, reporter)
     return [*decoded, *found]
 
 
-def _decoded(
+def _rank_by_chrf(
     plm: RemotePlm,
     memories: Memories,
     most_texts: int,
-    likeliest: Option,
-    prompting: Prompting,
-    with_option: Callable[[Option], TrainedAdapter],
+    likeliest: DecodingPolicy,
+    prompting: PromptVariant,
+    with_option: Callable[[DecodingPolicy], TrainedAdapter],
     reporter: Reporter,
-) -> list[Option]:
+) -> list[DecodingPolicy]:
     """Options with their scores on held-out texts, the chosen one first: λ is chosen, the length reward, λ again.
 
     Not by BLEU: of so few texts it is that of the one or two that do not come to an end, if there are any. And a length
@@ -155,10 +155,10 @@ def _decoded(
     sources, references = [pair.source for pair in pairs], [pair.target or "" for pair in pairs]
     # Twice the longest target: who goes on after that is wrong in any case.
     decoding = DecodingSettings(max_new_tokens=2 * int(memories.held_out.rows_E.max()))
-    scored: dict[Interpolation, Option] = {}
+    scored: dict[Interpolation, DecodingPolicy] = {}
     chrf_E: dict[Interpolation, Tensor] = {}
 
-    def decode(option: Option) -> None:
+    def decode(option: DecodingPolicy) -> None:
         interpolation = option.interpolation
         if interpolation in scored:
             return
@@ -170,11 +170,11 @@ def _decoded(
         scored[interpolation] = option.model_copy(update={"bleu": scores.bleu, "chrf": scores.chrf})
         chrf_E[interpolation] = sentence_chrf(texts, references)
 
-    def best(reward: float | None = None) -> Option:
+    def best(reward: float | None = None) -> DecodingPolicy:
         given = [each for each in scored.values() if reward in (None, each.interpolation.length_reward)]
         return max(given, key=lambda option: option.chrf or 0.0)
 
-    def constant(lambda_max: float) -> Option:
+    def constant(lambda_max: float) -> DecodingPolicy:
         return prompting.option(Interpolation(schedule="constant", lambda_max=lambda_max))
 
     for option in [likeliest, *map(constant, _LAMBDAS)]:
@@ -206,8 +206,8 @@ def clearly_better(score_E: Tensor, other_E: Tensor) -> bool:
 
 def _encode_with_nearest(plm: RemotePlm, memories: Memories, count: int, reporter: Reporter) -> MemoryRows:
     """The held-out pairs behind prompts with examples of their own."""
-    pairs, nearest = memories.held_out_pairs, NearestPairs(memories.train_pairs, count)
-    tasks = tasks_for(plm, memories.plan.task, [pair.source for pair in pairs], nearest)
+    pairs, nearest = memories.held_out_pairs, ExampleRetriever(memories.train_pairs, count)
+    tasks = with_retrieved_examples(plm, memories.plan.task, [pair.source for pair in pairs], nearest)
     rows = encode_all(plm, tokenize_pairs(plm, tasks, pairs, place="validation pair"), reporter)
     if not torch.equal(rows.target_N, memories.held_out.target_N):
         raise InvalidData(

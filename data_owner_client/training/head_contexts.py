@@ -29,7 +29,7 @@ class Context:
         return hashlib.sha256(ids).hexdigest()
 
 
-def contexts_of(plm: RemotePlm, plan: MemoryPlan, pairs: Sequence[Pair]) -> Iterator[Context]:
+def sample_contexts(plm: RemotePlm, plan: MemoryPlan, pairs: Sequence[Pair]) -> Iterator[Context]:
     """Different contexts of a memory in an order that is random and always the same.
 
     So the first so many of them are spread over examples and positions, and asking for more goes on behind them. No

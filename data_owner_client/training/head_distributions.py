@@ -7,12 +7,12 @@ from itertools import islice
 
 from data_owner_client.data.pairs import Pair
 from data_owner_client.memory.manifest import MemoryPlan
-from data_owner_client.plm.connection.in_flight import Window, in_order
-from data_owner_client.plm.head_recovery.distributions import Answer, Distributions
-from data_owner_client.plm.head_recovery.fit import enough
+from data_owner_client.plm.connection.in_flight import InFlightWindow, ordered_map
+from data_owner_client.plm.head_recovery.distributions import DistributionRecord, Distributions
+from data_owner_client.plm.head_recovery.fit import contexts_needed
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
-from data_owner_client.training.head_contexts import Context, contexts_of
+from data_owner_client.training.head_contexts import Context, sample_contexts
 from protocol.errors import Forbidden, Overloaded, PemaError
 from protocol.messages import Limits
 
@@ -22,7 +22,7 @@ _CONTEXTS_AT_ONCE = 16
 _TOKEN_BYTES = 8
 
 
-def ask_distributions(
+def fetch_distributions(
     plm: RemotePlm, plan: MemoryPlan, pairs: Sequence[Pair], wanted: int | None, reporter: Reporter
 ) -> Distributions:
     """Have the full distributions of a memory's contexts, asking for those that are not on disk yet.
@@ -39,8 +39,8 @@ def ask_distributions(
         PemaError: as the calls to the PLM.
     """
     given = plm.distributions()
-    wanted = wanted or enough(plm.card)
-    contexts = list(islice(contexts_of(plm, plan, pairs), wanted))
+    wanted = wanted or contexts_needed(plm.card)
+    contexts = list(islice(sample_contexts(plm, plan, pairs), wanted))
     missing = [context for context in contexts if context.key not in given]
     if not missing:
         return given
@@ -53,7 +53,7 @@ def ask_distributions(
         "nothing that building the memory has not shown. "
         f"Costs {len(missing):,} calls, {tokens:,} tokens, {megabytes:,.0f} MB down, and half of that on disk."
     )
-    done, window = len(contexts) - len(missing), Window()
+    done, window = len(contexts) - len(missing), InFlightWindow()
     with (
         reporter.bar("full distributions", len(contexts), "contexts", done=done) as bar,
         plm.observed_by(window.learn),
@@ -69,7 +69,7 @@ def ask_distributions(
     return given
 
 
-def _answers(plm: RemotePlm, chunk: Sequence[Context], window: Window) -> Iterator[Answer]:
+def _answers(plm: RemotePlm, chunk: Sequence[Context], window: InFlightWindow) -> Iterator[DistributionRecord]:
     exact = plm.in_dtype("float32")
     decoded = exact.decode([context.prefix for context in chunk], [context.drafted for context in chunk])
     rows = decoded.rows_B.tolist()
@@ -79,10 +79,10 @@ def _answers(plm: RemotePlm, chunk: Sequence[Context], window: Window) -> Iterat
         [*context.prefix, *drafts_T.tolist()[: context.drafted]]
         for context, drafts_T in zip(chunk, decoded.top1_N.split(rows), strict=True)
     ]
-    logprobs = in_order(exact.distribution, whole, window)
+    logprobs = ordered_map(exact.distribution, whole, window)
     logsumexps = decoded.logsumexp_N[last_B].tolist()
     for input_D, logsumexp, logprob_V in zip(input_N_D[last_B], logsumexps, logprobs, strict=True):
-        yield Answer(input_D=input_D, logsumexp=logsumexp, logprob_V=logprob_V)
+        yield DistributionRecord(input_D=input_D, logsumexp=logsumexp, logprob_V=logprob_V)
 
 
 def _chunks(contexts: Sequence[Context], limits: Limits) -> Iterator[list[Context]]:

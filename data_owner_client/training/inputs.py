@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_owner_client.adapter.candidates import places, token_set
+from data_owner_client.adapter.candidates import index_of, token_set
 from data_owner_client.adapter.network import AdapterForm
 from data_owner_client.data.pairs import Pair
 from data_owner_client.memory.manifest import MemoryPlan
@@ -19,8 +19,8 @@ from data_owner_client.plm.head_recovery.fit import fit_rows
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
-from data_owner_client.training.batches import FirstExamples, Sharded, Sure, Survey, Viewed
-from data_owner_client.training.head_distributions import ask_distributions
+from data_owner_client.training.batches import FirstExamples, MemoryStats, ReliableRows, ShardSource, ShardView
+from data_owner_client.training.head_distributions import fetch_distributions
 from data_owner_client.training.likelihood import plm_target_logprobs
 from data_owner_client.training.settings import Pairing, TrainingSettings
 from data_owner_client.training.trainer import Trained, train_adapter
@@ -77,7 +77,7 @@ class Memories:
 
 
 @dataclass(frozen=True)
-class Targets:
+class TargetVocabulary:
     """The LM head's rows of all tokens that occur in the targets of either memory.
 
     Attributes:
@@ -91,7 +91,9 @@ class Targets:
     candidates: LMHead
 
     @classmethod
-    def fetch(cls, plm: RemotePlm, candidate_ids_C: Tensor, held_out: MemoryRows, reporter: Reporter) -> Targets:
+    def fetch(
+        cls, plm: RemotePlm, candidate_ids_C: Tensor, held_out: MemoryRows, reporter: Reporter
+    ) -> TargetVocabulary:
         """One request for both memories: the server need not know which tokens are those of the few held-out texts."""
         ids_K = token_set([candidate_ids_C, held_out.target_N])
         if len(ids_K) == plm.card.vocab_size:
@@ -106,7 +108,7 @@ class Targets:
             )
             head = plm.head_rows(ids_K)
         same = len(candidate_ids_C) == len(ids_K)
-        return cls(ids_K, head, head if same else head.rows(places(candidate_ids_C, ids_K)))
+        return cls(ids_K, head, head if same else head.rows(index_of(candidate_ids_C, ids_K)))
 
     def plm_logprobs(self, rows: MemoryRows) -> Tensor:
         """log P_PLM(y) of each row, float64."""
@@ -123,9 +125,9 @@ class TrainingInput:
     """
 
     identity: list[object]
-    rows: Sharded
-    survey: Survey
-    targets: Targets
+    rows: ShardSource
+    survey: MemoryStats
+    targets: TargetVocabulary
     held_out: MemoryRows
     validation: ValidationData
 
@@ -153,7 +155,7 @@ class TrainingInput:
             InvalidData: a memory is damaged, has no rows, or has fewer examples.
         """
         view = MemoryRows.by_position if settings.pairing == "position" else MemoryRows.aligned
-        rows: Sharded = Viewed(memories.train, view)
+        rows: ShardSource = ShardView(memories.train, view)
         identity = memories.identity
         if examples is not None:
             if examples > memories.train.manifest.examples:
@@ -163,13 +165,13 @@ class TrainingInput:
                 )
             rows = FirstExamples(rows, memories.train.shard_examples, examples)
             identity = [*identity, examples]
-        survey = Survey.of(rows, axes=settings.principal_axes)
+        survey = MemoryStats.of(rows, axes=settings.principal_axes)
         if settings.full_vocabulary:
             survey = replace(survey, candidate_ids_C=torch.arange(memories.plan.model.vocab_size))
         if plm.card.head_policy == "none" and not settings.full_vocabulary:
-            given = ask_distributions(plm, memories.plan, memories.train_pairs, settings.distributions, reporter)
+            given = fetch_distributions(plm, memories.plan, memories.train_pairs, settings.distributions, reporter)
             identity = [*identity, given.digest]  # with more of them, the rows are others
-        targets = Targets.fetch(plm, survey.candidate_ids_C, memories.held_out, reporter)
+        targets = TargetVocabulary.fetch(plm, survey.candidate_ids_C, memories.held_out, reporter)
         held_out = view(memories.held_out).strict()
         validation = ValidationData.of(
             held_out, survey.candidate_ids_C, targets.plm_logprobs(held_out), memories.train.length_ratio
@@ -177,9 +179,9 @@ class TrainingInput:
         return cls(identity, rows, survey, targets, held_out, validation)
 
     @cached_property
-    def _sure(self) -> Sure:
+    def _sure(self) -> ReliableRows:
         """Counted once, however many trainings take them."""
-        return Sure(self.rows)
+        return ReliableRows(self.rows)
 
     @property
     def plm_nll(self) -> float:
@@ -200,7 +202,7 @@ class TrainingInput:
         )
 
 
-def suited(settings: TrainingSettings, plan: MemoryPlan) -> list[TrainingSettings]:
+def resolve_settings(settings: TrainingSettings, plan: MemoryPlan) -> list[TrainingSettings]:
     """The settings to begin with: what they leave open, pairing and form, as it suits a memory.
 
     For a private memory that is several, one for each pairing.

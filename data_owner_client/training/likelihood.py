@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from data_owner_client.adapter.candidates import places
-from data_owner_client.adapter.card import Adaptation
+from data_owner_client.adapter.candidates import index_of
+from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.gate import gate_features
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.training.validation import ValidationData
@@ -29,7 +29,7 @@ def plm_target_logprobs(head: LMHead, target_ids_K: Tensor, rows: MemoryRows) ->
     """
     if rows.logsumexp_N is None:
         raise InvalidData("The validation memory has no log-sum-exp.", hint="Build it again: build-memory --overwrite.")
-    label_N = places(rows.target_N.long(), target_ids_K)
+    label_N = index_of(rows.target_N.long(), target_ids_K)
     parts = []
     chunk = head.rows_at_once()
     for input_B_D, label_B in zip(rows.head_input_N_D().split(chunk), label_N.split(chunk), strict=True):
@@ -37,7 +37,7 @@ def plm_target_logprobs(head: LMHead, target_ids_K: Tensor, rows: MemoryRows) ->
     return (torch.cat(parts) - rows.logsumexp_N.double()).clamp(max=0.0)
 
 
-def both_sides(adapter: Adaptation, held_out: ValidationData, plm_rows: MemoryRows) -> tuple[Tensor, Tensor]:
+def both_sides(adapter: CandidateDistribution, held_out: ValidationData, plm_rows: MemoryRows) -> tuple[Tensor, Tensor]:
     """What the adapter and a gate see of held-out rows.
 
     Args:

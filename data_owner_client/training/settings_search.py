@@ -28,7 +28,7 @@ _CHANGES: tuple[dict[str, Any], ...] = (
 Fit = Callable[[TrainingSettings], Trained]
 
 
-def tune(
+def search_settings(
     openings: Sequence[TrainingSettings],
     fit: Fit,
     *,

@@ -17,7 +17,7 @@ from data_owner_client.adapter.network import AdapterForm
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.atomic_files import write_atomically
 from data_owner_client.runtime.progress import Reporter
-from data_owner_client.training.inputs import Memories, TrainingInput, suited
+from data_owner_client.training.inputs import Memories, TrainingInput, resolve_settings
 from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.sweep_plot import plot_sweep
 from data_owner_client.training.sweep_results import ROWS, SETTINGS, SweepRow, as_csv
@@ -69,7 +69,7 @@ def sweep(
     rows: list[SweepRow] = []
     trainings = grid.trainings()
     for number, (given, examples) in enumerate(trainings, 1):
-        settings = suited(given, memories.plan)[0]
+        settings = resolve_settings(given, memories.plan)[0]
         told = ", ".join(f"{name} {getattr(settings, name)}" for name in SETTINGS if len(getattr(grid, name)) > 1)
         reporter.say(f"Training {number} of {len(trainings)}: {told or 'as usual'}, {examples or 'all'} examples.")
         rows += _training(plm, memories, settings, examples, grid, folder, reporter)

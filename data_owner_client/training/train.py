@@ -19,11 +19,11 @@ from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.atomic_files import write_atomically
 from data_owner_client.runtime.memory_usage import peak_rss_mb
 from data_owner_client.runtime.progress import Reporter
-from data_owner_client.training.decoding_policy import Option, choose_usage
-from data_owner_client.training.inputs import Memories, TrainingInput, suited
+from data_owner_client.training.decoding_policy import DecodingPolicy, select_decoding_policy
+from data_owner_client.training.inputs import Memories, TrainingInput, resolve_settings
 from data_owner_client.training.plots import plot_training
 from data_owner_client.training.settings import TrainingSettings
-from data_owner_client.training.settings_search import tune
+from data_owner_client.training.settings_search import search_settings
 from data_owner_client.training.trainer import Trained
 from protocol.errors import InvalidData
 
@@ -52,7 +52,7 @@ class TrainingReport(BaseModel):
     card: AdapterCard
     history: list[dict[str, float | int | str | None]]
     trials: list[Trial]
-    options: list[Option]
+    options: list[DecodingPolicy]
     seconds: float
     peak_rss_mb: float
 
@@ -91,7 +91,7 @@ def train(
     forms: list[AdapterForm] = [] if settings.form else ["paper"]
     if forms and plan.model.cr_kind == "last_hidden_state":
         forms += ["residual", "recent"]
-    openings = suited(settings, plan)
+    openings = resolve_settings(settings, plan)
     _require_shared(settings, plan)
     given = TrainingInput.of(plm, memories, settings, reporter)
 
@@ -109,9 +109,9 @@ def train(
             words += f", dropout {tried.dropout}" + (f", pairing {tried.pairing}" if len(openings) > 1 else "")
             reporter.say(f"Tried {words}: {nll:.4f} nats per token.")
 
-    settings, trained = tune(openings, fit, forms=forms, on_trial=on_trial)
+    settings, trained = search_settings(openings, fit, forms=forms, on_trial=on_trial)
 
-    def made(option: Option, why: str = "") -> TrainedAdapter:
+    def made(option: DecodingPolicy, why: str = "") -> TrainedAdapter:
         pairs = memories.train_pairs if option.nearest else []
         card = AdapterCard(
             model=plan.model,
@@ -138,7 +138,7 @@ def train(
         )
         return TrainedAdapter(card, trained.adapter, given.survey.candidate_ids_C, given.targets.candidates, pairs)
 
-    options = choose_usage(plm, memories, given, settings, made, reporter)
+    options = select_decoding_policy(plm, memories, given, settings, made, reporter)
     best = options[0]
     why = f"{best}: {best.nll:.3f} nats per token of the validation examples (the PLM alone: {given.plm_nll:.3f})"
     if best.chrf is not None:

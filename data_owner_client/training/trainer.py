@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data_owner_client.adapter.network import Adapter
-from data_owner_client.runtime.background import one_ahead
+from data_owner_client.runtime.background import prefetch_one
 from data_owner_client.runtime.progress import Reporter
-from data_owner_client.training.batches import Batch, RowStream, Sharded, Survey
+from data_owner_client.training.batches import Batch, MemoryStats, RowStream, ShardSource
 from data_owner_client.training.checkpoint import Checkpoint
 from data_owner_client.training.loss import cross_entropy
 from data_owner_client.training.settings import TrainingSettings
@@ -91,8 +91,8 @@ class _Progress:
 
 
 def train_adapter(
-    memory: Sharded,
-    survey: Survey,
+    memory: ShardSource,
+    survey: MemoryStats,
     head: LMHead,
     validation: ValidationData,
     settings: TrainingSettings,
@@ -147,7 +147,7 @@ class _Training:
         validation: ValidationData,
         settings: TrainingSettings,
         device: torch.device,
-        survey: Survey,
+        survey: MemoryStats,
         checkpoint: Checkpoint | None,
     ) -> None:
         self._stream = stream
@@ -227,7 +227,7 @@ class _Training:
             yield from batches
             return
         # Read and shuffled while the GPU works; on a CPU that would only take its cores.
-        for batch in one_ahead(batches):
+        for batch in prefetch_one(batches):
             yield batch.sent_to(self._device)
 
     def _step(self, batch: Batch) -> str:

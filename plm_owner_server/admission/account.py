@@ -11,8 +11,8 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
-from plm_owner_server.admission.quota_rules import Moment, Used
-from plm_owner_server.service.metering import Cost
+from plm_owner_server.admission.quota_rules import Instant, QuotaUsage
+from plm_owner_server.service.metering import CallCost
 from plm_owner_server.tenants.quotas import quotas_of
 from plm_owner_server.tenants.tables import FULL_DISTRIBUTIONS, HEAD_ROWS, MINUTES, RUNNING, TENANTS, USAGE
 
@@ -47,7 +47,7 @@ _RESERVED = sa.select(
 _TENANT = sa.select(TENANTS).where(TENANTS.c.name == _NAME).with_for_update()
 
 
-class Books:
+class TenantAccount:
     """One tenant's account, to which nobody else writes until the transaction is over.
 
     Args:
@@ -56,19 +56,19 @@ class Books:
         at: the moment of all that happens.
     """
 
-    def __init__(self, connection: Connection, tenant: Row[Any], at: Moment) -> None:
+    def __init__(self, connection: Connection, tenant: Row[Any], at: Instant) -> None:
         self._connection = connection
         self._tenant = tenant
         self._at = at
         self.quotas = quotas_of(tenant)
 
     @classmethod
-    def open(cls, connection: Connection, tenant: str, at: Moment) -> Self:
+    def open(cls, connection: Connection, tenant: str, at: Instant) -> Self:
         """The account of the tenant of this name."""
         # SQLite has locked everything already; others lock the tenant's row.
         return cls(connection, connection.execute(_TENANT, {"tenant": tenant}).one(), at)
 
-    def used(self) -> Used:
+    def used(self) -> QuotaUsage:
         """What was used up to now, with what is reserved."""
         given = {
             "tenant": self._tenant.name,
@@ -79,7 +79,7 @@ class Books:
         }
         day, head_rows, full_distributions, minute = map(int, self._connection.execute(_PUT_DOWN, given).one())
         running, reserved_day, reserved_minute = map(int, self._connection.execute(_RESERVED, given).one())
-        return Used(minute + reserved_minute, day + reserved_day, running, head_rows, full_distributions)
+        return QuotaUsage(minute + reserved_minute, day + reserved_day, running, head_rows, full_distributions)
 
     def begin(self, call_id: str, tokens: int) -> None:
         """A call is being answered from now on, for which so many tokens are reserved."""
@@ -98,7 +98,7 @@ class Books:
         """It is over."""
         self._connection.execute(sa.delete(RUNNING).where(RUNNING.c.id == call_id))
 
-    def add(self, begun: Moment, **amounts: int) -> None:
+    def add(self, begun: Instant, **amounts: int) -> None:
         """Put a call down to the minute and the day in which it was let in.
 
         Args:
@@ -116,7 +116,7 @@ class Books:
         if self._connection.execute(sa.update(table).where(this).values(more)).rowcount == 0:
             self._connection.execute(sa.insert(table).values(key | amounts))
 
-    def new_head_rows(self, cost: Cost, *, take: bool) -> int:
+    def new_head_rows(self, cost: CallCost, *, take: bool) -> int:
         """How many of a call's rows the tenant did not have yet.
 
         Args:
@@ -138,7 +138,7 @@ class Books:
             self._connection.execute(change.values(given=given))
         return new
 
-    def new_full_distributions(self, cost: Cost, *, take: bool) -> int:
+    def new_full_distributions(self, cost: CallCost, *, take: bool) -> int:
         """Whether a call's answer is a full distribution that the tenant did not have yet: 1 or 0.
 
         Args:

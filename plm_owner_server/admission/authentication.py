@@ -7,13 +7,13 @@ import logging
 from typing import Protocol
 
 from plm_owner_server.admission.ledger import Ledger
-from plm_owner_server.admission.tenant_cache import Trusted
+from plm_owner_server.admission.tenant_cache import TenantCache
 from plm_owner_server.service.metering import UNMETERED, Meter
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants.api_keys import Key
-from plm_owner_server.tenants.database import shown
+from plm_owner_server.tenants.database import redacted_url
 from plm_owner_server.tenants.master_secret import require_master_secret
-from plm_owner_server.tenants.store import ANYBODY, Tenant, TenantStore
+from plm_owner_server.tenants.store import ANONYMOUS, Tenant, TenantStore
 from protocol.addresses import is_loopback
 from protocol.errors import PemaError, Unauthenticated
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 _BEARER = "Bearer "
 
 
-class Access(Protocol):
+class Authenticator(Protocol):
     """Tells callers apart, by `Bearer` and the key, as in HTTP's header `Authorization`."""
 
     def recall(self, authorization: str | None) -> Tenant | None:
@@ -51,14 +51,14 @@ class Access(Protocol):
         ...
 
 
-class Anyone:
+class NoAuthentication:
     """Everybody may call, and all are one tenant.
 
     Args:
         tenant: the one.
     """
 
-    def __init__(self, tenant: Tenant = ANYBODY) -> None:
+    def __init__(self, tenant: Tenant = ANONYMOUS) -> None:
         self._tenant = tenant
 
     def recall(self, authorization: str | None) -> Tenant:
@@ -72,7 +72,7 @@ class Anyone:
     def close(self) -> None: ...
 
 
-class OneKey:
+class SharedKeyAuthenticator:
     """One key for all.
 
     Args:
@@ -85,8 +85,8 @@ class OneKey:
     def recall(self, authorization: str | None) -> Tenant:
         # In constant time, or an attacker could find the key letter by letter.
         if not hmac.compare_digest(self._authorization, (authorization or "").encode()):
-            raise _stranger(authorization)
-        return ANYBODY
+            raise _unauthenticated(authorization)
+        return ANONYMOUS
 
     identify = recall
 
@@ -96,7 +96,7 @@ class OneKey:
     def close(self) -> None: ...
 
 
-class TenantKeys:
+class TenantKeyAuthenticator:
     """A key for each tenant. Thread-safe.
 
     Args:
@@ -107,7 +107,7 @@ class TenantKeys:
     def __init__(self, store: TenantStore, ledger: Ledger | None = None) -> None:
         self._store = store
         self._ledger = ledger or Ledger(store.database)
-        self._trusted = Trusted()  # by the hashes of keys
+        self._trusted = TenantCache()  # by the hashes of keys
 
     def recall(self, authorization: str | None) -> Tenant | None:
         return self._trusted.kept(_key(authorization).hash)
@@ -116,7 +116,7 @@ class TenantKeys:
         key = _key(authorization)
         tenant = self._trusted.kept(key.hash) or self._trusted.asked(key.hash, lambda: self._store.holder(key))
         if tenant is None:
-            raise _stranger(authorization)
+            raise _unauthenticated(authorization)
         return tenant
 
     def meter(self, tenant: Tenant) -> Meter:
@@ -126,7 +126,7 @@ class TenantKeys:
         self._store.database.close()
 
 
-def access_for(settings: ServerSettings) -> Access:
+def authenticator_for(settings: ServerSettings) -> Authenticator:
     """Who may call a server with these settings.
 
     Raises:
@@ -151,28 +151,30 @@ def access_for(settings: ServerSettings) -> Access:
                 f"There are {tenants} tenants, each with a key of its own, and one key for all.",
                 hint="Leave --api-key (PEMA_API_KEY) away, or name another --store.",
             )
-        return OneKey(settings.api_key.get_secret_value())
+        return SharedKeyAuthenticator(settings.api_key.get_secret_value())
     if store is not None and tenants:
         log.info("%d tenants, each with a key of its own", tenants)
-        return TenantKeys(store)
+        return TenantKeyAuthenticator(store)
     if not (is_loopback(settings.host) or settings.allow_anonymous):
         raise PemaError(
             f"Without keys, whoever reaches {settings.host} could use the model.",
             hint="Let somebody in: pema-server tenants add NAME. If everybody may call, say --allow-anonymous.",
         )
-    log.warning("no tenants in %s and no key: everybody who reaches %s may call", shown(settings.store), settings.host)
-    return Anyone()
+    log.warning(
+        "no tenants in %s and no key: everybody who reaches %s may call", redacted_url(settings.store), settings.host
+    )
+    return NoAuthentication()
 
 
 def _key(authorization: str | None) -> Key:
     given = authorization or ""
     key = Key.parse(given.removeprefix(_BEARER)) if given.startswith(_BEARER) else None
     if key is None:
-        raise _stranger(authorization)
+        raise _unauthenticated(authorization)
     return key
 
 
-def _stranger(authorization: str | None) -> Unauthenticated:
+def _unauthenticated(authorization: str | None) -> Unauthenticated:
     return Unauthenticated(
         "The server asks for a key, and " + ("got another one." if authorization else "got none."),
         hint="Set PEMA_API_KEY to the key that the owner gave you, or say --api-key.",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from plm_owner_server.admission.authentication import Access, TenantKeys
-from plm_owner_server.admission.tenant_cache import Trusted
+from plm_owner_server.admission.authentication import Authenticator, TenantKeyAuthenticator
+from plm_owner_server.admission.tenant_cache import TenantCache
 from plm_owner_server.service.metering import Meter
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants.master_secret import require_master_secret
@@ -15,7 +15,7 @@ from protocol.errors import Forbidden, InvalidRequest, Unauthenticated
 log = logging.getLogger(__name__)
 
 
-class CertifiedTenants:
+class CertificateAuthenticator:
     """Who the holders of certificates are. Thread-safe.
 
     Args:
@@ -24,12 +24,12 @@ class CertifiedTenants:
 
     def __init__(self, store: TenantStore) -> None:
         self._store = store
-        self._keys = TenantKeys(store)
-        self._trusted = Trusted()  # by their names
+        self._keys = TenantKeyAuthenticator(store)
+        self._trusted = TenantCache()  # by their names
 
-    def of(self, name: str | None) -> Access:
+    def of(self, name: str | None) -> Authenticator:
         """Tells who a caller is whose certificate, of an authority of ours, has this common name."""
-        return _Holder(self, self._keys, name)
+        return _CertificateAndKey(self, self._keys, name)
 
     def kept(self, name: str | None) -> Tenant | None:
         """The tenant of that name, if it was let in lately."""
@@ -55,10 +55,10 @@ class CertifiedTenants:
         self._keys.close()
 
 
-class _Holder:
+class _CertificateAndKey:
     """The holder of one certificate, who may show a key besides."""
 
-    def __init__(self, tenants: CertifiedTenants, keys: TenantKeys, name: str | None) -> None:
+    def __init__(self, tenants: CertificateAuthenticator, keys: TenantKeyAuthenticator, name: str | None) -> None:
         self._tenants = tenants
         self._keys = keys
         self._name = name
@@ -80,7 +80,7 @@ class _Holder:
     def close(self) -> None: ...  # others hold certificates, too
 
 
-def certified_for(settings: ServerSettings) -> CertifiedTenants | None:
+def certificate_authenticator_for(settings: ServerSettings) -> CertificateAuthenticator | None:
     """Who may call a server that demands certificates; None if it does not.
 
     Raises:
@@ -97,7 +97,7 @@ def certified_for(settings: ServerSettings) -> CertifiedTenants | None:
     records = store.all()
     require_master_secret(settings, records)
     log.info("%d tenants, each known by its certificate", len(records))
-    return CertifiedTenants(store)
+    return CertificateAuthenticator(store)
 
 
 def _same(tenant: Tenant, holder: Tenant) -> Tenant:

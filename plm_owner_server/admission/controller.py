@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from anyio import CapacityLimiter
 
-from plm_owner_server.admission.authentication import Access, Anyone
-from plm_owner_server.admission.client_certificates import CertifiedTenants
-from plm_owner_server.operations.call_log import Accounts
+from plm_owner_server.admission.authentication import Authenticator, NoAuthentication
+from plm_owner_server.admission.client_certificates import CertificateAuthenticator
+from plm_owner_server.operations.call_log import CallRecorder
 from plm_owner_server.service.metering import Meter
 from plm_owner_server.service.plm_service import PlmService
-from plm_owner_server.service.requests import Caller
-from plm_owner_server.service.worker_threads import in_worker
+from plm_owner_server.service.requests import CallContext
+from plm_owner_server.service.worker_threads import run_in_worker
 from plm_owner_server.tenants.store import Scope, Tenant
 from protocol.errors import Forbidden, NotReady
 
@@ -22,7 +22,7 @@ from protocol.errors import Forbidden, NotReady
 _ASKED_ABOUT = 8
 
 
-def stopping() -> NotReady:
+def shutting_down_error() -> NotReady:
     """What calls are told while the server stops."""
     return NotReady(
         "The server is stopping.", hint="Try again in a moment: another one takes its place.", retry_after_s=5.0
@@ -43,9 +43,9 @@ class Admission:
     tenant: Tenant
     meter: Meter
 
-    def caller(self, client: str = "") -> Caller:
+    def caller(self, client: str = "") -> CallContext:
         """The call's caller; tenants share the model among them, and clients where there are no tenants."""
-        return Caller(self.tenant.name or client, self.tenant.name, self.tenant.disclosure, self.meter)
+        return CallContext(self.tenant.name or client, self.tenant.name, self.tenant.disclosure, self.meter)
 
 
 class ServiceHolder:
@@ -65,15 +65,15 @@ class ServiceHolder:
     def __init__(
         self,
         service: PlmService | None = None,
-        access: Access | None = None,
-        certified: CertifiedTenants | None = None,
+        access: Authenticator | None = None,
+        certified: CertificateAuthenticator | None = None,
     ) -> None:
         self.service = service
-        self.accounts = Accounts()
+        self.accounts = CallRecorder()
         self.calls = 0
         self._stopping = False
         self._certified = certified
-        self._access = access or Anyone()
+        self._access = access or NoAuthentication()
         self._asking = CapacityLimiter(_ASKED_ABOUT)
 
     def ready(self) -> PlmService:
@@ -83,7 +83,7 @@ class ServiceHolder:
             NotReady: the model is loading, or the server is stopping.
         """
         if self._stopping:
-            raise stopping()
+            raise shutting_down_error()
         if self.service is None:
             raise NotReady("The model is still loading.", hint="Try again in a moment.", retry_after_s=2.0)
         return self.service
@@ -128,7 +128,7 @@ class ServiceHolder:
         access = self._access if self._certified is None else self._certified.of(certificate)
         tenant = access.recall(authorization)
         if tenant is None:
-            tenant = await in_worker(lambda: access.identify(authorization), self._asking)
+            tenant = await run_in_worker(lambda: access.identify(authorization), self._asking)
         if scope not in tenant.scopes:
             raise Forbidden(
                 f"Your key does not allow this call, which needs the scope {scope}.",

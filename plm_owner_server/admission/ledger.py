@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from plm_owner_server.admission.account import Books
-from plm_owner_server.admission.quota_rules import Moment, Used, allowances, refusal, spent
-from plm_owner_server.admission.reservations import Running
-from plm_owner_server.service.metering import Charge, Cost, Meter
+from plm_owner_server.admission.account import TenantAccount
+from plm_owner_server.admission.quota_rules import Instant, QuotaUsage, allowances, budget_error, rate_limit_error
+from plm_owner_server.admission.reservations import ReservationHeartbeat
+from plm_owner_server.service.metering import CallCost, Meter, Reservation
 from plm_owner_server.tenants.database import Database
 from protocol.errors import NotReady, PemaError
-from protocol.rate_limits import Allowance
+from protocol.rate_limits import RateLimitStatus
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Ledger:
     """
 
     def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
-        self.running = Running(database, clock)
+        self.running = ReservationHeartbeat(database, clock)
         self._database = database
         self._clock = clock
 
@@ -45,7 +45,7 @@ class Ledger:
         return _Meter(self, tenant)
 
     @contextmanager
-    def books(self, tenant: str) -> Iterator[tuple[Books, Moment]]:
+    def books(self, tenant: str) -> Iterator[tuple[TenantAccount, Instant]]:
         """A tenant's account, open for one transaction, and its moment.
 
         Raises:
@@ -53,8 +53,8 @@ class Ledger:
         """
         try:
             with self._database.writing() as connection:
-                at = Moment(self._clock())
-                yield Books.open(connection, tenant, at), at
+                at = Instant(self._clock())
+                yield TenantAccount.open(connection, tenant, at), at
         except PemaError as error:
             log.warning("%s", error)
             raise NotReady(
@@ -68,8 +68,8 @@ class Ledger:
 class _Call:
     """A call that was let in."""
 
-    cost: Cost
-    begun: Moment
+    cost: CallCost
+    begun: Instant
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -77,11 +77,11 @@ class _Meter:
     def __init__(self, ledger: Ledger, tenant: str) -> None:
         self._ledger = ledger
         self._tenant = tenant
-        self.left: Sequence[Allowance] = ()
+        self.left: Sequence[RateLimitStatus] = ()
 
     @contextmanager
-    def charging(self, cost: Cost) -> Iterator[Charge]:
-        call, charge = self._let_in(cost), Charge(cost.tokens)
+    def charging(self, cost: CallCost) -> Iterator[Reservation]:
+        call, charge = self._let_in(cost), Reservation(cost.tokens)
         try:
             yield charge
         except BaseException:
@@ -89,13 +89,13 @@ class _Meter:
             raise
         self._put_down(call, charge)
 
-    def _let_in(self, cost: Cost) -> _Call | None:
+    def _let_in(self, cost: CallCost) -> _Call | None:
         """Reserve what a call may come to cost, or refuse it; there is no need to for one that costs nothing."""
         if cost.is_free:
             return None
         with self._ledger.books(self._tenant) as (books, at):
             call, used = _Call(cost, at), books.used()
-            refused = refusal(books.quotas, used, cost, at) or _spent(books, used, cost)
+            refused = rate_limit_error(books.quotas, used, cost, at) or _spent(books, used, cost)
             if refused is None:
                 books.begin(call.id, cost.tokens)
             else:
@@ -114,7 +114,7 @@ class _Meter:
             books.end(call.id)
             self.left = allowances(books.quotas, books.used(), at)
 
-    def _put_down(self, call: _Call | None, charge: Charge) -> None:
+    def _put_down(self, call: _Call | None, charge: Reservation) -> None:
         if call is not None:
             self._ledger.running.remove(call.id)
         with self._ledger.books(self._tenant) as (books, at):
@@ -141,9 +141,9 @@ class _Meter:
             raise refused
 
 
-def _spent(books: Books, used: Used, cost: Cost) -> PemaError | None:
+def _spent(books: TenantAccount, used: QuotaUsage, cost: CallCost) -> PemaError | None:
     """Why a call's rows and distribution cannot be given out; None if they can."""
-    return spent(
+    return budget_error(
         books.quotas,
         used,
         head_rows=books.new_head_rows(cost, take=False),

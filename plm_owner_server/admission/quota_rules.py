@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
 
-from plm_owner_server.service.metering import Cost
+from plm_owner_server.service.metering import CallCost
 from plm_owner_server.tenants.quotas import Quotas
-from protocol.errors import BudgetSpent, PemaError, QuotaExceeded
-from protocol.rate_limits import Allowance
+from protocol.errors import BudgetExhausted, PemaError, QuotaExceeded
+from protocol.rate_limits import RateLimitStatus
 
 _MINUTE_S = 60
 
@@ -23,7 +23,7 @@ _NEXT_PLACE_S = 1.0
 
 
 @dataclass(frozen=True)
-class Used:
+class QuotaUsage:
     """What a tenant has used up to a moment, and what is reserved for its calls that are being answered.
 
     Attributes:
@@ -42,7 +42,7 @@ class Used:
 
 
 @dataclass(frozen=True)
-class Moment:
+class Instant:
     """A reading of the wall clock, which may jump: every window is found from it alone, so no jump outlasts one.
 
     Attributes:
@@ -66,7 +66,7 @@ class Moment:
         return max(1, math.ceil(window_s - self.seconds % window_s))
 
 
-def refusal(quotas: Quotas, used: Used, cost: Cost, at: Moment) -> PemaError | None:
+def rate_limit_error(quotas: Quotas, used: QuotaUsage, cost: CallCost, at: Instant) -> PemaError | None:
     """Why a call cannot be let in now; None if it can.
 
     What is below its limit takes one more call whole, so that none is too large to be ever let in.
@@ -87,21 +87,21 @@ def refusal(quotas: Quotas, used: Used, cost: Cost, at: Moment) -> PemaError | N
     return None
 
 
-def spent(quotas: Quotas, used: Used, *, head_rows: int, full_distributions: int) -> PemaError | None:
+def budget_error(quotas: Quotas, used: QuotaUsage, *, head_rows: int, full_distributions: int) -> PemaError | None:
     """Why so many new rows and distributions cannot be given out; None if they can."""
     for limit, before, more, name in (
         (quotas.head_rows, used.head_rows, head_rows, "rows of the LM head"),
         (quotas.full_distributions, used.full_distributions, full_distributions, "full distributions"),
     ):
         if limit is not None and more and before + more > limit:
-            return BudgetSpent(
+            return BudgetExhausted(
                 f"You may have {limit} different {name} in all, have {min(before, limit)}, and ask for {more} more.",
                 hint="What you have you may ask for again. Ask the owner for more.",
             )
     return None
 
 
-def allowances(quotas: Quotas, used: Used, at: Moment) -> tuple[Allowance, ...]:
+def allowances(quotas: Quotas, used: QuotaUsage, at: Instant) -> tuple[RateLimitStatus, ...]:
     """What is left of each quota that there is."""
     rows: tuple[tuple[str, int | None, int, str, int | None], ...] = (
         ("minute", quotas.tokens_per_minute, used.minute_tokens, "tokens", _MINUTE_S),
@@ -111,7 +111,7 @@ def allowances(quotas: Quotas, used: Used, at: Moment) -> tuple[Allowance, ...]:
         ("full-distributions", quotas.full_distributions, used.full_distributions, "full-distributions", None),
     )
     return tuple(
-        Allowance(
+        RateLimitStatus(
             name, quota, max(0, quota - amount), unit, window_s, None if window_s is None else at.left_of(window_s)
         )
         for name, quota, amount, unit, window_s in rows
@@ -119,7 +119,7 @@ def allowances(quotas: Quotas, used: Used, at: Moment) -> tuple[Allowance, ...]:
     )
 
 
-def _used_up(limit: int, name: str, at: Moment, window_s: int) -> PemaError:
+def _used_up(limit: int, name: str, at: Instant, window_s: int) -> PemaError:
     wait_s = at.left_of(window_s)
     when = datetime.fromtimestamp(at.seconds, UTC) + timedelta(seconds=wait_s)
     return QuotaExceeded(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import sqlalchemy as sa
 
 from plm_owner_server.admission.account import is_alive
-from plm_owner_server.admission.quota_rules import Moment
+from plm_owner_server.admission.quota_rules import Instant
 from plm_owner_server.tenants.database import Database
 from plm_owner_server.tenants.tables import MINUTES, RUNNING
 from protocol.errors import PemaError
@@ -22,7 +22,7 @@ _EVERY_S = 10.0
 _KEPT_MINUTES = 60
 
 
-class Running:
+class ReservationHeartbeat:
     """Renews this server's calls in the database, so that they do not pass for those of a server that died.
 
     A thread does it while there are any. Thread-safe.
@@ -60,7 +60,7 @@ class Running:
         """
         with self._lock:
             ids = list(self._ids)
-        at = Moment(self._clock())
+        at = Instant(self._clock())
         with self._database.writing() as connection:
             connection.execute(sa.update(RUNNING).where(RUNNING.c.id.in_(ids)).values(seen_at=at.seconds))
             connection.execute(sa.delete(RUNNING).where(~is_alive(at.seconds)))

@@ -18,7 +18,7 @@ _TRUST_S = 2.0
 _MOST_KNOWN = 10_000
 
 
-class Trusted:
+class TenantCache:
     """Tenants by what they showed. Thread-safe.
 
     Who was let in is not asked about again for two seconds, so that a busy tenant does not wait for its turn with every

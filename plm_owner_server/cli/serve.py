@@ -14,13 +14,13 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from plm_owner_server.admission.authentication import access_for
-from plm_owner_server.admission.client_certificates import certified_for
+from plm_owner_server.admission.authentication import authenticator_for
+from plm_owner_server.admission.client_certificates import certificate_authenticator_for
 from plm_owner_server.admission.controller import ServiceHolder
 from plm_owner_server.engines.loading import load_engine
 from plm_owner_server.engines.model_files.sources import digest_folder, resolve
 from plm_owner_server.engines.model_files.tokenizer import load_tokenizer
-from plm_owner_server.logs import keep_quiet_about_tasks, set_up_logs, write_no_core_files
+from plm_owner_server.logs import redact_task_exceptions, set_up_logs, write_no_core_files
 from plm_owner_server.operations.metrics import Metrics
 from plm_owner_server.operations.shutdown import DrainingServer
 from plm_owner_server.operations.supervisor import EngineStuck, Supervisor
@@ -29,7 +29,7 @@ from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants.master_secret import master_secret
 from plm_owner_server.transports.grpc_server import serve_grpc
-from plm_owner_server.transports.http_protocol import allow_open_files, bound_handshakes, bounded_http
+from plm_owner_server.transports.http_protocol import allow_open_files, bound_handshakes, bounded_http_protocol
 from plm_owner_server.transports.rest_app import create_app
 from plm_owner_server.transports.tls import Certificate
 from protocol.errors import PemaError
@@ -95,8 +95,8 @@ def serve(settings: ServerSettings) -> None:
     sys.setswitchinterval(_SWITCH_S)
     set_up_logs(settings.log_level, settings.log_format)
     write_no_core_files()
-    certified = certified_for(settings)
-    holder = ServiceHolder(access=None if certified else access_for(settings), certified=certified)
+    certified = certificate_authenticator_for(settings)
+    holder = ServiceHolder(access=None if certified else authenticator_for(settings), certified=certified)
     certificate = None
     if settings.tls_certificate and settings.tls_key:
         certificate = Certificate(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
@@ -119,7 +119,7 @@ def serve(settings: ServerSettings) -> None:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        keep_quiet_about_tasks(asyncio.get_running_loop())
+        redact_task_exceptions(asyncio.get_running_loop())
         async with AsyncExitStack() as stack:
             stack.callback(holder.close)  # the last of all: gRPC's calls end before
             try:
@@ -166,7 +166,7 @@ def serve(settings: ServerSettings) -> None:
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=1,
-        http=bounded_http(settings.max_connections, settings.transfer_s),
+        http=bounded_http_protocol(settings.max_connections, settings.transfer_s),
         ws="none",
         ssl_context_factory=(lambda *_: context) if context else None,
     )

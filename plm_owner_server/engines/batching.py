@@ -29,7 +29,7 @@ def plan_batches(
     return batches
 
 
-def alike(sequences: Sequence[Sequence[int]], known: Sequence[int], worth: int) -> list[list[int]]:
+def duplicate_groups(sequences: Sequence[Sequence[int]], known: Sequence[int], worth: int) -> list[list[int]]:
     """Indices of sequences that are the same, where it is worth a pass of its own to compute them once.
 
     Args:

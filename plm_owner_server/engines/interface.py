@@ -37,7 +37,7 @@ PassKind = Literal["encode", "prompt", "step"]
 
 
 @dataclass
-class Passes:
+class PassStats:
     """Forward passes of one kind.
 
     Attributes:
@@ -52,7 +52,7 @@ class Passes:
 
 
 @dataclass
-class Counts:
+class EngineStats:
     """What an engine has done since it was made. Its own thread counts; others may look at any time.
 
     Attributes:
@@ -61,7 +61,9 @@ class Counts:
         kept_bytes: size of the attention states that are kept.
     """
 
-    passes: dict[PassKind, Passes] = field(default_factory=lambda: {kind: Passes() for kind in get_args(PassKind)})
+    passes: dict[PassKind, PassStats] = field(
+        default_factory=lambda: {kind: PassStats() for kind in get_args(PassKind)}
+    )
     known_tokens: int = 0
     kept_bytes: int = 0
 
@@ -188,7 +190,7 @@ class Engine(Protocol):
 
     info: EngineInfo
     head: LMHead
-    counts: Counts
+    counts: EngineStats
 
     def is_alive(self) -> bool:
         """Whether it can still work, as far as that can be told without work. Any thread may call it."""

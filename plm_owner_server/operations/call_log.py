@@ -14,21 +14,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from plm_owner_server.service.requests import Departed, Spent
+from plm_owner_server.service.requests import CallUsage, ClientDisconnected
 from protocol.errors import PemaError, ServerFault
 from protocol.timing import ServerTiming
 
 log = logging.getLogger(__name__)
 
 OK = "ok"
-DEPARTED = "departed"
+CLIENT_DISCONNECTED = "departed"
 PROBE = "probe"
 OTHER = "other"
 Transport = Literal["rest", "grpc"]
 
 
 @dataclass(eq=False)
-class Call:
+class CallRecord:
     """A call, from its arrival until its answer is ready. Nothing in it is the client's own, but for the ids.
 
     Attributes:
@@ -48,7 +48,7 @@ class Call:
     asked: str
     request_id: str
     traceparent: str = ""
-    spent: Spent = field(default_factory=Spent)
+    spent: CallUsage = field(default_factory=CallUsage)
     outcome: str = OK
     status: str = "OK"
     began_ns: int = field(default_factory=time.time_ns)
@@ -67,15 +67,15 @@ class Call:
             log.error("%s: %s in %s", self.request_id, type(error).__name__, self.name)
             log.debug("%s: traceback\n%s", self.request_id, "".join(traceback.format_tb(error.__traceback__)))
             error = ServerFault("The server failed.", hint="Report the request id to its owner; trying again may help.")
-        self.outcome = DEPARTED if isinstance(error, Departed) else error.code
+        self.outcome = CLIENT_DISCONNECTED if isinstance(error, ClientDisconnected) else error.code
         error.request_id = self.request_id
         return error
 
 
-Observer = Callable[[Call], None]
+Observer = Callable[[CallRecord], None]
 
 
-class Accounts:
+class CallRecorder:
     """Tells all observers of every call that is over; the log is the first of them.
 
     Attributes:
@@ -86,7 +86,7 @@ class Accounts:
         self.observers: list[Observer] = [log_call]
 
     @contextmanager
-    def of(self, call: Call) -> Iterator[Call]:
+    def of(self, call: CallRecord) -> Iterator[CallRecord]:
         """Take the time of a call."""
         started = time.perf_counter()
         try:
@@ -97,7 +97,7 @@ class Accounts:
                 observe(call)
 
 
-def log_call(call: Call) -> None:
+def log_call(call: CallRecord) -> None:
     """A line in the log. Probes come every few seconds; a log of them hides everything else."""
     fields = {
         "request_id": call.request_id,
@@ -126,7 +126,7 @@ def request_id_of(given: str) -> str:
     return given if given.isascii() and 0 < len(given) <= 64 and given.isprintable() else uuid.uuid4().hex
 
 
-def timing_of(spent: Spent, started: float) -> ServerTiming:
+def timing_of(spent: CallUsage, started: float) -> ServerTiming:
     """Where the time of a call went that started at `started` (`time.perf_counter`) and is over now."""
     rest_s = max(0.0, time.perf_counter() - started - spent.queue_s - spent.compute_s)
     return ServerTiming(queue_ms=1000 * spent.queue_s, compute_ms=1000 * spent.compute_s, serialise_ms=1000 * rest_s)

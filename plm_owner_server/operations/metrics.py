@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from plm_owner_server.admission.controller import ServiceHolder
-from plm_owner_server.operations.call_log import PROBE, Call
+from plm_owner_server.operations.call_log import PROBE, CallRecord
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import PemaError
 
@@ -53,7 +53,7 @@ class Metrics:
             registry=self.registry,
         )
 
-    def observe(self, call: Call) -> None:
+    def observe(self, call: CallRecord) -> None:
         """Count a call that is over."""
         if call.name == PROBE:
             return

@@ -9,7 +9,7 @@ from types import FrameType
 
 import uvicorn
 
-from plm_owner_server.admission.controller import ServiceHolder, stopping
+from plm_owner_server.admission.controller import ServiceHolder, shutting_down_error
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class DrainingServer(uvicorn.Server):
         if self._holder.calls:
             log.warning("%d calls have not ended in time", self._holder.calls)
         if self._holder.service is not None:
-            self._holder.service.close(stopping())
+            self._holder.service.close(shutting_down_error())
         # Until uvicorn cuts what it still sends.
         self.config.timeout_graceful_shutdown = max(_LAST_WORDS_S, int(left_s))
         self.should_exit = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from plm_owner_server.operations.call_log import PROBE, Call
+from plm_owner_server.operations.call_log import PROBE, CallRecord
 from protocol.errors import NotReady, PemaError, ServerFault
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Traces:
         self._kind = SpanKind.SERVER
         self._error = Status(StatusCode.ERROR)
 
-    def observe(self, call: Call) -> None:
+    def observe(self, call: CallRecord) -> None:
         """Tell of a call that is over."""
         if call.name == PROBE:
             return

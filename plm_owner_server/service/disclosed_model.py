@@ -12,7 +12,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from plm_owner_server.service.disclosure import EVERYTHING, Disclosure
+from plm_owner_server.service.disclosure import FULL_DISCLOSURE, Disclosure
 from plm_owner_server.service.rotation import Rotation, RotationKey
 from plm_owner_server.service.validation import check_vocabulary
 from protocol.codec import raw_bytes
@@ -28,7 +28,7 @@ _ROTATION_BYTES = 2**31
 
 
 @dataclass(frozen=True)
-class View:
+class DisclosedModel:
     """The model as one tenant sees it.
 
     Attributes:
@@ -102,19 +102,19 @@ class View:
 class _Once:
     """Makes a view when it is first asked for. Thread-safe."""
 
-    def __init__(self, make: Callable[[], View]) -> None:
+    def __init__(self, make: Callable[[], DisclosedModel]) -> None:
         self._make = make
-        self._made: View | None = None
+        self._made: DisclosedModel | None = None
         self._lock = threading.Lock()
 
-    def __call__(self) -> View:
+    def __call__(self) -> DisclosedModel:
         with self._lock:
             if self._made is None:
                 self._made = self._make()
             return self._made
 
 
-class Views:
+class DisclosedModels:
     """Makes the tenants' views of one model. Thread-safe.
 
     Args:
@@ -135,7 +135,7 @@ class Views:
         self._lock = threading.Lock()
         self._views = lru_cache(maxsize=kept)(lambda *whose: _Once(partial(self._make, *whose)))
 
-    def of(self, tenant: str, disclosure: Disclosure) -> View:
+    def of(self, tenant: str, disclosure: Disclosure) -> DisclosedModel:
         """What a tenant sees; calls that come at once wait for the first one to make it.
 
         Raises:
@@ -145,9 +145,9 @@ class Views:
             view = self._views(tenant, disclosure)
         return view()
 
-    def _make(self, tenant: str, disclosure: Disclosure) -> View:
-        if disclosure == EVERYTHING:
-            return View(self._card, self._head, None)
+    def _make(self, tenant: str, disclosure: Disclosure) -> DisclosedModel:
+        if disclosure == FULL_DISCLOSURE:
+            return DisclosedModel(self._card, self._head, None)
         rotation, basis = None, ""
         if disclosure.rotated:
             key = RotationKey.derive(self._master_secret(), tenant, self._weights_digest)
@@ -160,7 +160,7 @@ class Views:
             # Not of the rows themselves: to multiply them all takes long, and another machine rounds them otherwise.
             told["head_digest"] = hashlib.sha256(f"head\0{identity}".encode()).hexdigest()
             told["head_dtype"] = "float32"  # or what was exact would be rounded
-        return View(self._card.model_copy(update=told), self._head, rotation)
+        return DisclosedModel(self._card.model_copy(update=told), self._head, rotation)
 
 
 def head_dtype(head: LMHead) -> HeadDtype:

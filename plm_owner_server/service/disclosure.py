@@ -20,5 +20,5 @@ class Disclosure:
     rotated: bool = False
 
 
-EVERYTHING = Disclosure()
+FULL_DISCLOSURE = Disclosure()
 """All of the LM head, in the model's own basis."""

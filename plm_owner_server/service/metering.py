@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from protocol.rate_limits import Allowance
+from protocol.rate_limits import RateLimitStatus
 
 
 @dataclass(frozen=True)
-class Cost:
+class CallCost:
     """What a call may come to cost.
 
     Attributes:
@@ -35,7 +35,7 @@ class Cost:
 
 
 @dataclass
-class Charge:
+class Reservation:
     """A call that was let in.
 
     Attributes:
@@ -49,10 +49,10 @@ class Meter(Protocol):
     """Measures one call."""
 
     @property
-    def left(self) -> Sequence[Allowance]:
+    def left(self) -> Sequence[RateLimitStatus]:
         """What is left of the quotas, as far as the call has been put down already."""
 
-    def charging(self, cost: Cost) -> AbstractContextManager[Charge]:
+    def charging(self, cost: CallCost) -> AbstractContextManager[Reservation]:
         """Let the call in, and put it down when the work within is done; work that fails costs nothing.
 
         Raises:
@@ -63,11 +63,11 @@ class Meter(Protocol):
 
 
 class _Unmetered:
-    left: Sequence[Allowance] = ()
+    left: Sequence[RateLimitStatus] = ()
 
     @contextmanager
-    def charging(self, cost: Cost) -> Iterator[Charge]:
-        yield Charge(cost.tokens)
+    def charging(self, cost: CallCost) -> Iterator[Reservation]:
+        yield Reservation(cost.tokens)
 
 
 UNMETERED: Meter = _Unmetered()

@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from plm_owner_server.engines.batching import plan_batches
-from plm_owner_server.engines.interface import Counts, Decoded, DraftBatch, EncodeBatch, Encoded, Engine
+from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch, Encoded, Engine, EngineStats
 from plm_owner_server.engines.model_files.tokenizer import bundle_tokenizer
-from plm_owner_server.service.disclosed_model import View, Views, head_digest, head_dtype
-from plm_owner_server.service.metering import Cost
-from plm_owner_server.service.requests import Caller, Load
+from plm_owner_server.service.disclosed_model import DisclosedModel, DisclosedModels, head_digest, head_dtype
+from plm_owner_server.service.metering import CallCost
+from plm_owner_server.service.requests import CallContext, QueueLoad
 from plm_owner_server.service.scheduler import Scheduler
-from plm_owner_server.service.unbatching import Gathered, present
+from plm_owner_server.service.unbatching import UnbatchedRows, required
 from plm_owner_server.service.validation import check_vocabulary
-from plm_owner_server.service.worker_threads import use_cores
+from plm_owner_server.service.worker_threads import set_torch_threads
 from plm_owner_server.settings import ServerSettings
 from protocol.errors import InvalidRequest, OverLimit, PemaError, Unsupported
 from protocol.integrity import echoes
@@ -38,10 +38,10 @@ from protocol.messages import (
     TokenizerBundle,
     WireDtype,
 )
-from protocol.quantization import compact
+from protocol.quantization import quantize
 
-_LOCAL = Caller()
-_FREE = Cost()
+_LOCAL = CallContext()
+_FREE = CallCost()
 # With more tokens than this a distribution counts as a full one: from such, weights can be worked out.
 _MOST_OF_A_PART = 100
 
@@ -73,7 +73,7 @@ class PlmService:
         cores = torch.get_num_threads()
         self._scheduler = Scheduler(
             engine,
-            begin_thread=lambda: use_cores(cores),
+            begin_thread=lambda: set_torch_threads(cores),
             batch_tokens=settings.batch_tokens,
             padding_tokens=settings.padding_tokens,
             drafting_tokens=settings.drafting_tokens,
@@ -105,9 +105,11 @@ class PlmService:
                 max_body_bytes=settings.max_body_bytes,
             ),
         )
-        self._views = Views(self._card, engine.head, weights_digest=weights_digest, master_secret=master_secret)
+        self._views = DisclosedModels(
+            self._card, engine.head, weights_digest=weights_digest, master_secret=master_secret
+        )
 
-    def load(self) -> Load:
+    def load(self) -> QueueLoad:
         """How much there is to do at the moment."""
         return self._scheduler.load()
 
@@ -133,28 +135,28 @@ class PlmService:
         """Drop what is known of texts that were not asked about for long."""
         self._engine.forget_unused()
 
-    def engine_counts(self) -> Counts:
+    def engine_counts(self) -> EngineStats:
         """What the engine has done so far."""
         return self._engine.counts
 
-    def model_card(self, caller: Caller = _LOCAL) -> ModelCard:
+    def model_card(self, caller: CallContext = _LOCAL) -> ModelCard:
         """Identity, kind of CR, sizes, limits."""
         with caller.meter.charging(_FREE):
             return self._view(caller).card
 
-    def card_of(self, caller: Caller) -> ModelCard:
+    def card_of(self, caller: CallContext) -> ModelCard:
         """The model card that a caller is told, for other calls' sake."""
         return self._view(caller).card
 
-    def _view(self, caller: Caller) -> View:
+    def _view(self, caller: CallContext) -> DisclosedModel:
         return self._views.of(caller.tenant, caller.disclosure)
 
-    def tokenizer(self, caller: Caller = _LOCAL) -> TokenizerBundle:
+    def tokenizer(self, caller: CallContext = _LOCAL) -> TokenizerBundle:
         """The fast tokenizer's own file and the chat template."""
         with caller.meter.charging(_FREE):
             return self._bundle
 
-    def lm_head(self, request: HeadRequest, caller: Caller = _LOCAL) -> HeadRows:
+    def lm_head(self, request: HeadRequest, caller: CallContext = _LOCAL) -> HeadRows:
         """Chosen rows of the LM head, or a range of them.
 
         Raises:
@@ -164,13 +166,13 @@ class PlmService:
         view = self._view(caller)
         wanted = view.wanted(request)
         # The same row of the same model is the same in every basis.
-        cost = Cost(head_rows=wanted, model=self._card.digest, vocab_size=self._card.vocab_size)
+        cost = CallCost(head_rows=wanted, model=self._card.digest, vocab_size=self._card.vocab_size)
         with caller.meter.charging(cost):
             rows = view.head_rows(wanted, request.dtype)
         caller.spent.rows += len(rows.weight_N_D)
         return rows
 
-    def encode(self, request: EncodeRequest, caller: Caller = _LOCAL) -> EncodeResponse:
+    def encode(self, request: EncodeRequest, caller: CallContext = _LOCAL) -> EncodeResponse:
         """Context representations of given sequences, one forward pass each.
 
         Raises:
@@ -195,8 +197,8 @@ class PlmService:
             for batch in plan
         ]
         view = self._view(caller)
-        with caller.meter.charging(Cost(tokens=sum(lengths))):
-            gathered = Gathered(plan, self._scheduler.run(caller, works), len(sequences))
+        with caller.meter.charging(CallCost(tokens=sum(lengths))):
+            gathered = UnbatchedRows(plan, self._scheduler.run(caller, works), len(sequences))
             return EncodeResponse(
                 digest=view.card.digest,
                 echo=gathered.echo,
@@ -205,7 +207,7 @@ class PlmService:
                 **_rows_on_wire(gathered, view, request.dtype),
             )
 
-    def decode(self, request: DecodeRequest, caller: Caller = _LOCAL) -> DecodeResponse:
+    def decode(self, request: DecodeRequest, caller: CallContext = _LOCAL) -> DecodeResponse:
         """Positions of every prefix and of up to `look_ahead` drafted tokens, with log-sum-exp and top-1.
 
         Raises:
@@ -247,21 +249,21 @@ class PlmService:
             for batch in plan
         ]
         view = self._view(caller)
-        with caller.meter.charging(Cost(tokens=sum(lengths) + sum(request.look_ahead))) as charge:
+        with caller.meter.charging(CallCost(tokens=sum(lengths) + sum(request.look_ahead))) as charge:
             results = [result for result in self._scheduler.run(caller, works) if isinstance(result, Decoded)]
-            gathered = Gathered(plan, results, len(sequences))
+            gathered = UnbatchedRows(plan, results, len(sequences))
             charge.tokens = sum(starts) + int(gathered.rows_B.sum())  # the prefixes, and what was drafted after them
             return DecodeResponse(
                 digest=view.card.digest,
                 echo=gathered.echo,
                 rows_B=gathered.rows_B,
-                logsumexp_N=gathered.rows(lambda r: present(r.logsumexp_N)),
+                logsumexp_N=gathered.rows(lambda r: required(r.logsumexp_N)),
                 top1_N=gathered.rows(lambda r: r.top1_N),
                 top1_logprob_N=gathered.rows(lambda r: r.top1_logprob_N),
                 **_rows_on_wire(gathered, view, request.dtype),
             )
 
-    def distribution(self, request: DistributionRequest, caller: Caller = _LOCAL) -> DistributionResponse:
+    def distribution(self, request: DistributionRequest, caller: CallContext = _LOCAL) -> DistributionResponse:
         """The next-token distribution after a text or token ids.
 
         Raises:
@@ -270,10 +272,10 @@ class PlmService:
         token_ids = self._distribution_ids(request)
         self._check_sequences([token_ids], None)
         full = token_ids if request.top_k == 0 or request.top_k > _MOST_OF_A_PART else None
-        with caller.meter.charging(Cost(len(token_ids), full_distribution=full, model=self._card.digest)):
+        with caller.meter.charging(CallCost(len(token_ids), full_distribution=full, model=self._card.digest)):
             return self._distribution(token_ids, request.top_k, caller)
 
-    def _distribution(self, token_ids: list[int], top_k: int, caller: Caller) -> DistributionResponse:
+    def _distribution(self, token_ids: list[int], top_k: int, caller: CallContext) -> DistributionResponse:
         work = EncodeBatch([token_ids], [len(token_ids) - 1], tenant=caller.tenant)
         (encoded,) = self._scheduler.run(caller, [work])
         last_hidden_1_D = encoded.cr_N_D if encoded.last_hidden_N_D is None else encoded.last_hidden_N_D
@@ -356,13 +358,13 @@ def _check_from_position(values: Sequence[int], sequences: Sequence[Sequence[int
 
 
 def _rows_on_wire(
-    gathered: Gathered[Encoded] | Gathered[Decoded], view: View, dtype: WireDtype
+    gathered: UnbatchedRows[Encoded] | UnbatchedRows[Decoded], view: DisclosedModel, dtype: WireDtype
 ) -> dict[str, Tensor | None]:
     """The representations of an answer as the tenant sees them, in the number format asked for."""
-    cr_N_D, cr_scale_N = compact(view.rows(gathered.rows(lambda r: r.cr_N_D)), dtype, "the context representations")
+    cr_N_D, cr_scale_N = quantize(view.rows(gathered.rows(lambda r: r.cr_N_D)), dtype, "the context representations")
     columns: dict[str, Tensor | None] = {"cr_N_D": cr_N_D, "cr_scale_N": cr_scale_N}
     last_hidden_N_D = gathered.optional_rows(lambda r: r.last_hidden_N_D)
     if last_hidden_N_D is not None:
-        values_N_D, scale_N = compact(view.rows(last_hidden_N_D), dtype, "the last hidden states")
+        values_N_D, scale_N = quantize(view.rows(last_hidden_N_D), dtype, "the last hidden states")
         columns |= {"last_hidden_N_D": values_N_D, "last_hidden_scale_N": scale_N}
     return columns

@@ -9,19 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from plm_owner_server.engines.interface import DraftBatch, EncodeBatch, Encoded
-from plm_owner_server.service.disclosure import EVERYTHING, Disclosure
+from plm_owner_server.service.disclosure import FULL_DISCLOSURE, Disclosure
 from plm_owner_server.service.metering import UNMETERED, Meter
 from protocol.errors import PemaError
 
-Work = EncodeBatch | DraftBatch
+EngineBatch = EncodeBatch | DraftBatch
 
 
-class Departed(PemaError):
+class ClientDisconnected(PemaError):
     """The client has gone: nobody will read the answer."""
 
 
 @dataclass(eq=False)
-class Spent:
+class CallUsage:
     """What a call has cost so far.
 
     Attributes:
@@ -38,7 +38,7 @@ class Spent:
 
 
 @dataclass(frozen=True, eq=False)
-class Caller:
+class CallContext:
     """Who makes a call.
 
     Attributes:
@@ -52,14 +52,14 @@ class Caller:
 
     client: str = "local"
     tenant: str = ""
-    disclosure: Disclosure = EVERYTHING
+    disclosure: Disclosure = FULL_DISCLOSURE
     meter: Meter = UNMETERED
     departed: threading.Event = field(default_factory=threading.Event)
-    spent: Spent = field(default_factory=Spent)
+    spent: CallUsage = field(default_factory=CallUsage)
 
 
 @dataclass(frozen=True)
-class Load:
+class QueueLoad:
     """Requests that wait for the engine, those that it has begun with, and the tokens of both."""
 
     waiting_requests: int
@@ -68,10 +68,10 @@ class Load:
     running_tokens: int
 
 
-class Ticket:
+class QueuedRequest:
     """A request that waits for its batches."""
 
-    def __init__(self, caller: Caller, works: Sequence[Work]) -> None:
+    def __init__(self, caller: CallContext, works: Sequence[EngineBatch]) -> None:
         self.caller = caller
         self.waiting = deque(enumerate(works))
         self.results: list[Encoded | None] = [None] * len(works)
@@ -102,25 +102,25 @@ class Ticket:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class ScheduledBatch:
     """A request's batch within what the engine runs."""
 
-    ticket: Ticket
+    ticket: QueuedRequest
     index: int
-    work: Work
+    work: EngineBatch
 
     @property
     def client(self) -> str:
         return self.ticket.caller.client
 
 
-def room_of(parts: Sequence[Part]) -> int:
+def padded_tokens(parts: Sequence[ScheduledBatch]) -> int:
     """Tokens that batches may come to hold together: all their sequences are padded to the longest."""
     works = [part.work for part in parts if isinstance(part.work, DraftBatch)]
     return sum(len(work.token_ids) for work in works) * max(work.width for work in works)
 
 
-def joined(parts: Sequence[Part]) -> EncodeBatch:
+def merge_encode_batches(parts: Sequence[ScheduledBatch]) -> EncodeBatch:
     """The batches to encode of several requests, as one."""
     works = [part.work for part in parts if isinstance(part.work, EncodeBatch)]
     return EncodeBatch(
@@ -131,7 +131,7 @@ def joined(parts: Sequence[Part]) -> EncodeBatch:
     )
 
 
-def fail(parts: Sequence[Part], error: Exception) -> None:
+def fail_all(parts: Sequence[ScheduledBatch], error: Exception) -> None:
     """End the requests of these parts with an error."""
     for part in parts:
         # Each its own: transports note the request's id on it.

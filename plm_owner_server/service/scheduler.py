@@ -19,7 +19,17 @@ from contextlib import contextmanager
 
 from plm_owner_server.engines.batching import plan_batches
 from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch, Encoded, Engine
-from plm_owner_server.service.requests import Caller, Departed, Load, Part, Ticket, Work, fail, joined, room_of
+from plm_owner_server.service.requests import (
+    CallContext,
+    ClientDisconnected,
+    EngineBatch,
+    QueuedRequest,
+    QueueLoad,
+    ScheduledBatch,
+    fail_all,
+    merge_encode_batches,
+    padded_tokens,
+)
 from protocol.errors import NotReady, Overloaded, PemaError
 
 log = logging.getLogger(__name__)
@@ -72,16 +82,16 @@ class Scheduler:
         self._thread: threading.Thread | None = None
         # The thread's own: what is being drafted.
         self._drafting = engine.drafting(batch_tokens)
-        self._drafted: dict[DraftBatch, Part] = {}
+        self._drafted: dict[DraftBatch, ScheduledBatch] = {}
         # The rest is guarded by `_changed`.
-        self._queues: dict[str, deque[Ticket]] = {}
+        self._queues: dict[str, deque[QueuedRequest]] = {}
         self._given: dict[str, float] = {}  # tokens given to each client that is here
         self._tokens: dict[str, int] = {}  # tokens of each client's requests that wait or run
-        self._tickets: set[Ticket] = set()  # all that wait or run
+        self._tickets: set[QueuedRequest] = set()  # all that wait or run
         self._closed: PemaError | None = None
         self._rate = 0.0  # tokens per second, smoothed
 
-    def run(self, caller: Caller, works: Sequence[Work]) -> list[Encoded]:
+    def run(self, caller: CallContext, works: Sequence[EngineBatch]) -> list[Encoded]:
         """The results of all batches of a request, in their order; waits for them.
 
         Raises:
@@ -91,7 +101,7 @@ class Scheduler:
         """
         tokens = sum(work.tokens for work in works)
         caller.spent.tokens += sum(len(ids) for work in works for ids in work.token_ids)
-        ticket = Ticket(caller, works)
+        ticket = QueuedRequest(caller, works)
         self._admit(ticket, tokens)
         admitted = time.perf_counter()
         try:
@@ -113,13 +123,13 @@ class Scheduler:
         caller.spent.rows += sum(sum(result.rows) for result in results)
         return results
 
-    def load(self) -> Load:
+    def load(self) -> QueueLoad:
         """How much there is to do at the moment."""
         with self._changed:
             waiting = [ticket for queue in self._queues.values() for ticket in queue if not ticket.begun]
             tokens = sum(work.tokens for ticket in waiting for _, work in ticket.waiting)
             running = len(self._tickets) - len(waiting), sum(self._tokens.values()) - tokens
-            return Load(len(waiting), running[0], tokens, running[1])
+            return QueueLoad(len(waiting), running[0], tokens, running[1])
 
     @property
     def busy_s(self) -> float:
@@ -135,7 +145,7 @@ class Scheduler:
                 ticket.fail(copy.copy(error))
             self._changed.notify()
 
-    def _admit(self, ticket: Ticket, tokens: int) -> None:
+    def _admit(self, ticket: QueuedRequest, tokens: int) -> None:
         client = ticket.caller.client
         with self._changed:
             if self._closed is not None:
@@ -200,26 +210,26 @@ class Scheduler:
     def _given_to(self, client: str) -> float:
         return self._given.get(client, 0.0)
 
-    def _heads(self, client: str) -> list[Part]:
+    def _heads(self, client: str) -> list[ScheduledBatch]:
         """The next batch of each of a client's requests, as far as somebody still waits for it."""
         for ticket in self._queues[client]:
             if ticket.waiting and ticket.caller.departed.is_set():
-                ticket.fail(Departed("The client has gone."))
+                ticket.fail(ClientDisconnected("The client has gone."))
         queue = deque(ticket for ticket in self._queues[client] if ticket.waiting)
         if queue:
             self._queues[client] = queue
         else:
             del self._queues[client]
-        return [Part(ticket, *ticket.waiting[0]) for ticket in queue]
+        return [ScheduledBatch(ticket, *ticket.waiting[0]) for ticket in queue]
 
-    def _next_to_encode(self, heads: Sequence[Part]) -> list[Part]:
+    def _next_to_encode(self, heads: Sequence[ScheduledBatch]) -> list[ScheduledBatch]:
         """The next batch to encode, unless it is the turn of those who draft; filled up with others' small ones.
 
         A client's own are never put together: a memory is computed in the same way whenever it is built alone.
         """
         drafting = {part.client for part in self._drafted.values()}
         drafting |= {part.client for part in heads if self._may_join(part, [])}
-        parts: list[Part] = []
+        parts: list[ScheduledBatch] = []
         batch: EncodeBatch | None = None
         for part in heads:
             if not isinstance(part.work, EncodeBatch) or part.client in {other.client for other in parts}:
@@ -230,7 +240,7 @@ class Scheduler:
             if batch is None or self._go_together(batch, part.work):
                 part.ticket.waiting.popleft()
                 parts.append(part)
-                batch = joined(parts)
+                batch = merge_encode_batches(parts)
         return parts
 
     def _go_together(self, ours: EncodeBatch, theirs: EncodeBatch) -> bool:
@@ -239,9 +249,9 @@ class Scheduler:
         lengths = [len(ids) for ids in (*ours.token_ids, *theirs.token_ids)]
         return len(plan_batches(lengths, self._batch_tokens, self._padding_tokens)) == 1
 
-    def _next_to_draft(self, heads: Sequence[Part]) -> list[Part]:
+    def _next_to_draft(self, heads: Sequence[ScheduledBatch]) -> list[ScheduledBatch]:
         """What joins those that are being drafted: as much as there is room for."""
-        joining: list[Part] = []
+        joining: list[ScheduledBatch] = []
         for part in heads:
             if self._may_join(part, joining):
                 part.ticket.waiting.popleft()
@@ -250,27 +260,27 @@ class Scheduler:
                 break  # or small ones could take its room again and again
         return joining
 
-    def _may_join(self, part: Part, joining: Sequence[Part]) -> bool:
+    def _may_join(self, part: ScheduledBatch, joining: Sequence[ScheduledBatch]) -> bool:
         if not isinstance(part.work, DraftBatch):
             return False
         there = [*self._drafted.values(), *joining]
-        fits = not there or room_of([*there, part]) <= self._drafting_tokens
+        fits = not there or padded_tokens([*there, part]) <= self._drafting_tokens
         return fits and not self._exceeds_its_half(part, joining)
 
-    def _exceeds_its_half(self, part: Part, joining: Sequence[Part]) -> bool:
+    def _exceeds_its_half(self, part: ScheduledBatch, joining: Sequence[ScheduledBatch]) -> bool:
         """Whether a client would have more than half of the room for drafts."""
         own = [other for other in (*self._drafted.values(), *joining) if other.client == part.client]
-        return bool(own) and room_of([*own, part]) > self._drafting_tokens // 2
+        return bool(own) and padded_tokens([*own, part]) > self._drafting_tokens // 2
 
-    def _encode(self, parts: list[Part]) -> None:
-        batch, results = joined(parts), list[Encoded]()
+    def _encode(self, parts: list[ScheduledBatch]) -> None:
+        batch, results = merge_encode_batches(parts), list[Encoded]()
         with self._charged(parts) as spend:
             results = self._engine.encode(batch).split([len(part.work.token_ids) for part in parts])
             spend(batch.tokens, parts)
         for part, result in zip(parts, results, strict=False):  # none after an error
             part.ticket.finish(part.index, result)
 
-    def _draft(self, joining: list[Part]) -> None:
+    def _draft(self, joining: list[ScheduledBatch]) -> None:
         """One step of all that is being drafted, and of what joins it."""
         self._let_go_of_departed()
         if not joining and not self._drafted:
@@ -295,24 +305,24 @@ class Scheduler:
             if part.ticket.caller.departed.is_set():
                 self._drafting.leave(batch)
                 del self._drafted[batch]
-                fail([part], Departed("The client has gone."))
+                fail_all([part], ClientDisconnected("The client has gone."))
 
-    def _give_up_drafting(self, failed: Sequence[Part], error: Exception) -> None:
+    def _give_up_drafting(self, failed: Sequence[ScheduledBatch], error: Exception) -> None:
         """After an error nobody knows in what state the drafts are: others' requests can be made again."""
-        fail(failed, error)
+        fail_all(failed, error)
         again = Overloaded("A request beside this one failed.", hint="Make it again.", retry_after_s=_RETRY_AFTER_S[0])
-        fail([part for part in self._drafted.values() if part not in failed], again)
+        fail_all([part for part in self._drafted.values() if part not in failed], again)
         self._drafted.clear()
         self._drafting = self._engine.drafting(self._batch_tokens)
 
     @contextmanager
-    def _charged(self, parts: list[Part]) -> Iterator[Callable[[int, Sequence[Part]], None]]:
+    def _charged(self, parts: list[ScheduledBatch]) -> Iterator[Callable[[int, Sequence[ScheduledBatch]], None]]:
         """The engine works for some requests; an error reaches all who wait for it.
 
         Gives what puts tokens down to the clients of some of these requests, by their number of sequences.
         """
         self._engine_since = started = time.perf_counter()
-        spent: list[tuple[int, Sequence[Part]]] = []
+        spent: list[tuple[int, Sequence[ScheduledBatch]]] = []
         error: Exception | None = None
         try:
             yield lambda tokens, own: spent.append((tokens, own))
@@ -337,7 +347,7 @@ class Scheduler:
         if error is not None and any(isinstance(part.work, DraftBatch) for part in parts):
             self._give_up_drafting(parts, error)
         elif error is not None:
-            fail(parts, error)
+            fail_all(parts, error)
 
     def _works(self) -> bool:
         """Whether the engine that has just failed still does what it should."""

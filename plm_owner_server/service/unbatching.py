@@ -14,7 +14,7 @@ from protocol.errors import ServerFault
 Batch = TypeVar("Batch", bound=Encoded)
 
 
-class Gathered(Generic[Batch]):
+class UnbatchedRows(Generic[Batch]):
     """Results of several batches, put back into the order of the request's sequences.
 
     Attributes:
@@ -50,10 +50,10 @@ class Gathered(Generic[Batch]):
         """The same for a column that may be missing."""
         if part(self._results[0]) is None:
             return None
-        return self.rows(lambda result: present(part(result)))
+        return self.rows(lambda result: required(part(result)))
 
 
-def present(value: Tensor | None) -> Tensor:
+def required(value: Tensor | None) -> Tensor:
     """The value, which an engine owes.
 
     Raises:

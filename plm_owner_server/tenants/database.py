@@ -148,7 +148,7 @@ def _told(url: sa.URL) -> Iterator[None]:
         raise
     except (sa.exc.SQLAlchemyError, sqlite3.Error, CommandError, OSError) as error:
         reason, *_ = str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__]
-        raise PemaError(f"The store {shown(url)} cannot be used: {reason}.", hint="See --store.") from error
+        raise PemaError(f"The store {redacted_url(url)} cannot be used: {reason}.", hint="See --store.") from error
 
 
 def is_sqlite(url: sa.URL) -> bool:
@@ -156,6 +156,6 @@ def is_sqlite(url: sa.URL) -> bool:
     return url.get_backend_name() == "sqlite"
 
 
-def shown(url: sa.URL | str) -> str:
+def redacted_url(url: sa.URL | str) -> str:
     """A store's URL as it may be told: without its password."""
     return sa.make_url(url).render_as_string(hide_password=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, get_args
 import sqlalchemy as sa
 from sqlalchemy.engine import Row
 
-from plm_owner_server.service.disclosure import EVERYTHING, Disclosure
+from plm_owner_server.service.disclosure import FULL_DISCLOSURE, Disclosure
 from plm_owner_server.tenants.api_keys import Key
 from plm_owner_server.tenants.database import Database, is_sqlite
 from plm_owner_server.tenants.quotas import Quotas, quotas_of
@@ -34,10 +34,10 @@ class Tenant:
 
     name: str
     scopes: frozenset[Scope]
-    disclosure: Disclosure = EVERYTHING
+    disclosure: Disclosure = FULL_DISCLOSURE
 
 
-ANYBODY = Tenant("", frozenset(SCOPES))
+ANONYMOUS = Tenant("", frozenset(SCOPES))
 """The one tenant of a server that does not ask for keys."""
 
 
@@ -92,7 +92,7 @@ class TenantStore:
         name: str,
         scopes: Sequence[Scope] = SCOPES,
         *,
-        disclosure: Disclosure = EVERYTHING,
+        disclosure: Disclosure = FULL_DISCLOSURE,
         quotas: Quotas = _WITHOUT_LIMIT,
     ) -> Key:
         """A new tenant's key, which can never be had again.

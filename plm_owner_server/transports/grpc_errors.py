@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from protocol.errors import MalformedMessage, PemaError, TooSlow, to_problem
+from protocol.errors import MalformedMessage, PemaError, RequestTimeout, to_problem
 from protocol.protobuf import PROBLEM_METADATA
 
 _HANDLERS = {
@@ -29,7 +29,7 @@ async def abort(context: Any, error: PemaError) -> None:
     await context.abort(grpc.StatusCode[error.grpc_status], error.detail, metadata)
 
 
-class Unread(TooSlow):
+class SlowReader(RequestTimeout):
     """A piece of an answer that the client does not read.
 
     Attributes:
@@ -47,18 +47,18 @@ async def write(context: Any, piece: Any, within_s: float) -> None:
     """Write a piece of an answer once there is room for it.
 
     Raises:
-        Unread: there is none in time; `RefuseCalls` ends the call.
+        Unread: there is none in time; `MalformedRequestInterceptor` ends the call.
     """
     writing = asyncio.ensure_future(context.write(piece))
     # Whoever waits for it may be cancelled: then nobody asks how it ended.
     writing.add_done_callback(lambda task: task.cancelled() or task.exception())
     done, _ = await asyncio.wait({writing}, timeout=within_s)
     if not done:
-        raise Unread(writing, within_s)
+        raise SlowReader(writing, within_s)
     writing.result()
 
 
-class RefuseCalls(grpc.aio.ServerInterceptor):
+class MalformedRequestInterceptor(grpc.aio.ServerInterceptor):
     """Ends calls with bytes that are no message, those of a stream once what came before them is answered.
 
     And calls whose answers are not read, wherever in a stream's tasks that was noticed.
@@ -72,7 +72,7 @@ class RefuseCalls(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         name = ("stream" if handler.request_streaming else "unary", "stream" if handler.response_streaming else "unary")
-        behaviour = _written(getattr(handler, "_".join(name)))
+        behaviour = _as_writer(getattr(handler, "_".join(name)))
 
         async def guarded(given: Any, context: Any) -> Any:
             requests = _Decodable(given) if handler.request_streaming else None
@@ -82,7 +82,7 @@ class RefuseCalls(grpc.aio.ServerInterceptor):
             answer = None
             try:
                 answer = await behaviour(given if requests is None else requests.until_undecodable(), context)
-            except* Unread as unread:
+            except* SlowReader as unread:
                 refusal = _first(unread)
                 await asyncio.wait({refusal.writing})
             if requests is not None and requests.undecodable:
@@ -92,13 +92,13 @@ class RefuseCalls(grpc.aio.ServerInterceptor):
             return answer
 
         make = _HANDLERS[handler.request_streaming, handler.response_streaming]
-        return make(guarded, _lenient(handler.request_deserializer), handler.response_serializer)
+        return make(guarded, _parse_or_none(handler.request_deserializer), handler.response_serializer)
 
 
-def _first(group: BaseExceptionGroup[Unread]) -> Unread:
+def _first(group: BaseExceptionGroup[SlowReader]) -> SlowReader:
     """One of the exceptions of a group that may hold groups."""
     found = group.exceptions[0]
-    return found if isinstance(found, Unread) else _first(found)
+    return found if isinstance(found, SlowReader) else _first(found)
 
 
 class _Decodable:
@@ -116,7 +116,7 @@ class _Decodable:
             yield request
 
 
-def _lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _parse_or_none(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     """Gives None for what is no message."""
 
     def parse_or_none(data: bytes) -> Any:
@@ -128,7 +128,7 @@ def _lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return parse_or_none
 
 
-def _written(behaviour: Callable[..., Any]) -> Callable[..., Any]:
+def _as_writer(behaviour: Callable[..., Any]) -> Callable[..., Any]:
     """A handler that writes its answers, of one that may yield them."""
     if not inspect.isasyncgenfunction(behaviour):
         return behaviour

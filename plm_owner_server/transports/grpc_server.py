@@ -17,13 +17,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from plm_owner_server.admission.controller import Admission, ServiceHolder
-from plm_owner_server.operations.call_log import DEPARTED, Call, request_id_of, timing_of
+from plm_owner_server.operations.call_log import CLIENT_DISCONNECTED, CallRecord, request_id_of, timing_of
 from plm_owner_server.service.metering import UNMETERED
 from plm_owner_server.service.plm_service import PlmService
-from plm_owner_server.service.requests import Caller
-from plm_owner_server.service.worker_threads import in_worker
+from plm_owner_server.service.requests import CallContext
+from plm_owner_server.service.worker_threads import run_in_worker
 from plm_owner_server.tenants.store import Scope
-from plm_owner_server.transports.grpc_errors import RefuseCalls, abort, write
+from plm_owner_server.transports.grpc_errors import MalformedRequestInterceptor, abort, write
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.chunks import PIECE_BYTES, split_head, split_rows
 from protocol.codec import Message
@@ -90,7 +90,7 @@ async def serve_grpc(
         OSError: the address cannot be had.
     """
     server = grpc.aio.server(
-        interceptors=[RefuseCalls()],
+        interceptors=[MalformedRequestInterceptor()],
         options=[
             ("grpc.max_receive_message_length", max_body_bytes),
             # Compressed messages are refused: the limit is not applied to what they become.
@@ -150,7 +150,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
     async def GetModelCard(self, request: Proto, context: Any) -> Proto:
         caller = _callers(context)
 
-        def work(admitted: Admission, call: Call) -> Proto:
+        def work(admitted: Admission, call: CallRecord) -> Proto:
             return to_proto(admitted.service.model_card(caller(admitted, call)), pema_pb2.ModelCard())
 
         with self._holder.at_work():
@@ -159,7 +159,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
     async def GetTokenizer(self, request: Proto, context: Any) -> None:
         caller = _callers(context)
 
-        def work(admitted: Admission, call: Call) -> bytes:
+        def work(admitted: Admission, call: CallRecord) -> bytes:
             return admitted.service.tokenizer(caller(admitted, call)).to_json()
 
         with self._holder.at_work():
@@ -170,7 +170,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
     async def GetLmHead(self, request: Proto, context: Any) -> None:
         caller = _callers(context)
 
-        def work(admitted: Admission, call: Call) -> HeadRows:
+        def work(admitted: Admission, call: CallRecord) -> HeadRows:
             return admitted.service.lm_head(from_proto(request, HeadRequest), caller(admitted, call))
 
         with self._holder.at_work():
@@ -191,7 +191,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
     async def GetNextTokenDistribution(self, request: Proto, context: Any) -> Proto:
         caller = _callers(context)
 
-        def work(admitted: Admission, call: Call) -> Proto:
+        def work(admitted: Admission, call: CallRecord) -> Proto:
             answer = admitted.service.distribution(from_proto(request, DistributionRequest), caller(admitted, call))
             return to_proto(answer, pema_pb2.DistributionResponse())
 
@@ -199,7 +199,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
             return await self._answer("GetNextTokenDistribution", "distribution", context, work)
 
     async def _answer(
-        self, name: str, scope: Scope, context: Any, work: Callable[[Admission, Call], _Result]
+        self, name: str, scope: Scope, context: Any, work: Callable[[Admission, CallRecord], _Result]
     ) -> _Result:
         """The result of `work`, or the call's end with a status and its problem document."""
         request_id = _metadata(context).get(REQUEST_ID_METADATA, "")
@@ -216,7 +216,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         calls: AsyncIterator[Any],
         context: Any,
         request_type: type[_Request],
-        call: Callable[[PlmService, _Request, Caller], Any],
+        call: Callable[[PlmService, _Request, CallContext], Any],
         piece_type: type[_Piece],
     ) -> None:
         """Answer every call of a stream as it is ready, several at a time."""
@@ -244,7 +244,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
                 await write(context, piece, self._transfer_s)
             writing.release()
 
-        def pieces_of(admitted: Admission, accounted: Call, request: Proto) -> list[_Piece]:
+        def pieces_of(admitted: Admission, accounted: CallRecord, request: Proto) -> list[_Piece]:
             started, caller = time.perf_counter(), caller_of(admitted, accounted)
             pieces = []
             for part in split_rows(call(admitted.service, from_proto(request, request_type), caller)):
@@ -263,7 +263,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
                 tasks.create_task(answer(given))
 
     async def _work(
-        self, name: str, scope: Scope, request_id: str, context: Any, work: Callable[[Admission, Call], _Result]
+        self, name: str, scope: Scope, request_id: str, context: Any, work: Callable[[Admission, CallRecord], _Result]
     ) -> _Result:
         """The result of `work` in a thread, put down to the accounts; what is left of quotas in trailing metadata.
 
@@ -272,14 +272,14 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         """
         metadata, meter = _metadata(context), UNMETERED
         traceparent = metadata.get(_TRACE_METADATA, "")
-        call = Call(_CALLS[name], "grpc", f"gRPC {name}", request_id_of(request_id), traceparent)
+        call = CallRecord(_CALLS[name], "grpc", f"gRPC {name}", request_id_of(request_id), traceparent)
         with self._holder.accounts.of(call):
             try:
                 admitted = await self._holder.admit(metadata.get(KEY_METADATA), scope, _certificate(context))
                 meter = admitted.meter
-                return await in_worker(lambda: work(admitted, call), self._limiter)
+                return await run_in_worker(lambda: work(admitted, call), self._limiter)
             except asyncio.CancelledError:
-                call.outcome, call.status = DEPARTED, "CANCELLED"
+                call.outcome, call.status = CLIENT_DISCONNECTED, "CANCELLED"
                 raise
             except Exception as error:
                 told = call.fail(error)
@@ -305,7 +305,7 @@ def _certificate(context: Any) -> str | None:
     return names[0].decode() if len(names) == 1 else None
 
 
-def _callers(context: Any) -> Callable[[Admission, Call], Caller]:
+def _callers(context: Any) -> Callable[[Admission, CallRecord], CallContext]:
     """Makes callers of what the client calls itself, with a note of when it hangs up."""
     departed = threading.Event()
     context.add_done_callback(lambda _: departed.set())

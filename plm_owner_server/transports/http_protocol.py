@@ -15,7 +15,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from plm_owner_server.transports.tls import common_name
-from protocol.errors import PROBLEM_JSON, Overloaded, PemaError, TooSlow, to_problem
+from protocol.errors import PROBLEM_JSON, Overloaded, PemaError, RequestTimeout, to_problem
 
 CERTIFICATE = "certificate"
 """Where a request's state has the common name in its client's certificate."""
@@ -25,14 +25,14 @@ _OTHER_FILES = 512
 _COME_BACK_S = 2.0
 
 
-def bounded_http(max_connections: int, transfer_s: float) -> Any:
+def bounded_http_protocol(max_connections: int, transfer_s: float) -> Any:
     """The protocol of one server, for uvicorn's `http`.
 
     Args:
         max_connections: at the same time. One more takes the place of that which is idle longest.
         transfer_s: longest time that a request's head, each MiB of its body, and each MiB of an answer may take.
     """
-    return partial(BoundedProtocol, idle=OrderedDict(), max_connections=max_connections, transfer_s=transfer_s)
+    return partial(LimitedH11Protocol, idle=OrderedDict(), max_connections=max_connections, transfer_s=transfer_s)
 
 
 def bound_handshakes(loop: asyncio.AbstractEventLoop, transfer_s: float) -> None:
@@ -56,19 +56,19 @@ def allow_open_files(connections: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-class BoundedProtocol(H11Protocol):
+class LimitedH11Protocol(H11Protocol):
     """uvicorn's own, which waits for ever for the rest of a request and for an answer to be read.
 
     Args:
         idle: connections of this server without a request at work, those that are so longest first.
-        max_connections: see `bounded_http`.
-        transfer_s: see `bounded_http`.
+        max_connections: see `bounded_http_protocol`.
+        transfer_s: see `bounded_http_protocol`.
     """
 
     def __init__(
         self,
         *args: Any,
-        idle: OrderedDict[BoundedProtocol, None],
+        idle: OrderedDict[LimitedH11Protocol, None],
         max_connections: int,
         transfer_s: float,
         **named: Any,
@@ -103,14 +103,14 @@ class BoundedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._idle.pop(self, None)
-        self._arriving = _stopped(self._arriving)
-        self._leaving = _stopped(self._leaving)
+        self._arriving = _cancel(self._arriving)
+        self._leaving = _cancel(self._leaving)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         self._arrived += len(data)
         if self._arrived >= _MIB and not self._answered():
-            self._arriving, self._arrived = _stopped(self._arriving), 0
+            self._arriving, self._arrived = _cancel(self._arriving), 0
         super().data_received(data)
 
     def handle_events(self) -> None:
@@ -128,7 +128,7 @@ class BoundedProtocol(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._leaving = _stopped(self._leaving)
+        self._leaving = _cancel(self._leaving)
 
     def _look(self) -> None:
         """Note whose turn it is: the client's with its request, or ours."""
@@ -143,7 +143,7 @@ class BoundedProtocol(H11Protocol):
         if waiting or self.conn.their_state is h11.SEND_BODY:
             self._arriving = self._arriving or self.loop.call_later(self._transfer_s, self._not_arrived)
         else:
-            self._arriving, self._arrived = _stopped(self._arriving), 0
+            self._arriving, self._arrived = _cancel(self._arriving), 0
 
     def _answered(self) -> bool:
         return self.cycle is not None and self.cycle.response_complete
@@ -160,7 +160,7 @@ class BoundedProtocol(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self._end_with(
-            TooSlow(
+            RequestTimeout(
                 f"The head of the request, or a MiB of its body, took longer than {self._transfer_s:g} s.",
                 hint="Send less at a time, over a faster connection.",
             )
@@ -192,7 +192,7 @@ class BoundedProtocol(H11Protocol):
         self.transport.close()
 
 
-def _stopped(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
     """What is left of a timer."""
     if timer is not None:
         timer.cancel()

@@ -15,16 +15,16 @@ from protocol.errors import (
     PROBLEM_JSON,
     Forbidden,
     InvalidRequest,
+    NotAcceptable,
     NotReady,
     OverLimit,
     Overloaded,
     PayloadTooLarge,
     PemaError,
+    RequestTimeout,
     ServerFault,
-    TooSlow,
-    UnacceptableAnswer,
     Unauthenticated,
-    UnknownEncoding,
+    UnsupportedMediaType,
     to_problem,
 )
 from protocol.messages import (
@@ -62,8 +62,8 @@ _SHOWN_KEY = Depends(HTTPBearer(auto_error=False, description="The owner's key, 
 # Errors by what a call has to do with: any call, a key, a choice of forms or rows, a body, the model.
 _ANY = (ServerFault,)
 _OF_KEYS = (Unauthenticated, Forbidden, NotReady)
-_OF_CHOICES = (InvalidRequest, UnacceptableAnswer, OverLimit)
-_OF_BODIES = (TooSlow, PayloadTooLarge, UnknownEncoding)
+_OF_CHOICES = (InvalidRequest, NotAcceptable, OverLimit)
+_OF_BODIES = (RequestTimeout, PayloadTooLarge, UnsupportedMediaType)
 _OF_THE_MODEL = (Overloaded,)
 _PROBLEM_SCHEMA = {
     "type": "object",

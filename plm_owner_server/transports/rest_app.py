@@ -18,12 +18,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
-from plm_owner_server.admission.controller import Admission, ServiceHolder, stopping
-from plm_owner_server.operations.call_log import DEPARTED, OTHER, PROBE, Call, Transport, request_id_of, timing_of
+from plm_owner_server.admission.controller import Admission, ServiceHolder, shutting_down_error
+from plm_owner_server.operations.call_log import (
+    CLIENT_DISCONNECTED,
+    OTHER,
+    PROBE,
+    CallRecord,
+    Transport,
+    request_id_of,
+    timing_of,
+)
 from plm_owner_server.service.metering import UNMETERED
 from plm_owner_server.service.plm_service import PlmService
-from plm_owner_server.service.requests import Caller, Departed
-from plm_owner_server.service.worker_threads import in_worker
+from plm_owner_server.service.requests import CallContext, ClientDisconnected
+from plm_owner_server.service.worker_threads import run_in_worker
 from plm_owner_server.tenants.store import Scope
 from plm_owner_server.transports import openapi as rest_docs
 from plm_owner_server.transports.http_protocol import CERTIFICATE
@@ -32,14 +40,13 @@ from protocol.errors import (
     PROBLEM_JSON,
     InvalidRequest,
     MalformedMessage,
+    NotAcceptable,
     PayloadTooLarge,
     PemaError,
-    UnacceptableAnswer,
     Unauthenticated,
-    UnknownEncoding,
+    UnsupportedMediaType,
     to_problem,
 )
-from protocol.integrity import place
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadDtype, HeadRequest
 from protocol.rate_limits import to_fields
 
@@ -100,14 +107,14 @@ def create_app(
         request.state.meter = admitted.meter
         return admitted
 
-    def caller_of(request: Request, admitted: Admission) -> Caller:
+    def caller_of(request: Request, admitted: Admission) -> CallContext:
         return replace(admitted.caller(_client(request)), spent=_call_of(request).spent)
 
     async def answer(
         request: Request,
         scope: Scope,
         message_type: type[_Request],
-        call: Callable[[PlmService, _Request, Caller], Message],
+        call: Callable[[PlmService, _Request, CallContext], Message],
     ) -> Response:
         admitted = await admit(request, scope)
         form = _answer_form(request)
@@ -129,7 +136,7 @@ def create_app(
 
         watching = asyncio.create_task(watch())
         try:
-            return await in_worker(work, limiter)
+            return await run_in_worker(work, limiter)
         finally:
             watching.cancel()
 
@@ -144,13 +151,13 @@ def create_app(
     @app.get("/v1/model", tags=["model"], summary="The model card", **rest_docs.MODEL)
     async def model_card(request: Request) -> Response:
         admitted = await admit(request, "card")
-        card = await in_worker(lambda: admitted.service.model_card(caller_of(request, admitted)), limiter)
+        card = await run_in_worker(lambda: admitted.service.model_card(caller_of(request, admitted)), limiter)
         return Response(card.to_json(), media_type=JSON)
 
     @app.get("/v1/tokenizer", tags=["model"], summary="The fast tokenizer and the chat template", **rest_docs.TOKENIZER)
     async def tokenizer(request: Request) -> Response:
         admitted = await admit(request, "card")
-        bundle = await in_worker(lambda: admitted.service.tokenizer(caller_of(request, admitted)), limiter)
+        bundle = await run_in_worker(lambda: admitted.service.tokenizer(caller_of(request, admitted)), limiter)
         return _cached(request, bundle.digest) or Response(
             bundle.to_json(), media_type=JSON, headers={"ETag": f'"{bundle.digest}"'}
         )
@@ -160,12 +167,12 @@ def create_app(
         admitted, form = await admit(request, "head"), _answer_form(request)
         service, caller = admitted.service, caller_of(request, admitted)
         # Not yet a call: what is cached is not paid for.
-        card = await in_worker(lambda: service.card_of(caller), limiter)
+        card = await run_in_worker(lambda: service.card_of(caller), limiter)
         tag = f"{card.digest}-{rows.start}-{rows.stop}-{rows.dtype}-{form.rpartition('.')[2]}"
         if cached := _cached(request, tag):
             return cached
         wanted = HeadRequest.validated(rows.model_dump())
-        response = await in_worker(lambda: _response(service.lm_head(wanted, caller), form), limiter)
+        response = await run_in_worker(lambda: _response(service.lm_head(wanted, caller), form), limiter)
         response.headers["ETag"] = f'"{tag}"'
         return response
 
@@ -190,43 +197,44 @@ def create_app(
     @app.middleware("http")
     async def identify_and_account(request: Request, call_next: Callable[[Request], Any]) -> Response:
         request_id = request_id_of(request.headers.get(REQUEST_ID, ""))
-        call = Call(*_named(request), request_id, request.headers.get("traceparent", ""))
+        call = CallRecord(*_call_name(request), request_id, request.headers.get("traceparent", ""))
         request.state.call = call
         request.state.meter = UNMETERED  # until it is known who calls
         with holder.at_work(), holder.accounts.of(call):
             try:
                 response: Response = await call_next(request)
-            except (ClientDisconnect, Departed):
-                call.outcome = DEPARTED
+            except (ClientDisconnect, ClientDisconnected):
+                call.outcome = CLIENT_DISCONNECTED
                 response = Response(status_code=_CLIENT_LEFT)  # for the log: nobody reads it
             except asyncio.CancelledError:  # the server ends, and this call's body is still on its way
-                response = _problem(request, stopping())
+                response = _problem_response(request, shutting_down_error())
             except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a problem document
-                response = _problem(request, error)
+                response = _problem_response(request, error)
             call.status = str(response.status_code)
         response.headers[REQUEST_ID] = request_id
         response.headers.update(to_fields(request.state.meter.left))
         return response
 
-    @app.exception_handler(Departed)
-    async def departed(request: Request, error: Departed) -> Response:
+    @app.exception_handler(ClientDisconnected)
+    async def departed(request: Request, error: ClientDisconnected) -> Response:
         raise error  # nobody reads an answer
 
     @app.exception_handler(PemaError)
     async def pema_error(request: Request, error: PemaError) -> Response:
-        return _problem(request, error)
+        return _problem_response(request, error)
 
     @app.exception_handler(StarletteHTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         # Unknown paths and methods: Starlette's own words are safe, they quote nothing of the request.
         wrapped = InvalidRequest(f"{error.detail}.", hint="The calls are listed in the OpenAPI page (/docs).")
-        return _problem(request, wrapped, status=error.status_code)
+        return _problem_response(request, wrapped, status=error.status_code)
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return _problem(
-            request, InvalidRequest(f"{place(first['loc'])}: {first['msg']}.", hint="See the OpenAPI page (/docs).")
+        return _problem_response(
+            request,
+            InvalidRequest(f"{error_path(first['loc'])}: {first['msg']}.", hint="See the OpenAPI page (/docs)."),
         )
 
     return app
@@ -240,7 +248,7 @@ def _client(request: Request) -> str:
 def _require_plain(request: Request) -> None:
     if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
         # A small body could become a large one.
-        raise UnknownEncoding("The body is compressed.", hint="Send it as it is, without Content-Encoding.")
+        raise UnsupportedMediaType("The body is compressed.", hint="Send it as it is, without Content-Encoding.")
 
 
 async def _body(request: Request, max_body_bytes: int) -> bytes:
@@ -278,7 +286,7 @@ def _answer_form(request: Request) -> str:
         return JSON
     if "*/*" in accept or "application/*" in accept:
         return BINARY
-    raise UnacceptableAnswer("The Accept header admits no form of the answer.", hint=f"Accept {BINARY} or {JSON}.")
+    raise NotAcceptable("The Accept header admits no form of the answer.", hint=f"Accept {BINARY} or {JSON}.")
 
 
 def _response(message: Message, form: str) -> Response:
@@ -290,7 +298,7 @@ def _cached(request: Request, digest: str) -> Response | None:
     return Response(status_code=304, headers={"ETag": etag}) if request.headers.get("if-none-match") == etag else None
 
 
-def _named(request: Request) -> tuple[str, Transport, str]:
+def _call_name(request: Request) -> tuple[str, Transport, str]:
     """The call, the transport, and the call in its words."""
     # Paths and methods that are not known may be any text of the client's.
     path = request.scope["path"]
@@ -299,12 +307,12 @@ def _named(request: Request) -> tuple[str, Transport, str]:
     return name, "rest", f"{method} {path}" if name != OTHER else f"{method} no call"
 
 
-def _call_of(request: Request) -> Call:
-    call: Call = request.state.call
+def _call_of(request: Request) -> CallRecord:
+    call: CallRecord = request.state.call
     return call
 
 
-def _problem(request: Request, error: Exception, status: int | None = None) -> Response:
+def _problem_response(request: Request, error: Exception, status: int | None = None) -> Response:
     told = _call_of(request).fail(error)
     problem = to_problem(told)
     problem["status"] = status or told.http_status

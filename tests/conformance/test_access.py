@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from data_owner_client.plm.connection.base import Connection, Exchange
-from plm_owner_server.admission.authentication import OneKey, TenantKeys
+from data_owner_client.plm.connection.base import Attempt, Connection
+from plm_owner_server.admission.authentication import SharedKeyAuthenticator, TenantKeyAuthenticator
 from plm_owner_server.service.plm_service import PlmService
-from plm_owner_server.service.requests import Caller
+from plm_owner_server.service.requests import CallContext
 from plm_owner_server.tenants.api_keys import Key
 from plm_owner_server.tenants.store import SCOPES, Scope, TenantStore
 from protocol.errors import Forbidden, InvalidRequest, Unauthenticated
@@ -43,7 +43,7 @@ SERVERS = {"REST": serve, "gRPC": serve_over_grpc}
 
 @pytest.mark.parametrize("server", SERVERS.values(), ids=SERVERS)
 def test_every_call_wants_the_key(server: Callable[..., AbstractContextManager[str]], tiny_service: PlmService) -> None:
-    with server(tiny_service, access=OneKey(KEY)) as url:
+    with server(tiny_service, access=SharedKeyAuthenticator(KEY)) as url:
         holder, stranger, mistaken = (guard.connection(url, api_key=key) for key in (KEY, None, KEY + "s"))
         for call in CALLS.values():
             call(holder)
@@ -63,7 +63,7 @@ def test_a_tenant_may_make_the_calls_of_its_scopes_alone(
 ) -> None:
     store = TenantStore(f"sqlite:///{tmp_path}/owner.db")
     key = str(store.add("acme", [scope]))
-    with server(tiny_service, access=TenantKeys(store)) as url:
+    with server(tiny_service, access=TenantKeyAuthenticator(store)) as url:
         tenant, stranger = guard.connection(url, api_key=key), guard.connection(url, api_key=key[:-1])
         for name, call in CALLS.items():
             if SCOPE_OF[name] == scope:
@@ -86,11 +86,11 @@ def test_calls_belong_to_their_tenant(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is known of a text, and shares of the model, are by tenant: whatever the clients call themselves."""
-    seen: list[Caller] = []
+    seen: list[CallContext] = []
     for name in ("encode", "decode", "distribution"):
         inner = getattr(PlmService, name)
 
-        def noted(self: PlmService, request: Any, caller: Caller, inner: Callable[..., Any] = inner) -> Any:
+        def noted(self: PlmService, request: Any, caller: CallContext, inner: Callable[..., Any] = inner) -> Any:
             seen.append(caller)
             return inner(self, request, caller)
 
@@ -98,7 +98,7 @@ def test_calls_belong_to_their_tenant(
     store = TenantStore(f"sqlite:///{tmp_path}/owner.db")
     for tenant in ("acme", "beta"):
         store.add(tenant)
-    with server(tiny_service, access=TenantKeys(store)) as url:
+    with server(tiny_service, access=TenantKeyAuthenticator(store)) as url:
         for tenant in ("acme", "beta"):
             connection = guard.connection(url, api_key=str(store.rotate_key(tenant)))
             for name in ("encode", "decode", "distribution"):
@@ -108,7 +108,7 @@ def test_calls_belong_to_their_tenant(
 
 
 def test_probes_need_no_key_and_browsers_are_told_how(tiny_service: PlmService) -> None:
-    with serve(tiny_service, access=OneKey(KEY)) as url, guard.http(url, headers_of_all={}) as http:
+    with serve(tiny_service, access=SharedKeyAuthenticator(KEY)) as url, guard.http(url, headers_of_all={}) as http:
         assert http.get("/healthz").is_success
         assert http.get("/readyz").is_success
         refused = http.get("/v1/model")
@@ -142,7 +142,7 @@ def test_the_server_says_where_the_time_went(
     server: Callable[..., AbstractContextManager[str]], tiny_service: PlmService, call: str
 ) -> None:
     with server(tiny_service) as url:
-        connection, seen = guard.connection(url), list[Exchange]()
+        connection, seen = guard.connection(url), list[Attempt]()
         connection.observers.append(seen.append)
         CALLS[call](connection)
         connection.close()
@@ -165,7 +165,7 @@ def test_keys_that_are_not_good_cannot_be_told_apart(
     store.disable("beta")
     foreign = good.rpartition("_")[0] + "_" + disabled[-43:]
     told = set()
-    with server(tiny_service, access=TenantKeys(store)) as url:
+    with server(tiny_service, access=TenantKeyAuthenticator(store)) as url:
         for key in (str(Key.new()), foreign, disabled):
             connection = guard.connection(url, api_key=key)
             with pytest.raises(Unauthenticated) as caught:
@@ -182,7 +182,7 @@ def test_a_clock_that_jumps_lets_nobody_in_or_out(
     store = TenantStore(f"sqlite:///{tmp_path}/owner.db")
     good, disabled = str(store.add("acme")), str(store.add("beta"))
     store.disable("beta")
-    with serve(tiny_service, access=TenantKeys(store)) as url:
+    with serve(tiny_service, access=TenantKeyAuthenticator(store)) as url:
         holder, stranger = guard.connection(url, api_key=good), guard.connection(url, api_key=disabled)
         now = time.time()
         for moment in (now + 10**9, 0.0, now):

@@ -20,15 +20,15 @@ from data_owner_client.adapter.gate import Gate
 from data_owner_client.adapter.interpolation import SCHEDULES, Interpolation
 from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.data.tasks import Task
-from data_owner_client.decoding.client_drafts import Lookup
+from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.decode_loop import generate
 from data_owner_client.decoding.sampling import Sampling
 from data_owner_client.decoding.speculative import DecodingSettings
 from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.memory.store import ExternalMemory
-from data_owner_client.plm.connection.base import Exchange
+from data_owner_client.plm.connection.base import Attempt
 from data_owner_client.plm.remote_plm import RemotePlm
-from plm_owner_server.admission.authentication import Anyone
+from plm_owner_server.admission.authentication import NoAuthentication
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.tenants.store import SCOPES, Tenant
 from tests import guard, support
@@ -60,7 +60,7 @@ class Case:
         self.adapter: TrainedAdapter = train(self.plm, memory, memory / "adapter", settings=training)[0]
         self.memory = ExternalMemory(memory / "train").load()
         targets = self.memory.target_N.split(self.memory.rows_E.tolist())
-        self.lookup = Lookup(ids.tolist() for ids in targets)
+        self.lookup = NgramDrafter(ids.tolist() for ids in targets)
         self.reference = Reference(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
         self.basis = self._basis()
         self.weights = self.basis.weights(self.adapter)
@@ -121,7 +121,7 @@ def case(
 ) -> Iterator[Case]:
     architecture, form, rotated = request.param
     folder = tiny_models[architecture]
-    access = None if guard.current else Anyone(Tenant("acme", frozenset(SCOPES), Disclosure("full", rotated)))
+    access = None if guard.current else NoAuthentication(Tenant("acme", frozenset(SCOPES), Disclosure("full", rotated)))
     with ExitStack() as stack:
         urls = []
         for cache_mib in (1024, 0.003, 0):  # roomy, evicting all the time, off
@@ -210,7 +210,7 @@ def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObj
 
 
 def test_both_calls_of_a_round_are_the_servers_time(case: Case) -> None:
-    prompts, seen = case.prompts(["the thin", "her"]), list[Exchange]()
+    prompts, seen = case.prompts(["the thin", "her"]), list[Attempt]()
     with case.plm.observed_by(seen.append):
         _, usage = generate(
             case.plm,
@@ -275,7 +275,9 @@ def test_the_same_seed_draws_the_same_text_with_and_without_drafts(case: Case, d
     prompts, samples = case.prompts(["the thin shine", "her", "die Tür", "an"]), [0, 0, 0, None]
     gradual = Interpolation(schedule="gradual", lambda_max=0.9)
 
-    def drawn(prompts: list[list[int]], settings: DecodingSettings, lookup: Lookup | None = None) -> list[list[int]]:
+    def drawn(
+        prompts: list[list[int]], settings: DecodingSettings, lookup: NgramDrafter | None = None
+    ) -> list[list[int]]:
         continuations, _ = generate(
             case.plm,
             prompts,

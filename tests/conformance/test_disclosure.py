@@ -13,8 +13,8 @@ from torch import Tensor
 from data_owner_client import Pair, TrainingSettings, build_memories, train
 from data_owner_client.data.tasks import Task
 from data_owner_client.plm.remote_plm import RemotePlm
-from plm_owner_server.admission.authentication import TenantKeys
-from plm_owner_server.service.disclosure import EVERYTHING, Disclosure
+from plm_owner_server.admission.authentication import TenantKeyAuthenticator
+from plm_owner_server.service.disclosure import FULL_DISCLOSURE, Disclosure
 from plm_owner_server.tenants.store import TenantStore
 from protocol.errors import Forbidden, IdentityMismatch, Unsupported
 from protocol.messages import HeadRequest
@@ -22,7 +22,7 @@ from tests import guard
 from tests.support import VOCAB_SIZE, TinyModels, make_service, serve, serve_over_grpc
 
 DISCLOSURES = {
-    "ourselves": EVERYTHING,
+    "ourselves": FULL_DISCLOSURE,
     "acme": Disclosure("candidate", rotated=True),
     "beta": Disclosure("candidate", rotated=True),
     "plain": Disclosure("candidate"),
@@ -54,7 +54,7 @@ def plms(
     service = make_service(tiny_models[architecture], cr_kind=cr_kind)
     servers: list[Callable[..., AbstractContextManager[str]]] = [serve, serve_over_grpc]
     with ExitStack() as stack:
-        urls = [stack.enter_context(server(service, access=TenantKeys(store))) for server in servers]
+        urls = [stack.enter_context(server(service, access=TenantKeyAuthenticator(store))) for server in servers]
         plms = {}
         for number, (name, disclosure) in enumerate(DISCLOSURES.items()):
             key = str(store.add(name, disclosure=disclosure))

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.service.plm_service import PlmService
-from plm_owner_server.service.requests import Caller
+from plm_owner_server.service.requests import CallContext
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from tests.support import TinyModels, make_service, random_ids
 
 D = 32
-THIEF = Caller("thief", "thief", Disclosure("none", rotated=True))
+THIEF = CallContext("thief", "thief", Disclosure("none", rotated=True))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def service(tiny_models: TinyModels) -> PlmService:
 @pytest.fixture(scope="module")
 def head_V_D(service: PlmService) -> Tensor:
     """The LM head in the thief's basis, as an accomplice with the policy `full` would be given it."""
-    accomplice = Caller("thief", "thief", Disclosure("full", rotated=True))
+    accomplice = CallContext("thief", "thief", Disclosure("full", rotated=True))
     return service.lm_head(HeadRequest(dtype="float32"), accomplice).weight_N_D.double()
 
 

@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from plm_owner_server.admission.authentication import OneKey
+from plm_owner_server.admission.authentication import SharedKeyAuthenticator
 from plm_owner_server.admission.controller import ServiceHolder
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.transports.rest_app import create_app
@@ -45,7 +45,7 @@ OPERATIONS = [
 
 @pytest.fixture(scope="module")
 def description(tiny_service: PlmService) -> Any:
-    app = create_app(ServiceHolder(tiny_service, OneKey(KEY)), max_body_bytes=2**20)
+    app = create_app(ServiceHolder(tiny_service, SharedKeyAuthenticator(KEY)), max_body_bytes=2**20)
     document = _in_reach(app.openapi())
     schema = schemathesis.openapi.from_dict(document)
     schema.app = app

@@ -17,17 +17,17 @@ from data_owner_client import Pair, TrainingReport, TrainingSettings, build_memo
 from data_owner_client.cli.doctor import diagnose
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.store import ExternalMemory
-from data_owner_client.plm.head_recovery.fit import enough, fit_rows
+from data_owner_client.plm.head_recovery.fit import contexts_needed, fit_rows
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
-from data_owner_client.training.head_distributions import ask_distributions
-from plm_owner_server.admission.authentication import TenantKeys
+from data_owner_client.training.head_distributions import fetch_distributions
+from plm_owner_server.admission.authentication import TenantKeyAuthenticator
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.service.plm_service import PlmService
-from plm_owner_server.service.requests import Caller
+from plm_owner_server.service.requests import CallContext
 from plm_owner_server.tenants.store import TenantStore
 from plm_owner_server.tenants.usage import DayOfUsage, read_usage
-from protocol.errors import BudgetSpent, Forbidden, InvalidData, QuotaExceeded
+from protocol.errors import BudgetExhausted, Forbidden, InvalidData, QuotaExceeded
 from protocol.messages import HeadRequest
 from tests import guard
 from tests.support import VOCAB_SIZE, TinyModels, make_service, random_ids, serve, serve_over_grpc
@@ -58,7 +58,7 @@ class Owner:
         self._folder = folder
         self._stack = stack
         self.store = TenantStore(f"sqlite:///{folder}/owner.db")
-        access = TenantKeys(self.store)
+        access = TenantKeyAuthenticator(self.store)
         self._urls = {
             name: stack.enter_context(serving(service, access=access))
             for name, serving in (("REST", serve), ("gRPC", serve_over_grpc))
@@ -100,7 +100,7 @@ def built(plm: RemotePlm, folder: Path, *, shared: bool = True) -> Path:
 
 def asked(plm: RemotePlm, memory: Path, wanted: int | None = None) -> None:
     part = ExternalMemory(memory / "train")
-    ask_distributions(plm, part.manifest.plan, part.pairs(), wanted, Reporter())
+    fetch_distributions(plm, part.manifest.plan, part.pairs(), wanted, Reporter())
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_training_is_that_of_the_policy_candidate(
         assert none == pytest.approx(candidate, abs=1e-3)
     # What an accomplice of the same tenant's, with the policy `full`, would be given.
     ids_C = adapters["none"].candidate_ids_C
-    accomplice = Caller("none", "none", Disclosure("full", rotated=rotated))
+    accomplice = CallContext("none", "none", Disclosure("full", rotated=rotated))
     true = tiny_service.lm_head(HeadRequest(token_ids=ids_C.tolist(), dtype="float32"), accomplice)
     torch.testing.assert_close(adapters["none"].head.weight_V_D, true.weight_N_D, rtol=0, atol=1e-3)
     told = " ".join(lines.said)
@@ -136,7 +136,7 @@ def test_training_is_that_of_the_policy_candidate(
         assert none.coverage < 1
         assert none.plm == pytest.approx(candidate.plm, rel=1e-3)
         assert none.mixture == pytest.approx(candidate.mixture, rel=1e-3)
-    assert owner.distributions("none") == enough(plm.card) == 48
+    assert owner.distributions("none") == contexts_needed(plm.card) == 48
 
 
 # A head with a bias, with a scale, with a soft-cap; a representation that is not the head's input.
@@ -173,7 +173,7 @@ def test_a_budget_that_ends_loses_nothing(owner: Owner, tmp_path: Path) -> None:
     plm = owner.plm("acme", NONE)
     memory = built(plm, tmp_path / "memory")
     owner.store.limit("acme", {"full_distributions": 20})
-    with pytest.raises(BudgetSpent, match="Of 48 full distributions 20 are answered and kept") as caught:
+    with pytest.raises(BudgetExhausted, match="Of 48 full distributions 20 are answered and kept") as caught:
         train(plm, memory, tmp_path / "adapter", settings=SETTINGS)
     assert "--distributions 20" in caught.value.hint
     assert "goes on where" in caught.value.hint

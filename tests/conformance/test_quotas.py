@@ -15,17 +15,17 @@ import grpc
 import pytest
 
 from data_owner_client.plm.connection import retries
-from data_owner_client.plm.connection.base import Connection, Exchange
-from plm_owner_server.admission.authentication import TenantKeys
+from data_owner_client.plm.connection.base import Attempt, Connection
+from plm_owner_server.admission.authentication import TenantKeyAuthenticator
 from plm_owner_server.admission.ledger import Ledger
 from plm_owner_server.engines.interface import EncodeBatch, Encoded
 from plm_owner_server.engines.transformers.engine import TransformersEngine
 from plm_owner_server.service.plm_service import PlmService
-from plm_owner_server.service.requests import Caller, Departed
+from plm_owner_server.service.requests import CallContext, ClientDisconnected
 from plm_owner_server.tenants.store import TenantStore
 from plm_owner_server.tenants.usage import DayOfUsage, read_usage
 from protocol import pema_pb2, pema_pb2_grpc
-from protocol.errors import BudgetSpent, InvalidRequest, NumericalFault, QuotaExceeded, ServerFault
+from protocol.errors import BudgetExhausted, InvalidRequest, NumericalFault, QuotaExceeded, ServerFault
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from protocol.protobuf import to_proto
 from tests import guard
@@ -52,7 +52,7 @@ class Owner:
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.store.database, lambda: self.now)
-        self.access = TenantKeys(self.store, self.ledger)
+        self.access = TenantKeyAuthenticator(self.store, self.ledger)
 
     def limit(self, **quotas: int | None) -> None:
         self.store.limit("acme", quotas)
@@ -163,7 +163,7 @@ def test_the_refusal_says_when_to_come_back_and_the_client_does(
         owner.now += seconds
 
     monkeypatch.setattr(retries, "sleep_using_event", lambda _: sleep)
-    patient, seen = guard.connection(url, api_key=owner.key), list[Exchange]()
+    patient, seen = guard.connection(url, api_key=owner.key), list[Attempt]()
     patient.observers.append(seen.append)
     patient.encode(ENCODE)
     patient.close()
@@ -181,7 +181,7 @@ def test_budgets_for_ever_are_refused_for_ever(client: Connection, owner: Owner)
         lambda: client.lm_head(HeadRequest(start=7, stop=11)),
         lambda: client.distribution(DistributionRequest(text="the", top_k=0)),
     ):
-        with pytest.raises(BudgetSpent, match="different") as caught:
+        with pytest.raises(BudgetExhausted, match="different") as caught:
             refused()
         assert caught.value.retry_after_s is None
         assert "Ask the owner" in caught.value.hint
@@ -243,9 +243,9 @@ def test_faults_and_numbers_that_do_not_fit_cost_nothing(server: Serve, tiny_mod
 
 def test_who_has_gone_pays_nothing(tiny_service: PlmService, owner: Owner) -> None:
     owner.limit(tokens_per_day=100)
-    caller = Caller("acme", "acme", meter=owner.ledger.meter("acme"))
+    caller = CallContext("acme", "acme", meter=owner.ledger.meter("acme"))
     caller.departed.set()
-    with pytest.raises(Departed):
+    with pytest.raises(ClientDisconnected):
         tiny_service.encode(ENCODE, caller)
     assert [allowance.left for allowance in caller.meter.left] == [100]
 

@@ -101,7 +101,7 @@ def test_the_answer_has_the_form_that_accept_asks_for(http: httpx.Client, accept
 def test_an_unacceptable_accept_is_406(http: httpx.Client) -> None:
     for path in CALLS:
         response = http.post(path, content=FINE.to_json(), headers=AS_JSON | {"Accept": "text/html"})
-        assert type(checked_problem(response)) is errors.UnacceptableAnswer
+        assert type(checked_problem(response)) is errors.NotAcceptable
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("GET", "/v1/encode", 405)])

@@ -16,7 +16,7 @@ import pytest
 from plm_owner_server.service.plm_service import PlmService
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.codec import JSON
-from protocol.errors import UnknownEncoding
+from protocol.errors import UnsupportedMediaType
 from protocol.messages import DistributionRequest, EncodeRequest, HeadRequest
 from protocol.protobuf import to_proto
 from tests import guard
@@ -136,7 +136,7 @@ def test_a_compressed_body_is_415(impatient: str, encoding: str) -> None:
     headers = {"Content-Type": JSON, "Content-Encoding": encoding}
     with guard.http(impatient) as http:
         error = checked_problem(http.post("/v1/encode", content=bomb, headers=headers))
-    assert type(error) is UnknownEncoding
+    assert type(error) is UnsupportedMediaType
 
 
 @pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])

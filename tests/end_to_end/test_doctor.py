@@ -10,16 +10,15 @@ from typing import Any
 import httpx
 import pytest
 
-from data_owner_client import Pair
+from data_owner_client import Pair, build_memories, connect, train
 from data_owner_client.cli.doctor import Diagnosis, diagnose
 from data_owner_client.data.tasks import Task
-from data_owner_client.evaluation import evaluate as verbs
 from data_owner_client.memory.store import MANIFEST
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.connection.rest import RestConnection
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.training.settings import TrainingSettings
-from plm_owner_server.admission.authentication import OneKey
+from plm_owner_server.admission.authentication import SharedKeyAuthenticator
 from plm_owner_server.service.plm_service import PlmService
 from tests import guard
 from tests.end_to_end.processes import client, client_json
@@ -36,14 +35,14 @@ def work(tiny_server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     settings = TrainingSettings(rank=4, epochs=1, nearest=0, decoded=0, minutes=0)
     with RemotePlm(guard.connection(tiny_server), cache=None) as plm:
-        verbs.build_memories(plm, TASK, PAIRS, folder / "memory", validation=PAIRS[:4])
-        verbs.train(plm, folder / "memory", folder / "adapter", settings=settings)
+        build_memories(plm, TASK, PAIRS, folder / "memory", validation=PAIRS[:4])
+        train(plm, folder / "memory", folder / "adapter", settings=settings)
     return folder
 
 
 @pytest.fixture(params=["http", "grpc"])
 def url(request: pytest.FixtureRequest, tiny_service: PlmService) -> Iterator[str]:
-    access = None if guard.current else OneKey(KEY)
+    access = None if guard.current else SharedKeyAuthenticator(KEY)
     with (serve if request.param == "http" else serve_over_grpc)(tiny_service, access=access) as url:
         yield url
 
@@ -86,7 +85,7 @@ def test_a_missing_or_wrong_key_is_said(url: str, key: list[str], words: str) ->
     ],
 )
 def test_nobody_there_is_said_in_plain_words(address: str, words: str) -> None:
-    diagnosis = diagnose(lambda: verbs.connect(address, give_up_after_s=0))
+    diagnosis = diagnose(lambda: connect(address, give_up_after_s=0))
     assert not diagnosis.healthy
     assert words in diagnosis.findings[0].detail
 
@@ -96,7 +95,7 @@ def test_nobody_there_is_said_in_plain_words(address: str, words: str) -> None:
 def test_the_wrong_transport_is_said_in_plain_words(tiny_service: PlmService, scheme: str) -> None:
     with (serve_over_grpc if scheme.startswith("http") else serve)(tiny_service) as url:
         address = f"{scheme}://{url.partition('://')[2]}"
-        diagnosis = diagnose(lambda: verbs.connect(address, give_up_after_s=0))
+        diagnosis = diagnose(lambda: connect(address, give_up_after_s=0))
     assert not diagnosis.healthy
     words = "could not be encrypted" if scheme.endswith("s") else "Another protocol is spoken there"
     assert words in diagnosis.findings[0].detail
@@ -104,7 +103,7 @@ def test_the_wrong_transport_is_said_in_plain_words(tiny_service: PlmService, sc
 
 def test_a_server_that_still_loads_is_said() -> None:
     with serve(None) as url:
-        diagnosis = diagnose(lambda: verbs.connect(url, **guard.credentials(give_up_after_s=0)))
+        diagnosis = diagnose(lambda: connect(url, **guard.credentials(give_up_after_s=0)))
     assert findings(diagnosis)["server"] == (False, "The model is still loading. Try again in a moment.")
 
 

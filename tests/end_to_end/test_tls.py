@@ -13,8 +13,8 @@ import pytest
 from data_owner_client import connect
 from data_owner_client.plm.connection.base import Connection
 from data_owner_client.plm.connection.open import open_connection
-from plm_owner_server.admission.authentication import access_for
-from plm_owner_server.admission.client_certificates import certified_for
+from plm_owner_server.admission.authentication import authenticator_for
+from plm_owner_server.admission.client_certificates import certificate_authenticator_for
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants.store import TenantStore
 from plm_owner_server.transports.tls import Certificate
@@ -175,18 +175,18 @@ def test_keys_do_not_travel_in_the_clear(tmp_path: Path) -> None:
         return ServerSettings(_env_file=None, store=f"sqlite:///{tmp_path}/owner.db", **given)  # type: ignore[arg-type,call-arg]
 
     TenantStore(settings().store).add("acme")
-    access_for(settings())
+    authenticator_for(settings())
     for given in ({}, {"allow_anonymous": True}):
         with pytest.raises(PemaError, match="unencrypted") as caught:
-            access_for(settings(host="192.0.2.1", **given))
+            authenticator_for(settings(host="192.0.2.1", **given))
         assert "--tls-certificate" in caught.value.hint
-    access_for(settings(host="192.0.2.1", insecure=True))
-    access_for(settings(host="192.0.2.1", tls_certificate="server.pem", tls_key="server.key"))
+    authenticator_for(settings(host="192.0.2.1", insecure=True))
+    authenticator_for(settings(host="192.0.2.1", tls_certificate="server.pem", tls_key="server.key"))
     with pytest.raises(ValueError, match="go together"):
         settings(tls_key="server.key")
     with pytest.raises(ValueError, match="--tls-client-ca needs"):
         settings(tls_client_ca="clients.pem")
     tls = {"tls_certificate": "server.pem", "tls_key": "server.key", "tls_client_ca": "clients.pem"}
-    assert certified_for(settings(**tls)) is not None
+    assert certificate_authenticator_for(settings(**tls)) is not None
     with pytest.raises(InvalidRequest, match="one key for all"):
-        certified_for(settings(api_key="a key for all", **tls))
+        certificate_authenticator_for(settings(api_key="a key for all", **tls))

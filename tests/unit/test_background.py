@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from data_owner_client.runtime.background import in_background, one_ahead
+from data_owner_client.runtime.background import daemon_future, prefetch_one
 
 
 def test_results_and_errors_come_back() -> None:
-    assert in_background(lambda: threading.current_thread()).result() is not threading.current_thread()
+    assert daemon_future(lambda: threading.current_thread()).result() is not threading.current_thread()
     with pytest.raises(KeyError, match="lost"):
-        in_background(lambda: {}["lost"]).result()
+        daemon_future(lambda: {}["lost"]).result()
 
 
 def test_one_item_is_made_while_the_one_before_is_used() -> None:
@@ -26,7 +26,7 @@ def test_one_item_is_made_while_the_one_before_is_used() -> None:
             yield item
         raise OSError("unreadable")
 
-    ahead = one_ahead(items())
+    ahead = prefetch_one(items())
     assert next(ahead) == 1
     deadline = time.monotonic() + 10
     while len(made) < 2 and time.monotonic() < deadline:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plm_owner_server.engines.batching import alike, common_prefix, plan_batches
+from plm_owner_server.engines.batching import common_prefix, duplicate_groups, plan_batches
 
 lengths_of = st.lists(st.integers(1, 200), min_size=1, max_size=40)
 
@@ -77,7 +77,7 @@ def test_common_prefix_is_the_longest(prefix: list[int], rests: list[list[int]])
     worth=st.integers(1, 9),
 )
 def test_what_is_alike_saves_what_it_costs(sequences: list[list[int]], known: int, worth: int) -> None:
-    groups = alike(sequences, [min(known, len(ids)) for ids in sequences], worth)
+    groups = duplicate_groups(sequences, [min(known, len(ids)) for ids in sequences], worth)
     grouped = [tuple(sequences[group[0]]) for group in groups]
     assert len(grouped) == len(set(grouped))
     for group in groups:

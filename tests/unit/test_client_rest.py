@@ -15,8 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_owner_client.plm.connection.base import Exchange
-from data_owner_client.plm.connection.open import open_connection, retries
+from data_owner_client.plm.connection import retries
+from data_owner_client.plm.connection.base import Attempt
+from data_owner_client.plm.connection.open import open_connection
 from data_owner_client.plm.connection.rest import RestConnection
 from protocol import errors
 from protocol.codec import BINARY
@@ -139,7 +140,7 @@ def test_observers_are_told_of_every_exchange(naps: list[float]) -> None:
     headers = {"Content-Type": "application/json", "Server-Timing": "queue;dur=1.5, compute;dur=20, serialise;dur=0.25"}
     overloaded = refused(errors.Overloaded("Full.", hint="Later.", retry_after_s=0.5))
     script = Scripted(overloaded, cut, overloaded, lambda _: httpx.Response(200, content=body, headers=headers))
-    connection, seen = connect(script), list[Exchange]()
+    connection, seen = connect(script), list[Attempt]()
     connection.observers.append(seen.append)
     connection.distribution(DistributionRequest(text="a"))
     assert [exchange.refused for exchange in seen] == [True, True, False]

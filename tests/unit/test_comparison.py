@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data_owner_client.evaluation.comparison.knn_lm import KnnLm, tune
 from data_owner_client.evaluation.comparison.report import markdown
-from data_owner_client.evaluation.comparison.results import Measured, side_by_side
+from data_owner_client.evaluation.comparison.results import SystemResult, comparison_rows
 from data_owner_client.training.batches import Batch
 from data_owner_client.training.validation import ValidationData
 from protocol.errors import InvalidData
@@ -22,15 +22,15 @@ REFERENCES = [f"Die Tür Nummer {number} ist {word} und bleibt es." for number i
 N, D, C = 60, 6, 5
 
 
-def measured(name: str, texts: list[str]) -> Measured:
-    return Measured(name=name, texts=texts)
+def measured(name: str, texts: list[str]) -> SystemResult:
+    return SystemResult(name=name, texts=texts)
 
 
 def test_significance_is_told_from_chance() -> None:
     near, shifted = (
         [text if number % 10 != wrong else "Das Fenster." for number, text in enumerate(REFERENCES)] for wrong in (0, 5)
     )
-    rows = side_by_side(
+    rows = comparison_rows(
         [
             measured("plm", ["The door is open."] * len(REFERENCES)),
             measured("pema_published", near),
@@ -51,26 +51,26 @@ def test_significance_is_told_from_chance() -> None:
 
 
 def test_without_a_baseline_there_are_no_p_values() -> None:
-    (row,) = side_by_side([measured("best", REFERENCES)], REFERENCES)
+    (row,) = comparison_rows([measured("best", REFERENCES)], REFERENCES)
     assert row.p_value_chrf_vs_plm is None
     assert row.p_value_bleu_vs_published is None
 
 
 def test_the_table_tells_nothing_disclosed_from_nothing_said() -> None:
     alone = measured("plm", REFERENCES).model_copy(update={"client_discloses": 0, "owner_discloses": 2_500_000})
-    table = markdown("", side_by_side([alone, measured("lora", REFERENCES)], REFERENCES), [])
+    table = markdown("", comparison_rows([alone, measured("lora", REFERENCES)], REFERENCES), [])
     disclosed = {line.split("**")[1]: line.split("|")[-3:-1] for line in table.splitlines() if "**" in line}
     assert disclosed == {"plm": [" 0.00 ", " 2.5 "], "lora": [" – ", " – "]}
 
 
 def test_rows_of_another_test_set_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidData, match="lora has 1 answers to 40 texts"):
-        side_by_side([measured("lora", ["Ja."])], REFERENCES)
+        comparison_rows([measured("lora", ["Ja."])], REFERENCES)
     measured("lora", ["Ja."]).save(tmp_path)
-    assert Measured.load_all(tmp_path) == {"lora": measured("lora", ["Ja."])}
+    assert SystemResult.load_all(tmp_path) == {"lora": measured("lora", ["Ja."])}
     (tmp_path / "lora.json").write_text("{")
     with pytest.raises(InvalidData, match=r"lora\.json is damaged"):
-        Measured.load_all(tmp_path)
+        SystemResult.load_all(tmp_path)
 
 
 def rows(seed: int) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ def test_codes_are_unique() -> None:
         (errors.OverLimit, errors.InvalidRequest),
         (errors.Unsupported, errors.InvalidRequest),
         (errors.PayloadTooLarge, ValueError),
-        (errors.UnacceptableAnswer, ValueError),
+        (errors.NotAcceptable, ValueError),
         (errors.NumericalFault, ArithmeticError),
         (errors.ConnectionFailed, ConnectionError),
         (errors.ConnectionFailed, OSError),

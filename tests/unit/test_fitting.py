@@ -12,7 +12,7 @@ from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.runtime.progress import Reporter
-from data_owner_client.training.inputs import suited
+from data_owner_client.training.inputs import resolve_settings
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidData
 
@@ -99,12 +99,12 @@ def test_what_is_said_names_the_pairing(plm: RemotePlm, memory: Path, tmp_path: 
     ],
 )
 def test_what_is_left_open_suits_the_memory(mode: Any, asked: dict[str, Any], found: list[tuple[str, str]]) -> None:
-    assert [(each.form, each.pairing) for each in suited(TrainingSettings(**asked), make_plan(mode))] == found
+    assert [(each.form, each.pairing) for each in resolve_settings(TrainingSettings(**asked), make_plan(mode))] == found
 
 
 def test_forms_that_do_not_suit_are_refused() -> None:
     with pytest.raises(InvalidData, match="pairing sure has none of these"):
-        suited(TrainingSettings(form="recent", pairing="sure"), make_plan("private"))
+        resolve_settings(TrainingSettings(form="recent", pairing="sure"), make_plan("private"))
     with pytest.raises(InvalidData, match="this memory holds ffn_output"):
-        suited(TrainingSettings(form="residual"), make_plan("private", "ffn_output"))
-    assert suited(TrainingSettings(), make_plan("teacher-forced", "ffn_output"))[0].form == "paper"
+        resolve_settings(TrainingSettings(form="residual"), make_plan("private", "ffn_output"))
+    assert resolve_settings(TrainingSettings(), make_plan("teacher-forced", "ffn_output"))[0].form == "paper"

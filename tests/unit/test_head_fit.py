@@ -16,7 +16,7 @@ from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.head_recovery.least_squares import NormalEquations, Solutions
 from data_owner_client.plm.remote_plm import RemotePlm
-from data_owner_client.training.head_contexts import Context, contexts_of
+from data_owner_client.training.head_contexts import Context, sample_contexts
 from plm_owner_server.service.plm_service import PlmService
 from protocol.head import LMHead
 
@@ -90,8 +90,8 @@ def test_contexts_are_those_of_the_memory(shared: bool, tiny_service: PlmService
         for position in range(len(ids.target)):
             prefix, drafted = (ids.prompt + ids.target[:position], 0) if shared else (ids.prompt, position)
             shown.add(Context(tuple(prefix), drafted))
-    found = list(contexts_of(plm, memory.manifest.plan, PAIRS))
+    found = list(sample_contexts(plm, memory.manifest.plan, PAIRS))
     assert len(found) == len({context.key for context in found}) == len(shown)
     assert set(found) == shown
     # So that more of them are the same ones and others.
-    assert list(islice(contexts_of(plm, memory.manifest.plan, PAIRS), 5)) == found[:5]
+    assert list(islice(sample_contexts(plm, memory.manifest.plan, PAIRS), 5)) == found[:5]

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.data.pairs import Pair, digest_pairs, read_pairs, read_written_pairs, write_pairs
 from data_owner_client.data.tasks import Task, load_task
-from data_owner_client.evaluation.comparison.results import Measured
+from data_owner_client.evaluation.comparison.results import SystemResult
 from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.store import ExternalMemory
@@ -220,7 +220,7 @@ def test_texts(tmp_path: Path) -> None:
 
 
 def test_comparison_rows(tmp_path: Path) -> None:
-    Measured(name="x", texts=["a"], ppl=2.0, details={"a": [1]}).save(tmp_path)
+    SystemResult(name="x", texts=["a"], ppl=2.0, details={"a": [1]}).save(tmp_path)
     path = tmp_path / "x.json"
     good = path.read_bytes()
 
@@ -228,12 +228,12 @@ def test_comparison_rows(tmp_path: Path) -> None:
     @settings(max_examples=150, database=None)
     def reads(data: st.DataObject) -> None:
         path.write_bytes(text_like(data.draw, good))
-        refused(lambda: Measured.load_all(tmp_path))
+        refused(lambda: SystemResult.load_all(tmp_path))
 
     reads()
     path.unlink()
     path.mkdir()
-    assert refused(lambda: Measured.load(tmp_path, "x")) is None
+    assert refused(lambda: SystemResult.load(tmp_path, "x")) is None
 
 
 def test_checkpoints(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_owner_client.adapter.interpolation import SCHEDULES, Interpolation, mix
-from data_owner_client.decoding.candidate_mixture import KnownMixture, PlmPositions
+from data_owner_client.decoding.candidate_mixture import CandidateMixture, PlmScores
 from tests import reference
 
 
@@ -78,15 +78,15 @@ def test_candidates_logsumexp_and_top1_decide_as_the_whole_vocabulary_does(data:
 
     logsumexp = plm_logits.logsumexp(-1)
     top1_logit, top1 = plm_logits.max(-1)
-    positions = PlmPositions(plm_logits[:, candidate_ids] - logsumexp[:, None], top1, top1_logit - logsumexp)
-    ours = KnownMixture.of(positions, pema_logits.log_softmax(-1), candidate_ids, weights).most_probable()
+    positions = PlmScores(plm_logits[:, candidate_ids] - logsumexp[:, None], top1, top1_logit - logsumexp)
+    ours = CandidateMixture.of(positions, pema_logits.log_softmax(-1), candidate_ids, weights).most_probable()
     # The winner's probability, not its id: float32 cannot tell ties in float64 apart.
     reached = mixture.gather(1, ours[:, None])[:, 0]
     torch.testing.assert_close(reached, mixture.max(-1).values, rtol=1e-5, atol=0)
 
 
 def test_without_weight_the_plm_decides_alone() -> None:
-    positions = PlmPositions(torch.tensor([[-1.0, -1.0]]), torch.tensor([7]), torch.tensor([-1.0]))
+    positions = PlmScores(torch.tensor([[-1.0, -1.0]]), torch.tensor([7]), torch.tensor([-1.0]))
     pema = torch.tensor([[-0.1, -3.0]])
-    known = KnownMixture.of(positions, pema, torch.tensor([3, 7]), torch.tensor([0.0], dtype=torch.float64))
+    known = CandidateMixture.of(positions, pema, torch.tensor([3, 7]), torch.tensor([0.0], dtype=torch.float64))
     assert known.most_probable().tolist() == [7]

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_owner_client.decoding.client_drafts import Copying, Lookup
-from data_owner_client.decoding.draft_planning import Agreement, Costs, Drafts, plan
+from data_owner_client.decoding.client_drafts import NgramDrafter, PromptLookupDrafter
+from data_owner_client.decoding.draft_planning import AcceptanceStats, DraftPlan, RoundCostModel, plan_drafts
 
 CAUTION = 5.0  # a round trip counts for more than it was measured to take
 
 
-def costs(overhead_s: float, step_s: float, row_s: float) -> Costs:
+def costs(overhead_s: float, step_s: float, row_s: float) -> RoundCostModel:
     """Costs that were learned from rounds of these."""
-    learned = Costs()
+    learned = RoundCostModel()
     for steps, rows in itertools.product([1, 2, 5], [4, 9, 30]):
         compute_s = steps * step_s + rows * row_s
         learned.learn(round_s=overhead_s + compute_s, compute_s=compute_s, steps=steps, rows=rows)
@@ -35,7 +35,7 @@ def test_costs_are_learned(overhead_s: float, step_s: float, row_s: float) -> No
 
 
 def test_costs_are_never_negative() -> None:
-    learned = Costs()
+    learned = RoundCostModel()
     for steps, rows, compute_s in [(1, 30, 0.1), (5, 30, 0.05), (1, 5, 0.2), (9, 60, 0.01)]:
         learned.learn(round_s=compute_s, compute_s=compute_s, steps=steps, rows=rows)
     assert min(learned.step_and_row()) >= 0
@@ -56,7 +56,7 @@ def test_the_plan_expects_the_most_tokens_per_second(
     learned_step_s, learned_row_s = known.step_and_row()
     offers = offers[: len(chances)]
 
-    def rate(drafts: Sequence[Drafts]) -> float:
+    def rate(drafts: Sequence[DraftPlan]) -> float:
         expected = sum(
             sum(math.prod(own[: j + 1]) for j in range(d.look_ahead))
             + sum(math.prod(offered[: j + 1]) for j in range(d.offered))
@@ -70,21 +70,25 @@ def test_the_plan_expects_the_most_tokens_per_second(
 
     options = itertools.product(
         *(
-            [Drafts(look_ahead=k) for k in range(len(own) + 1)] + [Drafts(offered=m + 1) for m in range(len(offered))]
+            [DraftPlan(look_ahead=k) for k in range(len(own) + 1)]
+            + [DraftPlan(offered=m + 1) for m in range(len(offered))]
             for own, offered in zip(chances, offers, strict=True)
         )
     )
-    assert rate(plan(chances, offers, known)) == pytest.approx(max(map(rate, options)), rel=1e-6)
+    assert rate(plan_drafts(chances, offers, known)) == pytest.approx(max(map(rate, options)), rel=1e-6)
 
 
 def test_a_slow_network_wants_more_drafts_and_costly_rows_fewer() -> None:
     chances, none = [[0.7] * 16] * 8, [list[float]()] * 8
-    near, far = plan(chances, none, costs(0.001, 0.02, 0.01)), plan(chances, none, costs(0.3, 0.02, 0.002))
+    near, far = (
+        plan_drafts(chances, none, costs(0.001, 0.02, 0.01)),
+        plan_drafts(chances, none, costs(0.3, 0.02, 0.002)),
+    )
     assert max(d.look_ahead for d in near) < min(d.look_ahead for d in far)
 
 
 def test_agreement_starts_from_the_prior_and_follows_what_is_seen() -> None:
-    agreement = Agreement()
+    agreement = AcceptanceStats()
     assert agreement.rate(0.0) == 1.0
     assert agreement.rate(0.9) == pytest.approx(0.595)
     for _ in range(1000):
@@ -94,7 +98,7 @@ def test_agreement_starts_from_the_prior_and_follows_what_is_seen() -> None:
 
 
 def test_a_lookup_goes_on_as_its_texts_do() -> None:
-    lookup = Lookup([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [9, 2, 3, 8]])
+    lookup = NgramDrafter([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [9, 2, 3, 8]])
     offers = lookup.after([], [1, 2, 3], 10)
     assert [offer.token for offer in offers][:2] == [4, 5]
     assert lookup.after([], [1, 2, 3], 1) == offers[:1]
@@ -106,7 +110,7 @@ def test_a_lookup_goes_on_as_its_texts_do() -> None:
 
 
 def test_copying_goes_on_as_the_same_text_did() -> None:
-    copying = Copying()
+    copying = PromptLookupDrafter()
     prompt = [1, 2, 3, 4, 5, 9, 2, 8]
     assert [offer.token for offer in copying.after(prompt, [7, 2, 3], 3)] == [4, 5, 9]  # two tokens match, not one
     assert [offer.token for offer in copying.after(prompt, [2], 9)] == [8, 2]  # the last place, up to the end

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from plm_owner_server.admission.authentication import access_for
+from plm_owner_server.admission.authentication import authenticator_for
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.tenants.master_secret import master_secret
 from plm_owner_server.tenants.store import TenantStore
@@ -47,7 +47,7 @@ def test_a_server_does_not_start_with_a_damaged_one_if_it_needs_it(tmp_path: Pat
     store, damaged = TenantStore(settings.store), tmp_path / "owner.db.secret"
     damaged.write_text("half")
     store.add("ourselves")
-    access_for(settings)
+    authenticator_for(settings)
     store.add("acme", disclosure=Disclosure("candidate", rotated=True))
     with pytest.raises(PemaError, match="damaged"):
-        access_for(settings)
+        authenticator_for(settings)

@@ -2,7 +2,7 @@ import math
 import re
 from collections import Counter
 
-from data_owner_client.data.example_retrieval import NearestPairs
+from data_owner_client.data.example_retrieval import ExampleRetriever
 from data_owner_client.data.pairs import Pair
 
 PAIRS = [
@@ -14,19 +14,19 @@ PAIRS = [
 ]
 
 
-def sources(nearest: NearestPairs, text: str) -> list[str]:
+def sources(nearest: ExampleRetriever, text: str) -> list[str]:
     (examples,) = nearest.examples([text])
     return [shot.source for shot in examples]
 
 
 def test_the_likest_source_comes_last() -> None:
-    nearest = NearestPairs(PAIRS, 2)
+    nearest = ExampleRetriever(PAIRS, 2)
     assert sources(nearest, "Turn all lights off") == ["Turn the light on", "Turn the lights off"]
     assert set(sources(nearest, "Your password is wrong")) == {"Wrong password", "The password is wrong"}
 
 
 def test_a_text_never_finds_itself() -> None:
-    nearest = NearestPairs(PAIRS, 4)
+    nearest = ExampleRetriever(PAIRS, 4)
     for pair in PAIRS:
         found = sources(nearest, pair.source)
         assert pair.source not in found
@@ -34,12 +34,12 @@ def test_a_text_never_finds_itself() -> None:
 
 
 def test_there_may_be_fewer_pairs_than_wanted() -> None:
-    assert sources(NearestPairs(PAIRS[:1], 5), "Turn it on") == ["Turn the light on"]
-    assert sources(NearestPairs(PAIRS[:1], 5), "Turn the light on") == []
+    assert sources(ExampleRetriever(PAIRS[:1], 5), "Turn it on") == ["Turn the light on"]
+    assert sources(ExampleRetriever(PAIRS[:1], 5), "Turn the light on") == []
 
 
 def test_many_texts_at_once_find_what_each_finds_alone() -> None:
-    nearest = NearestPairs(PAIRS, 3)
+    nearest = ExampleRetriever(PAIRS, 3)
     texts = [f"{pair.source} {number}" for number in range(60) for pair in PAIRS]
     assert nearest.examples(texts) == [nearest.examples([text])[0] for text in texts]
 
@@ -48,7 +48,7 @@ def test_the_order_is_that_of_the_formula() -> None:
     """Weights (1 + log tf)·idf of pieces of words, products over the square root of the pair's length."""
     pairs = [*PAIRS, Pair("Turn the light in the kitchen on, and leave every other light as it is", "…")]
     text = "Turn the kitchen light on"
-    found = sources(NearestPairs(pairs, len(pairs)), text)
+    found = sources(ExampleRetriever(pairs, len(pairs)), text)
 
     def pieces(text: str) -> Counter[str]:
         words = [f" {word} " for word in re.findall(r"\S+", text.lower())]

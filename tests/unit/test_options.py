@@ -5,7 +5,7 @@ import pytest
 
 from data_owner_client.adapter.gate import Gate
 from data_owner_client.adapter.interpolation import Interpolation
-from data_owner_client.cli.options import Decoding
+from data_owner_client.cli.options import DecodingOptions
 from protocol.errors import InvalidData
 
 GATE = Gate(weight=(1.0,), centre=(0.0,), scale=(1.0,))
@@ -30,11 +30,11 @@ def test_what_is_said_of_the_interpolation_and_what_training_chose(
     options: dict[str, Any], expected: Interpolation | None
 ) -> None:
     adapter: Any = SimpleNamespace(card=SimpleNamespace(interpolation=CHOSEN))
-    assert Decoding(**options).interpolation(adapter) == expected
+    assert DecodingOptions(**options).interpolation(adapter) == expected
 
 
 @pytest.mark.parametrize("options", [{"schedule": "linear"}, {"lambda_max": 0.5}, {"length_reward": 1.0}])
 def test_without_an_adapter_there_is_nothing_to_say(options: dict[str, Any]) -> None:
-    assert Decoding().interpolation(None) is None
+    assert DecodingOptions().interpolation(None) is None
     with pytest.raises(InvalidData, match="how an adapter is used"):
-        Decoding(**options).interpolation(None)
+        DecodingOptions(**options).interpolation(None)

@@ -11,29 +11,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_owner_client.memory import request_batches as planning
-from data_owner_client.memory.request_batches import Sizes, plan_requests
-from data_owner_client.plm.connection.base import Exchange
-from data_owner_client.plm.connection.in_flight import Window, in_order
+from data_owner_client.memory.request_batches import ExampleSizes, split_into_requests
+from data_owner_client.plm.connection.base import Attempt
+from data_owner_client.plm.connection.in_flight import InFlightWindow, ordered_map
 from protocol.messages import Limits, ModelCard
 from protocol.timing import ServerTiming
 
 
-def exchange(queue_ms: float, compute_ms: float) -> Exchange:
-    return Exchange("encode", "id", 1.0, timing=ServerTiming(queue_ms, compute_ms, 0.0))
+def exchange(queue_ms: float, compute_ms: float) -> Attempt:
+    return Attempt("encode", "id", 1.0, timing=ServerTiming(queue_ms, compute_ms, 0.0))
 
 
-REFUSED = Exchange("encode", "id", 0.1, refused=True)
+REFUSED = Attempt("encode", "id", 0.1, refused=True)
 JUST_RIGHT = exchange(queue_ms=9, compute_ms=10)
 
 
 def test_the_window_grows_while_the_server_idles_and_shrinks_while_it_is_crowded() -> None:
-    window = Window(largest=5)
+    window = InFlightWindow(largest=5)
     for _ in range(9):
         window.learn(exchange(queue_ms=0.1, compute_ms=10))
     assert window.size == 5
     for _ in range(9):
         window.learn(JUST_RIGHT)
-        window.learn(Exchange("encode", "id", 1.0))
+        window.learn(Attempt("encode", "id", 1.0))
     assert window.size == 5
     for _ in range(9):
         window.learn(exchange(queue_ms=100, compute_ms=10))
@@ -41,7 +41,7 @@ def test_the_window_grows_while_the_server_idles_and_shrinks_while_it_is_crowded
 
 
 def test_refusals_halve_the_window_once_until_an_answer_comes() -> None:
-    window = Window(start=16)
+    window = InFlightWindow(start=16)
     for _ in range(5):
         window.learn(REFUSED)
     assert window.size == 8
@@ -72,8 +72,8 @@ def test_as_many_calls_as_the_window_says_run_ahead(size: int) -> None:
             running -= 1
         return item * item
 
-    window = Window(start=size, largest=8)
-    assert list(in_order(call, range(40), window)) == [i * i for i in range(40)]
+    window = InFlightWindow(start=size, largest=8)
+    assert list(ordered_map(call, range(40), window)) == [i * i for i in range(40)]
     assert most == size
 
 
@@ -87,7 +87,7 @@ def test_an_error_ends_the_pipeline_and_calls_nothing_more() -> None:
         return item
 
     with pytest.raises(ValueError, match="no"):
-        list(in_order(call, range(100), Window(start=2)))
+        list(ordered_map(call, range(100), InFlightWindow(start=2)))
     assert len(called) < 8
 
 
@@ -124,12 +124,12 @@ examples = st.lists(st.integers(1, 400).flatmap(lambda s: st.tuples(st.just(s), 
 def test_requests_hold_every_example_once_within_all_limits(
     examples: list[tuple[int, int]], shard: int, shards_done: int, sequences: int, rows: int, body: int
 ) -> None:
-    sizes = Sizes()
+    sizes = ExampleSizes()
     for sequence, target in examples:
         sizes.append(sequence, target)
     done = min(shard * shards_done, len(examples))
     limited = card(max_sequences=sequences, max_rows=rows, max_body_bytes=body)
-    runs = list(plan_requests(sizes, limited, "float16", done=done, examples_per_shard=shard))
+    runs = list(split_into_requests(sizes, limited, "float16", done=done, examples_per_shard=shard))
     assert [i for run in runs for i in run] == list(range(done, len(examples)))
     for run in runs:
         own = [examples[i] for i in run]
@@ -138,18 +138,18 @@ def test_requests_hold_every_example_once_within_all_limits(
         assert 8 * sum(sequence for sequence, _ in own) <= body
         assert run.start // shard == (run.stop - 1) // shard
     # The rest of a build is the same whatever was done before.
-    whole = list(plan_requests(sizes, limited, "float16", done=0, examples_per_shard=shard))
+    whole = list(split_into_requests(sizes, limited, "float16", done=0, examples_per_shard=shard))
     assert runs == [run for run in whole if run.start >= done]
 
 
 def test_requests_are_as_large_as_they_may_be() -> None:
-    sizes = Sizes()
+    sizes = ExampleSizes()
     for _ in range(1000):
         sizes.append(20, 5)
-    runs = list(plan_requests(sizes, card(), "float16", done=0, examples_per_shard=512))
+    runs = list(split_into_requests(sizes, card(), "float16", done=0, examples_per_shard=512))
     assert [len(run) for run in runs] == [*[64] * 15, 40]
-    long = Sizes()
+    long = ExampleSizes()
     for _ in range(100):
         long.append(4096, 100)
-    runs = list(plan_requests(long, card(), "float16", done=0, examples_per_shard=512))
+    runs = list(split_into_requests(long, card(), "float16", done=0, examples_per_shard=512))
     assert {len(run) * 4096 for run in runs[:-1]} == {planning._TOKENS_PER_REQUEST}

@@ -18,7 +18,7 @@ from plm_owner_server.engines.model_files.tokenizer import load_tokenizer
 from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
 from plm_owner_server.engines.vllm.async_llm import VllmSettings, load_vllm_engine
 from plm_owner_server.engines.vllm.engine import PooledEngine
-from plm_owner_server.engines.vllm.model_runner import Answer, PooledRunner, Question
+from plm_owner_server.engines.vllm.model_runner import HiddenStateQuery, HiddenStates, PooledRunner
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidRequest, NotReady, ServerFault, Unsupported
 from protocol.messages import EncodeRequest
@@ -36,7 +36,7 @@ class Blocks:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.seen: set[tuple[str, tuple[int, ...]]] = set()
-        self.asked: list[Question] = []
+        self.asked: list[HiddenStateQuery] = []
         self.faults: list[Exception] = []
         self.lost_rows = 0
         self.alive = True
@@ -44,7 +44,7 @@ class Blocks:
     def is_alive(self) -> bool:
         return self.alive
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
         if self.faults:
             raise self.faults[-1]
         return [self._answer(question) for question in questions]
@@ -53,7 +53,7 @@ class Blocks:
         self.seen.clear()
         return True
 
-    def _answer(self, question: Question) -> Answer:
+    def _answer(self, question: HiddenStateQuery) -> HiddenStates:
         self.asked.append(question)
         ids, tenant, known = question.token_ids, question.tenant, 0
         ends = range(BLOCK, len(ids), BLOCK)  # the newest token is always run
@@ -61,7 +61,9 @@ class Blocks:
             known = max((end for end in ends if (tenant, tuple(ids[:end])) in self.seen), default=0)
         self.seen |= {(tenant, tuple(ids[:end])) for end in ends}
         hidden_T_D = self.model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
-        return Answer(list(ids), hidden_T_D[-1:] if question.newest else hidden_T_D[known + self.lost_rows :], known)
+        return HiddenStates(
+            list(ids), hidden_T_D[-1:] if question.newest else hidden_T_D[known + self.lost_rows :], known
+        )
 
 
 class Clock:
@@ -225,9 +227,9 @@ def test_a_model_that_is_dead_breaks_the_service(setting: Setting, tiny_models: 
 def test_normalised_states_are_noticed(setting: Setting) -> None:
     answer = setting.blocks.answer
 
-    def normalised(questions: Sequence[Question]) -> list[Answer]:
+    def normalised(questions: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
         rows = [torch.nn.functional.normalize(one.hidden_T_D, dim=-1) for one in answer(questions)]
-        return [Answer(question.token_ids, row, 0) for question, row in zip(questions, rows, strict=True)]
+        return [HiddenStates(question.token_ids, row, 0) for question, row in zip(questions, rows, strict=True)]
 
     setting.blocks.answer = normalised  # type: ignore[method-assign]
     with pytest.raises(Unsupported, match="normalised"):

@@ -23,17 +23,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plm_owner_server.admission.ledger import Ledger
-from plm_owner_server.admission.quota_rules import Moment
+from plm_owner_server.admission.quota_rules import Instant
 from plm_owner_server.cli import main
-from plm_owner_server.service.metering import Cost
+from plm_owner_server.service.metering import CallCost
 from plm_owner_server.tenants import database as database_module
 from plm_owner_server.tenants.database import Database
 from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.store import TenantStore
 from plm_owner_server.tenants.tables import METADATA, RUNNING, TENANTS
 from plm_owner_server.tenants.usage import DayOfUsage, read_usage
-from protocol.errors import BudgetSpent, NotReady, QuotaExceeded
-from protocol.rate_limits import Allowance, from_fields, to_fields
+from protocol.errors import BudgetExhausted, NotReady, QuotaExceeded
+from protocol.rate_limits import RateLimitStatus, from_fields, to_fields
 
 NOON = datetime(2026, 11, 25, 12, 0, 0, tzinfo=UTC).timestamp()
 TODAY = date(2026, 11, 25)
@@ -79,20 +79,20 @@ def ledger(store: TenantStore, clock: Clock) -> Ledger:
     return Ledger(store.database, clock)
 
 
-def call(ledger: Ledger, cost: Cost | int, tenant: str = "acme") -> dict[str, int]:
+def call(ledger: Ledger, cost: CallCost | int, tenant: str = "acme") -> dict[str, int]:
     """Make a call that succeeds; what is left after it, by name."""
     meter = ledger.meter(tenant)
-    with meter.charging(Cost(cost) if isinstance(cost, int) else cost):
+    with meter.charging(CallCost(cost) if isinstance(cost, int) else cost):
         pass
     return {allowance.name: allowance.left for allowance in meter.left}
 
 
-def rows(ids: Sequence[int] | slice, model: str = MODEL) -> Cost:
-    return Cost(head_rows=ids, model=model, vocab_size=V)
+def rows(ids: Sequence[int] | slice, model: str = MODEL) -> CallCost:
+    return CallCost(head_rows=ids, model=model, vocab_size=V)
 
 
-def full(ids: Sequence[int], model: str = MODEL) -> Cost:
-    return Cost(len(ids), full_distribution=ids, model=model)
+def full(ids: Sequence[int], model: str = MODEL) -> CallCost:
+    return CallCost(len(ids), full_distribution=ids, model=model)
 
 
 def used(store: TenantStore, tenant: str = "acme") -> dict[date, tuple[int, int, int, int, int]]:
@@ -122,7 +122,7 @@ def test_a_window_takes_calls_until_it_is_used_up_and_says_when_it_ends(
         call(ledger, 1)
     assert caught.value.retry_after_s == 12 * 3600 - 60
     assert "at 00:00 UTC" in caught.value.hint
-    assert call(ledger, Cost()) == {"minute": 0, "day": 0}  # what costs nothing goes on
+    assert call(ledger, CallCost()) == {"minute": 0, "day": 0}  # what costs nothing goes on
     clock.now += caught.value.retry_after_s
     assert call(ledger, 1) == {"minute": 99, "day": 249}
     assert used(store) == {TODAY: (4, 2, 250, 0, 0), date(2026, 11, 26): (1, 0, 1, 0, 0)}
@@ -148,7 +148,7 @@ def test_what_is_being_answered_is_reserved_and_what_was_not_used_is_given_back(
 ) -> None:
     store.add("acme", quotas=Quotas(tokens_per_minute=100))
     first = ledger.meter("acme")
-    with first.charging(Cost(100)) as charge:
+    with first.charging(CallCost(100)) as charge:
         with pytest.raises(QuotaExceeded):
             call(ledger, 1)
         clock.now += 60  # the next minute owes nothing to a call of this one
@@ -157,7 +157,7 @@ def test_what_is_being_answered_is_reserved_and_what_was_not_used_is_given_back(
         charge.tokens = 30
     assert [allowance.left for allowance in first.left] == [70]
     failing = ledger.meter("acme")
-    with pytest.raises(ZeroDivisionError), failing.charging(Cost(70)):
+    with pytest.raises(ZeroDivisionError), failing.charging(CallCost(70)):
         raise ZeroDivisionError
     assert [allowance.left for allowance in failing.left] == [70]
     assert used(store) == {TODAY: (2, 1, 40, 0, 0)}
@@ -170,8 +170,8 @@ def test_places_hold_over_all_servers_and_those_of_the_dead_are_free_again(
     store.add("acme", quotas=Quotas(concurrent_requests=2, tokens_per_day=1000))
     here, there = Ledger(store.database, clock), Ledger(Database(url), clock)
     with ExitStack() as answering:
-        answering.enter_context(here.meter("acme").charging(Cost(10)))
-        answering.enter_context(there.meter("acme").charging(Cost(100)))
+        answering.enter_context(here.meter("acme").charging(CallCost(10)))
+        answering.enter_context(there.meter("acme").charging(CallCost(100)))
         for ledger in (here, there):
             with pytest.raises(QuotaExceeded, match="2 of your requests") as caught:
                 call(ledger, 1)
@@ -205,7 +205,7 @@ def test_a_clock_that_jumps_locks_nobody_out(store: TenantStore, ledger: Ledger,
 
     clock.now += jump
     let_in()
-    with ledger.meter("acme").charging(Cost(15)):
+    with ledger.meter("acme").charging(CallCost(15)):
         clock.now += jump
         ledger.running.renew()
     let_in()
@@ -217,11 +217,11 @@ def test_a_clock_that_jumps_locks_nobody_out(store: TenantStore, ledger: Ledger,
 
 @given(st.floats(0, 4e9))
 def test_a_window_ends_after_at_most_its_length(seconds: float) -> None:
-    at = Moment(seconds)
+    at = Instant(seconds)
     for length in (60, 86_400):
         assert 1 <= at.left_of(length) <= length
-    assert Moment(seconds + at.left_of(60)).minute > at.minute
-    assert Moment(seconds + at.left_of(86_400)).day > at.day
+    assert Instant(seconds + at.left_of(60)).minute > at.minute
+    assert Instant(seconds + at.left_of(86_400)).day > at.day
 
 
 def test_different_head_rows_are_counted_once(store: TenantStore, ledger: Ledger) -> None:
@@ -233,7 +233,9 @@ def test_different_head_rows_are_counted_once(store: TenantStore, ledger: Ledger
         for _ in range(5):
             ids = random.choices(range(V), k=random.randint(1, 40))
             if len(have | set(ids)) > 80:
-                with pytest.raises(BudgetSpent, match=f"80 different rows of the LM head in all, have {len(have)}, "):
+                with pytest.raises(
+                    BudgetExhausted, match=f"80 different rows of the LM head in all, have {len(have)}, "
+                ):
                     call(ledger, rows(ids), tenant)
             else:
                 have |= set(ids)
@@ -247,7 +249,7 @@ def test_rows_are_remembered_by_model_and_over_restarts(store: TenantStore, url:
     assert call(again, rows([0, 49, 50, 50])) == {"head-rows": 49}
     assert call(again, rows([0], OTHER_MODEL)) == {"head-rows": 48}
     assert call(again, rows(slice(0, 51))) == {"head-rows": 48}
-    with pytest.raises(BudgetSpent, match="ask for 949 more"):
+    with pytest.raises(BudgetExhausted, match="ask for 949 more"):
         call(again, rows(slice(0, V)))
     assert call(again, 5) == {"head-rows": 48}
     assert sum(head_rows for _, _, _, head_rows, _ in used(store).values()) == 50 + 1 + 1
@@ -263,7 +265,7 @@ def test_different_full_distributions_are_counted_once_and_their_texts_not_kept(
     assert call(Ledger(Database(url)), full(text)) == {"full-distributions": 1}
     assert call(ledger, full(text, OTHER_MODEL)) == {"full-distributions": 0}
     assert call(ledger, full(text)) == {"full-distributions": 0}
-    with pytest.raises(BudgetSpent, match="2 different full distributions in all, have 2"):
+    with pytest.raises(BudgetExhausted, match="2 different full distributions in all, have 2"):
         call(ledger, full([1]))
     assert call(ledger, full(text), "beta") == {"full-distributions": 1}
     with store.database.reading() as connection:
@@ -280,7 +282,7 @@ def test_a_call_that_is_broken_off_takes_nothing_along(store: TenantStore, ledge
         with pytest.raises(ZeroDivisionError), ledger.meter("acme").charging(cost):
             raise ZeroDivisionError
         other = full([2]) if name == "full-distributions" else rows([8])
-        with pytest.raises(BudgetSpent), ledger.meter("acme").charging(cost):
+        with pytest.raises(BudgetExhausted), ledger.meter("acme").charging(cost):
             assert call(ledger, other)[name] == 0  # which takes the last one meanwhile
         assert call(ledger, other)[name] == 0
 
@@ -329,7 +331,7 @@ def test_no_more_than_the_places_are_ever_taken(store: TenantStore, ledger: Ledg
 
         def begin(_: int) -> bool:
             try:
-                answering.enter_context(ledger.meter("acme").charging(Cost(1)))
+                answering.enter_context(ledger.meter("acme").charging(CallCost(1)))
             except QuotaExceeded:
                 return False
             return True
@@ -344,13 +346,13 @@ def test_what_cannot_be_counted_is_not_answered(
     store.add("acme")
     with (
         pytest.raises(NotReady) as caught,
-        ledger.meter("acme").charging(Cost(1)),
+        ledger.meter("acme").charging(CallCost(1)),
         store.database.writing() as connection,
     ):
         connection.execute(sa.text("DROP TABLE usage"))
     assert caught.value.retry_after_s
     assert "usage" not in str(caught.value)
-    for cost in (Cost(), Cost(1), rows([1])):
+    for cost in (CallCost(), CallCost(1), rows([1])):
         with pytest.raises(NotReady):
             call(ledger, cost)
     assert "cannot be used" in caplog.text
@@ -449,8 +451,8 @@ def test_an_owner_sets_quotas_and_sees_what_was_used(
 
 def test_what_is_left_is_told_as_the_draft_says() -> None:
     allowances = (
-        Allowance("minute", 1000, 900, "tokens", 60, 12),
-        Allowance("head-rows", 500, 0, "head-rows"),
+        RateLimitStatus("minute", 1000, 900, "tokens", 60, 12),
+        RateLimitStatus("head-rows", 500, 0, "head-rows"),
     )
     fields = to_fields(allowances)
     assert fields == {

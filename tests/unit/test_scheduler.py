@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from plm_owner_server.engines.interface import Counts, Decoded, DraftBatch, EncodeBatch, Encoded, EngineInfo
+from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch, Encoded, EngineInfo, EngineStats
 from plm_owner_server.service import scheduler as module
-from plm_owner_server.service.requests import Caller, Departed, Work
+from plm_owner_server.service.requests import CallContext, ClientDisconnected, EngineBatch
 from plm_owner_server.service.scheduler import Scheduler
 from protocol.errors import NotReady, Overloaded
 from protocol.head import LMHead
@@ -30,7 +30,7 @@ class NotingEngine:
         self.calls: list[tuple[str, list[int]]] = []
         self.entered, self.go = threading.Event(), threading.Event()
         self.running = 0
-        self.counts = Counts()
+        self.counts = EngineStats()
         self.broken = False
 
     def warm_up(self) -> None:
@@ -101,9 +101,9 @@ class Desk:
         self.pool = ThreadPoolExecutor(64)
         self.asked = 0
 
-    def ask(self, client: str | Caller, *works: Work) -> Future[list[Encoded]]:
+    def ask(self, client: str | CallContext, *works: EngineBatch) -> Future[list[Encoded]]:
         """Make a request, and wait until the scheduler has it."""
-        caller = client if isinstance(client, Caller) else Caller(client)
+        caller = client if isinstance(client, CallContext) else CallContext(client)
         future = self.pool.submit(self.scheduler.run, caller, works)
         self.asked += 1
         until(lambda: future.done() or len(self.scheduler._tickets) >= self.asked, within_s=30)
@@ -236,12 +236,12 @@ def test_a_client_alone_is_always_computed_in_the_same_way(desk: Callable[..., D
 def test_departed_clients_are_skipped(desk: Callable[..., Desk]) -> None:
     d = desk()
     d.hold()
-    gone, here = Caller("gone"), Caller("here")
+    gone, here = CallContext("gone"), CallContext("here")
     lost = d.ask(gone, encode(1), encode(2))
     kept = d.ask(here, encode(3))
     gone.departed.set()
     d.engine.go.set()
-    with pytest.raises(Departed):
+    with pytest.raises(ClientDisconnected):
         lost.result(30)
     kept.result(30)
     assert [firsts for _, firsts in d.engine.calls] == [[0], [3]]
@@ -249,12 +249,12 @@ def test_departed_clients_are_skipped(desk: Callable[..., Desk]) -> None:
 
 def test_drafting_of_a_departed_client_ends(desk: Callable[..., Desk]) -> None:
     d = desk()
-    gone = Caller("gone")
+    gone = CallContext("gone")
     lost = d.ask(gone, draft(1, k=10**6))
     assert d.engine.entered.wait(30)
     gone.departed.set()
     d.engine.go.set()
-    with pytest.raises(Departed):
+    with pytest.raises(ClientDisconnected):
         lost.result(30)
     assert len(d.engine.calls) < 10
 
@@ -328,7 +328,7 @@ def test_a_broken_engine_ends_all_requests_at_once(desk: Callable[..., Desk]) ->
     assert all(error.retry_after_s for error in errors)
     assert d.scheduler.broken.is_set()
     with pytest.raises(NotReady):
-        d.scheduler.run(Caller("late"), [encode(5)])
+        d.scheduler.run(CallContext("late"), [encode(5)])
     assert not d.scheduler._tickets
     assert 5 not in [first for _, firsts in d.engine.calls for first in firsts]
 
@@ -337,13 +337,13 @@ def test_an_engine_that_only_failed_once_goes_on(desk: Callable[..., Desk]) -> N
     d = desk()
     d.engine.go.set()
     with pytest.raises(RuntimeError, match="no luck"):
-        d.scheduler.run(Caller("a"), [encode(666)])
+        d.scheduler.run(CallContext("a"), [encode(666)])
     assert not d.scheduler.broken.is_set()
-    assert d.scheduler.run(Caller("a"), [encode(1)])
+    assert d.scheduler.run(CallContext("a"), [encode(1)])
 
 
 @pytest.mark.parametrize("work", [encode(1), draft(1, k=1000)], ids=["encode", "draft"])
-def test_a_closed_scheduler_waits_for_no_engine(desk: Callable[..., Desk], work: Work) -> None:
+def test_a_closed_scheduler_waits_for_no_engine(desk: Callable[..., Desk], work: EngineBatch) -> None:
     d = desk()
     running = d.ask("a", work)
     assert d.engine.entered.wait(30)
@@ -354,7 +354,7 @@ def test_a_closed_scheduler_waits_for_no_engine(desk: Callable[..., Desk], work:
         with pytest.raises(NotReady, match="stopping"):
             future.result(30)
     with pytest.raises(NotReady, match="stopping"):
-        d.scheduler.run(Caller("late"), [encode(3)])
+        d.scheduler.run(CallContext("late"), [encode(3)])
     thread = d.scheduler._thread
     assert thread is not None
     d.engine.go.set()
@@ -369,7 +369,7 @@ def test_the_thread_ends_when_idle_and_comes_back(desk: Callable[..., Desk], mon
     d = desk()
     d.engine.go.set()
     for i in range(5):
-        assert d.pool.submit(d.scheduler.run, Caller("x"), [encode(i)]).result(30)
+        assert d.pool.submit(d.scheduler.run, CallContext("x"), [encode(i)]).result(30)
         until(lambda: d.scheduler._thread is None, within_s=30)
 
 
@@ -383,7 +383,7 @@ def test_many_clients_at_once_all_get_their_own(desk: Callable[..., Desk]) -> No
             firsts = [chooser.randrange(1, 600) for _ in range(chooser.randint(1, 4))]
             works = [encode(first, first + 1000, tokens=chooser.randint(1, 9)) for first in firsts]
             works += [draft(first, k=chooser.randint(0, 3)) for first in firsts]
-            results = d.scheduler.run(Caller(str(number % 7)), works)
+            results = d.scheduler.run(CallContext(str(number % 7)), works)
             for work, result in zip(works, results, strict=True):
                 assert result.echo == [echo(ids) for ids in work.token_ids], turn
 

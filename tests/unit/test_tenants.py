@@ -18,14 +18,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plm_owner_server.admission import tenant_cache as trust_module
-from plm_owner_server.admission.authentication import Anyone, OneKey, TenantKeys, access_for
+from plm_owner_server.admission.authentication import (
+    NoAuthentication,
+    SharedKeyAuthenticator,
+    TenantKeyAuthenticator,
+    authenticator_for,
+)
 from plm_owner_server.admission.controller import ServiceHolder
 from plm_owner_server.cli import main
 from plm_owner_server.service.disclosure import Disclosure
-from plm_owner_server.service.metering import Cost
+from plm_owner_server.service.metering import CallCost
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants.api_keys import Key
-from plm_owner_server.tenants.store import ANYBODY, SCOPES, Tenant, TenantStore
+from plm_owner_server.tenants.store import ANONYMOUS, SCOPES, Tenant, TenantStore
 from plm_owner_server.tenants.tables import METADATA
 from protocol.errors import InvalidRequest, NotReady, PemaError, Unauthenticated
 from protocol.messages import HeadPolicy
@@ -115,7 +120,7 @@ def test_a_password_in_the_url_is_not_told(
     assert "w0rd" not in str(caught.value)
     # As if it were PostgreSQL's: nobody is in it, so that everybody may call.
     monkeypatch.setattr(TenantStore, "existing", lambda _: store)
-    access_for(ServerSettings(_env_file=None, store="postgresql+psycopg://owner:w0rd@db/pema"))  # type: ignore[call-arg]
+    authenticator_for(ServerSettings(_env_file=None, store="postgresql+psycopg://owner:w0rd@db/pema"))  # type: ignore[call-arg]
     assert "no tenants in postgresql+psycopg://owner:***@db/pema" in caplog.text
 
 
@@ -136,7 +141,7 @@ def test_processes_that_start_at_once_make_the_tables_once(url: str) -> None:
 def test_a_disabled_tenant_is_out_within_two_seconds(store: TenantStore, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(trust_module, "time", SimpleNamespace(monotonic=lambda: now))
-    keys, shown = TenantKeys(store), f"Bearer {store.add('acme')}"
+    keys, shown = TenantKeyAuthenticator(store), f"Bearer {store.add('acme')}"
     assert keys.recall(shown) is None
     assert keys.identify(shown) == keys.recall(shown) == Tenant("acme", frozenset(SCOPES))
     store.disable("acme")
@@ -159,20 +164,20 @@ def test_who_may_call(store: TenantStore, url: str) -> None:
         return ServerSettings(_env_file=None, store=url, **given)  # type: ignore[arg-type,call-arg]
 
     for host in ("127.0.0.1", "::1", "localhost"):
-        assert isinstance(access_for(settings(host=host)), Anyone)
+        assert isinstance(authenticator_for(settings(host=host)), NoAuthentication)
     for host in ("0.0.0.0", "::", "plm.example.com"):  # noqa: S104
         with pytest.raises(PemaError, match="whoever reaches") as caught:
-            access_for(settings(host=host))
+            authenticator_for(settings(host=host))
         assert "--allow-anonymous" in caught.value.hint
-        assert isinstance(access_for(settings(host=host, allow_anonymous=True)), Anyone)
-        one = access_for(settings(host=host, api_key="long enough", insecure=True))
-        assert isinstance(one, OneKey)
-        assert one.identify("Bearer long enough") == ANYBODY
+        assert isinstance(authenticator_for(settings(host=host, allow_anonymous=True)), NoAuthentication)
+        one = authenticator_for(settings(host=host, api_key="long enough", insecure=True))
+        assert isinstance(one, SharedKeyAuthenticator)
+        assert one.identify("Bearer long enough") == ANONYMOUS
     key = store.add("acme")
-    keys = access_for(settings(host="0.0.0.0", insecure=True))  # noqa: S104
+    keys = authenticator_for(settings(host="0.0.0.0", insecure=True))  # noqa: S104
     assert keys.identify(f"Bearer {key}").name == "acme"
     with pytest.raises(PemaError, match="one key for all"):
-        access_for(settings(api_key="long enough"))
+        authenticator_for(settings(api_key="long enough"))
 
 
 def test_without_its_store_a_server_tells_callers_to_come_back(
@@ -180,7 +185,7 @@ def test_without_its_store_a_server_tells_callers_to_come_back(
 ) -> None:
     now = 100.0
     monkeypatch.setattr(trust_module, "time", SimpleNamespace(monotonic=lambda: now))
-    keys, known, unknown = TenantKeys(store), f"Bearer {store.add('acme')}", f"Bearer {store.add('beta')}"
+    keys, known, unknown = TenantKeyAuthenticator(store), f"Bearer {store.add('acme')}", f"Bearer {store.add('beta')}"
     keys.identify(known)
     with sqlite3.connect(sa.make_url(url).database or "") as database:
         database.execute("DROP TABLE tenants")
@@ -218,19 +223,19 @@ def test_every_policy_can_be_given(
 def test_who_stops_lets_go_of_the_database(store: TenantStore, url: str) -> None:
     key = f"Bearer {store.add('acme')}"
     store.database.close()
-    access = access_for(ServerSettings(_env_file=None, store=url))  # type: ignore[call-arg]
+    access = authenticator_for(ServerSettings(_env_file=None, store=url))  # type: ignore[call-arg]
     holder = ServiceHolder(access=access)
     assert access.identify(key).name == "acme"
     log = Path(f"{sa.make_url(url).database}-wal")  # which SQLite keeps for as long as a connection is open
     assert log.exists()
     holder.close()
     assert not log.exists()
-    with access.meter(access.identify(key)).charging(Cost()):  # a call that did not end in time
+    with access.meter(access.identify(key)).charging(CallCost()):  # a call that did not end in time
         pass
     holder.close()
     assert not log.exists()
 
 
 def test_who_lets_nobody_in_gets_no_database(url: str) -> None:
-    assert isinstance(access_for(ServerSettings(_env_file=None, store=url)), Anyone)  # type: ignore[call-arg]
+    assert isinstance(authenticator_for(ServerSettings(_env_file=None, store=url)), NoAuthentication)  # type: ignore[call-arg]
     assert not Path(sa.make_url(url).database or "").parent.exists()

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind
 
 from plm_owner_server.admission.controller import ServiceHolder
-from plm_owner_server.operations.call_log import Accounts, Call
+from plm_owner_server.operations.call_log import CallRecord, CallRecorder
 from plm_owner_server.operations.tracing import Traces, traces_from_environment
 from plm_owner_server.service.plm_service import PlmService
 from protocol import pema_pb2, pema_pb2_grpc
@@ -116,9 +116,9 @@ def test_spans_reach_the_collector_that_the_environment_names(monkeypatch: pytes
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
         traces = traces_from_environment()
         assert traces is not None
-        accounts = Accounts()
+        accounts = CallRecorder()
         accounts.observers.append(traces.observe)
-        with accounts.of(Call("decode", "grpc", "gRPC Decode", "id-1")):
+        with accounts.of(CallRecord("decode", "grpc", "gRPC Decode", "id-1")):
             pass
         traces.close()
         server.shutdown()
@@ -134,8 +134,8 @@ def test_spans_reach_the_collector_that_the_environment_names(monkeypatch: pytes
 def test_without_a_collector_nothing_of_it_is_imported() -> None:
     program = """
 import sys
-import plm_owner_server.cli
-from plm_owner_server.tracing import traces_from_environment
+import plm_owner_server.cli.app
+from plm_owner_server.operations.tracing import traces_from_environment
 
 assert traces_from_environment() is None
 sys.exit(" ".join(name for name in sys.modules if name.startswith(("opentelemetry.sdk", "opentelemetry.exporter"))))

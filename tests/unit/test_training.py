@@ -21,7 +21,7 @@ from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.runtime.progress import Bar, Reporter
 from data_owner_client.training import trainer as loop
-from data_owner_client.training.batches import Batch, RowStream, Sure, Survey
+from data_owner_client.training.batches import Batch, MemoryStats, ReliableRows, RowStream
 from data_owner_client.training.loss import cross_entropy
 from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.trainer import Trained, train_adapter
@@ -71,7 +71,7 @@ class InMemory:
 
 def fit(rows: MemoryRows, settings: TrainingSettings, *, shards: int = 1, **options: Any) -> Trained:
     memory = InMemory(rows, shards)
-    survey = replace(Survey.of(memory, axes=settings.principal_axes), candidate_ids_C=CANDIDATES)
+    survey = replace(MemoryStats.of(memory, axes=settings.principal_axes), candidate_ids_C=CANDIDATES)
     return train_adapter(memory, survey, make_head(), make_validation(), settings, **options)
 
 
@@ -104,7 +104,7 @@ def test_both_phases_are_the_formulas(form: Any, principal_axes: bool) -> None:
     batches = [[numbers_of(batch.cr_N_D, rows.cr_N_D) for batch in stream.epoch(epoch)] for epoch in range(5)]
     steps = settings.epochs * math.ceil(N / settings.batch_rows)
     rates = [settings.learning_rate * (1 + math.cos(math.pi * i / steps)) / 2 for i in range(steps)]
-    axes_D_D = Survey.of(InMemory(rows), axes=principal_axes).axes_D_D
+    axes_D_D = MemoryStats.of(InMemory(rows), axes=principal_axes).axes_D_D
     assert (axes_D_D is not None) == principal_axes
     axes_D_D = torch.eye(D) if axes_D_D is None else axes_D_D
     expected = reference.train(
@@ -131,7 +131,7 @@ def test_of_private_rows_only_the_sure_ones_are_streamed() -> None:
     sure_N = agrees_N & (torch.rand(N, generator=generator) < 0.5)
     sure_N[:10] = False  # an example without any
     rows = replace(make_rows(3), agrees_N=agrees_N.byte(), sure_N=sure_N.byte())
-    memory = Sure(InMemory(rows))
+    memory = ReliableRows(InMemory(rows))
     kept = memory.shard(0)
     assert memory.shard_rows == [int(sure_N.sum())]
     assert torch.equal(kept.cr_N_D, rows.cr_N_D[sure_N])
@@ -141,7 +141,7 @@ def test_of_private_rows_only_the_sure_ones_are_streamed() -> None:
     streamed_N_D = torch.cat([batch.cr_N_D for batch in stream.epoch(0)])
     assert sorted(numbers_of(streamed_N_D, rows.cr_N_D).tolist()) == sure_N.nonzero()[:, 0].tolist()
     teacher_forced = InMemory(make_rows(3))
-    assert Sure(teacher_forced).shard(0) is teacher_forced.shard(0)
+    assert ReliableRows(teacher_forced).shard(0) is teacher_forced.shard(0)
 
 
 @pytest.mark.parametrize("form", ["paper", "residual", "recent"])
@@ -156,7 +156,7 @@ def test_the_same_adapter_comes_out_in_every_basis(form: Any) -> None:
         memory = InMemory(replace(rows, cr_N_D=(rows.cr_N_D + 0.5) * scales_D @ basis_D_D.T), 3)
         data = replace(held_out.data, cr_N_D=(held_out.data.cr_N_D + 0.5) * scales_D @ basis_D_D.T)
         seen = replace(head, weight_V_D=head.weight_V_D @ basis_D_D.T)
-        survey = replace(Survey.of(memory), candidate_ids_C=CANDIDATES)
+        survey = replace(MemoryStats.of(memory), candidate_ids_C=CANDIDATES)
         axes_D_D = survey.axes_D_D
         torch.testing.assert_close(axes_D_D @ axes_D_D.T, torch.eye(D), rtol=0, atol=1e-5)
         trained.append(train_adapter(memory, survey, seen, replace(held_out, data=data), settings))
@@ -307,7 +307,7 @@ def test_the_average_is_that_of_the_weights_after_every_step(monkeypatch: pytest
 def test_training_refuses_what_it_cannot_learn_from() -> None:
     rows = make_rows(3)
     with pytest.raises(InvalidData, match="no rows"):
-        Survey.of(InMemory(replace(rows, cr_N_D=rows.cr_N_D[:0], rows_E=rows.rows_E[:0])))
+        MemoryStats.of(InMemory(replace(rows, cr_N_D=rows.cr_N_D[:0], rows_E=rows.rows_E[:0])))
     for principal_axes in (False, True):
         with pytest.raises(NumericalFault, match="not finite"):
             fit(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch, Encoded
 from plm_owner_server.engines.ops import to_host
 from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
-from plm_owner_server.engines.transformers.model_runner import Runner
+from plm_owner_server.engines.transformers.model_runner import ModelRunner
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import NumericalFault, Unsupported
 from protocol.integrity import echo
@@ -329,13 +329,13 @@ def test_batches_join_and_leave_at_any_step(model: PreTrainedModel, truth: Truth
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of each forward pass from now on, padding included."""
-    passes, inner = list[int](), Runner.forward
+    passes, inner = list[int](), ModelRunner.forward
 
-    def counted(self: Runner, ids_B_T: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def counted(self: ModelRunner, ids_B_T: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         passes.append(ids_B_T.numel())
         return inner(self, ids_B_T, *args, **kwargs)
 
-    monkeypatch.setattr(Runner, "forward", counted)
+    monkeypatch.setattr(ModelRunner, "forward", counted)
     return passes
 
 
@@ -393,7 +393,7 @@ class OnADevice(TorchFunctionMode):
         super().__init__()
         self.copies = 0
         self._in_model = False
-        forward = Runner.forward
+        forward = ModelRunner.forward
 
         def unwatched(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             self._in_model = True
@@ -403,7 +403,7 @@ class OnADevice(TorchFunctionMode):
                 self._in_model = False
 
         monkeypatch.setattr(to_host, "_is_away", lambda tensor: True)
-        monkeypatch.setattr(Runner, "forward", unwatched)
+        monkeypatch.setattr(ModelRunner, "forward", unwatched)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

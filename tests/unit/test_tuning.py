@@ -7,7 +7,7 @@ import pytest
 from data_owner_client.adapter.network import Adapter
 from data_owner_client.training import settings_search as module
 from data_owner_client.training.settings import TrainingSettings
-from data_owner_client.training.settings_search import tune
+from data_owner_client.training.settings_search import search_settings
 from data_owner_client.training.trainer import Trained
 
 
@@ -30,7 +30,7 @@ BEGIN = TrainingSettings(form="residual", minutes=30.0)
 
 def test_what_is_better_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, told = Clock(monkeypatch, dropout=0.35, kappa=0.05, form="recent"), list[float]()
-    best, trained = tune(
+    best, trained = search_settings(
         [BEGIN], clock.fit, forms=["residual", "recent", "paper"], on_trial=lambda _, nll: told.append(nll)
     )
     assert best == replace(BEGIN, dropout=0.35, kappa=0.05, form="recent")
@@ -41,7 +41,7 @@ def test_what_is_better_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, dropout=0.35, rank=256, form="recent")
     begin = replace(BEGIN, rank=64, dropout=0.1)
-    best, _ = tune([begin], clock.fit, forms=[], on_trial=lambda *_: None)
+    best, _ = search_settings([begin], clock.fit, forms=[], on_trial=lambda *_: None)
     assert best == begin
     assert {(tried.rank, tried.dropout, tried.form) for tried in clock.tried} == {(64, 0.1, "residual")}
 
@@ -51,7 +51,7 @@ def test_no_training_is_begun_that_would_end_too_late(
     monkeypatch: pytest.MonkeyPatch, minutes: float, trainings: int
 ) -> None:
     clock = Clock(monkeypatch, dropout=0.9)
-    tune([replace(BEGIN, minutes=minutes)], clock.fit, forms=["paper"], on_trial=lambda *_: None)
+    search_settings([replace(BEGIN, minutes=minutes)], clock.fit, forms=["paper"], on_trial=lambda *_: None)
     assert len(clock.tried) == trainings
 
 
@@ -61,7 +61,7 @@ def test_every_opening_is_tried_whatever_the_time(monkeypatch: pytest.MonkeyPatc
         replace(BEGIN, form="recent", pairing="aligned", minutes=0.0),
         replace(BEGIN, pairing="sure", minutes=0.0),
     ]
-    best, trained = tune(openings, clock.fit, forms=["recent"], on_trial=lambda *_: None)
+    best, trained = search_settings(openings, clock.fit, forms=["recent"], on_trial=lambda *_: None)
     assert clock.tried == openings
     assert best == openings[1]
     assert trained.best_nll == 1.0
@@ -69,5 +69,5 @@ def test_every_opening_is_tried_whatever_the_time(monkeypatch: pytest.MonkeyPatc
 
 def test_sure_contexts_are_not_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, pairing="sure")
-    tune([replace(BEGIN, pairing="sure")], clock.fit, forms=["recent", "paper"], on_trial=lambda *_: None)
+    search_settings([replace(BEGIN, pairing="sure")], clock.fit, forms=["recent", "paper"], on_trial=lambda *_: None)
     assert {tried.form for tried in clock.tried} == {"residual", "paper"}

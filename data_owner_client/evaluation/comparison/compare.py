@@ -9,8 +9,8 @@ from pydantic import BaseModel
 
 from data_owner_client.data.tasks import Task
 from data_owner_client.data.text_metrics import text_scores
-from data_owner_client.evaluation.comparison.results import RESAMPLES, Measured, Row, side_by_side
-from data_owner_client.evaluation.comparison.runner import Bench, Connect, Splits
+from data_owner_client.evaluation.comparison.results import RESAMPLES, ComparisonRow, SystemResult, comparison_rows
+from data_owner_client.evaluation.comparison.runner import ComparisonRunner, Connect, Splits
 from data_owner_client.evaluation.comparison.systems import SYSTEMS
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.training.settings import TrainingSettings
@@ -24,7 +24,7 @@ class Comparison(BaseModel):
     model: str
     pairs: dict[str, int]
     signatures: list[str]
-    rows: list[Row]
+    rows: list[ComparisonRow]
 
 
 def compare(
@@ -58,16 +58,16 @@ def compare(
     """
     reporter = reporter or Reporter()
     with connect() as plm:
-        bench = Bench(connect, plm, task, splits, folder, settings or TrainingSettings(), reporter)
+        bench = ComparisonRunner(connect, plm, task, splits, folder, settings or TrainingSettings(), reporter)
         unknown = set(only) - set(SYSTEMS)
         if unknown:
             raise InvalidData(f"There is no system {min(unknown)}.", hint=f"There are {', '.join(SYSTEMS)}.")
         for name, (what, measure) in SYSTEMS.items():
             if not only or name in only:
                 bench.measure(name, what, measure)
-        measured = Measured.load_all(folder / "rows")
+        measured = SystemResult.load_all(folder / "rows")
         order = {name: number for number, name in enumerate(SYSTEMS)}
-        rows = side_by_side(
+        rows = comparison_rows(
             sorted(measured.values(), key=lambda one: order.get(one.name, len(order))),
             [pair.target or "" for pair in splits.test],
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_owner_client.adapter.candidates import places
+from data_owner_client.adapter.candidates import index_of
 from data_owner_client.adapter.card import AdapterCard
 from data_owner_client.memory.store import ExternalMemory
 from data_owner_client.training.validation import ValidationData
@@ -69,7 +69,7 @@ def build_index(memory: ExternalMemory, candidate_ids_C: Tensor) -> tuple[Any, T
         if index is None:
             index = faiss.IndexFlatL2(cr_N_D.shape[1])
         index.add(cr_N_D.numpy())
-        labels.append(places(rows.target_N.long(), candidate_ids_C))
+        labels.append(index_of(rows.target_N.long(), candidate_ids_C))
     return index, torch.cat(labels)
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from data_owner_client.evaluation.comparison.results import BEST, PLM, PUBLISHED, Row
+from data_owner_client.evaluation.comparison.results import BEST, PLM, PUBLISHED, ComparisonRow
 
 _COLORS = {PLM: "tab:gray", PUBLISHED: "tab:orange", BEST: "tab:green"}
 
 
-def markdown(title: str, rows: list[Row], signatures: list[str]) -> str:
+def markdown(title: str, rows: list[ComparisonRow], signatures: list[str]) -> str:
     """A table; p-values are of chrF, against the PLM and against PEMA as published."""
     lines = [
         f"# {title}",
@@ -30,7 +30,7 @@ def markdown(title: str, rows: list[Row], signatures: list[str]) -> str:
     return "\n".join([*lines, "", *signatures]) + "\n"
 
 
-def draw(title: str, rows: list[Row], path: Path) -> None:
+def draw(title: str, rows: list[ComparisonRow], path: Path) -> None:
     """BLEU and chrF of all systems as bars."""
     figure = Figure(figsize=(10, 1.5 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)

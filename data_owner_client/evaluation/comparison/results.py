@@ -18,7 +18,7 @@ PLM, PUBLISHED, BEST = "plm", "pema_published", "best"
 RESAMPLES = 1000
 
 
-class Measured(BaseModel):
+class SystemResult(BaseModel):
     """One system's answers to the test set, and what it cost to make it.
 
     Attributes:
@@ -55,7 +55,7 @@ class Measured(BaseModel):
         write_atomically(folder / f"{self.name}.json", self.model_dump_json(indent=1).encode())
 
     @classmethod
-    def load(cls, folder: Path, name: str) -> Measured | None:
+    def load(cls, folder: Path, name: str) -> SystemResult | None:
         """What is kept of a system; None if nothing is.
 
         Raises:
@@ -70,7 +70,7 @@ class Measured(BaseModel):
             raise InvalidData(f"{path} is damaged.", hint="Delete it and run this again.") from error
 
     @classmethod
-    def load_all(cls, folder: Path) -> dict[str, Measured]:
+    def load_all(cls, folder: Path) -> dict[str, SystemResult]:
         """All that is kept, by name.
 
         Raises:
@@ -80,7 +80,7 @@ class Measured(BaseModel):
         return {name: one for name in names if (one := cls.load(folder, name)) is not None}
 
 
-class Row(BaseModel):
+class ComparisonRow(BaseModel):
     """One system beside the others.
 
     Attributes:
@@ -89,7 +89,7 @@ class Row(BaseModel):
         bleu: sacrebleu's.
         chrf: sacrebleu's.
         p_value_bleu_vs_plm: of the difference, by paired bootstrap resampling of the test set; likewise the others.
-        ppl: and what follows: see `Measured`.
+        ppl: and what follows: see `SystemResult`.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Row(BaseModel):
     details: dict[str, Any]
 
 
-def side_by_side(measured: Sequence[Measured], references: Sequence[str]) -> list[Row]:
+def comparison_rows(measured: Sequence[SystemResult], references: Sequence[str]) -> list[ComparisonRow]:
     """Scores of all systems, with the significance of their differences from the PLM and from PEMA as published.
 
     Raises:
@@ -122,13 +122,13 @@ def side_by_side(measured: Sequence[Measured], references: Sequence[str]) -> lis
                 hint="It belongs to another test set: delete its row and measure it again.",
             )
     p_values = {base: _p_values(base, measured, references) for base in (PLM, PUBLISHED)}
-    shared = set(Measured.model_fields) & set(Row.model_fields)
+    shared = set(SystemResult.model_fields) & set(ComparisonRow.model_fields)
     rows = []
     for one in measured:
         scores = text_scores(one.texts, references)
         against_plm, against_published = (p_values[base].get(one.name, {}) for base in (PLM, PUBLISHED))
         rows.append(
-            Row(
+            ComparisonRow(
                 **one.model_dump(include=shared),
                 bleu=scores.bleu,
                 chrf=scores.chrf,
@@ -142,7 +142,7 @@ def side_by_side(measured: Sequence[Measured], references: Sequence[str]) -> lis
 
 
 def _p_values(
-    baseline: str, measured: Sequence[Measured], references: Sequence[str]
+    baseline: str, measured: Sequence[SystemResult], references: Sequence[str]
 ) -> dict[str, dict[str, float | None]]:
     """For every system and metric the p-value of its difference from the baseline; nothing without the baseline."""
     systems = sorted(measured, key=lambda one: one.name != baseline)

@@ -19,21 +19,21 @@ import torch
 from pydantic import ValidationError
 
 from data_owner_client.adapter.candidates import token_set
-from data_owner_client.adapter.card import Adaptation
+from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.trained import TrainedAdapter
-from data_owner_client.data.example_retrieval import NearestPairs, tasks_for
+from data_owner_client.data.example_retrieval import ExampleRetriever, with_retrieved_examples
 from data_owner_client.data.pairs import Pair, digest_pairs
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.generation import translate
-from data_owner_client.evaluation.comparison.results import BEST, PUBLISHED, Measured
+from data_owner_client.evaluation.comparison.results import BEST, PUBLISHED, SystemResult
 from data_owner_client.evaluation.perplexity import perplexities
 from data_owner_client.memory.build_splits import build_memories
 from data_owner_client.memory.encode import encode_all, tokenize_pairs
 from data_owner_client.memory.manifest import ContextMode
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.store import TRAIN, VALIDATION, ExternalMemory
-from data_owner_client.plm.head_recovery.fit import enough
+from data_owner_client.plm.head_recovery.fit import contexts_needed
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter, RichReporter
 from data_owner_client.training.decoding_policy import NEAREST
@@ -74,7 +74,7 @@ class Splits:
     test: Sequence[Pair]
 
 
-class Bench:
+class ComparisonRunner:
     """Builds, trains and answers what a system asks for; nothing twice.
 
     Args:
@@ -111,9 +111,9 @@ class Bench:
         self.memory = cache(self._memory)
         self._rows = cache(self._encoded)
 
-    def measure(self, name: str, what: str, system: Callable[[Bench], Measured]) -> None:
+    def measure(self, name: str, what: str, system: Callable[[ComparisonRunner], SystemResult]) -> None:
         """Measure a system and keep its row, unless that is there."""
-        kept = Measured.load(self._folder / "rows", name)
+        kept = SystemResult.load(self._folder / "rows", name)
         if kept is None or kept.identity != self._identity:
             self._reporter.say(f"{name}: {what}.")
             row = system(self).model_copy(update={"name": name, "what": what, "identity": self._identity})
@@ -148,7 +148,7 @@ class Bench:
             or report.card.memory_digest != digest
             or not asked.items() <= report.trials[0].settings.items()
         ):
-            in_own_process(_train, self.connect, memory, folder, settings)
+            run_in_subprocess(_train, self.connect, memory, folder, settings)
             report = TrainingReport.model_validate_json((folder / REPORT).read_bytes())
         return TrainedAdapter.load(folder), report
 
@@ -168,7 +168,7 @@ class Bench:
         return replace(adapter, card=card, pairs=list(self._splits.train))
 
     def answer(
-        self, adapter: Adaptation | None, interpolation: Interpolation | None = None, consensus: int = 0
+        self, adapter: CandidateDistribution | None, interpolation: Interpolation | None = None, consensus: int = 0
     ) -> list[str]:
         """The texts of the test set."""
         return translate(
@@ -181,7 +181,7 @@ class Bench:
             reporter=self._reporter,
         ).texts
 
-    def perplexity(self, adapter: Adaptation, interpolation: Interpolation) -> float:
+    def perplexity(self, adapter: CandidateDistribution, interpolation: Interpolation) -> float:
         """Of the test set's targets."""
         views = [self._rows(0)]
         if adapter.nearest is not None:
@@ -202,11 +202,11 @@ class Bench:
         interpolation: Interpolation | None = None,
         *,
         consensus: int = 0,
-    ) -> Measured:
+    ) -> SystemResult:
         """The row of a trained adapter."""
         used = interpolation or adapter.card.interpolation
         files = Path(report.folder).glob("[!.]*")
-        return Measured(
+        return SystemResult(
             texts=self.answer(adapter, used, consensus),
             ppl=self.perplexity(adapter, used),
             train_seconds=report.seconds,
@@ -231,7 +231,7 @@ class Bench:
         rows = sum(memory.manifest.rows for memory in memories)
         card = self._plm.card
         # Who gives no rows of the head is asked for whole distributions.
-        head = enough(card) * card.vocab_size if card.head_policy == "none" else candidates * card.hidden_size
+        head = contexts_needed(card) * card.vocab_size if card.head_policy == "none" else candidates * card.hidden_size
         return {
             "client_discloses": sum(len(text.encode()) for text in texts),
             "owner_discloses": rows * card.hidden_size * DTYPES[self._plm.dtype].itemsize + head * _HEAD_BYTES,
@@ -243,13 +243,13 @@ class Bench:
 
     def _encoded(self, count: int) -> MemoryRows:
         """The test set behind prompts with so many examples of their own, or, for 0, with the task's."""
-        nearest = NearestPairs(self._splits.train, count) if count else None
-        tasks = tasks_for(self._plm, self._task, self._test_sources, nearest)
+        nearest = ExampleRetriever(self._splits.train, count) if count else None
+        tasks = with_retrieved_examples(self._plm, self._task, self._test_sources, nearest)
         pairs = tokenize_pairs(self._plm, tasks, self._splits.test, place="test pair")
         return encode_all(self._plm, pairs, self._reporter)
 
 
-def in_own_process(work: Callable[..., _T], *arguments: Any) -> _T:
+def run_in_subprocess(work: Callable[..., _T], *arguments: Any) -> _T:
     """What `work` gives in a process of its own, so that its memory can be measured."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=(torch.get_num_threads(),)) as process:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.evaluation.comparison.knn_lm import KnnLm, build_index, tune
-from data_owner_client.evaluation.comparison.results import BEST, PLM, PUBLISHED, Measured
-from data_owner_client.evaluation.comparison.runner import AS_PUBLISHED, Bench, Connect, in_own_process
+from data_owner_client.evaluation.comparison.results import BEST, PLM, PUBLISHED, SystemResult
+from data_owner_client.evaluation.comparison.runner import AS_PUBLISHED, ComparisonRunner, Connect, run_in_subprocess
 from data_owner_client.memory.store import TRAIN, ExternalMemory
 from data_owner_client.runtime.memory_usage import peak_rss_mb
 from data_owner_client.runtime.progress import Reporter
@@ -27,13 +27,13 @@ _ALONE = Interpolation(schedule="none")
 _NO_ADAPTER = {"adapter_bytes": 0, "owner_discloses": 0}
 
 
-def _plm(bench: Bench) -> Measured:
-    return Measured(texts=bench.answer(None), ppl=bench.plm_perplexity(), **_NO_ADAPTER, client_discloses=0)
+def _plm(bench: ComparisonRunner) -> SystemResult:
+    return SystemResult(texts=bench.answer(None), ppl=bench.plm_perplexity(), **_NO_ADAPTER, client_discloses=0)
 
 
-def _plm_with_examples(bench: Bench) -> Measured:
+def _plm_with_examples(bench: ComparisonRunner) -> SystemResult:
     adapter = bench.with_examples(bench.best[0])
-    return Measured(
+    return SystemResult(
         texts=bench.answer(adapter, _ALONE),
         ppl=bench.perplexity(adapter, _ALONE),
         details={"nearest": adapter.card.nearest},
@@ -42,22 +42,22 @@ def _plm_with_examples(bench: Bench) -> Measured:
     )
 
 
-def _published(bench: Bench) -> Measured:
+def _published(bench: ComparisonRunner) -> SystemResult:
     return bench.adapted(*bench.published, "teacher-forced", PUBLISHED_INTERPOLATION)
 
 
-def _constant(bench: Bench) -> Measured:
+def _constant(bench: ComparisonRunner) -> SystemResult:
     adapter, report = bench.published
     return bench.adapted(adapter, report, "teacher-forced", _likeliest_constant(report))
 
 
-def _knn_lm(bench: Bench) -> Measured:
+def _knn_lm(bench: ComparisonRunner) -> SystemResult:
     memory, card = bench.memory("teacher-forced"), bench.published[0].card
-    tuned, head, candidate_ids_C = in_own_process(_tune_knn, bench.connect, memory)
+    tuned, head, candidate_ids_C = run_in_subprocess(_tune_knn, bench.connect, memory)
     index, label_N = build_index(ExternalMemory(memory / TRAIN), candidate_ids_C)
     used = tuned.interpolation
     knn = KnnLm(card, candidate_ids_C, head, index, label_N, tuned.neighbours, tuned.temperature)
-    return Measured(
+    return SystemResult(
         texts=bench.answer(knn, used),
         ppl=bench.perplexity(knn, used),
         train_seconds=tuned.seconds,
@@ -72,37 +72,37 @@ def _knn_lm(bench: Bench) -> Measured:
     )
 
 
-def _residual(bench: Bench) -> Measured:
+def _residual(bench: ComparisonRunner) -> SystemResult:
     adapter, report = bench.best
     plain = replace(adapter, card=adapter.card.model_copy(update={"nearest": 0}))
     return bench.adapted(plain, report, "teacher-forced", _likeliest_constant(report))
 
 
-def _without_length_reward(bench: Bench) -> Measured:
+def _without_length_reward(bench: ComparisonRunner) -> SystemResult:
     adapter, report = bench.best
     return bench.adapted(adapter, report, "teacher-forced", adapter.card.interpolation.rewarded(0.0))
 
 
-def _most_probable(bench: Bench) -> Measured:
+def _most_probable(bench: ComparisonRunner) -> SystemResult:
     return bench.adapted(*bench.best, "teacher-forced")
 
 
-def _best(bench: Bench) -> Measured:
+def _best(bench: ComparisonRunner) -> SystemResult:
     return bench.adapted(*bench.best, "teacher-forced", consensus=CONSENSUS)
 
 
-def _private(bench: Bench) -> Measured:
+def _private(bench: ComparisonRunner) -> SystemResult:
     adapter, report = bench.trained("private", "private", bench.settings)
     return bench.adapted(adapter, report, "private", consensus=CONSENSUS)
 
 
-def _private_by_position(bench: Bench) -> Measured:
+def _private_by_position(bench: ComparisonRunner) -> SystemResult:
     settings = replace(bench.settings, pairing="position", form="residual")
     adapter, report = bench.trained("private_by_position", "private", settings)
     return bench.adapted(adapter, report, "private", consensus=CONSENSUS)
 
 
-SYSTEMS: dict[str, tuple[str, Callable[[Bench], Measured]]] = {
+SYSTEMS: dict[str, tuple[str, Callable[[ComparisonRunner], SystemResult]]] = {
     PLM: ("the PLM alone, with the task's own examples", _plm),
     "plm_nearest": ("the PLM alone, with examples chosen for each text", _plm_with_examples),
     PUBLISHED: ("PEMA as published: paper's form, Gradual Unrolling, λ_max 0.9", _published),

@@ -19,11 +19,11 @@ from protocol.messages import (
     ModelCard,
     TokenizerBundle,
 )
-from protocol.rate_limits import Allowance
+from protocol.rate_limits import RateLimitStatus
 from protocol.timing import ServerTiming
 
 
-class Calls(Protocol):
+class PlmApi(Protocol):
     """The calls of the wire. All are stateless and may be repeated; the server's own service has this shape, too.
 
     Every call raises `PemaError`: the server's own errors, or `ConnectionFailed` if there was no answer.
@@ -49,7 +49,7 @@ class Calls(Protocol):
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Attempt:
     """One attempt of a call that the server answered, be it with a refusal because it had too much to do.
 
     Attributes:
@@ -67,10 +67,10 @@ class Exchange:
     timing: ServerTiming | None = None
 
 
-Observer = Callable[[Exchange], None]
+Observer = Callable[[Attempt], None]
 
 
-class Connection(Calls, Protocol):
+class Connection(PlmApi, Protocol):
     """A way to a PLM; thread-safe.
 
     Attributes:
@@ -79,7 +79,7 @@ class Connection(Calls, Protocol):
     """
 
     observers: list[Observer]
-    allowances: tuple[Allowance, ...]
+    allowances: tuple[RateLimitStatus, ...]
 
     def close(self) -> None:
         """Let go of sockets and the like."""
@@ -94,7 +94,7 @@ def untrusted(url: str, reason: str, request_id: str) -> Untrusted:
     )
 
 
-def why_silent(url: str, *, slow: bool) -> str:
+def unreachable_hint(url: str, *, slow: bool) -> str:
     """What to do when nobody answers."""
     if slow:
         return "The server is too slow or hangs; ask its owner."

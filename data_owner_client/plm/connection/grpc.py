@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import grpc
 
-from data_owner_client.plm.connection.base import untrusted, why_silent
-from data_owner_client.plm.connection.retries import GIVE_UP_AFTER_S, Attempts
+from data_owner_client.plm.connection.base import unreachable_hint, untrusted
+from data_owner_client.plm.connection.retries import RETRY_FOR_SECONDS, Retrier
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.chunks import join_head, join_rows
 from protocol.errors import ConnectionFailed, PayloadTooLarge, PemaError, ProtocolViolation, from_problem
@@ -41,7 +41,7 @@ from protocol.protobuf import (
     from_proto,
     to_proto,
 )
-from protocol.rate_limits import Allowance, from_fields
+from protocol.rate_limits import RateLimitStatus, from_fields
 from protocol.timing import ServerTiming
 
 _Result = TypeVar("_Result")
@@ -96,14 +96,14 @@ class GrpcConnection:
         client_certificate: Path | None = None,
         client_key: Path | None = None,
         timeout_s: float = 600.0,
-        give_up_after_s: float = GIVE_UP_AFTER_S,
+        give_up_after_s: float = RETRY_FOR_SECONDS,
     ) -> None:
         scheme, _, target = url.partition("://")
         self._url = url
         self._timeout_s = timeout_s
-        self._attempts = Attempts(give_up_after_s)
+        self._attempts = Retrier(give_up_after_s)
         self.observers = self._attempts.observers
-        self.allowances: tuple[Allowance, ...] = ()
+        self.allowances: tuple[RateLimitStatus, ...] = ()
         # The server is fair between clients, which may share an address.
         self._metadata: tuple[tuple[str, str], ...] = ((CLIENT_METADATA, uuid.uuid4().hex),)
         if api_key:
@@ -263,7 +263,7 @@ class GrpcConnection:
             return untrusted(self._url, distrust[1], request_id)
         return ConnectionFailed(
             f"No answer from {self._url} ({status.name}).",
-            hint=why_silent(self._url, slow=status == grpc.StatusCode.DEADLINE_EXCEEDED),
+            hint=unreachable_hint(self._url, slow=status == grpc.StatusCode.DEADLINE_EXCEEDED),
             request_id=request_id,
         )
 

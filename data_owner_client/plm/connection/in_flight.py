@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
 
-from data_owner_client.plm.connection.base import Exchange
-from data_owner_client.runtime.background import in_background
+from data_owner_client.plm.connection.base import Attempt
+from data_owner_client.runtime.background import daemon_future
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -20,7 +20,7 @@ _IDLE_BELOW = 0.1
 _CROWDED_ABOVE = 2.0
 
 
-class Window:
+class InFlightWindow:
     """How many calls are in flight, adapted to what the server says of each.
 
     One computes while the next one waits: then the server never waits for us. If an answer shows that the server was
@@ -41,7 +41,7 @@ class Window:
         self._refused = False
         self._lock = threading.Lock()
 
-    def learn(self, exchange: Exchange) -> None:
+    def learn(self, exchange: Attempt) -> None:
         """Adapt to one answer."""
         with self._lock:
             if exchange.refused:
@@ -57,11 +57,11 @@ class Window:
                 self.size = max(self._usual, self.size - 1)
 
 
-def in_order(call: Callable[[_In], _Out], items: Iterable[_In], window: Window) -> Iterator[_Out]:
+def ordered_map(call: Callable[[_In], _Out], items: Iterable[_In], window: InFlightWindow) -> Iterator[_Out]:
     """Results in the order of the items, while further calls run in threads."""
     waiting: deque[Future[_Out]] = deque()
     for item in items:
-        waiting.append(in_background(partial(call, item)))
+        waiting.append(daemon_future(partial(call, item)))
         while len(waiting) >= window.size:
             yield waiting.popleft().result()
     while waiting:

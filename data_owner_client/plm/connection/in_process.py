@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from data_owner_client.plm.connection.base import Calls, Observer
-from protocol.rate_limits import Allowance
+from data_owner_client.plm.connection.base import Observer, PlmApi
+from protocol.rate_limits import RateLimitStatus
 
 
 class InProcessConnection:
@@ -13,9 +13,9 @@ class InProcessConnection:
         calls: answers the calls.
     """
 
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, calls: PlmApi) -> None:
         self.observers: list[Observer] = []  # nothing is exchanged, so none is ever told
-        self.allowances: tuple[Allowance, ...] = ()
+        self.allowances: tuple[RateLimitStatus, ...] = ()
         self.model_card = calls.model_card
         self.tokenizer = calls.tokenizer
         self.lm_head = calls.lm_head

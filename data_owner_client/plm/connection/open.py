@@ -12,7 +12,7 @@ import httpx
 from data_owner_client.plm.connection.base import Connection
 from data_owner_client.plm.connection.grpc import GrpcConnection
 from data_owner_client.plm.connection.rest import RestConnection
-from data_owner_client.plm.connection.retries import GIVE_UP_AFTER_S
+from data_owner_client.plm.connection.retries import RETRY_FOR_SECONDS
 from data_owner_client.plm.connection.urls import is_loopback
 from protocol.errors import InvalidRequest
 
@@ -26,7 +26,7 @@ def open_connection(
     client_certificate: Path | None = None,
     client_key: Path | None = None,
     timeout_s: float = 600.0,
-    give_up_after_s: float = GIVE_UP_AFTER_S,
+    give_up_after_s: float = RETRY_FOR_SECONDS,
 ) -> Connection:
     """A connection to the server at `url`; its scheme chooses the transport.
 

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import httpx
 
-from data_owner_client.plm.connection.base import untrusted, why_silent
-from data_owner_client.plm.connection.retries import GIVE_UP_AFTER_S, Attempts
+from data_owner_client.plm.connection.base import unreachable_hint, untrusted
+from data_owner_client.plm.connection.retries import RETRY_FOR_SECONDS, Retrier
 from data_owner_client.plm.connection.urls import is_loopback
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import ConnectionFailed, NotReady, Overloaded, PemaError, ProtocolViolation, from_problem
@@ -28,7 +28,7 @@ from protocol.messages import (
     ModelCard,
     TokenizerBundle,
 )
-from protocol.rate_limits import RATE_LIMIT, RATE_LIMIT_POLICY, Allowance, from_fields
+from protocol.rate_limits import RATE_LIMIT, RATE_LIMIT_POLICY, RateLimitStatus, from_fields
 from protocol.timing import ServerTiming
 
 _Answer = TypeVar("_Answer", bound=Message)
@@ -65,14 +65,14 @@ class RestConnection:
         client_certificate: Path | None = None,
         client_key: Path | None = None,
         timeout_s: float = 600.0,
-        give_up_after_s: float = GIVE_UP_AFTER_S,
+        give_up_after_s: float = RETRY_FOR_SECONDS,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._url = url
         self._timeout_s = timeout_s
-        self._attempts = Attempts(give_up_after_s)
+        self._attempts = Retrier(give_up_after_s)
         self.observers = self._attempts.observers
-        self.allowances: tuple[Allowance, ...] = ()
+        self.allowances: tuple[RateLimitStatus, ...] = ()
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
         # The server is fair between clients, which may share an address.
         # Nothing compressed: a small answer could become a large one.
@@ -145,7 +145,7 @@ class RestConnection:
                 raise untrusted(self._url, reason, request_id) from error
             raise ConnectionFailed(
                 f"No answer from {self._url} ({type(error).__name__}).",
-                hint=why_silent(self._url, slow=isinstance(error, httpx.ReadTimeout)),
+                hint=unreachable_hint(self._url, slow=isinstance(error, httpx.ReadTimeout)),
                 request_id=request_id,
             ) from error
         if (left := response.headers.get(RATE_LIMIT)) is not None:

@@ -12,14 +12,14 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, wait_random_exponential
 from tenacity.nap import sleep_using_event
 
-from data_owner_client.plm.connection.base import Exchange, Observer
+from data_owner_client.plm.connection.base import Attempt, Observer
 from protocol.errors import ConnectionFailed, MalformedMessage, NotReady, Overloaded, PemaError, ProtocolViolation
 from protocol.timing import ServerTiming
 
 log = logging.getLogger(__name__)
 
 # Long enough for a server to be restarted with a large model, or to work off what it has.
-GIVE_UP_AFTER_S = 300.0
+RETRY_FOR_SECONDS = 300.0
 # What goes by itself at once is not worth a line.
 _TELL_FROM_FAILURE = 3
 # Nor is a short wait; of a long one, such as for a quota, who waits should know.
@@ -30,7 +30,7 @@ _Result = TypeVar("_Result")
 _back_off = wait_random_exponential(multiplier=0.25, max=10)
 
 
-class Attempts:
+class Retrier:
     """Makes calls until they are answered; thread-safe.
 
     Calls are stateless, so what the server was too busy for, or what was lost or garbled on the way, is simply asked
@@ -66,7 +66,7 @@ class Attempts:
         Raises:
             PemaError: of the last attempt.
         """
-        patience = _Patience(self._give_up_after_s, self._closed, unless_gone=unless_gone)
+        patience = _RetryPolicy(self._give_up_after_s, self._closed, unless_gone=unless_gone)
         attempts = Retrying(
             retry=patience.may_pass,
             wait=patience.wait,
@@ -85,19 +85,19 @@ class Attempts:
         except PemaError as error:
             log.debug("%s %s failed: %s", request_id, call, error)
             if isinstance(error, Overloaded):
-                self._tell_observers(Exchange(call, request_id, time.perf_counter() - started, refused=True))
+                self._tell_observers(Attempt(call, request_id, time.perf_counter() - started, refused=True))
             raise
-        exchange = Exchange(call, request_id, time.perf_counter() - started, timing=timing)
+        exchange = Attempt(call, request_id, time.perf_counter() - started, timing=timing)
         log.debug("%s %s answered in %.0f ms", request_id, call, 1000 * exchange.seconds)
         self._tell_observers(exchange)
         return result
 
-    def _tell_observers(self, exchange: Exchange) -> None:
+    def _tell_observers(self, exchange: Attempt) -> None:
         for observer in list(self.observers):
             observer(exchange)
 
 
-class _Patience:
+class _RetryPolicy:
     """How long one call is made again."""
 
     def __init__(self, give_up_after_s: float, closed: threading.Event, *, unless_gone: bool) -> None:

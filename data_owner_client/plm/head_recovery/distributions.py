@@ -22,7 +22,7 @@ from protocol.messages import ModelCard
 _AT_ONCE = 64
 
 
-class Answer(Message):
+class DistributionRecord(Message):
     """What the owner told of one context.
 
     Attributes:
@@ -60,7 +60,7 @@ class Distributions:
         """SHA-256 over all names."""
         return hashlib.sha256("".join(self.keys()).encode()).hexdigest()
 
-    def keep(self, key: str, answer: Answer) -> None:
+    def keep(self, key: str, answer: DistributionRecord) -> None:
         """Store an answer under the name of its context.
 
         Raises:
@@ -82,10 +82,10 @@ class Distributions:
                 logits.append(answer.logprob_V[token_ids_C].double() + answer.logsumexp)
             yield torch.stack(inputs), torch.stack(logits)
 
-    def _load(self, key: str) -> Answer:
+    def _load(self, key: str) -> DistributionRecord:
         path, card = self._path(key), self.card
         try:
-            answer = Answer.from_bytes(path.read_bytes())
+            answer = DistributionRecord.from_bytes(path.read_bytes())
             if answer.input_D.shape != (card.hidden_size,) or answer.logprob_V.shape != (card.vocab_size,):
                 raise ValueError("an answer of another model")
         except (OSError, ValueError) as error:

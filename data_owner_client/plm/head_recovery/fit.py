@@ -21,7 +21,7 @@ _UNSEEN_EVERY = 16
 _FEWEST = 2
 
 
-def enough(card: ModelCard) -> int:
+def contexts_needed(card: ModelCard) -> int:
     """Contexts for an exact fit: one for each unknown, and a tenth more, at least 16, of which some are kept out."""
     unknowns = card.hidden_size + card.head_bias
     return unknowns + max(_UNSEEN_EVERY, unknowns // 10)
@@ -87,7 +87,7 @@ def fit_rows(given: Distributions, token_ids_C: Tensor) -> FittedHead:
 
 
 def _too_far_off(card: ModelCard, error: float, answered: int) -> InvalidData:
-    wanted = enough(card)
+    wanted = contexts_needed(card)
     hint = (
         f"Ask for more: --distributions {wanted}." if answered < wanted else "Ask the owner for the policy candidate."
     )

@@ -33,7 +33,7 @@ def linear_head(model: Any) -> nn.Linear:
     return output
 
 
-def described_head(config: Any, weight_V_D: Tensor, bias_V: Tensor | None) -> LMHead:
+def head_from_config(config: Any, weight_V_D: Tensor, bias_V: Tensor | None) -> LMHead:
     """The LM head of a model with this weight and bias.
 
     Args:
@@ -45,7 +45,7 @@ def described_head(config: Any, weight_V_D: Tensor, bias_V: Tensor | None) -> LM
     return LMHead(weight_V_D, bias_V, _logit_scale(config), softcap)
 
 
-def end_tokens(config: Any, generation_config: Any) -> tuple[int, ...]:
+def eos_token_ids(config: Any, generation_config: Any) -> tuple[int, ...]:
     """Tokens after which the model itself would stop.
 
     Args:

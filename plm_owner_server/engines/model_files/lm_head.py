@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from plm_owner_server.engines.interface import EngineInfo
-from plm_owner_server.engines.model_files.config import described_head, end_tokens, linear_head
+from plm_owner_server.engines.model_files.config import eos_token_ids, head_from_config, linear_head
 from protocol.errors import Unsupported
 from protocol.head import LMHead
 
@@ -53,14 +53,14 @@ def read_head(folder: Path, *, dtype: torch.dtype, device: str) -> tuple[LMHead,
             hint="Give a folder with safetensors files that are not quantised.",
         )
     bias_V = None if output.bias is None else _read(files, [f"{places[0]}.bias"])
-    head = described_head(text, weight_V_D.to(device, dtype), None if bias_V is None else bias_V.to(device, dtype))
+    head = head_from_config(text, weight_V_D.to(device, dtype), None if bias_V is None else bias_V.to(device, dtype))
     info = EngineInfo(
         hidden_size=weight_V_D.shape[1],
         vocab_size=weight_V_D.shape[0],
         max_tokens=getattr(text, "max_position_embeddings", None),
         dtype=str(dtype).removeprefix("torch."),
         cr_kind="last_hidden_state",
-        eos_token_ids=end_tokens(text, _generation_config(folder)),
+        eos_token_ids=eos_token_ids(text, _generation_config(folder)),
     )
     return head, info
 

@@ -19,7 +19,7 @@ _CPU_BLOCK = (512, 2048)
 _PACKED_BLOCK = (128, 8192)
 
 
-class Vocabulary:
+class VocabReduction:
     """All tokens as the LM head sees them.
 
     Args:

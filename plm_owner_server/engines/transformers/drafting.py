@@ -12,9 +12,9 @@ from torch import Tensor
 from plm_owner_server.engines.batching import plan_batches
 from plm_owner_server.engines.interface import Decoded, DraftBatch
 from plm_owner_server.engines.ops.to_host import to_host
-from plm_owner_server.engines.ops.vocab_reduction import Vocabulary
+from plm_owner_server.engines.ops.vocab_reduction import VocabReduction
 from plm_owner_server.engines.transformers.kv_cache import AlignedCache
-from plm_owner_server.engines.transformers.model_runner import WORTH_A_PASS, Pass, Runner
+from plm_owner_server.engines.transformers.model_runner import WORTH_A_PASS, ForwardPass, ModelRunner
 from protocol.integrity import echo
 
 
@@ -76,7 +76,9 @@ class BatchedDrafting:
         with_last_hidden: give the head's input, too, as the CRs are something else.
     """
 
-    def __init__(self, runner: Runner, vocabulary: Vocabulary, *, batch_tokens: int, with_last_hidden: bool) -> None:
+    def __init__(
+        self, runner: ModelRunner, vocabulary: VocabReduction, *, batch_tokens: int, with_last_hidden: bool
+    ) -> None:
         self._runner = runner
         self._vocabulary = vocabulary
         self._batch_tokens = batch_tokens
@@ -160,7 +162,7 @@ class BatchedDrafting:
         self._cache.join(cache)
         self._rows += sequences
 
-    def _note(self, run: Pass, sequences: Sequence[_Sequence]) -> None:
+    def _note(self, run: ForwardPass, sequences: Sequence[_Sequence]) -> None:
         """Note the positions wanted of a pass, and what it chose for those that go on."""
         places, newest = list[int](), list[int]()
         rows: dict[_Batch, list[int]] = {}  # of each batch, among the places
@@ -184,7 +186,7 @@ class BatchedDrafting:
             rows_A = self._runner.send(torch.tensor([newest[row] for row in going_on]))
             self._chosen.append((columns[2].index_select(0, rows_A), [sequences[row] for row in going_on]))
 
-    def _columns(self, run: Pass, places: Sequence[int]) -> tuple[Tensor, ...]:
+    def _columns(self, run: ForwardPass, places: Sequence[int]) -> tuple[Tensor, ...]:
         places_N = self._runner.send(torch.tensor(places))
         cr_N_D = run.cr_B_T_D.flatten(0, 1).index_select(0, places_N)
         last_hidden = [run.last_hidden_B_T_D.flatten(0, 1).index_select(0, places_N)] if self._with_last_hidden else []

@@ -13,12 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plm_owner_server.engines.interface import EncodeBatch, Encoded, EngineInfo
-from plm_owner_server.engines.model_files.config import described_head, device_and_dtype, end_tokens, linear_head
+from plm_owner_server.engines.model_files.config import device_and_dtype, eos_token_ids, head_from_config, linear_head
 from plm_owner_server.engines.ops.packed_linear import pack_linear_layers
 from plm_owner_server.engines.ops.to_host import to_host
-from plm_owner_server.engines.ops.vocab_reduction import Vocabulary
+from plm_owner_server.engines.ops.vocab_reduction import VocabReduction
 from plm_owner_server.engines.transformers.drafting import BatchedDrafting
-from plm_owner_server.engines.transformers.model_runner import Runner
+from plm_owner_server.engines.transformers.model_runner import ModelRunner
 from protocol.errors import Unsupported
 from protocol.integrity import echo
 from protocol.messages import CrKind
@@ -84,25 +84,25 @@ class TransformersEngine:
         self._gives_ffn_output = cr_kind == "ffn_output"
         if pack_weights:
             pack_linear_layers(model.base_model)
-        self._runner = Runner(
+        self._runner = ModelRunner(
             model,
             ffn_output=self._gives_ffn_output,
             prefix_cache_bytes=prefix_cache_bytes,
             prefix_cache_seconds=prefix_cache_seconds,
         )
         self.counts = self._runner.counts
-        self.head = described_head(
+        self.head = head_from_config(
             config, output.weight.detach(), None if output.bias is None else output.bias.detach()
         )
         # Where the states are; spread over devices, the head itself is on the last one.
-        self._vocabulary = Vocabulary(self.head.to(self._runner.device), packed=pack_weights)
+        self._vocabulary = VocabReduction(self.head.to(self._runner.device), packed=pack_weights)
         self.info = EngineInfo(
             hidden_size=self.head.weight_V_D.shape[1],
             vocab_size=self.head.weight_V_D.shape[0],
             max_tokens=getattr(config, "max_position_embeddings", None),
             dtype=str(model.dtype).removeprefix("torch."),
             cr_kind=cr_kind,
-            eos_token_ids=end_tokens(config, getattr(model, "generation_config", None)),
+            eos_token_ids=eos_token_ids(config, getattr(model, "generation_config", None)),
         )
 
     def is_alive(self) -> bool:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plm_owner_server.engines.batching import alike, common_prefix, plan_batches
-from plm_owner_server.engines.interface import Counts
+from plm_owner_server.engines.batching import common_prefix, duplicate_groups, plan_batches
+from plm_owner_server.engines.interface import EngineStats
 from plm_owner_server.engines.transformers.kv_cache import AlignedCache, KvLayout
 from plm_owner_server.engines.transformers.prefix_cache import PrefixCache
 from protocol.errors import ServerFault, Unsupported
@@ -27,7 +27,7 @@ _FFN_NAMES = ("mlp", "feed_forward", "feedforward", "ffn", "block_sparse_moe", "
 
 
 @dataclass(frozen=True, eq=False)
-class Pass:
+class ForwardPass:
     """What one forward pass has computed.
 
     Attributes:
@@ -46,7 +46,7 @@ class Pass:
         return range(origin + start, origin + stop)
 
 
-class Runner:
+class ModelRunner:
     """Runs the body of a model.
 
     Args:
@@ -75,7 +75,7 @@ class Runner:
         self._ffn = _last_ffn(self._base) if ffn_output else None
         self._prefixes = PrefixCache(prefix_cache_bytes, prefix_cache_seconds) if prefix_cache_bytes else None
         self._layout: KvLayout | None = None  # known once states were kept
-        self.counts = Counts()
+        self.counts = EngineStats()
 
     @property
     def device(self) -> torch.device:
@@ -130,7 +130,7 @@ class Runner:
         shared = self.shared_states(tenant, token_ids, at_most=min(from_position))
         before = [list(ids[:at]) for ids, at in zip(token_ids, from_position, strict=True)]
         known = [max(self._prefixes.match(tenant, ids), shared, key=_tokens) for ids in before]
-        groups = alike(before, [_tokens(states) for states in known], WORTH_A_PASS)
+        groups = duplicate_groups(before, [_tokens(states) for states in known], WORTH_A_PASS)
         needed = [len(before[first]) - _tokens(known[first]) for first, *_ in groups]
         plan = plan_batches(needed, batch_tokens, WORTH_A_PASS)
         for batch in plan:
@@ -171,7 +171,7 @@ class Runner:
         self.counts.known_tokens += sum(lengths)
         return self._layout.unpack(known, lengths)
 
-    def encode(self, token_ids: Sequence[Sequence[int]], shared: Sequence[Tensor]) -> Pass:
+    def encode(self, token_ids: Sequence[Sequence[int]], shared: Sequence[Tensor]) -> ForwardPass:
         """Run sequences that all begin with the same known states, padded on the right.
 
         There is no need of a mask: with causal attention no position sees what stands to its right.
@@ -184,7 +184,7 @@ class Runner:
 
     def prefill(
         self, token_ids: Sequence[Sequence[int]], known: Sequence[Sequence[Tensor]]
-    ) -> tuple[Pass, AlignedCache]:
+    ) -> tuple[ForwardPass, AlignedCache]:
         """Run sequences up to their last token, padded on the left, and keep all states to go on from.
 
         All run equally many tokens: who would need fewer runs known ones again, which costs no more than padding.
@@ -199,7 +199,7 @@ class Runner:
         self.counts.note("prompt", sum(min(length, steps) for length in lengths), ids_B_T.numel())
         return self._pass(ids_B_T, [length - steps for length in lengths], cache, lengths), cache
 
-    def step(self, token_ids: Sequence[int], lengths: Sequence[int], cache: AlignedCache) -> Pass:
+    def step(self, token_ids: Sequence[int], lengths: Sequence[int], cache: AlignedCache) -> ForwardPass:
         """Run one more token of every sequence in the cache.
 
         Args:
@@ -212,7 +212,7 @@ class Runner:
 
     def _pass(
         self, ids_B_T: Tensor, first: list[int], cache: AlignedCache | None, lengths: Sequence[int] | None = None
-    ) -> Pass:
+    ) -> ForwardPass:
         """One pass; with lengths, of sequences that end at the last slot."""
         positions_B_T = (torch.tensor(first)[:, None] + torch.arange(ids_B_T.shape[1])).clamp(min=0)
         mask_B_S = None
@@ -223,7 +223,7 @@ class Runner:
             token_ids_B_T, self.send(positions_B_T), cache=cache, mask_B_S=mask_B_S
         )
         # The last layer may be on another device than the first.
-        return Pass(last_hidden_B_T_D.to(self.device), cr_B_T_D.to(self.device), token_ids_B_T, first)
+        return ForwardPass(last_hidden_B_T_D.to(self.device), cr_B_T_D.to(self.device), token_ids_B_T, first)
 
     def forward(
         self,

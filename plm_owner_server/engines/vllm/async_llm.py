@@ -20,9 +20,9 @@ import torch
 from plm_owner_server.engines.model_files.config import device_and_dtype
 from plm_owner_server.engines.model_files.lm_head import caps_attention, read_head
 from plm_owner_server.engines.vllm.engine import PooledEngine
-from plm_owner_server.engines.vllm.model_runner import Answer, PooledRunner, Question
+from plm_owner_server.engines.vllm.model_runner import HiddenStateQuery, HiddenStates, PooledRunner
 from plm_owner_server.engines.vllm.plugin import END_WITH_SERVER, LOG_FORMAT
-from plm_owner_server.logs import keep_quiet_about_tasks
+from plm_owner_server.logs import redact_task_exceptions
 from protocol.errors import InvalidRequest, ServerFault, Unsupported
 
 # The CPU kernel takes multiples of 32, and a step computes what is not a whole block again; vLLM's own 128 is slow.
@@ -181,7 +181,7 @@ class VllmModel:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._loop = asyncio.new_event_loop()
-        keep_quiet_about_tasks(self._loop)
+        redact_task_exceptions(self._loop)
         thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         thread.start()
         try:
@@ -193,7 +193,7 @@ class VllmModel:
         self.block_tokens = int(arguments["block_size"])
         self._numbers = itertools.count()
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
         """Answers to all questions, in their order."""
         return asyncio.run_coroutine_threadsafe(self._answers(questions), self._loop).result()
 
@@ -210,15 +210,15 @@ class VllmModel:
         """Whether none of its processes has ended."""
         return not self._llm.errored
 
-    async def _answers(self, questions: Sequence[Question]) -> list[Answer]:
+    async def _answers(self, questions: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
         # All of them, also after an error: none goes on unattended.
         answers = await asyncio.gather(*map(self._answer, questions), return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
-        return [answer for answer in answers if isinstance(answer, Answer)]
+        return [answer for answer in answers if isinstance(answer, HiddenStates)]
 
-    async def _answer(self, question: Question) -> Answer:
+    async def _answer(self, question: HiddenStateQuery) -> HiddenStates:
         from vllm.pooling_params import PoolingParams
 
         params = PoolingParams(
@@ -230,7 +230,7 @@ class VllmModel:
         prompt = {"prompt_token_ids": question.token_ids, "cache_salt": f"tenant {question.tenant}"}
         async for output in self._llm.encode(prompt, params, str(next(self._numbers))):
             hidden = output.outputs.data
-            return Answer(
+            return HiddenStates(
                 output.prompt_token_ids, hidden[None] if question.newest else hidden, output.num_cached_tokens
             )
         raise ServerFault("vLLM has given no answer.", hint="Try again.")

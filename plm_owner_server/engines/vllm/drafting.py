@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from plm_owner_server.engines.interface import Decoded, DraftBatch, PassKind
-from plm_owner_server.engines.ops.vocab_reduction import Vocabulary
-from plm_owner_server.engines.vllm.model_runner import PooledRunner, Wanted
+from plm_owner_server.engines.ops.vocab_reduction import VocabReduction
+from plm_owner_server.engines.vllm.model_runner import PooledRunner, PositionRange
 from protocol.integrity import echo
 
 
@@ -48,7 +48,7 @@ class PooledDrafting:
         vocabulary: as the LM head sees it.
     """
 
-    def __init__(self, runner: PooledRunner, vocabulary: Vocabulary) -> None:
+    def __init__(self, runner: PooledRunner, vocabulary: VocabReduction) -> None:
         self._runner = runner
         self._vocabulary = vocabulary
         self._batches: dict[DraftBatch, list[_Sequence]] = {}
@@ -83,7 +83,7 @@ class PooledDrafting:
         going_on = [(batch, sequence) for batch, own in batches.items() for sequence in own if sequence.going_on]
         if not going_on:
             return 0
-        answers, ran = self._runner.run([Wanted(s.token_ids, s.start, s.tenant) for _, s in going_on], kind)
+        answers, ran = self._runner.run([PositionRange(s.token_ids, s.start, s.tenant) for _, s in going_on], kind)
         cr_N_D = torch.cat([answer.hidden_T_D for answer in answers])
         logsumexp_N, top1_N, top1_logit_N = self._vocabulary.reduce_from_host(cr_N_D)
         columns = (cr_N_D, logsumexp_N, top1_N, top1_logit_N - logsumexp_N)

@@ -7,9 +7,9 @@ import logging
 import torch
 
 from plm_owner_server.engines.interface import EncodeBatch, Encoded, EngineInfo
-from plm_owner_server.engines.ops.vocab_reduction import Vocabulary
+from plm_owner_server.engines.ops.vocab_reduction import VocabReduction
 from plm_owner_server.engines.vllm.drafting import PooledDrafting
-from plm_owner_server.engines.vllm.model_runner import PooledRunner, Wanted
+from plm_owner_server.engines.vllm.model_runner import PooledRunner, PositionRange
 from protocol.errors import Unsupported
 from protocol.head import LMHead
 from protocol.integrity import echo
@@ -32,7 +32,7 @@ class PooledEngine:
         self.head = head
         self.counts = runner.counts
         self._runner = runner
-        self._vocabulary = Vocabulary(head, packed=pack_weights)
+        self._vocabulary = VocabReduction(head, packed=pack_weights)
 
     def is_alive(self) -> bool:
         """Whether the model's processes are there. Any thread may call it."""
@@ -48,7 +48,7 @@ class PooledEngine:
             Unsupported: the states are not of the head's width, not finite, normalised, or differ.
         """
         ids = [token % self.info.vocab_size for token in range(1, 9)]
-        answers, _ = self._runner.run([Wanted(ids, 0), Wanted(ids, len(ids) - 1)], "encode")
+        answers, _ = self._runner.run([PositionRange(ids, 0), PositionRange(ids, len(ids) - 1)], "encode")
         whole_T_D, newest_1_D = (answer.hidden_T_D.float() for answer in answers)
         if whole_T_D.shape[1] != self.info.hidden_size:
             raise _unknown(f"The states are {whole_T_D.shape[1]} wide, the head takes {self.info.hidden_size}.")
@@ -64,7 +64,8 @@ class PooledEngine:
     def encode(self, batch: EncodeBatch) -> Encoded:
         """Representations of all positions ≥ `from_position` of every sequence."""
         wanted = [
-            Wanted(ids, start, batch.tenant) for ids, start in zip(batch.token_ids, batch.from_position, strict=True)
+            PositionRange(ids, start, batch.tenant)
+            for ids, start in zip(batch.token_ids, batch.from_position, strict=True)
         ]
         answers, _ = self._runner.run(wanted, "encode")
         cr_N_D, logsumexp_N = torch.cat([answer.hidden_T_D for answer in answers]), None

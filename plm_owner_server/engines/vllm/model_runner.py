@@ -16,14 +16,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from plm_owner_server.engines.interface import Counts, PassKind
+from plm_owner_server.engines.interface import EngineStats, PassKind
 from protocol.errors import ServerFault
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class HiddenStateQuery:
     """What the model is asked.
 
     Attributes:
@@ -40,7 +40,7 @@ class Question:
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class HiddenStates:
     """What the model has computed.
 
     Attributes:
@@ -55,7 +55,7 @@ class Answer:
 
 
 @dataclass(frozen=True, eq=False)
-class Wanted:
+class PositionRange:
     """Positions of one text.
 
     Attributes:
@@ -73,7 +73,7 @@ class Wanted:
         """Number of positions wanted."""
         return len(self.token_ids) - self.start
 
-    def question(self, block_tokens: int | None = None) -> Question:
+    def question(self, block_tokens: int | None = None) -> HiddenStateQuery:
         """What the model is asked for them.
 
         Args:
@@ -82,9 +82,9 @@ class Wanted:
         newest = self.rows == 1
         # A position that is wanted must not be among the known ones. Most often it is not; the answer tells.
         anew = block_tokens is None or not (newest or self.start >= block_tokens)
-        return Question(self.token_ids, self.tenant, newest=newest, anew=anew)
+        return HiddenStateQuery(self.token_ids, self.tenant, newest=newest, anew=anew)
 
-    def fits(self, answer: Answer) -> bool:
+    def fits(self, answer: HiddenStates) -> bool:
         """Whether an answer has them, and is whole."""
         if self.rows == 1:
             return len(answer.hidden_T_D) == 1
@@ -100,7 +100,7 @@ class PoolingModel(Protocol):
 
     block_tokens: int
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
         """Answers to all questions, in their order; the model runs them together as it can."""
 
     def forget(self) -> bool:
@@ -130,9 +130,9 @@ class PooledRunner:
         self._clock = clock
         self._known_since: float | None = None  # the oldest of what is known
         self._lock = threading.Lock()  # the model works, or forgets
-        self.counts = Counts()
+        self.counts = EngineStats()
 
-    def run(self, wanted: Sequence[Wanted], kind: PassKind) -> tuple[list[Answer], int]:
+    def run(self, wanted: Sequence[PositionRange], kind: PassKind) -> tuple[list[HiddenStates], int]:
         """Answers with exactly the positions wanted, and the number of tokens that were run for them.
 
         Raises:
@@ -183,7 +183,7 @@ class PooledRunner:
         else:
             log.warning("what is known of texts could not be dropped yet; it is tried again")
 
-    def _note(self, kind: PassKind, answers: Sequence[Answer]) -> int:
+    def _note(self, kind: PassKind, answers: Sequence[HiddenStates]) -> int:
         ran = sum(len(answer.token_ids) - answer.known for answer in answers)
         self.counts.note(kind, ran, ran)
         self.counts.known_tokens += sum(answer.known for answer in answers)
