@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from protocol.errors import InvalidRequest, MalformedMessage
+from protocol.integrity import error_path
 
 BINARY = "application/vnd.pema.safetensors"
 JSON = "application/json"

@@ -47,6 +47,7 @@ from protocol.errors import (
     UnsupportedMediaType,
     to_problem,
 )
+from protocol.integrity import error_path
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadDtype, HeadRequest
 from protocol.rate_limits import to_fields
 

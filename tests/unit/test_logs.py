@@ -10,12 +10,12 @@ import pytest
 
 _PROGRAM = """
 import asyncio, logging, sys, threading, warnings
-from plm_owner_server.accounts import Accounts, Call
-from plm_owner_server.logs import keep_quiet_about_tasks, set_up_logs
+from plm_owner_server.operations.call_log import CallRecord, CallRecorder
+from plm_owner_server.logs import redact_task_exceptions, set_up_logs
 from transformers.utils import logging as transformers_logging
 
 set_up_logs("debug", sys.argv[1])
-with Accounts().of(Call("encode", "rest", "POST /v1/encode", "id-1")) as call:
+with CallRecorder().of(CallRecord("encode", "rest", "POST /v1/encode", "id-1")) as call:
     call.spent.tokens, call.spent.rows, call.outcome, call.status = 5, 3, "overloaded", "429"
 
 def fail():
@@ -37,7 +37,7 @@ thread.join()
 logging.getLogger("some.library").info("%d", "GEHEIM")
 
 async def work():
-    keep_quiet_about_tasks(asyncio.get_running_loop())
+    redact_task_exceptions(asyncio.get_running_loop())
     task = asyncio.ensure_future(asyncio.to_thread(fail))
     await asyncio.wait([task])
     del task
