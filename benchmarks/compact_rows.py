@@ -21,8 +21,8 @@ from benchmarks.processes import server
 from data_owner_client import ExternalMemory, TrainingSettings, build_memories, connect, load_task, read_pairs, train
 from data_owner_client.memory.rows import MemoryRows
 from demo import home_assistant
-from protocol.messages import WireDtype
 from protocol.quantization import quantize
+from protocol.types import WireDtype
 
 _WORK = report.FOLDER / "compact_rows"
 _PARTS = ("train", "validation")

@@ -14,7 +14,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_core import from_json
 from pydantic_settings import BaseSettings, CliImplicitFlag, NoDecode, SettingsConfigDict
 
-from protocol.messages import CrKind
+from protocol.types import CrKind
 
 DEFAULT_MODEL = "gemma-3-270m"
 # Largest number that gRPC carries, or takes as an option.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -15,11 +15,8 @@ from pydantic import Field
 from protocol import PROTOCOL_VERSION
 from protocol.codec import FloatMatrix, FloatTensor, IntTensor, Message, RaggedIds, RowMatrix, Text, TokenId
 from protocol.head import LMHead
+from protocol.types import CrKind, HeadDtype, HeadPolicy, WireDtype
 
-CrKind = Literal["last_hidden_state", "ffn_output"]
-HeadDtype = Literal["float16", "bfloat16", "float32"]
-HeadPolicy = Literal["full", "candidate", "none"]
-WireDtype = Literal["float16", "bfloat16", "float32", "int8"]
 DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,

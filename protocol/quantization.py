@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from protocol.integrity import require_finite
-from protocol.messages import DTYPES, WireDtype
+from protocol.messages import DTYPES
+from protocol.types import WireDtype
 
 _INT8_MAX = 127
 

@@ -13,7 +13,8 @@ from benchmarks.soak.tenants import CANDIDATES, Price, Tenant
 from benchmarks.soak.truth import MOST_DRAFTED, Sight, Span, Truth, WrongAnswer
 from protocol.codec import Message
 from protocol.integrity import echoes
-from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadDtype, HeadRequest, WireDtype
+from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
+from protocol.types import HeadDtype, WireDtype
 
 Kind = Literal["card", "head", "encode", "decode", "distribution"]
 _OFTEN: dict[Kind, int] = {"card": 4, "head": 8, "encode": 40, "decode": 34, "distribution": 14}

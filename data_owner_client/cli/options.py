@@ -22,7 +22,7 @@ from data_owner_client.plm.connect import connect
 from data_owner_client.plm.connection.retries import RETRY_FOR_SECONDS
 from data_owner_client.plm.remote_plm import RemotePlm
 from protocol.errors import InvalidData
-from protocol.messages import WireDtype
+from protocol.types import WireDtype
 
 _Server = Annotated[
     str,

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_owner_client.data.tasks import Task
 from data_owner_client.plm.identity import ModelIdentity
-from protocol.messages import WireDtype
+from protocol.types import WireDtype
 
 ContextMode = Literal["private", "teacher-forced"]
 

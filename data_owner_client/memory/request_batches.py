@@ -6,7 +6,8 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from protocol.messages import DTYPES, ModelCard, WireDtype
+from protocol.messages import DTYPES, ModelCard
+from protocol.types import WireDtype
 
 # A couple of forward passes on a CPU: enough to keep the server busy, and several requests for a window to work with.
 EXAMPLES_PER_REQUEST = 64

@@ -8,7 +8,7 @@ from data_owner_client.plm.connection.open import open_connection
 from data_owner_client.plm.connection.retries import RETRY_FOR_SECONDS
 from data_owner_client.plm.remote_plm import RemotePlm
 from protocol.errors import PemaError
-from protocol.messages import WireDtype
+from protocol.types import WireDtype
 
 
 def connect(

@@ -7,7 +7,8 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from protocol.errors import IdentityMismatch
-from protocol.messages import CrKind, ModelCard
+from protocol.messages import ModelCard
+from protocol.types import CrKind
 
 
 class ModelIdentity(BaseModel):

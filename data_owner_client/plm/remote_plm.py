@@ -36,9 +36,9 @@ from protocol.messages import (
     HeadRows,
     ModelCard,
     TokenizerBundle,
-    WireDtype,
 )
 from protocol.rate_limits import RateLimitStatus
+from protocol.types import WireDtype
 
 # How far the logarithm of a sum of probabilities in float16 may be from 0.
 _MOST_EXCESS = 0.02

@@ -18,7 +18,7 @@ from plm_owner_server.tenants.api_keys import Key
 from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.store import SCOPES, Scope, TenantRecord, TenantStore
 from protocol.errors import InvalidRequest
-from protocol.messages import HeadPolicy
+from protocol.types import HeadPolicy
 
 _LINE = "{:<24} {:<9} {:<17} {:<17} {:<19} {}"
 

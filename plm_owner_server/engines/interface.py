@@ -10,7 +10,7 @@ from typing import Literal, Protocol, Self, get_args
 from torch import Tensor
 
 from protocol.head import LMHead
-from protocol.messages import CrKind
+from protocol.types import CrKind
 
 
 @dataclass(frozen=True)

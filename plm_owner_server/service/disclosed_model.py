@@ -19,7 +19,8 @@ from protocol.codec import raw_bytes
 from protocol.errors import Forbidden, InvalidRequest, OverLimit, Unsupported
 from protocol.head import LMHead
 from protocol.integrity import require_finite
-from protocol.messages import DTYPES, HeadDtype, HeadRequest, HeadRows, ModelCard
+from protocol.messages import DTYPES, HeadRequest, HeadRows, ModelCard
+from protocol.types import HeadDtype
 
 # Of the head, from the device at a time.
 _ROWS_AT_ONCE = 4096

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocol.messages import HeadPolicy
+from protocol.types import HeadPolicy
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ from protocol.messages import (
     Limits,
     ModelCard,
     TokenizerBundle,
-    WireDtype,
 )
 from protocol.quantization import quantize
+from protocol.types import WireDtype
 
 _LOCAL = CallContext()
 _FREE = CallCost()

@@ -48,8 +48,9 @@ from protocol.errors import (
     to_problem,
 )
 from protocol.integrity import error_path
-from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadDtype, HeadRequest
+from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from protocol.rate_limits import to_fields
+from protocol.types import HeadDtype
 
 _Request = TypeVar("_Request", bound=Message)
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]

@@ -21,7 +21,7 @@ from plm_owner_server.engines.transformers.drafting import BatchedDrafting
 from plm_owner_server.engines.transformers.model_runner import ModelRunner
 from protocol.errors import Unsupported
 from protocol.integrity import echo
-from protocol.messages import CrKind
+from protocol.types import CrKind
 
 log = logging.getLogger(__name__)
 
