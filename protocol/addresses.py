@@ -1,13 +1,15 @@
-"""What an address says of the way there."""
+"""Facts about the network path that a host name or a URL gives away."""
 
 from __future__ import annotations
 
 import ipaddress
 from contextlib import suppress
+from urllib.parse import urlsplit
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host, by name or number, is this very machine."""
+def is_loopback(address: str) -> bool:
+    """Whether a host name, an IP address or a URL means this machine itself."""
     with suppress(ValueError):
+        host = (urlsplit(address).hostname or "") if "://" in address else address
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     return False

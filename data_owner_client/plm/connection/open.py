@@ -13,7 +13,7 @@ from data_owner_client.plm.connection.base import Connection
 from data_owner_client.plm.connection.grpc import GrpcConnection
 from data_owner_client.plm.connection.rest import RestConnection
 from data_owner_client.plm.connection.retries import RETRY_FOR_SECONDS
-from data_owner_client.plm.connection.urls import is_loopback
+from protocol.addresses import is_loopback
 from protocol.errors import InvalidRequest
 
 

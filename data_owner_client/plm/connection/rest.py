@@ -13,7 +13,7 @@ import httpx
 
 from data_owner_client.plm.connection.base import unreachable_hint, untrusted
 from data_owner_client.plm.connection.retries import RETRY_FOR_SECONDS, Retrier
-from data_owner_client.plm.connection.urls import is_loopback
+from protocol.addresses import is_loopback
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import ConnectionFailed, NotReady, Overloaded, PemaError, ProtocolViolation, from_problem
 from protocol.messages import (
