@@ -2,7 +2,7 @@
 # make bench   what is claimed, measured against peers
 # make compare rivals side by side on two tasks, LoRA included (some hours on 2 cores)
 # make test    format, lint, types and all tests, those on the real models included
-# make test-guarded  the conformance and end-to-end tests again, every server with TLS, keys, candidate rows, rotation
+# make test-guarded  the tests of wire, fuzz and processes again, every server with TLS, keys, candidate rows, rotation
 # make compose-test  the main job in containers, a killed replica included; needs Docker and nothing else
 # make test-vllm  the engine's tests with vLLM in the engine's place, in an environment of its own (3 GB)
 PYTHON ?= python3
@@ -10,8 +10,8 @@ VENV ?= .venv
 # Processes that run tests at the same time; each may need three GiB.
 WORKERS ?= 2
 VLLM_VENV ?= .venv-vllm
-VLLM_TESTS ?= tests/conformance tests/end_to_end/test_faults.py tests/end_to_end/test_decode_faults.py \
-  tests/end_to_end/test_operations.py tests/end_to_end/test_secrets.py
+VLLM_TESTS ?= tests/wire tests/processes/test_faults.py tests/processes/test_decode_faults.py \
+  tests/processes/test_operations.py tests/processes/test_secrets.py
 # Where the CPU build of torch lives; a local wheel that pip knows of (PIP_FIND_LINKS) serves as well.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin

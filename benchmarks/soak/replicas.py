@@ -10,7 +10,7 @@ import psutil
 
 from benchmarks.soak.lines import GrpcLine, Line, RestLine
 from benchmarks.soak.tenants import Tenant
-from tests.end_to_end.processes import Owner
+from tests.processes.parties import Owner
 
 
 class Replica:

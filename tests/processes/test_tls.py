@@ -21,7 +21,7 @@ from plm_owner_server.transports.tls import Certificate
 from protocol.errors import ConnectionFailed, Forbidden, InvalidRequest, PemaError, Unauthenticated, Untrusted
 from protocol.messages import HeadRequest
 from tests import support
-from tests.end_to_end.processes import client, free_port, server
+from tests.processes.parties import client, free_port, server
 from tests.guard import Authority
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from plm_owner_server.tenants.store import TenantStore
 from tests import support
-from tests.end_to_end.processes import client, server
+from tests.processes.parties import client, server
 
 
 def pema_server(store: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ from protocol.errors import UnsupportedMediaType
 from protocol.messages import DistributionRequest, EncodeRequest, HeadRequest
 from protocol.protobuf import to_proto
 from tests import guard
-from tests.conformance.test_service import checked_problem
+from tests.wire.test_service import checked_problem
 from tests.support import TinyModels, make_service, serve, serve_over_grpc
 
 SOON_S = 0.4

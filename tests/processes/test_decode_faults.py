@@ -15,9 +15,9 @@ import pytest
 from data_owner_client import DecodingSettings, connect
 from data_owner_client.decoding.decode_loop import generate
 from tests import guard, support
-from tests.end_to_end.faulty_proxy import Fault, faulty_proxy
-from tests.end_to_end.processes import Owner, client_command, client_json, end, owner_that_can_be_killed
-from tests.end_to_end.test_command_line import WORDS, write_pairs
+from tests.processes.faulty_proxy import Fault, faulty_proxy
+from tests.processes.parties import Owner, client_command, client_json, end, owner_that_can_be_killed
+from tests.processes.test_command_line import WORDS, write_pairs
 
 LINES = 60
 IMPATIENT = ["--timeout", "1.5", "--give-up-after", "120", "--max-new-tokens", "24"]

@@ -17,8 +17,8 @@ from protocol.codec import JSON
 from protocol.errors import NotReady, from_problem
 from protocol.messages import EncodeRequest
 from tests import guard, support
-from tests.end_to_end.ailing_server import BREAK, FAIL, HANG, HELD, HOLD, LOADING
-from tests.end_to_end.processes import free_port, start_server, wait_until_ready
+from tests.processes.ailing_server import BREAK, FAIL, HANG, HELD, HOLD, LOADING
+from tests.processes.parties import free_port, start_server, wait_until_ready
 
 until = partial(support.until, within_s=120)
 _STATUS = health_pb2.HealthCheckResponse
@@ -33,7 +33,7 @@ class Ailing:
         self.url, self.grpc_url = guard.url("http", self.http), guard.url("grpc", self.grpc)
         ports = self.http, self.grpc
         self.process = start_server(
-            self.log, *ports, "--model", str(model), *flags, module="tests.end_to_end.ailing_server"
+            self.log, *ports, "--model", str(model), *flags, module="tests.processes.ailing_server"
         )
         wait_until_ready(self.process, self.url, self.log)
         self.pool = ThreadPoolExecutor(4)
@@ -166,7 +166,7 @@ def test_a_model_that_is_still_loading_keeps_no_server_from_stopping(
     loading, log = tmp_path / "loading", tmp_path / "log"
     monkeypatch.setenv(LOADING, str(loading))
     model = ["--model", str(tiny_models["llama"])]
-    process = start_server(log, free_port(), 0, *model, module="tests.end_to_end.ailing_server")
+    process = start_server(log, free_port(), 0, *model, module="tests.processes.ailing_server")
     try:
         until(loading.exists)
         process.send_signal(signal.SIGTERM)

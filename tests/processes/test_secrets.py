@@ -28,10 +28,10 @@ from protocol.integrity import echoes
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest
 from protocol.protobuf import to_proto
 from tests import guard, support
-from tests.end_to_end.ailing_server import BREAK, FAIL, HELD, HOLD
-from tests.end_to_end.processes import free_port, start_server, wait_until_ready
-from tests.end_to_end.test_operations import until
-from tests.end_to_end.test_tenants import pema_server
+from tests.processes.ailing_server import BREAK, FAIL, HELD, HOLD
+from tests.processes.parties import free_port, start_server, wait_until_ready
+from tests.processes.test_operations import until
+from tests.processes.test_tenants import pema_server
 
 WORD = "Xylophongeheimnis"
 TEXT = f"Das {WORD} ist 17."
@@ -186,7 +186,7 @@ def test_nothing_of_the_users_is_written_anywhere(
                 return http.post("/v1/encode", content=body)
 
         for life, last in enumerate((signal.SIGKILL, signal.SIGABRT)):
-            process = start_server(log, port, grpc_port, *flags, module="tests.end_to_end.ailing_server")
+            process = start_server(log, port, grpc_port, *flags, module="tests.processes.ailing_server")
             try:
                 wait_until_ready(process, url, log)
                 bad = ask_over_rest(url, key)

@@ -18,7 +18,7 @@ from plm_owner_server.service.plm_service import PlmService
 from protocol.codec import raw_bytes
 from protocol.errors import ConnectionFailed
 from protocol.head import LMHead
-from tests.end_to_end.faulty_proxy import Fault, faulty_proxy
+from tests.processes.faulty_proxy import Fault, faulty_proxy
 from tests.support import MASTER_SECRET, make_settings, serve, serve_over_grpc, tiny_tokenizer
 
 V, D = 2**17, 2**13

@@ -18,9 +18,9 @@ import safetensors.torch
 import torch
 
 from tests import guard, support
-from tests.end_to_end.faulty_proxy import Fault, faulty_proxy
-from tests.end_to_end.processes import Owner, client_command, end, owner_that_can_be_killed
-from tests.end_to_end.test_command_line import write_pairs
+from tests.processes.faulty_proxy import Fault, faulty_proxy
+from tests.processes.parties import Owner, client_command, end, owner_that_can_be_killed
+from tests.processes.test_command_line import write_pairs
 
 EXAMPLES = 1100
 ANSWERS_BYTES = 600_000

@@ -129,8 +129,8 @@ def test_knn_lm_is_tuned_on_what_was_held_out() -> None:
 def test_work_in_a_process_of_its_own_ends_with_the_process_that_waits_for_it(tmp_path: Path) -> None:
     program = """
 import sys
-from tests.unit.test_comparison import note_and_sleep
-from data_owner_client.comparison.bench import in_own_process
+from tests.unit.client.test_comparison import note_and_sleep
+from data_owner_client.evaluation.comparison.runner import in_own_process
 if __name__ == "__main__":
     in_own_process(note_and_sleep, sys.argv[1])
 """

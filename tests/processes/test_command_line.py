@@ -19,8 +19,8 @@ from safetensors import safe_open
 from data_owner_client import ExternalMemory, TrainedAdapter
 from data_owner_client.cli import app
 from tests import guard, support
-from tests.end_to_end import processes
-from tests.end_to_end.processes import client, client_json
+from tests.processes import parties as processes
+from tests.processes.parties import client, client_json
 
 WORDS = ["the", "thin", "die", "Tür", "an", "on", "shine", "reden", "her"]
 

@@ -12,7 +12,7 @@ import httpx
 
 from protocol.messages import EncodeRequest
 from tests import guard, support
-from tests.end_to_end.processes import free_port, server
+from tests.processes.parties import free_port, server
 
 WANTED = 10_000
 FINE = EncodeRequest(token_ids=[[5, 6]], from_position=[0])

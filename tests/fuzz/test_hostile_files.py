@@ -31,7 +31,7 @@ from plm_owner_server.settings import ServerSettings
 from protocol.codec import Message
 from protocol.messages import HeadRows, Limits, ModelCard
 from tests.hostile import DEEP, crooked, damaged, one_spoilt, refused, tensors_like, text_like
-from tests.unit.test_training import make_trained
+from tests.unit.client.test_training import make_trained
 
 D, V, MOST_MIB = 4, 20, 256
 MODEL = ModelIdentity(name="m", digest="d" * 64, cr_kind="last_hidden_state", hidden_size=D, vocab_size=V)

@@ -21,7 +21,7 @@ from data_owner_client.training.settings import TrainingSettings
 from plm_owner_server.admission.authentication import SharedKeyAuthenticator
 from plm_owner_server.service.plm_service import PlmService
 from tests import guard
-from tests.end_to_end.processes import client, client_json
+from tests.processes.parties import client, client_json
 from tests.support import TinyModels, make_service, serve, serve_over_grpc
 
 KEY = "the owner's key"

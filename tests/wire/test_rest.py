@@ -32,7 +32,7 @@ from protocol.messages import (
     TokenizerBundle,
 )
 from tests import guard
-from tests.conformance.test_service import A_RANGE, CALLS, checked_problem
+from tests.wire.test_service import A_RANGE, CALLS, checked_problem
 from tests.support import TinyModels, make_service, serve, serve_over_grpc, until
 
 FINE = EncodeRequest(token_ids=[[5, 6]], from_position=[0])

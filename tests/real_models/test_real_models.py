@@ -21,7 +21,7 @@ from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.settings import ServerSettings
 from tests import guard
 from tests.basis import Basis
-from tests.end_to_end import processes
+from tests.processes import parties as processes
 from tests.reference import Reference, schedule
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]

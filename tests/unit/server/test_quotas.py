@@ -291,16 +291,16 @@ _WRITER = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from plm_owner_server.cli import main
-from plm_owner_server.metering import Cost
+from plm_owner_server.service.metering import CallCost
 from plm_owner_server.tenants.database import Database
-from plm_owner_server.tenants.ledger import Ledger
+from plm_owner_server.admission.ledger import Ledger
 
 url, first = sys.argv[1], int(sys.argv[2])
 ledger = Ledger(Database(url))
 
 def call(number):
     try:
-        with ledger.meter("acme").charging(Cost(number, [number, 7], model="a" * 64, vocab_size=1000)) as charge:
+        with ledger.meter("acme").charging(CallCost(number, [number, 7], model="a" * 64, vocab_size=1000)) as charge:
             if number % 5 == 0:
                 raise ZeroDivisionError
             charge.tokens -= 1

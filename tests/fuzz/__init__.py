@@ -1,0 +1,1 @@
+"""Random and hostile input: generated calls, messages and files, for servers and readers in the same process."""

@@ -1,0 +1,1 @@
+"""Tests that need child processes: `pema-server` and `pema-client` as they are run, killed and interrupted."""

@@ -1,0 +1,1 @@
+"""Unit tests of the messages, codecs, errors and formulas that both sides share."""

@@ -1,0 +1,653 @@
+"""The engine against transformers' own forward pass, one sequence at a time, without padding."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch, Encoded
+from plm_owner_server.engines.ops import to_host
+from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
+from plm_owner_server.engines.transformers.model_runner import ModelRunner
+from plm_owner_server.service.plm_service import PlmService
+from protocol.errors import NumericalFault, Unsupported
+from protocol.integrity import echo
+from protocol.messages import DecodeRequest, DecodeResponse, DistributionRequest, EncodeRequest
+from protocol.types import CrKind
+from tests.support import ARCHITECTURES, EOS, VOCAB_SIZE, WINDOW, TinyModels, make_service, random_ids
+
+TOLERANCE = 1e-4
+Truth = Callable[[Sequence[int]], tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(architecture: str, tiny_models: TinyModels) -> PreTrainedModel:
+    return load_model(tiny_models[architecture], device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def engine(model: PreTrainedModel) -> TransformersEngine:
+    return TransformersEngine(model, cr_kind="last_hidden_state")
+
+
+@pytest.fixture(scope="module")
+def service(architecture: str, tiny_models: TinyModels) -> PlmService:
+    return make_service(tiny_models[architecture])
+
+
+@pytest.fixture(scope="module")
+def truth(model: PreTrainedModel) -> Truth:
+    """Last hidden states [T, D] and logits [T, V] of one sequence, from the whole model."""
+
+    @torch.inference_mode()
+    def run(ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        output = model(input_ids=torch.tensor([list(ids)]), output_hidden_states=True, use_cache=False)
+        return output.hidden_states[-1][0], output.logits[0]
+
+    return run
+
+
+def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+COMPOSITIONS = {
+    "one": random_ids(1, [7]),
+    "one token": random_ids(2, [1]),
+    "mixed": random_ids(3, [3, 40, 1, 17]),
+    "equal": random_ids(4, [12, 12, 12]),
+    "beyond the window": random_ids(5, [50, 33, 61]),
+    "shared prefix": random_ids(6, [15, 20, 31], shared=12),
+    "shared prefix within the window": random_ids(7, [9, 7, 30], shared=5),
+    "shared prefix as long as the window": random_ids(7, [9, 12, 30], shared=WINDOW),
+    "shared prefix beyond the window": random_ids(8, [40, 31, 33, 60], shared=30),
+    "one is the prefix of all": random_ids(9, [11, 30, 19], shared=11),
+    "identical": random_ids(10, [21, 21], shared=21),
+}
+
+
+@pytest.mark.parametrize("cache_bytes", [2**28, 2000, 0])  # roomy, evicting all the time, off
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+def test_encode_is_transformers_own_hidden_state(
+    model: PreTrainedModel, truth: Truth, composition: str, cache_bytes: int
+) -> None:
+    engine = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=cache_bytes)
+    sequences = COMPOSITIONS[composition]
+    chooser = random.Random(composition)
+    for starts in (
+        [0] * len(sequences),
+        [len(ids) - 1 for ids in sequences],
+        [chooser.randrange(len(ids)) for ids in sequences],
+    ):
+        encoded = engine.encode(EncodeBatch(sequences, starts, with_logsumexp=True))
+        assert encoded.rows == [len(ids) - start for ids, start in zip(sequences, starts, strict=True)]
+        assert encoded.echo == [echo(ids) for ids in sequences]
+        assert encoded.last_hidden_N_D is None
+        assert encoded.logsumexp_N is not None
+        parts = zip(encoded.cr_N_D.split(encoded.rows), encoded.logsumexp_N.split(encoded.rows), strict=True)
+        for ids, start, (cr_T_D, logsumexp_T) in zip(sequences, starts, parts, strict=True):
+            hidden_T_D, logits_T_V = truth(ids)
+            assert_near(cr_T_D, hidden_T_D[start:])
+            torch.testing.assert_close(logsumexp_T, logits_T_V[start:].logsumexp(-1), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_encode_through_the_service_in_several_batches(
+    architecture: str, tiny_models: TinyModels, truth: Truth
+) -> None:
+    service = make_service(tiny_models[architecture], batch_tokens=64)  # the 70 tokens are over the budget alone
+    sequences = random_ids(11, [5, 70, 20, 21, 5, 60, 1], shared=4)
+    starts = [0, 50, 3, 20, 4, 0, 0]
+    answer = service.encode(EncodeRequest(token_ids=sequences, from_position=starts, dtype="float32"))
+    assert answer.rows_B.tolist() == [len(ids) - start for ids, start in zip(sequences, starts, strict=True)]
+    assert answer.echo == [echo(ids) for ids in sequences]
+    for ids, start, cr_T_D in zip(sequences, starts, answer.cr_N_D.split(answer.rows_B.tolist()), strict=True):
+        assert_near(cr_T_D, truth(ids)[0][start:])
+
+
+def test_head_of_the_last_hidden_state_is_the_models_logits(engine: TransformersEngine, truth: Truth) -> None:
+    hidden_T_D, logits_T_V = truth(random_ids(12, [30])[0])
+    assert_near(engine.head.logits(hidden_T_D), logits_T_V)
+    chosen = torch.tensor([5, 3, VOCAB_SIZE - 1, 5])
+    assert_near(engine.head.rows(chosen).logits(hidden_T_D), logits_T_V[:, chosen])
+    assert_near(engine.head.rows(slice(2, 9)).logits(hidden_T_D), logits_T_V[:, 2:9])
+
+
+def test_what_acts_after_the_head_is_really_tried(architecture: str, engine: TransformersEngine) -> None:
+    expected = {"gemma2": (1.0, 3.0), "cohere": (0.25, None), "granite": (0.25, None)}
+    assert (engine.head.logit_scale, engine.head.softcap) == expected.get(architecture, (1.0, None))
+
+
+def greedy(model: PreTrainedModel, ids: Sequence[int], tokens: int) -> list[int]:
+    """What transformers itself continues with; it stops at the model's own end of text."""
+    input_ids = torch.tensor([list(ids)])
+    output = model.generate(
+        input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, max_new_tokens=tokens
+    )
+    return list(output[0, len(ids) :].tolist())
+
+
+def drafted(
+    engine: TransformersEngine,
+    texts: list[list[int]],
+    look_ahead: list[int],
+    stop_ids: frozenset[int],
+    from_position: list[int] | None = None,
+) -> Decoded:
+    starts = [len(ids) - 1 for ids in texts] if from_position is None else from_position
+    drafting, done = engine.drafting(batch_tokens=4096), list[tuple[DraftBatch, Decoded]]()
+    drafting.join([DraftBatch(texts, starts, look_ahead, stop_ids)])
+    while not done:
+        done = drafting.step()
+    ((_, decoded),) = done
+    return decoded
+
+
+def drafts(answer: DecodeResponse) -> list[list[int]]:
+    return [part.tolist() for part in answer.top1_N.split(answer.rows_B.tolist())]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shared", "look_ahead"),
+    [
+        ([6], 0, [24]),
+        ([1, 1], 0, [10, 3]),
+        ([3, 40, 1, 17, 3], 0, [20, 9, 0, 20, 20]),  # two of them equally long
+        ([12, 12, 12], 0, [20, 5, 11]),
+        ([50, 33, 61, 33], 0, [16, 16, 16, 16]),
+        ([15, 20, 31, 20], 12, [12, 12, 1, 12]),
+        ([9, 12, 30], WINDOW, [12, 12, 12]),
+        ([21, 21, 21], 21, [9, 9, 9]),
+        ([2, 5, 4], 2, [3, 2, 3]),  # prompts and drafts stay within the window: padded together
+        ([4, 7], 0, [4, 0]),  # only just beyond it
+    ],
+)
+def test_decode_is_greedy_generation(
+    model: PreTrainedModel,
+    service: PlmService,
+    truth: Truth,
+    lengths: list[int],
+    shared: int,
+    look_ahead: list[int],
+) -> None:
+    sequences = random_ids(sum(lengths), lengths, shared=shared)
+    request = DecodeRequest(token_ids=sequences, look_ahead=look_ahead, stop_token_ids=[EOS], dtype="float32")
+    answer = service.decode(request)
+    assert answer.echo == [echo(ids) for ids in sequences]
+    expected = [greedy(model, ids, k + 1) for ids, k in zip(sequences, look_ahead, strict=True)]
+    assert drafts(answer) == expected
+    rows = answer.rows_B.tolist()
+    cr, logsumexp, logprob = (x.split(rows) for x in (answer.cr_N_D, answer.logsumexp_N, answer.top1_logprob_N))
+    for i, (ids, tokens) in enumerate(zip(sequences, expected, strict=True)):
+        hidden_T_D, logits_T_V = (x[len(ids) - 1 :] for x in truth([*ids, *tokens[:-1]]))
+        assert_near(cr[i], hidden_T_D)
+        torch.testing.assert_close(logsumexp[i], logits_T_V.logsumexp(-1), rtol=TOLERANCE, atol=TOLERANCE)
+        torch.testing.assert_close(
+            logprob[i], logits_T_V.log_softmax(-1).max(-1).values, rtol=TOLERANCE, atol=TOLERANCE
+        )
+        assert logits_T_V.argmax(-1).tolist() == tokens
+
+
+def test_a_sequence_that_ended_does_not_run_past_the_models_last_position(
+    model: PreTrainedModel, service: PlmService
+) -> None:
+    limit = service.model_card().limits.max_sequence_tokens
+    sequences, look_ahead = random_ids(15, [limit - 1, limit - 9, limit - 8]), [1, 9, 8]
+    answer = service.decode(DecodeRequest(token_ids=sequences, look_ahead=look_ahead, stop_token_ids=[EOS]))
+    # `generate` needs a position for every token it returns, so it goes one less far.
+    expected = [greedy(model, ids, k) for ids, k in zip(sequences, look_ahead, strict=True)]
+    assert [tokens[:-1] if EOS not in tokens else tokens for tokens in drafts(answer)] == expected
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("block", [(1, 7), (5, 64), (512, 10**6)])
+def test_the_vocabulary_in_blocks_is_the_whole_vocabulary(
+    architecture: str,
+    tiny_models: TinyModels,
+    truth: Truth,
+    monkeypatch: pytest.MonkeyPatch,
+    block: tuple[int, int],
+    *,
+    packed: bool,
+) -> None:
+    for name in ("_CPU_BLOCK", "_PACKED_BLOCK"):
+        monkeypatch.setattr(f"plm_owner_server.engines.ops.vocab_reduction.{name}", block)
+    model = load_model(tiny_models[architecture], device="cpu", dtype="float32")
+    engine = TransformersEngine(model, cr_kind="last_hidden_state", pack_weights=packed)
+    linear = [module for module in model.base_model.modules() if type(module) is nn.Linear]
+    assert bool(linear) == (not packed and architecture != "gpt2"), "GPT-2 has layers of its own"
+    engine.warm_up()
+    ids = random_ids(20, [18])[0]
+    logits_T_V = truth(ids)[1]
+    encoded = engine.encode(EncodeBatch([ids], [0], with_logsumexp=True))
+    assert encoded.logsumexp_N is not None
+    torch.testing.assert_close(encoded.logsumexp_N, logits_T_V.logsumexp(-1), rtol=TOLERANCE, atol=TOLERANCE)
+    decoded = drafted(engine, [ids], [0], frozenset())
+    assert decoded.top1_N.item() == logits_T_V[-1].argmax()
+    assert_near(decoded.top1_logprob_N, logits_T_V[-1:].log_softmax(-1).max(-1).values)
+
+
+@pytest.mark.parametrize("cache_bytes", [2**28, 3000, 0])  # roomy, evicting all the time, off
+def test_texts_that_go_on_branch_and_return_are_the_models_own(
+    model: PreTrainedModel, truth: Truth, cache_bytes: int
+) -> None:
+    """Calls as a decoding client makes them: drafts kept in part, a token of its own, other texts in between."""
+    engine = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=cache_bytes)
+    chooser = random.Random(7)
+    texts = random_ids(19, [9, 4, 21, 9, 2], shared=2)
+    for _ in range(12):
+        batch = chooser.sample(range(len(texts)), chooser.randint(1, len(texts)))
+        look_ahead = [chooser.randint(0, 4) for _ in batch]
+        decoded = drafted(engine, [texts[i] for i in batch], look_ahead, frozenset())
+        assert decoded.echo == [echo(texts[i]) for i in batch]
+        parts = zip(batch, decoded.top1_N.split(decoded.rows), decoded.cr_N_D.split(decoded.rows), strict=True)
+        for i, top1_K, cr_K_D in parts:
+            ran = [*texts[i], *top1_K.tolist()[:-1]]
+            hidden_T_D, logits_T_V = (x[len(texts[i]) - 1 :] for x in truth(ran))
+            assert_near(cr_K_D, hidden_T_D)
+            assert top1_K.tolist() == logits_T_V.argmax(-1).tolist()
+            kept = ran[: len(texts[i]) + chooser.randint(0, len(top1_K) - 1)]
+            texts[i] = [*kept, chooser.randrange(3, VOCAB_SIZE)]
+        encoded = engine.encode(EncodeBatch(texts, [len(ids) - 1 for ids in texts]))
+        for ids, cr_1_D in zip(texts, encoded.cr_N_D.split(1), strict=True):
+            assert_near(cr_1_D, truth(ids)[0][-1:])
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 2**28])
+def test_drafts_of_the_clients_are_checked_in_one_pass(model: PreTrainedModel, truth: Truth, cache_bytes: int) -> None:
+    engine = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=cache_bytes)
+    texts = random_ids(31, [7, 4, 5], shared=2)
+    starts, look_ahead = [3, 3, 0], [2, 0, 1]
+    for _ in range(2):  # the second time from known states
+        decoded = drafted(engine, texts, look_ahead, frozenset(), starts)
+        assert decoded.rows == [4 + 2, 1, 5 + 1]
+        parts = zip(texts, starts, decoded.top1_N.split(decoded.rows), decoded.cr_N_D.split(decoded.rows), strict=True)
+        for ids, start, top1_K, cr_K_D in parts:
+            given = len(ids) - start
+            hidden_T_D, logits_T_V = (x[start:] for x in truth([*ids, *top1_K.tolist()[given - 1 : -1]]))
+            assert_near(cr_K_D, hidden_T_D)
+            assert top1_K.tolist() == logits_T_V.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("cache_bytes", [2**28, 3000, 0])  # roomy, evicting all the time, off
+def test_batches_join_and_leave_at_any_step(model: PreTrainedModel, truth: Truth, cache_bytes: int) -> None:
+    """Requests of two tenants come, go on, end and are given up in any order: each gets what the model says."""
+    engine = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=cache_bytes)
+    drafting, chooser = engine.drafting(batch_tokens=64), random.Random(5)
+    texts = random_ids(41, [9, 30, 21, 2, 1, 40, 12, 9], shared=2)
+    waiting: dict[DraftBatch, list[int]] = {}  # and the numbers of their texts
+    answered = 0
+    for turn in range(60):
+        busy = {number for numbers in waiting.values() for number in numbers}
+        idle = [number for number in range(len(texts)) if number not in busy]
+        joining: list[DraftBatch] = []
+        for _ in range(chooser.randint(0, 2) if turn < 45 else 0):
+            numbers = chooser.sample(idle, min(len(idle), chooser.randint(1, 3)))
+            if numbers:
+                idle = [number for number in idle if number not in numbers]
+                ids = [texts[number] for number in numbers]
+                starts = [len(own) - chooser.randint(1, min(4, len(own))) for own in ids]
+                look_ahead = [chooser.randint(0, 6) for _ in ids]
+                stops = frozenset([EOS, *chooser.sample(range(VOCAB_SIZE), 40)])
+                joining.append(DraftBatch(ids, starts, look_ahead, stops, chooser.choice("ab")))
+                waiting[joining[-1]] = numbers
+        drafting.join(joining)
+        if waiting and turn < 45 and chooser.random() < 0.1:
+            given_up = chooser.choice(list(waiting))
+            drafting.leave(given_up)
+            del waiting[given_up]
+        for batch, decoded in drafting.step():
+            answered += 1
+            assert decoded.echo == [echo(ids) for ids in batch.token_ids]
+            parts = zip(decoded.top1_N.split(decoded.rows), decoded.cr_N_D.split(decoded.rows), strict=True)
+            for i, (number, (top1_K, cr_K_D)) in enumerate(zip(waiting.pop(batch), parts, strict=True)):
+                ids, start, stops = batch.token_ids[i], batch.from_position[i], batch.stop_token_ids
+                tokens = top1_K.tolist()[len(ids) - 1 - start :]
+                hidden_T_D, logits_T_V = (x[start:] for x in truth([*ids, *tokens[:-1]]))
+                assert_near(cr_K_D, hidden_T_D)
+                assert top1_K.tolist() == logits_T_V.argmax(-1).tolist()
+                assert len(tokens) == batch.look_ahead[i] + 1 or tokens[-1] in stops
+                assert not stops & set(tokens[:-1])
+                kept = chooser.randint(1, len(ids) + len(tokens) - 1)
+                texts[number] = [*[*ids, *tokens[:-1]][:kept][:60], chooser.randrange(3, VOCAB_SIZE)]
+    assert not waiting
+    assert answered > 15
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each forward pass from now on, padding included."""
+    passes, inner = list[int](), ModelRunner.forward
+
+    def counted(self: ModelRunner, ids_B_T: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        passes.append(ids_B_T.numel())
+        return inner(self, ids_B_T, *args, **kwargs)
+
+    monkeypatch.setattr(ModelRunner, "forward", counted)
+    return passes
+
+
+def test_what_is_known_is_not_computed_again(model: PreTrainedModel, computed: list[int]) -> None:
+    engine = TransformersEngine(model, cr_kind="last_hidden_state")
+    texts = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 11, 12]]  # with their drafts, within the narrowest window
+    decoded = drafted(engine, texts, [1, 1], frozenset())
+    assert computed == [12, 2]
+    for tenant in ("", "another"):
+        drafting = engine.drafting(4096)
+        run = drafting.join([DraftBatch(texts, [5, 5], [1, 1], tenant=tenant)])
+        assert run == (0 if tenant == "" else 12)
+    del computed[2:]
+    longer = [[*ids, int(draft), 13] for ids, draft in zip(texts, decoded.top1_N[::2], strict=True)]
+    drafted(engine, longer, [0, 0], frozenset())
+    assert computed[2:] == [2]
+
+
+@pytest.mark.parametrize("cache_bytes", [2**28, 3000])  # roomy, evicting all the time
+def test_draws_of_the_same_prompts_are_computed_once(
+    model: PreTrainedModel, truth: Truth, computed: list[int], cache_bytes: int
+) -> None:
+    engine = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=cache_bytes)
+    first, second = random_ids(23, [41, 38], shared=0)
+    texts = [[*ids, last] for last in (5, 6, 7) for ids in (first, second)]
+    drafting, done = engine.drafting(batch_tokens=4096), list[tuple[DraftBatch, Decoded]]()
+    ran = drafting.join([DraftBatch(texts, [len(ids) - 1 for ids in texts], [0] * 6)])
+    while not done:
+        done = drafting.step()
+    ((_, decoded),) = done
+    assert ran == 2 * 41  # both in one pass, the second with three tokens of padding
+    assert sum(computed) == ran + 6
+    for ids, cr_1_D, top1 in zip(texts, decoded.cr_N_D.split(1), decoded.top1_N.tolist(), strict=True):
+        hidden_T_D, logits_T_V = truth(ids)
+        assert_near(cr_1_D, hidden_T_D[-1:])
+        assert top1 == int(logits_T_V[-1].argmax())
+
+
+class Copied(Tensor):
+    """What a copy has brought to the host, where it may be read."""
+
+
+class OnADevice(TorchFunctionMode):
+    """Takes every tensor for one on a device: the engine may read what it has copied, and nothing else.
+
+    What the model itself does is not watched.
+    """
+
+    waits = (
+        *(Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__),
+        *(Tensor.__index__, Tensor.nonzero, torch.nonzero, Tensor.unique, Tensor.masked_select, torch.equal),
+    )
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.copies = 0
+        self._in_model = False
+        forward = ModelRunner.forward
+
+        def unwatched(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            self._in_model = True
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._in_model = False
+
+        monkeypatch.setattr(to_host, "_is_away", lambda tensor: True)
+        monkeypatch.setattr(ModelRunner, "forward", unwatched)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._in_model:
+            return result
+        if func is Tensor.cpu:
+            self.copies += 1
+            return result.as_subclass(Copied)
+        waits = func in self.waits or (func is Tensor.__getitem__ and _selects_by_a_mask(args[1]))
+        assert not waits or isinstance(args[0], Copied), func
+        return result
+
+
+def _selects_by_a_mask(index: Any) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(part, Tensor) and part.dtype == torch.bool for part in parts)
+
+
+def assert_same(ours: Encoded, theirs: Encoded) -> None:
+    assert vars(ours).keys() == vars(theirs).keys()
+    for name, value in vars(theirs).items():
+        other = getattr(ours, name)
+        assert torch.equal(other, value) if isinstance(value, Tensor) else other == value, name
+
+
+@pytest.mark.parametrize("cr_kind", ["last_hidden_state", "ffn_output"])
+def test_a_batch_takes_one_copy_from_the_device_and_a_step_one_more(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, cr_kind: CrKind
+) -> None:
+    def engine() -> TransformersEngine:
+        return TransformersEngine(model, cr_kind=cr_kind)
+
+    encoding = random_ids(21, [90, 82, 85], shared=80), [79, 81, 84]  # with a pass for what they share
+    drafting: list[Any] = [
+        (random_ids(22, [12] * 4), [9, 2, 5, 0], frozenset()),
+        (random_ids(23, [2, 4, 3]), [3, 0, 1], frozenset()),  # padded, and so within the window
+        (random_ids(24, [5, 5]), [0, 0], frozenset()),
+    ]
+    encoded = engine().encode(EncodeBatch(*encoding, with_logsumexp=True))
+    decoded = [drafted(engine(), *batch) for batch in drafting]
+    stop = decoded[0].top1_N[:1].tolist()  # the first of them never goes on
+    drafting.append((drafting[0][0][:1], [9], frozenset(stop)))
+    decoded.append(drafted(engine(), *drafting[-1]))
+
+    watch = OnADevice(monkeypatch)
+    with watch:
+        encoded_there = engine().encode(EncodeBatch(*encoding, with_logsumexp=True))
+        assert watch.copies == 1
+        decoded_there = []
+        for batch in drafting:
+            ours, watch.copies = engine(), 0
+            starts = [len(ids) - 1 for ids in batch[0]]
+            drafting, done = ours.drafting(4096), list[tuple[DraftBatch, Decoded]]()
+            drafting.join([DraftBatch(batch[0], starts, *batch[1:])])
+            assert watch.copies == 0
+            while not done:
+                before, done = watch.copies, drafting.step()
+                assert watch.copies - before <= 1 + len(done)
+            # Nobody need know the token after the last, but what is asked to stop at it.
+            assert watch.copies == max(batch[1]) + 1 if not batch[2] else 2
+            decoded_there.append(done[0][1])
+    assert_same(encoded_there, encoded)
+    for there, here in zip(decoded_there, decoded, strict=True):
+        assert_same(there, here)
+
+
+def test_greedy_texts_vary_enough_to_tell_a_mistake(model: PreTrainedModel) -> None:
+    tokens = {token for ids in random_ids(13, [5, 20, 40]) for token in greedy(model, ids, 20)}
+    assert len(tokens) >= 8
+
+
+def test_a_stop_token_ends_drafting_of_its_sequence_alone(service: PlmService, model: PreTrainedModel) -> None:
+    sequences = random_ids(14, [10, 10, 4])
+    free = [greedy(model, ids, 12) for ids in sequences]
+    stop = next(token for token in free[0][2:] if token not in free[1])
+    request = DecodeRequest(token_ids=sequences, look_ahead=[11, 11, 11], stop_token_ids=[stop, EOS])
+    stopped = drafts(service.decode(request))
+    for ours, theirs in zip(stopped, free, strict=True):
+        end = theirs.index(stop) + 1 if stop in theirs else len(theirs)
+        assert ours == theirs[:end]
+    assert len(stopped[0]) < 12
+    assert len(stopped[1]) == len(free[1])
+
+
+def test_without_stop_tokens_drafting_goes_on_past_the_end_of_text(service: PlmService, truth: Truth) -> None:
+    sequence = random_ids(15, [6])[0]
+    answer = service.decode(DecodeRequest(token_ids=[sequence], look_ahead=[20]))
+    tokens = answer.top1_N.tolist()
+    assert len(tokens) == 21
+    assert truth([*sequence, *tokens[:-1]])[1][len(sequence) - 1 :].argmax(-1).tolist() == tokens
+
+
+def test_distribution_is_the_models_own(service: PlmService, truth: Truth) -> None:
+    sequence = random_ids(16, [25])[0]
+    expected_V = truth(sequence)[1][-1].log_softmax(-1)
+    full = service.distribution(DistributionRequest(token_ids=sequence, top_k=0))
+    assert full.token_ids_K.tolist() == list(range(VOCAB_SIZE))
+    torch.testing.assert_close(full.logprob_K, expected_V, rtol=TOLERANCE, atol=TOLERANCE)
+    top = service.distribution(DistributionRequest(token_ids=sequence, top_k=4))
+    assert top.token_ids_K.tolist() == expected_V.topk(4).indices.tolist()
+    torch.testing.assert_close(top.logprob_K, expected_V.topk(4).values, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+# How the last block's feed-forward output can be had from what surrounds it: (block, its module whose input is the
+# residual stream before the feed-forward layer, factor on the output before the addition).
+_BEFORE_FFN = {
+    "opt": ("final_layer_norm", 1.0),
+    "llama": ("post_attention_layernorm", 1.0),
+    "mistral": ("post_attention_layernorm", 1.0),
+    "qwen2": ("post_attention_layernorm", 1.0),
+    "qwen3": ("post_attention_layernorm", 1.0),
+    "gpt2": ("ln_2", 1.0),
+    "granite": ("post_attention_layernorm", 0.5),
+}
+
+
+def last_block(model: PreTrainedModel) -> torch.nn.Module:
+    base = getattr(model.base_model, "decoder", model.base_model)
+    return (base.h if hasattr(base, "h") else base.layers)[-1]
+
+
+def watched(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """First input and output of the last block (as "") and of each of its children in one unpadded pass."""
+    block, seen, handles = last_block(model), {}, []
+
+    def keep(name: str, _: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        first = args[0] if args else kwargs.get("hidden_states")
+        result = output[0] if isinstance(output, tuple) else output
+        seen[name] = (first.reshape(len(ids), -1), result.reshape(len(ids), -1))
+
+    for name, module in [("", block), *block.named_children()]:
+        handles.append(module.register_forward_hook(functools.partial(keep, name), with_kwargs=True))
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def feed_forward_output(architecture: str, model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    seen = watched(model, ids)
+    block_in, block_out = seen[""]
+    if architecture in _BEFORE_FFN:
+        norm, factor = _BEFORE_FFN[architecture]
+        return (block_out - seen[norm][0]) / factor
+    if architecture in ("cohere", "phi"):  # attention and feed-forward side by side
+        return block_out - block_in - seen["self_attn"][1]
+    return seen["post_feedforward_layernorm"][0]  # Gemma: a norm before the addition
+
+
+def test_a_feed_forward_output_that_the_head_cannot_take_is_refused(tiny_models: TinyModels) -> None:
+    with pytest.raises(Unsupported, match="32 wide, its head takes 16"):
+        make_service(tiny_models["opt-projected"], cr_kind="ffn_output")
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "opt-projected"], indirect=True)
+def test_ffn_output_is_what_the_last_block_adds(
+    architecture: str, model: PreTrainedModel, tiny_models: TinyModels, truth: Truth
+) -> None:
+    service = make_service(tiny_models[architecture], cr_kind="ffn_output")
+    sequences = random_ids(17, [20, 5, 33], shared=3)
+    encoded = service.encode(EncodeRequest(token_ids=sequences, from_position=[3, 0, 30], dtype="float32"))
+    assert encoded.last_hidden_N_D is not None
+    rows = encoded.rows_B.tolist()
+    parts = zip(sequences, [3, 0, 30], encoded.cr_N_D.split(rows), encoded.last_hidden_N_D.split(rows), strict=True)
+    for ids, start, cr_T_D, last_hidden_T_D in parts:
+        assert_near(cr_T_D, feed_forward_output(architecture, model, ids)[start:])
+        assert_near(last_hidden_T_D, truth(ids)[0][start:])
+
+    decoded = service.decode(DecodeRequest(token_ids=sequences, look_ahead=[6, 6, 6], dtype="float32"))
+    assert decoded.last_hidden_N_D is not None
+    rows = decoded.rows_B.tolist()
+    parts = zip(
+        sequences, drafts(decoded), decoded.cr_N_D.split(rows), decoded.last_hidden_N_D.split(rows), strict=True
+    )
+    for ids, tokens, cr_K_D, last_hidden_K_D in parts:
+        ran = [*ids, *tokens[:-1]]
+        assert_near(cr_K_D, feed_forward_output(architecture, model, ran)[len(ids) - 1 :])
+        assert_near(last_hidden_K_D, truth(ran)[0][len(ids) - 1 :])
+    assert service.model_card().cr_kind == "ffn_output"
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
+def test_gemma_normalises_the_ffn_output_before_it_adds_it(architecture: str, tiny_models: TinyModels) -> None:
+    """So that the note on Gemma in the engine stays true: its CR is the layer's own output, not the addend."""
+    model = load_model(tiny_models[architecture], device="cpu", dtype="float32")
+    seen = watched(model, random_ids(18, [12])[0])
+    addend = seen[""][1] - seen["pre_feedforward_layernorm"][0]
+    assert_near(seen["post_feedforward_layernorm"][1], addend)
+    assert not torch.allclose(seen["post_feedforward_layernorm"][0], addend, rtol=0.1)
+
+
+def test_warm_up_refuses_unknown_changes_of_the_logits(tiny_models: TinyModels) -> None:
+    model = load_model(tiny_models["llama"], device="cpu", dtype="float32")
+    engine = TransformersEngine(model, cr_kind="last_hidden_state")
+    engine.warm_up()
+    model.lm_head.register_forward_hook(lambda *args: args[2] * 1.01)
+    with pytest.raises(Unsupported, match="not head"):
+        engine.warm_up()
+
+
+def test_a_device_map_changes_nothing_but_where_the_layers_are(tiny_models: TinyModels) -> None:
+    batch = EncodeBatch(random_ids(19, [30, 90], shared=80), [0, 81])
+    plain, spread = (
+        TransformersEngine(
+            load_model(tiny_models["gemma3"], device="cpu", dtype="float32", device_map=device_map),
+            cr_kind="last_hidden_state",
+        )
+        for device_map in (None, "auto")
+    )
+    assert torch.equal(spread.encode(batch).cr_N_D, plain.encode(batch).cr_N_D)
+
+
+def test_warm_up_refuses_a_model_that_is_not_finite(tiny_models: TinyModels) -> None:
+    model = load_model(tiny_models["llama"], device="cpu", dtype="float32")
+    engine = TransformersEngine(model, cr_kind="last_hidden_state")
+    with torch.no_grad():
+        model.base_model.norm.weight[0] = torch.nan
+    with pytest.raises(Unsupported):
+        engine.warm_up()
+
+
+def test_what_does_not_fit_the_wire_dtype_is_a_numerical_fault_with_counts(tiny_models: TinyModels) -> None:
+    def enlarge(engine: TransformersEngine) -> TransformersEngine:
+        with torch.no_grad():
+            engine._model.base_model.norm.weight[3] = 1e9  # float16 ends at 65504
+        return engine
+
+    service = make_service(tiny_models["llama"], wrap=enlarge)
+    request = {"token_ids": [[5, 6, 7]], "from_position": [1]}
+    with pytest.raises(NumericalFault, match="2 of 64 values"):
+        service.encode(EncodeRequest(**request, dtype="float16"))
+    assert service.encode(EncodeRequest(**request, dtype="float32")).cr_N_D.abs().max() > 65504
+
+
+def test_models_without_a_head_on_a_decoder_are_refused() -> None:
+    import transformers
+
+    config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    with pytest.raises(Unsupported, match="decoder"):
+        TransformersEngine(transformers.T5ForConditionalGeneration(config), cr_kind="last_hidden_state")
+    config = transformers.MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=4)
+    with pytest.raises(Unsupported, match="recurrent"):
+        TransformersEngine(transformers.MambaForCausalLM(config), cr_kind="last_hidden_state")
