@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks import report
-from benchmarks.processes import server
 from data_owner_client import TrainingSettings, build_memories, connect, load_task, read_pairs
 from data_owner_client.evaluation.comparison.knn_lm import build_index, search, tune
 from data_owner_client.memory.rows import MemoryRows
@@ -24,7 +22,9 @@ from data_owner_client.runtime.progress import Reporter
 from data_owner_client.training.batches import ShardSource
 from data_owner_client.training.inputs import Memories, TrainingInput
 from data_owner_client.training.validation import target_logprobs
-from demo import home_assistant
+from harness import report
+from harness.datasets import home_assistant
+from harness.processes import server
 
 _WORK = report.FOLDER / "ablations"
 _USUAL = TrainingSettings(form="residual")
@@ -34,8 +34,7 @@ _CHANGES = {
     "recent tokens seen": replace(_USUAL, form="recent"),
     "no reconstruction phase": replace(_USUAL, reconstruction_epochs=0),
     "no reconstruction at all": replace(_USUAL, reconstruction_epochs=0, kappa=0.0),
-    "label smoothing 0.1": replace(_USUAL, label_smoothing=0.1),
-    "mean of the weights (0.99)": replace(_USUAL, averaging=0.99),
+    "last weights, not their mean": replace(_USUAL, ema_decay=0.0),
 }
 _SHARES = (0.25, 0.5)
 

@@ -90,9 +90,7 @@ def _reference(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict
     started = time.perf_counter()
     torch.manual_seed(0)
     hidden_size, kappa = weight_V_D.shape[1], 0.2
-    adapter = Adapter(
-        hidden_size, min(512, hidden_size), "paper", rms=MemoryStats.of(memory, axes=False).rms, dropout=0.2
-    )
+    adapter = Adapter(hidden_size, min(512, hidden_size), "paper", rms=MemoryStats.of(memory).rms, dropout=0.2)
     optimiser = torch.optim.Adam([adapter.A.weight, adapter.B_rct.weight], lr=1e-3)
     for _ in range(RECONSTRUCTION_EPOCHS):
         for cr_B_D, _ in loader:

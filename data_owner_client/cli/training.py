@@ -6,14 +6,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from data_owner_client.adapter.interpolation import SCHEDULES
-from data_owner_client.adapter.network import AdapterForm
+from data_owner_client.adapter.types import ADAPTER_FORMS, SCHEDULES, AdapterForm
 from data_owner_client.cli.app import command, set_threads
 from data_owner_client.cli.inputs import pairs_of
 from data_owner_client.cli.options import (
@@ -130,12 +129,6 @@ def train(
         float, typer.Option(min=1e-9, help="Adam's learning rate.")
     ] = TrainingSettings.learning_rate,
     dropout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Dropout.")] = TrainingSettings.dropout,
-    principal_axes: Annotated[
-        bool,
-        typer.Option(
-            "--principal-axes/--own-axes", help="Train along the memory's principal axes, or as representations come."
-        ),
-    ] = TrainingSettings.principal_axes,
     pairing: Annotated[
         Pairing | None,
         typer.Option(
@@ -201,7 +194,6 @@ def train(
         kappa=kappa,
         learning_rate=learning_rate,
         dropout=dropout,
-        principal_axes=principal_axes,
         pairing=pairing,
         nearest=nearest,
         gate=gate,
@@ -237,7 +229,7 @@ def sweep(
     form: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Forms: {', '.join(get_args(AdapterForm))}; default: residual, or, on a private memory, of "
+            help=f"Forms: {', '.join(ADAPTER_FORMS)}; default: residual, or, on a private memory, of "
             "which all aligned rows are learned, recent."
         ),
     ] = None,
@@ -249,11 +241,9 @@ def sweep(
         list[int] | None, typer.Option(min=0, help="Epochs of the first phase; 0: joint training from the start.")
     ] = None,
     epochs: Annotated[list[int] | None, typer.Option(min=1, help="Epochs of the second phase, at most.")] = None,
-    label_smoothing: Annotated[
-        list[float] | None, typer.Option(min=0.0, max=0.9, help="Share of each target spread over all candidates.")
-    ] = None,
-    averaging: Annotated[
-        list[float] | None, typer.Option(min=0.0, max=0.9999, help="Running mean of the weights; 0: the last ones.")
+    ema_decay: Annotated[
+        list[float] | None,
+        typer.Option(min=0.0, max=0.9999, help="Decay of the weights' moving average; 0: the last weights."),
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(min=0, max=2**31 - 1, help="Seeds.")] = None,
     examples: Annotated[
@@ -279,7 +269,7 @@ def sweep(
     - `pema-client sweep --examples 500 --examples 1000 --examples 2000 --schedule constant --json`
     """
     set_threads(threads)
-    _require_known("form", form, get_args(AdapterForm))
+    _require_known("form", form, ADAPTER_FORMS)
     _require_known("schedule", schedule, SCHEDULES)
     given = {
         "form": form,
@@ -289,8 +279,7 @@ def sweep(
         "dropout": dropout,
         "reconstruction_epochs": reconstruction_epochs,
         "epochs": epochs,
-        "label_smoothing": label_smoothing,
-        "averaging": averaging,
+        "ema_decay": ema_decay,
         "seed": seed,
         "examples": examples,
         "schedule": schedule,

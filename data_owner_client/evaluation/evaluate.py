@@ -71,12 +71,12 @@ def evaluate(
         )
 
     # What could fail should fail before the long work.
-    adapter.card.model.require(ModelIdentity.of(plm.card), "The adapter", "the server")
+    adapter.card.model.require(ModelIdentity.from_card(plm.card), "The adapter", "the server")
     views: list[list[TokenizedPair]] = []
     if share_targets:
         views = [
-            tokenize_pairs(plm, with_retrieved_examples(plm, task, sources, nearest), pairs, place="pair")
-            for nearest in ([None, adapter.nearest] if adapter.nearest else [None])
+            tokenize_pairs(plm, with_retrieved_examples(plm, task, sources, nearest), pairs, label="pair")
+            for nearest in ([None, adapter.retriever] if adapter.retriever else [None])
         ]
     alone, adapted = run(None), run(adapter)
     started = time.perf_counter()

@@ -57,7 +57,7 @@ def perplexities(
     data = ValidationData.of(rows, adapter.candidate_ids_C, mixed_logprob_N, adapter.card.length_ratio)
     pema_logprob_N, features_N_F = both_sides(adapter, data, nearest or rows)
     if interpolation.gate is None:
-        lambda_N = interpolation.weights(data.position_N, data.horizon_N)
+        lambda_N = interpolation.lambdas(data.position_N, data.horizon_N)
     else:
         lambda_N = interpolation.gate.lambdas(features_N_F)
     covered_N = data.data.label_N >= 0

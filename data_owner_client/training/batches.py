@@ -35,21 +35,21 @@ class Batch:
         cr_N_D: float16 or float32 representations.
         label_N: int64 index into the candidates; −1 where the target is none of them.
         previous_N_K: the same of the target tokens before, the newest first; −1 where there is none.
-        agrees_N: bool, whether the representation is that of a context that ends as the target so far.
+        matches_N: bool, whether the representation is that of a context that ends as the target so far.
     """
 
     cr_N_D: Tensor
     label_N: Tensor
     previous_N_K: Tensor
-    agrees_N: Tensor
+    matches_N: Tensor
 
     @classmethod
     def of(cls, rows: MemoryRows, candidate_ids_C: Tensor) -> Batch:
         """Rows of a memory; candidate ids are sorted."""
         label_N, position_N = index_of(rows.target_N.long(), candidate_ids_C), rows.position_N()
         before = [label_N.roll(k).masked_fill(position_N < k, -1) for k in range(1, RECENT_TOKENS + 1)]
-        agrees_N = torch.ones_like(label_N) if rows.agrees_N is None else rows.agrees_N
-        return cls(rows.representations_N_D(), label_N, torch.stack(before, dim=1), agrees_N.bool())
+        matches_N = torch.ones_like(label_N) if rows.matches_N is None else rows.matches_N
+        return cls(rows.representations_N_D(), label_N, torch.stack(before, dim=1), matches_N.bool())
 
     def __len__(self) -> int:
         return len(self.label_N)
@@ -119,13 +119,13 @@ class ReliableRows:
         self._memory = memory
         counts = []
         for number, rows in enumerate(memory.shard_rows):
-            sure_N = memory.shard(number).sure_N
-            counts.append(rows if sure_N is None else int(sure_N.sum()))
+            reliable_N = memory.shard(number).reliable_N
+            counts.append(rows if reliable_N is None else int(reliable_N.sum()))
         self.shard_rows: Sequence[int] = counts
 
     def shard(self, number: int) -> MemoryRows:
         """One shard."""
-        return self._memory.shard(number).strict().agreeing()
+        return self._memory.shard(number).only_reliable_match().matching_rows()
 
 
 class FirstExamples:
@@ -150,7 +150,7 @@ class FirstExamples:
 
     def shard(self, number: int) -> MemoryRows:
         """One shard."""
-        return self._memory.shard(number).first(self._examples[number])
+        return self._memory.shard(number).head(self._examples[number])
 
 
 @dataclass(frozen=True)
@@ -162,20 +162,19 @@ class MemoryStats:
         rms: root mean square of its representations.
         axes_D_D: float32, orthogonal: the principal axes of some of them, a row each. Adam gives each coordinate a step
             of its own, so it learns less where what varies most is spread over all of them, as in a secret basis.
-            Along its principal axes a memory looks the same in every basis. None if they were not asked for.
+            Along its principal axes a memory looks the same in every basis.
     """
 
     candidate_ids_C: Tensor
     rms: float
-    axes_D_D: Tensor | None
+    axes_D_D: Tensor
 
     @classmethod
-    def of(cls, memory: ShardSource, *, axes: bool = True) -> MemoryStats:
+    def of(cls, memory: ShardSource) -> MemoryStats:
         """Read all shards once.
 
         Args:
             memory: with the shards.
-            axes: find its principal axes, too.
 
         Raises:
             InvalidData: one is missing or damaged, or there are no rows.
@@ -191,11 +190,10 @@ class MemoryStats:
                 require_finite(cr_B_D, "the memory's representations")
                 square += cr_B_D.float().square().sum(dtype=torch.float64).item()
                 numbers += cr_B_D.numel()
-            if axes:
-                principal.add(cr_N_D[: -(-_ROWS_PER_AXIS * cr_N_D.shape[1] // shards)].float())
+            principal.add(cr_N_D[: -(-_ROWS_PER_AXIS * cr_N_D.shape[1] // shards)].float())
         if not numbers:
             raise InvalidData("The memory has no rows.", hint="Build it from at least one pair.")
-        return cls(ids_C, math.sqrt(square / numbers), principal.found() if axes else None)
+        return cls(ids_C, math.sqrt(square / numbers), principal.found())
 
 
 class _PrincipalAxes:

@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from data_owner_client.adapter.gate import Gate, nll_on_unseen
+from data_owner_client.adapter.gate import Gate, cross_validated_nll
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.data.example_retrieval import ExampleRetriever, with_retrieved_examples
@@ -56,9 +56,9 @@ class DecodingPolicy(BaseModel):
         prompts = f", prompts with {self.nearest} examples of their own" if self.nearest else ""
         return f"{self.interpolation}{prompts}"
 
-    def rewarded(self, length_reward: float) -> DecodingPolicy:
+    def with_length_reward(self, length_reward: float) -> DecodingPolicy:
         """The same with another length reward."""
-        return self.model_copy(update={"interpolation": self.interpolation.rewarded(length_reward)})
+        return self.model_copy(update={"interpolation": self.interpolation.with_length_reward(length_reward)})
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class PromptVariant:
         found = [self.option(each) for each in likeliest_interpolations(self.data, self.pema_logprob_N)]
         if gate:
             sides = self.features_N_F, self.data.plm_logprob_N, self.pema_logprob_N
-            nll, mean_lambda = nll_on_unseen(*sides, self.data.position_N)
+            nll, mean_lambda = cross_validated_nll(*sides, self.data.position_N)
             gated = Interpolation(schedule="constant", lambda_max=mean_lambda, gate=Gate.fit(*sides))
             found.append(DecodingPolicy(nearest=self.nearest, interpolation=gated, nll=nll))
         return found
@@ -178,17 +178,17 @@ def _rank_by_chrf(
         return prompting.option(Interpolation(schedule="constant", lambda_max=lambda_max))
 
     for option in [likeliest, *map(constant, _LAMBDAS)]:
-        decode(option.rewarded(_REWARDS[0]))
-    plain = best().rewarded(0.0)
+        decode(option.with_length_reward(_REWARDS[0]))
+    plain = best().with_length_reward(0.0)
     for reward in _REWARDS:
-        decode(plain.rewarded(reward))
+        decode(plain.with_length_reward(reward))
     chosen = best()
     if not clearly_better(chrf_E[chosen.interpolation], chrf_E[plain.interpolation]):
         chosen = plain
     used = chosen.interpolation
     if used.gate is None and used.schedule == "constant":
         for step in (-0.1, 0.1):
-            decode(constant(min(1.0, max(0.0, round(used.lambda_max + step, 3)))).rewarded(used.length_reward))
+            decode(constant(min(1.0, max(0.0, round(used.lambda_max + step, 3)))).with_length_reward(used.length_reward))
     chosen = best(used.length_reward)
     return [chosen, *sorted((each for each in scored.values() if each != chosen), key=lambda each: -(each.chrf or 0.0))]
 
@@ -208,7 +208,7 @@ def _encode_with_nearest(plm: RemotePlm, memories: Memories, count: int, reporte
     """The held-out pairs behind prompts with examples of their own."""
     pairs, nearest = memories.held_out_pairs, ExampleRetriever(memories.train_pairs, count)
     tasks = with_retrieved_examples(plm, memories.plan.task, [pair.source for pair in pairs], nearest)
-    rows = encode_all(plm, tokenize_pairs(plm, tasks, pairs, place="validation pair"), reporter)
+    rows = encode_all(plm, tokenize_pairs(plm, tasks, pairs, label="validation pair"), reporter)
     if not torch.equal(rows.target_N, memories.held_out.target_N):
         raise InvalidData(
             "The targets are other tokens behind prompts with examples of their own.", hint="Use --nearest 0."

@@ -38,7 +38,7 @@ def fetch_distributions(
         Forbidden, Overloaded: the owner gives no more of them, or not now; what it gave is kept.
         PemaError: as the calls to the PLM.
     """
-    given = plm.distributions()
+    given = plm.cached_distributions()
     wanted = wanted or contexts_needed(plm.card)
     contexts = list(islice(sample_contexts(plm, plan, pairs), wanted))
     missing = [context for context in contexts if context.key not in given]
@@ -56,12 +56,12 @@ def fetch_distributions(
     done, window = len(contexts) - len(missing), InFlightWindow()
     with (
         reporter.bar("full distributions", len(contexts), "contexts", done=done) as bar,
-        plm.observed_by(window.learn),
+        plm.observed_by(window.observe),
     ):
         try:
             for chunk in _chunks(missing, plm.card.limits):
                 for context, answer in zip(chunk, _answers(plm, chunk, window), strict=True):
-                    given.keep(context.key, answer)
+                    given.store(context.key, answer)
                     done += 1
                     bar.advance(1)
         except (Forbidden, Overloaded) as error:
@@ -70,7 +70,7 @@ def fetch_distributions(
 
 
 def _answers(plm: RemotePlm, chunk: Sequence[Context], window: InFlightWindow) -> Iterator[DistributionRecord]:
-    exact = plm.in_dtype("float32")
+    exact = plm.with_dtype("float32")
     decoded = exact.decode([context.prefix for context in chunk], [context.drafted for context in chunk])
     rows = decoded.rows_B.tolist()
     last_B = decoded.rows_B.long().cumsum(0) - 1

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_owner_client.adapter.types import AdapterForm
 from data_owner_client.adapter.candidates import index_of, token_set
-from data_owner_client.adapter.network import AdapterForm
 from data_owner_client.data.pairs import Pair
 from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.memory.rows import MemoryRows
@@ -46,7 +46,9 @@ class Memories:
         """
         both = cls(ExternalMemory(folder / TRAIN), ExternalMemory(folder / VALIDATION))
         for part in (both.train, both.validation):
-            part.manifest.plan.model.require(ModelIdentity.of(plm.card), f"The memory in {part.folder}", "the server")
+            part.manifest.plan.model.require(
+                ModelIdentity.from_card(plm.card), f"The memory in {part.folder}", "the server"
+            )
             part.require_complete()
         return both
 
@@ -99,7 +101,7 @@ class TargetVocabulary:
         if len(ids_K) == plm.card.vocab_size:
             head = plm.full_head(reporter).to(torch.float32)
         elif plm.card.head_policy == "none":
-            fitted = fit_rows(plm.distributions(), ids_K)
+            fitted = fit_rows(plm.cached_distributions(), ids_K)
             reporter.say(f"{fitted}.")
             head = fitted.head
         else:
@@ -147,14 +149,14 @@ class TrainingInput:
             plm: gives the head's rows of the candidates only, unless the full vocabulary is wanted; or, under the
                 policy `none`, the distributions that they are worked out from.
             memories: where the rows are.
-            settings: of these, the pairing, the vocabulary, the axes and the distributions count.
+            settings: of these, the pairing, the vocabulary and the distributions count.
             reporter: told what leaves this machine.
             examples: train on the memory's first so many; None for all.
 
         Raises:
             InvalidData: a memory is damaged, has no rows, or has fewer examples.
         """
-        view = MemoryRows.by_position if settings.pairing == "position" else MemoryRows.aligned
+        view = MemoryRows.paired_by_position if settings.pairing == "position" else MemoryRows.aligned
         rows: ShardSource = ShardView(memories.train, view)
         identity = memories.identity
         if examples is not None:
@@ -165,14 +167,14 @@ class TrainingInput:
                 )
             rows = FirstExamples(rows, memories.train.shard_examples, examples)
             identity = [*identity, examples]
-        survey = MemoryStats.of(rows, axes=settings.principal_axes)
+        survey = MemoryStats.of(rows)
         if settings.full_vocabulary:
             survey = replace(survey, candidate_ids_C=torch.arange(memories.plan.model.vocab_size))
         if plm.card.head_policy == "none" and not settings.full_vocabulary:
             given = fetch_distributions(plm, memories.plan, memories.train_pairs, settings.distributions, reporter)
             identity = [*identity, given.digest]  # with more of them, the rows are others
         targets = TargetVocabulary.fetch(plm, survey.candidate_ids_C, memories.held_out, reporter)
-        held_out = view(memories.held_out).strict()
+        held_out = view(memories.held_out).only_reliable_match()
         validation = ValidationData.of(
             held_out, survey.candidate_ids_C, targets.plm_logprobs(held_out), memories.train.length_ratio
         )

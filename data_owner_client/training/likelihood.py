@@ -49,13 +49,13 @@ def both_sides(adapter: CandidateDistribution, held_out: ValidationData, plm_row
         log P_PEMA(y) of each row, float64, −∞ where the target is no candidate; and the features of a gate [N, F].
     """
     data, logprobs, features = held_out.data, list[Tensor](), list[Tensor]()
-    agrees_N = torch.ones(len(plm_rows.target_N), dtype=torch.bool)
-    if plm_rows.agrees_N is not None:
-        agrees_N = plm_rows.agrees_N.bool()  # as `ValidationData` has them
-    input_N_D, logsumexp_N = plm_rows.head_input_N_D()[agrees_N], plm_rows.logsumexp_N
+    matches_N = torch.ones(len(plm_rows.target_N), dtype=torch.bool)
+    if plm_rows.matches_N is not None:
+        matches_N = plm_rows.matches_N.bool()  # as `ValidationData` has them
+    input_N_D, logsumexp_N = plm_rows.head_input_N_D()[matches_N], plm_rows.logsumexp_N
     if logsumexp_N is None:
         raise InvalidData("The validation memory has no log-sum-exp.", hint="Build it again: build-memory --overwrite.")
-    logsumexp_N = logsumexp_N[agrees_N]
+    logsumexp_N = logsumexp_N[matches_N]
     # In float64, and several of them at a time.
     at_once = max(1, adapter.head.rows_at_once() // 8)
     for start in range(0, len(data), at_once):

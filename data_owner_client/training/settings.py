@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from data_owner_client.adapter.network import AdapterForm
+from data_owner_client.adapter.types import AdapterForm
 
 Pairing = Literal["aligned", "sure", "position"]
 
@@ -25,11 +25,8 @@ class TrainingSettings:
         epochs: passes of phase 2, at most.
         patience: epochs without a better validation likelihood after which phase 2 ends.
         batch_rows: rows of a step.
-        label_smoothing: probability of each target that is spread over all candidates.
-        averaging: how much of the running mean of phase 2's weights stays at each step, such as 0.99; the mean is then
-            the adapter. 0 for the last weights.
-        principal_axes: train along the memory's principal axes, so that the same adapter comes out in every basis
-            (`Survey.axes_D_D`); else along those in which representations come.
+        ema_decay: decay at each step of the exponential moving average of phase 2's weights, which is the adapter.
+            The first steps use a smaller decay, so that short trainings forget their start. 0 for the last weights.
         pairing: of targets and contexts in private memories: `aligned` (`memory.alignment`), only the `sure` ones of
             these, or by `position`, as the paper draws it. None to train with the first two and keep that which finds
             the held-out targets of sure contexts likelier.
@@ -57,9 +54,7 @@ class TrainingSettings:
     epochs: int = 12
     patience: int = 3
     batch_rows: int = 512
-    label_smoothing: float = 0.0
-    averaging: float = 0.0
-    principal_axes: bool = True
+    ema_decay: float = 0.99
     pairing: Pairing | None = None
     nearest: int | None = None
     gate: bool = True

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from data_owner_client.adapter.network import AdapterForm
+from data_owner_client.adapter.types import AdapterForm
 from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.trainer import Trained
 

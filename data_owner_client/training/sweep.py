@@ -12,8 +12,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from data_owner_client.adapter.interpolation import Interpolation, Schedule
-from data_owner_client.adapter.network import AdapterForm
+from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.adapter.types import AdapterForm, Schedule
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.atomic_files import write_atomically
 from data_owner_client.runtime.progress import Reporter
@@ -40,8 +40,7 @@ class Grid:
     dropout: Sequence[float] = (TrainingSettings.dropout,)
     reconstruction_epochs: Sequence[int] = (TrainingSettings.reconstruction_epochs,)
     epochs: Sequence[int] = (TrainingSettings.epochs,)
-    label_smoothing: Sequence[float] = (TrainingSettings.label_smoothing,)
-    averaging: Sequence[float] = (TrainingSettings.averaging,)
+    ema_decay: Sequence[float] = (TrainingSettings.ema_decay,)
     seed: Sequence[int] = (TrainingSettings.seed,)
     examples: Sequence[int | None] = (None,)
     schedule: Sequence[Schedule] = ("gradual", "linear", "constant")

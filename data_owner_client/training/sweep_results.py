@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, TypeAdapter
 
-from data_owner_client.adapter.interpolation import Schedule
-from data_owner_client.adapter.network import AdapterForm
+from data_owner_client.adapter.types import AdapterForm, Schedule
 
 SETTINGS = (
     "form",
@@ -19,8 +18,7 @@ SETTINGS = (
     "dropout",
     "reconstruction_epochs",
     "epochs",
-    "label_smoothing",
-    "averaging",
+    "ema_decay",
     "seed",
 )
 
@@ -44,8 +42,7 @@ class SweepRow(BaseModel):
     dropout: float
     reconstruction_epochs: int
     epochs: int
-    label_smoothing: float
-    averaging: float
+    ema_decay: float
     seed: int
     examples: int
     schedule: Schedule

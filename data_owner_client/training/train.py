@@ -11,8 +11,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from data_owner_client.adapter.card import AdapterCard
-from data_owner_client.adapter.network import AdapterForm
 from data_owner_client.adapter.trained import TrainedAdapter
+from data_owner_client.adapter.types import AdapterForm
 from data_owner_client.data.pairs import digest_pairs
 from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.plm.remote_plm import RemotePlm

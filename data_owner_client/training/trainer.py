@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from data_owner_client.adapter.network import Adapter
 from data_owner_client.runtime.background import prefetch_one
@@ -105,7 +107,7 @@ def train_adapter(
 
     Args:
         memory: the rows, of which a few shards are in memory at a time.
-        survey: of the memory; with its axes, if training is to be along these.
+        survey: of the memory, along whose principal axes the training runs.
         head: float32 head rows of the candidates.
         validation: held-out rows; the adapter of the best epoch is kept.
         settings: see there.
@@ -155,12 +157,10 @@ class _Training:
         self._checkpoint = checkpoint
         self._device = device
         # All is turned to these axes, and the adapter back in the end.
-        axes_D_D = survey.axes_D_D if settings.principal_axes else None
-        self._axes_D_D = None if axes_D_D is None else axes_D_D.to(device)
-        self._head, self._held_out, self._validation = head.to(self._device), validation.data, validation
-        if axes_D_D is not None:
-            self._head = replace(self._head, weight_V_D=self._head.weight_V_D @ axes_D_D.to(device).T)
-            self._held_out = self._held_out.turned(axes_D_D)
+        self._axes_D_D = survey.axes_D_D.to(device)
+        self._head = head.to(device)
+        self._head = replace(self._head, weight_V_D=self._head.weight_V_D @ self._axes_D_D.T)
+        self._held_out, self._validation = validation.data.turned(survey.axes_D_D), validation
         hidden_size = head.weight_V_D.shape[1]
         rank = min(settings.rank, hidden_size)
         self._adapter = Adapter(
@@ -172,8 +172,8 @@ class _Training:
             dropout=settings.dropout,
         ).to(self._device)
         self._average: AveragedModel | None = None
-        if settings.averaging:
-            self._average = AveragedModel(self._adapter, multi_avg_fn=get_ema_multi_avg_fn(settings.averaging))
+        if settings.ema_decay:
+            self._average = AveragedModel(self._adapter, multi_avg_fn=partial(_update_average, settings.ema_decay))
         self._progress, self._best = _Progress(), copy.deepcopy(self._adapter.state_dict())
         found = None if checkpoint is None else checkpoint.load(self._adapter, self._average)
         if found is not None:
@@ -204,8 +204,7 @@ class _Training:
     def result(self) -> Trained:
         """What came of it."""
         self._adapter.load_state_dict(self._best)
-        if self._axes_D_D is not None:
-            self._adapter.turn_back(self._axes_D_D)
+        self._adapter.rotate_back(self._axes_D_D)
         return Trained(self._adapter.cpu().eval(), self._progress.history, self._progress.best_nll)
 
     @property
@@ -234,16 +233,15 @@ class _Training:
         """One step of the phase that is on; the losses, in words."""
         progress, adapter, kappa = self._progress, self._adapter, self._settings.kappa
         self._set_learning_rate()
-        if self._axes_D_D is not None:
-            batch = batch.turned(self._axes_D_D)
+        batch = batch.turned(self._axes_D_D)
         with torch.autocast("cuda", torch.bfloat16) if self._device.type == "cuda" else nullcontext():
             x_B_D = adapter.scaled(batch.cr_N_D)
             loss = reconstruction = F.mse_loss(adapter.reconstruction(x_B_D), x_B_D)
             words = f"reconstruction {reconstruction.item():.3f}"
             if self._joint:
-                recent_B_E = adapter.recent(self._head, batch.previous_N_K)
-                h_B_D = adapter.hidden(adapter.scaled(batch.cr_N_D, batch.agrees_N), recent_B_E)
-                prediction = cross_entropy(h_B_D, self._head, batch.label_N, smoothing=self._settings.label_smoothing)
+                recent_B_E = adapter.recent_features(self._head, batch.previous_N_K)
+                h_B_D = adapter.hidden(adapter.scaled(batch.cr_N_D, batch.matches_N), recent_B_E)
+                prediction = cross_entropy(h_B_D, self._head, batch.label_N)
                 loss = kappa * reconstruction + (1 - kappa) * prediction
                 progress.prediction += prediction.item()
                 number = progress.epoch - self._settings.reconstruction_epochs + 1
@@ -293,6 +291,17 @@ class _Training:
     def _save(self) -> None:
         if self._checkpoint is not None:
             self._checkpoint.save(self._progress.as_json(), self._adapter, self._optimiser, self._best, self._average)
+
+
+@torch.no_grad()
+def _update_average(decay: float, average: list[Tensor], weights: list[Tensor], steps: Tensor) -> None:
+    """Move the average towards the weights.
+
+    The decay begins small, as in TensorFlow's `ExponentialMovingAverage(num_updates)`: a constant one would keep most
+    of the first weights in trainings of few steps.
+    """
+    count = int(steps)
+    torch._foreach_lerp_(average, weights, 1 - min(decay, (1 + count) / (10 + count)))
 
 
 def _device(name: str | None) -> torch.device:

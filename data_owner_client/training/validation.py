@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data_owner_client.adapter.interpolation import Interpolation, Schedule, mix
+from data_owner_client.adapter.interpolation import Interpolation, mix
 from data_owner_client.adapter.network import Adapter
+from data_owner_client.adapter.types import Schedule
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.training.batches import Batch
 from protocol.head import LMHead
@@ -40,12 +41,12 @@ class ValidationData:
         horizon_E = (rows.source_tokens_E.double() * length_ratio).clamp(min=1.0)
         horizon_N = horizon_E.repeat_interleave(rows.rows_E.long())
         data = Batch.of(rows, candidate_ids_C)
-        agrees_N = data.agrees_N
-        return cls(data[agrees_N], plm_logprob_N[agrees_N], rows.position_N()[agrees_N], horizon_N[agrees_N])
+        matches_N = data.matches_N
+        return cls(data[matches_N], plm_logprob_N[matches_N], rows.position_N()[matches_N], horizon_N[matches_N])
 
     def mixture_nll(self, pema_logprob_N: Tensor, interpolation: Interpolation) -> float:
         """Mean of −log((1 − λ_t)·P_PLM(y) + λ_t·P_PEMA(y)), in nats per token."""
-        lambda_N = interpolation.weights(self.position_N, self.horizon_N)
+        lambda_N = interpolation.lambdas(self.position_N, self.horizon_N)
         return -mix(self.plm_logprob_N, pema_logprob_N, lambda_N).mean().item()
 
     def best(self, pema_logprob_N: Tensor, schedule: Schedule) -> tuple[Interpolation, float]:
@@ -69,8 +70,8 @@ def target_logprobs(adapter: Adapter, head: LMHead, data: Batch) -> Tensor:
     rows, device = head.rows_at_once(), head.weight_V_D.device
     for start in range(0, len(data), rows):
         part = data[start : start + rows]
-        x_B_D = adapter.scaled(part.cr_N_D.to(device), part.agrees_N.to(device))
-        recent_B_E = adapter.recent(head, part.previous_N_K.to(device))
+        x_B_D = adapter.scaled(part.cr_N_D.to(device), part.matches_N.to(device))
+        recent_B_E = adapter.recent_features(head, part.previous_N_K.to(device))
         logprob_B_C = head.logits(adapter.hidden(x_B_D, recent_B_E)).log_softmax(dim=-1)
         chosen_B = logprob_B_C.gather(1, part.label_N.clamp(min=0).to(device)[:, None])[:, 0].double().cpu()
         parts.append(torch.where(part.label_N < 0, -math.inf, chosen_B))

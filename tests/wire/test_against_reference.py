@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from data_owner_client import Pair, TrainingSettings, build_memories, train, translate
 from data_owner_client.adapter.gate import Gate
-from data_owner_client.adapter.interpolation import SCHEDULES, Interpolation
+from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.trained import TrainedAdapter
+from data_owner_client.adapter.types import SCHEDULES
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.decode_loop import generate
@@ -28,6 +29,7 @@ from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.memory.store import ExternalMemory
 from data_owner_client.plm.connection.base import Attempt
 from data_owner_client.plm.remote_plm import RemotePlm
+from harness.tiny_models import EOS, TinyModels
 from plm_owner_server.admission.authentication import NoAuthentication
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.tenants.store import SCOPES, Tenant
@@ -55,7 +57,15 @@ class Case:
         )
         # Three epochs at a high rate: PEMA must disagree with the PLM, or the test would not see a mistake.
         training = TrainingSettings(
-            form=form, rank=16, epochs=3, batch_rows=16, learning_rate=0.02, nearest=0, decoded=0, minutes=0
+            form=form,
+            rank=16,
+            epochs=3,
+            batch_rows=16,
+            learning_rate=0.02,
+            ema_decay=0.0,
+            nearest=0,
+            decoded=0,
+            minutes=0,
         )
         self.adapter: TrainedAdapter = train(self.plm, memory, memory / "adapter", settings=training)[0]
         self.memory = ExternalMemory(memory / "train").load()
@@ -64,7 +74,7 @@ class Case:
         self.reference = Reference(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
         self.basis = self._basis()
         self.weights = self.basis.weights(self.adapter)
-        self.stop_ids = TASK.stop_ids(self.plm.tokenizer) | {support.EOS}
+        self.stop_ids = TASK.stop_ids(self.plm.tokenizer) | {EOS}
 
     def prompts(self, sources: list[str]) -> list[list[int]]:
         return [self.plm.tokenizer.encode_prompt(TASK.prompt(source, self.plm.tokenizer)) for source in sources]
@@ -117,7 +127,7 @@ CASES = [
 
 @pytest.fixture(scope="module", params=CASES, ids=[name for name, *_ in CASES])
 def case(
-    request: pytest.FixtureRequest, tiny_models: support.TinyModels, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Case]:
     architecture, form, rotated = request.param
     folder = tiny_models[architecture]
@@ -125,7 +135,7 @@ def case(
     with ExitStack() as stack:
         urls = []
         for cache_mib in (1024, 0.003, 0):  # roomy, evicting all the time, off
-            service = support.make_service(folder, prefix_cache_mib=cache_mib, drafting_tokens=2000)
+            service = support.make_service(folder, prefix_cache_mib=cache_mib, max_draft_tokens=2000)
             urls += [
                 stack.enter_context(open_server(service, access=access))
                 for open_server in (support.serve, support.serve_over_grpc)
@@ -139,7 +149,7 @@ def case(
 def test_teacher_forced_rows(case: Case) -> None:
     rows = iter(zip(case.basis.true(case.memory.cr_N_D), case.memory.target_N.tolist(), strict=True))
     for pair in PAIRS[:6]:
-        tokens = tokenize_pair(case.plm, TASK, pair, place="pair")
+        tokens = tokenize_pair(case.plm, TASK, pair, label="pair")
         for f_D, y in case.reference.teacher_forced(tokens.prompt, tokens.target):
             ours_D, ours_y = next(rows)
             assert ours_y == y
@@ -151,7 +161,7 @@ def test_private_rows(case: Case, tmp_path: Path) -> None:
     memory = ExternalMemory(tmp_path / "train").load()
     rows = iter(zip(case.basis.true(memory.cr_N_D), memory.target_N.tolist(), strict=True))
     for pair in PAIRS[:6]:
-        tokens = tokenize_pair(case.plm, TASK, pair, place="pair")
+        tokens = tokenize_pair(case.plm, TASK, pair, label="pair")
         for f_D, y in case.reference.private(tokens.prompt, tokens.target):
             ours_D, ours_y = next(rows)
             assert ours_y == y
@@ -161,18 +171,18 @@ def test_private_rows(case: Case, tmp_path: Path) -> None:
 def test_aligned_private_rows_have_contexts_that_end_as_the_true_ones(case: Case, tmp_path: Path) -> None:
     build_memories(case.plm, TASK, PAIRS[:12], tmp_path, validation=PAIRS[:1])
     rows = ExternalMemory(tmp_path / "train").load().aligned()
-    assert rows.agrees_N is not None
-    assert 0 < rows.agrees_N.sum() < len(rows.agrees_N)
+    assert rows.matches_N is not None
+    assert 0 < rows.matches_N.sum() < len(rows.matches_N)
     at = 0
     for pair in PAIRS[:12]:
-        tokens = tokenize_pair(case.plm, TASK, pair, place="pair")
+        tokens = tokenize_pair(case.plm, TASK, pair, label="pair")
         drafted = [case.plm.decode([tokens.prompt], [len(tokens.target) - 1]).top1_N.tolist()][0]
         contexts = case.reference.private(tokens.prompt, tokens.target)
         for i, y in enumerate(tokens.target):
             assert rows.target_N[at] == y
             near = [torch.allclose(f_D, case.basis.true(rows.cr_N_D[at]), rtol=1e-3, atol=1e-3) for f_D, _ in contexts]
             assert any(near)
-            if i and rows.agrees_N[at]:
+            if i and rows.matches_N[at]:
                 assert any(drafted[k - 1] == tokens.target[i - 1] for k, same in enumerate(near) if same and k)
             at += 1
 
@@ -186,7 +196,7 @@ def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObj
         st.builds(Interpolation, schedule=st.sampled_from(SCHEDULES), lambda_max=st.sampled_from([0.3, 0.7, 0.95, 1.0]))
         | st.just(Interpolation(schedule="constant", lambda_max=0.6, gate=GATE))
     ).model_copy(update={"length_reward": data.draw(st.sampled_from([0.0, 0.7, 4.0]))})
-    horizons = [case.adapter.card.horizon(case.plm.tokenizer.count(source)) for source in sources]
+    horizons = [case.adapter.card.expected_length(case.plm.tokenizer.count(source)) for source in sources]
     prompts = case.prompts(sources)
     # As with examples chosen for each text: the PLM sees other prompts than the adapter.
     own_prompts = data.draw(st.sampled_from([None, case.prompts([f"reden {source}" for source in sources])]))
@@ -231,7 +241,7 @@ def test_clients_at_once_each_get_the_references_tokens(case: Case) -> None:
     """Clients with batches, look-aheads and schedules of their own share the steps of the servers they meet at."""
     sources = [" ".join(WORDS[i % 9 :][: 1 + i % 4]) for i in range(12)]
     schedules = [Interpolation(schedule=name, lambda_max=0.8) for name in SCHEDULES]
-    horizons = {source: case.adapter.card.horizon(case.plm.tokenizer.count(source)) for source in sources}
+    horizons = {source: case.adapter.card.expected_length(case.plm.tokenizer.count(source)) for source in sources}
     expected = {
         (source, interpolation.schedule): case.expected(prompt, interpolation, horizons[source], STEPS)
         for source, prompt in zip(sources, case.prompts(sources), strict=True)
@@ -352,7 +362,7 @@ def test_a_consensus_is_that_of_the_greedy_text_and_the_draws(case: Case) -> Non
             case.prompts([source]) * 6,
             adapter=case.adapter,
             interpolation=case.adapter.card.interpolation,
-            horizons=[case.adapter.card.horizon(case.plm.tokenizer.count(source))] * 6,
+            horizons=[case.adapter.card.expected_length(case.plm.tokenizer.count(source))] * 6,
             stop_ids=case.stop_ids,
             settings=BRIEF,
             sampling=drawing,

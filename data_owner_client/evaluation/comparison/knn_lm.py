@@ -43,9 +43,9 @@ class KnnLm:
     label_N: Tensor
     neighbours: int
     temperature: float
-    nearest: None = None
+    retriever: None = None
 
-    def logprobs(self, cr_N_D: Tensor, previous_N_K: Tensor | None = None) -> Tensor:
+    def logprobs(self, cr_N_D: Tensor, previous_N_P: Tensor | None = None) -> Tensor:
         """log P_kNN over the candidates [N, C], float32; −∞ for tokens that no neighbour has."""
         distance_N_K, row_N_K = search(self.index, cr_N_D, self.neighbours)
         weight_N_K = (-distance_N_K / self.temperature).softmax(dim=-1)

@@ -47,14 +47,14 @@ Connect = Callable[[], RemotePlm]
 
 _T = TypeVar("_T")
 
-# Section 4 of the paper.
+# Section 4 of the paper, but along the memory's principal axes, as everything is trained here.
 AS_PUBLISHED = TrainingSettings(
     form="paper",
     rank=512,
     kappa=0.2,
     learning_rate=1e-3,
     dropout=0.2,
-    principal_axes=False,
+    ema_decay=0.0,
     pairing="position",
     nearest=0,
     gate=False,
@@ -184,7 +184,7 @@ class ComparisonRunner:
     def perplexity(self, adapter: CandidateDistribution, interpolation: Interpolation) -> float:
         """Of the test set's targets."""
         views = [self._rows(0)]
-        if adapter.nearest is not None:
+        if adapter.retriever is not None:
             views.append(self._rows(adapter.card.nearest))
         return perplexities(self._plm, adapter, views[0], interpolation, *views[1:]).mixture
 
@@ -245,7 +245,7 @@ class ComparisonRunner:
         """The test set behind prompts with so many examples of their own, or, for 0, with the task's."""
         nearest = ExampleRetriever(self._splits.train, count) if count else None
         tasks = with_retrieved_examples(self._plm, self._task, self._test_sources, nearest)
-        pairs = tokenize_pairs(self._plm, tasks, self._splits.test, place="test pair")
+        pairs = tokenize_pairs(self._plm, tasks, self._splits.test, label="test pair")
         return encode_all(self._plm, pairs, self._reporter)
 
 

@@ -80,7 +80,7 @@ def _residual(bench: ComparisonRunner) -> SystemResult:
 
 def _without_length_reward(bench: ComparisonRunner) -> SystemResult:
     adapter, report = bench.best
-    return bench.adapted(adapter, report, "teacher-forced", adapter.card.interpolation.rewarded(0.0))
+    return bench.adapted(adapter, report, "teacher-forced", adapter.card.interpolation.with_length_reward(0.0))
 
 
 def _most_probable(bench: ComparisonRunner) -> SystemResult:
@@ -146,4 +146,4 @@ def _likeliest_constant(report: TrainingReport) -> Interpolation:
         for option in report.options
         if option.nearest == 0 and option.interpolation.schedule == "constant" and option.interpolation.gate is None
     ]
-    return min(constant, key=lambda option: option.nll).interpolation.rewarded(0.0)
+    return min(constant, key=lambda option: option.nll).interpolation.with_length_reward(0.0)

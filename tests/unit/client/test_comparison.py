@@ -130,9 +130,9 @@ def test_work_in_a_process_of_its_own_ends_with_the_process_that_waits_for_it(tm
     program = """
 import sys
 from tests.unit.client.test_comparison import note_and_sleep
-from data_owner_client.evaluation.comparison.runner import in_own_process
+from data_owner_client.evaluation.comparison.runner import run_in_subprocess
 if __name__ == "__main__":
-    in_own_process(note_and_sleep, sys.argv[1])
+    run_in_subprocess(note_and_sleep, sys.argv[1])
 """
     (tmp_path / "waits.py").write_text(program)
     noted = tmp_path / "pid"
