@@ -1,1 +1,1 @@
-"""The adapter: its network, its card, and how its distribution is mixed with that of the PLM."""
+"""The adapter: its network, its card, and the interpolation of its distribution with that of the PLM."""

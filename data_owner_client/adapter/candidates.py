@@ -1,4 +1,4 @@
-"""The candidate vocabulary V': sets of token ids as sorted int64 tensors, and where a token is among them."""
+"""The candidate vocabulary V': sets of token ids as sorted int64 tensors, and the index of a token in one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 def token_set(tokens: Sequence[Tensor]) -> Tensor:
     """Sorted distinct token ids (int64) of several tensors."""
-    ids_K: Tensor = torch.unique(torch.cat([part.long() for part in tokens]))
-    return ids_K
+    ids_C: Tensor = torch.unique(torch.cat([part.long() for part in tokens]))
+    return ids_C
 
 
 def index_of(token_ids: Tensor, candidate_ids_C: Tensor) -> Tensor:
-    """Index of each token among the candidates, which are sorted; −1 where it is none of them."""
-    at = torch.searchsorted(candidate_ids_C, token_ids).clamp(max=len(candidate_ids_C) - 1)
-    return torch.where(candidate_ids_C[at] == token_ids, at, -1)
+    """Index of each token among the sorted candidates; −1 for a token outside them."""
+    index = torch.searchsorted(candidate_ids_C, token_ids).clamp(max=len(candidate_ids_C) - 1)
+    return torch.where(candidate_ids_C[index] == token_ids, index, -1)

@@ -1,4 +1,4 @@
-"""The adapter card (`adapter.json`), and the interface of whatever the PLM is mixed with."""
+"""The adapter card (`adapter.json`), and the interface of a distribution that the PLM can be mixed with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from torch import Tensor
 
 from data_owner_client.adapter.interpolation import Interpolation
-from data_owner_client.adapter.network import AdapterForm
+from data_owner_client.adapter.types import AdapterForm
 from data_owner_client.data.example_retrieval import ExampleRetriever
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.manifest import ContextMode
@@ -17,7 +17,23 @@ from protocol.head import LMHead
 
 
 class AdapterCard(BaseModel):
-    """All that is known of a trained adapter, as it lies in `adapter.json`."""
+    """The metadata of a trained adapter, as `adapter.json` stores it.
+
+    Attributes:
+        candidates: number of candidate tokens.
+        length_ratio: target tokens per source token in the training memory.
+        mean_length: mean target length in the training memory, in tokens.
+        nearest: retrieved examples in each of the PLM's prompts; 0 for the examples of the task.
+        interpolation: schedule or gate of λ that training chose.
+        interpolation_why: reason for that choice, in words.
+        logit_scale: factor of the LM head's logits.
+        softcap: bound of the LM head's logits; None for no bound.
+        settings: training settings that led to the adapter.
+        validation: scores on the validation memory, by name.
+        memory_digest: digest of the training memory.
+        pairs_digest: digest of `pairs.jsonl`; empty without retrieved examples.
+        tensors_sha256: SHA-256 of `adapter.safetensors`.
+    """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -41,19 +57,19 @@ class AdapterCard(BaseModel):
     pairs_digest: str = ""
     tensors_sha256: str = ""
 
-    def horizon(self, source_tokens: int) -> float:
-        """SL: the length in tokens that a source text's target is expected to have. Needs no target."""
+    def expected_length(self, source_tokens: int) -> float:
+        """SL: the expected length of the answer to a source text, in tokens. Needs no target."""
         return max(1.0, source_tokens * self.length_ratio)
 
 
 class CandidateDistribution(Protocol):
-    """What the PLM can be interpolated with: a trained adapter, or a rival.
+    """A distribution over candidate tokens that the PLM can be interpolated with: a trained adapter, or a baseline.
 
     Attributes:
-        card: what is known of it.
-        candidate_ids_C: int64, sorted: the tokens that it gives a probability.
+        card: its metadata.
+        candidate_ids_C: int64, sorted: the tokens that have a probability.
         head: float32 LM-head rows of these tokens.
-        nearest: finds the examples that the PLM sees; None if it sees the task's own.
+        retriever: finds the examples of the PLM's prompts; None for the examples of the task.
     """
 
     @property
@@ -63,13 +79,13 @@ class CandidateDistribution(Protocol):
     @property
     def head(self) -> LMHead: ...
     @property
-    def nearest(self) -> ExampleRetriever | None: ...
+    def retriever(self) -> ExampleRetriever | None: ...
 
-    def logprobs(self, cr_N_D: Tensor, previous_N_K: Tensor | None = None) -> Tensor:
+    def logprobs(self, cr_N_D: Tensor, previous_N_P: Tensor | None = None) -> Tensor:
         """log P over the candidates [N, C], float32.
 
         Args:
             cr_N_D: representations.
-            previous_N_K: int64 token ids of the last tokens of the answer so far, the newest first; −1 for none.
-                None if all answers begin here.
+            previous_N_P: int64 ids of the last P tokens of the answer so far, the newest first; −1 for none. None
+                where every answer begins.
         """

@@ -1,7 +1,8 @@
-"""A learned gate: λ_t from what PLM and adapter make of the position, instead of a fixed schedule.
+"""A learned gate: λ_t from the distributions of PLM and adapter at a position, instead of a fixed schedule.
 
-λ_t = σ(w · x) with eleven features x: how sure each side is (the probability of its favourite, the entropy), what each
-makes of the other's favourite, whether they agree, how much the PLM thinks outside the candidates, and the position.
+λ_t = σ(w · x) with eleven features x. They are a constant 1, each side's confidence (the probability of its favourite,
+the entropy), and each side's probability of the other's favourite. The rest are agreement of the two favourites, the
+PLM's mass outside the candidates, and the position.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
 
-# Against large weights, which few validation rows would lead to.
+# L2 penalty: few validation rows would otherwise lead to large weights.
 _DECAY = 1e-3
-_LEAST_LOGPROB = -12.0
+_MIN_LOGPROB = -12.0
 _FOLDS = 5
 
 
@@ -21,9 +22,9 @@ class Gate(BaseModel):
     """The gate's parameters.
 
     Attributes:
-        weight: of each feature, the first of which is 1.
-        centre: mean of each feature on the rows that it was fitted on.
-        scale: its standard deviation there.
+        weight: weight of each feature; the first feature is 1.
+        centre: mean of each feature on the rows of the fit.
+        scale: standard deviation of each feature on the rows of the fit.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,10 +42,10 @@ class Gate(BaseModel):
 
     @classmethod
     def fit(cls, features_N_F: Tensor, plm_logprob_N: Tensor, pema_logprob_N: Tensor) -> Gate:
-        """The gate of the highest mixture likelihood.
+        """Fit the gate of the highest mixture likelihood.
 
         Args:
-            features_N_F: of `gate_features`.
+            features_N_F: result of `gate_features`.
             plm_logprob_N: log P_PLM(y), float64.
             pema_logprob_N: log P_PEMA(y), float64; −∞ where y is no candidate.
         """
@@ -68,7 +69,7 @@ class Gate(BaseModel):
 
 
 def gate_features(plm_logprob_N_C: Tensor, pema_logprob_N_C: Tensor, position_N: Tensor) -> Tensor:
-    """What the gate looks at, float64 [N, 11].
+    """The gate's features, float64 [N, 11].
 
     Args:
         plm_logprob_N_C: log P_PLM of the candidates.
@@ -76,38 +77,44 @@ def gate_features(plm_logprob_N_C: Tensor, pema_logprob_N_C: Tensor, position_N:
         position_N: int64, t counted from 0.
     """
     plm_N_C, pema_N_C = plm_logprob_N_C.double(), pema_logprob_N_C.double()
-    plm_best_N, plm_at_N = plm_N_C.max(dim=-1)
-    pema_best_N, pema_at_N = pema_N_C.max(dim=-1)
+    plm_best_N, plm_index_N = plm_N_C.max(dim=-1)
+    pema_best_N, pema_index_N = pema_N_C.max(dim=-1)
     features = [
         torch.ones_like(plm_best_N),
         plm_best_N,
         pema_best_N,
-        plm_N_C.gather(1, pema_at_N[:, None])[:, 0],
-        pema_N_C.gather(1, plm_at_N[:, None])[:, 0],
-        (plm_at_N == pema_at_N).double(),
+        plm_N_C.gather(1, pema_index_N[:, None])[:, 0],
+        pema_N_C.gather(1, plm_index_N[:, None])[:, 0],
+        (plm_index_N == pema_index_N).double(),
         _entropy(plm_N_C),
         _entropy(pema_N_C),
         1.0 - plm_N_C.exp().sum(dim=-1),
         (position_N == 0).double(),
         position_N.double().log1p(),
     ]
-    return torch.stack([feature.clamp(min=_LEAST_LOGPROB) for feature in features], dim=1)
+    return torch.stack([feature.clamp(min=_MIN_LOGPROB) for feature in features], dim=1)
 
 
-def nll_on_unseen(
+def cross_validated_nll(
     features_N_F: Tensor, plm_logprob_N: Tensor, pema_logprob_N: Tensor, position_N: Tensor
 ) -> tuple[float, float]:
-    """Negative log-likelihood per token of rows whose gate was fitted on the others, and the mean λ.
+    """Cross-validated negative log-likelihood per token in nats, and the mean λ.
 
-    The rows are divided by examples, which begin where the position is 0.
+    Each row's gate is fitted on the other folds. Examples, which begin where the position is 0, stay whole.
+
+    Args:
+        features_N_F: result of `gate_features`.
+        plm_logprob_N: log P_PLM(y), float64.
+        pema_logprob_N: log P_PEMA(y), float64; −∞ where y is no candidate.
+        position_N: int64, t counted from 0.
     """
     fold_N = (position_N == 0).cumsum(0) % _FOLDS
     lambda_N = torch.empty_like(plm_logprob_N)
     for fold in fold_N.unique():
-        unseen_N = fold_N == fold
-        seen_N = ~unseen_N if bool((~unseen_N).any()) else unseen_N
-        gate = Gate.fit(features_N_F[seen_N], plm_logprob_N[seen_N], pema_logprob_N[seen_N])
-        lambda_N[unseen_N] = gate.lambdas(features_N_F[unseen_N])
+        held_out_N = fold_N == fold
+        fit_N = ~held_out_N if bool((~held_out_N).any()) else held_out_N
+        gate = Gate.fit(features_N_F[fit_N], plm_logprob_N[fit_N], pema_logprob_N[fit_N])
+        lambda_N[held_out_N] = gate.lambdas(features_N_F[held_out_N])
     mixture_N = torch.logaddexp(torch.log1p(-lambda_N) + plm_logprob_N, lambda_N.log() + pema_logprob_N)
     return -mixture_N.mean().item(), lambda_N.mean().item()
 

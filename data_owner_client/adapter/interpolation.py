@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from data_owner_client.adapter.gate import Gate
-
-Schedule = Literal["gradual", "linear", "constant", "none"]
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+from data_owner_client.adapter.types import Schedule
 
 
 class Interpolation(BaseModel):
@@ -24,15 +20,16 @@ class Interpolation(BaseModel):
     `constant`  λ_t = λ_max
     `none`      λ_t = 0, the PLM alone
 
-    It depends on the sequence's own source and position alone: not on its batch, and on no reference.
+    λ depends only on the sequence's source and the position: not on the batch, nor on a reference text.
 
     Attributes:
-        schedule: see above.
-        lambda_max: see above.
-        gate: predicts λ_t from what both sides make of the position; the schedule is then what is expected of it.
-        length_reward: nats by which an end of the text is less likely to be chosen, wherever λ_t > 0. The end is one
-            token and what may follow instead are many, each with its share, so the most probable choices make texts too
-            short (the word reward of He et al., AAAI 2016; Murray & Chiang, WMT 2018, arXiv 1808.10006).
+        schedule: one of the four above.
+        lambda_max: λ_max, the largest λ.
+        gate: predicts λ_t from both distributions at the position; the schedule is then only its forecast. None to use
+            the schedule itself.
+        length_reward: nats taken from the log-probability of a stop token, wherever λ_t > 0. One stop token competes
+            with many continuations that share their mass, so the most probable choices make texts too short (the word
+            reward of He et al., AAAI 2016; Murray & Chiang, WMT 2018, arXiv 1808.10006).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,22 +40,22 @@ class Interpolation(BaseModel):
     length_reward: float = Field(default=0.0, ge=0.0, le=20.0)
 
     def __str__(self) -> str:
-        """In words."""
+        """The schedule or gate in words."""
         reward = f", length reward {self.length_reward:g}" if self.length_reward else ""
         if self.gate is not None:
             return f"a learned gate (λ {self.lambda_max:.2f} on average){reward}"
         return f"{self.schedule} with λ_max {self.lambda_max:.2f}{reward}"
 
-    def rewarded(self, length_reward: float) -> Interpolation:
-        """The same with another length reward."""
+    def with_length_reward(self, length_reward: float) -> Interpolation:
+        """A copy with another length reward."""
         return self.model_copy(update={"length_reward": length_reward})
 
-    def weights(self, position_N: Tensor, horizon_N: Tensor) -> Tensor:
+    def lambdas(self, position_N: Tensor, expected_length_N: Tensor) -> Tensor:
         """λ at each position.
 
         Args:
             position_N: int64, t counted from 0.
-            horizon_N: SL of the sequence that each position belongs to, in tokens.
+            expected_length_N: SL of each position's sequence, in tokens.
 
         Returns:
             float64 [N] in [0, 1].
@@ -68,16 +65,16 @@ class Interpolation(BaseModel):
             return torch.zeros_like(t_N)
         if self.schedule == "constant":
             return torch.full_like(t_N, self.lambda_max)
-        current_N = (self.lambda_max * (1.0 - t_N / horizon_N.double())).clamp(min=0.0)
+        current_N = (self.lambda_max * (1.0 - t_N / expected_length_N.double())).clamp(min=0.0)
         if self.schedule == "linear":
             return current_N
         return torch.where(position_N == 0, current_N, current_N.square())
 
-    def finished(self, position: int, horizon: float) -> bool:
-        """Whether λ is 0 from this position on for good: the PLM can go on alone."""
+    def finished(self, position: int, expected_length: float) -> bool:
+        """Return True if λ is 0 from this position to the end, so that the PLM can continue alone."""
         if self.schedule == "none" or self.lambda_max == 0.0:
             return True
-        return self.schedule != "constant" and position >= horizon
+        return self.schedule != "constant" and position >= expected_length
 
 
 def mix(plm_logprob: Tensor, pema_logprob: Tensor, weight: Tensor) -> Tensor:

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
+from data_owner_client.adapter.types import AdapterForm
 from protocol.head import LMHead
 
-AdapterForm = Literal["paper", "residual", "recent"]
-
-
 RECENT_TOKENS = 2
-
-
-"""Tokens before the current one that the form `recent` sees."""
+"""Previous tokens that the form `recent` sees."""
 
 
 class Adapter(nn.Module):
     """A ∈ R^{R×D}, B_pd ∈ R^{D×R} (prediction) and B_rct ∈ R^{D×R} (reconstruction), all float32.
 
     Representations are divided by `rms`, their root mean square over the memory, so that one learning rate suits every
-    model; the product is scaled back, so that the head sees its own scale.
+    model. The product is multiplied by `rms` again, so that the head sees its usual scale.
 
     Args:
         hidden_size: D.
         rank: R.
-        form: see the module.
+        form: formula of h_pd, see `adapter.trained`.
         rms: root mean square of the memory's representations.
         head_rms: root mean square of the LM head's rows.
         dropout: probability with which a coordinate of A f is dropped in training.
@@ -55,40 +49,40 @@ class Adapter(nn.Module):
             nn.init.zeros_(self.B_pd.weight)
         if form == "recent":
             self.E = nn.Linear(RECENT_TOKENS * hidden_size, rank, bias=False)
-            self.drifted = nn.Parameter(torch.tensor(0.5))
+            self.mismatch_scale = nn.Parameter(torch.tensor(0.5))
             self.head_rms: Tensor
             self.register_buffer("head_rms", torch.tensor(head_rms))
 
-    def scaled(self, cr_N_D: Tensor, agrees_N: Tensor | None = None) -> Tensor:
-        """x = f / rms in float32; for `recent`, less of it where it is known to come from another context.
+    def scaled(self, cr_N_D: Tensor, matches_N: Tensor | None = None) -> Tensor:
+        """x = f / rms in float32; the form `recent` scales mismatched contexts by `mismatch_scale`.
 
         Args:
             cr_N_D: representations.
-            agrees_N: bool, whether each is that of a context that ends as the true one; None if all are.
+            matches_N: bool, True where the context ends as the true context does; None for True everywhere.
         """
         x_N_D = cr_N_D.float() / self.rms
-        if self.form != "recent" or agrees_N is None:
+        if self.form != "recent" or matches_N is None:
             return x_N_D
-        return x_N_D * torch.where(agrees_N, 1.0, self.drifted)[:, None]
+        return x_N_D * torch.where(matches_N, 1.0, self.mismatch_scale)[:, None]
 
-    def recent(self, head: LMHead, previous_N_K: Tensor) -> Tensor | None:
-        """e, the head rows of the tokens before, scaled [N, K·D]; None for forms that do not look at them.
+    def recent_features(self, head: LMHead, previous_N_P: Tensor) -> Tensor | None:
+        """e, the scaled head rows of the P previous tokens [N, P·D]; None for the other forms.
 
         Args:
-            head: of the candidates.
-            previous_N_K: int64 index among the candidates, the newest first; −1 where there is none.
+            head: LM-head rows of the candidates.
+            previous_N_P: int64 index of each token among the candidates, the newest first; −1 for none.
         """
         if self.form != "recent":
             return None
-        rows_N_K_D = head.weight_V_D[previous_N_K.clamp(min=0)] / self.head_rms
-        return (rows_N_K_D * (previous_N_K >= 0)[:, :, None]).flatten(1)
+        rows_N_P_D = head.weight_V_D[previous_N_P.clamp(min=0)] / self.head_rms
+        return (rows_N_P_D * (previous_N_P >= 0)[:, :, None]).flatten(1)
 
     @torch.no_grad()
-    def turn_back(self, axes_D_D: Tensor) -> None:
-        """From representations and head rows along other axes to those along their own.
+    def rotate_back(self, axes_D_D: Tensor) -> None:
+        """Convert weights trained in rotated coordinates to the original coordinates, in place.
 
         Args:
-            axes_D_D: orthogonal, an axis each row: what was seen so far are the products with them.
+            axes_D_D: orthogonal, one axis a row; training saw the products of representations and head rows with them.
         """
         self.A.weight.copy_(self.A.weight @ axes_D_D)
         for decoder in (self.B_pd, self.B_rct):
@@ -101,10 +95,10 @@ class Adapter(nn.Module):
         result: Tensor = self.B_rct(self.dropout(self.A(x_N_D)))
         return result
 
-    def hidden(self, x_N_D: Tensor, recent_N_E: Tensor | None = None) -> Tensor:
-        """h_pd, the head's input, for scaled representations x and what `recent` made of the tokens before."""
+    def hidden(self, x_N_D: Tensor, recent_N_F: Tensor | None = None) -> Tensor:
+        """h_pd, the head's input, for scaled representations x and the result of `recent_features`."""
         z_N_R: Tensor = self.A(x_N_D)
-        if recent_N_E is not None:
-            z_N_R = z_N_R + self.E(recent_N_E)
+        if recent_N_F is not None:
+            z_N_R = z_N_R + self.E(recent_N_F)
         update_N_D: Tensor = self.B_pd(self.dropout(z_N_R))
         return (update_N_D if self.form == "paper" else x_N_D + update_N_D) * self.rms

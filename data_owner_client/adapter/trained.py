@@ -4,8 +4,8 @@ P_PEMA(· | c) = softmax(head(h_pd)) over the candidate vocabulary V' ⊂ V, the
 
 `paper`: h_pd = B_pd A f.
 `residual`: h_pd = f + B_pd A f, which starts as the PLM itself.
-`recent`: h_pd = f + B_pd (A f + E e) with e the head rows of the two target tokens before this one. It makes up for
-what f does not know: in private memories it is that of the PLM's own continuation, often after other words.
+`recent`: h_pd = f + B_pd (A f + E e) with e the head rows of the two previous target tokens. They inform the adapter
+where f cannot: in private memories f follows the PLM's own continuation, which often ends in other words.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from data_owner_client.adapter.candidates import index_of
 from data_owner_client.adapter.card import AdapterCard
 from data_owner_client.adapter.network import RECENT_TOKENS, Adapter
 from data_owner_client.data.example_retrieval import ExampleRetriever
-from data_owner_client.data.pairs import Pair, digest_pairs, read_written_pairs, write_pairs
+from data_owner_client.data.pairs import Pair, digest_pairs, read_stored_pairs, write_pairs
 from data_owner_client.runtime.atomic_files import write_atomically
 from protocol.codec import unpacked
 from protocol.errors import InvalidData
 from protocol.head import LMHead
 
 _JSON, _TENSORS, _PAIRS = "adapter.json", "adapter.safetensors", "pairs.jsonl"
+# Parameters that format pema-adapter-1 stores under another name.
+_STORED_NAMES = {"mismatch_scale": "drifted"}
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,11 @@ class TrainedAdapter:
     """An adapter with the head rows of its candidate vocabulary, ready to decode with.
 
     Attributes:
+        card: metadata.
+        adapter: the network.
         candidate_ids_C: int64, sorted.
-        head: float32 head rows of these tokens.
-        pairs: where the examples of the PLM's prompts are taken from, if each is to have its own (`card.nearest`).
+        head: float32 head rows of the candidates.
+        pairs: source of the retrieved examples in the PLM's prompts; empty unless `card.nearest` > 0.
     """
 
     card: AdapterCard
@@ -50,26 +54,27 @@ class TrainedAdapter:
     pairs: Sequence[Pair] = ()
 
     @cached_property
-    def nearest(self) -> ExampleRetriever | None:
-        """Finds the examples that the PLM sees; None if it sees the task's own."""
+    def retriever(self) -> ExampleRetriever | None:
+        """The retriever of examples for the PLM's prompts; None for the examples of the task."""
         return ExampleRetriever(self.pairs, self.card.nearest) if self.card.nearest else None
 
     @torch.inference_mode()
-    def logprobs(self, cr_N_D: Tensor, previous_N_K: Tensor | None = None) -> Tensor:
-        """log P_PEMA over the candidates [N, C], float32. The arguments: see `Adaptation`."""
-        if previous_N_K is None:
-            previous_N_K = torch.full((len(cr_N_D), RECENT_TOKENS), -1)
+    def logprobs(self, cr_N_D: Tensor, previous_N_P: Tensor | None = None) -> Tensor:
+        """log P_PEMA over the candidates [N, C], float32; see `CandidateDistribution.logprobs`."""
+        if previous_N_P is None:
+            previous_N_P = torch.full((len(cr_N_D), RECENT_TOKENS), -1)
         adapter = self.adapter.eval()
-        recent_N_E = adapter.recent(self.head, index_of(previous_N_K, self.candidate_ids_C))
-        return self.head.logits(adapter.hidden(adapter.scaled(cr_N_D), recent_N_E)).log_softmax(dim=-1)
+        recent_N_F = adapter.recent_features(self.head, index_of(previous_N_P, self.candidate_ids_C))
+        return self.head.logits(adapter.hidden(adapter.scaled(cr_N_D), recent_N_F)).log_softmax(dim=-1)
 
     def save(self, folder: Path) -> None:
-        """Write the adapter: tensors first, then the JSON that makes it one.
+        """Write the adapter: tensors first, the card last, so that an interrupted write leaves no adapter.
 
         Raises:
             InvalidData: the disk is full.
         """
-        tensors = {name: value.contiguous() for name, value in self.adapter.state_dict().items()}
+        parameters = self.adapter.state_dict()
+        tensors = {_STORED_NAMES.get(name, name): value.contiguous() for name, value in parameters.items()}
         tensors |= {"candidate_ids_C": self.candidate_ids_C, "head.weight": self.head.weight_V_D.contiguous()}
         if self.head.bias_V is not None:
             tensors["head.bias"] = self.head.bias_V.contiguous()
@@ -85,7 +90,7 @@ class TrainedAdapter:
         """Read an adapter.
 
         Raises:
-            InvalidData: there is none, or its files are damaged.
+            InvalidData: the folder has no adapter, or its files are damaged.
         """
         damaged = InvalidData(f"The adapter in {folder} is damaged.", hint="Train it again: pema-client train.")
         try:
@@ -102,26 +107,29 @@ class TrainedAdapter:
             candidate_ids_C, weight = tensors.pop("candidate_ids_C"), tensors.pop("head.weight")
             head = LMHead(weight, tensors.pop("head.bias", None), card.logit_scale, card.softcap)
             _check_vocabulary(card, candidate_ids_C, head)
-            # Before anything is as large as the card says.
+            # Check before allocating the sizes that the card claims.
             if tensors["A.weight"].shape != (card.rank, card.model.hidden_size):
                 raise damaged
             adapter = Adapter(card.model.hidden_size, card.rank, card.form)
+            for name, stored in _STORED_NAMES.items():
+                if stored in tensors:
+                    tensors[name] = tensors.pop(stored)
             adapter.load_state_dict(tensors)
         except (KeyError, RuntimeError, ValueError) as error:
             raise damaged from error
         if not all(value.isfinite().all() for value in (*tensors.values(), *head.parts())):
             raise damaged
-        pairs = read_written_pairs(folder / _PAIRS) if card.nearest else []
+        pairs = read_stored_pairs(folder / _PAIRS) if card.nearest else []
         if card.nearest and digest_pairs(pairs) != card.pairs_digest:
             raise damaged
         return cls(card, adapter.eval(), candidate_ids_C, head, pairs)
 
 
 def _check_vocabulary(card: AdapterCard, candidate_ids_C: Tensor, head: LMHead) -> None:
-    """Refuse candidates that are no sorted ids of the model, each with its row of the head.
+    """Require sorted candidate ids of the model, each with its row of the head.
 
     Raises:
-        ValueError: they are not.
+        ValueError: the candidates or the rows do not match the card.
     """
     fits = (
         candidate_ids_C.dtype == torch.int64

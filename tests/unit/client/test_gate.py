@@ -3,7 +3,7 @@ import math
 import torch
 from torch import Tensor
 
-from data_owner_client.adapter.gate import Gate, gate_features, nll_on_unseen
+from data_owner_client.adapter.gate import Gate, cross_validated_nll, gate_features
 from data_owner_client.adapter.interpolation import mix
 
 N, C = 600, 9
@@ -42,7 +42,7 @@ def test_a_gate_learns_which_side_knows() -> None:
     assert ((lambda_N > 0) & (lambda_N < 1)).all()
     assert lambda_N[pema_others_N > plm_others_N].mean() > lambda_N[pema_others_N < plm_others_N].mean() + 0.3
     assert nll(plm_others_N, pema_others_N, lambda_N) < best_constant(plm_others_N, pema_others_N) - 0.1
-    unseen, mean = nll_on_unseen(features_N_F, plm_N, pema_N, position_N)
+    unseen, mean = cross_validated_nll(features_N_F, plm_N, pema_N, position_N)
     assert unseen < best_constant(plm_N, pema_N) - 0.1
     assert 0.3 < mean < 0.7
 
@@ -50,7 +50,7 @@ def test_a_gate_learns_which_side_knows() -> None:
 def test_where_nothing_tells_a_gate_is_not_thought_better_than_it_is() -> None:
     features_N_F, plm_N, pema_N, position_N = sides(3, telling=False)
     fitted = nll(plm_N, pema_N, Gate.fit(features_N_F, plm_N, pema_N).lambdas(features_N_F))
-    unseen, _ = nll_on_unseen(features_N_F, plm_N, pema_N, position_N)
+    unseen, _ = cross_validated_nll(features_N_F, plm_N, pema_N, position_N)
     assert unseen > fitted
     assert unseen > best_constant(plm_N, pema_N) - 0.05
 
@@ -60,12 +60,12 @@ def test_targets_that_are_no_candidates_are_left_to_the_plm() -> None:
     pema_N = torch.where(torch.arange(N) % 3 == 0, -math.inf, pema_N)
     gate = Gate.fit(features_N_F, plm_N, pema_N)
     assert all(map(math.isfinite, gate.weight))
-    assert math.isfinite(nll_on_unseen(features_N_F, plm_N, pema_N, position_N)[0])
+    assert math.isfinite(cross_validated_nll(features_N_F, plm_N, pema_N, position_N)[0])
 
 
 def test_one_example_is_enough_for_a_gate_that_can_be_used() -> None:
     features_N_F, plm_N, pema_N, _ = sides(5, telling=True)
     gate = Gate.fit(features_N_F[:1], plm_N[:1], pema_N[:1])
     assert gate.lambdas(features_N_F).isfinite().all()
-    assert math.isfinite(nll_on_unseen(features_N_F[:3], plm_N[:3], pema_N[:3], torch.arange(3))[0])
+    assert math.isfinite(cross_validated_nll(features_N_F[:3], plm_N[:3], pema_N[:3], torch.arange(3))[0])
     assert Gate.model_validate_json(gate.model_dump_json()) == gate
