@@ -74,7 +74,7 @@ def main() -> None:
 def _converted(source: Path, target: Path, dtype: WireDtype) -> float:
     """Write a float32 memory in another format; its bytes per representation, scales included."""
     exact = ExternalMemory(source)
-    memory = ExternalMemory.create(target, exact.manifest.plan.model_copy(update={"dtype": dtype}))
+    memory = ExternalMemory.open_or_create(target, exact.manifest.plan.model_copy(update={"dtype": dtype}))
     rows = exact.load()
     cr_N_D, cr_scale_N = quantize(rows.cr_N_D, dtype, "rows")
     memory.append(

@@ -97,7 +97,7 @@ def _large_memory(rows: int, like: MemoryPlan) -> tuple[Path, Path]:
     for part, count in (("train", rows), ("validation", 2_000)):
         examples = count // _ROWS_PER_EXAMPLE
         changed = {"model": model, "examples": examples, "examples_per_shard": _EXAMPLES_PER_SHARD}
-        memory = ExternalMemory.create(folder / part, like.model_copy(update=changed))
+        memory = ExternalMemory.open_or_create(folder / part, like.model_copy(update=changed))
         for start in range(0, examples, _EXAMPLES_PER_SHARD):
             memory.append(_synthetic(min(_EXAMPLES_PER_SHARD, examples - start), rng))
     head = folder / "head.npy"

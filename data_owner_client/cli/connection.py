@@ -28,8 +28,8 @@ def info(server: ServerOptions, as_json: AsJson = False) -> None:
     """
     with server.connect() as plm:
         record = plm.card.model_dump()
-        if plm.allowances:
-            record["left"] = {a.name: asdict(a) if as_json else str(a) for a in plm.allowances}
+        if plm.rate_limits:
+            record["left"] = {a.name: asdict(a) if as_json else str(a) for a in plm.rate_limits}
         print_record(record, as_json, title=plm.card.name)
 
 

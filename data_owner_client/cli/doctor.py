@@ -195,7 +195,7 @@ def _head(plm: RemotePlm) -> Finding:
         how = "rotated, so without a digest of its rows" if plm.card.rotated else "as the server's digest says"
         return Finding(check="LM head", ok=True, detail=f"in {head.folder}, {how}")
     if plm.card.head_policy == "none":
-        have, wanted = len(plm.distributions().keys()), contexts_needed(plm.card)
+        have, wanted = len(plm.cached_distributions().keys()), contexts_needed(plm.card)
         return Finding(
             check="LM head",
             ok=True,
@@ -214,7 +214,7 @@ def _memory(plm: RemotePlm, path: Path) -> Finding:
     if not memories:
         raise InvalidData(f"{path} holds no memory.", hint="Build one: pema-client build-memory.")
     for memory in memories:
-        memory.manifest.plan.model.require(ModelIdentity.of(plm.card), f"The memory in {memory.folder}", "the server")
+        memory.manifest.plan.model.require(ModelIdentity.from_card(plm.card), f"The memory in {memory.folder}", "the server")
     counts = [f"{memory.folder.name}: {memory.manifest.rows:,} rows" for memory in memories]
     unfinished = [memory for memory in memories if not memory.complete]
     return Finding(
@@ -227,5 +227,5 @@ def _memory(plm: RemotePlm, path: Path) -> Finding:
 
 def _adapter(plm: RemotePlm, path: Path) -> Finding:
     card = TrainedAdapter.load(path).card
-    card.model.require(ModelIdentity.of(plm.card), f"The adapter in {path}", "the server")
+    card.model.require(ModelIdentity.from_card(plm.card), f"The adapter in {path}", "the server")
     return Finding(check=f"adapter {path}", ok=True, detail=f"of this very model; {card.form}, rank {card.rank}")

@@ -51,7 +51,7 @@ def write_texts(
                 if at not in failed
             }
 
-        before = ResumableOutput(output, identity).run(inputs, work)
+        before = ResumableOutput(output, identity).write(inputs, work)
         done_before = f" ({before} of them done before)" if before else ""
         print(f"{len(inputs)} texts{done_before}: {usage}.", file=sys.stderr)
         return

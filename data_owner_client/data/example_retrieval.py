@@ -22,7 +22,7 @@ def with_retrieved_examples(
     """The task of each text: with the examples nearest to it in its prompt, or, without `nearest`, as it is."""
     if nearest is None:
         return [task] * len(sources)
-    return [_with_examples(plm, task, *each) for each in zip(sources, nearest.examples(sources), strict=True)]
+    return [_with_examples(plm, task, *each) for each in zip(sources, nearest.retrieve(sources), strict=True)]
 
 
 class ExampleRetriever:

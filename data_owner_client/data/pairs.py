@@ -122,7 +122,7 @@ def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:
     write_atomically(path, "".join(lines).encode())
 
 
-def read_written_pairs(path: Path) -> list[Pair]:
+def read_stored_pairs(path: Path) -> list[Pair]:
     """What `write_pairs` wrote; nothing if that is not there, or damaged: its digest tells."""
     try:
         return [Pair(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]

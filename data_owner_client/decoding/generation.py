@@ -197,7 +197,7 @@ def _generate(
 ) -> Generation:
     started = time.perf_counter()
     if adapter is not None:
-        adapter.card.model.require(ModelIdentity.of(plm.card), "The adapter", "the server")
+        adapter.card.model.require(ModelIdentity.from_card(plm.card), "The adapter", "the server")
     tokenizer = plm.tokenizer
     prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     own_ids = None if own_prompts is None else [tokenizer.encode_prompt(prompt) for prompt in own_prompts]

@@ -1,1 +1,1 @@
-"""The external memory E = {(f(c_i), y_i)}: how it is built, and how it lies on disk."""
+"""The external memory E = {(f(c_i), y_i)}: rows, files on disk, alignment and building."""

@@ -1,4 +1,4 @@
-"""Building an external memory from pairs of texts, over any connection."""
+"""Build an external memory from pairs of texts, over any connection."""
 
 from __future__ import annotations
 
@@ -39,20 +39,21 @@ def build_memory(
     """Build a memory, or finish one whose build was interrupted.
 
     Args:
-        plm: gives the representations.
-        task: makes prompts of source texts.
-        pairs: every pair with its target.
-        folder: where the memory is or will be.
-        context_mode: `private` sends prompts only and pairs y_i with the PLM's own greedy continuation;
-            `teacher-forced` sends the targets, too, and pairs y_i with its true context.
-        share_targets: must be true for `teacher-forced`: the targets are shown to the PLM's owner.
-        with_logsumexp: also store each position's log-sum-exp (validation needs it; a full head product on the server).
-        overwrite: throw away what the folder holds.
-        reporter: told of the progress.
+        plm: the remote model that computes the representations.
+        task: template that turns source texts into prompts.
+        pairs: texts to store; each must have a target.
+        folder: the memory's folder; created if it is missing.
+        context_mode: `private` sends only prompts and pairs y_i with a context of the PLM's own greedy continuation.
+            `teacher-forced` also sends the targets and pairs y_i with its true context.
+        share_targets: consent to show the targets to the PLM's owner; `teacher-forced` requires it.
+        with_logsumexp: store the log-sum-exp of each position, too. Validation needs it; it costs the server a product
+            with the full head.
+        overwrite: delete the folder's current memory first.
+        reporter: receives the progress; None for no reports.
 
     Raises:
-        InvalidData: a pair cannot be used, the folder holds another memory or is in use, the disk is full.
-        PemaError: as the calls to the PLM.
+        InvalidData: a pair cannot be used, the folder holds another memory or is in use, or the disk is full.
+        PemaError: a call to the PLM failed.
     """
     if context_mode == "teacher-forced" and not share_targets:
         raise InvalidData(
@@ -60,30 +61,30 @@ def build_memory(
             hint="Say --share-targets if that is what you want, or use --context private.",
         )
     plan = MemoryPlan(
-        model=ModelIdentity.of(plm.card),
+        model=ModelIdentity.from_card(plm.card),
         task=task,
         context_mode=context_mode,
         dtype=plm.dtype,
-        with_logsumexp=with_logsumexp or context_mode == "private",  # `decode` gives it anyway
+        with_logsumexp=with_logsumexp or context_mode == "private",  # `decode` returns it anyway
         data_digest=digest_pairs(pairs),
         examples=len(pairs),
         examples_per_shard=_EXAMPLES_PER_SHARD,
     )
-    # Before anything is sent: a pair that cannot be used should not stop a build after an hour.
+    # Check all pairs before anything is sent, so that an unusable one does not stop a build after an hour.
     sizes = ExampleSizes()
     reporter = reporter or Reporter()
     with reporter.bar("tokenising", len(pairs), "pairs") as bar:
         for number, pair in enumerate(pairs, 1):
-            place = f"pair {number}"
-            tokenized = tokenize_pair(plm, task, pair, place=place)
-            require_fits(plm, tokenized, place=place, drafted=context_mode == "private")
+            label = f"pair {number}"
+            tokenized = tokenize_pair(plm, task, pair, label=label)
+            require_fits(plm, tokenized, label=label, drafted=context_mode == "private")
             sizes.append(len(tokenized.prompt) + len(tokenized.target), len(tokenized.target))
             bar.advance(1)
-    with _only_builder(folder):
+    with _exclusive_build(folder):
         if overwrite:
-            _empty(folder)
-        memory = ExternalMemory.create(folder, plan)
-        memory.keep_pairs(pairs)
+            _delete_memory(folder)
+        memory = ExternalMemory.open_or_create(folder, plan)
+        memory.store_pairs(pairs)
         _append_missing(memory, plm, pairs, sizes, reporter)
     return memory
 
@@ -94,7 +95,7 @@ def _append_missing(
     plan, done = memory.manifest.plan, memory.manifest.examples
 
     def fetch(run: range) -> MemoryRows:
-        chunk = [tokenize_pair(plm, plan.task, pairs[i], place=f"pair {i + 1}") for i in run]
+        chunk = [tokenize_pair(plm, plan.task, pairs[i], label=f"pair {i + 1}") for i in run]
         if plan.context_mode == "private":
             return encode_private(plm, chunk, plan.task.stop_ids(plm.tokenizer))
         return encode_teacher_forced(plm, chunk, with_logsumexp=plan.with_logsumexp)
@@ -102,10 +103,10 @@ def _append_missing(
     runs = list(split_into_requests(sizes, plm.card, plan.dtype, done=done, examples_per_shard=plan.examples_per_shard))
     window = InFlightWindow()
     parts: list[MemoryRows] = []
-    # While one request computes on the server, the next are tokenised and on their way, and the last shard is stored.
+    # While the server computes one request, the next ones are tokenised and sent, and the last shard is stored.
     with (
         reporter.bar(f"memory {memory.folder.name}", len(pairs), "examples", done=done) as bar,
-        plm.observed_by(window.learn),
+        plm.observed_by(window.observe),
     ):
         for run, rows in zip(runs, ordered_map(fetch, runs, window), strict=True):
             parts.append(rows)
@@ -116,7 +117,7 @@ def _append_missing(
 
 
 @contextmanager
-def _only_builder(folder: Path) -> Iterator[None]:
+def _exclusive_build(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,8 +134,8 @@ def _only_builder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _empty(folder: Path) -> None:
-    # The manifest first: what it does not name is not part of the memory.
+def _delete_memory(folder: Path) -> None:
+    # The manifest first: files that no manifest names are not part of a memory.
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in [*folder.glob("*.safetensors"), *folder.glob("*.jsonl"), *folder.glob(".*.partial")]:
         path.unlink()

@@ -18,7 +18,18 @@ from data_owner_client.runtime.progress import Reporter
 
 
 class MemoryReport(BaseModel):
-    """What `build_memories` made."""
+    """Result of `build_memories`.
+
+    Attributes:
+        folder: folder that holds both memories.
+        examples: pairs in the training memory.
+        rows: target tokens in the training memory.
+        validation_examples: pairs in the validation memory.
+        validation_rows: target tokens in the validation memory.
+        context_mode: whether the contexts are `private` or `teacher-forced`.
+        length_ratio: target tokens per source token in the training memory.
+        seconds: duration of the build.
+    """
 
     folder: str
     examples: int
@@ -45,8 +56,21 @@ def build_memories(
 ) -> MemoryReport:
     """Build `folder/train` and `folder/validation`, or finish what an interrupted run began.
 
-    Without `validation` pairs, a share of `pairs` is set aside. What the other arguments mean, and what is raised: see
-    `memory.build_memory`.
+    Args:
+        plm: the remote model that computes the representations.
+        task: template that turns source texts into prompts.
+        pairs: texts to store; each must have a target.
+        folder: folder for both memories; created if it is missing.
+        validation: held-out pairs; None to set a share of `pairs` aside.
+        validation_fraction: share of `pairs` to set aside, 0 to 1; ignored if `validation` is not None.
+        context_mode: `private` sends only prompts; `teacher-forced` also sends the targets (`memory.build`).
+        share_targets: consent to show the targets to the PLM's owner; `teacher-forced` requires it.
+        overwrite: delete the memories in `folder` first.
+        reporter: receives the progress; None for no reports.
+
+    Raises:
+        InvalidData: a pair cannot be used, the folder holds another memory or is in use, or the disk is full.
+        PemaError: a call to the PLM failed.
     """
     started = time.perf_counter()
     if validation is None:
@@ -55,7 +79,7 @@ def build_memories(
         train_pairs, held_out = list(pairs), list(validation)
     reporter = reporter or Reporter()
     if share_targets or context_mode == "private":
-        reporter.say(disclosure(context_mode))
+        reporter.say(disclosure_notice(context_mode))
     memories = [
         build_memory(
             plm,
@@ -82,8 +106,8 @@ def build_memories(
     )
 
 
-def disclosure(context_mode: ContextMode) -> str:
-    """What leaves this machine while a memory is built, in one line."""
+def disclosure_notice(context_mode: ContextMode) -> str:
+    """One line that says what leaves this machine while a memory is built."""
     if context_mode == "private":
         return "Leaves this machine: the prompts with their source texts, and the targets' lengths. No target text."
     return "Leaves this machine: the prompts with their source texts, and every target text (--share-targets)."

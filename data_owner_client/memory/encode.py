@@ -1,4 +1,4 @@
-"""Contexts of training pairs: tokenised, and encoded by the PLM."""
+"""Tokenise training pairs, and have the PLM encode their contexts."""
 
 from __future__ import annotations
 
@@ -20,24 +20,36 @@ from protocol.messages import DecodeResponse, EncodeResponse
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """A pair as token ids; the target ends with the stop."""
+    """A pair as token ids.
+
+    Attributes:
+        prompt: token ids of the whole prompt.
+        target: token ids of the target, of which the last is a stop.
+        source_tokens: length of the bare source text in tokens.
+    """
 
     prompt: list[int]
     target: list[int]
     source_tokens: int
 
 
-def tokenize_pair(plm: RemotePlm, task: Task, pair: Pair, *, place: str) -> TokenizedPair:
-    """Prompt and target of a pair as token ids.
+def tokenize_pair(plm: RemotePlm, task: Task, pair: Pair, *, label: str) -> TokenizedPair:
+    """Tokenise the prompt and the target of a pair.
+
+    Args:
+        plm: the model whose tokenizer is used.
+        task: template of the prompt.
+        pair: source text and target.
+        label: name of the pair in error messages, such as `pair 3`.
 
     Raises:
-        InvalidData: the pair has no target, or its target holds the task's stop text.
+        InvalidData: the pair has no target, the target holds the task's stop text, or it does not end with a stop.
     """
     if pair.target is None:
-        raise InvalidData(f"{place} has no target.", hint="A memory is made of pairs.")
+        raise InvalidData(f"{label} has no target.", hint="A memory is made of pairs.")
     if task.stop_text and task.stop_text in pair.target:
         raise InvalidData(
-            f"The target of {place} contains the stop {task.stop_text!r}, so an answer would end in its middle.",
+            f"The target of {label} contains the stop {task.stop_text!r}, so an answer would end in its middle.",
             hint="Replace it in the texts, or give the task another `stop`.",
         )
     tokenizer = plm.tokenizer
@@ -46,36 +58,42 @@ def tokenize_pair(plm: RemotePlm, task: Task, pair: Pair, *, place: str) -> Toke
     target_ids = tokenizer.encode_target(prompt, prompt_ids, task.continuation(pair.target, tokenizer))
     if target_ids[-1] not in task.stop_ids(tokenizer):
         raise InvalidData(
-            f"The target of {place} does not end with a stop token of this model.", hint="Give the task another `stop`."
+            f"The target of {label} does not end with a stop token of this model.", hint="Give the task another `stop`."
         )
     return TokenizedPair(prompt_ids, target_ids, tokenizer.count(pair.source))
 
 
 def encode_teacher_forced(plm: RemotePlm, pairs: Sequence[TokenizedPair], *, with_logsumexp: bool) -> MemoryRows:
-    """Rows with the contexts c_i = prompt + y_<i. The targets but for their last token go to the server."""
+    """Rows with the contexts c_i = prompt + y_<i. The server sees the targets except for their last token."""
     response = plm.encode(
         [pair.prompt + pair.target[:-1] for pair in pairs],
         [len(pair.prompt) - 1 for pair in pairs],
         with_logsumexp=with_logsumexp,
     )
-    return _labelled(response, pairs)
+    return _rows(response, pairs)
 
 
-def tokenize_pairs(plm: RemotePlm, tasks: Sequence[Task], pairs: Sequence[Pair], *, place: str) -> list[TokenizedPair]:
-    """Pairs as token ids, each with a task of its own, and none too long for the server.
+def tokenize_pairs(plm: RemotePlm, tasks: Sequence[Task], pairs: Sequence[Pair], *, label: str) -> list[TokenizedPair]:
+    """Tokenise pairs, each with its task, and refuse those that are too long for the server.
+
+    Args:
+        plm: the model whose tokenizer is used.
+        tasks: one task for each pair.
+        pairs: source texts and targets.
+        label: kind of pair in error messages; the number of the pair follows it.
 
     Raises:
-        InvalidData: as `tokenize_pair`, or a pair is too long.
+        InvalidData: a pair has no usable target (`tokenize_pair`), or is too long.
     """
     tokenized = []
     for number, (task, pair) in enumerate(zip(tasks, pairs, strict=True), 1):
-        tokenized.append(tokenize_pair(plm, task, pair, place=f"{place} {number}"))
-        require_fits(plm, tokenized[-1], place=f"{place} {number}")
+        tokenized.append(tokenize_pair(plm, task, pair, label=f"{label} {number}"))
+        require_fits(plm, tokenized[-1], label=f"{label} {number}")
     return tokenized
 
 
 def encode_all(plm: RemotePlm, pairs: Sequence[TokenizedPair], reporter: Reporter) -> MemoryRows:
-    """Teacher-forced rows with log-sum-exp of pairs that need no memory on disk."""
+    """Teacher-forced rows with log-sum-exp, for pairs that need no memory on disk."""
     sizes = ExampleSizes()
     for pair in pairs:
         sizes.append(len(pair.prompt) + len(pair.target), len(pair.target))
@@ -88,15 +106,18 @@ def encode_all(plm: RemotePlm, pairs: Sequence[TokenizedPair], reporter: Reporte
 
 
 def encode_private(plm: RemotePlm, pairs: Sequence[TokenizedPair], stop_ids: frozenset[int]) -> MemoryRows:
-    """Rows with the contexts c_i = prompt + the PLM's own greedy continuation ŵ_<i. Only prompts go to the server.
+    """Rows with the contexts c_i = prompt + ŵ_<i, where ŵ is the PLM's greedy continuation.
 
-    And, as `look_ahead`, the targets' lengths.
+    The server sees only the prompts and, as `look_ahead`, the targets' lengths.
+
+    Raises:
+        ProtocolViolation: the server drafted fewer tokens than requested.
     """
     response = plm.decode([pair.prompt for pair in pairs], [len(pair.target) - 1 for pair in pairs])
     lengths = [len(pair.target) for pair in pairs]
     if response.rows_B.tolist() != lengths:
         raise ProtocolViolation(
-            "The server drafted fewer tokens than were asked for.", hint="Nothing was stored; try again."
+            "The server drafted fewer tokens than were requested.", hint="Nothing was stored; try again."
         )
     contexts = [
         context
@@ -104,14 +125,14 @@ def encode_private(plm: RemotePlm, pairs: Sequence[TokenizedPair], stop_ids: fro
         for context in align(drafted_T.tolist(), pair.target, stop_ids)
     ]
     return replace(
-        _labelled(response, pairs),
-        context_N=torch.tensor([context.drafted for context in contexts], dtype=torch.int32),
-        agrees_N=torch.tensor([context.agrees for context in contexts], dtype=torch.uint8),
-        sure_N=torch.tensor([context.sure for context in contexts], dtype=torch.uint8),
+        _rows(response, pairs),
+        context_N=torch.tensor([context.draft_index for context in contexts], dtype=torch.int32),
+        matches_N=torch.tensor([context.matches for context in contexts], dtype=torch.uint8),
+        reliable_N=torch.tensor([context.reliable for context in contexts], dtype=torch.uint8),
     )
 
 
-def _labelled(response: EncodeResponse | DecodeResponse, pairs: Sequence[TokenizedPair]) -> MemoryRows:
+def _rows(response: EncodeResponse | DecodeResponse, pairs: Sequence[TokenizedPair]) -> MemoryRows:
     return MemoryRows(
         cr_N_D=response.cr_N_D,
         target_N=torch.tensor([i for pair in pairs for i in pair.target], dtype=torch.int32),
@@ -124,21 +145,27 @@ def _labelled(response: EncodeResponse | DecodeResponse, pairs: Sequence[Tokeniz
     )
 
 
-def require_fits(plm: RemotePlm, pair: TokenizedPair, *, place: str, drafted: bool = False) -> None:
-    """Refuse a pair that is longer than the server takes, or drafts in one call.
+def require_fits(plm: RemotePlm, pair: TokenizedPair, *, label: str, drafted: bool = False) -> None:
+    """Refuse a pair that exceeds the server's limits.
+
+    Args:
+        plm: the model whose limits apply.
+        pair: the pair as token ids.
+        label: name of the pair in error messages.
+        drafted: whether the server must also draft the target's length in one call.
 
     Raises:
-        InvalidData: it is.
+        InvalidData: the pair is too long.
     """
     limits = plm.card.limits
     tokens = len(pair.prompt) + len(pair.target)
     if tokens > limits.max_sequence_tokens or len(pair.target) > limits.max_rows:
         raise InvalidData(
-            f"{place} has {tokens} tokens with its prompt; the server takes {limits.max_sequence_tokens}.",
+            f"{label} has {tokens} tokens with its prompt; the server takes {limits.max_sequence_tokens}.",
             hint="Shorten the text or use fewer examples in the task.",
         )
     if drafted and len(pair.target) - 1 > limits.max_look_ahead:
         raise InvalidData(
-            f"The target of {place} has {len(pair.target)} tokens; the server drafts {limits.max_look_ahead}.",
+            f"The target of {label} has {len(pair.target)} tokens; the server drafts {limits.max_look_ahead}.",
             hint="Shorten the text.",
         )

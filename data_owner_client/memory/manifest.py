@@ -1,4 +1,4 @@
-"""The manifest of an external memory: its shards, its plan and its identity."""
+"""The manifest of an external memory: plan, shards and token counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ ContextMode = Literal["private", "teacher-forced"]
 
 
 class ShardRecord(BaseModel):
-    """One shard as the manifest knows it."""
+    """One shard in the manifest.
+
+    Attributes:
+        file: name of the shard's file.
+        examples: pairs in the shard.
+        rows: target tokens in the shard.
+        sha256: checksum of the file.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,7 +32,18 @@ class ShardRecord(BaseModel):
 
 
 class MemoryPlan(BaseModel):
-    """What decides the content of a memory. Two builds with the same plan give the same memory."""
+    """Everything that decides the content of a memory. Two builds with the same plan give the same memory.
+
+    Attributes:
+        model: model that computes the representations.
+        task: template of the prompts.
+        context_mode: whether the contexts are `private` or `teacher-forced`.
+        dtype: number format of the representations.
+        with_logsumexp: whether each row has its log-sum-exp.
+        data_digest: SHA-256 over the pairs (`data.pairs.digest_pairs`).
+        examples: number of pairs.
+        examples_per_shard: pairs in each shard except the last.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,7 +58,14 @@ class MemoryPlan(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Plan, shards so far, and the token counts that the length ratio is made of."""
+    """Content of `manifest.json`.
+
+    Attributes:
+        format: version of the layout.
+        plan: everything that decides the content.
+        shards: shards written so far.
+        source_tokens: tokens of the source texts stored so far; the length ratio needs them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,7 +1,7 @@
 """The external memory on disk: append-only safetensors shards and a manifest with their checksums.
 
-A shard holds a fixed run of examples, and is written whole before the manifest names it. A build killed at any moment
-therefore leaves a valid memory of the examples so far, and the next run goes on behind them.
+A shard holds a fixed range of examples and is written whole before the manifest names it. A build killed at any moment
+therefore leaves a valid memory of the examples so far, and the next build continues after them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Self
 
 from pydantic import ValidationError
 
-from data_owner_client.data.pairs import Pair, digest_pairs, read_written_pairs, write_pairs
+from data_owner_client.data.pairs import Pair, digest_pairs, read_stored_pairs, write_pairs
 from data_owner_client.memory.manifest import Manifest, MemoryPlan, ShardRecord
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.validation import is_valid
@@ -23,17 +23,21 @@ from protocol.errors import InvalidData
 
 MANIFEST, _PAIRS = "manifest.json", "pairs.jsonl"
 TRAIN, VALIDATION = "train", "validation"
-"""Folders of the two memories that a training takes."""
+"""Folder names of the two memories that training needs."""
 
 
 class ExternalMemory:
-    """A memory folder.
+    """An external memory in a folder.
 
     Args:
-        folder: where the manifest and the shards lie.
+        folder: folder with the manifest and the shards.
+
+    Attributes:
+        folder: folder with the manifest and the shards.
+        manifest: plan of the memory and shards written so far.
 
     Raises:
-        InvalidData: there is no memory, or its manifest is damaged.
+        InvalidData: the folder holds no memory, or its manifest is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,38 +53,39 @@ class ExternalMemory:
             ) from error
 
     @classmethod
-    def create(cls, folder: Path, plan: MemoryPlan) -> Self:
-        """Open the memory for appending, new or where an earlier build stopped.
+    def open_or_create(cls, folder: Path, plan: MemoryPlan) -> Self:
+        """Open a memory for appending; create it if the folder holds none.
 
         Raises:
-            InvalidData, IdentityMismatch: the folder holds another memory.
+            InvalidData: the folder holds a memory with another plan, or the disk is full.
+            IdentityMismatch: the folder holds a memory of another model.
         """
         if not (folder / MANIFEST).exists():
             write_atomically(folder / MANIFEST, Manifest(plan=plan).model_dump_json(indent=1).encode())
         memory = cls(folder)
-        found = memory.manifest.plan
-        found.model.require(plan.model, f"The memory in {folder}", "the server")
-        different = [name for name in MemoryPlan.model_fields if getattr(found, name) != getattr(plan, name)]
+        current = memory.manifest.plan
+        current.model.require(plan.model, f"The memory in {folder}", "the server")
+        different = [name for name in MemoryPlan.model_fields if getattr(current, name) != getattr(plan, name)]
         if different:
             raise InvalidData(
                 f"{folder} holds a memory with another {', '.join(different)}.",
-                hint="Give another --memory folder, or --overwrite to build it anew.",
+                hint="Give another --memory folder, or --overwrite to build it again.",
             )
         return memory
 
-    def keep_pairs(self, pairs: Sequence[Pair]) -> None:
-        """Keep the texts beside their rows: some are shown to the PLM as examples."""
+    def store_pairs(self, pairs: Sequence[Pair]) -> None:
+        """Store the texts beside their rows. Some may be shown to the PLM as examples."""
         if not (self.folder / _PAIRS).exists():
             write_pairs(self.folder / _PAIRS, pairs)
 
     def pairs(self) -> list[Pair]:
-        """The texts that the memory was built from.
+        """The pairs that the memory was built from.
 
         Raises:
-            InvalidData: they are missing, or not those that it was built from.
+            InvalidData: the file with the texts is missing or holds other texts.
         """
         path = self.folder / _PAIRS
-        pairs = read_written_pairs(path)
+        pairs = read_stored_pairs(path)
         if digest_pairs(pairs) != self.manifest.plan.data_digest:
             raise InvalidData(
                 f"{path} does not hold the texts that the memory was built from.",
@@ -90,12 +95,12 @@ class ExternalMemory:
 
     @property
     def complete(self) -> bool:
-        """Whether all examples of the plan are stored."""
+        """True if all examples of the plan are stored."""
         return self.manifest.examples == self.manifest.plan.examples
 
     @property
     def length_ratio(self) -> float:
-        """Target tokens for each source token: what Gradual Unrolling predicts a sentence's length with."""
+        """Target tokens per source token, from which Gradual Unrolling predicts the length of a target."""
         return self.manifest.rows / max(1, self.manifest.source_tokens)
 
     @property
@@ -126,11 +131,15 @@ class ExternalMemory:
         write_atomically(self.folder / MANIFEST, self.manifest.model_dump_json(indent=1).encode())
 
     def load(self) -> MemoryRows:
-        """All rows. What is raised: see `shards`."""
+        """All rows of all shards.
+
+        Raises:
+            InvalidData: the memory is not complete, or a shard is missing or damaged.
+        """
         return MemoryRows.concatenate(list(self.shards()))
 
     def shards(self) -> Iterator[MemoryRows]:
-        """All rows, shard by shard.
+        """Iterate over all shards.
 
         Raises:
             InvalidData: the memory is not complete, or a shard is missing or damaged.
@@ -142,7 +151,7 @@ class ExternalMemory:
         """Refuse a memory that is still being built.
 
         Raises:
-            InvalidData: it is.
+            InvalidData: the memory is not complete.
         """
         if not self.complete:
             raise InvalidData(
@@ -152,19 +161,19 @@ class ExternalMemory:
 
     @property
     def shard_rows(self) -> list[int]:
-        """Rows of each shard."""
+        """Number of rows of each shard."""
         return [shard.rows for shard in self.manifest.shards]
 
     @property
     def shard_examples(self) -> list[int]:
-        """Examples of each shard."""
+        """Number of examples of each shard."""
         return [shard.examples for shard in self.manifest.shards]
 
     def shard(self, number: int) -> MemoryRows:
-        """One shard.
+        """Read one shard, by its index from 0.
 
         Raises:
-            InvalidData: it is missing or damaged.
+            InvalidData: the shard is missing or damaged.
         """
         record = self.manifest.shards[number]
         path = self.folder / record.file
@@ -176,8 +185,8 @@ class ExternalMemory:
         if hashlib.sha256(data).hexdigest() != record.sha256:
             raise damaged
         try:
-            rows = MemoryRows(**unpacked(data))
-        except (ValueError, TypeError) as error:
+            rows = MemoryRows.from_columns(unpacked(data))
+        except ValueError as error:
             raise damaged from error
         plan = self.manifest.plan
         if (len(rows.rows_E), len(rows.target_N)) != (record.examples, record.rows) or not is_valid(rows, plan.model):

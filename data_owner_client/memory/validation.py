@@ -1,4 +1,4 @@
-"""Whether rows that were read belong together: what comes from a file is not taken for granted."""
+"""Validation of memory rows that were read from a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def is_valid(rows: MemoryRows, model: ModelIdentity) -> bool:
-    """Whether every column has its shape, dtype and range, for this model."""
+    """Return True if every column has the shape, dtype and range that the model requires."""
     counts_E, target_N = rows.rows_E, rows.target_N
     if not (_ids(counts_E, 1) and _ids(target_N, 0, model.vocab_size) and _ids(rows.source_tokens_E, 0)):
         return False
@@ -28,18 +28,18 @@ def is_valid(rows: MemoryRows, model: ModelIdentity) -> bool:
     if rows.logsumexp_N is not None and not _finite(rows.logsumexp_N, (n,)):
         return False
     if rows.context_N is None:
-        return rows.agrees_N is None and rows.sure_N is None
-    for known_N in (rows.agrees_N, rows.sure_N):
-        if known_N is None or known_N.dtype != torch.uint8 or known_N.shape != (n,):
+        return rows.matches_N is None and rows.reliable_N is None
+    for flag_N in (rows.matches_N, rows.reliable_N):
+        if flag_N is None or flag_N.dtype != torch.uint8 or flag_N.shape != (n,):
             return False
     length_N = counts_E.long().repeat_interleave(counts_E.long())
     return _ids(rows.context_N, 0) and len(rows.context_N) == n and bool((rows.context_N < length_N).all())
 
 
-def _ids(values: Tensor, least: int, most: int | None = None) -> bool:
+def _ids(values: Tensor, minimum: int, end: int | None = None) -> bool:
     if values.ndim != 1 or values.dtype not in (torch.int32, torch.int64):
         return False
-    return not len(values) or (int(values.min()) >= least and (most is None or int(values.max()) < most))
+    return not len(values) or (int(values.min()) >= minimum and (end is None or int(values.max()) < end))
 
 
 def _representations(values_N_D: Tensor, scale_N: Tensor | None, n: int, d: int) -> bool:

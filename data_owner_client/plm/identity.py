@@ -23,7 +23,7 @@ class ModelIdentity(BaseModel):
     vocab_size: int = Field(ge=1)
 
     @classmethod
-    def of(cls, card: ModelCard) -> Self:
+    def from_card(cls, card: ModelCard) -> Self:
         """The identity in a model card."""
         return cls(**{name: getattr(card, name) for name in cls.model_fields})
 

@@ -79,9 +79,9 @@ class RemotePlm:
             )
 
     @property
-    def allowances(self) -> tuple[RateLimitStatus, ...]:
+    def rate_limits(self) -> tuple[RateLimitStatus, ...]:
         """What the newest answer said is left of the client's quotas; empty where there are none."""
-        return self._connection.allowances
+        return self._connection.rate_limits
 
     def close(self) -> None:
         """Close the connection."""
@@ -167,7 +167,7 @@ class RemotePlm:
         self._check(response, ids)
         return response
 
-    def in_dtype(self, dtype: WireDtype) -> RemotePlm:
+    def with_dtype(self, dtype: WireDtype) -> RemotePlm:
         """The same PLM over the same connection, with representations in another dtype."""
         other = copy.copy(self)
         other.dtype = dtype
@@ -183,7 +183,7 @@ class RemotePlm:
             raise ProtocolViolation("The server's probabilities of all tokens do not add up to 1.")
         return logprob_V
 
-    def distributions(self) -> Distributions:
+    def cached_distributions(self) -> Distributions:
         """The full distributions in the cache."""
         if self._cache is None:
             raise InvalidData("There is no cache for full distributions.", hint="Give RemotePlm a `cache` folder.")
@@ -198,7 +198,7 @@ class RemotePlm:
             InvalidData: there are too few of these.
         """
         if self.card.head_policy == "none":
-            return fit_rows(self.distributions(), token_ids_C).head
+            return fit_rows(self.cached_distributions(), token_ids_C).head
         # Always float32: an adapter keeps its rows, and they are few.
         pieces = [
             self._head(HeadRequest(token_ids=ids_N.tolist(), dtype="float32"), len(ids_N))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_owner_client.adapter.trained import TrainedAdapter
-from data_owner_client.data.pairs import Pair, digest_pairs, read_pairs, read_written_pairs, write_pairs
+from data_owner_client.data.pairs import Pair, digest_pairs, read_pairs, read_stored_pairs, write_pairs
 from data_owner_client.data.tasks import Task, load_task
 from data_owner_client.evaluation.comparison.results import SystemResult
 from data_owner_client.memory.manifest import MemoryPlan
@@ -52,8 +52,8 @@ def rows() -> MemoryRows:
         source_tokens_E=torch.tensor([4, 5], dtype=torch.int32),
         logsumexp_N=torch.ones(5),
         context_N=torch.tensor([0, 1, 0, 2, 2], dtype=torch.int32),
-        agrees_N=torch.ones(5, dtype=torch.uint8),
-        sure_N=torch.tensor([1, 1, 1, 0, 0], dtype=torch.uint8),
+        matches_N=torch.ones(5, dtype=torch.uint8),
+        reliable_N=torch.tensor([1, 1, 1, 0, 0], dtype=torch.uint8),
     )
 
 
@@ -68,9 +68,9 @@ def test_memories(tmp_path: Path) -> None:
         examples=2,
         examples_per_shard=2,
     )
-    memory = ExternalMemory.create(tmp_path, plan)
+    memory = ExternalMemory.open_or_create(tmp_path, plan)
     memory.append(rows())
-    memory.keep_pairs([Pair("a", "b")] * 2)
+    memory.store_pairs([Pair("a", "b")] * 2)
     manifest, shard, pairs = (tmp_path / name for name in ("manifest.json", "shard-00000.safetensors", "pairs.jsonl"))
     good = {path: path.read_bytes() for path in (manifest, shard, pairs)}
 
@@ -90,7 +90,7 @@ def test_memories(tmp_path: Path) -> None:
         if found is not None:
             assert found.position_N().shape == found.target_N.shape
             assert found.aligned().representations_N_D().isfinite().all()
-            assert found.first(1).target_N.max() < read.manifest.plan.model.vocab_size
+            assert found.head(1).target_N.max() < read.manifest.plan.model.vocab_size
 
     reads()
     # Not a file elsewhere, whatever its checksum.
@@ -214,7 +214,7 @@ def test_texts(tmp_path: Path) -> None:
         mine.write_bytes(content)
         refused(lambda: read_pairs(mine))
         kept.write_bytes(content)
-        assert isinstance(read_written_pairs(kept), list)
+        assert isinstance(read_stored_pairs(kept), list)
 
     reads()
 

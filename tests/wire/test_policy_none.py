@@ -162,7 +162,7 @@ def test_logits_are_the_models_own(
     contexts = random_ids(5, [7] * 20)
     seen = plm.decode(contexts, [0] * len(contexts))
     input_N_D = seen.cr_N_D if seen.last_hidden_N_D is None else seen.last_hidden_N_D
-    fitted = fit_rows(plm.distributions(), ALL_TOKENS)
+    fitted = fit_rows(plm.cached_distributions(), ALL_TOKENS)
     logprob_N_V = fitted.head.logits(input_N_D) - seen.logsumexp_N[:, None]
     true_N_V = torch.stack([plm.distribution(ids) for ids in contexts])
     torch.testing.assert_close(logprob_N_V, true_N_V, rtol=0, atol=5e-3)
@@ -199,12 +199,12 @@ def test_a_share_that_is_used_up_loses_nothing(owner: Owner, tmp_path: Path) -> 
     with pytest.raises(QuotaExceeded, match="are answered and kept") as caught:
         asked(plm, memory)
     assert caught.value.retry_after_s
-    kept = len(plm.distributions().keys())
+    kept = len(plm.cached_distributions().keys())
     assert 0 < kept < 48
     assert f"Of 48 full distributions {kept} are" in caught.value.detail
     owner.store.limit("acme", {"tokens_per_day": None})
     asked(plm, memory)
-    assert len(plm.distributions().keys()) == owner.distributions("acme") == 48
+    assert len(plm.cached_distributions().keys()) == owner.distributions("acme") == 48
 
 
 def test_who_may_have_no_distributions_is_told_so(owner: Owner, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_damaged_answer_is_asked_for_again(owner: Owner, tmp_path: Path) -> No
     memory = built(plm, tmp_path / "memory")
     asked(plm, memory)
     truth = plm.head_rows(ALL_TOKENS).weight_V_D
-    path = sorted(plm.distributions().folder.iterdir())[7]
+    path = sorted(plm.cached_distributions().folder.iterdir())[7]
     data = bytearray(path.read_bytes())
     data[-9] ^= 1
     path.write_bytes(bytes(data))

@@ -88,12 +88,12 @@ def client(url: str, owner: Owner) -> Iterator[Connection]:
 
 
 def left(connection: Connection) -> dict[str, int]:
-    return {allowance.name: allowance.left for allowance in connection.allowances}
+    return {allowance.name: allowance.left for allowance in connection.rate_limits}
 
 
 def test_a_client_can_reckon_what_calls_cost(client: Connection, owner: Owner) -> None:
     client.model_card()
-    assert client.allowances == ()
+    assert client.rate_limits == ()
     owner.limit(tokens_per_day=10_000, tokens_per_minute=1000, head_rows=100, full_distributions=10)
     tokens = head_rows = full_distributions = 0
     requests = 1

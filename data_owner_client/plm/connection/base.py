@@ -75,17 +75,17 @@ class Connection(PlmApi, Protocol):
 
     Attributes:
         observers: told of every exchange, in the thread that made the call.
-        allowances: what the newest answer said is left of the client's quotas; empty where there are none.
+        rate_limits: what the newest answer said is left of the client's quotas; empty where there are none.
     """
 
     observers: list[Observer]
-    allowances: tuple[RateLimitStatus, ...]
+    rate_limits: tuple[RateLimitStatus, ...]
 
     def close(self) -> None:
         """Let go of sockets and the like."""
 
 
-def untrusted(url: str, reason: str, request_id: str) -> Untrusted:
+def untrusted_error(url: str, reason: str, request_id: str) -> Untrusted:
     """The error for a server that cannot prove that it is the one of this address."""
     return Untrusted(
         f"The certificate of {url} cannot be trusted: {reason}.",

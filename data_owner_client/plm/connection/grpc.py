@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from data_owner_client.plm.connection.base import unreachable_hint, untrusted
+from data_owner_client.plm.connection.base import unreachable_hint, untrusted_error
 from data_owner_client.plm.connection.retries import RETRY_FOR_SECONDS, Retrier
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.chunks import join_head, join_rows
@@ -67,7 +67,7 @@ _Fetch = Callable[[Any, _Attempt], tuple[_Result, ServerTiming | None]]
 
 
 @dataclass(frozen=True)
-class _Line:
+class _ChannelAndStub:
     """A channel and its stub, which belong together."""
 
     channel: grpc.Channel
@@ -103,7 +103,7 @@ class GrpcConnection:
         self._timeout_s = timeout_s
         self._attempts = Retrier(give_up_after_s)
         self.observers = self._attempts.observers
-        self.allowances: tuple[RateLimitStatus, ...] = ()
+        self.rate_limits: tuple[RateLimitStatus, ...] = ()
         # The server is fair between clients, which may share an address.
         self._metadata: tuple[tuple[str, str], ...] = ((CLIENT_METADATA, uuid.uuid4().hex),)
         if api_key:
@@ -112,29 +112,29 @@ class GrpcConnection:
         self._credentials = None
         if scheme == "grpcs":
             self._credentials = grpc.ssl_channel_credentials(*map(_content, (ca, client_key, client_certificate)))
-        self._dialling = threading.Lock()
-        self._line = self._dialled()
+        self._channel_lock = threading.Lock()
+        self._current = self._open_channel()
 
     def close(self) -> None:
         """Close the channel."""
         self._attempts.close()
-        with self._dialling:
-            self._line.channel.close()
+        with self._channel_lock:
+            self._current.channel.close()
 
     def model_card(self) -> ModelCard:
         def fetch(stub: Any, attempt: _Attempt) -> ModelCard:
             card, call = stub.GetModelCard.with_call(pema_pb2.GetModelCardRequest(), **attempt)
-            self._note_what_is_left(call)
+            self._record_rate_limits(call)
             return from_proto(card, ModelCard)
 
         # The first call of every command: a server that is not there should be said at once, not after a minute.
-        return self._call("GetModelCard", _untimed(fetch), unless_gone=True)
+        return self._call("GetModelCard", _untimed(fetch), fail_fast=True)
 
     def tokenizer(self) -> TokenizerBundle:
         def fetch(stub: Any, attempt: _Attempt) -> TokenizerBundle:
             call = stub.GetTokenizer(pema_pb2.GetTokenizerRequest(), **attempt)
             pieces = list(call)
-            self._note_what_is_left(call)
+            self._record_rate_limits(call)
             return TokenizerBundle.from_json(b"".join(piece.data for piece in pieces))
 
         return self._call("GetTokenizer", _untimed(fetch))
@@ -145,7 +145,7 @@ class GrpcConnection:
         def fetch(stub: Any, attempt: _Attempt) -> HeadRows:
             call = stub.GetLmHead(proto, **attempt)
             pieces = [from_proto(piece, HeadRows) for piece in call]
-            self._note_what_is_left(call)
+            self._record_rate_limits(call)
             return join_head(pieces)
 
         return self._call("GetLmHead", _untimed(fetch))
@@ -163,54 +163,54 @@ class GrpcConnection:
 
         def fetch(stub: Any, attempt: _Attempt) -> DistributionResponse:
             answer, call = stub.GetNextTokenDistribution.with_call(proto, **attempt)
-            self._note_what_is_left(call)
+            self._record_rate_limits(call)
             return from_proto(answer, DistributionResponse)
 
         return self._call("GetNextTokenDistribution", _untimed(fetch))
 
-    def _call(self, name: str, fetch: _Fetch[_Result], *, unless_gone: bool = False) -> _Result:
+    def _call(self, name: str, fetch: _Fetch[_Result], *, fail_fast: bool = False) -> _Result:
         def attempt(request_id: str) -> tuple[_Result, ServerTiming | None]:
             return self._attempt(fetch, request_id)
 
-        return self._attempts.until_answered(f"gRPC {name}", attempt, unless_gone=unless_gone)
+        return self._attempts.call(f"gRPC {name}", attempt, fail_fast=fail_fast)
 
-    def _dialled(self) -> _Line:
+    def _open_channel(self) -> _ChannelAndStub:
         if self._credentials is None:
             channel = grpc.insecure_channel(self._target, _OPTIONS)
         else:
             channel = grpc.secure_channel(self._target, self._credentials, _OPTIONS)
-        return _Line(channel, pema_pb2_grpc.PlmStub(channel))  # type: ignore[no-untyped-call]
+        return _ChannelAndStub(channel, pema_pb2_grpc.PlmStub(channel))  # type: ignore[no-untyped-call]
 
-    def _leave(self, line: _Line) -> None:
+    def _replace_channel(self, line: _ChannelAndStub) -> None:
         """Take another line after a time-out: this one's connection may be dead, and every retry would use it.
 
         It is not closed, for other calls may still be answered on it; it goes with the last of them.
         """
-        with self._dialling:
-            if line is self._line:
-                self._line = self._dialled()
+        with self._channel_lock:
+            if line is self._current:
+                self._current = self._open_channel()
 
     def _attempt(self, fetch: _Fetch[_Result], request_id: str) -> tuple[_Result, ServerTiming | None]:
-        line, metadata = self._line, ((REQUEST_ID_METADATA, request_id), *self._metadata)
+        line, metadata = self._current, ((REQUEST_ID_METADATA, request_id), *self._metadata)
         try:
             return fetch(line.stub, {"timeout": self._timeout_s, "metadata": metadata})
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-                self._leave(line)
-            raise self._understood(error, request_id) from error
+                self._replace_channel(line)
+            raise self._error_for(error, request_id) from error
         except PemaError as error:
             # What the server says of our request comes as a problem, with the request's id. All else is our own
             # judgement of its answer.
             if error.request_id is not None:
                 raise
-            raise self._unreadable(request_id) from error
+            raise self._malformed_response(request_id) from error
         except (ValueError, TypeError, LookupError, RuntimeError) as error:
-            raise self._unreadable(request_id) from error
+            raise self._malformed_response(request_id) from error
 
-    def _note_what_is_left(self, call: Any) -> None:
+    def _record_rate_limits(self, call: Any) -> None:
         metadata = dict(call.trailing_metadata() or ())
         if RATE_LIMIT_METADATA in metadata:
-            self.allowances = from_fields(metadata[RATE_LIMIT_METADATA], metadata.get(RATE_LIMIT_POLICY_METADATA, ""))
+            self.rate_limits = from_fields(metadata[RATE_LIMIT_METADATA], metadata.get(RATE_LIMIT_POLICY_METADATA, ""))
 
     def _rows(
         self, open_stream: Any, call: Any, answer: type[_Answer], attempt: _Attempt
@@ -220,13 +220,13 @@ class GrpcConnection:
         stream, pieces = open_stream(iter([call]), **attempt), []
         for piece in stream:
             if piece.HasField("problem"):
-                self._note_what_is_left(stream)  # waits for its end, which follows
+                self._record_rate_limits(stream)  # waits for its end, which follows
                 problem = {field.name: value for field, value in piece.problem.ListFields()}
                 raise _problem_of(call.request_id, problem, piece.problem.status)
             pieces.append(from_proto(piece.rows, answer))
             if piece.last:
                 timing = piece.timing
-                self.allowances = from_fields(piece.quotas.rate_limit, piece.quotas.rate_limit_policy)
+                self.rate_limits = from_fields(piece.quotas.rate_limit, piece.quotas.rate_limit_policy)
                 return join_rows(pieces), ServerTiming(timing.queue_ms, timing.compute_ms, timing.serialise_ms)
         raise ProtocolViolation(
             "The server ended an answer in its middle.",
@@ -234,16 +234,16 @@ class GrpcConnection:
             request_id=call.request_id,
         )
 
-    def _unreadable(self, request_id: str) -> ProtocolViolation:
+    def _malformed_response(self, request_id: str) -> ProtocolViolation:
         return ProtocolViolation(
             f"{self._url} did not answer in the form of this protocol.",
             hint="Is this a PEMA server of the same version?",
             request_id=request_id,
         )
 
-    def _understood(self, error: Any, request_id: str) -> PemaError:
+    def _error_for(self, error: Any, request_id: str) -> PemaError:
         """The error that a call ended with: the server's own if it sent a problem, else what the status means."""
-        self._note_what_is_left(error)
+        self._record_rate_limits(error)
         problem = dict(error.trailing_metadata() or ()).get(PROBLEM_METADATA)
         if problem is not None:
             with suppress(ValueError):
@@ -260,7 +260,7 @@ class GrpcConnection:
                 request_id=request_id,
             )
         if (distrust := _DISTRUST.search(error.details() or "")) is not None:
-            return untrusted(self._url, distrust[1], request_id)
+            return untrusted_error(self._url, distrust[1], request_id)
         return ConnectionFailed(
             f"No answer from {self._url} ({status.name}).",
             hint=unreachable_hint(self._url, slow=status == grpc.StatusCode.DEADLINE_EXCEEDED),

@@ -15,7 +15,7 @@ class InProcessConnection:
 
     def __init__(self, calls: PlmApi) -> None:
         self.observers: list[Observer] = []  # nothing is exchanged, so none is ever told
-        self.allowances: tuple[RateLimitStatus, ...] = ()
+        self.rate_limits: tuple[RateLimitStatus, ...] = ()
         self.model_card = calls.model_card
         self.tokenizer = calls.tokenizer
         self.lm_head = calls.lm_head

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import httpx
 
-from data_owner_client.plm.connection.base import unreachable_hint, untrusted
+from data_owner_client.plm.connection.base import unreachable_hint, untrusted_error
 from data_owner_client.plm.connection.retries import RETRY_FOR_SECONDS, Retrier
 from protocol.addresses import is_loopback
 from protocol.codec import BINARY, JSON, Message
@@ -33,8 +33,8 @@ from protocol.timing import ServerTiming
 
 _Answer = TypeVar("_Answer", bound=Message)
 _REQUEST_ID = "X-Request-Id"
-_CONNECT_TIMEOUT_S = 10.0
-_OF_PROXIES: dict[int, type[PemaError]] = {
+_CONNECT_TIMEOUT_SECONDS = 10.0
+_PROXY_ERRORS: dict[int, type[PemaError]] = {
     429: Overloaded,
     502: ConnectionFailed,
     503: NotReady,
@@ -72,8 +72,8 @@ class RestConnection:
         self._timeout_s = timeout_s
         self._attempts = Retrier(give_up_after_s)
         self.observers = self._attempts.observers
-        self.allowances: tuple[RateLimitStatus, ...] = ()
-        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
+        self.rate_limits: tuple[RateLimitStatus, ...] = ()
+        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_SECONDS))
         # The server is fair between clients, which may share an address.
         # Nothing compressed: a small answer could become a large one.
         headers = {"X-Pema-Client": uuid.uuid4().hex, "Accept-Encoding": "identity"}
@@ -96,7 +96,7 @@ class RestConnection:
 
     def model_card(self) -> ModelCard:
         # The first call of every command: a server that is not there should be said at once, not after a minute.
-        return self._call("GET", "/v1/model", ModelCard, unless_gone=True)
+        return self._call("GET", "/v1/model", ModelCard, fail_fast=True)
 
     def tokenizer(self) -> TokenizerBundle:
         return self._call("GET", "/v1/tokenizer", TokenizerBundle)
@@ -123,14 +123,14 @@ class RestConnection:
         answer: type[_Answer],
         request: Message | None = None,
         *,
-        unless_gone: bool = False,
+        fail_fast: bool = False,
     ) -> _Answer:
         body = None if request is None else request.to_bytes()
 
         def attempt(request_id: str) -> tuple[_Answer, ServerTiming | None]:
             return self._attempt(method, path, answer, body, request_id)
 
-        return self._attempts.until_answered(f"{method} {path}", attempt, unless_gone=unless_gone)
+        return self._attempts.call(f"{method} {path}", attempt, fail_fast=fail_fast)
 
     def _attempt(
         self, method: str, path: str, answer: type[_Answer], body: bytes | None, request_id: str
@@ -139,17 +139,17 @@ class RestConnection:
         if body is not None:
             headers["Content-Type"] = BINARY
         try:
-            response = self._exchanged(method, path, body, headers)
+            response = self._whole_response(method, path, body, headers)
         except (httpx.RequestError, httpx.InvalidURL) as error:
-            if (reason := _distrust(error)) is not None:
-                raise untrusted(self._url, reason, request_id) from error
+            if (reason := _certificate_error(error)) is not None:
+                raise untrusted_error(self._url, reason, request_id) from error
             raise ConnectionFailed(
                 f"No answer from {self._url} ({type(error).__name__}).",
                 hint=unreachable_hint(self._url, slow=isinstance(error, httpx.ReadTimeout)),
                 request_id=request_id,
             ) from error
         if (left := response.headers.get(RATE_LIMIT)) is not None:
-            self.allowances = from_fields(left, response.headers.get(RATE_LIMIT_POLICY, ""))
+            self.rate_limits = from_fields(left, response.headers.get(RATE_LIMIT_POLICY, ""))
         if not response.is_success:
             raise _problem(response, request_id)
         timing = ServerTiming.from_header(response.headers.get("server-timing", ""))
@@ -164,7 +164,7 @@ class RestConnection:
                 request_id=request_id,
             ) from error
 
-    def _exchanged(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> httpx.Response:
+    def _whole_response(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> httpx.Response:
         """The whole response. httpx bounds the wait for each part of it, here they are bounded together."""
         ends = time.monotonic() + self._timeout_s
         with self._http.stream(method, path, content=body, headers=headers) as response:
@@ -189,10 +189,10 @@ def _problem(response: httpx.Response, request_id: str) -> PemaError:
         problem = json.loads(response.content)
     except ValueError:
         problem = None
-    if not isinstance(problem, dict) and response.status_code in _OF_PROXIES:
+    if not isinstance(problem, dict) and response.status_code in _PROXY_ERRORS:
         # A proxy in front of the server refuses without our problem document.
         after = response.headers.get("retry-after", "")
-        error = _OF_PROXIES[response.status_code](
+        error = _PROXY_ERRORS[response.status_code](
             f"Something in front of the server answered HTTP {response.status_code}.",
             hint="Try again later, or ask the server's owner.",
             retry_after_s=float(after) if after.isdecimal() else None,
@@ -210,7 +210,7 @@ def _context(ca: Path | None, certificate: Path | None, key: Path | None) -> ssl
     return context
 
 
-def _distrust(error: BaseException | None) -> str | None:
+def _certificate_error(error: BaseException | None) -> str | None:
     """What is wrong with the server's certificate, if that was the error."""
     while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
         error = error.__cause__ or error.__context__

@@ -49,24 +49,24 @@ class Retrier:
         """Make no further attempt, also of calls that are waiting for theirs."""
         self._closed.set()
 
-    def until_answered(
+    def call(
         self,
         call: str,
         attempt: Callable[[str], tuple[_Result, ServerTiming | None]],
         *,
-        unless_gone: bool = False,
+        fail_fast: bool = False,
     ) -> _Result:
         """The result of a call.
 
         Args:
             call: its name, for the log.
             attempt: makes the call once, under the request id that it is given.
-            unless_gone: give up at once if nobody answers, or not in the form of the protocol.
+            fail_fast: give up at once if nobody answers, or not in the form of the protocol.
 
         Raises:
             PemaError: of the last attempt.
         """
-        patience = _RetryPolicy(self._give_up_after_s, self._closed, unless_gone=unless_gone)
+        patience = _RetryPolicy(self._give_up_after_s, self._closed, fail_fast=fail_fast)
         attempts = Retrying(
             retry=patience.may_pass,
             wait=patience.wait,
@@ -100,10 +100,10 @@ class Retrier:
 class _RetryPolicy:
     """How long one call is made again."""
 
-    def __init__(self, give_up_after_s: float, closed: threading.Event, *, unless_gone: bool) -> None:
+    def __init__(self, give_up_after_s: float, closed: threading.Event, *, fail_fast: bool) -> None:
         self._give_up_after_s = give_up_after_s
         self._closed = closed
-        self._unless_gone = unless_gone
+        self._unless_gone = fail_fast
         self._ends: float | None = None  # known from the first failure on
         self._garbled = 0
 

@@ -24,28 +24,28 @@ def test_contexts_end_as_the_true_ones_wherever_they_are_said_to(drafted: list[i
     contexts = align(drafted, target, {STOP})
     assert len(contexts) == len(target)
     assert contexts[0][:2] == (0, True)
-    for i, (k, agrees, sure) in enumerate(contexts):
+    for i, (k, matches, is_reliable) in enumerate(contexts):
         assert 0 <= k < len(drafted)
-        if agrees and i:
+        if matches and i:
             assert drafted[k - 1] == target[i - 1]
-        if sure:
+        if is_reliable:
             # The true context, or one with the two tokens before.
-            assert agrees
+            assert matches
             assert drafted[:k] == target[:i] or drafted[k - 2 : k] == target[i - 2 : i]
         if drafted[:i] == target[:i]:
-            assert (k, agrees, sure) == (i, True, True)
-    placed = [k for k, agrees, _ in contexts if agrees]
+            assert (k, matches, is_reliable) == (i, True, True)
+    placed = [k for k, matches, _ in contexts if matches]
     assert placed == sorted(set(placed))
-    agreeing = sum(agrees for _, agrees, _ in contexts) - 1
-    assert agreeing == longest_common_subsequence(drafted[:-1], target[:-1])
+    matching = sum(matches for _, matches, _ in contexts) - 1
+    assert matching == longest_common_subsequence(drafted[:-1], target[:-1])
 
 
 def placed(drafted: list[int], target: list[int]) -> list[tuple[int, bool]]:
-    return [(context.drafted, context.agrees) for context in align(drafted, target, {STOP})]
+    return [(context.draft_index, context.matches) for context in align(drafted, target, {STOP})]
 
 
-def sure(drafted: list[int], target: list[int]) -> list[bool]:
-    return [context.sure for context in align(drafted, target, {STOP})]
+def reliable(drafted: list[int], target: list[int]) -> list[bool]:
+    return [context.reliable for context in align(drafted, target, {STOP})]
 
 
 def test_a_continuation_that_is_the_target_has_the_true_contexts() -> None:
@@ -62,20 +62,20 @@ def test_after_a_word_of_its_own_the_continuation_is_met_again() -> None:
     assert placed([5, 7, 3], [5, 6, 7, STOP]) == [(0, True), (1, True), (2, False), (2, True)]
 
 
-def test_a_context_is_sure_where_all_is_the_same_or_the_texts_differ_in_a_few_words() -> None:
-    assert sure([1, 2, 3, STOP], [1, 2, 3, STOP]) == [True, True, True, True]
-    assert sure([1, 2, 8, 3, 4, STOP], [1, 2, 7, 3, 4, STOP]) == [True, True, True, False, False, True]
-    assert sure([1, 2, 8, 8, 8, 8, 3, 6], [1, 2, 7, 3, 5, 6, 6, STOP]) == [True, True, True, *[False] * 5]
+def test_a_context_is_reliable_where_all_is_the_same_or_the_texts_differ_in_a_few_words() -> None:
+    assert reliable([1, 2, 3, STOP], [1, 2, 3, STOP]) == [True, True, True, True]
+    assert reliable([1, 2, 8, 3, 4, STOP], [1, 2, 7, 3, 4, STOP]) == [True, True, True, False, False, True]
+    assert reliable([1, 2, 8, 8, 8, 8, 3, 6], [1, 2, 7, 3, 5, 6, 6, STOP]) == [True, True, True, *[False] * 5]
 
 
-def test_no_context_is_sure_before_a_long_difference_or_behind_a_word_that_may_meet_by_chance() -> None:
+def test_no_context_is_reliable_before_a_long_difference_or_behind_a_word_that_may_meet_by_chance() -> None:
     # 1 2, then four words for one; then 3, alone among others.
-    assert sure([0, 1, 2, 8, 8, 8, 8, 3], [4, 1, 2, 7, 3, 5, 5, STOP]) == [True, *[False] * 7]
+    assert reliable([0, 1, 2, 8, 8, 8, 8, 3], [4, 1, 2, 7, 3, 5, 5, STOP]) == [True, *[False] * 7]
     # Four words for one at the end.
-    assert sure([0, 1, 2, 8, 8, 8, 8, STOP], [4, 1, 2, 7, STOP]) == [True, *[False] * 4]
-    assert sure([0, 1, 2, 8, 8, 8, STOP], [4, 1, 2, 7, STOP]) == [True, False, False, True, False]
+    assert reliable([0, 1, 2, 8, 8, 8, 8, STOP], [4, 1, 2, 7, STOP]) == [True, *[False] * 4]
+    assert reliable([0, 1, 2, 8, 8, 8, STOP], [4, 1, 2, 7, STOP]) == [True, False, False, True, False]
 
 
 def test_where_a_continuation_was_cut_off_it_is_not_known_to_end() -> None:
-    assert sure([0, 1, 2, STOP], [4, 1, 2, STOP]) == [True, False, False, True]
-    assert sure([0, 1, 2, 3], [4, 1, 2, STOP]) == [True, False, False, False]
+    assert reliable([0, 1, 2, STOP], [4, 1, 2, STOP]) == [True, False, False, True]
+    assert reliable([0, 1, 2, 3], [4, 1, 2, STOP]) == [True, False, False, False]

@@ -15,7 +15,7 @@ PAIRS = [
 
 
 def sources(nearest: ExampleRetriever, text: str) -> list[str]:
-    (examples,) = nearest.examples([text])
+    (examples,) = nearest.retrieve([text])
     return [shot.source for shot in examples]
 
 
@@ -41,7 +41,7 @@ def test_there_may_be_fewer_pairs_than_wanted() -> None:
 def test_many_texts_at_once_find_what_each_finds_alone() -> None:
     nearest = ExampleRetriever(PAIRS, 3)
     texts = [f"{pair.source} {number}" for number in range(60) for pair in PAIRS]
-    assert nearest.examples(texts) == [nearest.examples([text])[0] for text in texts]
+    assert nearest.retrieve(texts) == [nearest.retrieve([text])[0] for text in texts]
 
 
 def test_the_order_is_that_of_the_formula() -> None:

@@ -29,29 +29,29 @@ JUST_RIGHT = exchange(queue_ms=9, compute_ms=10)
 def test_the_window_grows_while_the_server_idles_and_shrinks_while_it_is_crowded() -> None:
     window = InFlightWindow(largest=5)
     for _ in range(9):
-        window.learn(exchange(queue_ms=0.1, compute_ms=10))
+        window.observe(exchange(queue_ms=0.1, compute_ms=10))
     assert window.size == 5
     for _ in range(9):
-        window.learn(JUST_RIGHT)
-        window.learn(Attempt("encode", "id", 1.0))
+        window.observe(JUST_RIGHT)
+        window.observe(Attempt("encode", "id", 1.0))
     assert window.size == 5
     for _ in range(9):
-        window.learn(exchange(queue_ms=100, compute_ms=10))
+        window.observe(exchange(queue_ms=100, compute_ms=10))
     assert window.size == 2
 
 
 def test_refusals_halve_the_window_once_until_an_answer_comes() -> None:
     window = InFlightWindow(start=16)
     for _ in range(5):
-        window.learn(REFUSED)
+        window.observe(REFUSED)
     assert window.size == 8
     for _ in range(3):
-        window.learn(JUST_RIGHT)
-        window.learn(REFUSED)
+        window.observe(JUST_RIGHT)
+        window.observe(REFUSED)
     assert window.size == 1
-    window.learn(REFUSED)
+    window.observe(REFUSED)
     assert window.size == 1
-    window.learn(exchange(queue_ms=100, compute_ms=10))  # an answer, be it a late one
+    window.observe(exchange(queue_ms=100, compute_ms=10))  # an answer, be it a late one
     assert window.size == 2
 
 

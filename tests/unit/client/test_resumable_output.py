@@ -38,12 +38,12 @@ def expected() -> str:
 def test_an_interrupted_job_goes_on_where_it_was(tmp_path: Path, dies_at: int) -> None:
     output = tmp_path / "new" / "out.txt"
     with pytest.raises(KeyboardInterrupt):
-        ResumableOutput(output, "a").run(TEXTS, Worker(dies_at=dies_at))
+        ResumableOutput(output, "a").write(TEXTS, Worker(dies_at=dies_at))
     assert not output.exists()
     for half in output.parent.glob(".*"):  # a kill in the middle of a write
         half.write_bytes(half.read_bytes() + b'{"job": "x", "num')
     worker = Worker()
-    assert ResumableOutput(output, "a").run(TEXTS, worker) == 3 * (dies_at - 1)
+    assert ResumableOutput(output, "a").write(TEXTS, worker) == 3 * (dies_at - 1)
     assert sum(map(len, worker.asked)) == len(TEXTS) - 3 * (dies_at - 1)
     assert output.read_text() == expected()
     assert list(output.parent.iterdir()) == [output]
@@ -52,9 +52,9 @@ def test_an_interrupted_job_goes_on_where_it_was(tmp_path: Path, dies_at: int) -
 def test_what_failed_is_named_and_tried_again(tmp_path: Path) -> None:
     output = tmp_path / "out.txt"
     with pytest.raises(InvalidData, match="2 of 10 texts have no answer, text 5 for one"):
-        ResumableOutput(output, "a").run(TEXTS, Worker(fails=frozenset({4, 9})))
+        ResumableOutput(output, "a").write(TEXTS, Worker(fails=frozenset({4, 9})))
     worker = Worker()
-    ResumableOutput(output, "a").run(TEXTS, worker)
+    ResumableOutput(output, "a").write(TEXTS, worker)
     assert worker.asked == [[4, 9]]
     assert output.read_text() == expected()
 
@@ -62,14 +62,14 @@ def test_what_failed_is_named_and_tried_again(tmp_path: Path) -> None:
 def test_mending_one_text_keeps_the_others(tmp_path: Path) -> None:
     output, mended = tmp_path / "out.txt", ["a new one", *TEXTS[1:]]
     with pytest.raises(InvalidData):
-        ResumableOutput(output, "a").run(TEXTS, Worker(fails=frozenset({0})))
+        ResumableOutput(output, "a").write(TEXTS, Worker(fails=frozenset({0})))
     asked: list[list[int]] = []
 
     def work(numbers: list[int]) -> dict[int, str]:
         asked.append(numbers)
         return {number: mended[number].upper() for number in numbers}
 
-    assert ResumableOutput(output, "a").run(mended, work) == 9
+    assert ResumableOutput(output, "a").write(mended, work) == 9
     assert asked == [[0]]
     assert output.read_text() == expected().replace("TEXT 0", "A NEW ONE")
 
@@ -77,14 +77,14 @@ def test_mending_one_text_keeps_the_others(tmp_path: Path) -> None:
 def test_another_job_takes_nothing_over(tmp_path: Path) -> None:
     output = tmp_path / "out.txt"
     with pytest.raises(KeyboardInterrupt):
-        ResumableOutput(output, {"adapter": 1}).run(TEXTS, Worker(dies_at=3))
+        ResumableOutput(output, {"adapter": 1}).write(TEXTS, Worker(dies_at=3))
     worker = Worker()
-    assert ResumableOutput(output, {"adapter": 2}).run(TEXTS, worker) == 0
+    assert ResumableOutput(output, {"adapter": 2}).write(TEXTS, worker) == 0
     assert output.read_text() == expected()
 
 
 def test_a_finished_job_is_done_anew(tmp_path: Path) -> None:
     for _ in range(2):
         worker = Worker()
-        ResumableOutput(tmp_path / "out.txt", "a").run(TEXTS, worker)
+        ResumableOutput(tmp_path / "out.txt", "a").write(TEXTS, worker)
         assert len(worker.asked) == 4
