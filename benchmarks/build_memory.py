@@ -11,23 +11,22 @@ import argparse
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks import report
 from benchmarks.build_memory_peers import Peer
-from benchmarks.processes import build_at_once, server
-from benchmarks.proxy import counting_proxy
 from data_owner_client import Pair, connect, load_task, read_pairs
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.build import build_memory
 from data_owner_client.memory.encode import tokenize_pair
-from demo import home_assistant
+from harness import report
+from harness.datasets import home_assistant
+from harness.processes import run_together, server
+from harness.tcp_proxy import counting_proxy
 
 _WORK = report.FOLDER / "build_memory"
 _DATA, _LOG, _MEMORY = _WORK / "data", _WORK / "server.log", _WORK / "memory"
@@ -43,6 +42,21 @@ class Effort:
     per_client: int
     generated: int
     small: int  # and ten times as many
+
+
+@dataclass(frozen=True)
+class Built:
+    """One client's report of its build.
+
+    Attributes:
+        rows: of its memory.
+        seconds: from the common start to the last fsync.
+        peak_rss_mib: greatest resident memory of the process, in MiB.
+    """
+
+    rows: int
+    seconds: float
+    peak_rss_mib: float
 
 
 _FULL = Effort(rounds=3, single=256, per_client=200, generated=16, small=400)
@@ -131,11 +145,11 @@ def _many_clients(effort: Effort, rounds: int, threads: int) -> dict[str, Any]:
     spread: dict[int, list[float]] = {count: [] for count in _CLIENTS}
     with server(_LOG, "--threads", str(threads)) as (rest_port, grpc_port):
         urls = [f"http://127.0.0.1:{rest_port}", f"grpc://127.0.0.1:{grpc_port}"]
-        build_at_once(urls[:1], _DATA, [range(8)], _MEMORY)  # warm, and what the prompts begin with is known
+        _build_together(urls[:1], [range(8)])  # warm, and what the prompts begin with is known
         for _ in range(rounds):
             for count in _CLIENTS:
                 spans = list(_spans(count, effort.per_client))
-                built = build_at_once([urls[i % 2] for i in range(count)], _DATA, spans, _MEMORY)
+                built = _build_together([urls[i % 2] for i in range(count)], spans)
                 times = [one.seconds for one in built]
                 rows_per_s[count].append(sum(one.rows for one in built) / max(times))
                 spread[count].append(max(times) / min(times))
@@ -159,13 +173,22 @@ def _peak_memory(effort: Effort, threads: int) -> dict[str, Any]:
     """Most memory of a client that builds from few pairs, and from ten times as many."""
     with server(_LOG, "--threads", str(threads)) as (_, grpc_port):
         small, large = (
-            build_at_once([f"grpc://127.0.0.1:{grpc_port}"], _DATA, [range(pairs)], Path(_MEMORY))[0]
+            _build_together([f"grpc://127.0.0.1:{grpc_port}"], [range(pairs)])[0]
             for pairs in (effort.small, 10 * effort.small)
         )
     return {
         "client_peak_rss_mib": {str(small.rows): small.peak_rss_mib, str(large.rows): large.peak_rss_mib},
         "client_peak_rss_10x": large.peak_rss_mib / small.peak_rss_mib,
     }
+
+
+def _build_together(urls: Sequence[str], spans: Sequence[range]) -> list[Built]:
+    """Builds by several clients at the same time: client i connects to `urls[i]` and takes the pairs of `spans[i]`."""
+    arguments = [
+        (url, str(_DATA), str(span.start), str(span.stop), str(_MEMORY / str(number)))
+        for number, (url, span) in enumerate(zip(urls, spans, strict=True))
+    ]
+    return [Built(**record) for record in run_together("benchmarks.build_worker", arguments)]
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Peer:
         self._model = load_model(folder, device="cpu", dtype="float32")
         self._sequences = [torch.tensor(pair.prompt + pair.target[:-1]) for pair in pairs]
         lengths = list(map(len, self._sequences))
-        self._plan = plan_batches(lengths, settings.batch_tokens, settings.padding_tokens)
+        self._plan = plan_batches(lengths, settings.max_batch_tokens, settings.max_batch_padding)
         self.rows = sum(len(pair.target) for pair in pairs)
         self.hidden_size = int(self._model.config.hidden_size)
 

@@ -16,11 +16,11 @@ from typing import Any, get_args
 
 import torch
 
-from benchmarks import report
-from benchmarks.processes import server
 from data_owner_client import ExternalMemory, TrainingSettings, build_memories, connect, load_task, read_pairs, train
 from data_owner_client.memory.rows import MemoryRows
-from demo import home_assistant
+from harness import report
+from harness.datasets import home_assistant
+from harness.processes import server
 from protocol.quantization import quantize
 from protocol.types import WireDtype
 

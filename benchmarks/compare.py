@@ -12,9 +12,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.processes import server
 from data_owner_client import load_task
-from demo import archaic_english, home_assistant
+from harness.datasets import archaic_english, home_assistant
+from harness.processes import server
 
 _FOLDER = Path("runs/compare")
 _TASKS: dict[str, Callable[[Path], None]] = {

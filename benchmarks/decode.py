@@ -17,9 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import report
-from benchmarks.processes import at_once, server
-from benchmarks.proxy import delaying_proxy
 from data_owner_client import (
     DecodingSettings,
     ExternalMemory,
@@ -37,7 +34,10 @@ from data_owner_client import (
     translate,
 )
 from data_owner_client.decoding.speculative import GenerationStats
-from demo import home_assistant
+from harness import report
+from harness.datasets import home_assistant
+from harness.processes import run_together, server
+from harness.tcp_proxy import delaying_proxy
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.engines.transformers.engine import load_model
 from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
@@ -141,7 +141,7 @@ def _clients(count: int, seconds: float, port: int, adapter: Path) -> float:
     spans = [range(i * _PER_CLIENT, (i + 1) * _PER_CLIENT) for i in range(count)]
     url = f"grpc://127.0.0.1:{port}"
     arguments = [(url, str(_DATA), str(adapter), str(s.start), str(s.stop), str(seconds)) for s in spans]
-    return float(sum(record["tokens"] for record in at_once("benchmarks.decode_worker", arguments)) / seconds)
+    return float(sum(record["tokens"] for record in run_together("benchmarks.decode_worker", arguments)) / seconds)
 
 
 class Peer:

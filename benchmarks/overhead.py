@@ -20,11 +20,11 @@ from statistics import median
 
 import torch
 
-from benchmarks import report
-from benchmarks.processes import server
 from data_owner_client.plm.connection.base import Connection
 from data_owner_client.plm.connection.in_flight import InFlightWindow, ordered_map
 from data_owner_client.plm.connection.open import open_connection
+from harness import report
+from harness.processes import server
 from plm_owner_server.admission.authentication import TenantKeyAuthenticator
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.service.metering import CallCost
@@ -143,16 +143,16 @@ def _parts(hidden_size: int) -> dict[str, float]:
     store = _store(_WORK / "parts")
     key = store.add("tenant", quotas=_GENEROUS)
     access = TenantKeyAuthenticator(store)
-    tenant = access.identify(f"Bearer {key}")
+    tenant = access.authenticate(f"Bearer {key}")
 
     def charge() -> None:
-        with access.meter(tenant).charging(CallCost(tokens=_SEQUENCES * _TOKENS)):
+        with access.meter(tenant).reserve(CallCost(tokens=_SEQUENCES * _TOKENS)):
             pass
 
     rows = torch.randn(_SEQUENCES * _TOKENS, hidden_size)
     rotation = Rotation(RotationKey(b"a key").matrix(hidden_size))
     return {
-        "key_of_a_call": _microseconds(lambda: access.recall(f"Bearer {key}")),
+        "key_of_a_call": _microseconds(lambda: access.cached(f"Bearer {key}")),
         "quotas_of_a_call": _microseconds(charge),
         "rotation_of_a_token": _microseconds(lambda: rotation.apply(rows)) / len(rows),
     }

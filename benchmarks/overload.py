@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from statistics import mean, median
 from typing import Any
 
-from benchmarks import report
-from benchmarks.prepared import ANSWERED, REFUSED, Grpc, Rest, Wire
-from benchmarks.processes import server
 from data_owner_client.plm.connection.open import open_connection
+from harness import report
+from harness.prepared_load import ANSWERED, REFUSED, Grpc, Rest, Wire
+from harness.processes import server
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.settings import DEFAULT_MODEL
 from plm_owner_server.tenants.quotas import Quotas

@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from benchmarks import report
+from harness import report
 from plm_owner_server.engines.interface import DraftBatch, EncodeBatch
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model

@@ -20,11 +20,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import report
-from benchmarks.processes import at_once, server
 from data_owner_client import connect, load_task, read_pairs
 from data_owner_client.memory.encode import tokenize_pair
-from demo import home_assistant
+from harness import report
+from harness.datasets import home_assistant
+from harness.processes import run_together, server
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
 
@@ -66,7 +66,7 @@ def main() -> None:
         figures[f"transformers_{kind}"].append(_engine(model, len(cores), kind, seconds, sys.executable))
         figures[f"vllm_{kind}"].append(_engine([*model, *_VLLM_FLAGS], len(cores), kind, seconds, python))
         if kind == "encode":
-            figures["bare_vllm_encode"].append(_rows_per_s(at_once("benchmarks.scale_bare", [bare], python)))
+            figures["bare_vllm_encode"].append(_rows_per_s(run_together("benchmarks.scale_bare", [bare], python)))
     report.write("scale", _summary(figures) | prepared | {"rounds": arguments.rounds, "seconds": seconds})
 
 
@@ -122,7 +122,7 @@ def _replicas(model: Sequence[str], cores: Sequence[int], kind: str, seconds: fl
             [f"grpc://127.0.0.1:{grpc_port}", str(_REQUESTS), kind, str(seconds), str(core)]
             for (_, grpc_port), core in zip(ports, cores, strict=True)
         ]
-        return _rows_per_s(at_once("benchmarks.scale_worker", clients))
+        return _rows_per_s(run_together("benchmarks.scale_worker", clients))
 
 
 def _engine(flags: Sequence[str], threads: int, kind: str, seconds: float, python: str) -> float:
@@ -131,7 +131,7 @@ def _engine(flags: Sequence[str], threads: int, kind: str, seconds: float, pytho
     cache = ["--prefix-cache-mib", "0" if kind == "encode" else "1024"]
     with server(_LOG, *flags, "--threads", str(threads), *cache, python=python) as (_, grpc_port):
         client = [f"grpc://127.0.0.1:{grpc_port}", str(_REQUESTS), kind, str(seconds)]
-        return _rows_per_s(at_once("benchmarks.scale_worker", [client] * _CLIENTS))
+        return _rows_per_s(run_together("benchmarks.scale_worker", [client] * _CLIENTS))
 
 
 def _rows_per_s(reports: Sequence[dict[str, Any]]) -> float:

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import report
 from benchmarks.decode import prepare
 from data_owner_client import ExternalMemory
 from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.memory.rows import MemoryRows
+from harness import report
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.engines.transformers.engine import load_model
 from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings

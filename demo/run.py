@@ -11,24 +11,32 @@ import json
 import os
 import platform
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
 from data_owner_client.runtime.atomic_files import write_atomically
-from demo import home_assistant, picture
+from demo import picture
+from harness.datasets import home_assistant
+from harness.processes import (
+    Ports,
+    ServerNotReady,
+    client_command,
+    free_port,
+    start_server,
+    stop_server,
+    wait_until_ready,
+)
 
-_READY_WITHIN_S = 600.0
+_READY_WITHIN_SECONDS = 600.0
 _EXAMPLES_SHOWN = 6
 _TENANT = "data-owner"
 
@@ -46,7 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     # So that a terminated demo still stops its server.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    run(arguments.folder, arguments.port or _free_port(), published=arguments.published)
+    run(arguments.folder, arguments.port or free_port(), published=arguments.published)
 
 
 def run(folder: Path, port: int, *, published: bool) -> None:
@@ -118,7 +126,7 @@ class Client:
             console.print(f"done already: pema-client {verb} (delete {kept} to do it again)")
             result: dict[str, Any] = record["result"]
             return result
-        command = [sys.executable, "-m", "data_owner_client.cli", verb, "--server", self._url, "--json", *given]
+        command = client_command(self._url, verb, "--json", *given)
         console.print(f"$ pema-client {verb} {' '.join(given)}", highlight=False)
         done = subprocess.run(command, stdout=subprocess.PIPE, env=self._environment, check=False)
         if done.returncode:
@@ -129,11 +137,6 @@ class Client:
         self._fresh = True
         write_atomically(kept, json.dumps({"arguments": given, "result": result}, ensure_ascii=False).encode())
         return result
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def _let_in(folder: Path) -> str:
@@ -165,36 +168,17 @@ def _store(folder: Path) -> str:
 def _owner_server(port: int, folder: Path) -> Iterator[str]:
     """The PLM owner's server as its own process, once it is ready."""
     console.rule("The PLM owner's server starts (the first time, the model is unpacked: about a minute)")
-    command = [sys.executable, "-m", "plm_owner_server.cli", "serve", "--port", str(port), "--grpc-port", "0"]
-    command += ["--store", _store(folder)]
-    url, log = f"http://127.0.0.1:{port}", folder / "server.log"
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-        )
+    url, log, ports = f"http://127.0.0.1:{port}", folder / "server.log", Ports(port, 0)
+    log.unlink(missing_ok=True)
+    server = start_server(log, ports, "--store", _store(folder), environment={"HF_HUB_OFFLINE": "1"})
     try:
-        _wait_until_ready(url, server.poll, log)
+        wait_until_ready(server, url, log, within_seconds=_READY_WITHIN_SECONDS)
         yield url
+    except ServerNotReady as error:
+        sys.exit(f"demo: {error}")
     finally:
-        server.terminate()
-        try:
-            server.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            server.kill()
-
-
-def _wait_until_ready(url: str, exit_status: Callable[[], int | None], log: Path) -> None:
-    deadline = time.monotonic() + _READY_WITHIN_S
-    while time.monotonic() < deadline:
-        if exit_status() is not None:
-            sys.exit(f"demo: the server stopped. The end of {log}:\n{log.read_text(encoding='utf-8')[-2000:]}")
-        try:
-            if httpx.get(f"{url}/readyz").is_success:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    sys.exit(f"demo: the server was not ready after {_READY_WITHIN_S:.0f} s; see {log}.")
+        if server.poll() is None:
+            stop_server(server, log)
 
 
 def _report(

@@ -95,9 +95,10 @@ expect 'it has another key' test "$key" != "$first"
 say 'The data owner: texts of Home Assistant, English and German'
 # By the base image's pip: the client has none.
 in_client sh -c 'mkdir -p data && pip download --quiet --no-deps --ignore-requires-python --dest data homeassistant==2025.4.4'
+tar --create harness/__init__.py harness/datasets | in_client tar --extract
 in_client python - <<'PYTHON'
 from pathlib import Path
-from demo import home_assistant
+from harness.datasets import home_assistant
 home_assistant.prepare(Path("data"), train=600)
 for name, number in (("validation", 60), ("test", 24)):
     lines = Path(f"data/{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)

@@ -20,7 +20,6 @@ COPY pyproject.toml README.md LICENSE ./
 COPY protocol protocol
 COPY plm_owner_server plm_owner_server
 COPY data_owner_client data_owner_client
-COPY demo demo
 RUN pip --python /opt/pema/bin/python install --no-cache-dir --no-deps .
 
 FROM $BASE

@@ -21,9 +21,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers.utils import logging as transformers_logging
 
+from harness.tiny_models import TinyModels
 from plm_owner_server.service.plm_service import PlmService
 from tests import guard, support
-from tests.support import TinyModels
 
 # Tiny models: a second thread only waits for the first, and for whatever else this machine runs.
 torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
-    """`tiny_models["llama"]` is the folder of a tiny model of that architecture (`support.ARCHITECTURES`)."""
+    """`tiny_models["llama"]` is the folder of a tiny model of that architecture (`ARCHITECTURES`)."""
     return TinyModels(tmp_path_factory.mktemp("tiny-models"))
 
 

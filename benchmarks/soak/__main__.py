@@ -24,15 +24,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import report
 from benchmarks.soak import adversaries
 from benchmarks.soak.calls import most_tokens
 from benchmarks.soak.replicas import Replica
 from benchmarks.soak.tenants import FLOODED, Tenant, let_in
 from benchmarks.soak.traffic import Traffic
 from benchmarks.soak.truth import Truth
+from harness import report
+from harness.tiny_models import save_model
 from plm_owner_server.tenants.store import TenantStore
-from tests.support import save_model
 
 _WORK = report.FOLDER / "soak"
 _RATE = 0.6  # calls a second of each that behaves

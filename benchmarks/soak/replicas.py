@@ -10,7 +10,7 @@ import psutil
 
 from benchmarks.soak.lines import GrpcLine, Line, RestLine
 from benchmarks.soak.tenants import Tenant
-from tests.processes.parties import Owner
+from harness.processes import RestartableServer
 
 
 class Replica:
@@ -27,7 +27,7 @@ class Replica:
     """
 
     def __init__(self, log: Path, flags: Sequence[str]) -> None:
-        self._owner = Owner(log, flags)
+        self._server = RestartableServer(log, flags)
         self._lines: dict[tuple[str, str], Line] = {}
         self._left: list[Line] = []
         self.up = True
@@ -36,7 +36,7 @@ class Replica:
 
     def port(self, scheme: str) -> int:
         """Where it listens: `http` or `grpc`."""
-        return self._owner.ports[scheme]
+        return self._server.port(scheme)
 
     def line(self, tenant: Tenant, scheme: str) -> Line:
         """A tenant's connections to it; others after a restart."""
@@ -48,15 +48,15 @@ class Replica:
 
     def rss_mib(self) -> float:
         """Its resident memory."""
-        return float(psutil.Process(self._owner.process.pid).memory_info().rss / 2**20)
+        return float(psutil.Process(self._server.process.pid).memory_info().rss / 2**20)
 
     async def kill_and_restart(self) -> None:
         """Kill it, as a lack of memory would, and have it back."""
         self.up = False
         self.kills += 1
-        self._owner.process.kill()  # at once: no call may begin after this and be answered
-        await asyncio.to_thread(self._owner.kill)
-        await asyncio.to_thread(self._owner.start)
+        self._server.process.kill()  # at once: no call may begin after this and be answered
+        await asyncio.to_thread(self._server.kill)
+        await asyncio.to_thread(self._server.start)
         # Not closed yet, for that would end calls that have just begun on them.
         self._left += self._lines.values()
         self._lines = {}
@@ -66,5 +66,4 @@ class Replica:
         """End it properly."""
         for line in (*self._left, *self._lines.values()):
             await line.close()
-        self._owner.process.terminate()
-        await asyncio.to_thread(self._owner.process.wait)
+        await asyncio.to_thread(self._server.stop)

@@ -121,7 +121,7 @@ def test_adapters(tmp_path: Path) -> None:
         read = refused(lambda: TrainedAdapter.load(tmp_path))
         if read is not None:
             assert read.logprobs(cr_N_D).shape == (2, len(read.candidate_ids_C))
-            assert read.card.horizon(10) >= 1.0
+            assert read.card.expected_length(10) >= 1.0
             assert read.card.rank < 1000
 
     reads()

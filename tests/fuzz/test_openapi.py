@@ -19,11 +19,12 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
+from harness.tiny_models import VOCAB_SIZE
 from plm_owner_server.admission.authentication import SharedKeyAuthenticator
-from plm_owner_server.admission.controller import ServiceHolder
+from plm_owner_server.admission.controller import AdmissionController
+from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.transports.rest_app import create_app
-from tests.support import VOCAB_SIZE
 
 KEY = "a key of the owner"
 PROBES = ("/healthz", "/readyz")
@@ -45,7 +46,7 @@ OPERATIONS = [
 
 @pytest.fixture(scope="module")
 def description(tiny_service: PlmService) -> Any:
-    app = create_app(ServiceHolder(tiny_service, SharedKeyAuthenticator(KEY)), max_body_bytes=2**20)
+    app = create_app(AdmissionController(ServingState(tiny_service), SharedKeyAuthenticator(KEY)), max_body_bytes=2**20)
     document = _in_reach(app.openapi())
     schema = schemathesis.openapi.from_dict(document)
     schema.app = app

@@ -18,7 +18,9 @@ from safetensors import safe_open
 
 from data_owner_client import ExternalMemory, TrainedAdapter
 from data_owner_client.cli import app
-from tests import guard, support
+from harness.processes import free_port
+from harness.tiny_models import VOCAB_SIZE, TinyModels
+from tests import guard
 from tests.processes import parties as processes
 from tests.processes.parties import client, client_json
 
@@ -39,7 +41,7 @@ def write_pairs(path: Path, count: int, seed: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(tiny_models: support.TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "log"
     with processes.server(log, "--model", str(tiny_models["llama"]), "--max-sequence-tokens", "512") as url:
         yield url
@@ -126,9 +128,9 @@ def test_translate_in_all_ways(url: str, adapter: Path, task: Path, tmp_path: Pa
 
 
 def test_grpc_gives_the_same_as_rest(
-    tiny_models: support.TinyModels, pairs: Path, task: Path, adapter: Path, tmp_path: Path
+    tiny_models: TinyModels, pairs: Path, task: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    grpc_port = processes.free_port()
+    grpc_port = free_port()
     model = ["--model", str(tiny_models["llama"]), "--max-sequence-tokens", "512"]
     with processes.server(tmp_path / "log", *model, "--prefix-cache-mib", "0", grpc_port=grpc_port) as rest:
         grpc = guard.url("grpc", grpc_port)
@@ -222,9 +224,9 @@ def test_compare(url: str, task: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--port", "--grpc-port"])
-def test_a_port_in_use_is_said(tiny_models: support.TinyModels, flag: str) -> None:
+def test_a_port_in_use_is_said(tiny_models: TinyModels, flag: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        ports = {"--port": str(processes.free_port()), "--grpc-port": "0", flag: str(taken.getsockname()[1])}
+        ports = {"--port": str(free_port()), "--grpc-port": "0", flag: str(taken.getsockname()[1])}
         flags = [part for pair in ports.items() for part in pair]
         command = [sys.executable, "-m", "plm_owner_server.cli", "serve", *flags, "--model", tiny_models["llama"]]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -378,7 +380,7 @@ def test_a_server_that_is_not_there_is_explained(scheme: str) -> None:
     from protocol.errors import ConnectionFailed, InvalidRequest
 
     with pytest.raises(ConnectionFailed, match="pema-server serve"):
-        connect(guard.url(scheme, processes.free_port()), **guard.credentials())
+        connect(guard.url(scheme, free_port()), **guard.credentials())
     with pytest.raises(InvalidRequest, match="no address"):
         connect("localhost:8000")
 
@@ -415,7 +417,7 @@ def test_a_killed_build_is_resumed_by_the_same_command(
 def test_the_full_vocabulary(url: str, many: tuple[list[Any], Path], tmp_path: Path) -> None:
     what = ["--memory", many[1], "--adapter", tmp_path, "--epochs", 1, "--rank", 8, "--minutes", 0, "--decoded", 2]
     card = client_json(url, "train", *what, "--full-vocabulary")["card"]
-    assert card["candidates"] == support.VOCAB_SIZE
+    assert card["candidates"] == VOCAB_SIZE
     assert card["validation"]["coverage"] == 1.0
     translated = client_json(url, "translate", "--adapter", tmp_path, "one two", "--max-new-tokens", 4)
     assert translated["texts"][0]["text"] is not None
@@ -472,10 +474,10 @@ def _history(folder: Path) -> list[Any]:
 
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
 def test_a_server_that_is_killed_and_comes_back_costs_nothing_but_time(
-    tiny_models: support.TinyModels, many: tuple[list[Any], Path], tmp_path: Path, scheme: str
+    tiny_models: TinyModels, many: tuple[list[Any], Path], tmp_path: Path, scheme: str
 ) -> None:
     arguments, undisturbed = many
-    ports, log = [processes.free_port(), processes.free_port()], tmp_path / "log"
+    ports, log = [free_port(), free_port()], tmp_path / "log"
     model = ["--model", str(tiny_models["llama"]), "--max-sequence-tokens", "512"]
     server = processes.start_server(log, *ports, *model)
     try:

@@ -14,8 +14,9 @@ import pytest
 
 from data_owner_client import DecodingSettings, connect
 from data_owner_client.decoding.decode_loop import generate
-from tests import guard, support
-from tests.processes.faulty_proxy import Fault, faulty_proxy
+from harness.tcp_proxy import Fault, faulty_proxy
+from harness.tiny_models import EOS, VOCAB_SIZE, TinyModels
+from tests import guard
 from tests.processes.parties import Owner, client_command, client_json, end, owner_that_can_be_killed
 from tests.processes.test_command_line import WORDS, write_pairs
 
@@ -40,7 +41,7 @@ class Setting:
 
 
 @pytest.fixture(scope="module")
-def setting(tiny_models: support.TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
+def setting(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
     folder = tmp_path_factory.mktemp("decode")
     flags = ["--model", str(tiny_models["llama"]), "--prefix-cache-mib", "1"]
     with owner_that_can_be_killed(folder / "log", *flags) as owner:
@@ -66,7 +67,7 @@ def setting(tiny_models: support.TinyModels, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("kind", ["cut", "stall", "garble", "garble-request"])
 def test_one_fault_of_each_kind(setting: Setting, tmp_path: Path, scheme: str, kind: str) -> None:
     output, struck = tmp_path / "output.txt", threading.Event()
-    with faulty_proxy(setting.owner.ports[scheme], [Fault(kind, 20_000, then=struck.set)]) as port:  # type: ignore[arg-type]
+    with faulty_proxy(setting.owner.port(scheme), [Fault(kind, 20_000, then=struck.set)]) as port:  # type: ignore[arg-type]
         assert end(setting.start(guard.url(scheme, port), output)) == 0
     assert struck.is_set()
     assert output.read_bytes() == setting.expected
@@ -77,7 +78,7 @@ def test_a_server_that_is_killed_and_comes_back_changes_nothing(setting: Setting
     output, owner = tmp_path / "output.txt", setting.owner
     before = owner.restarts
     kills = [Fault("cut", after, then=owner.restart) for after in (20_000, 10_000)]
-    with faulty_proxy(owner.ports[scheme], kills) as port:
+    with faulty_proxy(owner.port(scheme), kills) as port:
         process = setting.start(guard.url(scheme, port), output, "--batch-size", "7")
         assert end(process, within_s=300) == 0
     assert owner.restarts - before == len(kills)
@@ -91,11 +92,11 @@ def test_the_servers_memory_is_flat_through_random_traffic(setting: Setting) -> 
     with connect(setting.owner.url("grpc"), **guard.credentials(dtype="float16")) as plm:
         for _ in range(6):
             for _ in range(25):
-                prompts = [rng.choices(range(3, support.VOCAB_SIZE), k=rng.randint(2, 60)) for _ in range(32)]
+                prompts = [rng.choices(range(3, VOCAB_SIZE), k=rng.randint(2, 60)) for _ in range(32)]
                 settings = DecodingSettings(
                     rng.randint(1, 20), batch_size=rng.choice([1, 7, 32]) if rng.random() < 0.1 else 32
                 )
-                generate(plm, prompts, stop_ids=frozenset([support.EOS]), settings=settings)
+                generate(plm, prompts, stop_ids=frozenset([EOS]), settings=settings)
             resident.append(process.memory_info().rss)
     # What comes first fills the cache and the allocator.
     assert resident[-1] - resident[1] < 32 * MIB, [size // MIB for size in resident]

@@ -18,11 +18,12 @@ from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.connection.rest import RestConnection
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.training.settings import TrainingSettings
+from harness.tiny_models import TinyModels
 from plm_owner_server.admission.authentication import SharedKeyAuthenticator
 from plm_owner_server.service.plm_service import PlmService
 from tests import guard
 from tests.processes.parties import client, client_json
-from tests.support import TinyModels, make_service, serve, serve_over_grpc
+from tests.support import make_service, serve, serve_over_grpc
 
 KEY = "the owner's key"
 TASK = Task(name="t", source_label="In", target_label="Out")

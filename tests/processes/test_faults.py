@@ -17,8 +17,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from harness.tcp_proxy import Fault, faulty_proxy
+from harness.tiny_models import TinyModels
 from tests import guard, support
-from tests.processes.faulty_proxy import Fault, faulty_proxy
 from tests.processes.parties import Owner, client_command, end, owner_that_can_be_killed
 from tests.processes.test_command_line import write_pairs
 
@@ -29,7 +30,7 @@ IMPATIENT = ["--timeout", "1.5", "--give-up-after", "20"]
 
 
 @pytest.fixture(scope="module")
-def owner(tiny_models: support.TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Owner]:
+def owner(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Owner]:
     # Small requests, so that a build has many, and a fault meets it anywhere.
     log = tmp_path_factory.mktemp("server") / "log"
     with owner_that_can_be_killed(log, "--model", str(tiny_models["llama"]), "--max-sequences", "32") as owner:
@@ -93,7 +94,7 @@ def test_one_fault_of_each_kind_in_the_middle(
     owner: Owner, undisturbed: dict[str, bytes], tmp_path: Path, scheme: str, kind: str
 ) -> None:
     job = Job(tmp_path / "memory")
-    with faulty_proxy(owner.ports[scheme], [Fault(kind, ANSWERS_BYTES // 2)]) as port:  # type: ignore[arg-type]
+    with faulty_proxy(owner.port(scheme), [Fault(kind, ANSWERS_BYTES // 2)]) as port:  # type: ignore[arg-type]
         assert end(job.start(guard.url(scheme, port))) == 0
     assert_same(job.files(), undisturbed)
 
@@ -103,7 +104,7 @@ def test_one_fault_of_each_kind_in_the_middle(
 def test_a_network_that_never_works_ends_in_a_clear_error(owner: Owner, tmp_path: Path, scheme: str, kind: str) -> None:
     job = Job(tmp_path / "memory")
     faults = [Fault(kind, 50)] * 100  # type: ignore[arg-type]
-    with faulty_proxy(owner.ports[scheme], faults) as port:
+    with faulty_proxy(owner.port(scheme), faults) as port:
         assert end(job.start(guard.url(scheme, port))) == 1
 
 
@@ -130,7 +131,7 @@ def test_no_schedule_of_faults_loses_or_doubles_a_row(
     kinds = rng.choices(["cut", "stall", "garble", "garble-request"], weights=[4, 1, 2, 2], k=rng.randint(1, 4))
     faults = [Fault(kind, int(math.exp(rng.uniform(0, math.log(ANSWERS_BYTES))))) for kind in kinds]  # type: ignore[arg-type]
     kills = rng.choices(["client", "server", "none"], k=2)
-    with faulty_proxy(owner.ports[scheme], faults) as port:
+    with faulty_proxy(owner.port(scheme), faults) as port:
         url = guard.url(scheme, port)
         for kill in kills:
             if kill == "none":

@@ -13,13 +13,14 @@ import torch
 
 from data_owner_client.evaluation.evaluate import open_connection
 from data_owner_client.plm.remote_plm import RemotePlm
+from harness.tcp_proxy import Fault, faulty_proxy
+from harness.tiny_models import tiny_tokenizer
 from plm_owner_server.engines.interface import EngineInfo
 from plm_owner_server.service.plm_service import PlmService
 from protocol.codec import raw_bytes
 from protocol.errors import ConnectionFailed
 from protocol.head import LMHead
-from tests.processes.faulty_proxy import Fault, faulty_proxy
-from tests.support import MASTER_SECRET, make_settings, serve, serve_over_grpc, tiny_tokenizer
+from tests.support import MASTER_SECRET, make_settings, serve, serve_over_grpc
 
 V, D = 2**17, 2**13
 GIB = 2**30

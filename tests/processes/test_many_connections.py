@@ -10,9 +10,11 @@ from pathlib import Path
 
 import httpx
 
+from harness.processes import free_port
+from harness.tiny_models import TinyModels
 from protocol.messages import EncodeRequest
-from tests import guard, support
-from tests.processes.parties import free_port, server
+from tests import guard
+from tests.processes.parties import server
 
 WANTED = 10_000
 FINE = EncodeRequest(token_ids=[[5, 6]], from_position=[0])
@@ -40,9 +42,9 @@ def connect(port: int) -> socket.socket | None:
     return None
 
 
-def test_idle_connections_keep_nobody_out(tiny_models: support.TinyModels, tmp_path: Path) -> None:
+def test_idle_connections_keep_nobody_out(tiny_models: TinyModels, tmp_path: Path) -> None:
     port = free_port()
-    flags = ["--model", str(tiny_models["llama"]), "--transfer-s", "5"]
+    flags = ["--model", str(tiny_models["llama"]), "--transfer-timeout", "5"]
     log = tmp_path / "server.log"
     with server(log, *flags, grpc_port=port) as rest, as_many_files_as_may_be() as count, ExitStack() as idle:
         urls = [rest, guard.url("grpc", port)]

@@ -13,12 +13,14 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from harness.processes import free_port
+from harness.tiny_models import TinyModels
 from protocol.codec import JSON
 from protocol.errors import NotReady, from_problem
 from protocol.messages import EncodeRequest
 from tests import guard, support
 from tests.processes.ailing_server import BREAK, FAIL, HANG, HELD, HOLD, LOADING
-from tests.processes.parties import free_port, start_server, wait_until_ready
+from tests.processes.parties import start_server, wait_until_ready
 
 until = partial(support.until, within_s=120)
 _STATUS = health_pb2.HealthCheckResponse
@@ -64,9 +66,7 @@ class Ailing:
 
 
 @pytest.fixture
-def ailing(
-    tiny_models: support.TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Ailing]]:
+def ailing(tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Ailing]]:
     servers: list[Ailing] = []
     monkeypatch.setenv(HELD, str(tmp_path / "held"))
 
@@ -125,7 +125,7 @@ def test_a_broken_engine_comes_back_and_sigterm_lets_calls_end(ailing: Callable[
 
 def test_what_does_not_end_in_time_is_refused(ailing: Callable[..., Ailing]) -> None:
     metrics = free_port()
-    server = ailing("--drain-seconds", "0.5", "--metrics-port", str(metrics))
+    server = ailing("--drain-timeout", "0.5", "--metrics-port", str(metrics))
     held, waiting = server.hold(), server.pool.submit(server.post, 7)
     queued = 'pema_queue_requests{state="waiting"} 1.0'
     until(lambda: queued in httpx.get(f"http://127.0.0.1:{metrics}/metrics").text)
@@ -161,7 +161,7 @@ def test_a_second_signal_stops_at_once(ailing: Callable[..., Ailing]) -> None:
 
 
 def test_a_model_that_is_still_loading_keeps_no_server_from_stopping(
-    tiny_models: support.TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loading, log = tmp_path / "loading", tmp_path / "log"
     monkeypatch.setenv(LOADING, str(loading))

@@ -22,14 +22,16 @@ import grpc
 import httpx
 import pytest
 
+from harness.processes import free_port
+from harness.tiny_models import TinyModels
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.codec import BINARY, JSON
 from protocol.integrity import echoes
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest
 from protocol.protobuf import to_proto
-from tests import guard, support
+from tests import guard
 from tests.processes.ailing_server import BREAK, FAIL, HELD, HOLD
-from tests.processes.parties import free_port, start_server, wait_until_ready
+from tests.processes.parties import start_server, wait_until_ready
 from tests.processes.test_operations import until
 from tests.processes.test_tenants import pema_server
 
@@ -163,7 +165,7 @@ def shout(port: int) -> bytes:
 
 
 def test_nothing_of_the_users_is_written_anywhere(
-    tiny_models: support.TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, held, store = tmp_path / "log", tmp_path / "held", tmp_path / "owner.db"
     database = f"sqlite:///{store}"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.tiny_models import TinyModels
 from plm_owner_server.tenants.store import TenantStore
-from tests import support
 from tests.processes.parties import client, server
 
 
@@ -24,7 +24,7 @@ def pema_server(store: str, *arguments: str) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.unguarded("clients show no key, and those of a tenant that is made on the way")
 def test_an_owner_lets_a_tenant_in_and_out(
-    tiny_models: support.TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = f"sqlite:///{tmp_path}/owner.db"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no head of this model from another test
@@ -56,7 +56,7 @@ def test_an_owner_lets_a_tenant_in_and_out(
         assert (info["head_policy"], info["rotated"]) == ("candidate", True)  # what tenants see unless more is said
         left = {name: (quota["left"], quota["quota"], quota["unit"]) for name, quota in info["left"].items()}
         assert left == {"day": (1000, 1000, "tokens"), "head-rows": (20_000, 20_000, "head-rows")}
-        assert pema_server(store, "tenants", "disclose", "acme", "--head-policy", "full").returncode == 0
+        assert pema_server(store, "tenants", "set-disclosure", "acme", "--head-policy", "full").returncode == 0
         time.sleep(2.5)
         forbidden = client(url, "fetch-head")
         assert forbidden.returncode == 1
@@ -67,7 +67,7 @@ def test_an_owner_lets_a_tenant_in_and_out(
     assert key.rpartition("_")[2] not in log.read_text()
 
 
-def test_without_keys_a_server_listens_on_loopback_alone(tiny_models: support.TinyModels, tmp_path: Path) -> None:
+def test_without_keys_a_server_listens_on_loopback_alone(tiny_models: TinyModels, tmp_path: Path) -> None:
     done = pema_server(f"sqlite:///{tmp_path}/owner.db", "serve", "--host", "0.0.0.0", "--model", tiny_models["llama"])  # noqa: S104
     assert done.returncode == 1
     assert "whoever reaches 0.0.0.0" in done.stderr

@@ -13,6 +13,8 @@ import pytest
 from data_owner_client import connect
 from data_owner_client.plm.connection.base import Connection
 from data_owner_client.plm.connection.open import open_connection
+from harness.processes import free_port
+from harness.tiny_models import TinyModels
 from plm_owner_server.admission.authentication import authenticator_for
 from plm_owner_server.admission.client_certificates import certificate_authenticator_for
 from plm_owner_server.settings import ServerSettings
@@ -20,21 +22,18 @@ from plm_owner_server.tenants.store import TenantStore
 from plm_owner_server.transports.tls import Certificate
 from protocol.errors import ConnectionFailed, Forbidden, InvalidRequest, PemaError, Unauthenticated, Untrusted
 from protocol.messages import HeadRequest
-from tests import support
-from tests.processes.parties import client, free_port, server
 from tests.guard import Authority
+from tests.processes.parties import client, server
 
 
-def test_both_transports_speak_tls_and_take_a_renewed_certificate(
-    tiny_models: support.TinyModels, tmp_path: Path
-) -> None:
+def test_both_transports_speak_tls_and_take_a_renewed_certificate(tiny_models: TinyModels, tmp_path: Path) -> None:
     files = Certificate(tmp_path / "server.pem", tmp_path / "server.key")
     first, second = Authority(tmp_path, "first"), Authority(tmp_path, "second")
     first.sign(files)
     store = f"sqlite:///{tmp_path}/owner.db"
     key, port = str(TenantStore(store).add("acme")), free_port()
     flags = ["--model", tiny_models["llama"], "--store", store]
-    flags += ["--tls-certificate", str(files.chain), "--tls-key", str(files.key), "--transfer-s", "5"]
+    flags += ["--tls-certificate", str(files.chain), "--tls-key", str(files.key), "--transfer-timeout", "5"]
     with (
         server(tmp_path / "server.log", *flags, grpc_port=port, ca=first.file) as rest,
         # One that never shakes hands: its own time-out is longer than the server's.
@@ -76,7 +75,7 @@ def test_both_transports_speak_tls_and_take_a_renewed_certificate(
 
 
 @pytest.mark.unguarded("clients show certificates of their own in place of keys")
-def test_tenants_are_known_by_their_certificates(tiny_models: support.TinyModels, tmp_path: Path) -> None:
+def test_tenants_are_known_by_their_certificates(tiny_models: TinyModels, tmp_path: Path) -> None:
     """Both transports demand one; a key that is shown besides must be the same tenant's."""
     owners, clients, strangers = (Authority(tmp_path, name) for name in ("owners", "clients", "strangers"))
     files = Certificate(tmp_path / "server.pem", tmp_path / "server.key")

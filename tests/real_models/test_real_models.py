@@ -17,6 +17,7 @@ from data_owner_client.decoding.speculative import DecodingSettings
 from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.plm.tokenizer import Prompt
+from harness.processes import free_port
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.settings import ServerSettings
 from tests import guard
@@ -65,7 +66,7 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     name = request.param
     work = tmp_path_factory.mktemp("server")
     log = work / "log"
-    grpc_port = processes.free_port()
+    grpc_port = free_port()
     with ExitStack() as stack:
         if name == "gemma-3-270m":
             stack.enter_context(guard.put_up(work))
@@ -176,7 +177,7 @@ def test_the_whole_of_pema_is_the_slow_reference(real: Real, tmp_path: Path) -> 
             alone = translate(real.plm, sources, task=real.task, decoding=DecodingSettings(8))
             expected = []
             for source in sources:
-                horizon = adapter.card.horizon(tokenizer.count(source))
+                horizon = adapter.card.expected_length(tokenizer.count(source))
                 text = reference.decode(
                     tokenizer.encode_prompt(real.task.prompt(source, tokenizer)),
                     real.basis.weights(adapter),

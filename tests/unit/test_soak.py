@@ -11,12 +11,13 @@ from torch import Tensor
 from benchmarks.soak import calls
 from benchmarks.soak.tenants import Account, Price, Tenant, let_in
 from benchmarks.soak.truth import Truth, WrongAnswer
+from harness.tiny_models import TinyModels
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.service.scheduler import Caller
 from plm_owner_server.tenants.store import TenantStore
 from protocol.codec import Message
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
-from tests.support import TinyModels, make_service
+from tests.support import make_service
 
 
 @pytest.fixture(scope="module")

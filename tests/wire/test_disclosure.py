@@ -13,13 +13,14 @@ from torch import Tensor
 from data_owner_client import Pair, TrainingSettings, build_memories, train
 from data_owner_client.data.tasks import Task
 from data_owner_client.plm.remote_plm import RemotePlm
+from harness.tiny_models import VOCAB_SIZE, TinyModels
 from plm_owner_server.admission.authentication import TenantKeyAuthenticator
 from plm_owner_server.service.disclosure import FULL_DISCLOSURE, Disclosure
 from plm_owner_server.tenants.store import TenantStore
 from protocol.errors import Forbidden, IdentityMismatch, Unsupported
 from protocol.messages import HeadRequest
 from tests import guard
-from tests.support import VOCAB_SIZE, TinyModels, make_service, serve, serve_over_grpc
+from tests.support import make_service, serve, serve_over_grpc
 
 DISCLOSURES = {
     "ourselves": FULL_DISCLOSURE,

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.tiny_models import TinyModels
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.service.requests import CallContext
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
-from tests.support import TinyModels, make_service, random_ids
+from tests.support import make_service, random_ids
 
 D = 32
 THIEF = CallContext("thief", "thief", Disclosure("none", rotated=True))

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data_owner_client.plm.connection.grpc import GrpcConnection
+from harness.tiny_models import TinyModels
 from plm_owner_server.engines.interface import EncodeBatch, Encoded
 from plm_owner_server.engines.transformers.engine import TransformersEngine
 from plm_owner_server.service.plm_service import PlmService
@@ -29,7 +30,7 @@ from protocol.integrity import echoes
 from protocol.messages import DecodeRequest, EncodeRequest, EncodeResponse, HeadRequest, HeadRows
 from protocol.protobuf import from_proto, to_proto
 from tests import guard
-from tests.support import TinyModels, make_service, random_ids, serve_over_grpc
+from tests.support import make_service, random_ids, serve_over_grpc
 
 ROOT = Path(__file__).parents[2]
 SECRET = "GEHEIM"

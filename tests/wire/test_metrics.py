@@ -11,10 +11,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from data_owner_client.plm.connection.open import open_connection
-from plm_owner_server.admission.controller import ServiceHolder
+from harness.tiny_models import TinyModels
 from plm_owner_server.engines.interface import EncodeBatch, Encoded
 from plm_owner_server.engines.transformers.engine import TransformersEngine
 from plm_owner_server.operations.metrics import Metrics
+from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidRequest, PemaError
 from protocol.messages import DecodeRequest, EncodeRequest, HeadRequest
@@ -42,9 +43,9 @@ class Watched:
     """A service with metrics that are read over HTTP."""
 
     def __init__(self, service: PlmService | None) -> None:
-        self.holder = ServiceHolder(service)
-        self.metrics = Metrics(self.holder)
-        self.holder.accounts.observers.append(self.metrics.observe)
+        self.state = ServingState(service)
+        self.metrics = Metrics(self.state)
+        self.state.recorder.observers.append(self.metrics.observe)
 
     def text(self) -> str:
         with self.metrics.served("127.0.0.1", 0) as port:
@@ -60,15 +61,15 @@ def key(name: str, **labels: str) -> Sample:
 
 
 @pytest.fixture
-def watched(tiny_models: support.TinyModels) -> Watched:
+def watched(tiny_models: TinyModels) -> Watched:
     return Watched(support.make_service(tiny_models["llama"]))
 
 
 @pytest.mark.parametrize("transport", ["rest", "grpc"])
 def test_what_is_counted_is_what_was_asked(watched: Watched, transport: str) -> None:
-    serve = support.serve_holder if transport == "rest" else support.serve_holder_over_grpc
+    serve = support.serve_state if transport == "rest" else support.serve_state_over_grpc
     before = watched.read()
-    with serve(watched.holder) as url:
+    with serve(watched.state) as url:
         connection = open_connection(url)
         sequences = support.random_ids(3, [7, 12, 40], shared=5)
         connection.encode(EncodeRequest(token_ids=sequences, from_position=[1, 2, 3]))
@@ -105,7 +106,7 @@ def test_what_is_counted_is_what_was_asked(watched: Watched, transport: str) -> 
 
 
 def test_what_is_known_is_a_hit(watched: Watched) -> None:
-    service = watched.holder.service
+    service = watched.state.service
     assert service is not None
     service.decode(DecodeRequest(token_ids=[list(range(5, 45))], look_ahead=[0]))
     first = watched.read()
@@ -117,7 +118,7 @@ def test_what_is_known_is_a_hit(watched: Watched) -> None:
     assert second[key("pema_pass_tokens_total", kind="prompt")] == 45
 
 
-def test_without_a_prefix_cache_nothing_is_kept(tiny_models: support.TinyModels) -> None:
+def test_without_a_prefix_cache_nothing_is_kept(tiny_models: TinyModels) -> None:
     watched = Watched(service := support.make_service(tiny_models["llama"], prefix_cache_mib=0))
     for _ in range(2):
         service.decode(DecodeRequest(token_ids=[list(range(5, 45))], look_ahead=[2]))
@@ -126,8 +127,8 @@ def test_without_a_prefix_cache_nothing_is_kept(tiny_models: support.TinyModels)
     assert now[key("pema_prefix_cache_hit_tokens_total")] == 0
 
 
-def test_what_nobody_uses_is_forgotten_though_nobody_calls(tiny_models: support.TinyModels) -> None:
-    watched = Watched(service := support.make_service(tiny_models["llama"], prefix_cache_seconds=0.001))
+def test_what_nobody_uses_is_forgotten_though_nobody_calls(tiny_models: TinyModels) -> None:
+    watched = Watched(service := support.make_service(tiny_models["llama"], prefix_cache_ttl=0.001))
     service.decode(DecodeRequest(token_ids=[list(range(5, 45))], look_ahead=[2]))
     deadline = time.monotonic() + 30
     while watched.read()[key("pema_prefix_cache_bytes")] > 0:
@@ -135,7 +136,7 @@ def test_what_nobody_uses_is_forgotten_though_nobody_calls(tiny_models: support.
         service.forget_unused()
 
 
-def test_the_queue_is_seen(tiny_models: support.TinyModels) -> None:
+def test_the_queue_is_seen(tiny_models: TinyModels) -> None:
     service = support.make_service(tiny_models["llama"], wrap=Blocking)
     watched, engine = Watched(service), service._engine
     assert isinstance(engine, Blocking)
@@ -163,7 +164,7 @@ def test_the_queue_is_seen(tiny_models: support.TinyModels) -> None:
 
 
 def test_strangers_make_no_labels(watched: Watched) -> None:
-    with support.serve_holder(watched.holder) as url, httpx.Client(base_url=url) as client:
+    with support.serve_state(watched.state) as url, httpx.Client(base_url=url) as client:
         for number in range(20):
             client.get(f"/GEHEIM/{number}", headers={"X-Pema-Client": f"GEHEIM {number}", "X-Request-Id": f"r{number}"})
             client.request(f"GEHEIM{number}", "/v1/model")

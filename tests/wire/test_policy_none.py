@@ -21,6 +21,7 @@ from data_owner_client.plm.head_recovery.fit import contexts_needed, fit_rows
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.training.head_distributions import fetch_distributions
+from harness.tiny_models import VOCAB_SIZE, TinyModels
 from plm_owner_server.admission.authentication import TenantKeyAuthenticator
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.service.plm_service import PlmService
@@ -30,7 +31,7 @@ from plm_owner_server.tenants.usage import DayOfUsage, read_usage
 from protocol.errors import BudgetExhausted, Forbidden, InvalidData, QuotaExceeded
 from protocol.messages import HeadRequest
 from tests import guard
-from tests.support import VOCAB_SIZE, TinyModels, make_service, random_ids, serve, serve_over_grpc
+from tests.support import make_service, random_ids, serve, serve_over_grpc
 
 TASK = Task(name="t", source_label="In", target_label="Out")
 WORDS = ["the", "thin", "die", "Tür", "an", "on", "shine", "reden", "her"]

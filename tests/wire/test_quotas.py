@@ -16,6 +16,7 @@ import pytest
 
 from data_owner_client.plm.connection import retries
 from data_owner_client.plm.connection.base import Attempt, Connection
+from harness.tiny_models import TinyModels
 from plm_owner_server.admission.authentication import TenantKeyAuthenticator
 from plm_owner_server.admission.ledger import Ledger
 from plm_owner_server.engines.interface import EncodeBatch, Encoded
@@ -29,7 +30,7 @@ from protocol.errors import BudgetExhausted, InvalidRequest, NumericalFault, Quo
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from protocol.protobuf import to_proto
 from tests import guard
-from tests.support import TinyModels, make_service, serve, serve_over_grpc
+from tests.support import make_service, serve, serve_over_grpc
 
 SERVERS = {"REST": serve, "gRPC": serve_over_grpc}
 Serve = Callable[..., AbstractContextManager[str]]

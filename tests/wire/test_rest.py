@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from harness.tiny_models import TinyModels
 from plm_owner_server.engines.interface import EncodeBatch, Encoded
 from plm_owner_server.engines.transformers.engine import TransformersEngine
 from plm_owner_server.service.plm_service import PlmService
@@ -32,8 +33,8 @@ from protocol.messages import (
     TokenizerBundle,
 )
 from tests import guard
+from tests.support import make_service, serve, serve_over_grpc, until
 from tests.wire.test_service import A_RANGE, CALLS, checked_problem
-from tests.support import TinyModels, make_service, serve, serve_over_grpc, until
 
 FINE = EncodeRequest(token_ids=[[5, 6]], from_position=[0])
 AS_JSON = {"Content-Type": JSON}

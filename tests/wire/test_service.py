@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data_owner_client.plm.connection.base import Connection
+from harness.tiny_models import CHAT_TEMPLATE, VOCAB_SIZE, TinyModels, tiny_tokenizer
 from plm_owner_server.engines.transformers.engine import load_model
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.service.plm_service import PlmService
@@ -35,16 +36,7 @@ from protocol.messages import (
     TokenizerBundle,
 )
 from tests import guard
-from tests.support import (
-    CHAT_TEMPLATE,
-    VOCAB_SIZE,
-    TinyModels,
-    make_service,
-    random_ids,
-    serve,
-    serve_over_grpc,
-    tiny_tokenizer,
-)
+from tests.support import make_service, random_ids, serve, serve_over_grpc
 
 TRANSPORTS = ["in-process", "binary", "json", "grpc"]
 # Path, request, answer and method of the service.

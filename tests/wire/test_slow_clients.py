@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import grpc
 import pytest
 
+from harness.tiny_models import TinyModels
 from plm_owner_server.service.plm_service import PlmService
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.codec import JSON
@@ -20,8 +21,8 @@ from protocol.errors import UnsupportedMediaType
 from protocol.messages import DistributionRequest, EncodeRequest, HeadRequest
 from protocol.protobuf import to_proto
 from tests import guard
+from tests.support import make_service, serve, serve_over_grpc
 from tests.wire.test_service import checked_problem
-from tests.support import TinyModels, make_service, serve, serve_over_grpc
 
 SOON_S = 0.4
 FINE = EncodeRequest(token_ids=[[5, 6]], from_position=[0])

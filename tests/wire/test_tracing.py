@@ -16,8 +16,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
 
-from plm_owner_server.admission.controller import ServiceHolder
 from plm_owner_server.operations.call_log import CallRecord, CallRecorder
+from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.operations.tracing import Traces, traces_from_environment
 from plm_owner_server.service.plm_service import PlmService
 from protocol import pema_pb2, pema_pb2_grpc
@@ -30,14 +30,14 @@ TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
 
 
 class Watched:
-    """A holder whose spans are kept."""
+    """A state whose spans are kept."""
 
     def __init__(self, service: PlmService) -> None:
         self.exporter = InMemorySpanExporter()
         provider = TracerProvider(shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self.exporter))
-        self.holder = ServiceHolder(service)
-        self.holder.accounts.observers.append(Traces(provider).observe)
+        self.state = ServingState(service)
+        self.state.recorder.observers.append(Traces(provider).observe)
 
     @property
     def spans(self) -> tuple[ReadableSpan, ...]:
@@ -47,7 +47,7 @@ class Watched:
 def test_a_span_of_each_call_over_rest(tiny_service: PlmService) -> None:
     watched = Watched(tiny_service)
     headers = {"Content-Type": JSON, "X-Request-Id": "GEHEIM", "X-Pema-Client": "GEHEIM", "tracestate": "a=GEHEIM"}
-    with support.serve_holder(watched.holder) as url, httpx.Client(base_url=url, headers=headers) as client:
+    with support.serve_state(watched.state) as url, httpx.Client(base_url=url, headers=headers) as client:
         body = b'{"token_ids": [[5, 6, 7]], "from_position": [1]}'
         client.post("/v1/encode", content=body, headers={"traceparent": TRACEPARENT}).raise_for_status()
         client.post("/v1/encode", content=b"GEHEIM", headers={"traceparent": "GEHEIM"})
@@ -84,7 +84,7 @@ def test_a_span_of_each_call_over_rest(tiny_service: PlmService) -> None:
 def test_a_span_of_each_call_over_grpc(tiny_service: PlmService) -> None:
     watched = Watched(tiny_service)
     with (
-        support.serve_holder_over_grpc(watched.holder) as url,
+        support.serve_state_over_grpc(watched.state) as url,
         grpc.insecure_channel(url.removeprefix("grpc://")) as channel,
     ):
         stub = pema_pb2_grpc.PlmStub(channel)  # type: ignore[no-untyped-call]

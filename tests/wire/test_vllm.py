@@ -19,20 +19,21 @@ import torch
 from data_owner_client import connect, load_task, read_pairs
 from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.plm.connection.open import open_connection
-from demo import home_assistant
-from plm_owner_server.admission.controller import ServiceHolder
+from harness.datasets import home_assistant
+from harness.tiny_models import ARCHITECTURES, EOS, TinyModels
 from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch, Engine
 from plm_owner_server.engines.loading import load_engine
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
 from plm_owner_server.engines.vllm.engine import PooledEngine
+from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.operations.supervisor import Supervisor
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.settings import DEFAULT_MODEL
 from protocol.errors import NotReady, PemaError, Unsupported
 from protocol.messages import EncodeRequest
 from tests import support
-from tests.support import EOS, TinyModels, random_ids
+from tests.support import random_ids
 
 pytestmark = pytest.mark.vllm
 
@@ -40,7 +41,7 @@ until = partial(support.until, within_s=600)
 IDS = random_ids(1, [70, 33, 1, 100, 64], shared=40)
 
 
-@pytest.fixture(scope="module", params=support.ARCHITECTURES)
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def engines(request: pytest.FixtureRequest, tiny_models: TinyModels) -> tuple[Engine, Engine]:
     folder = tiny_models[request.param]
     ours = load_engine(folder, support.make_settings(device="cpu", dtype="float32", prefix_cache_mib=64))
@@ -152,12 +153,12 @@ def test_vllm_that_is_killed_is_a_503_and_started_again(tiny_models: TinyModels,
         return support.make_service(tiny_models["llama"], shared=False)
 
     before = set(psutil.Process().children())
-    holder = ServiceHolder()
-    supervisor = Supervisor(load, holder, engine_timeout_s=600, give_up=gave_up.append)
+    state = ServingState()
+    supervisor = Supervisor(load, state, engine_timeout_s=600, give_up=gave_up.append)
     threading.Thread(target=supervisor.run, daemon=True).start()
-    serve = support.serve_holder if transport == "rest" else support.serve_holder_over_grpc
-    with serve(holder, max_body_bytes=2**20) as url:
-        until(lambda: holder.is_ready)
+    serve = support.serve_state if transport == "rest" else support.serve_state_over_grpc
+    with serve(state, max_body_bytes=2**20) as url:
+        until(lambda: state.is_ready)
         connection = open_connection(url, give_up_after_s=0)
         expected = connection.encode(request).cr_N_D
         (core,) = [child for child in set(psutil.Process().children()) - before if child.children()]
@@ -165,13 +166,13 @@ def test_vllm_that_is_killed_is_a_503_and_started_again(tiny_models: TinyModels,
         with pytest.raises(NotReady) as caught:
             connection.encode(request)
         assert caught.value.retry_after_s
-        until(lambda: not holder.is_ready)
-        until(lambda: holder.is_ready)
+        until(lambda: not state.is_ready)
+        until(lambda: state.is_ready)
         assert not core.is_running()
         torch.testing.assert_close(connection.encode(request).cr_N_D, expected)
         (core,) = [child for child in set(psutil.Process().children()) - before if child.children()]
         core.kill()  # and nobody calls
-        until(lambda: not holder.is_ready)
-        until(lambda: holder.is_ready)
+        until(lambda: not state.is_ready)
+        until(lambda: state.is_ready)
         connection.close()
     assert not gave_up

@@ -11,11 +11,11 @@ import torch
 from data_owner_client.plm import head_cache
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.remote_plm import RemotePlm
+from harness.tiny_models import VOCAB_SIZE, TinyModels, build_model
 from plm_owner_server.engines.transformers.engine import TransformersEngine
 from protocol.errors import ConnectionFailed, InvalidData, ProtocolViolation
 from protocol.messages import HeadRequest, HeadRows
-from tests import support
-from tests.support import VOCAB_SIZE, TinyModels, make_service
+from tests.support import make_service
 
 PIECE = 100  # rows
 
@@ -58,7 +58,7 @@ def test_the_head_is_the_models_own_and_fetched_once(
 ) -> None:
     plm = RemotePlm(connection, cache=tmp_path)
     head = plm.full_head()
-    truth = support.build_model(request.node.callspec.params["connection"]).get_output_embeddings()
+    truth = build_model(request.node.callspec.params["connection"]).get_output_embeddings()
     assert torch.equal(head.weight_V_D, truth.weight)
     assert (head.bias_V is None) == (truth.bias is None)
     assert head.bias_V is None or torch.equal(head.bias_V, truth.bias)
@@ -128,5 +128,5 @@ def test_half_precision_heads_travel_as_they_are(tiny_models: TinyModels, tmp_pa
     service = make_service(tiny_models["llama"], wrap=halved)
     plm = RemotePlm(InProcessConnection(service), cache=tmp_path)
     assert plm.card.head_dtype == "bfloat16"
-    truth = support.build_model("llama").get_output_embeddings().weight
+    truth = build_model("llama").get_output_embeddings().weight
     assert torch.equal(plm.full_head().weight_V_D, truth.to(torch.bfloat16))

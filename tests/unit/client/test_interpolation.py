@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_owner_client.adapter.interpolation import SCHEDULES, Interpolation, mix
+from data_owner_client.adapter.interpolation import Interpolation, mix
+from data_owner_client.adapter.types import SCHEDULES
 from data_owner_client.decoding.candidate_mixture import CandidateMixture, PlmScores
 from tests import reference
 
@@ -27,14 +28,14 @@ from tests import reference
 def test_schedules_by_hand(schedule: str, lambda_max: float, length: float, expected: list[float]) -> None:
     interpolation = Interpolation(schedule=schedule, lambda_max=lambda_max)
     positions = torch.arange(len(expected))
-    weights = interpolation.weights(positions, torch.full((len(expected),), length, dtype=torch.float64))
+    weights = interpolation.lambdas(positions, torch.full((len(expected),), length, dtype=torch.float64))
     assert weights.tolist() == pytest.approx(expected, abs=1e-12)
 
 
 @given(st.sampled_from(SCHEDULES), st.floats(0, 1), st.floats(1, 60), st.integers(1, 80))
 def test_schedules_are_the_papers_recurrence(schedule: str, lambda_max: float, length: float, steps: int) -> None:
     interpolation = Interpolation(schedule=schedule, lambda_max=lambda_max)
-    weights = interpolation.weights(torch.arange(steps), torch.full((steps,), length, dtype=torch.float64)).tolist()
+    weights = interpolation.lambdas(torch.arange(steps), torch.full((steps,), length, dtype=torch.float64)).tolist()
     assert weights == pytest.approx(reference.schedule(schedule, lambda_max, length, steps), abs=1e-9)
     for t, weight in enumerate(weights):
         if interpolation.finished(t, length):
@@ -45,8 +46,8 @@ def test_schedules_are_the_papers_recurrence(schedule: str, lambda_max: float, l
 def test_a_sequence_does_not_feel_its_batch() -> None:
     interpolation = Interpolation(schedule="gradual", lambda_max=0.9)
     positions, horizons = torch.tensor([2, 0, 7, 2]), torch.tensor([5.0, 9.0, 8.0, 20.0], dtype=torch.float64)
-    together = interpolation.weights(positions, horizons)
-    alone = [interpolation.weights(positions[i : i + 1], horizons[i : i + 1]).item() for i in range(4)]
+    together = interpolation.lambdas(positions, horizons)
+    alone = [interpolation.lambdas(positions[i : i + 1], horizons[i : i + 1]).item() for i in range(4)]
     assert together.tolist() == alone
 
 

@@ -16,6 +16,7 @@ from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.store import ExternalMemory
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.remote_plm import RemotePlm
+from harness.tiny_models import TinyModels
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import ConnectionFailed, IdentityMismatch, InvalidData, ProtocolViolation
 from protocol.messages import DTYPES, DecodeRequest, EncodeRequest
@@ -94,7 +95,7 @@ def test_rows_are_labelled_with_their_targets(plm: RemotePlm, tmp_path: Path, co
 @pytest.mark.parametrize(("dtype", "tolerance"), [("int8", 1 / 127), ("float16", 2**-10), ("bfloat16", 2**-7)])
 @pytest.mark.parametrize("cr_kind", ["last_hidden_state", "ffn_output"])
 def test_compact_rows_are_close_to_the_exact_ones(
-    tiny_models: support.TinyModels, tmp_path: Path, dtype: WireDtype, tolerance: float, cr_kind: Any
+    tiny_models: TinyModels, tmp_path: Path, dtype: WireDtype, tolerance: float, cr_kind: Any
 ) -> None:
     service = support.make_service(tiny_models["qwen3"], cr_kind=cr_kind)
     exact = build_teacher_forced(
@@ -173,9 +174,7 @@ def test_another_memory_in_the_folder_is_refused(
     assert files(tmp_path) == before
 
 
-def test_a_memory_of_another_model_is_refused_by_name(
-    plm: RemotePlm, tiny_models: support.TinyModels, tmp_path: Path
-) -> None:
+def test_a_memory_of_another_model_is_refused_by_name(plm: RemotePlm, tiny_models: TinyModels, tmp_path: Path) -> None:
     build_teacher_forced(plm, tmp_path)
     other = RemotePlm(InProcessConnection(support.make_service(tiny_models["qwen2"])), dtype="float32", cache=None)
     with pytest.raises(IdentityMismatch, match=r"llama .* qwen2"):
@@ -282,7 +281,7 @@ def test_a_memory_folder_that_cannot_be_is_explained(plm: RemotePlm, tmp_path: P
         build_teacher_forced(plm, tmp_path / "file" / "below")
 
 
-def test_requests_stay_within_the_servers_limits(tiny_models: support.TinyModels, tmp_path: Path) -> None:
+def test_requests_stay_within_the_servers_limits(tiny_models: TinyModels, tmp_path: Path) -> None:
     service = support.make_service(
         tiny_models["llama"], max_sequences=2, max_answer_bytes=40 * 32 * 4, max_body_bytes=1024
     )
@@ -294,7 +293,7 @@ def test_requests_stay_within_the_servers_limits(tiny_models: support.TinyModels
     assert max(len(request.to_bytes()) for request in recorder.sent) <= 1024
 
 
-def test_rows_of_another_kind_keep_the_heads_input_beside_them(tiny_models: support.TinyModels, tmp_path: Path) -> None:
+def test_rows_of_another_kind_keep_the_heads_input_beside_them(tiny_models: TinyModels, tmp_path: Path) -> None:
     ffn = RemotePlm(
         InProcessConnection(support.make_service(tiny_models["llama"], cr_kind="ffn_output")),
         dtype="float32",

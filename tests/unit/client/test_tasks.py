@@ -9,11 +9,11 @@ from data_owner_client.data.tasks import Task, builtin_tasks, load_task
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.plm.tokenizer import PlmTokenizer
+from harness.tiny_models import EOS, VOCAB_SIZE, TinyModels, tiny_tokenizer
 from plm_owner_server.engines.model_files.tokenizer import bundle_tokenizer, load_tokenizer
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidData, ProtocolViolation, Unsupported
 from protocol.messages import TokenizerBundle
-from tests import support
 
 TASK = Task(
     name="t",
@@ -65,7 +65,7 @@ def test_plain_prompt(tokenizer: PlmTokenizer) -> None:
 
 @pytest.mark.parametrize("source", ["the thin shine", "Grüße {name}", " odd  spaces "])
 def test_prompt_and_target_tokenise_as_one_text_does(
-    tiny_service: PlmService, tiny_models: support.TinyModels, tokenizer: PlmTokenizer, source: str
+    tiny_service: PlmService, tiny_models: TinyModels, tokenizer: PlmTokenizer, source: str
 ) -> None:
     owners = AutoTokenizer.from_pretrained(tiny_models["llama"])
     prompt = TASK.prompt(source, tokenizer)
@@ -88,7 +88,7 @@ def test_a_token_across_the_boundary_falls_back_to_the_target_alone(tokenizer: P
     assert tokenizer.encode_prompt(Prompt("end\n")) != prompt_ids + target_ids
 
 
-def test_chat_prompt_is_transformers_own(tiny_models: support.TinyModels, tokenizer: PlmTokenizer) -> None:
+def test_chat_prompt_is_transformers_own(tiny_models: TinyModels, tokenizer: PlmTokenizer) -> None:
     owners = AutoTokenizer.from_pretrained(tiny_models["llama"])
     chat = TASK.model_copy(update={"format": "chat"})
     messages = [
@@ -102,22 +102,22 @@ def test_chat_prompt_is_transformers_own(tiny_models: support.TinyModels, tokeni
     prompt = chat.prompt("the source", tokenizer)
     assert prompt.text == expected
     assert tokenizer.encode_prompt(prompt) == owners(expected, add_special_tokens=False).input_ids
-    assert chat.stop_ids(tokenizer) == {support.EOS}
+    assert chat.stop_ids(tokenizer) == {EOS}
     target_ids = tokenizer.encode_target(prompt, tokenizer.encode_prompt(prompt), chat.continuation("ja", tokenizer))
-    assert target_ids[-1] == support.EOS
+    assert target_ids[-1] == EOS
     assert chat.answer(target_ids, tokenizer) == "ja"
 
 
 def test_a_foreign_chat_template_runs_in_a_sandbox() -> None:
-    bundle = bundle_tokenizer(support.tiny_tokenizer(chat_template="{{ ''.__class__.__mro__ }}"))
+    bundle = bundle_tokenizer(tiny_tokenizer(chat_template="{{ ''.__class__.__mro__ }}"))
     with pytest.raises(InvalidData, match="chat template refuses"):
         PlmTokenizer(bundle).render_chat([{"role": "user", "content": "x"}])
-    refusing = bundle_tokenizer(support.tiny_tokenizer(chat_template="{{ raise_exception('only system') }}"))
+    refusing = bundle_tokenizer(tiny_tokenizer(chat_template="{{ raise_exception('only system') }}"))
     with pytest.raises(InvalidData, match="only system"):
         PlmTokenizer(refusing).render_chat([{"role": "user", "content": "x"}])
 
 
-def test_missing_parts_are_explained(tiny_models: support.TinyModels) -> None:
+def test_missing_parts_are_explained(tiny_models: TinyModels) -> None:
     plain = PlmTokenizer(bundle_tokenizer(load_tokenizer(tiny_models["opt"])))
     with pytest.raises(Unsupported, match="chat template"):
         TASK.model_copy(update={"format": "chat"}).prompt("x", plain)
@@ -129,7 +129,7 @@ def test_every_token_with_a_newline_stops(tokenizer: PlmTokenizer) -> None:
     ids = tokenizer.ids_containing("\n")
     assert ids
     assert all("\n" in tokenizer.decode([i]) for i in ids)
-    others = set(range(3, support.VOCAB_SIZE)) - ids
+    others = set(range(3, VOCAB_SIZE)) - ids
     assert not any("\n" in tokenizer.decode([i]) for i in others)
 
 

@@ -12,8 +12,9 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from plm_owner_server.admission.controller import ServiceHolder
+from harness.tiny_models import TinyModels
 from plm_owner_server.operations.metrics import Metrics
+from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.settings import ServerSettings
 from tests import support
 
@@ -113,7 +114,7 @@ def test_what_is_set_is_a_setting() -> None:
 def test_calls_may_end_before_a_container_is_killed() -> None:
     server = services(FILES[0])["server"]
     grace_s = int(server["stop_grace_period"].removesuffix("s"))
-    assert grace_s > server["environment"]["PEMA_DRAIN_SECONDS"] + 5
+    assert grace_s > server["environment"]["PEMA_DRAIN_TIMEOUT"] + 5
 
 
 def test_volumes_are_declared() -> None:
@@ -124,8 +125,8 @@ def test_volumes_are_declared() -> None:
         assert named == set(content.get("volumes", {})), path.name
 
 
-def test_the_dashboard_shows_metrics_that_there_are(tiny_models: support.TinyModels) -> None:
-    registry: CollectorRegistry = Metrics(ServiceHolder(support.make_service(tiny_models["llama"]))).registry
+def test_the_dashboard_shows_metrics_that_there_are(tiny_models: TinyModels) -> None:
+    registry: CollectorRegistry = Metrics(ServingState(support.make_service(tiny_models["llama"]))).registry
     there = {"pema_gpu_memory_bytes"}  # of CUDA alone
     for family in registry.collect():
         if family.type == "counter":

@@ -10,10 +10,10 @@ import huggingface_hub.constants
 import pytest
 import transformers
 
+from harness.tiny_models import TinyModels
 from plm_owner_server.engines.model_files import sources as models
 from plm_owner_server.engines.model_files.sources import digest_folder, resolve
 from protocol.errors import InvalidRequest
-from tests.support import TinyModels
 
 
 @pytest.fixture(autouse=True)

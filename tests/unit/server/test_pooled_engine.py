@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from harness.tiny_models import ARCHITECTURES, EOS, TinyModels
 from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch
 from plm_owner_server.engines.model_files.lm_head import read_head
 from plm_owner_server.engines.model_files.sources import digest_folder
@@ -23,7 +24,7 @@ from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidRequest, NotReady, ServerFault, Unsupported
 from protocol.messages import EncodeRequest
 from tests import support
-from tests.support import ARCHITECTURES, EOS, TinyModels, random_ids
+from tests.support import random_ids
 
 BLOCK = 8
 

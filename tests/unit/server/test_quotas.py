@@ -82,7 +82,7 @@ def ledger(store: TenantStore, clock: Clock) -> Ledger:
 def call(ledger: Ledger, cost: CallCost | int, tenant: str = "acme") -> dict[str, int]:
     """Make a call that succeeds; what is left after it, by name."""
     meter = ledger.meter(tenant)
-    with meter.charging(CallCost(cost) if isinstance(cost, int) else cost):
+    with meter.reserve(CallCost(cost) if isinstance(cost, int) else cost):
         pass
     return {allowance.name: allowance.left for allowance in meter.left}
 
@@ -148,7 +148,7 @@ def test_what_is_being_answered_is_reserved_and_what_was_not_used_is_given_back(
 ) -> None:
     store.add("acme", quotas=Quotas(tokens_per_minute=100))
     first = ledger.meter("acme")
-    with first.charging(CallCost(100)) as charge:
+    with first.reserve(CallCost(100)) as charge:
         with pytest.raises(QuotaExceeded):
             call(ledger, 1)
         clock.now += 60  # the next minute owes nothing to a call of this one
@@ -157,7 +157,7 @@ def test_what_is_being_answered_is_reserved_and_what_was_not_used_is_given_back(
         charge.tokens = 30
     assert [allowance.left for allowance in first.left] == [70]
     failing = ledger.meter("acme")
-    with pytest.raises(ZeroDivisionError), failing.charging(CallCost(70)):
+    with pytest.raises(ZeroDivisionError), failing.reserve(CallCost(70)):
         raise ZeroDivisionError
     assert [allowance.left for allowance in failing.left] == [70]
     assert used(store) == {TODAY: (2, 1, 40, 0, 0)}
@@ -170,8 +170,8 @@ def test_places_hold_over_all_servers_and_those_of_the_dead_are_free_again(
     store.add("acme", quotas=Quotas(concurrent_requests=2, tokens_per_day=1000))
     here, there = Ledger(store.database, clock), Ledger(Database(url), clock)
     with ExitStack() as answering:
-        answering.enter_context(here.meter("acme").charging(CallCost(10)))
-        answering.enter_context(there.meter("acme").charging(CallCost(100)))
+        answering.enter_context(here.meter("acme").reserve(CallCost(10)))
+        answering.enter_context(there.meter("acme").reserve(CallCost(100)))
         for ledger in (here, there):
             with pytest.raises(QuotaExceeded, match="2 of your requests") as caught:
                 call(ledger, 1)
@@ -205,7 +205,7 @@ def test_a_clock_that_jumps_locks_nobody_out(store: TenantStore, ledger: Ledger,
 
     clock.now += jump
     let_in()
-    with ledger.meter("acme").charging(CallCost(15)):
+    with ledger.meter("acme").reserve(CallCost(15)):
         clock.now += jump
         ledger.running.renew()
     let_in()
@@ -279,10 +279,10 @@ def test_a_call_that_is_broken_off_takes_nothing_along(store: TenantStore, ledge
     """Or a client could have a second one answered beside it for nothing, and hang up on the first."""
     store.add("acme", quotas=Quotas(full_distributions=1, head_rows=1))
     for cost, name in ((full([1]), "full-distributions"), (rows([7]), "head-rows")):
-        with pytest.raises(ZeroDivisionError), ledger.meter("acme").charging(cost):
+        with pytest.raises(ZeroDivisionError), ledger.meter("acme").reserve(cost):
             raise ZeroDivisionError
         other = full([2]) if name == "full-distributions" else rows([8])
-        with pytest.raises(BudgetExhausted), ledger.meter("acme").charging(cost):
+        with pytest.raises(BudgetExhausted), ledger.meter("acme").reserve(cost):
             assert call(ledger, other)[name] == 0  # which takes the last one meanwhile
         assert call(ledger, other)[name] == 0
 
@@ -300,7 +300,7 @@ ledger = Ledger(Database(url))
 
 def call(number):
     try:
-        with ledger.meter("acme").charging(CallCost(number, [number, 7], model="a" * 64, vocab_size=1000)) as charge:
+        with ledger.meter("acme").reserve(CallCost(number, [number, 7], model="a" * 64, vocab_size=1000)) as charge:
             if number % 5 == 0:
                 raise ZeroDivisionError
             charge.tokens -= 1
@@ -331,7 +331,7 @@ def test_no_more_than_the_places_are_ever_taken(store: TenantStore, ledger: Ledg
 
         def begin(_: int) -> bool:
             try:
-                answering.enter_context(ledger.meter("acme").charging(CallCost(1)))
+                answering.enter_context(ledger.meter("acme").reserve(CallCost(1)))
             except QuotaExceeded:
                 return False
             return True
@@ -346,7 +346,7 @@ def test_what_cannot_be_counted_is_not_answered(
     store.add("acme")
     with (
         pytest.raises(NotReady) as caught,
-        ledger.meter("acme").charging(CallCost(1)),
+        ledger.meter("acme").reserve(CallCost(1)),
         store.database.writing() as connection,
     ):
         connection.execute(sa.text("DROP TABLE usage"))
@@ -424,7 +424,7 @@ def test_an_owner_sets_quotas_and_sees_what_was_used(
         return capsys.readouterr().out
 
     tenants("add", "acme", "--tokens-per-minute", "5", "--full-distributions", "0")
-    tenants("limit", "acme", "--tokens-per-minute", "none", "--head-rows", "10")
+    tenants("set-quotas", "acme", "--tokens-per-minute", "none", "--head-rows", "10")
     (listed,) = json.loads(tenants("list", "--json"))
     quotas = {name: quota for name, quota in listed["quotas"].items() if quota is not None}
     assert quotas == {"full_distributions": 0, "head_rows": 10}
@@ -439,10 +439,10 @@ def test_an_owner_sets_quotas_and_sees_what_was_used(
     row = tenants("usage", "--days", "1").splitlines()[1].split()
     assert row == ["acme", today, "1", "0", "1,234", "0", "0"]
     for mistake, told in (
-        (("limit", "acme"), "No quota was given"),
-        (("limit", "nobody", "--head-rows", "1"), "no tenant nobody"),
-        (("limit", "acme", "--head-rows", "many"), "--head-rows"),
-        (("limit", "acme", "--head-rows=-1"), "--head-rows"),
+        (("set-quotas", "acme"), "No quota was given"),
+        (("set-quotas", "nobody", "--head-rows", "1"), "no tenant nobody"),
+        (("set-quotas", "acme", "--head-rows", "many"), "--head-rows"),
+        (("set-quotas", "acme", "--head-rows=-1"), "--head-rows"),
         (("usage", "nobody"), "no tenant nobody"),
     ):
         with pytest.raises(SystemExit, match=told):

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from harness.tiny_models import TinyModels
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.service.rotation import Rotation, RotationKey
 from tests import support
@@ -77,7 +78,7 @@ def test_all_rotations_are_equally_likely(size: int) -> None:
 
 
 def test_first_calls_that_come_at_once_make_one_rotation(
-    tiny_models: support.TinyModels, monkeypatch: pytest.MonkeyPatch
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And keep nobody waiting whose view is made already."""
     made, go_on = list[int](), threading.Event()

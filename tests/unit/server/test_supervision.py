@@ -12,9 +12,10 @@ import httpx
 import pytest
 
 from data_owner_client.plm.connection.open import open_connection
-from plm_owner_server.admission.controller import ServiceHolder
+from harness.tiny_models import TinyModels
 from plm_owner_server.engines.interface import EncodeBatch, Encoded
 from plm_owner_server.engines.transformers.engine import TransformersEngine
+from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.operations.supervisor import EngineStuck, Supervisor
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import NotReady, PemaError
@@ -50,10 +51,10 @@ class Watched:
 
     def __init__(self, *loads: FakeService | Exception, timeout_s: float = 60) -> None:
         self.loads = list(loads)
-        self.holder = ServiceHolder()
+        self.state = ServingState()
         self.ends: list[PemaError] = []
         self.supervisor = Supervisor(
-            self.load, self.holder, engine_timeout_s=timeout_s, give_up=self.ends.append, pauses_s=(0.0, 0.0)
+            self.load, self.state, engine_timeout_s=timeout_s, give_up=self.ends.append, pauses_s=(0.0, 0.0)
         )
         self.thread = threading.Thread(target=self.supervisor.run, daemon=True)
         self.thread.start()
@@ -65,13 +66,13 @@ class Watched:
         return cast(PlmService, outcome)
 
     def wait_for(self, service: FakeService) -> None:
-        until(lambda: self.holder.service is cast(Any, service))
+        until(lambda: self.state.service is cast(Any, service))
 
     def end(self) -> PemaError:
         self.thread.join(30)
         (error,) = self.ends
-        assert self.holder.service is None
-        assert not self.holder.is_ready
+        assert self.state.service is None
+        assert not self.state.is_ready
         return error
 
 
@@ -132,7 +133,7 @@ def test_an_engine_that_ends_with_the_process_is_not_replaced(monkeypatch: pytes
     assert not watched.thread.is_alive()
     assert not watched.ends
     assert len(watched.loads) == 1
-    assert watched.holder.service is cast(Any, service)
+    assert watched.state.service is cast(Any, service)
 
 
 def test_a_hanging_engine_is_the_end() -> None:
@@ -169,14 +170,14 @@ class _Ailing:
 
 
 @contextmanager
-def served(holder: ServiceHolder, transport: str) -> Iterator[str]:
-    serve = support.serve_holder if transport == "rest" else support.serve_holder_over_grpc
-    with serve(holder, max_body_bytes=2**20) as url:
+def served(state: ServingState, transport: str) -> Iterator[str]:
+    serve = support.serve_state if transport == "rest" else support.serve_state_over_grpc
+    with serve(state, max_body_bytes=2**20) as url:
         yield url
 
 
 @pytest.mark.parametrize("transport", ["rest", "grpc"])
-def test_an_engine_that_breaks_is_a_503_and_a_new_engine(tiny_models: support.TinyModels, transport: str) -> None:
+def test_an_engine_that_breaks_is_a_503_and_a_new_engine(tiny_models: TinyModels, transport: str) -> None:
     load_again, gave_up = threading.Event(), list[PemaError]()
     loads = 0
 
@@ -186,11 +187,11 @@ def test_an_engine_that_breaks_is_a_503_and_a_new_engine(tiny_models: support.Ti
         assert loads == 1 or load_again.wait(60)
         return support.make_service(tiny_models["llama"], wrap=_Ailing)
 
-    holder = ServiceHolder()
-    supervisor = Supervisor(load, holder, engine_timeout_s=60, give_up=gave_up.append)
+    state = ServingState()
+    supervisor = Supervisor(load, state, engine_timeout_s=60, give_up=gave_up.append)
     threading.Thread(target=supervisor.run, daemon=True).start()
-    with served(holder, transport) as url:
-        until(lambda: holder.is_ready)
+    with served(state, transport) as url:
+        until(lambda: state.is_ready)
         connection = open_connection(url, give_up_after_s=0)
         expected = connection.encode(FINE)
         for request in (EncodeRequest(token_ids=[[66]], from_position=[0]), FINE):
@@ -198,12 +199,12 @@ def test_an_engine_that_breaks_is_a_503_and_a_new_engine(tiny_models: support.Ti
                 connection.encode(request)
             assert caught.value.retry_after_s
             assert "GEHEIM" not in str(caught.value)
-        until(lambda: not holder.is_ready)
+        until(lambda: not state.is_ready)
         if transport == "rest":
             assert httpx.get(f"{url}/readyz").status_code == 503
             assert httpx.get(f"{url}/healthz").status_code == 200
         load_again.set()
-        until(lambda: holder.is_ready)
+        until(lambda: state.is_ready)
         assert connection.encode(FINE).cr_N_D.equal(expected.cr_N_D)
         connection.close()
     assert not gave_up

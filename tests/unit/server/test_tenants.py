@@ -24,8 +24,9 @@ from plm_owner_server.admission.authentication import (
     TenantKeyAuthenticator,
     authenticator_for,
 )
-from plm_owner_server.admission.controller import ServiceHolder
+from plm_owner_server.admission.controller import AdmissionController
 from plm_owner_server.cli import main
+from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.service.metering import CallCost
 from plm_owner_server.settings import ServerSettings
@@ -212,27 +213,27 @@ def test_every_policy_can_be_given(
     for policy in get_args(HeadPolicy):
         tenants("add", f"early {policy}", "--head-policy", policy)
         tenants("add", f"later {policy}")
-        tenants("disclose", f"later {policy}", "--head-policy", policy)
+        tenants("set-disclosure", f"later {policy}", "--head-policy", policy)
     for tenant in store.all():
         policy = tenant.name.split()[1]
         assert tenant.disclosure == Disclosure(policy, rotated=policy == "candidate")  # type: ignore[arg-type]
     with pytest.raises(SystemExit, match="No policy was given"):
-        tenants("disclose", "early full", "--rotation", "on")
+        tenants("set-disclosure", "early full", "--rotation", "on")
 
 
 def test_who_stops_lets_go_of_the_database(store: TenantStore, url: str) -> None:
     key = f"Bearer {store.add('acme')}"
     store.database.close()
     access = authenticator_for(ServerSettings(_env_file=None, store=url))  # type: ignore[call-arg]
-    holder = ServiceHolder(access=access)
+    controller = AdmissionController(ServingState(), access)
     assert access.identify(key).name == "acme"
     log = Path(f"{sa.make_url(url).database}-wal")  # which SQLite keeps for as long as a connection is open
     assert log.exists()
-    holder.close()
+    controller.close()
     assert not log.exists()
-    with access.meter(access.identify(key)).charging(CallCost()):  # a call that did not end in time
+    with access.meter(access.identify(key)).reserve(CallCost()):  # a call that did not end in time
         pass
-    holder.close()
+    controller.close()
     assert not log.exists()
 
 

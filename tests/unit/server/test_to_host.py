@@ -79,7 +79,7 @@ def test_what_is_on_the_device_takes_one_copy(monkeypatch: pytest.MonkeyPatch) -
         return inner(tensor, *args)
 
     here = torch.ones(3)
-    monkeypatch.setattr(module, "_is_away", lambda tensor: tensor is not here)  # there is no device to be on
+    monkeypatch.setattr(module, "_is_remote", lambda tensor: tensor is not here)  # there is no device to be on
     monkeypatch.setattr(Tensor, "cpu", counted)
     cr_N_D, chosen_N = torch.randn(3, 5, dtype=torch.bfloat16), torch.tensor([7, 8, 9])
     answer = to_host(cr_N_D, None, chosen_N, here, torch.tensor(True))

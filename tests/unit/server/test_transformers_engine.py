@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from harness.tiny_models import ARCHITECTURES, EOS, VOCAB_SIZE, WINDOW, TinyModels
 from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch, Encoded
 from plm_owner_server.engines.ops import to_host
 from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
@@ -22,7 +23,7 @@ from protocol.errors import NumericalFault, Unsupported
 from protocol.integrity import echo
 from protocol.messages import DecodeRequest, DecodeResponse, DistributionRequest, EncodeRequest
 from protocol.types import CrKind
-from tests.support import ARCHITECTURES, EOS, VOCAB_SIZE, WINDOW, TinyModels, make_service, random_ids
+from tests.support import make_service, random_ids
 
 TOLERANCE = 1e-4
 Truth = Callable[[Sequence[int]], tuple[Tensor, Tensor]]
@@ -108,7 +109,7 @@ def test_encode_is_transformers_own_hidden_state(
 def test_encode_through_the_service_in_several_batches(
     architecture: str, tiny_models: TinyModels, truth: Truth
 ) -> None:
-    service = make_service(tiny_models[architecture], batch_tokens=64)  # the 70 tokens are over the budget alone
+    service = make_service(tiny_models[architecture], max_batch_tokens=64)  # the 70 tokens are over the budget alone
     sequences = random_ids(11, [5, 70, 20, 21, 5, 60, 1], shared=4)
     starts = [0, 50, 3, 20, 4, 0, 0]
     answer = service.encode(EncodeRequest(token_ids=sequences, from_position=starts, dtype="float32"))
@@ -403,7 +404,7 @@ class OnADevice(TorchFunctionMode):
             finally:
                 self._in_model = False
 
-        monkeypatch.setattr(to_host, "_is_away", lambda tensor: True)
+        monkeypatch.setattr(to_host, "_is_remote", lambda tensor: True)
         monkeypatch.setattr(ModelRunner, "forward", unwatched)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

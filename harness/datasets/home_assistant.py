@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from demo.data import SourceAndTarget, fetch_wheel, write_splits, write_task
+from harness.datasets.files import SourceAndTarget, fetch_wheel, write_splits, write_task
 
 PACKAGE = "homeassistant==2025.4.4"
 TRAIN, VALIDATION, TEST, SHOTS = 4000, 300, 200, 3
@@ -28,7 +28,7 @@ def prepare(folder: Path, train: int = TRAIN) -> None:
     if (folder / "task.toml").exists():
         return
     pairs = _distinct(_pairs_of_wheel(fetch_wheel(PACKAGE, folder)))
-    rng = random.Random(_SEED)  # noqa: S311  (a split, not a secret)
+    rng = random.Random(_SEED)
     rng.shuffle(pairs)
     long_enough = [pair for pair in pairs if len(pair[0].split()) >= _TEST_MIN_WORDS]
     test = long_enough[:TEST]

@@ -1,0 +1,1 @@
+"""Servers, clients, proxies, tiny models, data sets and reports for tests, benchmarks and the demo. Not shipped."""

