@@ -1,32 +1,23 @@
-"""What stands before the service: who may call, and whether there is a model to answer."""
+"""Admission of a call: its tenant, by key or certificate, and the scope that the tenant needs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from anyio import CapacityLimiter
 
 from plm_owner_server.admission.authentication import Authenticator, NoAuthentication
 from plm_owner_server.admission.client_certificates import CertificateAuthenticator
-from plm_owner_server.operations.call_log import CallRecorder
+from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.service.metering import Meter
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.service.requests import CallContext
 from plm_owner_server.service.worker_threads import run_in_worker
 from plm_owner_server.tenants.store import Scope, Tenant
-from protocol.errors import Forbidden, NotReady
+from protocol.errors import Forbidden
 
-# Keys at a time.
-_ASKED_ABOUT = 8
-
-
-def shutting_down_error() -> NotReady:
-    """What calls are told while the server stops."""
-    return NotReady(
-        "The server is stopping.", hint="Try again in a moment: another one takes its place.", retry_after_s=5.0
-    )
+# Keys that are looked up in the database at the same time.
+_MAX_LOOKUPS = 8
 
 
 @dataclass(frozen=True)
@@ -34,9 +25,9 @@ class Admission:
     """A caller who may make a call.
 
     Attributes:
-        service: answers it.
-        tenant: whose call it is.
-        meter: that it is put down on.
+        service: answers the call.
+        tenant: the tenant who makes the call.
+        meter: measures the call.
     """
 
     service: PlmService
@@ -44,94 +35,57 @@ class Admission:
     meter: Meter
 
     def caller(self, client: str = "") -> CallContext:
-        """The call's caller; tenants share the model among them, and clients where there are no tenants."""
+        """The call's context. Shares of the model are per tenant, and per client on a server without tenants."""
         return CallContext(self.tenant.name or client, self.tenant.name, self.tenant.disclosure, self.meter)
 
 
-class ServiceHolder:
-    """The service, while its model is loaded and the server is not stopping.
+class AdmissionController:
+    """Admits calls to a server's service.
 
     Args:
-        service: may come later.
-        access: tells who a caller is; everybody may call unless given.
-        certified: tells it by the callers' certificates, instead.
-
-    Attributes:
-        service: None while the model is loaded, or loaded again.
-        accounts: what every call is put down to.
-        calls: number of those that are worked on, until their answers are on their way.
+        state: has the service.
+        authenticator: finds the tenant of a key; without one, everybody may call.
+        certificates: finds the tenant of a client's certificate; goes before `authenticator`.
     """
 
     def __init__(
         self,
-        service: PlmService | None = None,
-        access: Authenticator | None = None,
-        certified: CertificateAuthenticator | None = None,
+        state: ServingState,
+        authenticator: Authenticator | None = None,
+        certificates: CertificateAuthenticator | None = None,
     ) -> None:
-        self.service = service
-        self.accounts = CallRecorder()
-        self.calls = 0
-        self._stopping = False
-        self._certified = certified
-        self._access = access or NoAuthentication()
-        self._asking = CapacityLimiter(_ASKED_ABOUT)
-
-    def ready(self) -> PlmService:
-        """The service.
-
-        Raises:
-            NotReady: the model is loading, or the server is stopping.
-        """
-        if self._stopping:
-            raise shutting_down_error()
-        if self.service is None:
-            raise NotReady("The model is still loading.", hint="Try again in a moment.", retry_after_s=2.0)
-        return self.service
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether calls are answered."""
-        return self.service is not None and not self._stopping
-
-    def stop(self) -> None:
-        """Turn away new calls from now on."""
-        self._stopping = True
+        self.state = state
+        self._authenticator = authenticator or NoAuthentication()
+        self._certificates = certificates
+        self._lookups = CapacityLimiter(_MAX_LOOKUPS)
 
     def close(self) -> None:
-        """Let go of what callers are looked up in, once there are no calls any more."""
-        (self._certified or self._access).close()
-
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Count a call that is worked on; in the event loop's thread."""
-        self.calls += 1
-        try:
-            yield
-        finally:
-            self.calls -= 1
+        """Close the tenants' database. Call it once no call is in progress."""
+        (self._certificates or self._authenticator).close()
 
     async def admit(self, authorization: str | None, scope: Scope, certificate: str | None = None) -> Admission:
-        """Let a caller make a call, without keeping the event loop waiting for a database.
+        """Admit a call, without blocking the event loop on the database.
 
-        Who has no key cannot keep those waiting who have one: they are known, and few are asked about at a time.
+        Known keys are served from a cache. Unknown keys share a small limiter, so a flood of bad keys cannot delay
+        valid clients.
 
         Args:
-            authorization: `Bearer` and the key, as in HTTP's header of the name.
-            scope: that the call needs.
-            certificate: common name in the caller's, where the server demands one.
+            authorization: value of HTTP's `Authorization` header: `Bearer` and the key.
+            scope: scope that the call needs.
+            certificate: common name in the client's certificate, if the server demands certificates.
 
         Raises:
-            Unauthenticated: it is nobody's key, or nobody's certificate.
-            Forbidden: its tenant may not make this call.
-            NotReady: the model is still loading, or nobody can tell whose key it is.
+            Unauthenticated: no tenant has this key, or this certificate.
+            Forbidden: the tenant may not make this call.
+            NotReady: the model is still loading, the server is stopping, or the database does not answer.
         """
-        access = self._access if self._certified is None else self._certified.of(certificate)
-        tenant = access.recall(authorization)
+        authenticator = self._authenticator if self._certificates is None else self._certificates.for_name(certificate)
+        tenant = authenticator.cached(authorization)
         if tenant is None:
-            tenant = await run_in_worker(lambda: access.identify(authorization), self._asking)
+            tenant = await run_in_worker(lambda: authenticator.authenticate(authorization), self._lookups)
         if scope not in tenant.scopes:
             raise Forbidden(
                 f"Your key does not allow this call, which needs the scope {scope}.",
                 hint=f"It allows {', '.join(sorted(tenant.scopes)) or 'nothing'}. Ask the owner for more.",
             )
-        return Admission(self.ready(), tenant, access.meter(tenant))
+        return Admission(self.state.ready(), tenant, authenticator.meter(tenant))

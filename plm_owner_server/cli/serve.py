@@ -16,12 +16,13 @@ from fastapi import FastAPI
 
 from plm_owner_server.admission.authentication import authenticator_for
 from plm_owner_server.admission.client_certificates import certificate_authenticator_for
-from plm_owner_server.admission.controller import ServiceHolder
+from plm_owner_server.admission.controller import AdmissionController
 from plm_owner_server.engines.loading import load_engine
 from plm_owner_server.engines.model_files.sources import digest_folder, resolve
 from plm_owner_server.engines.model_files.tokenizer import load_tokenizer
 from plm_owner_server.logs import redact_task_exceptions, set_up_logs, write_no_core_files
 from plm_owner_server.operations.metrics import Metrics
+from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.operations.shutdown import DrainingServer
 from plm_owner_server.operations.supervisor import EngineStuck, Supervisor
 from plm_owner_server.operations.tracing import traces_from_environment
@@ -96,12 +97,13 @@ def serve(settings: ServerSettings) -> None:
     set_up_logs(settings.log_level, settings.log_format)
     write_no_core_files()
     certified = certificate_authenticator_for(settings)
-    holder = ServiceHolder(access=None if certified else authenticator_for(settings), certified=certified)
+    state = ServingState()
+    controller = AdmissionController(state, None if certified else authenticator_for(settings), certified)
     certificate = None
     if settings.tls_certificate and settings.tls_key:
         certificate = Certificate(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
     context = certificate.context() if certificate else None
-    metrics = Metrics(holder)
+    metrics = Metrics(state)
     traces = traces_from_environment()
     credentials = certificate.grpc_credentials() if certificate else None
     failures: list[PemaError] = []
@@ -115,34 +117,34 @@ def serve(settings: ServerSettings) -> None:
         log.info("ready; the calls are described on /docs")
         return service
 
-    supervisor = Supervisor(load, holder, engine_timeout_s=settings.engine_timeout, give_up=give_up)
+    supervisor = Supervisor(load, state, engine_timeout_s=settings.engine_timeout, give_up=give_up)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         redact_task_exceptions(asyncio.get_running_loop())
         async with AsyncExitStack() as stack:
-            stack.callback(holder.close)  # the last of all: gRPC's calls end before
+            stack.callback(controller.close)  # the last of all: gRPC's calls end before
             try:
                 if settings.metrics_port is not None:
-                    holder.accounts.observers.append(metrics.observe)
+                    state.recorder.observers.append(metrics.observe)
                     port = stack.enter_context(metrics.served(settings.metrics_host, settings.metrics_port))
                     log.info("metrics on http://%s:%d/metrics", settings.metrics_host, port)
                 if traces is not None:
-                    holder.accounts.observers.append(traces.observe)
+                    state.recorder.observers.append(traces.observe)
                     stack.callback(traces.close)
                 port = await stack.enter_async_context(
                     serve_grpc(
-                        holder,
+                        controller,
                         settings.host,
                         grpc_port,
                         **bounds,
                         max_connections=settings.max_connections,
-                        transfer_s=settings.transfer_s,
+                        transfer_s=settings.transfer_timeout,
                         credentials=credentials,
                     )
                 )
                 if certificate and context:
-                    bound_handshakes(asyncio.get_running_loop(), settings.transfer_s)
+                    bound_handshakes(asyncio.get_running_loop(), settings.transfer_timeout)
                     renewing = asyncio.create_task(certificate.keep_current(context))
                     stack.callback(renewing.cancel)
                 how = "TLS" if certificate else "no TLS"
@@ -158,7 +160,7 @@ def serve(settings: ServerSettings) -> None:
     grpc_port = beside if settings.grpc_port is None else settings.grpc_port
     bounds = {"max_body_bytes": settings.max_body_bytes, "max_calls": 2 * settings.max_waiting_requests}
     allow_open_files(2 * settings.max_connections)
-    app = create_app(holder, **bounds, lifespan=lifespan)
+    app = create_app(controller, **bounds, lifespan=lifespan)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -166,11 +168,11 @@ def serve(settings: ServerSettings) -> None:
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=1,
-        http=bounded_http_protocol(settings.max_connections, settings.transfer_s),
+        http=bounded_http_protocol(settings.max_connections, settings.transfer_timeout),
         ws="none",
         ssl_context_factory=(lambda *_: context) if context else None,
     )
-    server = DrainingServer(config, holder, settings.drain_seconds)
+    server = DrainingServer(config, state, settings.drain_timeout)
     try:
         server.run()
     except SystemExit:  # it has said why

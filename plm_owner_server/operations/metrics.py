@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from plm_owner_server.admission.controller import ServiceHolder
 from plm_owner_server.operations.call_log import PROBE, CallRecord
+from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import PemaError
 
@@ -27,16 +27,16 @@ class Metrics:
     """The metrics of one server.
 
     Args:
-        holder: of the service.
+        state: of the service.
 
     Attributes:
         registry: of these metrics alone, so that a process may have several servers.
     """
 
-    def __init__(self, holder: ServiceHolder) -> None:
+    def __init__(self, state: ServingState) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self.registry.register(_State(holder))
+        self.registry.register(_State(state))
         self._requests = Counter(
             "pema_requests",
             "Calls that are over, by outcome: ok, departed, or the code of the error.",
@@ -91,15 +91,15 @@ class Metrics:
 class _State(Collector):
     """Queue, engine and GPU as they are when somebody asks."""
 
-    def __init__(self, holder: ServiceHolder) -> None:
-        self._holder = holder
+    def __init__(self, state: ServingState) -> None:
+        self._state = state
 
     def describe(self) -> Iterable[Metric]:
         return []  # what would be collected now need not be, for the sake of the names alone
 
     def collect(self) -> Iterator[Metric]:
-        service = self._holder.service
-        yield GaugeMetricFamily("pema_ready", "1 if calls are answered.", value=float(self._holder.is_ready))
+        service = self._state.service
+        yield GaugeMetricFamily("pema_ready", "1 if calls are answered.", value=float(self._state.is_ready))
         if service is not None:
             yield from _queue(service)
             yield from _engine(service)

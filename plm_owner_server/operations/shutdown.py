@@ -9,7 +9,7 @@ from types import FrameType
 
 import uvicorn
 
-from plm_owner_server.admission.controller import ServiceHolder, shutting_down_error
+from plm_owner_server.operations.serving_state import ServingState, shutting_down_error
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,13 @@ class DrainingServer(uvicorn.Server):
 
     Args:
         config: of the server.
-        holder: knows the calls, and turns new ones away.
+        state: knows the calls, and turns new ones away.
         drain_s: longest time until they end.
     """
 
-    def __init__(self, config: uvicorn.Config, holder: ServiceHolder, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, state: ServingState, drain_s: float) -> None:
         super().__init__(config)
-        self._holder = holder
+        self._state = state
         self._drain_s = drain_s
         self._deadline: float | None = None
         self._told = False
@@ -40,7 +40,7 @@ class DrainingServer(uvicorn.Server):
         if self._deadline is not None or self.should_exit:
             signal.signal(sig, signal.SIG_DFL)
             signal.raise_signal(sig)
-        self._holder.stop()
+        self._state.stop()
         self._deadline = time.monotonic() + self._drain_s
 
     async def on_tick(self, counter: int) -> bool:
@@ -49,16 +49,16 @@ class DrainingServer(uvicorn.Server):
             left_s = self._deadline - time.monotonic()
             if not self._told:
                 self._told = True
-                log.info("stopping: %d calls have %.0f s to end; new ones are refused", self._holder.calls, left_s)
-            if not self._holder.calls or left_s <= 0:
+                log.info("stopping: %d calls have %.0f s to end; new ones are refused", self._state.calls, left_s)
+            if not self._state.calls or left_s <= 0:
                 self._end(left_s)
         return await super().on_tick(counter)
 
     def _end(self, left_s: float) -> None:
-        if self._holder.calls:
-            log.warning("%d calls have not ended in time", self._holder.calls)
-        if self._holder.service is not None:
-            self._holder.service.close(shutting_down_error())
+        if self._state.calls:
+            log.warning("%d calls have not ended in time", self._state.calls)
+        if self._state.service is not None:
+            self._state.service.close(shutting_down_error())
         # Until uvicorn cuts what it still sends.
         self.config.timeout_graceful_shutdown = max(_LAST_WORDS_S, int(left_s))
         self.should_exit = True

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from plm_owner_server.admission.controller import ServiceHolder
+from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import NotReady, PemaError
 
@@ -29,11 +29,11 @@ class EngineStuck(PemaError):
 
 
 class Supervisor:
-    """Keeps a service in its holder for as long as that can be done.
+    """Keeps a service in its state for as long as that can be done.
 
     Args:
         load: loads the model and warms it up.
-        holder: has the service while it works, and none while it does not.
+        state: has the service while it works, and none while it does not.
         engine_timeout_s: longest single piece of the engine's work.
         give_up: told in the end why there is no service any more.
         pauses_s: before each attempt to load the model again.
@@ -45,14 +45,14 @@ class Supervisor:
     def __init__(
         self,
         load: Callable[[], PlmService],
-        holder: ServiceHolder,
+        state: ServingState,
         *,
         engine_timeout_s: float,
         give_up: Callable[[PemaError], None],
         pauses_s: Sequence[float] = _PAUSES_S,
     ) -> None:
         self._load = load
-        self._holder = holder
+        self._state = state
         self._engine_timeout_s = engine_timeout_s
         self._give_up = give_up
         self._pauses_s = pauses_s
@@ -94,13 +94,13 @@ class Supervisor:
         finally:
             self.loading = False
         began = time.monotonic()
-        self._holder.service = service
+        self._state.service = service
         try:
             failure = self._look_after(service)
         finally:
             # Whoever drops it last ends its engine, and waits: when the process ends, that is for the main thread.
             if not self._stopped.is_set():
-                self._holder.service = None
+                self._state.service = None
         return failure, time.monotonic() - began
 
     def _look_after(self, service: PlmService) -> PemaError | None:

@@ -16,8 +16,9 @@ from google.protobuf.message import Message as Proto
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from plm_owner_server.admission.controller import Admission, ServiceHolder
+from plm_owner_server.admission.controller import Admission, AdmissionController
 from plm_owner_server.operations.call_log import CLIENT_DISCONNECTED, CallRecord, request_id_of, timing_of
+from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.service.metering import UNMETERED
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.service.requests import CallContext
@@ -64,7 +65,7 @@ _Piece = TypeVar("_Piece", pema_pb2.EncodePiece, pema_pb2.DecodePiece)
 
 @asynccontextmanager
 async def serve_grpc(
-    holder: ServiceHolder,
+    controller: AdmissionController,
     host: str,
     port: int,
     *,
@@ -77,7 +78,7 @@ async def serve_grpc(
     """Serve the calls, health and reflection; gives the port.
 
     Args:
-        holder: gives the service; its calls are UNAVAILABLE until the model is loaded and warm.
+        controller: gives the service; its calls are UNAVAILABLE until the model is loaded and warm.
         host: name or address to listen on.
         port: 0 takes a free one.
         max_body_bytes: larger requests are refused.
@@ -109,7 +110,7 @@ async def serve_grpc(
         ],
     )
     limiter = CapacityLimiter(max_calls)
-    pema_pb2_grpc.add_PlmServicer_to_server(_Servicer(holder, limiter, transfer_s), server)  # type: ignore[no-untyped-call]
+    pema_pb2_grpc.add_PlmServicer_to_server(_Servicer(controller, limiter, transfer_s), server)  # type: ignore[no-untyped-call]
     state = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -122,7 +123,7 @@ async def serve_grpc(
     except RuntimeError as error:
         raise OSError(f"gRPC cannot listen on port {port} of {host}; is it in use?") from error
     await server.start()
-    announcing = asyncio.create_task(_announce_readiness(holder, state))
+    announcing = asyncio.create_task(_announce_readiness(controller.state, state))
     try:
         yield bound
     finally:
@@ -131,19 +132,19 @@ async def serve_grpc(
         await server.stop(_LAST_WORDS_S)
 
 
-async def _announce_readiness(holder: ServiceHolder, state: health.aio.HealthServicer) -> None:
+async def _announce_readiness(state: ServingState, servicer: health.aio.HealthServicer) -> None:
     status, told = health_pb2.HealthCheckResponse, None
     while True:
-        if (ready := holder.is_ready) != told:
+        if (ready := state.is_ready) != told:
             told = ready
             for name in ("", _SERVICE):
-                await state.set(name, status.SERVING if ready else status.NOT_SERVING)
+                await servicer.set(name, status.SERVING if ready else status.NOT_SERVING)
         await asyncio.sleep(_READY_POLL_S)
 
 
 class _Servicer(pema_pb2_grpc.PlmServicer):
-    def __init__(self, holder: ServiceHolder, limiter: CapacityLimiter, transfer_s: float) -> None:
-        self._holder = holder
+    def __init__(self, controller: AdmissionController, limiter: CapacityLimiter, transfer_s: float) -> None:
+        self._controller = controller
         self._limiter = limiter
         self._transfer_s = transfer_s
 
@@ -153,7 +154,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         def work(admitted: Admission, call: CallRecord) -> Proto:
             return to_proto(admitted.service.model_card(caller(admitted, call)), pema_pb2.ModelCard())
 
-        with self._holder.at_work():
+        with self._controller.state.at_work():
             return await self._answer("GetModelCard", "card", context, work)
 
     async def GetTokenizer(self, request: Proto, context: Any) -> None:
@@ -162,7 +163,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         def work(admitted: Admission, call: CallRecord) -> bytes:
             return admitted.service.tokenizer(caller(admitted, call)).to_json()
 
-        with self._holder.at_work():
+        with self._controller.state.at_work():
             data = await self._answer("GetTokenizer", "card", context, work)
             for start in range(0, len(data), PIECE_BYTES):
                 await write(context, pema_pb2.TokenizerPiece(data=data[start : start + PIECE_BYTES]), self._transfer_s)
@@ -173,7 +174,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         def work(admitted: Admission, call: CallRecord) -> HeadRows:
             return admitted.service.lm_head(from_proto(request, HeadRequest), caller(admitted, call))
 
-        with self._holder.at_work():
+        with self._controller.state.at_work():
             rows = await self._answer("GetLmHead", "head", context, work)
             for piece in split_head(rows):
                 await write(context, to_proto(piece, pema_pb2.HeadRows()), self._transfer_s)
@@ -195,7 +196,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
             answer = admitted.service.distribution(from_proto(request, DistributionRequest), caller(admitted, call))
             return to_proto(answer, pema_pb2.DistributionResponse())
 
-        with self._holder.at_work():
+        with self._controller.state.at_work():
             return await self._answer("GetNextTokenDistribution", "distribution", context, work)
 
     async def _answer(
@@ -225,7 +226,7 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
 
         async def answer(given: Any) -> None:
             try:
-                with self._holder.at_work():
+                with self._controller.state.at_work():
                     await answered(given)
             finally:
                 places.release()
@@ -273,9 +274,9 @@ class _Servicer(pema_pb2_grpc.PlmServicer):
         metadata, meter = _metadata(context), UNMETERED
         traceparent = metadata.get(_TRACE_METADATA, "")
         call = CallRecord(_CALLS[name], "grpc", f"gRPC {name}", request_id_of(request_id), traceparent)
-        with self._holder.accounts.of(call):
+        with self._controller.state.recorder.of(call):
             try:
-                admitted = await self._holder.admit(metadata.get(KEY_METADATA), scope, _certificate(context))
+                admitted = await self._controller.admit(metadata.get(KEY_METADATA), scope, _certificate(context))
                 meter = admitted.meter
                 return await run_in_worker(lambda: work(admitted, call), self._limiter)
             except asyncio.CancelledError:

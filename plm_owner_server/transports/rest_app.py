@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
-from plm_owner_server.admission.controller import Admission, ServiceHolder, shutting_down_error
+from plm_owner_server.admission.controller import Admission, AdmissionController
 from plm_owner_server.operations.call_log import (
     CLIENT_DISCONNECTED,
     OTHER,
@@ -28,6 +28,7 @@ from plm_owner_server.operations.call_log import (
     request_id_of,
     timing_of,
 )
+from plm_owner_server.operations.serving_state import shutting_down_error
 from plm_owner_server.service.metering import UNMETERED
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.service.requests import CallContext, ClientDisconnected
@@ -87,12 +88,12 @@ class _HeadRange(BaseModel):
 
 
 def create_app(
-    holder: ServiceHolder, *, max_body_bytes: int, max_calls: int = 128, lifespan: Lifespan | None = None
+    controller: AdmissionController, *, max_body_bytes: int, max_calls: int = 128, lifespan: Lifespan | None = None
 ) -> FastAPI:
     """The REST application.
 
     Args:
-        holder: gives the service; its calls answer 503 until the model is loaded and warm.
+        controller: gives the service; its calls answer 503 until the model is loaded and warm.
         max_body_bytes: a larger body is refused while it is read, before it fills the memory.
         max_calls: calls worked on at the same time, those that wait for the model included.
         lifespan: what happens around the application's life, such as loading the model.
@@ -105,7 +106,7 @@ def create_app(
 
     async def admit(request: Request, scope: Scope) -> Admission:
         certificate = getattr(request.state, CERTIFICATE, None)
-        admitted = await holder.admit(request.headers.get("authorization"), scope, certificate)
+        admitted = await controller.admit(request.headers.get("authorization"), scope, certificate)
         request.state.meter = admitted.meter
         return admitted
 
@@ -148,7 +149,7 @@ def create_app(
 
     @app.get("/readyz", tags=["probes"], summary="Is the model loaded and warm?", **rest_docs.READYZ)
     async def readyz() -> dict[str, str]:
-        return {"status": "ready", "model": holder.ready().model_card().name}
+        return {"status": "ready", "model": controller.state.ready().model_card().name}
 
     @app.get("/v1/model", tags=["model"], summary="The model card", **rest_docs.MODEL)
     async def model_card(request: Request) -> Response:
@@ -202,7 +203,7 @@ def create_app(
         call = CallRecord(*_call_name(request), request_id, request.headers.get("traceparent", ""))
         request.state.call = call
         request.state.meter = UNMETERED  # until it is known who calls
-        with holder.at_work(), holder.accounts.of(call):
+        with controller.state.at_work(), controller.state.recorder.of(call):
             try:
                 response: Response = await call_next(request)
             except (ClientDisconnect, ClientDisconnected):
