@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -38,7 +38,7 @@ from data_owner_client.data.tasks import load_task
 from data_owner_client.memory.build_splits import build_memories
 from data_owner_client.memory.manifest import ContextMode
 from data_owner_client.runtime.progress import RichReporter
-from data_owner_client.training.settings import Pairing, TrainingSettings
+from data_owner_client.training.settings import OLD_PAIRINGS, Pairing, TrainingSettings
 from data_owner_client.training.sweep import Grid
 from data_owner_client.training.sweep import sweep as run_sweep
 from data_owner_client.training.sweep_results import SETTINGS, likeliest
@@ -113,6 +113,16 @@ def build_memory(
     print_record(report.model_dump(), as_json, title="external memory")
 
 
+def _pairing(word: str) -> str:
+    """The pairing of this name; one of an earlier version is translated, with a warning."""
+    if word in OLD_PAIRINGS:
+        typer.echo(f"--pairing {word} is deprecated: use --pairing {OLD_PAIRINGS[word]}.", err=True)
+        return OLD_PAIRINGS[word]
+    if word not in get_args(Pairing):
+        raise typer.BadParameter(f"{word!r} is not one of {', '.join(get_args(Pairing))}.")
+    return word
+
+
 @command()
 def train(
     server: ServerOptions,
@@ -132,8 +142,10 @@ def train(
     pairing: Annotated[
         Pairing | None,
         typer.Option(
-            help="Of targets with contexts in private memories; position: as the paper draws it; default: aligned or "
-            "sure, chosen on the validation memory."
+            help="Of targets with contexts in private memories; by_position: as in the paper; default: aligned or "
+            "reliable, chosen on the validation memory.",
+            parser=_pairing,
+            metavar="[aligned|reliable|by_position]",
         ),
     ] = TrainingSettings.pairing,
     nearest: Annotated[

@@ -123,7 +123,7 @@ class TrainingInput:
 
     Attributes:
         identity: of all that decides a training, but for its settings.
-        held_out: the rows of `validation`, and those whose contexts are not sure.
+        held_out: the rows of `validation`, and those whose contexts are not reliable.
     """
 
     identity: list[object]
@@ -156,7 +156,7 @@ class TrainingInput:
         Raises:
             InvalidData: a memory is damaged, has no rows, or has fewer examples.
         """
-        view = MemoryRows.paired_by_position if settings.pairing == "position" else MemoryRows.aligned
+        view = MemoryRows.paired_by_position if settings.pairing == "by_position" else MemoryRows.aligned
         rows: ShardSource = ShardView(memories.train, view)
         identity = memories.identity
         if examples is not None:
@@ -181,7 +181,7 @@ class TrainingInput:
         return cls(identity, rows, survey, targets, held_out, validation)
 
     @cached_property
-    def _sure(self) -> ReliableRows:
+    def _reliable(self) -> ReliableRows:
         """Counted once, however many trainings take them."""
         return ReliableRows(self.rows)
 
@@ -193,7 +193,7 @@ class TrainingInput:
     def fit(self, settings: TrainingSettings, checkpoint: Path, reporter: Reporter) -> Trained:
         """Train; stopped and called again with the same checkpoint, go on where it was."""
         return train_adapter(
-            self._sure if settings.pairing == "sure" else self.rows,
+            self._reliable if settings.pairing == "reliable" else self.rows,
             self.survey,
             self.targets.candidates,
             self.validation,
@@ -220,10 +220,11 @@ def resolve_settings(settings: TrainingSettings, plan: MemoryPlan) -> list[Train
         )
     if not settings.makes_sense:
         raise InvalidData(
-            "The form recent makes up for contexts that are not the true ones, and the pairing sure has none of these.",
+            "The form recent makes up for contexts that are not the true ones, and the pairing reliable has none of "
+            "these.",
             hint="Use --form residual, or --pairing aligned.",
         )
-    pairings: list[Pairing] = ["aligned", "sure"] if is_private else ["aligned"]
+    pairings: list[Pairing] = ["aligned", "reliable"] if is_private else ["aligned"]
     found = []
     for pairing in [settings.pairing] if settings.pairing else pairings:
         best: AdapterForm = "recent" if is_private and pairing == "aligned" else "residual"

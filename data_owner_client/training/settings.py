@@ -7,7 +7,9 @@ from typing import Literal
 
 from data_owner_client.adapter.types import AdapterForm
 
-Pairing = Literal["aligned", "sure", "position"]
+Pairing = Literal["aligned", "reliable", "by_position"]
+OLD_PAIRINGS: dict[str, Pairing] = {"sure": "reliable", "position": "by_position"}
+"""Words of earlier versions, which flags accept and adapter cards may hold."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class TrainingSettings:
 
     Attributes:
         form: of the adapter; None for what measures better: `residual`, or `recent` with private contexts of which some
-            are not sure; `paper` where the representations are not in the LM head's space.
+            are not reliable; `paper` where the representations are not in the LM head's space.
         rank: R; at most the model's hidden size.
         kappa: κ, weight of the reconstruction loss in the joint phase.
         learning_rate: Adam's, at its peak; it falls to zero along a cosine.
@@ -27,9 +29,9 @@ class TrainingSettings:
         batch_rows: rows of a step.
         ema_decay: decay at each step of the exponential moving average of phase 2's weights, which is the adapter.
             The first steps use a smaller decay, so that short trainings forget their start. 0 for the last weights.
-        pairing: of targets and contexts in private memories: `aligned` (`memory.alignment`), only the `sure` ones of
-            these, or by `position`, as the paper draws it. None to train with the first two and keep that which finds
-            the held-out targets of sure contexts likelier.
+        pairing: of targets and contexts in private memories: `aligned` (`memory.alignment`), only the
+            `reliable` ones of these, or `by_position`, as in the paper. None to train with the first two and keep that
+            which finds the held-out targets of reliable contexts likelier.
         nearest: pairs of the memory, those most like the text at hand, that the PLM sees as examples in its prompt,
             while the adapter sees the task's own; None to choose between none and some on the validation memory.
         gate: whether a gate that predicts λ at each position may take the place of a schedule.
@@ -67,5 +69,5 @@ class TrainingSettings:
 
     @property
     def makes_sense(self) -> bool:
-        """Whether form and pairing go together: sure contexts leave nothing that recent tokens could make up for."""
-        return (self.form, self.pairing) != ("recent", "sure")
+        """Whether form and pairing go together: reliable contexts leave nothing that recent tokens make up for."""
+        return (self.form, self.pairing) != ("recent", "reliable")

@@ -97,7 +97,7 @@ def _private(bench: ComparisonRunner) -> SystemResult:
 
 
 def _private_by_position(bench: ComparisonRunner) -> SystemResult:
-    settings = replace(bench.settings, pairing="position", form="residual")
+    settings = replace(bench.settings, pairing="by_position", form="residual")
     adapter, report = bench.trained("private_by_position", "private", settings)
     return bench.adapted(adapter, report, "private", consensus=CONSENSUS)
 

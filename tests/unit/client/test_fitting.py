@@ -59,9 +59,9 @@ def memory(plm: RemotePlm, tmp_path: Path) -> Path:
 
 def test_the_pairing_that_finds_held_out_targets_likelier_is_kept(plm: RemotePlm, memory: Path, tmp_path: Path) -> None:
     _, report = train(plm, memory, tmp_path / "adapter", settings=QUICK)
-    aligned, sure = report.trials
-    assert [aligned.settings["pairing"], sure.settings["pairing"]] == ["aligned", "sure"]
-    better = min(aligned, sure, key=lambda trial: trial.nll)
+    aligned, reliable = report.trials
+    assert [aligned.settings["pairing"], reliable.settings["pairing"]] == ["aligned", "reliable"]
+    better = min(aligned, reliable, key=lambda trial: trial.nll)
     assert report.card.settings == better.settings
     assert report.card.form == better.settings["form"]
 
@@ -84,18 +84,18 @@ def test_what_is_said_names_the_pairing(plm: RemotePlm, memory: Path, tmp_path: 
     reporter = Stopping()
     train(plm, memory, tmp_path / "adapter", settings=QUICK, reporter=reporter)
     tried = [text for text in reporter.said if text.startswith("Tried")]
-    assert ["pairing aligned" in tried[0], "pairing sure" in tried[1], len(tried)] == [True, True, 2]
+    assert ["pairing aligned" in tried[0], "pairing reliable" in tried[1], len(tried)] == [True, True, 2]
 
 
 @pytest.mark.parametrize(
     ("mode", "asked", "found"),
     [
         ("teacher-forced", {}, [("residual", "aligned")]),
-        ("private", {}, [("recent", "aligned"), ("residual", "sure")]),
-        ("private", {"form": "residual"}, [("residual", "aligned"), ("residual", "sure")]),
+        ("private", {}, [("recent", "aligned"), ("residual", "reliable")]),
+        ("private", {"form": "residual"}, [("residual", "aligned"), ("residual", "reliable")]),
         ("private", {"form": "recent"}, [("recent", "aligned")]),
-        ("private", {"pairing": "sure"}, [("residual", "sure")]),
-        ("private", {"pairing": "position"}, [("residual", "position")]),
+        ("private", {"pairing": "reliable"}, [("residual", "reliable")]),
+        ("private", {"pairing": "by_position"}, [("residual", "by_position")]),
     ],
 )
 def test_what_is_left_open_suits_the_memory(mode: Any, asked: dict[str, Any], found: list[tuple[str, str]]) -> None:
@@ -103,8 +103,8 @@ def test_what_is_left_open_suits_the_memory(mode: Any, asked: dict[str, Any], fo
 
 
 def test_forms_that_do_not_suit_are_refused() -> None:
-    with pytest.raises(InvalidData, match="pairing sure has none of these"):
-        resolve_settings(TrainingSettings(form="recent", pairing="sure"), make_plan("private"))
+    with pytest.raises(InvalidData, match="pairing reliable has none of these"):
+        resolve_settings(TrainingSettings(form="recent", pairing="reliable"), make_plan("private"))
     with pytest.raises(InvalidData, match="this memory holds ffn_output"):
         resolve_settings(TrainingSettings(form="residual"), make_plan("private", "ffn_output"))
     assert resolve_settings(TrainingSettings(), make_plan("teacher-forced", "ffn_output"))[0].form == "paper"

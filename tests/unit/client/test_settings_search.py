@@ -56,10 +56,10 @@ def test_no_training_is_begun_that_would_end_too_late(
 
 
 def test_every_opening_is_tried_whatever_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch, pairing="sure")
+    clock = Clock(monkeypatch, pairing="reliable")
     openings = [
         replace(BEGIN, form="recent", pairing="aligned", minutes=0.0),
-        replace(BEGIN, pairing="sure", minutes=0.0),
+        replace(BEGIN, pairing="reliable", minutes=0.0),
     ]
     best, trained = search_settings(openings, clock.fit, forms=["recent"], on_trial=lambda *_: None)
     assert clock.tried == openings
@@ -68,6 +68,6 @@ def test_every_opening_is_tried_whatever_the_time(monkeypatch: pytest.MonkeyPatc
 
 
 def test_sure_contexts_are_not_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch, pairing="sure")
-    search_settings([replace(BEGIN, pairing="sure")], clock.fit, forms=["recent", "paper"], on_trial=lambda *_: None)
+    clock = Clock(monkeypatch, pairing="reliable")
+    search_settings([replace(BEGIN, pairing="reliable")], clock.fit, forms=["recent", "paper"], on_trial=lambda *_: None)
     assert {tried.form for tried in clock.tried} == {"residual", "paper"}
