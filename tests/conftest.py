@@ -1,4 +1,4 @@
-"""Fixtures for all tests. What they are made of is in `tests/support.py`."""
+"""Fixtures for all tests, and markers by folder. The fixtures are made with `tests/support.py`."""
 
 # ruff: noqa: E402
 from __future__ import annotations
@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+
+from tests import profiles
 
 # Before transformers is imported: no test may depend on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,7 +20,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from transformers.utils import logging as transformers_logging
 
 from harness.tiny_models import TinyModels
@@ -28,9 +29,8 @@ from tests import guard, support
 # Tiny models: a second thread only waits for the first, and for whatever else this machine runs.
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
-# No deadline: no test may depend on how busy the machine is.
-settings.register_profile("pema", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-settings.load_profile("pema")
+profiles.load()
+_TESTS = Path(__file__).parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,15 +45,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is for another engine than the one that is run.
+    """Mark each test by its folder, then leave out the tests of another engine than the one that is run.
 
-    Guarded, also what cannot be had so, and the units, which have nobody to guard.
+    Guarded, also leave out tests that cannot be guarded, and unit tests, which have no server to guard.
     """
+    for item in items:
+        item.add_marker(item.path.relative_to(_TESTS).parts[0].removesuffix(".py"))
     other = "vllm" if support.engine == "transformers" else "transformers_only"
     left_out = {item for item in items if item.get_closest_marker(other)}
     if guard.current is not None:
-        units = Path(__file__).parent / "unit"
-        left_out |= {item for item in items if item.get_closest_marker("unguarded") or units in item.path.parents}
+        left_out |= {item for item in items if item.get_closest_marker("unguarded") or item.get_closest_marker("unit")}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
 

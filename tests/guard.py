@@ -121,6 +121,13 @@ def access() -> Authenticator | None:
     return current.access if current else None
 
 
+def one_tenant(folder: Path) -> tuple[Authenticator, str]:
+    """An authenticator with a tenant of its own, without quotas, and that tenant's key."""
+    store = TenantStore(f"sqlite:///{folder}/owner.db")
+    key = store.add("keyed")
+    return TenantKeyAuthenticator(store), str(key)
+
+
 def caller() -> CallContext:
     """Whose calls clients make, for calls of the service itself: it shows both the same."""
     return CallContext(TENANT, TENANT, DISCLOSURE) if current else CallContext()

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 import torch
 import uvicorn
 from fastapi import FastAPI
@@ -29,6 +30,7 @@ from plm_owner_server.engines.model_files.tokenizer import load_tokenizer
 from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.settings import ServerSettings
+from plm_owner_server.tenants.tables import METADATA
 from plm_owner_server.transports.grpc_server import serve_grpc
 from plm_owner_server.transports.http_protocol import bounded_http_protocol
 from plm_owner_server.transports.rest_app import create_app
@@ -192,6 +194,19 @@ def serve_state_over_grpc(
     finally:
         stop.set()
         thread.join()
+
+
+def empty_database(folder: Path) -> str:
+    """The URL of a store without tenants: SQLite in the folder, or the PostgreSQL database of POSTGRES_URL, emptied."""
+    url = os.environ.get("POSTGRES_URL")
+    if url is None:
+        return f"sqlite:///{folder}/owner.db"
+    engine = sa.create_engine(url)
+    METADATA.drop_all(engine)
+    with engine.begin() as connection:
+        connection.execute(sa.text("DROP TABLE IF EXISTS alembic_version"))
+    engine.dispose()
+    return url
 
 
 def until(true: Callable[[], bool], *, within_s: float) -> None:

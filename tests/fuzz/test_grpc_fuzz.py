@@ -18,6 +18,7 @@ from protocol import pema_pb2
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from protocol.protobuf import PROBLEM_METADATA, to_proto
 from tests import guard
+from tests.profiles import scaled
 from tests.support import serve_over_grpc
 
 WITHIN_S = 60
@@ -123,7 +124,7 @@ def test_any_bytes_are_understood_or_refused(
         filled(type(good)).map(lambda message: message.SerializeToString()),
     )
 
-    @settings(max_examples=120, database=None)
+    @settings(max_examples=scaled(120), database=None)
     @given(requests=st.lists(request, min_size=1, max_size=3))
     def understood_or_refused(requests: list[bytes]) -> None:
         pieces, status = ended(channel, name, *requests)

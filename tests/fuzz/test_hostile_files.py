@@ -31,7 +31,10 @@ from plm_owner_server.settings import ServerSettings
 from protocol.codec import Message
 from protocol.messages import HeadRows, Limits, ModelCard
 from tests.hostile import DEEP, crooked, damaged, one_spoilt, refused, tensors_like, text_like
+from tests.profiles import scaled
 from tests.unit.client.test_training import make_trained
+
+pytestmark = pytest.mark.unguarded("no server")
 
 D, V, MOST_MIB = 4, 20, 256
 MODEL = ModelIdentity(name="m", digest="d" * 64, cr_kind="last_hidden_state", hidden_size=D, vocab_size=V)
@@ -75,7 +78,7 @@ def test_memories(tmp_path: Path) -> None:
     good = {path: path.read_bytes() for path in (manifest, shard, pairs)}
 
     @given(data=st.data(), stamped=st.booleans())
-    @settings(max_examples=250, database=None)
+    @settings(max_examples=scaled(250), database=None)
     def reads(data: st.DataObject, stamped: bool) -> None:
         path = one_spoilt(data.draw, good, [shard])
         if stamped and path == shard:  # as who means harm would
@@ -111,7 +114,7 @@ def test_adapters(tmp_path: Path) -> None:
     cr_N_D = torch.ones(2, card.model.hidden_size)
 
     @given(data=st.data(), stamped=st.booleans())
-    @settings(max_examples=250, database=None)
+    @settings(max_examples=scaled(250), database=None)
     def reads(data: st.DataObject, stamped: bool) -> None:
         path = one_spoilt(data.draw, good, [tensors])
         if stamped and path == tensors:
@@ -168,7 +171,7 @@ def test_head_caches(tmp_path: Path) -> None:
         data=st.data(),
         name=st.sampled_from(["", "rows-x-1.safetensors", "rows-5-1.safetensors", "rows-0-20-.safetensors"]),
     )
-    @settings(max_examples=150, database=None)
+    @settings(max_examples=scaled(150), database=None)
     def reads(data: st.DataObject, name: str) -> None:
         for path in cached.folder.glob("rows-*"):
             path.unlink()
@@ -189,7 +192,7 @@ def test_tasks(tmp_path: Path) -> None:
     deep = b"name = " + DEEP.encode()
 
     @given(content=damaged(good) | st.binary(max_size=60) | st.sampled_from([deep, b"a." * 5000 + b"b = 1", b"\xff"]))
-    @settings(max_examples=200, database=None)
+    @settings(max_examples=scaled(200), database=None)
     def reads(content: bytes) -> None:
         path.write_bytes(content)
         task = refused(lambda: load_task(path))
@@ -208,7 +211,7 @@ def test_texts(tmp_path: Path) -> None:
         content=damaged(good) | st.just(DEEP.encode()) | st.binary(max_size=60),
         suffix=st.sampled_from(["jsonl", "tsv", "csv"]),
     )
-    @settings(max_examples=200, database=None)
+    @settings(max_examples=scaled(200), database=None)
     def reads(content: bytes, suffix: str) -> None:
         mine = tmp_path / f"mine.{suffix}"
         mine.write_bytes(content)
@@ -225,7 +228,7 @@ def test_comparison_rows(tmp_path: Path) -> None:
     good = path.read_bytes()
 
     @given(data=st.data())
-    @settings(max_examples=150, database=None)
+    @settings(max_examples=scaled(150), database=None)
     def reads(data: st.DataObject) -> None:
         path.write_bytes(text_like(data.draw, good))
         refused(lambda: SystemResult.load_all(tmp_path))
@@ -250,7 +253,7 @@ def test_checkpoints(tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in adapter.state_dict().items()}
 
     @given(data=st.data(), stamped=st.booleans())
-    @settings(max_examples=200, database=None)
+    @settings(max_examples=scaled(200), database=None)
     def reads(data: st.DataObject, stamped: bool) -> None:
         if stamped:
             tensors = data.draw(tensors_like(safetensors.torch.load(good)))
@@ -273,7 +276,7 @@ def test_checkpoints(tmp_path: Path) -> None:
 
 def test_server_settings(tmp_path: Path) -> None:
     path = tmp_path / ".env"
-    good = b"PEMA_PORT=9000\nPEMA_MAX_BODY_BYTES=20000\nPEMA_PREFIX_CACHE_MIB=1.5\nPEMA_API_KEY='a good key'\n"
+    good = b"PEMA_PORT=9000\nPEMA_MAX_BODY_BYTES=20000\nPEMA_PREFIX_CACHE_MIB=1.5\nPEMA_STORE='sqlite:///a store.db'\n"
     values = st.sampled_from(["-1", "1e999", "nan", "inf", "9" * 5000, "", "\0", "true", DEEP])
 
     @given(
@@ -284,7 +287,7 @@ def test_server_settings(tmp_path: Path) -> None:
             st.sampled_from([*map(str.upper, ServerSettings.model_fields)]),
         )
     )
-    @settings(max_examples=250, database=None)
+    @settings(max_examples=scaled(250), database=None)
     def reads(content: bytes) -> None:
         path.write_bytes(content)
         try:
@@ -304,7 +307,7 @@ def test_containers_with_lying_headers(message: Message) -> None:
     good = message.to_bytes()
 
     @given(content=crooked(good))
-    @settings(max_examples=400, database=None)
+    @settings(max_examples=scaled(400), database=None)
     def reads(content: bytes) -> None:
         refused(lambda: type(message).from_bytes(content))
 

@@ -20,13 +20,14 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from harness.tiny_models import VOCAB_SIZE
-from plm_owner_server.admission.authentication import SharedKeyAuthenticator
+from plm_owner_server.admission.authentication import Authenticator
 from plm_owner_server.admission.controller import AdmissionController
 from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.transports.rest_app import create_app
+from tests import guard
+from tests.profiles import scaled
 
-KEY = "a key of the owner"
 PROBES = ("/healthz", "/readyz")
 CHECKS = [
     not_a_server_error,
@@ -45,8 +46,13 @@ OPERATIONS = [
 
 
 @pytest.fixture(scope="module")
-def description(tiny_service: PlmService) -> Any:
-    app = create_app(AdmissionController(ServingState(tiny_service), SharedKeyAuthenticator(KEY)), max_body_bytes=2**20)
+def tenant(tmp_path_factory: pytest.TempPathFactory) -> tuple[Authenticator, str]:
+    return guard.one_tenant(tmp_path_factory.mktemp("tenant"))
+
+
+@pytest.fixture(scope="module")
+def description(tiny_service: PlmService, tenant: tuple[Authenticator, str]) -> Any:
+    app = create_app(AdmissionController(ServingState(tiny_service), tenant[0]), max_body_bytes=2**20)
     document = _in_reach(app.openapi())
     schema = schemathesis.openapi.from_dict(document)
     schema.app = app
@@ -78,15 +84,17 @@ def _sensible(body: Any) -> Any:
 
 @pytest.mark.parametrize("mode", GenerationMode, ids=lambda mode: mode.value)
 @pytest.mark.parametrize(("method", "path"), OPERATIONS, ids=lambda part: part)
-def test_a_call_is_answered_as_described(description: Any, method: str, path: str, mode: GenerationMode) -> None:
+def test_a_call_is_answered_as_described(
+    description: Any, tenant: tuple[Authenticator, str], method: str, path: str, mode: GenerationMode
+) -> None:
     """What the description allows, and what it does not; with the key, and as schemathesis likes without."""
     if path in PROBES and mode is GenerationMode.NEGATIVE:
         return  # nothing about them can be wrong
 
-    @settings(max_examples=40, database=None)
+    @settings(max_examples=scaled(40), database=None)
     @given(case=description[path][method].as_strategy(generation_mode=mode))
     def answers_as_described(case: Any) -> None:
-        headers = {"Authorization": f"Bearer {KEY}"}
+        headers = {"Authorization": f"Bearer {tenant[1]}"}
         if mode is GenerationMode.POSITIVE:
             case.body = _sensible(case.body)
         case.validate_response(case.call(headers=headers), checks=CHECKS, headers=headers)

@@ -19,13 +19,12 @@ from data_owner_client.plm.connection.rest import RestConnection
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.training.settings import TrainingSettings
 from harness.tiny_models import TinyModels
-from plm_owner_server.admission.authentication import SharedKeyAuthenticator
+from plm_owner_server.admission.authentication import Authenticator
 from plm_owner_server.service.plm_service import PlmService
 from tests import guard
 from tests.processes.parties import client, client_json
 from tests.support import make_service, serve, serve_over_grpc
 
-KEY = "the owner's key"
 TASK = Task(name="t", source_label="In", target_label="Out")
 PAIRS = [Pair(f"the {i}", f"die {i}") for i in range(12)]
 
@@ -41,9 +40,17 @@ def work(tiny_server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def tenant(tmp_path_factory: pytest.TempPathFactory) -> tuple[Authenticator, str]:
+    """Who may call, and its key."""
+    return (
+        (guard.current.access, guard.current.key) if guard.current else guard.one_tenant(tmp_path_factory.mktemp("t"))
+    )
+
+
 @pytest.fixture(params=["http", "grpc"])
-def url(request: pytest.FixtureRequest, tiny_service: PlmService) -> Iterator[str]:
-    access = None if guard.current else SharedKeyAuthenticator(KEY)
+def url(request: pytest.FixtureRequest, tiny_service: PlmService, tenant: tuple[Authenticator, str]) -> Iterator[str]:
+    access, _ = tenant
     with (serve if request.param == "http" else serve_over_grpc)(tiny_service, access=access) as url:
         yield url
 
@@ -52,8 +59,8 @@ def findings(diagnosis: Diagnosis) -> dict[str, tuple[bool, str]]:
     return {finding.check: (finding.ok, f"{finding.detail} {finding.advice}") for finding in diagnosis.findings}
 
 
-def test_all_is_well(url: str, work: Path) -> None:
-    key = guard.current.key if guard.current else KEY
+def test_all_is_well(url: str, work: Path, tenant: tuple[Authenticator, str]) -> None:
+    _, key = tenant
     found = client_json(url, "doctor", "--api-key", key, "--memory", work / "memory", "--adapter", work / "adapter")
     assert found["healthy"]
     checks = [finding["check"].split()[0] for finding in found["findings"]]

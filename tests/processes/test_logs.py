@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.unguarded("no server")
+
 _PROGRAM = """
 import asyncio, logging, sys, threading, warnings
 from plm_owner_server.operations.call_log import CallRecord, CallRecorder

@@ -7,6 +7,8 @@ import pytest
 
 import data_owner_client
 
+pytestmark = pytest.mark.unguarded("no server")
+
 _PROBE = """
 import importlib, pkgutil, sys
 package = importlib.import_module({package!r})

@@ -31,7 +31,7 @@ def test_an_owner_lets_a_tenant_in_and_out(
     added = pema_server(store, "tenants", "add", "acme", "--scopes", "card,decode")
     key = added.stdout.strip()
     assert key.startswith("pema_")
-    assert "kept nowhere" in added.stderr
+    assert "stored nowhere" in added.stderr
     (listed,) = json.loads(pema_server(store, "tenants", "list", "--json").stdout)
     assert (listed["name"], listed["scopes"], listed["disabled_at"]) == ("acme", ["card", "decode"], None)
     assert key not in pema_server(store, "tenants", "list").stdout
@@ -51,7 +51,7 @@ def test_an_owner_lets_a_tenant_in_and_out(
         assert refused.returncode == 1
         assert "PEMA_API_KEY" in refused.stderr
         monkeypatch.setenv("PEMA_API_KEY", key)
-        TenantStore(store).limit("acme", {"tokens_per_day": 1000})
+        TenantStore(store).set_quotas("acme", {"tokens_per_day": 1000})
         info = json.loads(client(url, "info", "--json").stdout)
         assert (info["head_policy"], info["rotated"]) == ("candidate", True)  # what tenants see unless more is said
         left = {name: (quota["left"], quota["quota"], quota["unit"]) for name, quota in info["left"].items()}
@@ -70,5 +70,5 @@ def test_an_owner_lets_a_tenant_in_and_out(
 def test_without_keys_a_server_listens_on_loopback_alone(tiny_models: TinyModels, tmp_path: Path) -> None:
     done = pema_server(f"sqlite:///{tmp_path}/owner.db", "serve", "--host", "0.0.0.0", "--model", tiny_models["llama"])  # noqa: S104
     assert done.returncode == 1
-    assert "whoever reaches 0.0.0.0" in done.stderr
+    assert "any client that reaches 0.0.0.0" in done.stderr
     assert "Traceback" not in done.stderr

@@ -25,7 +25,7 @@ from tests.basis import Basis
 from tests.processes import parties as processes
 from tests.reference import Reference, schedule
 
-pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 TEXTS = [
     "The capital of France is",

@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 
 from data_owner_client.plm.connection.base import Attempt, Connection
-from plm_owner_server.admission.authentication import SharedKeyAuthenticator, TenantKeyAuthenticator
+from plm_owner_server.admission.authentication import TenantKeyAuthenticator
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.service.requests import CallContext
 from plm_owner_server.tenants.api_keys import Key
-from plm_owner_server.tenants.store import SCOPES, Scope, TenantStore
+from plm_owner_server.tenants.scopes import SCOPES, Scope
+from plm_owner_server.tenants.store import TenantStore
 from protocol.errors import Forbidden, InvalidRequest, Unauthenticated
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from tests import guard
 from tests.support import serve, serve_over_grpc
 
-KEY = "a key of the owner"
 CALLS: dict[str, Callable[[Connection], object]] = {
     "model_card": lambda c: c.model_card(),
     "tokenizer": lambda c: c.tokenizer(),
@@ -42,16 +42,19 @@ SERVERS = {"REST": serve, "gRPC": serve_over_grpc}
 
 
 @pytest.mark.parametrize("server", SERVERS.values(), ids=SERVERS)
-def test_every_call_wants_the_key(server: Callable[..., AbstractContextManager[str]], tiny_service: PlmService) -> None:
-    with server(tiny_service, access=SharedKeyAuthenticator(KEY)) as url:
-        holder, stranger, mistaken = (guard.connection(url, api_key=key) for key in (KEY, None, KEY + "s"))
+def test_every_call_wants_the_key(
+    server: Callable[..., AbstractContextManager[str]], tiny_service: PlmService, tmp_path: Path
+) -> None:
+    access, good = guard.one_tenant(tmp_path)
+    with server(tiny_service, access=access) as url:
+        holder, stranger, mistaken = (guard.connection(url, api_key=key) for key in (good, None, good + "s"))
         for call in CALLS.values():
             call(holder)
             for connection, what in ((stranger, "got none"), (mistaken, "got another one")):
                 with pytest.raises(Unauthenticated, match=what) as caught:
                     call(connection)
                 assert "PEMA_API_KEY" in caught.value.hint
-                assert KEY not in str(caught.value)
+                assert good not in str(caught.value)
         for connection in (holder, stranger, mistaken):
             connection.close()
 
@@ -107,8 +110,9 @@ def test_calls_belong_to_their_tenant(
     assert [(caller.tenant, caller.client) for caller in seen] == [("acme", "acme")] * 3 + [("beta", "beta")] * 3
 
 
-def test_probes_need_no_key_and_browsers_are_told_how(tiny_service: PlmService) -> None:
-    with serve(tiny_service, access=SharedKeyAuthenticator(KEY)) as url, guard.http(url, headers_of_all={}) as http:
+def test_probes_need_no_key_and_browsers_are_told_how(tiny_service: PlmService, tmp_path: Path) -> None:
+    access, _ = guard.one_tenant(tmp_path)
+    with serve(tiny_service, access=access) as url, guard.http(url, headers_of_all={}) as http:
         assert http.get("/healthz").is_success
         assert http.get("/readyz").is_success
         refused = http.get("/v1/model")

@@ -32,9 +32,11 @@ from data_owner_client.plm.remote_plm import RemotePlm
 from harness.tiny_models import EOS, TinyModels
 from plm_owner_server.admission.authentication import NoAuthentication
 from plm_owner_server.service.disclosure import Disclosure
-from plm_owner_server.tenants.store import SCOPES, Tenant
+from plm_owner_server.tenants.scopes import SCOPES
+from plm_owner_server.tenants.store import Tenant
 from tests import guard, support
 from tests.basis import Basis
+from tests.profiles import scaled
 from tests.reference import Reference, schedule
 from tests.support import random_ids
 
@@ -187,7 +189,12 @@ def test_aligned_private_rows_have_contexts_that_end_as_the_true_ones(case: Case
             at += 1
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(
+    max_examples=scaled(12),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
 @given(st.data())
 def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObject) -> None:
     words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=5).map(" ".join)
@@ -270,7 +277,9 @@ def test_clients_at_once_each_get_the_references_tokens(case: Case) -> None:
             future.result(120)
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(
+    max_examples=scaled(6), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
 @given(st.data())
 def test_the_same_seed_draws_the_same_text_with_and_without_drafts(case: Case, data: st.DataObject) -> None:
     sampling = Sampling(

@@ -21,6 +21,8 @@ from protocol.errors import InvalidRequest, PemaError
 from protocol.messages import DecodeRequest, EncodeRequest, HeadRequest
 from tests import support
 
+pytestmark = pytest.mark.unguarded("servers of its own, without tenants")
+
 Sample = tuple[str, tuple[tuple[str, str], ...]]
 
 

@@ -173,7 +173,7 @@ def test_logits_are_the_models_own(
 def test_a_budget_that_ends_loses_nothing(owner: Owner, tmp_path: Path) -> None:
     plm = owner.plm("acme", NONE)
     memory = built(plm, tmp_path / "memory")
-    owner.store.limit("acme", {"full_distributions": 20})
+    owner.store.set_quotas("acme", {"full_distributions": 20})
     with pytest.raises(BudgetExhausted, match="Of 48 full distributions 20 are answered and kept") as caught:
         train(plm, memory, tmp_path / "adapter", settings=SETTINGS)
     assert "--distributions 20" in caught.value.hint
@@ -184,7 +184,7 @@ def test_a_budget_that_ends_loses_nothing(owner: Owner, tmp_path: Path) -> None:
         train(plm, memory, tmp_path / "adapter", settings=few)
     assert "--distributions 48" in too_few.value.hint
     assert owner.distributions("acme") == 20
-    owner.store.limit("acme", {"full_distributions": None})
+    owner.store.set_quotas("acme", {"full_distributions": None})
     calls = list[str]()
     with plm.observed_by(lambda exchange: calls.append(exchange.call)):
         train(plm, memory, tmp_path / "adapter", settings=SETTINGS)
@@ -196,14 +196,14 @@ def test_a_share_that_is_used_up_loses_nothing(owner: Owner, tmp_path: Path) -> 
     plm = owner.plm("acme", NONE)
     memory = built(plm, tmp_path / "memory")
     used = sum(day.tokens for day in owner.usage("acme"))
-    owner.store.limit("acme", {"tokens_per_day": used + 500})
+    owner.store.set_quotas("acme", {"tokens_per_day": used + 500})
     with pytest.raises(QuotaExceeded, match="are answered and kept") as caught:
         asked(plm, memory)
     assert caught.value.retry_after_s
     kept = len(plm.cached_distributions().keys())
     assert 0 < kept < 48
     assert f"Of 48 full distributions {kept} are" in caught.value.detail
-    owner.store.limit("acme", {"tokens_per_day": None})
+    owner.store.set_quotas("acme", {"tokens_per_day": None})
     asked(plm, memory)
     assert len(plm.cached_distributions().keys()) == owner.distributions("acme") == 48
 

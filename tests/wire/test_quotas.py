@@ -56,7 +56,7 @@ class Owner:
         self.access = TenantKeyAuthenticator(self.store, self.ledger)
 
     def limit(self, **quotas: int | None) -> None:
-        self.store.limit("acme", quotas)
+        self.store.set_quotas("acme", quotas)
 
     def used(self) -> DayOfUsage:
         (day,) = read_usage(self.store.database, since=date.min)

@@ -25,6 +25,8 @@ from protocol.codec import JSON
 from protocol.errors import PemaError
 from tests import support
 
+pytestmark = pytest.mark.unguarded("servers of its own, without tenants")
+
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
 

@@ -126,7 +126,7 @@ def test_what_vllm_gets_wrong_on_a_cpu_is_refused(tiny_models: TinyModels, tmp_p
         load_engine(folder, support.make_settings(device="cpu", dtype="float32"))
 
 
-@pytest.mark.real_model
+@pytest.mark.real_models
 def test_the_default_model_says_the_same_on_the_demos_test_set(tmp_path: Path) -> None:
     """Token for token, as far as an answer goes."""
     folder = resolve(DEFAULT_MODEL, support.make_settings().cache_dir).folder

@@ -1,7 +1,5 @@
 """Work in the background."""
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -36,11 +34,3 @@ def test_one_item_is_made_while_the_one_before_is_used() -> None:
     assert next(ahead) == 3
     with pytest.raises(OSError, match="unreadable"):
         next(ahead)
-
-
-def test_a_program_does_not_wait_for_what_nobody_needs() -> None:
-    code = (
-        "import time; from data_owner_client.runtime.background import in_background; "
-        "in_background(lambda: time.sleep(60))"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)

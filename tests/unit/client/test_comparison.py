@@ -1,15 +1,10 @@
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from torch import Tensor
 
-from data_owner_client.evaluation.comparison.knn_lm import KnnLm, tune
+from data_owner_client.evaluation.comparison.knn_lm import KnnLm, tune_knn
 from data_owner_client.evaluation.comparison.report import markdown
 from data_owner_client.evaluation.comparison.results import SystemResult, comparison_rows
 from data_owner_client.training.batches import Batch
@@ -109,7 +104,7 @@ def test_knn_lm_is_tuned_on_what_was_held_out() -> None:
         torch.zeros(N),
         torch.ones(N),
     )
-    _, _, logprob_N = tune(index_of(cr_N_D), label_N, validation)
+    _, _, logprob_N = tune_knn(index_of(cr_N_D), label_N, validation)
     assert logprob_N.exp().mean() > 0.9  # every row's nearest is the one that it was made from
     validation = ValidationData(
         Batch(
@@ -122,34 +117,5 @@ def test_knn_lm_is_tuned_on_what_was_held_out() -> None:
         torch.zeros(N),
         torch.ones(N),
     )
-    neighbours, _, _ = tune(index_of(cr_N_D), label_N, validation)
+    neighbours, _, _ = tune_knn(index_of(cr_N_D), label_N, validation)
     assert neighbours > 4  # where the nearest mislead, more of them do less harm
-
-
-def test_work_in_a_process_of_its_own_ends_with_the_process_that_waits_for_it(tmp_path: Path) -> None:
-    program = """
-import sys
-from tests.unit.client.test_comparison import note_and_sleep
-from data_owner_client.evaluation.comparison.runner import run_in_subprocess
-if __name__ == "__main__":
-    run_in_subprocess(note_and_sleep, sys.argv[1])
-"""
-    (tmp_path / "waits.py").write_text(program)
-    noted = tmp_path / "pid"
-    environment = os.environ | {"PYTHONPATH": os.getcwd()}
-    with subprocess.Popen([sys.executable, tmp_path / "waits.py", noted], env=environment) as waiting:
-        deadline = time.monotonic() + 120
-        while not (noted.exists() and noted.read_text()):
-            assert waiting.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        working = psutil.Process(int(noted.read_text()))
-        waiting.kill()
-    while working.is_running() and working.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def note_and_sleep(path: str) -> None:
-    Path(path).write_text(str(os.getpid()))
-    time.sleep(600)

@@ -259,13 +259,6 @@ def test_a_key_that_no_header_can_carry_is_refused(key: str) -> None:
         open_connection("http://127.0.0.1:1", api_key=key)
 
 
-def test_what_goes_to_this_machine_takes_no_proxy(monkeypatch: pytest.MonkeyPatch, tiny_server: str) -> None:
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
-    connection = open_connection(tiny_server, api_key="secret-key")
-    assert connection.model_card().name == "llama"
-    connection.close()
-
-
 def test_json_answers_are_understood() -> None:
     distribution = b'{"digest": "d", "token_ids_K": [3], "logprob_K": [-0.5], "tokens": ["x"]}'
     script = Scripted(lambda _: httpx.Response(200, content=distribution, headers={"Content-Type": "application/json"}))

@@ -69,5 +69,7 @@ def test_every_opening_is_tried_whatever_the_time(monkeypatch: pytest.MonkeyPatc
 
 def test_sure_contexts_are_not_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, pairing="reliable")
-    search_settings([replace(BEGIN, pairing="reliable")], clock.fit, forms=["recent", "paper"], on_trial=lambda *_: None)
+    search_settings(
+        [replace(BEGIN, pairing="reliable")], clock.fit, forms=["recent", "paper"], on_trial=lambda *_: None
+    )
     assert {tried.form for tried in clock.tried} == {"residual", "paper"}

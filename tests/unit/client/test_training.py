@@ -71,7 +71,7 @@ class InMemory:
 
 def fit(rows: MemoryRows, settings: TrainingSettings, *, shards: int = 1, **options: Any) -> Trained:
     memory = InMemory(rows, shards)
-    survey = replace(MemoryStats.of(memory), candidate_ids_C=CANDIDATES)
+    survey = replace(MemoryStats.from_memory(memory), candidate_ids_C=CANDIDATES)
     return train_adapter(memory, survey, make_head(), make_validation(), settings, **options)
 
 
@@ -86,7 +86,9 @@ def numbers_of(cr_B_D: Tensor, cr_N_D: Tensor) -> Tensor:
 
 def make_validation(plm_probability: float = 0.2) -> ValidationData:
     rows = make_rows(5)
-    return ValidationData.of(rows, CANDIDATES, torch.full((N,), plm_probability).log().double(), length_ratio=1.5)
+    return ValidationData.from_rows(
+        rows, CANDIDATES, torch.full((N,), plm_probability).log().double(), length_ratio=1.5
+    )
 
 
 @pytest.mark.parametrize("form", ["paper", "residual"])
@@ -103,10 +105,10 @@ def test_both_phases_are_the_formulas(form: Any) -> None:
     batches = [[numbers_of(batch.cr_N_D, rows.cr_N_D) for batch in stream.epoch(epoch)] for epoch in range(5)]
     steps = settings.epochs * math.ceil(N / settings.batch_rows)
     rates = [settings.learning_rate * (1 + math.cos(math.pi * i / steps)) / 2 for i in range(steps)]
-    axes_D_D = MemoryStats.of(InMemory(rows)).axes_D_D
+    axes_D_D = MemoryStats.from_memory(InMemory(rows)).axes_D_D
     expected = reference.train(
         rows.cr_N_D @ axes_D_D.T,
-        Batch.of(rows, CANDIDATES).label_N,
+        Batch.from_rows(rows, CANDIDATES).label_N,
         head.weight_V_D @ axes_D_D.T,
         initial,
         batches,
@@ -153,7 +155,7 @@ def test_the_same_adapter_comes_out_in_every_basis(form: Any) -> None:
         memory = InMemory(replace(rows, cr_N_D=(rows.cr_N_D + 0.5) * scales_D @ basis_D_D.T), 3)
         data = replace(held_out.data, cr_N_D=(held_out.data.cr_N_D + 0.5) * scales_D @ basis_D_D.T)
         seen = replace(head, weight_V_D=head.weight_V_D @ basis_D_D.T)
-        survey = replace(MemoryStats.of(memory), candidate_ids_C=CANDIDATES)
+        survey = replace(MemoryStats.from_memory(memory), candidate_ids_C=CANDIDATES)
         axes_D_D = survey.axes_D_D
         torch.testing.assert_close(axes_D_D @ axes_D_D.T, torch.eye(D), rtol=0, atol=1e-5)
         trained.append(train_adapter(memory, survey, seen, replace(held_out, data=data), settings))
@@ -181,7 +183,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(ema_decay: float) -> 
     settings = replace(SETTINGS, epochs=60, patience=2, learning_rate=0.1, ema_decay=ema_decay)
     memory, head, validation = InMemory(make_rows(3, rows=18)), make_head(), make_validation()
     # Not rotated, so that the kept adapter scores exactly what it scored in training.
-    survey = replace(MemoryStats.of(memory), candidate_ids_C=CANDIDATES, axes_D_D=torch.eye(D))
+    survey = replace(MemoryStats.from_memory(memory), candidate_ids_C=CANDIDATES, axes_D_D=torch.eye(D))
     trained = train_adapter(memory, survey, head, validation, settings)
     nlls = [epoch.validation_nll for epoch in trained.history if epoch.validation_nll is not None]
     assert len(nlls) < 60
@@ -219,7 +221,7 @@ class StoppingReporter(Reporter):
 def test_a_training_that_is_stopped_anywhere_ends_in_the_same_adapter(
     form: Any, ema_decay: float, every_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "_CHECKPOINT_EVERY_S", every_s)
+    monkeypatch.setattr(loop, "_CHECKPOINT_EVERY_SECONDS", every_s)
     settings = replace(SETTINGS, form=form, dropout=0.3, epochs=4, ema_decay=ema_decay)
     rows, checkpoint = make_rows(3), tmp_path / "checkpoint"
     whole = fit(rows, settings, shards=3)
@@ -256,7 +258,7 @@ def test_every_epoch_has_every_row_once(shards: int, pool_bytes: int, batch_rows
         whole = Batch.concatenate(batches)
         orders.append(numbers_of(whole.cr_N_D, rows.cr_N_D))
         assert sorted(orders[-1].tolist()) == list(range(N))
-        assert torch.equal(whole.label_N, Batch.of(rows, CANDIDATES).label_N[orders[-1]])
+        assert torch.equal(whole.label_N, Batch.from_rows(rows, CANDIDATES).label_N[orders[-1]])
         later = list(stream.epoch(epoch, start=1))
         assert len(later) == len(batches) - 1
         assert all(torch.equal(a.cr_N_D, b.cr_N_D) for a, b in zip(later, batches[1:], strict=True))
@@ -299,7 +301,7 @@ def test_the_average_is_that_of_the_weights_after_every_step(ema_decay: float, m
     for step_number, weights in enumerate(joint[1:], 1):
         decay = min(ema_decay, (1 + step_number) / (10 + step_number))
         mean = [decay * before + (1 - decay) * after for before, after in zip(mean, weights, strict=True)]
-    (a_R_D, b_D_R), axes_D_D = mean, MemoryStats.of(InMemory(rows)).axes_D_D
+    (a_R_D, b_D_R), axes_D_D = mean, MemoryStats.from_memory(InMemory(rows)).axes_D_D
     torch.testing.assert_close(averaged.A.weight, a_R_D @ axes_D_D)
     torch.testing.assert_close(averaged.B_pd.weight, axes_D_D.T @ b_D_R)
 
@@ -307,7 +309,7 @@ def test_the_average_is_that_of_the_weights_after_every_step(ema_decay: float, m
 def test_training_refuses_what_it_cannot_learn_from() -> None:
     rows = make_rows(3)
     with pytest.raises(InvalidData, match="no rows"):
-        MemoryStats.of(InMemory(replace(rows, cr_N_D=rows.cr_N_D[:0], rows_E=rows.rows_E[:0])))
+        MemoryStats.from_memory(InMemory(replace(rows, cr_N_D=rows.cr_N_D[:0], rows_E=rows.rows_E[:0])))
     with pytest.raises(NumericalFault, match="not finite"):
         fit(replace(rows, cr_N_D=rows.cr_N_D * float("nan")), SETTINGS)
     for device in ("abacus", "xpu:7", "meta"):
@@ -317,7 +319,7 @@ def test_training_refuses_what_it_cannot_learn_from() -> None:
 
 def test_targets_outside_the_candidates_have_probability_zero() -> None:
     rows = replace(make_rows(3), target_N=torch.arange(N, dtype=torch.int32))
-    data = Batch.of(rows, CANDIDATES)
+    data = Batch.from_rows(rows, CANDIDATES)
     assert data.label_N[:14].tolist() == [0, -1, 1, -1, 2, -1, 3, -1, 4, -1, 5, -1, 6, -1]
     adapter, head = Adapter(D, 4, "residual"), make_head()
     logprob_N = target_logprobs(adapter, head, data)
@@ -327,7 +329,9 @@ def test_targets_outside_the_candidates_have_probability_zero() -> None:
 
 
 def test_mixture_likelihood_by_hand() -> None:
-    validation = replace(make_validation(), position_N=torch.arange(N) % 3, horizon_N=torch.full((N,), 3.0).double())
+    validation = replace(
+        make_validation(), position_N=torch.arange(N) % 3, expected_length_N=torch.full((N,), 3.0).double()
+    )
     pema = torch.full((N,), 0.8).log().double()
     weights = [0.9, 0.36, 0.09]
     expected = -sum(math.log((1 - w) * 0.2 + w * 0.8) for w in weights) / 3

@@ -27,6 +27,7 @@ from protocol.messages import (
     Limits,
     ModelCard,
 )
+from tests.profiles import scaled
 
 token_id = st.integers(0, 2**31 - 1)
 ragged = st.lists(st.lists(token_id, max_size=8), max_size=6)
@@ -306,7 +307,7 @@ json_values = st.recursive(
     "message_type",
     [EncodeRequest, DecodeRequest, HeadRequest, DistributionRequest, EncodeResponse, DecodeResponse, HeadRows],
 )
-@settings(max_examples=150)
+@settings(max_examples=scaled(150))
 @given(data=st.data())
 def test_any_json_value_in_any_field_is_understood_or_refused(message_type: type[Message], data: st.DataObject) -> None:
     names = st.sampled_from(sorted(message_type.model_fields))
@@ -316,7 +317,7 @@ def test_any_json_value_in_any_field_is_understood_or_refused(message_type: type
     parse(message_type, safetensors.torch.save({}, metadata={"message": text}), binary=True)
 
 
-@settings(max_examples=300)
+@settings(max_examples=scaled(300))
 @given(data=st.binary(max_size=200))
 def test_any_bytes_are_understood_or_refused(data: bytes) -> None:
     for body in (data, struct.pack("<Q", len(data)) + data, raw(b'{"__metadata__":' + data + b"}")):

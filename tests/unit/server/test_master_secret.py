@@ -38,7 +38,7 @@ def test_it_may_be_given_and_must_be_where_servers_share_a_store(tmp_path: Path)
     with pytest.raises(Unsupported, match="no master secret") as caught:
         master_secret(make_settings(store="postgresql+psycopg://owner@db/pema"))
     assert "PEMA_MASTER_SECRET" in caught.value.hint
-    with pytest.raises(PemaError, match="cannot be had"):
+    with pytest.raises(PemaError, match="cannot be used"):
         master_secret(make_settings(store=f"sqlite:///{tmp_path}/nowhere/owner.db"))
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from plm_owner_server.engines.transformers.prefix_cache import PrefixCache
+from tests.profiles import scaled
 
 ROW_BYTES = 8
 IDS = st.lists(st.integers(0, 2), min_size=1, max_size=12)
@@ -44,7 +45,7 @@ def test_a_roomy_cache_knows_the_longest_prefix_of_all_it_was_given(
     assert cache.size_bytes == ROW_BYTES * len(distinct)
 
 
-@settings(max_examples=200)
+@settings(max_examples=scaled(200))
 @given(st.integers(1, 30), st.lists(st.tuples(st.booleans(), IDS, st.integers(1, 12)), max_size=60))
 def test_a_small_cache_keeps_its_bound_and_is_never_wrong(rows: int, calls: list[tuple[bool, list[int], int]]) -> None:
     cache = PrefixCache(rows * ROW_BYTES)

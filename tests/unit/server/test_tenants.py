@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from plm_owner_server.admission import tenant_cache as trust_module
 from plm_owner_server.admission.authentication import (
     NoAuthentication,
-    SharedKeyAuthenticator,
     TenantKeyAuthenticator,
     authenticator_for,
 )
@@ -31,7 +30,8 @@ from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.service.metering import CallCost
 from plm_owner_server.settings import ServerSettings
 from plm_owner_server.tenants.api_keys import Key
-from plm_owner_server.tenants.store import ANONYMOUS, SCOPES, Tenant, TenantStore
+from plm_owner_server.tenants.scopes import SCOPES
+from plm_owner_server.tenants.store import Tenant, TenantStore
 from plm_owner_server.tenants.tables import METADATA
 from protocol.errors import InvalidRequest, NotReady, PemaError, Unauthenticated
 from protocol.types import HeadPolicy
@@ -65,8 +65,8 @@ def test_what_is_no_key_is_none(text: str) -> None:
 def test_tenants_outlive_the_process_and_their_secrets_are_not_kept(store: TenantStore, url: str) -> None:
     key, other = store.add("acme"), store.add("beta", ["encode", "card"])
     again = TenantStore(url)
-    assert again.holder(key) == Tenant("acme", frozenset(SCOPES))
-    assert again.holder(other) == Tenant("beta", frozenset(("card", "encode")))
+    assert again.find_by_key(key) == Tenant("acme", frozenset(SCOPES))
+    assert again.find_by_key(other) == Tenant("beta", frozenset(("card", "encode")))
     assert [(tenant.name, tenant.scopes) for tenant in again.all()] == [("acme", SCOPES), ("beta", ("card", "encode"))]
     assert abs((again.all()[0].created_at - datetime.now(UTC)).total_seconds()) < 60
     kept = b"".join(path.read_bytes() for path in Path(sa.make_url(url).database or "").parent.iterdir())
@@ -77,18 +77,18 @@ def test_tenants_outlive_the_process_and_their_secrets_are_not_kept(store: Tenan
 def test_old_keys_wrong_keys_and_keys_of_the_disabled_open_nothing(store: TenantStore) -> None:
     old = store.add("acme")
     new = store.rotate_key("acme")
-    assert store.holder(old) is None
-    assert store.holder(Key(new.id, old.secret)) is None
-    assert store.holder(Key.new()) is None
-    assert store.holder(new) is not None
+    assert store.find_by_key(old) is None
+    assert store.find_by_key(Key(new.id, old.secret)) is None
+    assert store.find_by_key(Key.new()) is None
+    assert store.find_by_key(new) is not None
     store.disable("acme")
-    assert store.holder(new) is None
+    assert store.find_by_key(new) is None
     since = store.all()[0].disabled_at
     assert since is not None
     store.disable("acme")
     assert store.all()[0].disabled_at == since
     store.enable("acme")
-    assert store.holder(new) is not None
+    assert store.find_by_key(new) is not None
 
 
 def test_mistakes_are_told(store: TenantStore, url: str, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_mistakes_are_told(store: TenantStore, url: str, tmp_path: Path) -> None
     with pytest.raises(InvalidRequest, match="acme already"):
         store.add("acme")
     for name in ("", " acme", "a" * 65, "ac\nme", "Åcme"):
-        with pytest.raises(InvalidRequest, match="no name"):
+        with pytest.raises(InvalidRequest, match="name has 1 to 64"):
             store.add(name)
     for change in (store.rotate_key, store.disable, store.enable):
         with pytest.raises(InvalidRequest, match="no tenant nobody"):
@@ -117,10 +117,10 @@ def test_a_password_in_the_url_is_not_told(
     store: TenantStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(InvalidRequest, match="its port is no number") as caught:
-        TenantStore.existing("postgresql+psycopg://owner:p@ss:w0rd@db/pema")
+        TenantStore.open_if_exists("postgresql+psycopg://owner:p@ss:w0rd@db/pema")
     assert "w0rd" not in str(caught.value)
     # As if it were PostgreSQL's: nobody is in it, so that everybody may call.
-    monkeypatch.setattr(TenantStore, "existing", lambda _: store)
+    monkeypatch.setattr(TenantStore, "open_if_exists", lambda _: store)
     authenticator_for(ServerSettings(_env_file=None, store="postgresql+psycopg://owner:w0rd@db/pema"))  # type: ignore[call-arg]
     assert "no tenants in postgresql+psycopg://owner:***@db/pema" in caplog.text
 
@@ -136,49 +136,46 @@ def test_processes_that_start_at_once_make_the_tables_once(url: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         stores = list(pool.map(TenantStore, [url] * 8))
         keys = list(pool.map(lambda number: stores[number].add(f"t{number}"), range(8)))
-    assert all(stores[0].holder(key) for key in keys)
+    assert all(stores[0].find_by_key(key) for key in keys)
 
 
 def test_a_disabled_tenant_is_out_within_two_seconds(store: TenantStore, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(trust_module, "time", SimpleNamespace(monotonic=lambda: now))
     keys, shown = TenantKeyAuthenticator(store), f"Bearer {store.add('acme')}"
-    assert keys.recall(shown) is None
-    assert keys.identify(shown) == keys.recall(shown) == Tenant("acme", frozenset(SCOPES))
+    assert keys.cached(shown) is None
+    assert keys.authenticate(shown) == keys.cached(shown) == Tenant("acme", frozenset(SCOPES))
     store.disable("acme")
     now += 1.9
-    assert keys.identify(shown).name == "acme"
+    assert keys.authenticate(shown).name == "acme"
     now += 0.2
     with pytest.raises(Unauthenticated):
-        keys.identify(shown)
+        keys.authenticate(shown)
     store.enable("acme")
-    assert keys.identify(shown).name == "acme"  # who was refused is not kept out
+    assert keys.authenticate(shown).name == "acme"  # who was refused is not kept out
     for stranger in (None, "", "Bearer ", "Bearer pema_x_y", shown + "x", "Basic YTpi"):
         with pytest.raises(Unauthenticated):
-            keys.identify(stranger)
+            keys.authenticate(stranger)
     with pytest.raises(Unauthenticated):
-        keys.recall(shown.removeprefix("Bearer "))
+        keys.cached(shown.removeprefix("Bearer "))
 
 
-def test_who_may_call(store: TenantStore, url: str) -> None:
+def test_who_may_call(store: TenantStore, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEMA_API_KEY", "a key of the client on this machine")  # which says nothing of the server
+
     def settings(**given: object) -> ServerSettings:
         return ServerSettings(_env_file=None, store=url, **given)  # type: ignore[arg-type,call-arg]
 
     for host in ("127.0.0.1", "::1", "localhost"):
         assert isinstance(authenticator_for(settings(host=host)), NoAuthentication)
     for host in ("0.0.0.0", "::", "plm.example.com"):  # noqa: S104
-        with pytest.raises(PemaError, match="whoever reaches") as caught:
+        with pytest.raises(PemaError, match="any client that reaches") as caught:
             authenticator_for(settings(host=host))
         assert "--allow-anonymous" in caught.value.hint
         assert isinstance(authenticator_for(settings(host=host, allow_anonymous=True)), NoAuthentication)
-        one = authenticator_for(settings(host=host, api_key="long enough", insecure=True))
-        assert isinstance(one, SharedKeyAuthenticator)
-        assert one.identify("Bearer long enough") == ANONYMOUS
     key = store.add("acme")
     keys = authenticator_for(settings(host="0.0.0.0", insecure=True))  # noqa: S104
-    assert keys.identify(f"Bearer {key}").name == "acme"
-    with pytest.raises(PemaError, match="one key for all"):
-        authenticator_for(settings(api_key="long enough"))
+    assert keys.authenticate(f"Bearer {key}").name == "acme"
 
 
 def test_without_its_store_a_server_tells_callers_to_come_back(
@@ -187,19 +184,19 @@ def test_without_its_store_a_server_tells_callers_to_come_back(
     now = 100.0
     monkeypatch.setattr(trust_module, "time", SimpleNamespace(monotonic=lambda: now))
     keys, known, unknown = TenantKeyAuthenticator(store), f"Bearer {store.add('acme')}", f"Bearer {store.add('beta')}"
-    keys.identify(known)
+    keys.authenticate(known)
     with sqlite3.connect(sa.make_url(url).database or "") as database:
         database.execute("DROP TABLE tenants")
     database.close()
     now += 1.9
-    assert keys.identify(known).name == "acme"
+    assert keys.authenticate(known).name == "acme"
     with pytest.raises(NotReady) as caught:  # which clients try again
-        keys.identify(unknown)
+        keys.authenticate(unknown)
     assert "owner.db" not in str(caught.value)
     assert "no such table" in caplog.text
     now += 0.2
     with pytest.raises(NotReady):
-        keys.identify(known)
+        keys.authenticate(known)
 
 
 def test_every_policy_can_be_given(
@@ -226,12 +223,12 @@ def test_who_stops_lets_go_of_the_database(store: TenantStore, url: str) -> None
     store.database.close()
     access = authenticator_for(ServerSettings(_env_file=None, store=url))  # type: ignore[call-arg]
     controller = AdmissionController(ServingState(), access)
-    assert access.identify(key).name == "acme"
+    assert access.authenticate(key).name == "acme"
     log = Path(f"{sa.make_url(url).database}-wal")  # which SQLite keeps for as long as a connection is open
     assert log.exists()
     controller.close()
     assert not log.exists()
-    with access.meter(access.identify(key)).reserve(CallCost()):  # a call that did not end in time
+    with access.meter(access.authenticate(key)).reserve(CallCost()):  # a call that did not end in time
         pass
     controller.close()
     assert not log.exists()
