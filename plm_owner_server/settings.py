@@ -1,7 +1,7 @@
-"""Everything an owner can set, each with its unit and the reason it exists.
+"""Settings of the owner's server, each with its default, its unit and its purpose.
 
-A flag `--max-sequence-tokens 2048`, the environment variable `PEMA_MAX_SEQUENCE_TOKENS=2048` and a line of `.env` mean
-the same; a flag wins over the environment.
+A flag `--max-sequence-tokens 2048`, the environment variable `PEMA_MAX_SEQUENCE_TOKENS=2048` and a line of `.env` set
+the same thing. A flag wins over the environment, the environment over `.env`.
 """
 
 from __future__ import annotations
@@ -19,21 +19,29 @@ from protocol.types import CrKind
 DEFAULT_MODEL = "gemma-3-270m"
 # Largest number that gRPC carries, or takes as an option.
 _INT32 = 2**31 - 1
+_VLLM_ONLY = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "distributed_executor_backend",
+    "vllm_options",
+)
+_TRANSFORMERS_ONLY = ("device_map",)
 
 
-def _in_a_file_of_the_users_own() -> str:
+def _default_store() -> str:
     return f"sqlite:///{user_data_path('pema') / 'owner.db'}"
 
 
 class StoreSettings(BaseSettings):
-    """Where what must outlive the server is kept."""
+    """Location of the tenant database."""
 
     model_config = SettingsConfigDict(env_prefix="PEMA_", env_file=".env", extra="ignore", protected_namespaces=())
 
     store: str = Field(
-        default_factory=_in_a_file_of_the_users_own,
-        description="Database of the tenants, as SQLAlchemy's URL: sqlite:////var/lib/pema/owner.db or "
-        "postgresql+psycopg://owner@db/pema.",
+        default_factory=_default_store,
+        description="Database of the tenants, as an SQLAlchemy URL: sqlite:////var/lib/pema/owner.db or "
+        "postgresql+psycopg://owner@db/pema. By default a SQLite file in the user's data folder.",
     )
 
 
@@ -42,50 +50,46 @@ class ServerSettings(StoreSettings):
 
     model: str = Field(
         default=DEFAULT_MODEL,
-        description="gemma-3-270m or smollm2-135m (embedded), a hub id, a folder or a .gguf file. The model served.",
+        description="Model to serve: gemma-3-270m or smollm2-135m (embedded), a hub id, a folder or a .gguf file.",
     )
     host: str = Field(
         default="127.0.0.1",
-        description="Address to listen on. Others than loopback need tenants (pema-server tenants add), --api-key, or "
+        description="Address to listen on. Any but loopback needs tenants (pema-server tenants add) or "
         "--allow-anonymous.",
     )
-    port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port of REST; 0 takes a free one.")
     grpc_port: int | None = Field(
         default=None,
         ge=0,
         le=65535,
-        description="TCP port of gRPC; 0 takes a free one. By default the one after --port: clients find it there.",
-    )
-    api_key: SecretStr | None = Field(
-        default=None,
-        min_length=8,
-        description="One key for all clients, instead of tenants. Set it as PEMA_API_KEY: everybody on the machine can "
-        "see flags.",
+        description="TCP port of gRPC; 0 takes a free one. By default the one after --port, where clients look for it.",
     )
     master_secret: SecretStr | None = Field(
         default=None,
         min_length=32,
-        description="What the tenants' secret bases follow from; set it as PEMA_MASTER_SECRET, the same for all that "
-        "share a store (openssl rand -hex 32). By default one is made and kept beside the SQLite file.",
+        description="Secret from which the tenants' bases are derived (openssl rand -hex 32). Set it as "
+        "PEMA_MASTER_SECRET, equal on all servers that share a store. By default it is in a file next to SQLite's.",
     )
     allow_anonymous: CliImplicitFlag[bool] = Field(
-        default=False, description="Listen on any address without tenants and keys: whoever reaches it may call."
+        default=False,
+        description="Listen on any address without tenants: every client that reaches the server may call it.",
     )
     tls_certificate: Path | None = Field(
         default=None,
-        description="PEM file with the server's certificate chain: both transports then speak TLS. Renewed files are "
-        "taken without a restart.",
+        description="PEM file with the server's certificate chain, for TLS on both transports. A renewed file is used "
+        "without a restart. No TLS by default.",
     )
-    tls_key: Path | None = Field(default=None, description="PEM file with its private key, without a password.")
+    tls_key: Path | None = Field(
+        default=None, description="PEM file with the private key of --tls-certificate, without a password."
+    )
     tls_client_ca: Path | None = Field(
         default=None,
-        description="PEM file with the authorities of clients' certificates: both transports then demand one, and its "
-        "subject's common name is the tenant's; no key is needed.",
+        description="PEM file with the CAs of client certificates, which both transports then demand. The common name "
+        "is the tenant's name; keys are optional.",
     )
     insecure: CliImplicitFlag[bool] = Field(
         default=False,
-        description="Let keys travel unencrypted to other addresses than loopback, such as behind a proxy that does "
-        "TLS itself.",
+        description="Let keys travel unencrypted to addresses other than loopback, as behind a proxy that does TLS.",
     )
 
     @model_validator(mode="after")
@@ -100,195 +104,195 @@ class ServerSettings(StoreSettings):
     def _engine_has_the_representation(self) -> Self:
         if self.engine == "vllm" and self.cr_kind != "last_hidden_state":
             raise ValueError(
-                f"--engine vllm gives no --cr-kind {self.cr_kind}: take last_hidden_state, or --engine transformers"
+                f"--cr-kind {self.cr_kind} is not supported by --engine vllm; "
+                "use last_hidden_state, or --engine transformers"
             )
         return self
 
     @model_validator(mode="after")
     def _engine_has_what_is_set(self) -> Self:
-        of_vllm = ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"]
-        of_vllm += ["distributed_executor_backend", "vllm_options"]
-        for name in ["device_map"] if self.engine == "vllm" else of_vllm:
+        other, names = ("transformers", _TRANSFORMERS_ONLY) if self.engine == "vllm" else ("vllm", _VLLM_ONLY)
+        for name in names:
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} is nothing to --engine {self.engine}: leave it out, or take the other engine")
+                raise ValueError(
+                    f"{flag} is not supported by --engine {self.engine}; remove it or use --engine {other}"
+                )
         return self
 
     @field_validator("vllm_options", mode="before")
     @classmethod
     def _is_json(cls, value: Any) -> Any:
-        # Here, and not where settings are read: there, bad JSON is no ValidationError.
+        # Parsed here, because bad JSON is no ValidationError where pydantic-settings parses it.
         return from_json(value or "{}") if isinstance(value, str) else value
-
-    @field_validator("api_key")
-    @classmethod
-    def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not (value.get_secret_value().isascii() and value.get_secret_value().isprintable()):
-            raise ValueError("it has characters that no header can carry")
-        return value
 
     engine: Literal["transformers", "vllm"] = Field(
         default="transformers",
-        description="What runs the model. vllm, which is installed with pema[vllm], is for models that need several "
-        "GPUs and for many clients on one.",
+        description="Engine that runs the model. vllm (pip install pema[vllm]) is for models that need several GPUs "
+        "and for many clients on one.",
     )
     device_map: str | None = Field(
         default=None,
-        description="transformers: how layers are spread over several devices, as accelerate knows it: auto, balanced, "
-        "sequential. They work one after another: for a model that fits no single GPU. Goes before --device.",
+        description="transformers: placement of layers on several devices, as in accelerate (auto, balanced, "
+        "sequential), for a model that fits no single GPU. Wins over --device.",
     )
-    tensor_parallel_size: int = Field(
-        default=1, ge=1, description="vLLM: GPUs that share every layer; those of one node, as they talk all the time."
-    )
+    tensor_parallel_size: int = Field(default=1, ge=1, description="vLLM: GPUs of one node that share every layer.")
     pipeline_parallel_size: int = Field(
-        default=1, ge=1, description="vLLM: groups of GPUs that have some of the layers each, such as nodes."
+        default=1, ge=1, description="vLLM: groups of GPUs, such as nodes, that hold a part of the layers each."
     )
     data_parallel_size: int = Field(
         default=1,
         ge=1,
-        description="vLLM: copies of the model behind this server. They do not share known prefixes: replicas of the "
-        "server are better for decoding.",
+        description="vLLM: copies of the model behind this server. They share no cached prefixes, so replicas of the "
+        "server decode faster.",
     )
     distributed_executor_backend: str | None = Field(
-        default=None, description="vLLM: what starts its workers: mp on one node, ray on several. vLLM chooses."
+        default=None,
+        description="vLLM: backend that starts its workers, mp on one node or ray on several. By default vLLM chooses.",
     )
     vllm_options: Annotated[dict[str, Any], NoDecode] = Field(
         default_factory=dict,
-        description="vLLM: other options of its AsyncEngineArgs, as JSON; they win over what follows from "
-        """other flags, but for those that have one. For example '{"gpu_memory_utilization": 0.8}'.""",
+        description="vLLM: other AsyncEngineArgs, as a JSON object, without those that have a flag here. For example "
+        """'{"gpu_memory_utilization": 0.8}'. Empty by default.""",
     )
     cr_kind: CrKind = Field(
         default="last_hidden_state",
-        description="Representation served: the LM head's own input, or the last feed-forward output as in the paper.",
+        description="Representation to serve: the LM head's input, or the last feed-forward output as in the paper.",
     )
     device: str = Field(
         default="auto",
-        description="Torch device; with vLLM, that of the LM head alone. auto takes CUDA where there is one, because "
-        "it is faster.",
+        description="Torch device of the model (with vLLM, of the LM head alone); auto takes CUDA if there is one.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="dtype of the weights. auto: bfloat16 on CUDA (half the memory), float32 on CPU (exact and fast).",
+        description="dtype of the weights; auto is bfloat16 on CUDA (half the memory) and float32 on CPU (exact, "
+        "fast).",
     )
     threads: int = Field(
         default=0,
         ge=0,
-        description="CPU threads of the model, 0 for all cores. Fewer leave room for a client beside it.",
+        description="CPU threads of the model; 0 takes all cores. Use fewer to leave room for a client on the machine.",
     )
     pack_weights: bool = Field(
         default=True,
-        description="CPU and float32: keep the weights in the layout that is multiplied by fastest. Decoding takes "
-        "half the time; the LM head is held in memory twice.",
+        description="CPU and float32: store the weights in the layout that multiplies fastest. Decoding takes half "
+        "the time; the LM head takes twice the memory.",
     )
     max_sequence_tokens: int = Field(
         default=4096,
         ge=2,
         le=_INT32,
-        description="Longest sequence in tokens, drafts included; bounds attention memory, capped by the model's own.",
+        description="Longest sequence in tokens, drafts included; it bounds attention memory. The model's own limit "
+        "applies too.",
     )
     max_sequences: int = Field(
         default=512,
         ge=1,
         le=_INT32,
-        description="Most sequences in a request. Bounds how long one request occupies the model.",
+        description="Most sequences in one request; it bounds how long one request occupies the model.",
     )
     max_look_ahead: int = Field(
         default=1024,
         ge=0,
         le=_INT32,
-        description="Most tokens drafted per sequence and request. Bounds the time of one request.",
+        description="Most tokens drafted per sequence and request; it bounds the time of one request.",
     )
     max_answer_bytes: int = Field(
         default=128 * 2**20,
         ge=1,
         le=2**34,
-        description="Largest answer in bytes, counted as float32. Bounds its memory; clients ask in pieces.",
+        description="Largest answer in bytes, counted as float32; it bounds memory. Clients split larger requests.",
     )
     max_body_bytes: int = Field(
-        default=16 * 2**20, ge=1024, le=_INT32, description="Largest request body in bytes. Bounds memory per request."
+        default=16 * 2**20,
+        ge=1024,
+        le=_INT32,
+        description="Largest request body in bytes; it bounds memory per request.",
     )
     max_connections: int = Field(
         default=1000,
         ge=1,
         le=_INT32,
-        description="Connections at the same time, for each transport; each takes a file. One more takes the place of "
-        "the one that is idle longest, or is told to come back.",
+        description="Connections at a time, for each transport; each takes a file. A further one replaces the one that "
+        "has been idle longest, or is refused with 429.",
     )
-    transfer_s: float = Field(
+    transfer_timeout: float = Field(
         default=30.0,
         ge=0.1,
         allow_inf_nan=False,
-        description="Seconds that a TLS handshake, a request's head, each MiB of its body, and each MiB of an answer "
-        "may take. Bounds what slow clients hold: who is slower is cut off.",
+        description="Longest time in seconds for a TLS handshake, a request's head, and each MiB of a body or an "
+        "answer. Slower clients are disconnected.",
     )
-    batch_tokens: int = Field(
+    max_batch_tokens: int = Field(
         default=4096,
         ge=1,
-        description="Tokens in one forward pass, padding included. The memory of activations grows with it, and the "
-        "time that a short request may wait for another client's long one.",
+        description="Tokens in one forward pass, padding included. More takes more memory, and lets a short request "
+        "wait longer for another client's long one.",
     )
-    padding_tokens: int = Field(
+    max_batch_padding: int = Field(
         default=256,
         ge=0,
-        description="Padding in one forward pass, in tokens. About what one more pass costs: more on a fast GPU.",
+        description="Padding in one forward pass, in tokens. Set it to about the cost of one more pass: higher on a "
+        "fast GPU.",
     )
-    drafting_tokens: int = Field(
+    max_draft_tokens: int = Field(
         default=2**15,
         ge=1,
-        description="Tokens whose attention states all sequences that are being drafted may come to hold together. "
-        "Bounds memory; one client may have half of it, and what does not fit waits.",
+        description="Tokens of all sequences being drafted, whose attention states are held together; it bounds "
+        "memory. One client may have half of them; further requests wait.",
     )
     prefix_cache_mib: float = Field(
         default=1024,
         ge=0,
         allow_inf_nan=False,
-        description="Memory for attention states in MiB: what texts begin with is computed once, and a text that goes "
-        "on is not computed again. 0 turns it off. vLLM on a CPU has running texts in it, too; on GPUs it takes what "
-        "is free.",
+        description="Memory for attention states of cached prefixes, in MiB; 0 turns the cache off. vLLM also holds "
+        "running texts in it on a CPU, and takes all free memory on GPUs.",
     )
-    prefix_cache_seconds: float = Field(
+    prefix_cache_ttl: float = Field(
         default=600,
         gt=0,
-        description="How long they are kept after their last use, in seconds. Then they are dropped, whether or not "
-        "somebody calls. vLLM drops all of them, so long after the first was computed.",
+        description="Seconds after their last use for which attention states stay cached. vLLM empties its whole cache "
+        "this long after the first entry.",
     )
     max_waiting_requests: int = Field(
-        default=64, ge=1, description="Requests that may wait for the model. One more is told to come back (429)."
+        default=64, ge=1, description="Requests that may wait for the model; further ones are refused with 429."
     )
     max_waiting_tokens: int = Field(
         default=2**19,
         ge=1,
-        description="Tokens of all requests that may wait for the model; bounds their answers' memory. More is told to "
-        "come back (429). One client may fill half of it.",
+        description="Tokens of all requests that may wait for the model, half of them one client's; it bounds their "
+        "answers' memory. Further requests are refused with 429.",
     )
     metrics_port: int | None = Field(
         default=None,
         ge=0,
         le=65535,
-        description="TCP port on which Prometheus finds metrics (/metrics); 0 takes a free one. None by default.",
+        description="TCP port of Prometheus metrics (/metrics); 0 takes a free one. No metrics by default.",
     )
     metrics_host: str = Field(
         default="127.0.0.1",
-        description="Address of --metrics-port. There are no keys: whoever reaches it may read the metrics.",
+        description="Address of --metrics-port, which asks for no key: every client that reaches it can read the "
+        "metrics.",
     )
     engine_timeout: float = Field(
         default=600,
         gt=0,
-        description="Longest single piece of the model's work, in seconds. If it takes longer, it hangs: the server "
-        "ends with a status other than 0, to be started again.",
+        description="Longest time in seconds for one forward pass. After it the server takes the model for stuck and "
+        "exits with a status other than 0.",
     )
-    drain_seconds: float = Field(
+    drain_timeout: float = Field(
         default=30,
         ge=0,
-        description="How long calls may still be worked on after SIGTERM or SIGINT, in seconds. New ones are refused "
-        "(503). A second signal stops at once.",
+        description="Seconds that calls in progress have after SIGTERM or SIGINT, while new ones are refused with 503. "
+        "A second signal stops at once.",
     )
     cache_dir: Path = Field(
         default_factory=lambda: user_cache_path("pema") / "models",
-        description="Folder where a GGUF model is kept once it is converted, so that only the first start is slow.",
+        description="Folder for converted GGUF models, so that only the first start is slow. By default in the user's "
+        "cache folder.",
     )
     log_format: Literal["text", "json"] = Field(
-        default="text", description="Lines for people, or a JSON object each for a log store. On standard error."
+        default="text", description="Format of the log on standard error: lines for people, or one JSON object a line."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Verbosity of the log. No level writes texts, token ids or representations."

@@ -1,4 +1,4 @@
-"""A tenant's account as rows of the database, within one transaction."""
+"""A tenant's quotas and usage in the database, within one transaction."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ from sqlalchemy.engine import Connection, Row
 
 from plm_owner_server.admission.quota_rules import Instant, QuotaUsage
 from plm_owner_server.service.metering import CallCost
-from plm_owner_server.tenants.quotas import quotas_of
+from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.tables import FULL_DISTRIBUTIONS, HEAD_ROWS, MINUTES, RUNNING, TENANTS, USAGE
 
-SEEN_WITHIN_S = 30.0
-"""A call that is being answered is renewed by its server more often, in seconds; if it is not, that server has died."""
+SEEN_WITHIN_SECONDS = 30.0
+"""Age after which a reservation no longer counts. Servers renew theirs more often, unless they have died."""
 
 
 def is_alive(seconds: float) -> sa.ColumnElement[bool]:
-    """Of a call that is being answered: whether its server was there about then, by whatever clock."""
-    return RUNNING.c.seen_at.between(seconds - SEEN_WITHIN_S, seconds + SEEN_WITHIN_S)
+    """Condition on `RUNNING`: the reservation was renewed within `SEEN_WITHIN_SECONDS` of this time, before or after.
+
+    Args:
+        seconds: Unix time. Later times are allowed because the servers' clocks may differ.
+    """
+    return RUNNING.c.seen_at.between(seconds - SEEN_WITHIN_SECONDS, seconds + SEEN_WITHIN_SECONDS)
 
 
 def _sum(column: sa.ColumnElement[int], where: sa.ColumnElement[bool] | None = None) -> sa.ColumnElement[int]:
     return sa.func.coalesce(sa.func.sum(column if where is None else sa.case((where, column), else_=0)), 0)
 
 
-# Made once, for every call asks them twice.
+# Built once: every call runs these statements twice.
 _NAME: sa.BindParameter[str] = sa.bindparam("tenant")
 _DAY: sa.BindParameter[date] = sa.bindparam("day")
 _MINUTE: sa.BindParameter[int] = sa.bindparam("minute")
-_PUT_DOWN = sa.select(
+_RECORDED = sa.select(
     _sum(USAGE.c.tokens, USAGE.c.day == _DAY),
     _sum(USAGE.c.head_rows),
     _sum(USAGE.c.full_distributions),
@@ -48,41 +52,44 @@ _TENANT = sa.select(TENANTS).where(TENANTS.c.name == _NAME).with_for_update()
 
 
 class TenantAccount:
-    """One tenant's account, to which nobody else writes until the transaction is over.
+    """One tenant's account. No other transaction writes to it until this one is over.
 
     Args:
         connection: in a transaction that writes.
-        tenant: its row.
-        at: the moment of all that happens.
+        tenant: the tenant's row of `TENANTS`.
+        at: the time at which everything in this transaction happens.
+
+    Attributes:
+        quotas: the tenant's limits.
     """
 
     def __init__(self, connection: Connection, tenant: Row[Any], at: Instant) -> None:
         self._connection = connection
         self._tenant = tenant
         self._at = at
-        self.quotas = quotas_of(tenant)
+        self.quotas = Quotas.from_row(tenant)
 
     @classmethod
     def open(cls, connection: Connection, tenant: str, at: Instant) -> Self:
-        """The account of the tenant of this name."""
-        # SQLite has locked everything already; others lock the tenant's row.
+        """Lock and return the account of the tenant of this name."""
+        # SQLite has locked everything already; other databases lock the tenant's row.
         return cls(connection, connection.execute(_TENANT, {"tenant": tenant}).one(), at)
 
-    def used(self) -> QuotaUsage:
-        """What was used up to now, with what is reserved."""
-        given = {
+    def usage(self) -> QuotaUsage:
+        """Usage recorded so far, plus the reservations of calls in progress."""
+        parameters = {
             "tenant": self._tenant.name,
             "day": self._at.day,
             "minute": self._at.minute,
-            "from": self._at.seconds - SEEN_WITHIN_S,
-            "until": self._at.seconds + SEEN_WITHIN_S,
+            "from": self._at.seconds - SEEN_WITHIN_SECONDS,
+            "until": self._at.seconds + SEEN_WITHIN_SECONDS,
         }
-        day, head_rows, full_distributions, minute = map(int, self._connection.execute(_PUT_DOWN, given).one())
-        running, reserved_day, reserved_minute = map(int, self._connection.execute(_RESERVED, given).one())
-        return QuotaUsage(minute + reserved_minute, day + reserved_day, running, head_rows, full_distributions)
+        day, head_rows, full_distributions, minute = map(int, self._connection.execute(_RECORDED, parameters).one())
+        in_progress, reserved_day, reserved_minute = map(int, self._connection.execute(_RESERVED, parameters).one())
+        return QuotaUsage(minute + reserved_minute, day + reserved_day, in_progress, head_rows, full_distributions)
 
-    def begin(self, call_id: str, tokens: int) -> None:
-        """A call is being answered from now on, for which so many tokens are reserved."""
+    def reserve(self, call_id: str, tokens: int) -> None:
+        """Reserve tokens for a call that begins now."""
         self._connection.execute(
             sa.insert(RUNNING).values(
                 id=call_id,
@@ -94,16 +101,16 @@ class TenantAccount:
             )
         )
 
-    def end(self, call_id: str) -> None:
-        """It is over."""
+    def release(self, call_id: str) -> None:
+        """Delete the reservation of a call that is over."""
         self._connection.execute(sa.delete(RUNNING).where(RUNNING.c.id == call_id))
 
-    def add(self, begun: Instant, **amounts: int) -> None:
-        """Put a call down to the minute and the day in which it was let in.
+    def record(self, begun: Instant, **amounts: int) -> None:
+        """Record a call's usage in the minute and the day in which it was admitted.
 
         Args:
-            begun: when that was.
-            amounts: of the columns of the table of usage.
+            begun: the time of admission.
+            amounts: by column of `USAGE`.
         """
         name = self._tenant.name
         self._add(USAGE, {"tenant": name, "day": begun.day}, amounts)
@@ -117,11 +124,11 @@ class TenantAccount:
             self._connection.execute(sa.insert(table).values(key | amounts))
 
     def new_head_rows(self, cost: CallCost, *, take: bool) -> int:
-        """How many of a call's rows the tenant did not have yet.
+        """Number of a call's head rows that the tenant has never had.
 
         Args:
-            cost: of the call.
-            take: whether it has them from now on.
+            cost: the call's cost.
+            take: record them as had from now on.
         """
         if cost.head_rows is None:
             return 0
@@ -133,17 +140,17 @@ class TenantAccount:
         has_V[cost.head_rows] = True
         new = int(np.count_nonzero(has_V)) - int(np.count_nonzero(had_V))
         if take and new:
-            given = np.packbits(has_V).tobytes()
+            packed = np.packbits(has_V).tobytes()
             change = sa.insert(table).values(**key) if before is None else sa.update(table).where(this)
-            self._connection.execute(change.values(given=given))
+            self._connection.execute(change.values(given=packed))
         return new
 
     def new_full_distributions(self, cost: CallCost, *, take: bool) -> int:
-        """Whether a call's answer is a full distribution that the tenant did not have yet: 1 or 0.
+        """Number (1 or 0) of full distributions in a call's answer that the tenant has never had.
 
         Args:
-            cost: of the call.
-            take: whether it has it from now on.
+            cost: the call's cost.
+            take: record it as had from now on.
         """
         if cost.full_distribution is None:
             return 0

@@ -1,8 +1,7 @@
-"""Who a caller is, by what it shows: anybody, the holder of the one key, or a tenant."""
+"""Authentication of callers by key: no authentication at all, or one key for each tenant."""
 
 from __future__ import annotations
 
-import hmac
 import logging
 from typing import Protocol
 
@@ -23,72 +22,48 @@ _BEARER = "Bearer "
 
 
 class Authenticator(Protocol):
-    """Tells callers apart, by `Bearer` and the key, as in HTTP's header `Authorization`."""
+    """Finds the tenant behind an HTTP `Authorization` value: `Bearer` and the key."""
 
-    def recall(self, authorization: str | None) -> Tenant | None:
-        """The tenant who showed this, if that is known without asking a database.
+    def cached(self, authorization: str | None) -> Tenant | None:
+        """The tenant of these credentials if it is cached, else None; never asks a database.
 
         Raises:
-            Unauthenticated: it can be no key.
+            Unauthenticated: the value has not the form of a key.
         """
         ...
 
-    def identify(self, authorization: str | None) -> Tenant:
-        """The tenant who showed this. It may take a while.
+    def authenticate(self, authorization: str | None) -> Tenant:
+        """The tenant of these credentials; may wait for a database.
 
         Raises:
-            Unauthenticated: it is nobody's key.
-            NotReady: nobody can tell now.
+            Unauthenticated: no tenant that may call has this key.
+            NotReady: the database does not answer.
         """
         ...
 
     def meter(self, tenant: Tenant) -> Meter:
-        """What one call of this tenant's is put down on."""
+        """A meter for one call of this tenant."""
         ...
 
     def close(self) -> None:
-        """Let go of the database, if there is one."""
+        """Close the database, if there is one."""
         ...
 
 
 class NoAuthentication:
-    """Everybody may call, and all are one tenant.
+    """Every client may call, and all are one tenant.
 
     Args:
-        tenant: the one.
+        tenant: the tenant that they are.
     """
 
     def __init__(self, tenant: Tenant = ANONYMOUS) -> None:
         self._tenant = tenant
 
-    def recall(self, authorization: str | None) -> Tenant:
+    def cached(self, authorization: str | None) -> Tenant:
         return self._tenant
 
-    identify = recall
-
-    def meter(self, tenant: Tenant) -> Meter:
-        return UNMETERED
-
-    def close(self) -> None: ...
-
-
-class SharedKeyAuthenticator:
-    """One key for all.
-
-    Args:
-        key: in the clear, as the owner set it.
-    """
-
-    def __init__(self, key: str) -> None:
-        self._authorization = f"{_BEARER}{key}".encode()
-
-    def recall(self, authorization: str | None) -> Tenant:
-        # In constant time, or an attacker could find the key letter by letter.
-        if not hmac.compare_digest(self._authorization, (authorization or "").encode()):
-            raise _unauthenticated(authorization)
-        return ANONYMOUS
-
-    identify = recall
+    authenticate = cached
 
     def meter(self, tenant: Tenant) -> Meter:
         return UNMETERED
@@ -97,24 +72,24 @@ class SharedKeyAuthenticator:
 
 
 class TenantKeyAuthenticator:
-    """A key for each tenant. Thread-safe.
+    """One key for each tenant. Thread-safe.
 
     Args:
-        store: of the tenants.
-        ledger: keeps their accounts; one in the same database unless given.
+        store: the tenants.
+        ledger: records their usage; by default one in the store's database.
     """
 
     def __init__(self, store: TenantStore, ledger: Ledger | None = None) -> None:
         self._store = store
         self._ledger = ledger or Ledger(store.database)
-        self._trusted = TenantCache()  # by the hashes of keys
+        self._cache = TenantCache()  # by the hashes of keys
 
-    def recall(self, authorization: str | None) -> Tenant | None:
-        return self._trusted.kept(_key(authorization).hash)
+    def cached(self, authorization: str | None) -> Tenant | None:
+        return self._cache.get(_key(authorization).hash)
 
-    def identify(self, authorization: str | None) -> Tenant:
+    def authenticate(self, authorization: str | None) -> Tenant:
         key = _key(authorization)
-        tenant = self._trusted.kept(key.hash) or self._trusted.asked(key.hash, lambda: self._store.holder(key))
+        tenant = self._cache.get(key.hash) or self._cache.fetch(key.hash, lambda: self._store.find_by_key(key))
         if tenant is None:
             raise _unauthenticated(authorization)
         return tenant
@@ -127,48 +102,42 @@ class TenantKeyAuthenticator:
 
 
 def authenticator_for(settings: ServerSettings) -> Authenticator:
-    """Who may call a server with these settings.
+    """The authenticator of a server with these settings.
 
     Raises:
-        PemaError: everybody who reaches it could, or keys could be read on the way, and that was not said to be meant;
-            or the store, or the master secret, cannot be used.
+        PemaError: any client could call, or keys could be read on the network, and no flag allows it; or the store or
+            the master secret cannot be used.
     """
-    store = TenantStore.existing(settings.store)
+    store = TenantStore.open_if_exists(settings.store)
     records = [] if store is None else store.all()
-    if store is not None and not records:  # nobody will be looked up
+    if store is not None and not records:  # no tenant will be looked up
         store.database.close()
     require_master_secret(settings, records)
-    tenants = len(records)
-    keys = bool(tenants or settings.api_key)
-    if keys and not (is_loopback(settings.host) or settings.tls_certificate or settings.insecure):
+    if store is None or not records:
+        _require_anonymous_allowed(settings)
+        return NoAuthentication()
+    if not (is_loopback(settings.host) or settings.tls_certificate or settings.insecure):
         raise PemaError(
             f"Keys would travel to {settings.host} unencrypted, for everybody on the way to read.",
             hint="Give --tls-certificate and --tls-key. If something before the server does TLS, say --insecure.",
         )
-    if settings.api_key is not None:
-        if tenants:
-            raise PemaError(
-                f"There are {tenants} tenants, each with a key of its own, and one key for all.",
-                hint="Leave --api-key (PEMA_API_KEY) away, or name another --store.",
-            )
-        return SharedKeyAuthenticator(settings.api_key.get_secret_value())
-    if store is not None and tenants:
-        log.info("%d tenants, each with a key of its own", tenants)
-        return TenantKeyAuthenticator(store)
+    log.info("%d tenants, each with a key of its own", len(records))
+    return TenantKeyAuthenticator(store)
+
+
+def _require_anonymous_allowed(settings: ServerSettings) -> None:
     if not (is_loopback(settings.host) or settings.allow_anonymous):
         raise PemaError(
-            f"Without keys, whoever reaches {settings.host} could use the model.",
-            hint="Let somebody in: pema-server tenants add NAME. If everybody may call, say --allow-anonymous.",
+            f"Without tenants, any client that reaches {settings.host} could use the model.",
+            hint="Add a tenant: pema-server tenants add NAME. To let every client call, say --allow-anonymous.",
         )
-    log.warning(
-        "no tenants in %s and no key: everybody who reaches %s may call", redacted_url(settings.store), settings.host
-    )
-    return NoAuthentication()
+    store = redacted_url(settings.store)
+    log.warning("no tenants in %s: every client that reaches %s may call", store, settings.host)
 
 
 def _key(authorization: str | None) -> Key:
-    given = authorization or ""
-    key = Key.parse(given.removeprefix(_BEARER)) if given.startswith(_BEARER) else None
+    text = authorization or ""
+    key = Key.parse(text.removeprefix(_BEARER)) if text.startswith(_BEARER) else None
     if key is None:
         raise _unauthenticated(authorization)
     return key

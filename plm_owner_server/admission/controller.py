@@ -13,7 +13,8 @@ from plm_owner_server.service.metering import Meter
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.service.requests import CallContext
 from plm_owner_server.service.worker_threads import run_in_worker
-from plm_owner_server.tenants.store import Scope, Tenant
+from plm_owner_server.tenants.scopes import Scope
+from plm_owner_server.tenants.store import Tenant
 from protocol.errors import Forbidden
 
 # Keys that are looked up in the database at the same time.

@@ -1,8 +1,8 @@
-"""Who has used how much: calls are let in, and put down when they are answered, over all servers of one database.
+"""Ledger of tenants' usage: calls are admitted, and recorded when they are answered, over all servers of a database.
 
-While a call is answered, what it may come to cost is reserved: other calls see it as used. It is put down when the
-answer is there; a call that fails, or whose server dies, leaves nothing but the reservation, which then counts no more.
-What lifetime budgets are for is given out only once it is put down, so that no call that is broken off takes it along.
+While a call is answered, the most that it can cost is reserved, and other calls see it as used. The true cost is
+recorded when the answer is ready. A call that fails, or whose server dies, leaves only its reservation, which expires.
+Lifetime budgets are charged before the answer is sent, so a cancelled call cannot obtain rows without paying for them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from plm_owner_server.admission.account import TenantAccount
-from plm_owner_server.admission.quota_rules import Instant, QuotaUsage, allowances, budget_error, rate_limit_error
+from plm_owner_server.admission.quota_rules import Instant, QuotaUsage, budget_error, rate_limit_error, rate_limits
 from plm_owner_server.admission.reservations import ReservationHeartbeat
 from plm_owner_server.service.metering import CallCost, Meter, Reservation
 from plm_owner_server.tenants.database import Database
@@ -24,32 +24,35 @@ from protocol.rate_limits import RateLimitStatus
 
 log = logging.getLogger(__name__)
 
-_RETRY_AFTER_S = 2.0
+_RETRY_SECONDS = 2.0
 
 
 class Ledger:
-    """Keeps the accounts of tenants. Thread-safe; several processes may share a database.
+    """Admits and records the calls of tenants. Thread-safe; several processes may share a database.
 
     Args:
-        database: with the tenants.
-        clock: seconds from 1970. It may jump.
+        database: the database with the tenants.
+        clock: returns Unix time. It may jump.
+
+    Attributes:
+        heartbeat: renews the reservations of this server's calls.
     """
 
     def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
-        self.running = ReservationHeartbeat(database, clock)
+        self.heartbeat = ReservationHeartbeat(database, clock)
         self._database = database
         self._clock = clock
 
     def meter(self, tenant: str) -> Meter:
-        """What one call of a tenant's is put down on."""
+        """A meter for one call of a tenant."""
         return _Meter(self, tenant)
 
     @contextmanager
-    def books(self, tenant: str) -> Iterator[tuple[TenantAccount, Instant]]:
-        """A tenant's account, open for one transaction, and its moment.
+    def open_account(self, tenant: str) -> Iterator[tuple[TenantAccount, Instant]]:
+        """A tenant's account, open for one transaction, and the time of the transaction.
 
         Raises:
-            NotReady: the database does not answer: what cannot be counted is not answered.
+            NotReady: the database does not answer, so that the call cannot be counted.
         """
         try:
             with self._database.writing() as connection:
@@ -60,13 +63,13 @@ class Ledger:
             raise NotReady(
                 "The server cannot count at the moment what you use.",
                 hint="Try again in a moment.",
-                retry_after_s=_RETRY_AFTER_S,
+                retry_after_s=_RETRY_SECONDS,
             ) from None
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A call that was let in."""
+    """A call that was admitted."""
 
     cost: CallCost
     begun: Instant
@@ -80,72 +83,72 @@ class _Meter:
         self.left: Sequence[RateLimitStatus] = ()
 
     @contextmanager
-    def charging(self, cost: CallCost) -> Iterator[Reservation]:
-        call, charge = self._let_in(cost), Reservation(cost.tokens)
+    def reserve(self, cost: CallCost) -> Iterator[Reservation]:
+        call, reservation = self._admit(cost), Reservation(cost.tokens)
         try:
-            yield charge
+            yield reservation
         except BaseException:
-            self._give_back(call)
+            self._release(call)
             raise
-        self._put_down(call, charge)
+        self._settle(call, reservation)
 
-    def _let_in(self, cost: CallCost) -> _Call | None:
-        """Reserve what a call may come to cost, or refuse it; there is no need to for one that costs nothing."""
+    def _admit(self, cost: CallCost) -> _Call | None:
+        """Reserve the most that a call can cost, or refuse it; None for a call that is free."""
         if cost.is_free:
             return None
-        with self._ledger.books(self._tenant) as (books, at):
-            call, used = _Call(cost, at), books.used()
-            refused = rate_limit_error(books.quotas, used, cost, at) or _spent(books, used, cost)
+        with self._ledger.open_account(self._tenant) as (account, at):
+            call, usage = _Call(cost, at), account.usage()
+            refused = rate_limit_error(account.quotas, usage, cost, at) or _budget_error(account, usage, cost)
             if refused is None:
-                books.begin(call.id, cost.tokens)
+                account.reserve(call.id, cost.tokens)
             else:
-                books.add(at, refused=1)
-                self.left = allowances(books.quotas, used, at)
+                account.record(at, refused=1)
+                self.left = rate_limits(account.quotas, usage, at)
         if refused is not None:
             raise refused
-        self._ledger.running.add(call.id)
+        self._ledger.heartbeat.add(call.id)
         return call
 
-    def _give_back(self, call: _Call | None) -> None:
+    def _release(self, call: _Call | None) -> None:
         if call is None:
             return
-        self._ledger.running.remove(call.id)
-        with suppress(NotReady), self._ledger.books(self._tenant) as (books, at):  # else it is soon taken for dead
-            books.end(call.id)
-            self.left = allowances(books.quotas, books.used(), at)
+        self._ledger.heartbeat.remove(call.id)
+        with suppress(NotReady), self._ledger.open_account(self._tenant) as (account, at):  # else it soon expires
+            account.release(call.id)
+            self.left = rate_limits(account.quotas, account.usage(), at)
 
-    def _put_down(self, call: _Call | None, charge: Reservation) -> None:
+    def _settle(self, call: _Call | None, reservation: Reservation) -> None:
         if call is not None:
-            self._ledger.running.remove(call.id)
-        with self._ledger.books(self._tenant) as (books, at):
+            self._ledger.heartbeat.remove(call.id)
+        with self._ledger.open_account(self._tenant) as (account, at):
             refused: PemaError | None = None
             if call is None:
-                books.add(at, requests=1)
+                account.record(at, requests=1)
             else:
-                books.end(call.id)
-                refused = _spent(books, books.used(), call.cost)  # others may have taken what was there
+                account.release(call.id)
+                refused = _budget_error(account, account.usage(), call.cost)  # other calls may have spent it
                 if refused is None:
-                    head_rows = books.new_head_rows(call.cost, take=True)
-                    full_distributions = books.new_full_distributions(call.cost, take=True)
-                    books.add(
+                    head_rows = account.new_head_rows(call.cost, take=True)
+                    full_distributions = account.new_full_distributions(call.cost, take=True)
+                    account.record(
                         call.begun,
                         requests=1,
-                        tokens=charge.tokens,
+                        tokens=reservation.tokens,
                         head_rows=head_rows,
                         full_distributions=full_distributions,
                     )
                 else:
-                    books.add(call.begun, refused=1)
-            self.left = allowances(books.quotas, books.used(), at)
+                    account.record(call.begun, refused=1)
+            self.left = rate_limits(account.quotas, account.usage(), at)
         if refused is not None:
             raise refused
 
 
-def _spent(books: TenantAccount, used: QuotaUsage, cost: CallCost) -> PemaError | None:
-    """Why a call's rows and distribution cannot be given out; None if they can."""
+def _budget_error(account: TenantAccount, usage: QuotaUsage, cost: CallCost) -> PemaError | None:
+    """The error for a call whose rows or distribution exceed a lifetime budget; None if they do not."""
     return budget_error(
-        books.quotas,
-        used,
-        head_rows=books.new_head_rows(cost, take=False),
-        full_distributions=books.new_full_distributions(cost, take=False),
+        account.quotas,
+        usage,
+        head_rows=account.new_head_rows(cost, take=False),
+        full_distributions=account.new_full_distributions(cost, take=False),
     )

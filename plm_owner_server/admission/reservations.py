@@ -1,4 +1,4 @@
-"""Calls that this server is answering, as far as other servers must know of them."""
+"""Heartbeat that renews the reservations of calls that this server is answering."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from protocol.errors import PemaError
 
 log = logging.getLogger(__name__)
 
-_EVERY_S = 10.0
-# Minutes that are kept: who answers a call for longer finds its minute gone, and over anyway.
-_KEPT_MINUTES = 60
+_PERIOD_SECONDS = 10.0
+# Older rows of MINUTES are deleted. A call that takes longer finds its minute deleted, and long over anyway.
+_RETAINED_MINUTES = 60
 
 
 class ReservationHeartbeat:
-    """Renews this server's calls in the database, so that they do not pass for those of a server that died.
+    """Renews this server's reservations in the database, so that other servers do not take them for abandoned.
 
-    A thread does it while there are any. Thread-safe.
+    A thread renews them while there are any. Thread-safe.
 
     Args:
-        database: they are in.
-        clock: seconds from 1970.
+        database: the database with the reservations.
+        clock: returns Unix time.
     """
 
     def __init__(self, database: Database, clock: Callable[[], float]) -> None:
@@ -40,7 +40,7 @@ class ReservationHeartbeat:
         self._thread: threading.Thread | None = None
 
     def add(self, call_id: str) -> None:
-        """Renew a call from now on."""
+        """Renew a call's reservation from now on."""
         with self._lock:
             self._ids.add(call_id)
             if self._thread is None:
@@ -48,12 +48,12 @@ class ReservationHeartbeat:
                 self._thread.start()
 
     def remove(self, call_id: str) -> None:
-        """Renew it no more."""
+        """Stop renewing a call's reservation."""
         with self._lock:
             self._ids.discard(call_id)
 
     def renew(self) -> None:
-        """Renew all, and clear away what other servers left behind.
+        """Renew all, and delete reservations that other servers abandoned.
 
         Raises:
             PemaError: the database does not answer.
@@ -64,12 +64,12 @@ class ReservationHeartbeat:
         with self._database.writing() as connection:
             connection.execute(sa.update(RUNNING).where(RUNNING.c.id.in_(ids)).values(seen_at=at.seconds))
             connection.execute(sa.delete(RUNNING).where(~is_alive(at.seconds)))
-            recent = MINUTES.c.minute.between(at.minute - _KEPT_MINUTES, at.minute + _KEPT_MINUTES)
+            recent = MINUTES.c.minute.between(at.minute - _RETAINED_MINUTES, at.minute + _RETAINED_MINUTES)
             connection.execute(sa.delete(MINUTES).where(~recent))
 
     def _work(self) -> None:
         while True:
-            time.sleep(_EVERY_S)
+            time.sleep(_PERIOD_SECONDS)
             try:
                 self.renew()
             except PemaError as error:

@@ -1,4 +1,4 @@
-"""Whom the server knows without asking the database, since it did so a moment ago."""
+"""Cache of authenticated tenants, so that a busy tenant does not wait for the database with every call."""
 
 from __future__ import annotations
 
@@ -13,49 +13,45 @@ from protocol.errors import NotReady, PemaError
 
 log = logging.getLogger(__name__)
 
-# How long a tenant is taken to be what it was, in seconds: so long a disabled one may go on.
-_TRUST_S = 2.0
-_MOST_KNOWN = 10_000
+# A disabled tenant may call for this long.
+_TTL_SECONDS = 2.0
+_MAX_ENTRIES = 10_000
 
 
 class TenantCache:
-    """Tenants by what they showed. Thread-safe.
-
-    Who was let in is not asked about again for two seconds, so that a busy tenant does not wait for its turn with every
-    call, and a disabled one is out that soon.
-    """
+    """Tenants by credential. An entry expires after two seconds. Thread-safe."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[str, tuple[float, Tenant]] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[float, Tenant]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def kept(self, shown: str) -> Tenant | None:
-        """Who showed this when it was last asked about, if that was lately."""
+    def get(self, credential: str) -> Tenant | None:
+        """The cached tenant of this credential, or None if there is no entry or it has expired."""
         with self._lock:
-            since, tenant = self._known.get(shown, (0.0, None))
-        return tenant if time.monotonic() - since < _TRUST_S else None
+            since, tenant = self._entries.get(credential, (0.0, None))
+        return tenant if time.monotonic() - since < _TTL_SECONDS else None
 
-    def asked(self, shown: str, ask: Callable[[], Tenant | None]) -> Tenant | None:
-        """Who shows this, as the database says; None for nobody, which is not kept.
+    def fetch(self, credential: str, look_up: Callable[[], Tenant | None]) -> Tenant | None:
+        """Look the tenant up in the database, and cache it. None, for no tenant, is not cached.
 
         Args:
-            shown: what it is, or a hash of it.
-            ask: asks the database.
+            credential: the cache's key: a name, or a key's hash.
+            look_up: asks the database.
 
         Raises:
-            NotReady: nobody can tell now.
+            NotReady: the database does not answer.
         """
         try:
-            tenant = ask()
+            tenant = look_up()
         except PemaError as error:
             log.warning("%s", error)
             raise NotReady(
                 "The server cannot look callers up at the moment.", hint="Try again in a moment.", retry_after_s=2.0
             ) from None
         with self._lock:
-            self._known.pop(shown, None)
+            self._entries.pop(credential, None)
             if tenant is not None:
-                self._known[shown] = time.monotonic(), tenant
-                if len(self._known) > _MOST_KNOWN:
-                    self._known.popitem(last=False)
+                self._entries[credential] = time.monotonic(), tenant
+                if len(self._entries) > _MAX_ENTRIES:
+                    self._entries.popitem(last=False)
         return tenant

@@ -8,6 +8,7 @@ from argparse import RawDescriptionHelpFormatter
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, CliSubCommand
 
+from plm_owner_server.cli.old_names import with_current_names
 from plm_owner_server.cli.serve import Serve
 from plm_owner_server.cli.tenants import Tenants
 from protocol.errors import PemaError
@@ -37,7 +38,7 @@ def run() -> None:
         formatter_class=RawDescriptionHelpFormatter,
     )
     try:
-        CliApp.run(Command, cli_settings_source=source)
+        CliApp.run(Command, cli_args=with_current_names(sys.argv[1:]), cli_settings_source=source)
     except PemaError as error:
         sys.exit(f"pema-server: {error}")
     except ValidationError as error:

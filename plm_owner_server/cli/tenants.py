@@ -1,4 +1,4 @@
-"""`pema-server tenants`: who may call, from the command line."""
+"""Command `pema-server tenants`: adds, changes and lists tenants, and shows their usage."""
 
 from __future__ import annotations
 
@@ -6,82 +6,91 @@ import json
 import sys
 from dataclasses import asdict, fields
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_settings import CliApp, CliImplicitFlag, CliPositionalArg, CliSubCommand
 
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.settings import StoreSettings
-from plm_owner_server.tenants import usage
-from plm_owner_server.tenants.api_keys import Key
 from plm_owner_server.tenants.quotas import Quotas
-from plm_owner_server.tenants.store import SCOPES, Scope, TenantRecord, TenantStore
+from plm_owner_server.tenants.scopes import SCOPES, Scope
 from protocol.errors import InvalidRequest
 from protocol.types import HeadPolicy
+
+if TYPE_CHECKING:
+    from plm_owner_server.tenants.api_keys import Key
+    from plm_owner_server.tenants.store import TenantRecord, TenantStore
 
 _LINE = "{:<24} {:<9} {:<17} {:<17} {:<19} {}"
 
 
-class _OfStore(BaseModel):
-    # Of these options only this one is an environment variable, too.
+class _StoreCommand(BaseModel):
+    # The only option here that is an environment variable, too.
     store: str = Field(
         default_factory=lambda: StoreSettings().store, description="Database of the tenants, as for pema-server serve."
     )
 
+    def open_store(self) -> TenantStore:
+        """Open the store. The database is imported here, so that `--help` need not wait for it."""
+        from plm_owner_server.tenants.store import TenantStore
 
-class _OfTenant(_OfStore):
-    name: CliPositionalArg[str] = Field(description="The tenant.")
+        return TenantStore(self.store)
 
 
-_Quota = Annotated[int | None, Field(ge=0, le=10**15 - 1)]  # as large as header fields can tell
-# Several times what a memory of a hundred thousand pairs needs, and a small share of a large vocabulary.
+class _TenantCommand(_StoreCommand):
+    name: CliPositionalArg[str] = Field(description="Name of the tenant.")
+
+
+_Quota = Annotated[int | None, Field(ge=0, le=10**15 - 1)]  # the largest number that the RateLimit fields carry
+# Several times the rows that a memory of 100,000 pairs needs, and a small share of a large vocabulary.
 _CANDIDATE_ROWS = 20_000
 
 
-# The command line reads `none` as None, which is what takes a quota away.
-_HeadPolicy = Annotated[HeadPolicy, BeforeValidator(lambda given: "none" if given is None else given)]
+# The command line reads `none` as None, because that removes a quota.
+_HeadPolicy = Annotated[HeadPolicy, BeforeValidator(lambda value: "none" if value is None else value)]
 
 
-class _WithDisclosure(_OfTenant):
+class _WithDisclosure(_TenantCommand):
     head_policy: _HeadPolicy = Field(
         default="candidate",
-        description="Rows of the LM head it may have: all (full), only those of tokens that it names (candidate), or "
+        description="Rows of the LM head that it may have: all (full), those of tokens that it names (candidate), or "
         "none.",
     )
     rotation: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="Whether it sees representations and rows in a secret basis of its own; all logits stay as they "
-        "are. auto: on for candidate.",
+        description="Show it representations and rows in a secret basis, with all logits unchanged. auto is on for "
+        "candidate.",
     )
 
     @property
     def disclosure(self) -> Disclosure:
-        """What it may see of the model."""
+        """The disclosure that the options describe."""
         rotated = self.head_policy == "candidate" if self.rotation == "auto" else self.rotation == "on"
         return Disclosure(self.head_policy, rotated)
 
 
-class _WithQuotas(_OfTenant):
+class _WithQuotas(_TenantCommand):
     tokens_per_minute: _Quota = Field(default=None, description="Tokens in each of the clock's minutes.")
     tokens_per_day: _Quota = Field(default=None, description="Tokens in each day of UTC.")
-    concurrent_requests: _Quota = Field(default=None, description="Requests at the same time, over all servers.")
+    concurrent_requests: _Quota = Field(default=None, description="Requests at the same time, on all servers together.")
     head_rows: _Quota = Field(default=None, description="Different rows of the LM head, ever.")
     full_distributions: _Quota = Field(
-        default=None, description="Texts whose full distribution (more than 100 tokens of it) it may have, ever."
+        default=None,
+        description="Different texts whose full distribution (more than 100 tokens of it) it may have, ever.",
     )
 
     def quotas(self) -> dict[str, int | None]:
-        """Those that were given."""
+        """The quotas that the command line sets, by field name of `Quotas`."""
         return {
             field.name: getattr(self, field.name) for field in fields(Quotas) if field.name in self.model_fields_set
         }
 
 
 class Add(_WithQuotas, _WithDisclosure):
-    """Let a tenant in, and print its key, which is shown only now.
+    """Add a tenant, and print its key, which is shown only now.
 
-    Without quotas it may use as much as it likes, but for the policy candidate: 20,000 rows of the LM head, ever.
+    By default there are no quotas, except that the policy candidate allows 20,000 rows of the LM head, ever.
 
     Examples:
       pema-server tenants add acme
@@ -90,104 +99,106 @@ class Add(_WithQuotas, _WithDisclosure):
       pema-server tenants add ourselves --head-policy full
     """
 
-    scopes: list[Scope] = Field(default=list(SCOPES), min_length=1, description="What it may call.")
+    scopes: list[Scope] = Field(default=list(SCOPES), min_length=1, description="Calls that it may make.")
 
     def cli_cmd(self) -> None:
-        """Add it."""
+        """Add the tenant."""
         rows = {"head_rows": _CANDIDATE_ROWS} if self.head_policy == "candidate" else {}
         quotas = Quotas(**rows | self.quotas())
-        key = TenantStore(self.store).add(self.name, self.scopes, disclosure=self.disclosure, quotas=quotas)
+        key = self.open_store().add(self.name, self.scopes, disclosure=self.disclosure, quotas=quotas)
         _show_key(self.name, key)
 
 
-class Disclose(_WithDisclosure):
-    """Let a tenant see more or less of the model; its memories and adapters fit no more, and have to be made anew.
+class SetDisclosure(_WithDisclosure):
+    """Change what a tenant sees of the model. It must then build its memories and train its adapters again.
 
-    Its quotas stay as they are: who was added with the policy candidate goes on having 20,000 rows of the LM head.
+    Its quotas stay: a tenant added with the policy candidate still has 20,000 rows of the LM head.
 
     Examples:
-      pema-server tenants disclose acme --head-policy candidate --rotation off
-      pema-server tenants disclose acme --head-policy full && pema-server tenants limit acme --head-rows none
+      pema-server tenants set-disclosure acme --head-policy candidate --rotation off
+      pema-server tenants set-disclosure acme --head-policy full && pema-server tenants set-quotas acme --head-rows none
     """
 
     def cli_cmd(self) -> None:
-        """Change it."""
+        """Change the disclosure."""
         if "head_policy" not in self.model_fields_set:
             raise InvalidRequest("No policy was given.", hint="Say --head-policy, also where it stays as it is.")
-        TenantStore(self.store).disclose(self.name, self.disclosure)
+        self.open_store().set_disclosure(self.name, self.disclosure)
 
 
-class Limit(_WithQuotas):
-    """Change the quotas that are given, from the tenant's next call on; `none` takes one away, 0 allows nothing.
+class SetQuotas(_WithQuotas):
+    """Change the quotas that are named, from the tenant's next call on. `none` removes one, 0 allows nothing.
 
     Examples:
-      pema-server tenants limit acme --tokens-per-day 2000000 --concurrent-requests 8
-      pema-server tenants limit acme --tokens-per-minute none
+      pema-server tenants set-quotas acme --tokens-per-day 2000000 --concurrent-requests 8
+      pema-server tenants set-quotas acme --tokens-per-minute none
     """
 
     def cli_cmd(self) -> None:
-        """Change them."""
+        """Change the quotas."""
         if not self.quotas():
-            raise InvalidRequest("No quota was given.", hint="See pema-server tenants limit --help.")
-        TenantStore(self.store).limit(self.name, self.quotas())
+            raise InvalidRequest("No quota was given.", hint="See pema-server tenants set-quotas --help.")
+        self.open_store().set_quotas(self.name, self.quotas())
 
 
-class Usage(_OfStore):
-    """Tell what tenants have used, day by day (UTC): requests answered and refused, tokens, new rows and distributions.
+class Usage(_StoreCommand):
+    """Print tenants' usage by day (UTC): requests answered and refused, tokens, new rows and distributions.
 
     Examples:
       pema-server tenants usage
       pema-server tenants usage acme --days 7 --csv
     """
 
-    name: CliPositionalArg[str | None] = Field(default=None, description="The tenant; all unless given.")
-    days: int = Field(default=30, ge=1, le=36_500, description="Days until today.")
+    name: CliPositionalArg[str | None] = Field(default=None, description="Name of the tenant. All by default.")
+    days: int = Field(default=30, ge=1, le=36_500, description="Number of days, today included.")
     as_csv: CliImplicitFlag[bool] = Field(default=False, alias="csv", description="Print CSV.")
     as_json: CliImplicitFlag[bool] = Field(default=False, alias="json", description="Print JSON.")
 
     def cli_cmd(self) -> None:
-        """Tell it."""
-        store = TenantStore(self.store)
+        """Print the usage."""
+        from plm_owner_server.tenants import usage
+
+        store = self.open_store()
         if self.name is not None and self.name not in {tenant.name for tenant in store.all()}:
             raise InvalidRequest(f"There is no tenant {self.name}.", hint="See pema-server tenants list.")
         since = datetime.now(UTC).date() - timedelta(days=self.days - 1)
-        used = usage.read_usage(store.database, since=since, tenant=self.name)
+        days = usage.read_usage(store.database, since=since, tenant=self.name)
         form = usage.as_json if self.as_json else usage.as_csv if self.as_csv else usage.as_table
-        sys.stdout.write(form(used))
+        sys.stdout.write(form(days))
 
 
-class RotateKey(_OfTenant):
-    """Give a tenant a new key, shown only now; running servers know the old one for two seconds more."""
-
-    def cli_cmd(self) -> None:
-        """Rotate it."""
-        _show_key(self.name, TenantStore(self.store).rotate_key(self.name))
-
-
-class Disable(_OfTenant):
-    """Let a tenant in no more; running servers do for two seconds more."""
+class RotateKey(_TenantCommand):
+    """Give a tenant a new key, shown only now. Running servers accept the old one for two more seconds."""
 
     def cli_cmd(self) -> None:
-        """Disable it."""
-        TenantStore(self.store).disable(self.name)
+        """Rotate the key."""
+        _show_key(self.name, self.open_store().rotate_key(self.name))
 
 
-class Enable(_OfTenant):
-    """Let a disabled tenant in again, with the key that it has."""
+class Disable(_TenantCommand):
+    """Refuse a tenant's calls. Running servers admit it for two more seconds."""
 
     def cli_cmd(self) -> None:
-        """Enable it."""
-        TenantStore(self.store).enable(self.name)
+        """Disable the tenant."""
+        self.open_store().disable(self.name)
 
 
-class ListAll(_OfStore):
-    """List all tenants. Of their keys only the public part is known."""
+class Enable(_TenantCommand):
+    """Admit a disabled tenant again, with the key that it has."""
+
+    def cli_cmd(self) -> None:
+        """Enable the tenant."""
+        self.open_store().enable(self.name)
+
+
+class ListAll(_StoreCommand):
+    """List all tenants. Only the public part of a key is stored, and shown."""
 
     as_json: CliImplicitFlag[bool] = Field(default=False, alias="json", description="Print JSON.")
 
     def cli_cmd(self) -> None:
-        """List them."""
-        tenants = TenantStore(self.store).all()
+        """List the tenants."""
+        tenants = self.open_store().all()
         if self.as_json:
             sys.stdout.write(json.dumps([asdict(tenant) for tenant in tenants], default=str, indent=1) + "\n")
             return
@@ -196,23 +207,23 @@ class ListAll(_OfStore):
 
 
 class Tenants(BaseModel):
-    """Who may call this server: tenants, their keys, what each of them may do and use.
+    """Manage the tenants of this server: their keys, scopes, disclosure, quotas and usage.
 
     Examples:
       pema-server tenants add acme --scopes card,head,encode,decode
       pema-server tenants list
       pema-server tenants rotate-key acme
-      pema-server tenants limit acme --tokens-per-day 2000000
+      pema-server tenants set-quotas acme --tokens-per-day 2000000
       pema-server tenants usage acme --days 7 --csv
       PEMA_STORE=postgresql+psycopg://owner@db/pema pema-server tenants disable acme
     """
 
     add: CliSubCommand[Add]
     list_all: CliSubCommand[ListAll] = Field(alias="list")
-    limit: CliSubCommand[Limit]
+    set_quotas: CliSubCommand[SetQuotas]
     usage: CliSubCommand[Usage]
     rotate_key: CliSubCommand[RotateKey]
-    disclose: CliSubCommand[Disclose]
+    set_disclosure: CliSubCommand[SetDisclosure]
     disable: CliSubCommand[Disable]
     enable: CliSubCommand[Enable]
 
@@ -222,9 +233,9 @@ class Tenants(BaseModel):
 
 
 def _show_key(name: str, key: Key) -> None:
-    """The key alone on standard output, so that a script can take it."""
+    """Print the key alone on standard output, for scripts."""
     sys.stdout.write(f"{key}\n")
-    sys.stderr.write(f"That is the key of {name}. It is kept nowhere: hand it over now, as PEMA_API_KEY.\n")
+    sys.stderr.write(f"That is the key of {name}. It is stored nowhere: hand it over now, as PEMA_API_KEY.\n")
 
 
 def _line(tenant: TenantRecord) -> str:

@@ -1,4 +1,4 @@
-"""Keys of tenants: `pema_`, a public part by which a tenant is found, and a secret one of which only a hash is kept."""
+"""Keys of tenants: `pema_`, a public part that identifies the tenant, and a secret part that is stored as a hash."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Self
 
 _ID_BYTES = 8
-# More than any search gets through, so one fast hash is enough: slow ones are for what people think up.
+# Too many for any search, so one fast hash is enough: slow hashes are for passwords that people choose.
 _SECRET_BYTES = 32
 _KEY = re.compile(r"pema_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 
@@ -20,8 +20,8 @@ class Key:
     """A key in its parts.
 
     Attributes:
-        id: public; in the store as it is.
-        secret: shown once, and kept nowhere.
+        id: public part, 16 hexadecimal digits, stored as it is.
+        secret: secret part, shown once and never stored.
     """
 
     id: str
@@ -34,23 +34,23 @@ class Key:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """A key from its text; None if it is none."""
+        """The key that a text spells; None if it spells none."""
         match = _KEY.fullmatch(text)
         return cls(*match.groups()) if match else None
 
     def __str__(self) -> str:
-        """As clients show it."""
+        """The key as clients send it."""
         return f"pema_{self.id}_{self.secret}"
 
     def __repr__(self) -> str:
-        """Without the secret: it could end up in a log."""
+        """The public part alone, as the text could end up in a log."""
         return f"Key({self.id})"
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the secret, which the store keeps."""
+        """SHA-256 of the secret in hexadecimal, as stored."""
         return hashlib.sha256(self.secret.encode()).hexdigest()
 
-    def matches(self, kept: str) -> bool:
-        """Whether this is the key of which that hash is kept; in constant time."""
-        return hmac.compare_digest(self.hash, kept)
+    def matches(self, stored_hash: str) -> bool:
+        """Compare the secret's hash with a stored one, in constant time."""
+        return hmac.compare_digest(self.hash, stored_hash)

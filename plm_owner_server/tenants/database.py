@@ -1,4 +1,4 @@
-"""The database behind the tenants: SQLite by default, PostgreSQL by URL; the same tables, by the same migrations."""
+"""Database of the tenants: SQLite by default, PostgreSQL by URL, with the same tables and migrations."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from protocol.errors import InvalidRequest, PemaError
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
-# Alembic works on globals.
+# Alembic uses globals.
 _MIGRATING = threading.Lock()
-# Longest wait for the database, or for another process that writes, in seconds.
-_BUSY_S = 10.0
+# Longest wait for the database, or for another process that writes.
+_BUSY_SECONDS = 10.0
+# Option of a connection whose transactions write.
 _WRITES = "pema_writes"
 
 
@@ -31,21 +32,21 @@ class Database:
     """A database with the newest tables. Thread-safe; several processes may share one.
 
     Args:
-        url: SQLAlchemy's, such as sqlite:////var/lib/pema/owner.db or postgresql+psycopg://owner@db/pema.
+        url: an SQLAlchemy URL, such as sqlite:////var/lib/pema/owner.db or postgresql+psycopg://owner@db/pema.
 
     Raises:
-        InvalidRequest: the URL is none, or its driver is not installed.
+        InvalidRequest: the URL is malformed, or its driver is not installed.
         PemaError: the database cannot be opened.
     """
 
     def __init__(self, url: str) -> None:
         try:
             parsed = sa.make_url(url)
-            timeouts = {"timeout": _BUSY_S} if is_sqlite(parsed) else _libpq_timeouts(parsed)
-            options: dict[str, Any] = {} if is_sqlite(parsed) else {"pool_timeout": _BUSY_S}
+            timeouts = {"timeout": _BUSY_SECONDS} if is_sqlite(parsed) else _libpq_timeouts(parsed)
+            options: dict[str, Any] = {} if is_sqlite(parsed) else {"pool_timeout": _BUSY_SECONDS}
             self._engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=timeouts, **options)
         except (sa.exc.ArgumentError, ImportError, ValueError) as error:
-            # What is wrong with the number of a port is not told: it may be a part of a password.
+            # The text of a bad port is not reported: it may be a part of a password.
             reason = "its port is no number" if isinstance(error, ValueError) else error
             raise InvalidRequest(
                 f"The store's URL is not usable: {reason}.",
@@ -55,12 +56,12 @@ class Database:
         self._writer = self._engine.execution_options(**{_WRITES: True})
         self._writing = threading.Lock()
         if is_sqlite(parsed):
-            _let_sqlite_write_at_once(self._engine)
-        with _told(self._engine.url):
+            _lock_sqlite_at_begin(self._engine)
+        with _faults_named(self._engine.url):
             self._migrate()
 
     def close(self) -> None:
-        """Let go of all connections; who asks again opens new ones."""
+        """Close all connections. A later transaction opens new ones."""
         self._engine.dispose()
 
     def _migrate(self) -> None:
@@ -68,13 +69,13 @@ class Database:
         config = Config()
         lock: AbstractContextManager[object] = nullcontext()
         config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-        if is_sqlite(self._engine.url):  # which has no lock of its own for this, as others do
+        if is_sqlite(self._engine.url):  # it has no advisory locks
             path = Path(self._engine.url.database or "")
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(f"{path}.lock", timeout=_BUSY_S)
+            lock = FileLock(f"{path}.lock", timeout=_BUSY_SECONDS)
         with _MIGRATING, lock:
             if is_sqlite(self._engine.url):
-                # The file itself remembers: from now on who reads waits for nobody who writes.
+                # Stored in the file. Readers then never wait for writers.
                 with closing(self._engine.raw_connection()) as raw:
                     raw.cursor().execute("PRAGMA journal_mode = WAL")
             with self._writer.begin() as connection:
@@ -88,27 +89,27 @@ class Database:
         Raises:
             PemaError: the database does not answer.
         """
-        with _told(self._engine.url), self._engine.begin() as connection:
+        with _faults_named(self._engine.url), self._engine.begin() as connection:
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """A transaction that writes; in SQLite, the only one.
+        """A transaction that writes. SQLite admits one at a time.
 
         Raises:
             PemaError: the database does not answer, or others write for too long.
-            sqlalchemy.exc.IntegrityError: the caller's.
+            sqlalchemy.exc.IntegrityError: a statement violates a constraint.
         """
-        with _told(self._engine.url), self._turn(), self._writer.begin() as connection:
+        with _faults_named(self._engine.url), self._turn(), self._writer.begin() as connection:
             yield connection
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """SQLite lets one write at a time, and who waits asks now and then: threads of a process wait in turn."""
+        """SQLite allows one writer and makes others poll. Within a process, threads queue on a lock instead."""
         if not is_sqlite(self._engine.url):
             yield
             return
-        if not self._writing.acquire(timeout=_BUSY_S):
+        if not self._writing.acquire(timeout=_BUSY_SECONDS):
             raise TimeoutError("others write for too long")
         try:
             yield
@@ -117,20 +118,20 @@ class Database:
 
 
 def _libpq_timeouts(url: sa.URL) -> dict[str, Any]:
-    """PostgreSQL's own waits have no end, nor has a transaction of a server that was stopped in its middle."""
-    busy_ms = int(1000 * _BUSY_S)
+    """Connection arguments that bound PostgreSQL's waits, and transactions of a server that was stopped midway."""
+    busy_ms = int(1000 * _BUSY_SECONDS)
     bounded = ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout")
     options = " ".join([*url.normalized_query.get("options", ()), *(f"-c {name}={busy_ms}" for name in bounded)])
-    return {"connect_timeout": int(_BUSY_S), "tcp_user_timeout": busy_ms, "options": options}
+    return {"connect_timeout": int(_BUSY_SECONDS), "tcp_user_timeout": busy_ms, "options": options}
 
 
-def _let_sqlite_write_at_once(engine: sa.Engine) -> None:
-    """Transactions that write take the lock when they begin: one that has read before could not wait for it."""
+def _lock_sqlite_at_begin(engine: sa.Engine) -> None:
+    """Let transactions that write take SQLite's lock when they begin: after a first read they could not wait for it."""
 
     @sa.event.listens_for(engine, "connect")
     def connect(raw: DBAPIConnection, _: object) -> None:
-        raw.isolation_level = None  # or the driver would begin transactions of its own
-        # Power that fails may cost the last few transactions, and never the file.
+        raw.isolation_level = None  # else the driver begins transactions itself
+        # A power failure may lose the last few transactions, never the file.
         raw.cursor().execute("PRAGMA synchronous = NORMAL")
 
     @sa.event.listens_for(engine, "begin")
@@ -140,8 +141,8 @@ def _let_sqlite_write_at_once(engine: sa.Engine) -> None:
 
 
 @contextmanager
-def _told(url: sa.URL) -> Iterator[None]:
-    """Turn the database's own faults into an error that names it, without its password."""
+def _faults_named(url: sa.URL) -> Iterator[None]:
+    """Turn the database's faults into a `PemaError` that names it, without its password."""
     try:
         yield
     except sa.exc.IntegrityError:
@@ -152,10 +153,10 @@ def _told(url: sa.URL) -> Iterator[None]:
 
 
 def is_sqlite(url: sa.URL) -> bool:
-    """Whether it is the URL of a SQLite file."""
+    """Whether a URL is that of a SQLite file."""
     return url.get_backend_name() == "sqlite"
 
 
 def redacted_url(url: sa.URL | str) -> str:
-    """A store's URL as it may be told: without its password."""
+    """A store's URL without its password, as it may be logged."""
     return sa.make_url(url).render_as_string(hide_password=True)

@@ -1,4 +1,4 @@
-"""The secret that the tenants' rotations follow from: given, or made once and kept beside a store of this machine's."""
+"""Master secret of the tenants' rotations: a setting, or a file made once next to a SQLite store."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def master_secret(settings: ServerSettings) -> bytes:
     """The server's master secret.
 
     Raises:
-        Unsupported: none is given, and the store is shared with servers that could not know one made here.
-        PemaError: its file cannot be read or written.
+        Unsupported: the setting is missing, and the store is shared with servers that could not read a file made here.
+        PemaError: the secret's file cannot be read or written.
     """
     if settings.master_secret is not None:
         return settings.master_secret.get_secret_value().encode()
@@ -38,32 +38,33 @@ def master_secret(settings: ServerSettings) -> bytes:
     try:
         if not path.exists():
             _make(path)
-        kept = path.read_bytes()
+        secret = path.read_bytes()
     except OSError as error:
         raise PemaError(
-            f"The master secret in {path} cannot be had: {error.strerror}.", hint="Mend it, or set PEMA_MASTER_SECRET."
+            f"The master secret in {path} cannot be used: {error.strerror}.",
+            hint="Repair its permissions, or set PEMA_MASTER_SECRET.",
         ) from error
-    if len(kept) != 2 * _BYTES:
+    if len(secret) != 2 * _BYTES:
         raise PemaError(
             f"The master secret in {path} is damaged.",
-            hint="Put it back from a backup: with another one, memories and adapters of rotated tenants fit no more.",
+            hint="Restore it from a backup. Memories and adapters of rotated tenants fit no other secret.",
         )
-    return kept
+    return secret
 
 
 def require_master_secret(settings: ServerSettings, tenants: Sequence[TenantRecord]) -> None:
-    """Let no server start that could not answer a tenant in its secret basis.
+    """Check at the start that a master secret exists if any tenant's answers are rotated.
 
     Raises:
-        PemaError: there is such a tenant, and no master secret; see `master_secret`.
+        PemaError: a tenant is rotated, and there is no master secret; see `master_secret`.
     """
     if any(tenant.disclosure.rotated for tenant in tenants):
         master_secret(settings)
 
 
 def _make(path: Path) -> None:
-    """Whole or not at all, for the owner's eyes alone; of several servers that start at once, one's is taken."""
-    with NamedTemporaryFile(dir=path.parent) as file:  # which nobody else may read
+    """Write the file whole or not at all, readable by its owner alone. Of several servers at once, the first wins."""
+    with NamedTemporaryFile(dir=path.parent) as file:  # readable by this user alone
         file.write(secrets.token_hex(_BYTES).encode())
         file.flush()
         os.fsync(file.fileno())

@@ -1,23 +1,24 @@
-"""Quotas of a tenant, as its row in the database holds them."""
+"""Quotas of a tenant."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
-from sqlalchemy.engine import Row
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Row
 
 
 @dataclass(frozen=True)
 class Quotas:
-    """What a tenant may use. None is without a limit, 0 is nothing at all.
+    """Limits of a tenant. None is no limit, 0 allows nothing.
 
     Attributes:
-        tokens_per_minute: in each of the clock's minutes.
-        tokens_per_day: in each day of UTC.
-        concurrent_requests: at the same time, over all servers.
+        tokens_per_minute: tokens in each of the clock's minutes.
+        tokens_per_day: tokens in each day of UTC.
+        concurrent_requests: requests at the same time, on all servers together.
         head_rows: different rows of LM heads, ever.
-        full_distributions: texts whose full distribution it may have, ever.
+        full_distributions: different texts whose full distribution it may get, ever.
     """
 
     tokens_per_minute: int | None = None
@@ -26,7 +27,7 @@ class Quotas:
     head_rows: int | None = None
     full_distributions: int | None = None
 
-
-def quotas_of(tenant: Row[Any]) -> Quotas:
-    """The quotas in a tenant's row."""
-    return Quotas(**{field.name: getattr(tenant, field.name) for field in fields(Quotas)})
+    @classmethod
+    def from_row(cls, tenant: Row[Any]) -> Self:
+        """The quotas in a tenant's row of the database."""
+        return cls(**{field.name: getattr(tenant, field.name) for field in fields(cls)})

@@ -1,4 +1,4 @@
-"""Where tenants are kept, with what each of them may do and use."""
+"""Store of the tenants: names, keys, scopes, disclosure and quotas."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Row
@@ -16,21 +16,25 @@ from sqlalchemy.engine import Row
 from plm_owner_server.service.disclosure import FULL_DISCLOSURE, Disclosure
 from plm_owner_server.tenants.api_keys import Key
 from plm_owner_server.tenants.database import Database, is_sqlite
-from plm_owner_server.tenants.quotas import Quotas, quotas_of
+from plm_owner_server.tenants.quotas import Quotas
+from plm_owner_server.tenants.scopes import SCOPES, Scope
 from plm_owner_server.tenants.tables import TENANTS
 from protocol.errors import InvalidRequest
 
-Scope = Literal["card", "head", "encode", "decode", "distribution"]
-SCOPES: tuple[Scope, ...] = get_args(Scope)
-"""What a tenant may be allowed: card and tokenizer; rows of the LM head; and the calls of these names."""
 _NO_HASH = "0" * 64
 _SECRET_BYTES = 32
-_WITHOUT_LIMIT = Quotas()
+_NO_LIMITS = Quotas()
 
 
 @dataclass(frozen=True)
 class Tenant:
-    """Who calls, and what it may do."""
+    """An authenticated tenant.
+
+    Attributes:
+        name: the tenant's name; empty for the anonymous tenant.
+        scopes: calls that it may make.
+        disclosure: parts of the model that it may see.
+    """
 
     name: str
     scopes: frozenset[Scope]
@@ -38,18 +42,21 @@ class Tenant:
 
 
 ANONYMOUS = Tenant("", frozenset(SCOPES))
-"""The one tenant of a server that does not ask for keys."""
+"""The one tenant of a server without authentication."""
 
 
 @dataclass(frozen=True)
 class TenantRecord:
-    """What the store tells of a tenant.
+    """A tenant as stored.
 
     Attributes:
+        name: the tenant's name.
+        scopes: calls that it may make.
         key_id: the public part of its key.
-        disclosure: what it may see of the model.
-        disabled_at: None for one that may call.
-        quotas: what it may use.
+        disclosure: parts of the model that it may see.
+        created_at: the time at which it was added, UTC.
+        disabled_at: the time at which it was disabled, UTC; None for an active tenant.
+        quotas: its limits.
     """
 
     name: str
@@ -65,13 +72,13 @@ class TenantStore:
     """Tenants in a database. Thread-safe; several processes may share one.
 
     Args:
-        url: of the database; see `Database`.
+        url: SQLAlchemy URL of the database; see `Database`.
 
     Attributes:
-        database: for what else belongs to tenants.
+        database: also holds the tenants' usage.
 
     Raises:
-        InvalidRequest: the URL is none, or its driver is not installed.
+        InvalidRequest: the URL is malformed, or its driver is not installed.
         PemaError: the database cannot be opened.
     """
 
@@ -79,9 +86,9 @@ class TenantStore:
         self.database = Database(url)
 
     @classmethod
-    def existing(cls, url: str) -> Self | None:
-        """The store, or None if it is a file that is not there: then nobody was ever let in."""
-        with suppress(sa.exc.ArgumentError, ValueError):  # which is told when it is opened
+    def open_if_exists(cls, url: str) -> Self | None:
+        """The store, or None if it is a file that does not exist, so that no tenant was ever added."""
+        with suppress(sa.exc.ArgumentError, ValueError):  # reported when the store is opened
             parsed = sa.make_url(url)
             if is_sqlite(parsed) and not Path(parsed.database or "").exists():
                 return None
@@ -93,16 +100,17 @@ class TenantStore:
         scopes: Sequence[Scope] = SCOPES,
         *,
         disclosure: Disclosure = FULL_DISCLOSURE,
-        quotas: Quotas = _WITHOUT_LIMIT,
+        quotas: Quotas = _NO_LIMITS,
     ) -> Key:
-        """A new tenant's key, which can never be had again.
+        """Add a tenant, and return its key, which cannot be read again.
 
         Raises:
-            InvalidRequest: there is a tenant of that name, or it is no name.
+            InvalidRequest: a tenant of that name exists, or the name is malformed.
         """
         if not (0 < len(name) <= 64 and name.isprintable() and name.isascii() and name == name.strip()):
             raise InvalidRequest(
-                "That is no name for a tenant.", hint="Take up to 64 printable ASCII characters, no spaces around them."
+                "A tenant's name has 1 to 64 printable ASCII characters, without spaces around them.",
+                hint="Choose another.",
             )
         key = Key.new()
         values: dict[str, object] = {
@@ -124,7 +132,7 @@ class TenantStore:
         return key
 
     def rotate_key(self, name: str) -> Key:
-        """A new key for a tenant; the old one is none from now on.
+        """Replace a tenant's key, and return the new one. The old key stops working at once in the database.
 
         Raises:
             InvalidRequest: there is no such tenant.
@@ -133,8 +141,8 @@ class TenantStore:
         self._update(name, {"key_id": key.id, "key_hash": key.hash})
         return key
 
-    def disclose(self, name: str, disclosure: Disclosure) -> None:
-        """Let a tenant see more or less of the model; its memories and adapters fit no more.
+    def set_disclosure(self, name: str, disclosure: Disclosure) -> None:
+        """Change what a tenant sees of the model. Its memories and adapters no longer fit.
 
         Raises:
             InvalidRequest: there is no such tenant.
@@ -142,7 +150,7 @@ class TenantStore:
         self._update(name, asdict(disclosure))
 
     def disable(self, name: str) -> None:
-        """Let a tenant in no more; what is known of it stays.
+        """Refuse a tenant's calls from now on. Its record and its usage stay.
 
         Raises:
             InvalidRequest: there is no such tenant.
@@ -150,19 +158,19 @@ class TenantStore:
         self._update(name, {"disabled_at": sa.func.coalesce(TENANTS.c.disabled_at, datetime.now(UTC))})
 
     def enable(self, name: str) -> None:
-        """Let a tenant in again.
+        """Admit a disabled tenant again.
 
         Raises:
             InvalidRequest: there is no such tenant.
         """
         self._update(name, {"disabled_at": None})
 
-    def limit(self, name: str, quotas: Mapping[str, int | None]) -> None:
+    def set_quotas(self, name: str, quotas: Mapping[str, int | None]) -> None:
         """Change some of a tenant's quotas, from its next call on.
 
         Args:
-            name: the tenant.
-            quotas: by their names in `Quotas`; None takes a limit away.
+            name: the tenant's name.
+            quotas: new limits by field name of `Quotas`; None removes a limit.
 
         Raises:
             InvalidRequest: there is no such tenant.
@@ -174,17 +182,17 @@ class TenantStore:
         with self.database.reading() as connection:
             return [_record(row) for row in connection.execute(sa.select(TENANTS).order_by(TENANTS.c.name))]
 
-    def holder(self, key: Key) -> Tenant | None:
-        """Whose key it is; None if it is nobody's, or its tenant is disabled."""
+    def find_by_key(self, key: Key) -> Tenant | None:
+        """The tenant with this key; None if there is none, or it is disabled."""
         with self.database.reading() as connection:
             row = connection.execute(sa.select(TENANTS).where(TENANTS.c.key_id == key.id)).first()
-        # A key that nobody has takes as long as a wrong one.
+        # An unknown key id takes as long as a wrong secret.
         if not key.matches(_NO_HASH if row is None else row.key_hash) or row is None or row.disabled_at is not None:
             return None
         return _tenant(row)
 
-    def named(self, name: str) -> Tenant | None:
-        """The tenant of that name; None if there is none, or it is disabled."""
+    def find_by_name(self, name: str) -> Tenant | None:
+        """The tenant of this name; None if there is none, or it is disabled."""
         with self.database.reading() as connection:
             row = connection.execute(sa.select(TENANTS).where(TENANTS.c.name == name)).first()
         return None if row is None or row.disabled_at is not None else _tenant(row)
@@ -203,10 +211,10 @@ def _tenant(row: Row[Any]) -> Tenant:
 def _record(row: Row[Any]) -> TenantRecord:
     scopes = tuple(scope for scope in SCOPES if scope in row.scopes.split())
     disabled_at = None if row.disabled_at is None else _utc(row.disabled_at)
-    disclosure, quotas = Disclosure(row.head_policy, row.rotated), quotas_of(row)
+    disclosure, quotas = Disclosure(row.head_policy, row.rotated), Quotas.from_row(row)
     return TenantRecord(row.name, scopes, row.key_id, disclosure, _utc(row.created_at), disabled_at, quotas)
 
 
 def _utc(moment: datetime) -> datetime:
-    # SQLite forgets the zone, PostgreSQL gives its own.
+    # SQLite drops the time zone, PostgreSQL returns the session's.
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

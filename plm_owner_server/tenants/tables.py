@@ -1,4 +1,4 @@
-"""The tables that the code uses; the migrations make the same ones."""
+"""Tables of the database, as the migrations make them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ TENANTS = sa.Table(
     sa.Column("rotated", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
     sa.Column("disabled_at", sa.DateTime(timezone=True)),
-    # Its quotas; none where there is no number.
+    # Quotas; NULL is no limit.
     sa.Column("tokens_per_minute", sa.BigInteger),
     sa.Column("tokens_per_day", sa.BigInteger),
     sa.Column("concurrent_requests", sa.BigInteger),
     sa.Column("head_rows", sa.BigInteger),
     sa.Column("full_distributions", sa.BigInteger),
-    # Of the hashes by which texts are known again.
+    # Key of the hashes in FULL_DISTRIBUTIONS.
     sa.Column("text_secret", sa.LargeBinary(32), nullable=False),
 )
-# What was answered, in days of UTC. Its sums over all days are what lifetime budgets have spent.
+# Usage by day of UTC. The sums over all days are charged to lifetime budgets.
 USAGE = sa.Table(
     "usage",
     METADATA,
@@ -38,7 +38,7 @@ USAGE = sa.Table(
     sa.Column("head_rows", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("full_distributions", sa.BigInteger, nullable=False, server_default="0"),
 )
-# The same for the last few minutes, counted from 1970.
+# Tokens of the last few minutes, which are counted from 1970.
 MINUTES = sa.Table(
     "minutes",
     METADATA,
@@ -46,18 +46,18 @@ MINUTES = sa.Table(
     sa.Column("minute", sa.BigInteger, primary_key=True),
     sa.Column("tokens", sa.BigInteger, nullable=False, server_default="0"),
 )
-# Calls that are being answered, with the tokens that they may come to cost.
+# Calls that are being answered, with the tokens that are reserved for them.
 RUNNING = sa.Table(
     "running",
     METADATA,
     sa.Column("id", sa.String(32), primary_key=True),
     sa.Column("tenant", sa.String(64), nullable=False, index=True),
-    sa.Column("seen_at", sa.Float(53), nullable=False),  # seconds from 1970; its server renews it
+    sa.Column("seen_at", sa.Float(53), nullable=False),  # Unix time; its server renews it
     sa.Column("day", sa.Date, nullable=False),
     sa.Column("minute", sa.BigInteger, nullable=False),
     sa.Column("tokens", sa.BigInteger, nullable=False),
 )
-# Which rows of a model's LM head a tenant has, a bit each.
+# LM head rows that a tenant has received, one bit a row (`given`), by model digest.
 HEAD_ROWS = sa.Table(
     "head_rows",
     METADATA,
@@ -65,7 +65,7 @@ HEAD_ROWS = sa.Table(
     sa.Column("model", sa.String(64), primary_key=True),
     sa.Column("given", sa.LargeBinary, nullable=False),
 )
-# Which texts' full distributions it has, by hashes under its own secret.
+# Texts whose full distribution a tenant has received, as HMACs under its text_secret.
 FULL_DISTRIBUTIONS = sa.Table(
     "full_distributions",
     METADATA,

@@ -1,4 +1,4 @@
-"""What tenants have used, day by day, as a table, CSV or JSON."""
+"""Usage of tenants by day, as a table, CSV or JSON."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from plm_owner_server.tenants.tables import USAGE
 
 @dataclass(frozen=True)
 class DayOfUsage:
-    """What a tenant used on a day.
+    """Usage of one tenant on one day.
 
     Attributes:
-        day: in UTC.
-        requests: that were answered.
-        refused: requests beyond its quotas.
-        tokens: that the model worked on for it.
-        head_rows: rows of LM heads that it had not had before.
-        full_distributions: texts whose full distribution it had not had before.
+        tenant: the tenant's name.
+        day: the day in UTC.
+        requests: number of requests answered.
+        refused: number of requests refused because of quotas.
+        tokens: number of tokens that the model processed.
+        head_rows: number of LM head rows that the tenant had not received before.
+        full_distributions: number of texts whose full distribution it had not received before.
     """
 
     tenant: str
@@ -42,29 +43,29 @@ _LINE = "{:<24} {:<10} {:>10} {:>10} {:>15} {:>10} {:>18}"
 
 
 def read_usage(database: Database, *, since: date, tenant: str | None = None) -> list[DayOfUsage]:
-    """The days on which tenants called, by tenant and day.
+    """Usage on all days with calls, ordered by tenant and day.
 
     Args:
-        database: with the tenants.
+        database: the database with the tenants.
         since: the first day.
-        tenant: of this one alone.
+        tenant: name of the only tenant to read; None reads all.
     """
-    wanted = sa.select(*(USAGE.c[name] for name in _COLUMNS)).where(USAGE.c.day >= since)
+    query = sa.select(*(USAGE.c[name] for name in _COLUMNS)).where(USAGE.c.day >= since)
     if tenant is not None:
-        wanted = wanted.where(USAGE.c.tenant == tenant)
+        query = query.where(USAGE.c.tenant == tenant)
     with database.reading() as connection:
-        return [DayOfUsage(*row) for row in connection.execute(wanted.order_by(USAGE.c.tenant, USAGE.c.day))]
+        return [DayOfUsage(*row) for row in connection.execute(query.order_by(USAGE.c.tenant, USAGE.c.day))]
 
 
 def as_table(days: Sequence[DayOfUsage]) -> str:
-    """For people."""
+    """Usage as a table for people."""
     rows = [[name.upper().replace("_", " ") for name in _COLUMNS]]
     rows += [[day.tenant, str(day.day), *(f"{number:,}" for number in astuple(day)[2:])] for day in days]
     return "".join(_LINE.format(*row) + "\n" for row in rows)
 
 
 def as_csv(days: Sequence[DayOfUsage]) -> str:
-    """For spreadsheets."""
+    """Usage as CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
@@ -73,5 +74,5 @@ def as_csv(days: Sequence[DayOfUsage]) -> str:
 
 
 def as_json(days: Sequence[DayOfUsage]) -> str:
-    """For programs."""
+    """Usage as a JSON array."""
     return json.dumps([asdict(day) for day in days], default=str, indent=1) + "\n"

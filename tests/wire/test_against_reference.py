@@ -65,9 +65,9 @@ class Case:
             batch_rows=16,
             learning_rate=0.02,
             ema_decay=0.0,
-            nearest=0,
-            decoded=0,
-            minutes=0,
+            retrieved_examples=0,
+            selection_texts=0,
+            search_minutes=0,
         )
         self.adapter: TrainedAdapter = train(self.plm, memory, memory / "adapter", settings=training)[0]
         self.memory = ExternalMemory(memory / "train").load()

@@ -37,7 +37,7 @@ TASK = Task(name="t", source_label="In", target_label="Out")
 WORDS = ["the", "thin", "die", "Tür", "an", "on", "shine", "reden", "her"]
 PAIRS = [Pair(" ".join(WORDS[i % 9 :][: 2 + i % 4]), " ".join(WORDS[(3 * i) % 7 :][: 1 + i % 3])) for i in range(24)]
 UNSEEN = [Pair("thin on her", "Öl, her"), Pair("the die", "Quark")]
-SETTINGS = TrainingSettings(rank=8, epochs=2, batch_rows=16, nearest=0, decoded=0, minutes=0)
+SETTINGS = TrainingSettings(rank=8, epochs=2, batch_rows=16, retrieved_examples=0, selection_texts=0, search_minutes=0)
 NONE = Disclosure("none")
 ALL_TOKENS = torch.arange(VOCAB_SIZE)
 
@@ -174,12 +174,12 @@ def test_a_budget_that_ends_loses_nothing(owner: Owner, tmp_path: Path) -> None:
     plm = owner.plm("acme", NONE)
     memory = built(plm, tmp_path / "memory")
     owner.store.set_quotas("acme", {"full_distributions": 20})
-    with pytest.raises(BudgetExhausted, match="Of 48 full distributions 20 are answered and kept") as caught:
+    with pytest.raises(BudgetExhausted, match="Of 48 full distributions, 20 are stored") as caught:
         train(plm, memory, tmp_path / "adapter", settings=SETTINGS)
     assert "--distributions 20" in caught.value.hint
     assert "goes on where" in caught.value.hint
     # Nobody who asks for so few is refused; but of random weights, half of the directions are no estimate.
-    few = TrainingSettings(**{**vars(SETTINGS), "distributions": 20})
+    few = TrainingSettings(**{**vars(SETTINGS), "head_contexts": 20})
     with pytest.raises(InvalidData, match="too far off") as too_few:
         train(plm, memory, tmp_path / "adapter", settings=few)
     assert "--distributions 48" in too_few.value.hint
@@ -197,7 +197,7 @@ def test_a_share_that_is_used_up_loses_nothing(owner: Owner, tmp_path: Path) -> 
     memory = built(plm, tmp_path / "memory")
     used = sum(day.tokens for day in owner.usage("acme"))
     owner.store.set_quotas("acme", {"tokens_per_day": used + 500})
-    with pytest.raises(QuotaExceeded, match="are answered and kept") as caught:
+    with pytest.raises(QuotaExceeded, match="are stored") as caught:
         asked(plm, memory)
     assert caught.value.retry_after_s
     kept = len(plm.cached_distributions().keys())

@@ -1,11 +1,11 @@
-"""How alembic runs the migrations: on the connection that the store gives."""
+"""Runs the migrations with alembic, on the connection that the store passes in."""
 
 import sqlalchemy as sa
 from alembic import context
 
 from plm_owner_server.tenants.tables import METADATA
 
-# Any number, the same in all processes: who migrates holds this lock of PostgreSQL's.
+# Any number, the same in all processes: the migrating process holds this PostgreSQL lock.
 _LOCK = 0x70656D61
 
 connection = context.config.attributes["connection"]

@@ -1,4 +1,4 @@
-"""Tenants' quotas, and what they have used."""
+"""Tenants' quotas and usage."""
 
 import secrets
 

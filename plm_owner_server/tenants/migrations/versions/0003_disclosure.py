@@ -1,4 +1,4 @@
-"""What each tenant may see of the model."""
+"""Disclosure of the model to each tenant."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0002"
 
 
 def upgrade() -> None:
-    """Add the columns; who is there already goes on seeing everything."""
+    """Add the columns. Tenants that exist already keep full disclosure."""
     with op.batch_alter_table("tenants") as table:
         table.add_column(sa.Column("head_policy", sa.String(16), nullable=False, server_default="full"))
         table.add_column(sa.Column("rotated", sa.Boolean, nullable=False, server_default=sa.false()))

@@ -1,0 +1,80 @@
+"""Old names of flags, environment variables and subcommands. They work, with a warning, until version 0.3."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+from dotenv import dotenv_values
+
+from plm_owner_server.settings import StoreSettings
+from protocol.errors import InvalidRequest
+
+RENAMED_FLAGS = {
+    "--transfer-s": "--transfer-timeout",
+    "--drain-seconds": "--drain-timeout",
+    "--prefix-cache-seconds": "--prefix-cache-ttl",
+    "--batch-tokens": "--max-batch-tokens",
+    "--padding-tokens": "--max-batch-padding",
+    "--drafting-tokens": "--max-draft-tokens",
+}
+"""Flags of `serve`, old name to new name. Their environment variables were renamed with them."""
+RENAMED_SUBCOMMANDS = {"disclose": "set-disclosure", "limit": "set-quotas"}
+"""Subcommands of `tenants`, old name to new name."""
+
+
+def with_current_names(arguments: Sequence[str]) -> list[str]:
+    """Return the command line with old names replaced; replace those of the environment and of `.env` in place.
+
+    Args:
+        arguments: the command line without the program's name.
+
+    Raises:
+        InvalidRequest: a flag was removed.
+    """
+    command, *rest = arguments or [""]
+    if command == "serve":
+        _rename_variables()
+        return [command, *map(_current_flag, rest)]
+    if command == "tenants" and rest and rest[0] in RENAMED_SUBCOMMANDS:
+        new = RENAMED_SUBCOMMANDS[rest[0]]
+        _warn(f"tenants {rest[0]}", f"tenants {new}")
+        return [command, new, *rest[1:]]
+    return list(arguments)
+
+
+def _current_flag(argument: str) -> str:
+    flag, equals, value = argument.partition("=")
+    if flag == "--api-key":
+        raise InvalidRequest(
+            "--api-key was removed: every client has a key of its own.",
+            hint="Create a tenant with pema-server tenants add NAME.",
+        )
+    if flag not in RENAMED_FLAGS:
+        return argument
+    _warn(flag, RENAMED_FLAGS[flag])
+    return f"{RENAMED_FLAGS[flag]}{equals}{value}"
+
+
+def _rename_variables() -> None:
+    """Copy the values of old environment variables to the new ones, which win if both are set."""
+    values: dict[str, str] = {}
+    with suppress(OSError, UnicodeDecodeError):  # reported where the settings are read
+        file = str(StoreSettings.model_config["env_file"])
+        values = {name.upper(): value for name, value in dotenv_values(file).items() if value is not None}
+    values |= {name.upper(): value for name, value in os.environ.items()}
+    for old, new in ((_variable(old), _variable(new)) for old, new in RENAMED_FLAGS.items()):
+        if old in values:
+            _warn(old, new)
+            if new not in values:
+                os.environ[new] = values[old]
+
+
+def _variable(flag: str) -> str:
+    return f"PEMA_{flag.removeprefix('--').replace('-', '_').upper()}"
+
+
+def _warn(old: str, new: str) -> None:
+    print(f"pema-server: {old} is now {new}; the old name works until version 0.3.", file=sys.stderr)
