@@ -90,6 +90,8 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
 }
 WINDOWED = ("mistral", "gemma2", "gemma3")
+TELLING = ("llama", "gemma2", "opt")
+"""Architectures that differ most: a plain one; one with windows and soft caps; one with learned positions."""
 
 
 def _config(architecture: str) -> PretrainedConfig:

@@ -14,13 +14,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
 import torch
 import uvicorn
 from fastapi import FastAPI
 
 from harness import tiny_models
-from harness.tiny_models import VOCAB_SIZE
+from harness.tiny_models import ARCHITECTURES, TELLING, VOCAB_SIZE
 from plm_owner_server.admission.authentication import Authenticator
 from plm_owner_server.admission.controller import AdmissionController
 from plm_owner_server.engines.interface import Engine
@@ -37,6 +38,9 @@ from plm_owner_server.transports.rest_app import create_app
 from tests import guard
 
 MASTER_SECRET = b"the master secret of all servers in tests"
+
+ARCHITECTURES_IN_CI = [pytest.param(name, marks=() if name in TELLING else pytest.mark.slow) for name in ARCHITECTURES]
+"""All architectures as parameters of a test: those that are not telling are left to `make test`."""
 
 engine = "transformers"
 """What runs the models of all servers (`pytest --engine`)."""

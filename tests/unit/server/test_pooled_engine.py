@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from harness.tiny_models import ARCHITECTURES, EOS, TinyModels
+from harness.tiny_models import EOS, TinyModels
 from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch
 from plm_owner_server.engines.model_files.lm_head import read_head
 from plm_owner_server.engines.model_files.sources import digest_folder
@@ -37,7 +37,7 @@ class Blocks:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.seen: set[tuple[str, tuple[int, ...]]] = set()
-        self.asked: list[HiddenStateQuery] = []
+        self.queries: list[HiddenStateQuery] = []
         self.faults: list[Exception] = []
         self.lost_rows = 0
         self.alive = True
@@ -45,25 +45,25 @@ class Blocks:
     def is_alive(self) -> bool:
         return self.alive
 
-    def answer(self, questions: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
+    def run(self, queries: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
         if self.faults:
             raise self.faults[-1]
-        return [self._answer(question) for question in questions]
+        return [self._run(query) for query in queries]
 
-    def forget(self) -> bool:
+    def reset_cache(self) -> bool:
         self.seen.clear()
         return True
 
-    def _answer(self, question: HiddenStateQuery) -> HiddenStates:
-        self.asked.append(question)
-        ids, tenant, known = question.token_ids, question.tenant, 0
+    def _run(self, query: HiddenStateQuery) -> HiddenStates:
+        self.queries.append(query)
+        ids, tenant, cached = query.token_ids, query.tenant, 0
         ends = range(BLOCK, len(ids), BLOCK)  # the newest token is always run
-        if not question.anew:
-            known = max((end for end in ends if (tenant, tuple(ids[:end])) in self.seen), default=0)
+        if not query.skip_cache:
+            cached = max((end for end in ends if (tenant, tuple(ids[:end])) in self.seen), default=0)
         self.seen |= {(tenant, tuple(ids[:end])) for end in ends}
         hidden_T_D = self.model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
         return HiddenStates(
-            list(ids), hidden_T_D[-1:] if question.newest else hidden_T_D[known + self.lost_rows :], known
+            list(ids), hidden_T_D[-1:] if query.last_only else hidden_T_D[cached + self.lost_rows :], cached
         )
 
 
@@ -81,7 +81,7 @@ class Setting:
         model = load_model(folder, device="cpu", dtype="float32")
         head, info = read_head(folder, dtype=torch.float32, device="cpu")
         self.blocks, self.clock = Blocks(model), Clock()
-        runner = PooledRunner(self.blocks, forget_after_s=600, clock=self.clock)
+        runner = PooledRunner(self.blocks, prefix_cache_ttl=600, clock=self.clock)
         self.engine = PooledEngine(runner, info=info, head=head)
         self.truth = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=0)
 
@@ -110,7 +110,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
         torch.testing.assert_close(ours.top1_logprob_N, theirs.top1_logprob_N, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", support.ARCHITECTURES_IN_CI)
 def test_the_head_in_the_checkpoint_is_the_models_own(architecture: str, tiny_models: TinyModels) -> None:
     folder = tiny_models[architecture]
     theirs = TransformersEngine(load_model(folder, device="cpu", dtype="float32"), cr_kind="last_hidden_state")
@@ -138,22 +138,22 @@ def test_whatever_is_known_exactly_the_wanted_positions_come(setting: Setting) -
         for tenant in ("", "acme"):
             batch = EncodeBatch(ids, starts, with_logsumexp=True, tenant=tenant)
             assert_same(setting.engine.encode(batch), setting.truth.encode(batch))
-    assert setting.engine.counts.known_tokens > 0
-    assert {question.tenant for question in setting.blocks.asked} == {"", "acme"}
+    assert setting.engine.stats.cached_tokens > 0
+    assert {query.tenant for query in setting.blocks.queries} == {"", "acme"}
 
 
 def test_what_does_not_fit_is_asked_for_once_more_and_nothing_else_is(setting: Setting) -> None:
     (ids,) = random_ids(2, [30])
     # The 24 tokens of three blocks become known; of these, 16 would have been wanted.
     setting.engine.encode(EncodeBatch([ids], [29]))
-    setting.blocks.asked.clear()
+    setting.blocks.queries.clear()
     batch = EncodeBatch([ids, ids], [8, 24])
     assert_same(setting.engine.encode(batch), setting.truth.encode(batch))
-    assert [question.anew for question in setting.blocks.asked] == [False, False, True]
+    assert [query.skip_cache for query in setting.blocks.queries] == [False, False, True]
     # Where nothing could be known before the first position wanted, it is asked for anew at once.
-    setting.blocks.asked.clear()
+    setting.blocks.queries.clear()
     setting.engine.encode(EncodeBatch([ids], [7]))
-    assert [question.anew for question in setting.blocks.asked] == [True]
+    assert [query.skip_cache for query in setting.blocks.queries] == [True]
 
 
 def test_a_model_that_loses_rows_is_never_believed(setting: Setting) -> None:
@@ -172,7 +172,7 @@ def test_drafts_are_those_of_the_engine_over_transformers(setting: Setting) -> N
     for ours, theirs in zip(drafted(setting.engine, *batches), drafted(setting.truth, *batches), strict=True):
         assert_same(ours, theirs)
     # But for the last token of each, and the first blocks of those that want early positions, all was known.
-    assert setting.engine.counts.passes["step"].tokens < 40 * BLOCK
+    assert setting.engine.stats.passes["step"].tokens < 40 * BLOCK
 
 
 def test_who_joins_late_or_leaves_changes_nothing_for_the_others(setting: Setting) -> None:
@@ -193,17 +193,17 @@ def test_nothing_is_known_of_a_text_for_long(setting: Setting) -> None:
     batch = EncodeBatch(random_ids(8, [20]), [19])
     setting.engine.encode(batch)
     setting.clock.now = 599
-    setting.engine.forget_unused()
+    setting.engine.evict_idle()
     assert setting.blocks.seen
     setting.clock.now = 600
-    setting.engine.forget_unused()
+    setting.engine.evict_idle()
     assert not setting.blocks.seen
     # Also while others keep it busy: who works at the moment sees to it.
     setting.engine.encode(batch)
     setting.clock.now = 1300
-    known = setting.engine.counts.known_tokens
+    known = setting.engine.stats.cached_tokens
     setting.engine.encode(batch)
-    assert setting.engine.counts.known_tokens == known
+    assert setting.engine.stats.cached_tokens == known
 
 
 @pytest.mark.parametrize("dead", [RuntimeError("EngineDeadError"), ConnectionError()])
@@ -226,13 +226,13 @@ def test_a_model_that_is_dead_breaks_the_service(setting: Setting, tiny_models: 
 
 
 def test_normalised_states_are_noticed(setting: Setting) -> None:
-    answer = setting.blocks.answer
+    run = setting.blocks.run
 
-    def normalised(questions: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
-        rows = [torch.nn.functional.normalize(one.hidden_T_D, dim=-1) for one in answer(questions)]
-        return [HiddenStates(question.token_ids, row, 0) for question, row in zip(questions, rows, strict=True)]
+    def normalised(queries: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
+        rows = [torch.nn.functional.normalize(one.hidden_T_D, dim=-1) for one in run(queries)]
+        return [HiddenStates(query.token_ids, row, 0) for query, row in zip(queries, rows, strict=True)]
 
-    setting.blocks.answer = normalised  # type: ignore[method-assign]
+    setting.blocks.run = normalised  # type: ignore[method-assign]
     with pytest.raises(Unsupported, match="normalised"):
         setting.engine.warm_up()
 
