@@ -22,7 +22,6 @@ _INT32 = 2**31 - 1
 _VLLM_ONLY = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
-    "data_parallel_size",
     "distributed_executor_backend",
     "vllm_options",
 )
@@ -139,12 +138,6 @@ class ServerSettings(StoreSettings):
     tensor_parallel_size: int = Field(default=1, ge=1, description="vLLM: GPUs of one node that share every layer.")
     pipeline_parallel_size: int = Field(
         default=1, ge=1, description="vLLM: groups of GPUs, such as nodes, that hold a part of the layers each."
-    )
-    data_parallel_size: int = Field(
-        default=1,
-        ge=1,
-        description="vLLM: copies of the model behind this server. They share no cached prefixes, so replicas of the "
-        "server decode faster.",
     )
     distributed_executor_backend: str | None = Field(
         default=None,
