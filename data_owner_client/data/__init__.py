@@ -1,1 +1,1 @@
-"""The data owner's texts: pairs, tasks, retrieved examples, text metrics."""
+"""The data owner's texts: pairs, tasks, retrieved examples and text metrics."""

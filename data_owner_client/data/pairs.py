@@ -1,4 +1,4 @@
-"""Reading the data owner's own texts: JSONL, TSV, CSV, two parallel text files, standard input."""
+"""Pairs of texts: read from JSONL, TSV, CSV, text files or standard input, split and stored."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from data_owner_client.runtime.atomic_files import write_atomically
 from protocol.errors import InvalidData
 
 Format = Literal["jsonl", "tsv", "csv", "text"]
-# A quotation mark means nothing in TSV.
+# Quotation marks have no meaning in TSV.
 csv.register_dialect("tsv", delimiter="\t", quoting=csv.QUOTE_NONE)
 _SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".tsv": "tsv", ".csv": "csv", ".txt": "text"}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A source text and its target; the target is None where only sources are given."""
+    """A source text and its target.
+
+    Attributes:
+        source: the source text.
+        target: the target text; None if there are only sources.
+    """
 
     source: str
     target: str | None = None
@@ -32,18 +37,25 @@ class Pair:
 def read_pairs(
     path: str | Path,
     *,
-    format: Format | None = None,  # noqa: A002  (the name that every such reader uses)
+    format: Format | None = None,  # noqa: A002  (the usual name in such readers)
     source_field: str = "source",
     target_field: str = "target",
     need_targets: bool = True,
 ) -> list[Pair]:
-    """Pairs from a file, or from standard input if `path` is `-`.
+    """Read pairs from a file, or from standard input if `path` is `-`.
 
-    JSONL has one object a line; TSV and CSV have a header that names the two fields, or else exactly two columns; text
-    has one source a line. The format follows from the file's suffix unless given.
+    JSONL has one object a line. TSV and CSV have a header that names the two fields, or exactly two columns. Text has
+    one source a line.
+
+    Args:
+        path: path of the file.
+        format: format of the file; None to infer it from the suffix.
+        source_field: name of the field or column with the source.
+        target_field: name of the field or column with the target.
+        need_targets: whether each pair must have a target; if False, targets are not read.
 
     Raises:
-        InvalidData: the file is missing, empty, not in its format, or has an empty text; the message names the line.
+        InvalidData: the file is missing, empty, malformed, or has an empty text. The message names the line.
     """
     text = _read(path)
     kind = format or _SUFFIXES.get(Path(path).suffix.lower()) or ("jsonl" if str(path) == "-" else None)
@@ -60,14 +72,14 @@ def read_pairs(
     else:
         records = _table(text, path, "tsv" if kind == "tsv" else "excel", source_field, target_field)
     fields = (source_field, target_field if need_targets else None)
-    pairs = [_pair(record, *fields, place=f"{path}:{number}") for number, record in records]
+    pairs = [_pair(record, *fields, label=f"{path}:{number}") for number, record in records]
     if not pairs:
         raise InvalidData(f"{path} is empty.", hint="Give at least one pair.")
     return pairs
 
 
 def read_parallel(sources: str | Path, targets: str | Path) -> list[Pair]:
-    """Pairs from two text files, line by line.
+    """Read pairs from two text files, line by line.
 
     Raises:
         InvalidData: the files differ in length, or have an empty line.
@@ -85,7 +97,7 @@ def read_parallel(sources: str | Path, targets: str | Path) -> list[Pair]:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The lines of a text file, empty ones included.
+    """Read the lines of a text file, including empty ones.
 
     Raises:
         InvalidData: the file cannot be read.
@@ -93,27 +105,30 @@ def read_lines(path: str | Path) -> list[str]:
     return _lines(_read(path))
 
 
-def split_validation(pairs: Sequence[Pair], fraction: float, most: int = 300) -> tuple[list[Pair], list[Pair]]:
-    """Set aside a part of the pairs for validation, at least one, by a hash of the source: equal texts stay together.
+def split_validation(pairs: Sequence[Pair], fraction: float, max_sources: int = 300) -> tuple[list[Pair], list[Pair]]:
+    """Set some pairs aside for validation, at least one. A hash of the source decides, so equal sources stay together.
 
     Args:
         pairs: all pairs.
         fraction: share of the pairs to set aside, 0 to 1.
-        most: at most so many distinct sources.
+        max_sources: upper bound of the distinct sources that are set aside.
+
+    Returns:
+        The pairs to train on, and the pairs set aside.
 
     Raises:
-        InvalidData: nothing would be left on one side.
+        InvalidData: there are fewer than two distinct sources.
     """
     order = sorted({pair.source for pair in pairs}, key=lambda source: hashlib.sha256(source.encode()).digest())
     if len(order) < 2:
         raise InvalidData(f"{len(pairs)} pairs are too few to set some aside for validation.", hint="Give more pairs.")
-    held_out = set(order[: max(1, min(most, round(fraction * len(pairs)), len(order) // 2))])
+    held_out = set(order[: max(1, min(max_sources, round(fraction * len(pairs)), len(order) // 2))])
     train = [pair for pair in pairs if pair.source not in held_out]
     return train, [pair for pair in pairs if pair.source in held_out]
 
 
 def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:
-    """Pairs as JSONL, as they are.
+    """Write pairs as JSONL, without changing the texts.
 
     Raises:
         InvalidData: the disk is full.
@@ -123,7 +138,7 @@ def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:
 
 
 def read_stored_pairs(path: Path) -> list[Pair]:
-    """What `write_pairs` wrote; nothing if that is not there, or damaged: its digest tells."""
+    """Read a file of `write_pairs`. An empty list if it is missing or damaged; callers compare the digest."""
     try:
         return [Pair(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError, TypeError, RecursionError):
@@ -131,7 +146,7 @@ def read_stored_pairs(path: Path) -> list[Pair]:
 
 
 def digest_pairs(pairs: Iterable[Pair]) -> str:
-    """SHA-256 over the pairs in their order."""
+    """SHA-256 over the pairs, in order."""
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(json.dumps([pair.source, pair.target]).encode())
@@ -152,7 +167,7 @@ def _read(path: str | Path) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    # Not splitlines(): texts may hold U+2028 and the like, which end no line of a file.
+    # Not splitlines(): texts may contain U+2028 and similar characters, which do not end a line of a file.
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
@@ -181,9 +196,9 @@ def _table(
             if not row:
                 continue
             if header is None:
-                named = source_field in row
-                header = row if named else [source_field, target_field]
-                if named:
+                has_header = source_field in row
+                header = row if has_header else [source_field, target_field]
+                if has_header:
                     continue
             if header == [source_field, target_field] and len(row) != 2:
                 raise InvalidData(
@@ -197,14 +212,14 @@ def _table(
         ) from error
 
 
-def _pair(record: dict[str, object], source_field: str, target_field: str | None, *, place: str) -> Pair:
-    source = _field(record, source_field, place)
-    return Pair(source, None if target_field is None else _field(record, target_field, place))
+def _pair(record: dict[str, object], source_field: str, target_field: str | None, *, label: str) -> Pair:
+    source = _field(record, source_field, label)
+    return Pair(source, None if target_field is None else _field(record, target_field, label))
 
 
-def _field(record: dict[str, object], name: str, place: str) -> str:
+def _field(record: dict[str, object], name: str, label: str) -> str:
     hint = "Name the fields with --source-field and --target-field."
-    return _text(record.get(name), f"{place} has no text in the field {name!r}", hint)
+    return _text(record.get(name), f"{label} has no text in the field {name!r}", hint)
 
 
 def _text(value: object, complaint: str, hint: str = "Every line needs a text.") -> str:
@@ -214,6 +229,6 @@ def _text(value: object, complaint: str, hint: str = "Every line needs a text.")
         value.encode()
     except UnicodeEncodeError:
         raise InvalidData(
-            f"{complaint} that can be encoded: half of a surrogate pair.", hint="Write it as Unicode text."
+            f"{complaint} that can be encoded: it has half of a surrogate pair.", hint="Write it as Unicode text."
         ) from None
     return value.strip()

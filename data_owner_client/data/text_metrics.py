@@ -1,4 +1,4 @@
-"""BLEU and chrF by sacrebleu."""
+"""BLEU and chrF, computed by sacrebleu."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from torch import Tensor
 
 
 class TextScores(BaseModel):
-    """Corpus scores as sacrebleu computes them, with the signatures that make them comparable."""
+    """Corpus scores of sacrebleu.
+
+    Attributes:
+        bleu: corpus BLEU, 0 to 100.
+        chrf: corpus chrF, 0 to 100.
+        bleu_signature: sacrebleu's signature of the BLEU settings; scores compare only under equal signatures.
+        chrf_signature: sacrebleu's signature of the chrF settings.
+    """
 
     bleu: float
     chrf: float
@@ -20,7 +27,7 @@ class TextScores(BaseModel):
 
 
 def text_scores(hypotheses: Sequence[str], references: Sequence[str]) -> TextScores:
-    """BLEU and chrF of hypotheses against one reference each."""
+    """Corpus BLEU and chrF of hypotheses, with one reference each."""
     bleu, chrf = sacrebleu.BLEU(), sacrebleu.CHRF()
     bleu_score = bleu.corpus_score(list(hypotheses), [list(references)])
     chrf_score = chrf.corpus_score(list(hypotheses), [list(references)])
@@ -33,6 +40,6 @@ def text_scores(hypotheses: Sequence[str], references: Sequence[str]) -> TextSco
 
 
 def sentence_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Tensor:
-    """chrF of each hypothesis by itself, float64 from 0 to 100."""
+    """Sentence-level chrF of each hypothesis, float64, 0 to 100."""
     chrf, pairs = sacrebleu.CHRF(), zip(hypotheses, references, strict=True)
     return torch.tensor([chrf.sentence_score(text, [reference]).score for text, reference in pairs]).double()

@@ -1,1 +1,1 @@
-"""Atomic files, progress, background work and resumable output."""
+"""Atomic files, progress reports, background work, memory usage and resumable output."""

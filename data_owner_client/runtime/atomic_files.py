@@ -1,4 +1,4 @@
-"""Writing files so that a kill at any moment leaves the old or the new content, never a half."""
+"""Atomic file writes: a kill at any moment leaves the old or the new content, never a part."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file under a temporary name, flush it to the disk and rename it.
 
     Raises:
-        InvalidData: the disk is full or the folder cannot be written to.
+        InvalidData: the disk is full, or the folder is not writable.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -1,4 +1,4 @@
-"""Calls beside the program's own work."""
+"""Work in background threads."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ _Result = TypeVar("_Result")
 
 
 def daemon_future(work: Callable[[], _Result]) -> Future[_Result]:
-    """What `work` will give, done in a thread that the program does not wait for at its end.
+    """Run `work` in a daemon thread and return its future.
 
-    A `ThreadPoolExecutor` would: an answer may be minutes away, and nobody waits for it any more.
+    The interpreter does not wait for the thread at exit. It waits for those of a `ThreadPoolExecutor`, where a call may
+    take minutes and its result is no longer needed.
     """
     future = Future[_Result]()
 
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - whoever waits for the result must hear of it
+        except BaseException as error:  # noqa: BLE001 - the waiting thread must see every error
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -28,10 +29,10 @@ def daemon_future(work: Callable[[], _Result]) -> Future[_Result]:
 
 
 def prefetch_one(items: Iterator[_Result]) -> Iterator[_Result]:
-    """The same items, each of which is made, in one other thread, while the one before is used."""
+    """Iterate over `items`, computing each in another thread while the caller uses the one before."""
     end = object()
     with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(next, items, end)
-        while (item := following.result()) is not end:
-            following = thread.submit(next, items, end)
+        upcoming = thread.submit(next, items, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = thread.submit(next, items, end)
             yield cast("_Result", item)

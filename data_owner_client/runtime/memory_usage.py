@@ -1,4 +1,4 @@
-"""The most memory that a process ever had."""
+"""Peak memory of this process."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def peak_rss_mb() -> float:
-    """Of this process, in MB."""
-    # Linux's getrusage also counts what the parent had when it forked.
+    """Peak resident set size of this process, in MB (10^6 bytes)."""
+    # On Linux, getrusage also counts the parent's memory at the fork.
     status = Path("/proc/self/status")
     if status.exists():
         (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]

@@ -1,4 +1,4 @@
-"""How long work reports where it is: the library is silent, the command line draws bars."""
+"""Progress reports of long work: the library is silent, the command line draws bars."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from rich.text import Text
 
 
 class Bar(Protocol):
-    """One piece of long work."""
+    """Progress of one piece of work."""
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
-        """So many steps are done; the note says what they gave."""
+        """Report `steps` finished steps; the note, if any, replaces the text after the bar."""
 
 
 class Reporter:
-    """Reports nothing; the base of those that do."""
+    """Reports nothing; base class of reporters that do."""
 
     @contextmanager
     def bar(self, description: str, total: int, unit: str, *, done: int = 0) -> Iterator[Bar]:
-        """A piece of work of `total` steps, `done` of which were finished earlier."""
+        """Open a bar for work of `total` steps, of which `done` were finished earlier."""
         yield _SilentBar()
 
     def say(self, line: str) -> None:
-        """One line that the user should see."""
+        """Show one line to the user."""
 
 
 class RichReporter(Reporter):
-    """Draws bars with rates and remaining time on standard error."""
+    """Draws bars with rate and remaining time on standard error."""
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stderr)
 
     @contextmanager
     def bar(self, description: str, total: int, unit: str, *, done: int = 0) -> Iterator[Bar]:
-        """A bar; where standard error is no terminal, one line at the end."""
+        """Draw a bar, or print one line at the end if standard error is not a terminal."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),

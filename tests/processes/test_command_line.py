@@ -251,7 +251,7 @@ def test_a_file_with_a_text_that_is_too_long_goes_on_once_it_is_mended(url: str,
     done = client(url, "translate", *arguments)
     assert done.returncode == 1
     assert "text 2: The prompt of text 2 has" in done.stderr
-    assert "1 of 3 texts have no answer, text 2 for one; the others are kept" in done.stderr
+    assert "1 of 3 texts have no answer, text 2 for one; the others are stored" in done.stderr
     assert not output.exists()
     again = client(url, "translate", *arguments)  # the same failure, and nothing else is done again
     assert again.returncode == 1

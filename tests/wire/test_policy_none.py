@@ -127,7 +127,7 @@ def test_training_is_that_of_the_policy_candidate(
     torch.testing.assert_close(adapters["none"].head.weight_V_D, true.weight_N_D, rtol=0, atol=1e-3)
     told = " ".join(lines.said)
     assert "nothing that building the memory has not shown. Costs 48 calls" in told
-    assert "worked out from 45 full distributions" in told
+    assert "recovered from 45 full distributions" in told
     if shared:
         # Also of tokens that are no candidates.
         found = [evaluate(plms[policy], UNSEEN, adapters[policy], share_targets=True).perplexity for policy in plms]

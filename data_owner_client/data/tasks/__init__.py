@@ -1,4 +1,4 @@
-"""Tasks: how a source text becomes a prompt, and where the answer ends. Declared in TOML, not in code."""
+"""Tasks: templates, in TOML files, that turn a source text into a prompt and define where the answer ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from protocol.errors import InvalidData
 
 
 class Shot(BaseModel):
-    """One worked example in the prompt."""
+    """One in-context example of a prompt."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,8 +25,17 @@ class Shot(BaseModel):
 class Task(BaseModel):
     """A task template.
 
-    In the format `plain` the prompt is the instruction, the examples as labelled lines, and the source with an open
-    target label; `chat` puts the same through the model's own chat template, one turn each.
+    In the format `plain`, the prompt is the instruction, the examples as labelled lines, and the source with an open
+    target label. The format `chat` passes these parts, one turn each, through the model's chat template.
+
+    Attributes:
+        name: name of the task.
+        instruction: text before the examples; may be empty.
+        source_label: label of source texts in the format `plain`.
+        target_label: label of targets in the format `plain`.
+        format: `plain` or `chat`.
+        stop: text that ends an answer; None for a newline in `plain`, and for the end-of-sequence token in `chat`.
+        examples: in-context examples that every prompt shows.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,11 +50,11 @@ class Task(BaseModel):
 
     @property
     def stop_text(self) -> str | None:
-        """The text that ends an answer; None where only the end-of-sequence token does."""
+        """The text that ends an answer; None if only the end-of-sequence token does."""
         return self.stop or ("\n" if self.format == "plain" else None)
 
     def prompt(self, source: str, tokenizer: PlmTokenizer) -> Prompt:
-        """The prompt for a source text; it ends without a dangling space, which belongs to the target."""
+        """The prompt for a source text, without a trailing space: the space belongs to the target."""
         if self.format == "chat":
             return tokenizer.render_chat(self._messages(source))
         lines = [f"{self.instruction}\n"] if self.instruction else []
@@ -54,18 +63,18 @@ class Task(BaseModel):
         return Prompt("\n".join(lines))
 
     def continuation(self, target: str, tokenizer: PlmTokenizer) -> str:
-        """The target as it follows the prompt, always ending with the stop: without it no sentence would ever end."""
+        """The target as it follows the prompt. It ends with the stop, from which the adapter learns to end answers."""
         separator = " " if self.format == "plain" else ""
         return f"{separator}{target}{self.stop_text or tokenizer.special_token('eos_token')}"
 
     def stop_ids(self, tokenizer: PlmTokenizer) -> frozenset[int]:
-        """All tokens after which an answer has ended."""
+        """Ids of all tokens that end an answer."""
         if self.stop_text is None:
             return frozenset({tokenizer.special_token_id("eos_token")})
         return tokenizer.ids_containing(self.stop_text)
 
     def answer(self, token_ids: list[int], tokenizer: PlmTokenizer) -> str:
-        """The answer's text in generated token ids: up to the stop, without surrounding space."""
+        """The answer in generated token ids: their text up to the stop, without surrounding space."""
         text = tokenizer.decode(token_ids)
         return (text.split(self.stop_text)[0] if self.stop_text else text).strip()
 
@@ -75,18 +84,18 @@ class Task(BaseModel):
             turns += [{"role": "user", "content": shot.source}, {"role": "assistant", "content": shot.target}]
         turns.append({"role": "user", "content": source})
         if self.instruction:
-            # In the first user turn, because not every template knows a system role.
+            # In the first user turn, because some templates have no system role.
             turns[0] = {"role": "user", "content": f"{self.instruction}\n\n{turns[0]['content']}"}
         return turns
 
 
 def builtin_tasks() -> list[str]:
-    """Names of the tasks that come with the package."""
+    """Names of the tasks in this package."""
     return sorted(Path(entry.name).stem for entry in files(__name__).iterdir() if entry.name.endswith(".toml"))
 
 
 def load_task(name_or_path: str | Path) -> Task:
-    """A built-in task by name, or a task from a TOML file.
+    """Load a built-in task by name, or a task from a TOML file.
 
     Raises:
         InvalidData: there is no such task, or the file does not declare one.
@@ -109,7 +118,7 @@ def load_task(name_or_path: str | Path) -> Task:
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        path = ".".join(map(str, first["loc"]))
         raise InvalidData(
-            f"{name_or_path}: {place}: {first['msg']}.", hint=f"A task has: {', '.join(Task.model_fields)}."
+            f"{name_or_path}: {path}: {first['msg']}.", hint=f"A task has: {', '.join(Task.model_fields)}."
         ) from error

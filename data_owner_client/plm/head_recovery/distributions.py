@@ -1,7 +1,6 @@
-"""Full distributions that an owner answered, on disk: one file a context, written as soon as it is answered.
+"""Full next-token distributions on disk: one file a context, written as soon as the server has answered.
 
-They hold the probabilities of all tokens, so that other targets, of another memory or of a test set, need no further
-call.
+Each file holds the probabilities of all tokens, so targets of another memory or of a test set need no further calls.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from protocol.errors import InvalidData
 from protocol.messages import ModelCard
 
 # Contexts that are in memory at a time.
-_AT_ONCE = 64
+_CONTEXTS_PER_BLOCK = 64
 
 
 class DistributionRecord(Message):
-    """What the owner told of one context.
+    """The server's answer for one context c.
 
     Attributes:
         input_D: float32, the LM head's input.
         logsumexp: log Σ_v exp(logit_v).
-        logprob_V: float32, log P(v|c).
+        logprob_V: float32, log P(v|c) of all tokens.
     """
 
     input_D: FloatTensor
@@ -37,11 +36,11 @@ class DistributionRecord(Message):
 
 
 class Distributions:
-    """The answers of one model, or of one tenant's view of it.
+    """The stored distributions of one model, as one tenant sees it.
 
     Args:
-        folder: of all models.
-        card: of the model.
+        folder: folder with the distributions of all models.
+        card: card of the model; its digest names the subfolder.
     """
 
     def __init__(self, folder: Path, card: ModelCard) -> None:
@@ -52,48 +51,56 @@ class Distributions:
         return self._path(key).exists()
 
     def keys(self) -> list[str]:
-        """Names of all contexts that are answered, sorted."""
+        """Keys of all stored contexts, sorted."""
         return sorted(path.stem for path in self.folder.glob("[!.]*.safetensors"))
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all names."""
+        """SHA-256 over the keys of all stored contexts."""
         return hashlib.sha256("".join(self.keys()).encode()).hexdigest()
 
-    def keep(self, key: str, answer: DistributionRecord) -> None:
-        """Store an answer under the name of its context.
+    def store(self, key: str, record: DistributionRecord) -> None:
+        """Store the record of a context under its key.
 
         Raises:
             InvalidData: the disk is full.
         """
-        write_atomically(self._path(key), answer.to_bytes())
+        write_atomically(self._path(key), record.to_bytes())
 
     def blocks(self, keys: Sequence[str], token_ids_C: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The head's inputs [N, D] and the logits of some tokens [N, C] in float64, some contexts at a time.
+        """Iterate over the stored contexts, in blocks of N.
+
+        Args:
+            keys: keys of the contexts.
+            token_ids_C: ids of the tokens whose logits are needed.
+
+        Returns:
+            The head's inputs [N, D] and the tokens' logits [N, C] of each block, in float64.
 
         Raises:
             InvalidData: a file is damaged; it is deleted.
         """
-        for start in range(0, len(keys), _AT_ONCE):
+        for start in range(0, len(keys), _CONTEXTS_PER_BLOCK):
             inputs, logits = [], []
-            for key in keys[start : start + _AT_ONCE]:
-                answer = self._load(key)
-                inputs.append(answer.input_D.double())
-                logits.append(answer.logprob_V[token_ids_C].double() + answer.logsumexp)
+            for key in keys[start : start + _CONTEXTS_PER_BLOCK]:
+                record = self._load(key)
+                inputs.append(record.input_D.double())
+                logits.append(record.logprob_V[token_ids_C].double() + record.logsumexp)
             yield torch.stack(inputs), torch.stack(logits)
 
     def _load(self, key: str) -> DistributionRecord:
         path, card = self._path(key), self.card
         try:
-            answer = DistributionRecord.from_bytes(path.read_bytes())
-            if answer.input_D.shape != (card.hidden_size,) or answer.logprob_V.shape != (card.vocab_size,):
-                raise ValueError("an answer of another model")
+            record = DistributionRecord.from_bytes(path.read_bytes())
+            if record.input_D.shape != (card.hidden_size,) or record.logprob_V.shape != (card.vocab_size,):
+                raise ValueError("a record of another model")
         except (OSError, ValueError) as error:
             path.unlink(missing_ok=True)
             raise InvalidData(
-                f"{path} was damaged, and was deleted.", hint="Run pema-client train again: it asks for it anew."
+                f"{path} was damaged, and was deleted.",
+                hint="Run pema-client train again: it requests the distribution again.",
             ) from error
-        return answer
+        return record
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

@@ -1,4 +1,4 @@
-"""The whole LM head in pieces: resumed, checked, known by its digest."""
+"""The whole LM head in chunks: resumed, checked, known by its digest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from protocol.errors import ConnectionFailed, InvalidData, ProtocolViolation
 from protocol.messages import HeadRequest, HeadRows
 from tests.support import make_service
 
-PIECE = 100  # rows
+CHUNK = 100  # rows
 
 
 class Recorded(InProcessConnection):
@@ -40,8 +40,8 @@ class Recorded(InProcessConnection):
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_cache, "_PIECE_BYTES", PIECE * 32 * 4)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_cache, "_CHUNK_BYTES", CHUNK * 32 * 4)
 
 
 @pytest.fixture(params=["llama", "phi"])  # phi's head has a bias
@@ -50,7 +50,7 @@ def connection(request: pytest.FixtureRequest, tiny_models: TinyModels) -> Recor
 
 
 def requests() -> int:
-    return -(-VOCAB_SIZE // PIECE)
+    return -(-VOCAB_SIZE // CHUNK)
 
 
 def test_the_head_is_the_models_own_and_fetched_once(
@@ -79,24 +79,24 @@ def test_a_download_that_was_cut_goes_on(connection: Recorded, tmp_path: Path) -
     connection.fail_at = 3
     with pytest.raises(ConnectionFailed):
         plm.fetch_head()
-    assert plm.cached_head().rows == 2 * PIECE
+    assert plm.cached_head().rows == 2 * CHUNK
     assert not plm.cached_head().complete
     plm.fetch_head()
-    assert [request.start for request in connection.asked[3:]] == list(range(2 * PIECE, VOCAB_SIZE, PIECE))
+    assert [request.start for request in connection.asked[3:]] == list(range(2 * CHUNK, VOCAB_SIZE, CHUNK))
     assert plm.cached_head().complete
 
 
 def test_rows_that_are_not_the_digests_are_thrown_away(connection: Recorded, tmp_path: Path) -> None:
     plm = RemotePlm(connection, cache=tmp_path)
     connection.change = 1.0
-    with pytest.raises(ProtocolViolation, match="thrown away"):
+    with pytest.raises(ProtocolViolation, match="were deleted"):
         plm.full_head()
     assert plm.cached_head().rows == 0
     connection.change = 0.0
     assert plm.fetch_head().complete
 
 
-def test_a_damaged_piece_is_fetched_again(connection: Recorded, tmp_path: Path) -> None:
+def test_a_damaged_chunk_is_fetched_again(connection: Recorded, tmp_path: Path) -> None:
     plm = RemotePlm(connection, cache=tmp_path)
     path = sorted(plm.fetch_head().folder.glob("rows-*"))[1]
     data = bytearray(path.read_bytes())

@@ -15,7 +15,7 @@ TEXTS = [f"text {i}" for i in range(10)]
 
 @pytest.fixture(autouse=True)
 def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "_TEXTS_AT_ONCE", 3)
+    monkeypatch.setattr(jobs, "_TEXTS_PER_WRITE", 3)
 
 
 class Worker:
