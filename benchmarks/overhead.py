@@ -32,7 +32,7 @@ from plm_owner_server.service.rotation import Rotation, RotationKey
 from plm_owner_server.settings import DEFAULT_MODEL
 from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.store import TenantStore
-from protocol.integrity import echoes
+from protocol.integrity import token_crc32s
 from protocol.messages import EncodeRequest
 
 _WORK = report.FOLDER / "overhead"
@@ -107,7 +107,7 @@ def _requests(vocab_size: int, count: int) -> list[EncodeRequest]:
     requests = []
     for _ in range(count):
         ids = [[chance.randrange(3, min(vocab_size, 10_000)) for _ in range(_TOKENS)] for _ in range(_SEQUENCES)]
-        requests.append(EncodeRequest(token_ids=ids, from_position=[0] * _SEQUENCES, echo=echoes(ids)))
+        requests.append(EncodeRequest(token_ids=ids, from_position=[0] * _SEQUENCES, echo=token_crc32s(ids)))
     return requests
 
 

@@ -28,7 +28,7 @@ from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.settings import DEFAULT_MODEL
 from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.store import TenantStore
-from protocol.integrity import echoes
+from protocol.integrity import token_crc32s
 from protocol.messages import EncodeRequest
 
 _WORK = report.FOLDER / "overload"
@@ -110,7 +110,7 @@ def _requests(port: int, key: str) -> list[EncodeRequest]:
     for _ in range(_TEXTS):
         length = min(chance.randint(*_LENGTHS), card.limits.max_sequence_tokens)
         ids = [[chance.randrange(3, min(card.vocab_size, 10_000)) for _ in range(length)]]
-        requests.append(EncodeRequest(token_ids=ids, from_position=[length - _ROWS], echo=echoes(ids)))
+        requests.append(EncodeRequest(token_ids=ids, from_position=[length - _ROWS], echo=token_crc32s(ids)))
     return requests
 
 

@@ -1,10 +1,9 @@
-"""One message, two forms: raw little-endian tensors in a safetensors container, or JSON.
+"""Codec of messages, in two forms: raw little-endian tensors in a safetensors container, or JSON.
 
-A message is a pydantic model. In its binary form its tensors become named safetensors entries, its ragged token ids
-become two int32 entries (`name.values`, `name.lengths`), and everything else is JSON in the container's metadata under
-the key `message`. An entry `crc32` over all of it gives away what was garbled on the way; it may be left out.
-safetensors validates names, offsets, shapes and sizes in Rust and executes nothing: a hostile body is an error, never
-code.
+A message is a pydantic model. In its binary form its tensors become named safetensors entries. Its ragged token ids
+become two int32 entries (`name.values`, `name.lengths`). Everything else is JSON in the container's metadata under the
+key `message`. An optional entry `crc32` over all of it detects changes on the way. safetensors validates names,
+offsets, shapes and sizes in Rust and executes nothing, so a hostile body is an error, never code.
 """
 
 from __future__ import annotations
@@ -123,19 +122,19 @@ IntTensor = Annotated[
 ]
 """Integer tensor of one dimension."""
 Text = Annotated[str, AfterValidator(_encodable)]
-"""Text that can be encoded, and so tokenised."""
+"""Text that can be encoded as UTF-8, and so tokenised."""
 TokenId = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID, strict=True)]
 RaggedIds = Annotated[list[list[TokenId]], _RaggedMarker()]
 """Token ids of several sequences of different lengths."""
 
 
 class Message(BaseModel):
-    """Base of all messages; unknown fields are refused, so that a misspelt option is never silently ignored."""
+    """Base of all messages. Unknown fields are refused, so that a misspelt option is never silently ignored."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", frozen=True, protected_namespaces=())
 
     def to_bytes(self) -> bytes:
-        """The binary form."""
+        """The message as a safetensors container."""
         tensors: dict[str, Tensor] = {}
         header: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
@@ -146,7 +145,7 @@ class Message(BaseModel):
                 tensors[f"{name}.values"], tensors[f"{name}.lengths"] = join_ragged(value)
             else:
                 header[name] = value
-        # pydantic knows how to write nested models; the tensors are left out of its sight.
+        # Pydantic writes nested models; the tensors are not in its part.
         text = self.model_dump_json(include=set(header))
         tensors[_CHECKSUM] = _checksum(text, tensors)
         packed: bytes = safetensors.torch.save(tensors, metadata={_METADATA_KEY: text})
@@ -157,17 +156,17 @@ class Message(BaseModel):
         """The message in a binary body.
 
         Raises:
-            MalformedMessage: the bytes are no such container, or were changed on their way.
+            MalformedMessage: the bytes are not a well-formed container, or their checksum differs.
             InvalidRequest: a field is missing, unknown or of the wrong type.
         """
         try:
-            tensors = unpacked(data)
+            tensors = load_tensors(data)
             (header_bytes,) = struct.unpack("<Q", data[:8])
             metadata = json.loads(data[8 : 8 + header_bytes]).get("__metadata__") or {}
             text = metadata.get(_METADATA_KEY, "{}")
-            given = tensors.pop(_CHECKSUM, None)
-            if given is not None and not torch.equal(given, _checksum(text, tensors)):
-                raise ValueError("the checksum is another one")
+            checksum = tensors.pop(_CHECKSUM, None)
+            if checksum is not None and not torch.equal(checksum, _checksum(text, tensors)):
+                raise ValueError("the checksum differs")
             fields = json.loads(text)
             if not isinstance(fields, dict):
                 raise ValueError("the metadata is not an object")
@@ -179,7 +178,7 @@ class Message(BaseModel):
                 "The body is not a well-formed safetensors container of this message.",
                 hint=f"Send the tensors as described in the OpenAPI page, or JSON with content type {JSON}.",
             ) from error
-        return cls.validated(fields | tensors)
+        return cls.from_fields(fields | tensors)
 
     def to_json(self) -> bytes:
         """The JSON form, tensors as nested arrays."""
@@ -197,11 +196,11 @@ class Message(BaseModel):
             fields = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise MalformedMessage("The body is not JSON.", hint=f"Its content type says {JSON}.") from error
-        return cls.validated(fields)
+        return cls.from_fields(fields)
 
     @classmethod
-    def validated(cls, fields: Any) -> Self:
-        """The message with these fields.
+    def from_fields(cls, fields: Any) -> Self:
+        """The message with these fields, validated.
 
         Raises:
             InvalidRequest: a field is missing, unknown or of the wrong type.
@@ -209,7 +208,7 @@ class Message(BaseModel):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            # Only the place and the rule: the offending value may be private.
+            # Only the path and the rule: the offending value may be private.
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             raise InvalidRequest(
                 f"{error_path(first['loc'])}: {first['msg']} ({error.error_count()} such in this message).",
@@ -217,11 +216,11 @@ class Message(BaseModel):
             ) from None
 
 
-def unpacked(data: bytes) -> dict[str, Tensor]:
+def load_tensors(data: bytes) -> dict[str, Tensor]:
     """The tensors of a safetensors container.
 
     Raises:
-        ValueError: it is none, or has tensors that torch cannot hold.
+        ValueError: the bytes are no such container, or it has tensors that torch cannot hold.
     """
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
@@ -239,9 +238,9 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes, little-endian as on every machine that torch runs on, row by row; not copied if contiguous."""
+    """A tensor's bytes, row by row, in the machine's byte order (little-endian). Not copied if it is contiguous."""
     dense = tensor.contiguous()
-    # Strided by hand, as a dimension of one may have any stride; as bytes, for numpy has no bfloat16.
+    # as_strided, since a dimension of one may have any stride; uint8, since numpy has no bfloat16.
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
@@ -256,10 +255,10 @@ def join_ragged(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def split_ragged(values: Tensor, lengths: Tensor) -> list[list[int]]:
-    """Ragged token ids from their values and lengths.
+    """Ragged token ids from their values and lengths, both int32.
 
     Raises:
-        ValueError: they are not such.
+        ValueError: the dtype or the shape differs, or the lengths do not add up.
     """
     if values.dtype != torch.int32 or lengths.dtype != torch.int32 or values.ndim != 1 or lengths.ndim != 1:
         raise ValueError("token ids travel as one-dimensional int32 values and lengths")

@@ -1,29 +1,29 @@
-"""The one tree of errors that both sides raise, and its mapping to HTTP problem+json and to gRPC status.
+"""Tree of errors that both sides raise, with its mapping to HTTP problem+json and gRPC status.
 
     PemaError
-    ├── InvalidRequest (ValueError)         400  the caller's mistake; the detail says what to change
-    │   ├── MalformedMessage                400  the body is not what its content type says
-    │   ├── UnknownEncoding                 415  the body is compressed, which no call takes
+    ├── InvalidRequest (ValueError)         400  the request is wrong; the detail says what to change
+    │   ├── MalformedMessage                400  the body does not match its content type
+    │   ├── UnsupportedMediaType            415  the body is compressed, which no call accepts
     │   ├── OverLimit                       422  longer, larger or more than the model card allows
-    │   └── Unsupported                     422  a thing this model or server does not have
-    ├── Unauthenticated (PermissionError)   401  the owner asks for a key, and this is none
-    ├── Forbidden (PermissionError)         403  the key is good, but not for this call
-    │   └── BudgetSpent                     403  what the owner gives out once in all is given out
+    │   └── Unsupported                     422  this model or server does not have the feature
+    ├── Unauthenticated (PermissionError)   401  the key or certificate is missing, or belongs to no active tenant
+    ├── Forbidden (PermissionError)         403  the key is valid, but does not allow this call
+    │   └── BudgetExhausted                 403  a lifetime budget of the tenant is used up
     ├── PayloadTooLarge (ValueError)        413  the body is over the server's byte limit
-    ├── TooSlow (TimeoutError)              408  the request or its answer trickles
-    ├── UnacceptableAnswer (ValueError)     406  no representation of the answer suits the Accept header
-    ├── Overloaded                          429  try again after `retry_after_s`
-    │   └── QuotaExceeded                   429  likewise: the tenant's own share is used up until then
-    ├── NotReady                            503  not yet, or not any more; try again after `retry_after_s`
-    ├── ServerFault                         500  the server's own fault, without any of the caller's data
-    ├── NumericalFault (ArithmeticError)    422  a value that is not finite in the dtype asked for, with counts
-    ├── ConnectionFailed (ConnectionError)       the server was not reached, or hung up (client only)
-    ├── Untrusted (ConnectionError)              the server's certificate proves nothing (client only)
-    ├── ProtocolViolation                        the answer is not what the protocol says (client only)
+    ├── RequestTimeout (TimeoutError)       408  the client sends its request, or reads its answer, too slowly
+    ├── NotAcceptable (ValueError)          406  no representation of the answer suits the Accept header
+    ├── Overloaded                          429  the server is busy; try again after `retry_after_s`
+    │   └── QuotaExceeded                   429  the tenant's quota is used up; try again after `retry_after_s`
+    ├── NotReady                            503  the server is starting or stopping; try again after `retry_after_s`
+    ├── ServerFault                         500  the server failed; carries none of the caller's data
+    ├── NumericalFault (ArithmeticError)    422  values are not finite in the requested dtype; carries counts
+    ├── ConnectionFailed (ConnectionError)       the server was not reached, or disconnected (client only)
+    ├── Untrusted (ConnectionError)              the server's certificate is not trusted (client only)
+    ├── ProtocolViolation                        the answer breaks the protocol (client only)
     ├── IdentityMismatch (ValueError)            files and server belong to different models (client only)
-    └── InvalidData (ValueError)                 the user's own file is not usable (client only)
+    └── InvalidData (ValueError)                 a file of the user is not usable (client only)
 
-Every error carries a `hint`: what to do about it. Errors never carry text, token ids or representations.
+Every error has a `hint` that says what to do. Errors never carry text, token ids or representations.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class PemaError(Exception):
     """Base of all errors of this project.
 
     Args:
-        detail: what happened, in one sentence.
-        hint: what the reader can do about it.
-        retry_after_s: seconds after which the same call may succeed, where that is known.
-        request_id: the id under which both sides logged the call.
+        detail: one sentence that says what happened.
+        hint: one sentence that says what to do.
+        retry_after_s: seconds after which the same call may succeed; None if unknown.
+        request_id: id under which both sides logged the call; None if there is none.
     """
 
     code: ClassVar[str] = "error"
@@ -191,9 +191,11 @@ def to_problem(error: PemaError) -> dict[str, Any]:
 
 
 def from_problem(problem: object, status: int) -> PemaError:
-    """The error that a problem document describes; one of unknown type becomes the base class of its status.
+    """The error that a problem document describes. An unknown type becomes the base class of its status.
 
-    The document comes from the other side, so nothing is taken for granted.
+    Args:
+        problem: the parsed document. It comes from the other side, so every field is checked.
+        status: the HTTP status beside it.
     """
     fields = problem if isinstance(problem, dict) else {}
     code = str(fields.get("type", "")).removeprefix(_TYPE_PREFIX)

@@ -13,26 +13,34 @@ from protocol.errors import NumericalFault
 
 TokenIds = Sequence[int]
 
-# Of a field, in characters.
-_LONGEST_NAME = 40
+# Longest field name that an error repeats, in characters.
+_MAX_NAME_LENGTH = 40
 
 
-def echo(token_ids: TokenIds) -> int:
-    """CRC-32 over a sequence's token ids as little-endian int32.
+def token_crc32(token_ids: TokenIds) -> int:
+    """CRC-32 over a sequence's token ids as little-endian int32; the field `echo` of messages.
 
-    The client sends it, the server compares it with what arrived, the engine computes it again from the ids that it
-    really ran, and the client compares that: no row can be attributed to another sequence unnoticed.
+    The client sends it, and the server compares it with the ids that arrived. The engine computes it again from the ids
+    that it ran, and the client compares that. So no row can be attributed to another sequence unnoticed.
     """
     return zlib.crc32(struct.pack(f"<{len(token_ids)}i", *token_ids))
 
 
-def echoes(sequences: Iterable[TokenIds]) -> list[int]:
-    """`echo` of every sequence."""
-    return [echo(token_ids) for token_ids in sequences]
+def token_crc32s(sequences: Iterable[TokenIds]) -> list[int]:
+    """`token_crc32` of every sequence."""
+    return [token_crc32(token_ids) for token_ids in sequences]
 
 
 def require_finite(values: Tensor, what: str) -> None:
-    """Raise `NumericalFault` with counts if any value is not finite."""
+    """Check that all values are finite.
+
+    Args:
+        values: any shape, any float dtype.
+        what: name of the values for the error.
+
+    Raises:
+        NumericalFault: some are not; the error counts them.
+    """
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         bad = int((~finite).sum())
@@ -43,10 +51,10 @@ def require_finite(values: Tensor, what: str) -> None:
 
 
 def error_path(parts: Sequence[str | int]) -> str:
-    """Where in a message something is wrong, as pydantic's `loc` says; what may be a text is not told."""
-    shown = [str(part) if isinstance(part, int) or _is_a_name(part) else "an unknown field" for part in parts]
-    return ".".join(shown) or "body"
+    """Path of an error in a message, from pydantic's `loc`. Parts that may be private text are not repeated."""
+    labels = [str(part) if isinstance(part, int) or _is_field_name(part) else "an unknown field" for part in parts]
+    return ".".join(labels) or "body"
 
 
-def _is_a_name(text: str) -> bool:
-    return text.isascii() and text.isidentifier() and len(text) <= _LONGEST_NAME
+def _is_field_name(text: str) -> bool:
+    return text.isascii() and text.isidentifier() and len(text) <= _MAX_NAME_LENGTH

@@ -1,6 +1,6 @@
-"""Every request and answer of the wire. Shapes: B sequences, N rows in all, D hidden size, V vocabulary, K tokens.
+"""Requests and answers of the wire. Shapes: B sequences, N rows in all, D hidden size, V vocabulary, K tokens.
 
-Rows of several sequences are concatenated in the order of the sequences; `rows_B` tells how many belong to each.
+Rows of several sequences are concatenated in the order of the sequences. `rows_B` is the number of rows of each.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-"""SHA-256 in hexadecimal. Clients name files by it, so nothing else may pass for one."""
+"""SHA-256 in hexadecimal. Clients name files by it, so no other text is accepted."""
 
 
 class Limits(Message):
-    """What one request may ask for."""
+    """Limits of one request."""
 
     max_sequence_tokens: int = Field(ge=1, description="longest sequence, drafted tokens included, in tokens")
     max_sequences: int = Field(ge=1, description="most sequences in one request")
-    max_head_rows: int = Field(ge=1, description="most head rows in one answer; ask for more in pieces")
+    max_head_rows: int = Field(ge=1, description="most head rows in one answer; request more in several calls")
     max_look_ahead: int = Field(ge=0, description="most tokens drafted for a sequence in one request")
     max_rows: int = Field(ge=1, description="most representations in one answer")
     max_body_bytes: int = Field(ge=1, description="largest request body, in bytes")
 
 
 class ModelCard(Message):
-    """Who the model is and what may be asked of it."""
+    """Identity, shapes and limits of the model that is served."""
 
     name: str
     digest: Digest = Field(
-        description="over weights, tokenizer, kind of CR, head policy, rotation; stamped into memories and adapters"
+        description="digest over weights, tokenizer, kind of CR, head policy and rotation; stamped into memories and "
+        "adapters"
     )
     tokenizer_digest: Digest
     cr_kind: CrKind
@@ -57,24 +58,26 @@ class ModelCard(Message):
         description="SHA-256 over the LM head's rows in head_dtype, its bias if it has one, then its scale and soft-cap"
     )
     head_policy: HeadPolicy = Field(
-        default="full", description="which rows of the LM head a client may have: all, those of chosen tokens, or none"
+        default="full", description="rows of the LM head that a client may have: all, those of chosen tokens, or none"
     )
     eos_token_ids: list[int] = Field(description="tokens after which the model itself would stop")
     limits: Limits
     protocol_version: int = PROTOCOL_VERSION
     rotated: bool = Field(
         default=False,
-        description="representations and LM head come in a secret basis of the tenant's own; head_digest then names "
-        "the head, and is not made of its rows",
+        description="whether representations and LM head rows are in the tenant's secret basis; head_digest then "
+        "identifies the head, but is not computed from its rows",
     )
     head_bias: bool = Field(default=False, description="whether the LM head has a bias")
     softcap: float | None = Field(
-        default=None, gt=0, description="bound of the logits (`LMHead`), which who works rows out from them must know"
+        default=None,
+        gt=0,
+        description="soft-cap on the logits; needed to recover head rows from distributions",
     )
 
 
 class TokenizerBundle(Message):
-    """All that a client needs to tokenise exactly as the model's owner does."""
+    """Everything that a client needs to tokenise exactly as the owner does."""
 
     tokenizer_json: str = Field(description="the fast tokenizer's own file (`tokenizers.Tokenizer.from_str`)")
     chat_template: str | None = Field(description="the model's Jinja chat template, if it has one")
@@ -82,7 +85,7 @@ class TokenizerBundle(Message):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all of it, in hexadecimal."""
+        """SHA-256 of all fields, in hexadecimal."""
         special = repr(sorted(self.special_tokens.items()))
         return hashlib.sha256("\0".join([self.tokenizer_json, self.chat_template or "", special]).encode()).hexdigest()
 
@@ -90,14 +93,14 @@ class TokenizerBundle(Message):
 class HeadRequest(Message):
     """Rows of the LM head: the chosen `token_ids`, or the range [start, stop)."""
 
-    token_ids: list[TokenId] | None = Field(default=None, description="rows wanted, in the order of the answer")
+    token_ids: list[TokenId] | None = Field(default=None, description="requested rows, in the order of the answer")
     start: int = Field(default=0, ge=0, description="first row of a range; only without token_ids")
     stop: int | None = Field(default=None, ge=0, description="end of a range (exclusive); only without token_ids")
     dtype: HeadDtype = "float16"
 
 
 class HeadRows(Message):
-    """Rows of the LM head and what acts after them."""
+    """Rows of the LM head, with the scale and soft-cap that apply to their logits."""
 
     digest: str
     vocab_size: int
@@ -115,68 +118,69 @@ class EncodeRequest(Message):
     """The context representations of all positions ≥ `from_position` of every sequence, in one forward pass."""
 
     token_ids: RaggedIds = Field(description="the sequences, special tokens included")
-    from_position: list[int] = Field(description="first position wanted, one a sequence (0 for all)")
-    echo: list[int] | None = Field(default=None, description="CRC-32 of every sequence; checked if given")
+    from_position: list[int] = Field(description="first position requested, one a sequence (0 for all)")
+    echo: list[int] | None = Field(default=None, description="CRC-32 of every sequence; checked if set")
     dtype: WireDtype = Field(default="float16", description="dtype of the representations in the answer")
     with_logsumexp: bool = Field(default=False, description="also send each position's log-sum-exp over V")
 
 
 class RowsResponse(Message):
-    """What the answers to `EncodeRequest` and `DecodeRequest` have in common."""
+    """Fields that the answers to `EncodeRequest` and `DecodeRequest` share."""
 
     digest: str
-    echo: list[int] = Field(description="CRC-32 of the token ids that were really run")
-    rows_B: IntTensor = Field(description="rows of each sequence")
+    echo: list[int] = Field(description="CRC-32 of the token ids that the model ran, one a sequence")
+    rows_B: IntTensor = Field(description="number of rows of each sequence")
     cr_N_D: RowMatrix = Field(description="context representations f(c)")
-    cr_scale_N: FloatTensor | None = Field(default=None, description="int8 only: each row is to be multiplied by it")
+    cr_scale_N: FloatTensor | None = Field(default=None, description="int8 only: factor of each row")
     last_hidden_N_D: RowMatrix | None = Field(
-        default=None, description="the head's input, beside CRs of kind ffn_output (P_PLM cannot be had from those)"
+        default=None,
+        description="the head's input; only with CRs of kind ffn_output, which do not give P_PLM",
     )
-    last_hidden_scale_N: FloatTensor | None = Field(default=None, description="as cr_scale_N, of last_hidden_N_D")
+    last_hidden_scale_N: FloatTensor | None = Field(default=None, description="int8 only: factor of each row")
 
 
 class EncodeResponse(RowsResponse):
-    """Answer to `EncodeRequest`; the CR at position t represents the context that ends with token t."""
+    """Answer to `EncodeRequest`. The CR at position t represents the context that ends with token t."""
 
-    logsumexp_N: FloatTensor | None = Field(default=None, description="log Σ_v exp(logit_v), if asked for")
+    logsumexp_N: FloatTensor | None = Field(default=None, description="log Σ_v exp(logit_v), if requested")
 
 
 class DecodeRequest(Message):
     """The newest position of every prefix, and `look_ahead` more that the server drafts greedily.
 
-    A client with drafts of its own appends them to the prefix and asks for the positions before them, too: all of them
-    are computed in one forward pass.
+    A client that drafts tokens itself appends them to the prefix, and requests the positions before them, too. One
+    forward pass computes all of them.
     """
 
-    token_ids: RaggedIds = Field(description="prompt, everything generated so far, and the client's drafts if any")
+    token_ids: RaggedIds = Field(description="prompt, tokens generated so far, and the client's drafts if any")
     from_position: list[int] | None = Field(
-        default=None, description="first position wanted, one a sequence; by default that of the last token"
+        default=None, description="first position requested, one a sequence; by default that of the last token"
     )
-    look_ahead: list[int] = Field(description="k, the most tokens to draft, one number a sequence")
+    look_ahead: list[int] = Field(description="most tokens to draft (k), one number a sequence")
     stop_token_ids: list[TokenId] = Field(default=[], description="a sequence's drafting ends after one of these")
-    echo: list[int] | None = Field(default=None, description="CRC-32 of every prefix; checked if given")
+    echo: list[int] | None = Field(default=None, description="CRC-32 of every prefix; checked if set")
     dtype: WireDtype = Field(default="float16", description="dtype of the representations in the answer")
 
 
 class DecodeResponse(RowsResponse):
     """Answer to `DecodeRequest`: the positions from `from_position` to the prefix's last, then those of drafted tokens.
 
-    A sequence has up to look_ahead drafted ones. The drafts are the top-1 tokens themselves: from the prefix's last
-    position on, `top1_N[j]` is what position j+1 was conditioned on.
+    A sequence has up to `look_ahead` drafted tokens. The drafts are the top-1 tokens: from the prefix's last position
+    on, position j+1 is conditioned on `top1_N[j]`.
     """
 
     logsumexp_N: FloatTensor
     top1_N: IntTensor = Field(description="the PLM's most probable next token")
-    top1_logprob_N: FloatTensor = Field(description="its log-probability")
+    top1_logprob_N: FloatTensor = Field(description="log-probability of that token")
 
 
 class DistributionRequest(Message):
-    """The PLM's next-token distribution after a text or token ids: a call for people with curl."""
+    """The PLM's next-token distribution after a text or token ids, in a form that suits curl."""
 
     text: Text | None = Field(default=None, description="text to continue; or give token_ids")
     token_ids: list[TokenId] | None = None
     template: str = Field(default="plain", description="`plain`, or `chat` for the model's own chat template")
-    top_k: int = Field(default=10, ge=0, description="most probable tokens wanted; 0 for all of V")
+    top_k: int = Field(default=10, ge=0, description="number of most probable tokens; 0 for all of V")
 
 
 class DistributionResponse(Message):
@@ -185,4 +189,4 @@ class DistributionResponse(Message):
     digest: str
     token_ids_K: IntTensor
     logprob_K: FloatTensor
-    tokens: list[str] | None = Field(default=None, description="the tokens as text, unless all of V was asked for")
+    tokens: list[str] | None = Field(default=None, description="the tokens as text, unless all of V was requested")

@@ -1,4 +1,4 @@
-"""Messages as protobuf and back: `pema.proto` mirrors `messages.py` field by field, so one rule serves them all."""
+"""Messages as protobuf and back. `pema.proto` mirrors `messages.py` field by field, so one rule converts all."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from protocol.errors import InvalidRequest, MalformedMessage
 from protocol.rate_limits import RATE_LIMIT, RATE_LIMIT_POLICY
 
 REQUEST_ID_METADATA = "x-request-id"
-"""Metadata of unary calls; the calls of a stream carry their ids themselves."""
+"""Metadata of unary calls with their request id; each call of a stream carries its id in the message."""
 CLIENT_METADATA = "x-pema-client"
-"""Metadata that is the same for all calls of a client: the server is fair between these."""
+"""Metadata that identifies a client; the server shares the model fairly between clients."""
 KEY_METADATA = "authorization"
 """Metadata with `Bearer` and the client's key, where the owner asks for one."""
 RATE_LIMIT_METADATA = RATE_LIMIT.lower()
-"""Trailing metadata with what is left of the client's quotas; on a stream, of the call that was answered last."""
+"""Trailing metadata with the remainder of the client's quotas; on a stream, after the last answer."""
 RATE_LIMIT_POLICY_METADATA = RATE_LIMIT_POLICY.lower()
 """Trailing metadata with the quotas themselves."""
 PROBLEM_METADATA = "pema-problem-bin"
@@ -34,10 +34,10 @@ _DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float
 
 
 def to_proto(message: Message, target: _Proto) -> _Proto:
-    """Fill a protobuf message with the fields of ours; what is None stays unset.
+    """Fill a protobuf message with the fields of a message. A field that is None stays unset.
 
     Raises:
-        InvalidRequest: a number is beyond its protobuf type.
+        InvalidRequest: a number is too large for its protobuf type.
     """
     for name in type(message).model_fields:
         value = getattr(message, name)
@@ -52,13 +52,13 @@ def to_proto(message: Message, target: _Proto) -> _Proto:
 
 
 def from_proto(proto: Proto, message_type: type[_Message]) -> _Message:
-    """Our message, validated like every other one. Fields that are unset take their defaults.
+    """The validated message in a protobuf message. Fields that are unset take their defaults.
 
     Raises:
         MalformedMessage: a tensor's bytes do not fit its shape, dtype and checksum.
         InvalidRequest: a field is missing or of the wrong type.
     """
-    return message_type.validated(_fields(proto, message_type))
+    return message_type.from_fields(_fields(proto, message_type))
 
 
 def _fill(target: Proto, name: str, value: Any) -> None:
@@ -69,7 +69,7 @@ def _fill(target: Proto, name: str, value: Any) -> None:
         field.data = bytes(raw_bytes(value))
         field.crc32 = zlib.crc32(field.data)
     elif isinstance(field, pema_pb2.TokenSequences):
-        field.SetInParent()  # no sequences is not the same as none given
+        field.SetInParent()  # an empty list differs from an unset field
         values_N, lengths_B = join_ragged(value)
         field.values, field.lengths = bytes(raw_bytes(values_N)), bytes(raw_bytes(lengths_B))
     elif isinstance(field, pema_pb2.TokenIds):
@@ -87,14 +87,14 @@ def _fields(proto: Proto, message_type: type[Message]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for descriptor in proto.DESCRIPTOR.fields:
         name = descriptor.name
-        value, ours = getattr(proto, name), message_type.model_fields[name]
+        value, model_field = getattr(proto, name), message_type.model_fields[name]
         if descriptor.is_repeated:
-            # protobuf does not tell empty from unset: a list that may be missing is missing.
-            if len(value) or ours.default is not None:
+            # protobuf cannot tell empty from unset, so an empty list that is optional counts as unset.
+            if len(value) or model_field.default is not None:
                 fields[name] = list(value)
         elif descriptor.has_presence:
             if proto.HasField(name):
-                fields[name] = _value(value, ours.annotation)
+                fields[name] = _value(value, model_field.annotation)
         elif value or descriptor.type != FieldDescriptor.TYPE_STRING:
             fields[name] = value
     return fields
@@ -134,6 +134,6 @@ def _from_raw(data: bytes, dtype: torch.dtype) -> Tensor:
 
 def _malformed(what: str) -> MalformedMessage:
     return MalformedMessage(
-        f"The bytes of {what} are not what its dtype, shape and checksum say.",
+        f"The bytes of {what} do not fit its dtype, shape and checksum.",
         hint="protocol/pema.proto describes the fields.",
     )

@@ -1,6 +1,6 @@
-"""What a client may still use of its quotas. It travels beside every answer, in two fields over either transport.
+"""Remainder of a client's quotas, which travels beside every answer in two fields, over both transports.
 
-They are `RateLimit` and `RateLimit-Policy` of draft-ietf-httpapi-ratelimit-headers, which are structured fields.
+The fields are `RateLimit` and `RateLimit-Policy` of draft-ietf-httpapi-ratelimit-headers.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 RATE_LIMIT = "RateLimit"
-"""HTTP's field, and in small letters gRPC's trailing metadata: what is left of each quota."""
+"""Remainder of each quota: name of the HTTP header, and in small letters of gRPC's trailing metadata."""
 RATE_LIMIT_POLICY = "RateLimit-Policy"
-"""Likewise: the quotas themselves."""
+"""The quotas: name of the HTTP header, and in small letters of gRPC's trailing metadata."""
 
 _ITEM = re.compile(r'\s*"([a-z-]{1,64})"((?:\s*;\s*[a-z]+=(?:[0-9]{1,15}|"[a-z-]{0,64}"))*)\s*')
 _PARAMETER = re.compile(r';\s*([a-z]+)="?([0-9a-z-]*)"?')
@@ -20,15 +20,15 @@ _PARAMETER = re.compile(r';\s*([a-z]+)="?([0-9a-z-]*)"?')
 
 @dataclass(frozen=True)
 class RateLimitStatus:
-    """One quota, and what is left of it.
+    """One quota and its remainder.
 
     Attributes:
         name: minute, day, concurrent, head-rows or full-distributions.
-        quota: how much there is in all.
-        left: how much is left.
-        unit: what is counted.
-        window_s: seconds for which the quota is; None if it does not come back by itself.
-        resets_s: seconds until all of it is there again; likewise.
+        quota: the limit.
+        left: the part of the limit that is left.
+        unit: unit of both numbers, such as tokens.
+        window_s: length of the quota's window in seconds; None if the quota is not per window.
+        resets_s: seconds until the window is over and all of the quota is left; None if the quota is not per window.
     """
 
     name: str
@@ -39,25 +39,25 @@ class RateLimitStatus:
     resets_s: int | None = None
 
     def __str__(self) -> str:
-        """As people read it."""
+        """The remainder in words, for people."""
         again = "" if self.resets_s is None else f", all again in {self.resets_s:,} s"
         return f"{self.left:,} of {self.quota:,} {self.unit.replace('-', ' ')}{again}"
 
 
-def to_fields(allowances: Sequence[RateLimitStatus]) -> dict[str, str]:
-    """The two fields by name; none where there are no quotas."""
-    if not allowances:
+def to_fields(rate_limits: Sequence[RateLimitStatus]) -> dict[str, str]:
+    """The two fields by name; empty if there are no quotas."""
+    if not rate_limits:
         return {}
-    left = [f'"{a.name}";r={a.left}' + ("" if a.resets_s is None else f";t={a.resets_s}") for a in allowances]
+    left = [f'"{a.name}";r={a.left}' + ("" if a.resets_s is None else f";t={a.resets_s}") for a in rate_limits]
     policy = [
         f'"{a.name}";q={a.quota}' + ("" if a.window_s is None else f";w={a.window_s}") + f';qu="{a.unit}"'
-        for a in allowances
+        for a in rate_limits
     ]
     return {RATE_LIMIT: ", ".join(left), RATE_LIMIT_POLICY: ", ".join(policy)}
 
 
 def from_fields(rate_limit: str, policy: str) -> tuple[RateLimitStatus, ...]:
-    """What two such fields say. What is of another kind is left out, as a proxy may write some, too."""
+    """Parse the two fields. Items of another kind, as a proxy may add, are left out."""
     left, quotas = _items(rate_limit), _items(policy)
     return tuple(
         RateLimitStatus(

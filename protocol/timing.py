@@ -1,4 +1,4 @@
-"""Where a server says that the time of a call went. It travels beside the answer, not in it: answers are repeatable."""
+"""Server's time for a call, as HTTP's `Server-Timing`. It travels beside the answer, which stays repeatable."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _METRIC = re.compile(r"\s*(\w+)\s*;\s*dur=([0-9.]+)\s*")
 
 @dataclass(frozen=True)
 class ServerTiming:
-    """Milliseconds of one call.
+    """The server's time for one call.
 
     Attributes:
-        queue_ms: waited for the model while it worked for others.
-        compute_ms: the model worked on it.
-        serialise_ms: all else: reading and checking the request, putting the answer together and into bytes.
+        queue_ms: milliseconds that the call waited while the model worked for others.
+        compute_ms: milliseconds that the model worked on the call.
+        serialise_ms: milliseconds for the rest: parsing, checks, and assembling and serialising the answer.
     """
 
     queue_ms: float
@@ -25,11 +25,11 @@ class ServerTiming:
 
     @property
     def total_ms(self) -> float:
-        """All of it."""
+        """Sum of the three parts, in milliseconds."""
         return self.queue_ms + self.compute_ms + self.serialise_ms
 
     def __add__(self, other: ServerTiming) -> ServerTiming:
-        """Of two calls, one after the other."""
+        """Sum of two calls, part by part."""
         return ServerTiming(
             self.queue_ms + other.queue_ms,
             self.compute_ms + other.compute_ms,
@@ -37,15 +37,15 @@ class ServerTiming:
         )
 
     def to_header(self) -> str:
-        """As the value of HTTP's `Server-Timing`."""
+        """The value of HTTP's `Server-Timing`."""
         parts = {"queue": self.queue_ms, "compute": self.compute_ms, "serialise": self.serialise_ms}
         return ", ".join(f"{name};dur={value:.3f}" for name, value in parts.items())
 
     @classmethod
     def from_header(cls, value: str) -> Self | None:
-        """From such a header; None if it is of another kind, as a proxy may write one, too."""
-        found = {match[1]: float(match[2]) for part in value.split(",") if (match := _METRIC.fullmatch(part))}
+        """Parse a `Server-Timing` header; None if it has other metrics, as one from a proxy may."""
+        milliseconds = {match[1]: float(match[2]) for part in value.split(",") if (match := _METRIC.fullmatch(part))}
         try:
-            return cls(found["queue"], found["compute"], found["serialise"])
+            return cls(milliseconds["queue"], milliseconds["compute"], milliseconds["serialise"])
         except KeyError:
             return None

@@ -12,7 +12,7 @@ import torch
 from benchmarks.soak.tenants import CANDIDATES, Price, Tenant
 from benchmarks.soak.truth import MOST_DRAFTED, Sight, Span, Truth, WrongAnswer
 from protocol.codec import Message
-from protocol.integrity import echoes
+from protocol.integrity import token_crc32s
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from protocol.types import HeadDtype, WireDtype
 
@@ -90,7 +90,7 @@ def _encode(truth: Truth, tenant: Tenant, sight: Sight) -> Call:
     request = EncodeRequest(
         token_ids=ids,
         from_position=starts,
-        echo=echoes(ids),
+        echo=token_crc32s(ids),
         dtype=(dtype := _dtype(chance)),
         with_logsumexp=chance.random() < 0.5,
     )
@@ -111,7 +111,7 @@ def _decode(truth: Truth, tenant: Tenant, sight: Sight) -> Call:
     starts = [len(one) - 1 if chance.random() < 0.5 else chance.randrange(len(one)) for one in ids]
     drafted = [chance.randint(0, MOST_DRAFTED) for _ in ids]
     request = DecodeRequest(
-        token_ids=ids, from_position=starts, look_ahead=drafted, echo=echoes(ids), dtype=(dtype := _dtype(chance))
+        token_ids=ids, from_position=starts, look_ahead=drafted, echo=token_crc32s(ids), dtype=(dtype := _dtype(chance))
     )
     spans = [Span(text, s, len(one) + k) for text, s, one, k in zip(texts, starts, ids, drafted, strict=True)]
     # No stop tokens: all that may be drafted is.

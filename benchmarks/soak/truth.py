@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 
 from protocol.head import LMHead
-from protocol.integrity import echoes
+from protocol.integrity import token_crc32s
 from protocol.messages import DecodeResponse, DistributionResponse, EncodeResponse, HeadRows
 
 MOST_DRAFTED = 8
@@ -115,7 +115,7 @@ class Truth:
             WrongAnswer: it is another one.
         """
         _require(answer.digest == sight.digest, "digest")
-        _require(answer.echo == echoes(self.pool[span.text].ids for span in spans), "echo")
+        _require(answer.echo == token_crc32s(self.pool[span.text].ids for span in spans), "echo")
         _require(answer.rows_B.tolist() == [span.stop - span.start for span in spans], "number of rows")
         hidden_M_D, logprob_M_V, logits_M_V = (
             torch.cat([getattr(self.pool[span.text], name)[span.start : span.stop] for span in spans])

@@ -26,7 +26,7 @@ from data_owner_client.adapter.network import RECENT_TOKENS, Adapter
 from data_owner_client.data.example_retrieval import ExampleRetriever
 from data_owner_client.data.pairs import Pair, digest_pairs, read_stored_pairs, write_pairs
 from data_owner_client.runtime.atomic_files import write_atomically
-from protocol.codec import unpacked
+from protocol.codec import load_tensors
 from protocol.errors import InvalidData
 from protocol.head import LMHead
 
@@ -98,7 +98,7 @@ class TrainedAdapter:
             packed = (folder / _TENSORS).read_bytes()
             if hashlib.sha256(packed).hexdigest() != card.tensors_sha256:
                 raise damaged
-            tensors = unpacked(packed)
+            tensors = load_tensors(packed)
         except OSError as error:
             raise InvalidData(f"{folder} holds no adapter.", hint="Train one: pema-client train.") from error
         except ValueError as error:

@@ -18,7 +18,7 @@ from data_owner_client.memory.manifest import Manifest, MemoryPlan, ShardRecord
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.validation import is_valid
 from data_owner_client.runtime.atomic_files import write_atomically
-from protocol.codec import unpacked
+from protocol.codec import load_tensors
 from protocol.errors import InvalidData
 
 MANIFEST, _PAIRS = "manifest.json", "pairs.jsonl"
@@ -185,7 +185,7 @@ class ExternalMemory:
         if hashlib.sha256(data).hexdigest() != record.sha256:
             raise damaged
         try:
-            rows = MemoryRows.from_columns(unpacked(data))
+            rows = MemoryRows.from_columns(load_tensors(data))
         except ValueError as error:
             raise damaged from error
         plan = self.manifest.plan

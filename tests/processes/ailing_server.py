@@ -28,8 +28,8 @@ LOADING = "PEMA_TEST_LOADING"
 class AilingEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.info, self.head, self.counts = engine.info, engine.head, engine.counts
-        self.drafting, self.forget_unused, self.is_alive = engine.drafting, engine.forget_unused, engine.is_alive
+        self.info, self.head, self.stats = engine.info, engine.head, engine.stats
+        self.drafting, self.evict_idle, self.is_alive = engine.drafting, engine.evict_idle, engine.is_alive
         self._broken = False
 
     def warm_up(self) -> None:

@@ -24,11 +24,12 @@ def server(
     grpc_port: int = 0,
     ca: Path | None = None,
     own: tuple[Path, Path] | None = None,
+    module: str = "plm_owner_server.cli",
 ) -> Iterator[str]:
     """`pema-server serve` with these flags, once it is ready; gives its URL for REST.
 
     With the authority `ca` of its certificate, it is one that speaks TLS; with a certificate of our `own` and its key,
-    one that demands it.
+    one that demands it. `module` may be another one with the same command line.
     """
     ports = Ports(port or free_port(), grpc_port)
     url, verify = guard.url("http", ports.rest), guard.trust()
@@ -36,7 +37,7 @@ def server(
         url, verify = f"https://127.0.0.1:{ports.rest}", ssl.create_default_context(cafile=ca)
         if own:
             verify.load_cert_chain(*own)
-    with running_server(log, ports, *_guarded(flags), url=url, verify=verify):
+    with running_server(log, ports, *_guarded(flags), url=url, verify=verify, module=module):
         yield url
 
 

@@ -69,7 +69,7 @@ def adapter(url: str, pairs: Path, task: Path, tmp_path_factory: pytest.TempPath
     assert built["context_mode"] == "teacher-forced"
     trained = client_json(
         url, "train", "--memory", folder / "memory", "--adapter", folder / "adapter",
-        "--epochs", 3, "--rank", 8, "--nearest", 0, "--decoded", 0, "--minutes", 0,
+        "--epochs", 3, "--rank", 8, "--retrieved-examples", 0, "--selection-texts", 0, "--search-minutes", 0,
     )  # fmt: skip
     assert trained["card"]["form"] == "residual"
     assert len([epoch for epoch in trained["history"] if epoch["phase"] == "joint"]) == 3
@@ -153,7 +153,19 @@ def test_examples_for_each_text(url: str, adapter: Path, tmp_path: Path) -> None
     """What the PLM sees before a text changes with it; without its file, or with another, the adapter is damaged."""
     memory = ["--memory", adapter.parent / "memory", "--adapter", tmp_path]
     trained = client_json(
-        url, "train", *memory, "--epochs", 1, "--rank", 8, "--nearest", 2, "--decoded", 3, "--minutes", 0.05
+        url,
+        "train",
+        *memory,
+        "--epochs",
+        1,
+        "--rank",
+        8,
+        "--retrieved-examples",
+        2,
+        "--selection-texts",
+        3,
+        "--search-minutes",
+        0.05,
     )
     assert trained["card"]["nearest"] == 2
     decoded = [option for option in trained["options"] if option["chrf"] is not None]
@@ -192,7 +204,17 @@ def test_compare(url: str, task: Path, tmp_path: Path) -> None:
     splits: list[Any] = []
     for seed, (name, count) in enumerate({"input": 40, "validation": 6, "test": 4}.items(), 20):
         splits += [f"--{name}", write_pairs(tmp_path / f"{name}.jsonl", count, seed=seed)]
-    arguments = [*splits, "--task", task, "--folder", tmp_path / "compare", "--minutes", 0, "--decoded", 1]
+    arguments = [
+        *splits,
+        "--task",
+        task,
+        "--folder",
+        tmp_path / "compare",
+        "--search-minutes",
+        0,
+        "--selection-texts",
+        1,
+    ]
     refused = client(url, "compare", *arguments)
     assert refused.returncode == 1
     assert "--share-targets" in refused.stderr
@@ -283,7 +305,7 @@ def test_stream_and_explain(url: str, adapter: Path, tmp_path: Path) -> None:
 def test_sampling_and_lookup(url: str, adapter: Path, task: Path, pairs: Path, tmp_path: Path) -> None:
     drawn = ["--adapter", adapter, "--temperature", 1.2, "--seed", 4, "--max-new-tokens", 8]
     if guard.current:  # without the whole head
-        drawn += ["--known-only"]
+        drawn += ["--candidates-only"]
     one = client_json(url, "translate", *drawn, "the thin", "shine on")
     assert one == client_json(url, "translate", *drawn, "--look-ahead", 0, "the thin", "shine on") | {
         "usage": one["usage"]
@@ -302,7 +324,7 @@ def test_sampling_and_lookup(url: str, adapter: Path, task: Path, pairs: Path, t
         assert done.returncode == 1
         assert words in done.stderr
 
-    done = client(url, "translate", "--task", task, "--temperature", 1, "--known-only", "the thin")
+    done = client(url, "translate", "--task", task, "--temperature", 1, "--candidates-only", "the thin")
     assert done.returncode == 1
     assert "no candidates" in done.stderr
 
@@ -415,7 +437,20 @@ def test_a_killed_build_is_resumed_by_the_same_command(
 
 @pytest.mark.unguarded("needs the whole head")
 def test_the_full_vocabulary(url: str, many: tuple[list[Any], Path], tmp_path: Path) -> None:
-    what = ["--memory", many[1], "--adapter", tmp_path, "--epochs", 1, "--rank", 8, "--minutes", 0, "--decoded", 2]
+    what = [
+        "--memory",
+        many[1],
+        "--adapter",
+        tmp_path,
+        "--epochs",
+        1,
+        "--rank",
+        8,
+        "--search-minutes",
+        0,
+        "--selection-texts",
+        2,
+    ]
     card = client_json(url, "train", *what, "--full-vocabulary")["card"]
     assert card["candidates"] == VOCAB_SIZE
     assert card["validation"]["coverage"] == 1.0
@@ -436,12 +471,12 @@ def test_a_killed_training_is_resumed_by_the_same_command(
             8,
             "--learning-rate",
             3e-4,
-            "--minutes",
+            "--search-minutes",
             0,
             # A gate behind examples of their own is fitted to what the server computes, and rounds, anew.
-            "--nearest",
+            "--retrieved-examples",
             0,
-            "--decoded",
+            "--selection-texts",
             2,
         ]
 

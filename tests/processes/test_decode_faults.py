@@ -21,7 +21,7 @@ from tests.processes.parties import Owner, client_command, client_json, end, own
 from tests.processes.test_command_line import WORDS, write_pairs
 
 LINES = 60
-IMPATIENT = ["--timeout", "1.5", "--give-up-after", "120", "--max-new-tokens", "24"]
+IMPATIENT = ["--timeout", "1.5", "--retry-for", "120", "--max-new-tokens", "24"]
 MIB = 2**20
 
 
@@ -50,7 +50,7 @@ def setting(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -
         built = ["--task", folder / "task.toml", "--input", pairs, "--memory", folder / "memory", "--share-targets"]
         client_json(url, "build-memory", *built)
         trained = ["--memory", folder / "memory", "--adapter", folder / "adapter", "--epochs", 3, "--rank", 8]
-        trained += ["--nearest", 0, "--decoded", 0, "--minutes", 0]
+        trained += ["--retrieved-examples", 0, "--selection-texts", 0, "--search-minutes", 0]
         client_json(url, "train", *trained)
         rng = random.Random(3)
         texts = folder / "texts.txt"
@@ -94,7 +94,7 @@ def test_the_servers_memory_is_flat_through_random_traffic(setting: Setting) -> 
             for _ in range(25):
                 prompts = [rng.choices(range(3, VOCAB_SIZE), k=rng.randint(2, 60)) for _ in range(32)]
                 settings = DecodingSettings(
-                    rng.randint(1, 20), batch_size=rng.choice([1, 7, 32]) if rng.random() < 0.1 else 32
+                    max_new_tokens=rng.randint(1, 20), batch_size=rng.choice([1, 7, 32]) if rng.random() < 0.1 else 32
                 )
                 generate(plm, prompts, stop_ids=frozenset([EOS]), settings=settings)
             resident.append(process.memory_info().rss)

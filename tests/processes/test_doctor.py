@@ -16,6 +16,7 @@ from data_owner_client.data.tasks import Task
 from data_owner_client.memory.store import MANIFEST
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.connection.rest import RestConnection
+from data_owner_client.plm.connection.settings import ConnectionSettings
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.training.settings import TrainingSettings
 from harness.tiny_models import TinyModels
@@ -93,7 +94,7 @@ def test_a_missing_or_wrong_key_is_said(url: str, key: list[str], words: str) ->
     ],
 )
 def test_nobody_there_is_said_in_plain_words(address: str, words: str) -> None:
-    diagnosis = diagnose(lambda: connect(address, give_up_after_s=0))
+    diagnosis = diagnose(lambda: connect(address, retry_for=0))
     assert not diagnosis.healthy
     assert words in diagnosis.findings[0].detail
 
@@ -103,7 +104,7 @@ def test_nobody_there_is_said_in_plain_words(address: str, words: str) -> None:
 def test_the_wrong_transport_is_said_in_plain_words(tiny_service: PlmService, scheme: str) -> None:
     with (serve_over_grpc if scheme.startswith("http") else serve)(tiny_service) as url:
         address = f"{scheme}://{url.partition('://')[2]}"
-        diagnosis = diagnose(lambda: connect(address, give_up_after_s=0))
+        diagnosis = diagnose(lambda: connect(address, retry_for=0))
     assert not diagnosis.healthy
     words = "could not be encrypted" if scheme.endswith("s") else "Another protocol is spoken there"
     assert words in diagnosis.findings[0].detail
@@ -111,7 +112,7 @@ def test_the_wrong_transport_is_said_in_plain_words(tiny_service: PlmService, sc
 
 def test_a_server_that_still_loads_is_said() -> None:
     with serve(None) as url:
-        diagnosis = diagnose(lambda: connect(url, **guard.credentials(give_up_after_s=0)))
+        diagnosis = diagnose(lambda: connect(url, **guard.credentials(retry_for=0)))
     assert findings(diagnosis)["server"] == (False, "The model is still loading. Try again in a moment.")
 
 
@@ -119,7 +120,9 @@ def test_a_server_that_still_loads_is_said() -> None:
 def test_a_proxy_before_a_dead_server_is_not_taken_for_it(status: int, words: str) -> None:
     def connect() -> RemotePlm:
         refusing = httpx.MockTransport(lambda _: httpx.Response(status, text="<html>"))
-        return RemotePlm(RestConnection("http://owner", give_up_after_s=0, transport=refusing), cache=None)
+        return RemotePlm(
+            RestConnection("http://owner", ConnectionSettings(retry_for=0), transport=refusing), cache=None
+        )
 
     ok, text = findings(diagnose(connect))["server"]
     assert not ok

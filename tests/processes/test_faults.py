@@ -26,7 +26,7 @@ from tests.processes.test_command_line import write_pairs
 EXAMPLES = 1100
 ANSWERS_BYTES = 600_000
 """About as many bytes as the server sends in a whole build."""
-IMPATIENT = ["--timeout", "1.5", "--give-up-after", "20"]
+IMPATIENT = ["--timeout", "1.5", "--retry-for", "20"]
 
 
 @pytest.fixture(scope="module")

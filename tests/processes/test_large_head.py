@@ -74,7 +74,7 @@ def test_a_large_head_passes_in_pieces_and_resumes_after_a_cut(service: PlmServi
         faulty_proxy(int(url.rpartition(":")[2]), [Fault("cut", GIB)]) as port,
     ):
         proxied = f"{scheme}://127.0.0.1:{port}"
-        connection = open_connection(proxied, give_up_after_s=0)
+        connection = open_connection(proxied, retry_for=0)
         plm = RemotePlm(connection, cache=cache)
         before = psutil.Process().memory_info().rss
         with pytest.raises(ConnectionFailed):
@@ -88,6 +88,6 @@ def test_a_large_head_passes_in_pieces_and_resumes_after_a_cut(service: PlmServi
         # Client and server together hold a few pieces at a time, never the head.
         assert psutil.Process().memory_info().rss - before < GIB
     assert head.complete
-    digest = hashlib.sha256(raw_bytes(service._engine.head.weight_V_D))
+    digest = hashlib.sha256(raw_bytes(service.engine.head.weight_V_D))
     digest.update(b"[1.0, null]")  # scale and soft-cap
     assert plm.card.head_digest == digest.hexdigest() == head.folder.name

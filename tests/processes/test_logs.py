@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 set_up_logs("debug", sys.argv[1])
 with CallRecorder().of(CallRecord("encode", "rest", "POST /v1/encode", "id-1")) as call:
-    call.spent.tokens, call.spent.rows, call.outcome, call.status = 5, 3, "overloaded", "429"
+    call.usage.tokens, call.usage.rows, call.outcome, call.status = 5, 3, "overloaded", "429"
 
 def fail():
     try:

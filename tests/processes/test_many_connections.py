@@ -55,7 +55,7 @@ def test_idle_connections_keep_nobody_out(tiny_models: TinyModels, tmp_path: Pat
                     idle.callback(client.close)
                 if number % (most // 3) == 0:
                     for url in urls:
-                        connection = guard.connection(url, give_up_after_s=60)
+                        connection = guard.connection(url, retry_for=60)
                         assert len(connection.encode(FINE).cr_N_D) == 2
                         connection.close()
         assert httpx.get(f"{rest}/readyz", verify=guard.trust(), timeout=30).is_success

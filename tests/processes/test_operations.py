@@ -98,7 +98,7 @@ def test_a_broken_engine_comes_back_and_sigterm_lets_calls_end(ailing: Callable[
     until(lambda: server.post(7).status_code == 200)
     until(lambda: server.ready() == (200, _STATUS.SERVING))
     # Over gRPC, too, as the stream of a client that stays.
-    connection = guard.connection(server.grpc_url, give_up_after_s=0)
+    connection = guard.connection(server.grpc_url, retry_for=0)
     fine = EncodeRequest(token_ids=[[7, 5, 6]], from_position=[0])
     connection.encode(fine)
 

@@ -26,7 +26,7 @@ from harness.processes import free_port
 from harness.tiny_models import TinyModels
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.codec import BINARY, JSON
-from protocol.integrity import echoes
+from protocol.integrity import token_crc32s
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest
 from protocol.protobuf import to_proto
 from tests import guard
@@ -77,7 +77,7 @@ def collector() -> Iterator[Collector]:
 
 
 def encode(*ids: int) -> EncodeRequest:
-    return EncodeRequest(token_ids=[list(ids)], from_position=[0], echo=echoes([ids]))
+    return EncodeRequest(token_ids=[list(ids)], from_position=[0], echo=token_crc32s([ids]))
 
 
 def ask_over_rest(url: str, key: str) -> list[httpx.Response]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,12 @@ from plm_owner_server.tenants.store import TenantStore
 from plm_owner_server.transports.tls import Certificate
 from protocol.errors import ConnectionFailed, Forbidden, InvalidRequest, PemaError, Unauthenticated, Untrusted
 from protocol.messages import HeadRequest
+from tests import support
 from tests.guard import Authority
 from tests.processes.parties import client, server
+
+IMPATIENT = "tests.processes.impatient_server"
+until = partial(support.until, within_s=30)
 
 
 def test_both_transports_speak_tls_and_take_a_renewed_certificate(tiny_models: TinyModels, tmp_path: Path) -> None:
@@ -32,10 +36,11 @@ def test_both_transports_speak_tls_and_take_a_renewed_certificate(tiny_models: T
     first.sign(files)
     store = f"sqlite:///{tmp_path}/owner.db"
     key, port = str(TenantStore(store).add("acme")), free_port()
-    flags = ["--model", tiny_models["llama"], "--store", store]
+    flags = ["--model", str(tiny_models["llama"]), "--store", store]
     flags += ["--tls-certificate", str(files.chain), "--tls-key", str(files.key), "--transfer-timeout", "5"]
+    log = tmp_path / "server.log"
     with (
-        server(tmp_path / "server.log", *flags, grpc_port=port, ca=first.file) as rest,
+        server(log, *flags, grpc_port=port, ca=first.file, module=IMPATIENT) as rest,
         # One that never shakes hands: its own time-out is longer than the server's.
         socket.create_connection(("127.0.0.1", int(rest.rpartition(":")[2])), timeout=40) as silent,
     ):
@@ -44,14 +49,14 @@ def test_both_transports_speak_tls_and_take_a_renewed_certificate(tiny_models: T
         def card_names(authority: Authority | None) -> list[str]:
             names = []
             for url in urls:
-                with connect(url, api_key=key, ca=authority and authority.file, give_up_after_s=0) as plm:
+                with connect(url, api_key=key, ca=authority and authority.file, retry_for=0) as plm:
                     names.append(plm.card.name)
             return names
 
         assert len(card_names(first)) == 2
         for url, stranger in ((url, other) for url in urls for other in (None, second)):
             with pytest.raises(Untrusted, match="cannot be trusted: unable to get local issuer") as caught:
-                connect(url, api_key=key, ca=stranger and stranger.file, give_up_after_s=0)
+                connect(url, api_key=key, ca=stranger and stranger.file, retry_for=0)
             assert "--ca" in caught.value.hint
         told = client(rest, "info", "--ca", second.file, "--api-key", key)
         assert told.returncode == 1
@@ -59,18 +64,18 @@ def test_both_transports_speak_tls_and_take_a_renewed_certificate(tiny_models: T
         assert client(rest, "info", "--ca", first.file, "--api-key", key).returncode == 0
 
         files.key.write_text("half of a file")  # in the midst of being renewed
-        time.sleep(2.5)
+        until(lambda: "the certificate in use stays" in log.read_text())
         assert len(card_names(first)) == 2
         second.sign(files)
-        time.sleep(2.5)
+        until(lambda: log.read_text().count("was renewed") == 1)
         assert len(card_names(second)) == 2
         with pytest.raises(Untrusted):
             card_names(first)
         second.sign(files, "another.example.com")
-        time.sleep(2.5)
+        until(lambda: log.read_text().count("was renewed") == 2)
         for url in urls:
             with pytest.raises(Untrusted, match=r"(?i)peer name|hostname|not valid for"):
-                connect(url, api_key=key, ca=second.file, give_up_after_s=0)
+                connect(url, api_key=key, ca=second.file, retry_for=0)
         assert silent.recv(1) == b""
 
 
@@ -93,7 +98,7 @@ def test_tenants_are_known_by_their_certificates(tiny_models: TinyModels, tmp_pa
 
     def asked(url: str, name: str | None, call: Callable[[Connection], Any], key: str | None = None) -> Any:
         shown = {"client_certificate": own[name].chain, "client_key": own[name].key} if name else {}
-        connection = open_connection(url, api_key=key, ca=owners.file, give_up_after_s=0, **shown)
+        connection = open_connection(url, api_key=key, ca=owners.file, retry_for=0, **shown)
         try:
             return call(connection)
         finally:
@@ -105,7 +110,15 @@ def test_tenants_are_known_by_their_certificates(tiny_models: TinyModels, tmp_pa
     def head(connection: Connection) -> int:
         return len(connection.lm_head(HeadRequest(stop=1)).weight_N_D)
 
-    with server(tmp_path / "server.log", *flags, grpc_port=port, ca=owners.file, own=acme) as rest:
+    def is_refused(url: str, name: str) -> bool:
+        try:
+            asked(url, name, card)
+        except PemaError:
+            return True
+        return False
+
+    log = tmp_path / "server.log"
+    with server(log, *flags, grpc_port=port, ca=owners.file, own=acme, module=IMPATIENT) as rest:
         urls = [rest, f"grpcs://127.0.0.1:{port}"]
         for url in urls:
             for key in (None, keys["acme"]):
@@ -126,7 +139,7 @@ def test_tenants_are_known_by_their_certificates(tiny_models: TinyModels, tmp_pa
                     with pytest.raises(ConnectionFailed) as refused:
                         asked(url, stranger, card, key)
                     assert "--client-certificate" in refused.value.hint
-        told = client(rest, "info", "--ca", owners.file, "--give-up-after", 0)
+        told = client(rest, "info", "--ca", owners.file, "--retry-for", 0)
         assert told.returncode == 1
         assert "--client-certificate" in told.stderr
         shown = ["--client-certificate", own["acme"].chain, "--client-key", own["acme"].key]
@@ -135,7 +148,7 @@ def test_tenants_are_known_by_their_certificates(tiny_models: TinyModels, tmp_pa
         store.disable("acme")
         strangers.sign(own["false"], "beta.example.com", common_name="beta")
         clients.file.write_bytes(clients.file.read_bytes() + strangers.file.read_bytes())  # one more authority
-        time.sleep(2.5)
+        until(lambda: "was renewed" in log.read_text() and all(is_refused(url, "acme") for url in urls))
         for url in urls:
             with pytest.raises(Unauthenticated, match="names no tenant"):
                 asked(url, "acme", card)
@@ -166,7 +179,7 @@ def test_what_is_no_certificate_is_told(tmp_path: Path) -> None:
         connect("grpcs://127.0.0.1:1", ca=tmp_path / "empty.pem")
     (tmp_path / "remark.pem").write_bytes("# für uns\n".encode() + authority.file.read_bytes())
     with pytest.raises(ConnectionFailed):
-        connect("https://127.0.0.1:1", ca=tmp_path / "remark.pem", give_up_after_s=0)
+        connect("https://127.0.0.1:1", ca=tmp_path / "remark.pem", retry_for=0)
 
 
 def test_keys_do_not_travel_in_the_clear(tmp_path: Path) -> None:

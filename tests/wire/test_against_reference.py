@@ -23,8 +23,7 @@ from data_owner_client.adapter.types import SCHEDULES
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.decode_loop import generate
-from data_owner_client.decoding.sampling import Sampling
-from data_owner_client.decoding.speculative import DecodingSettings
+from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
 from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.memory.store import ExternalMemory
 from data_owner_client.plm.connection.base import Attempt
@@ -44,7 +43,7 @@ TASK = Task(name="t", source_label="In", target_label="Out", examples=({"source"
 WORDS = ["the", "thin", "die", "Tür", "an", "on", "shine", "reden", "her"]
 PAIRS = [Pair(" ".join(WORDS[i % 9 :][: 2 + i % 4]), " ".join(WORDS[(3 * i) % 7 :][: 1 + i % 3])) for i in range(24)]
 STEPS = 14
-BRIEF = DecodingSettings(STEPS)
+BRIEF = DecodingSettings(max_new_tokens=STEPS)
 WHOLE_HEAD = pytest.mark.unguarded("draws from the whole vocabulary, for which a client needs the whole head")
 
 
@@ -267,7 +266,7 @@ def test_clients_at_once_each_get_the_references_tokens(case: Case) -> None:
             interpolation=interpolation,
             horizons=[horizons[source] for source in own],
             stop_ids=case.stop_ids,
-            settings=DecodingSettings(STEPS, look_ahead, batch_size),
+            settings=DecodingSettings(max_new_tokens=STEPS, look_ahead=look_ahead, batch_size=batch_size),
         )
         ours = [continuation.token_ids for continuation in continuations]
         assert ours == [expected[source, interpolation.schedule] for source in own]
@@ -282,13 +281,13 @@ def test_clients_at_once_each_get_the_references_tokens(case: Case) -> None:
 )
 @given(st.data())
 def test_the_same_seed_draws_the_same_text_with_and_without_drafts(case: Case, data: st.DataObject) -> None:
-    sampling = Sampling(
+    sampling = SamplingSettings(
         temperature=data.draw(st.sampled_from([0.7, 1.0, 1.5])),
         top_k=data.draw(st.sampled_from([0, 40])),
         top_p=data.draw(st.sampled_from([1.0, 0.9])),
         repetition_penalty=data.draw(st.sampled_from([1.0, 1.3])),
         seed=data.draw(st.integers(0, 5)),
-        known_only=guard.current is not None or data.draw(st.booleans()),  # or it needs the whole head
+        candidates_only=guard.current is not None or data.draw(st.booleans()),  # or it needs the whole head
     )
     # The last of them draws nothing: its text is that of the most probable tokens.
     prompts, samples = case.prompts(["the thin shine", "her", "die Tür", "an"]), [0, 0, 0, None]
@@ -312,11 +311,11 @@ def test_the_same_seed_draws_the_same_text_with_and_without_drafts(case: Case, d
         return [continuation.token_ids for continuation in continuations]
 
     last = prompts[-1]
-    plain = drawn(prompts, DecodingSettings(STEPS, look_ahead=0, batch_size=1))
+    plain = drawn(prompts, DecodingSettings(max_new_tokens=STEPS, look_ahead=0, batch_size=1))
     assert plain[-1] == case.expected(last, gradual, 6.0, STEPS)
-    assert drawn(prompts, DecodingSettings(STEPS, look_ahead=4)) == plain
-    assert drawn(prompts, DecodingSettings(STEPS), case.lookup) == plain
-    assert drawn(prompts[::-1], DecodingSettings(STEPS, batch_size=2)) == plain[::-1]
+    assert drawn(prompts, DecodingSettings(max_new_tokens=STEPS, look_ahead=4)) == plain
+    assert drawn(prompts, DecodingSettings(max_new_tokens=STEPS), case.lookup) == plain
+    assert drawn(prompts[::-1], DecodingSettings(max_new_tokens=STEPS, batch_size=2)) == plain[::-1]
 
 
 @pytest.mark.parametrize("known_only", [pytest.param(False, marks=WHOLE_HEAD), True])
@@ -330,8 +329,8 @@ def test_draws_are_distributed_as_the_references_mixture(case: Case, length_rewa
         interpolation=Interpolation(schedule="constant", lambda_max=weight, length_reward=length_reward),
         horizons=[5.0] * draws,
         stop_ids=case.stop_ids,
-        settings=DecodingSettings(1, batch_size=256),
-        sampling=Sampling(seed=3, known_only=known_only),
+        settings=DecodingSettings(max_new_tokens=1, batch_size=256),
+        sampling=SamplingSettings(temperature=1.0, seed=3, candidates_only=known_only),
         samples=range(draws),
     )
     f_D, p_plm_V = case.reference.context(prompt)
@@ -360,7 +359,7 @@ def test_draws_are_distributed_as_the_references_mixture(case: Case, length_rewa
 
 def test_a_consensus_is_that_of_the_greedy_text_and_the_draws(case: Case) -> None:
     sources = ["the thin shine", "her", "die Tür"]
-    drawing = Sampling(temperature=1.3, seed=2, known_only=True)
+    drawing = SamplingSettings(temperature=1.3, seed=2, candidates_only=True)
     greedy = translate(case.plm, sources, adapter=case.adapter, decoding=BRIEF).texts
     draws = translate(case.plm, sources, adapter=case.adapter, decoding=BRIEF, sampling=drawing, samples=5, best=5).best
     agreed = translate(case.plm, sources, adapter=case.adapter, decoding=BRIEF, sampling=drawing, consensus=5, best=6)
@@ -424,7 +423,7 @@ def test_translate_uses_nothing_but_the_source(case: Case) -> None:
         sources[::-1],
         adapter=case.adapter,
         interpolation=gradual,
-        decoding=DecodingSettings(STEPS, batch_size=2),
+        decoding=DecodingSettings(max_new_tokens=STEPS, batch_size=2),
     )
     alone = [
         translate(case.plm, [s], adapter=case.adapter, interpolation=gradual, decoding=BRIEF).texts[0] for s in sources

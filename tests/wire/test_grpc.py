@@ -26,7 +26,7 @@ from plm_owner_server.service.plm_service import PlmService
 from protocol import errors, messages, pema_pb2, pema_pb2_grpc
 from protocol.chunks import join_head, join_rows, split_head, split_rows
 from protocol.codec import Message
-from protocol.integrity import echoes
+from protocol.integrity import token_crc32s
 from protocol.messages import DecodeRequest, EncodeRequest, EncodeResponse, HeadRequest, HeadRows
 from protocol.protobuf import from_proto, to_proto
 from tests import guard
@@ -71,7 +71,7 @@ def test_a_stream_answers_every_call_and_a_bad_one_spoils_no_other(stub: Any, ti
     assert len(parts) == len(texts)
     for i, ids in enumerate(texts):
         answer = join_rows([from_proto(piece.rows, EncodeResponse) for piece in parts[f"call-{i}"]])
-        assert answer.echo == echoes(ids)
+        assert answer.echo == token_crc32s(ids)
         expected = tiny_service.encode(
             EncodeRequest(token_ids=ids, from_position=[0, 0], dtype="float32"), guard.caller()
         )
@@ -92,7 +92,7 @@ def test_large_answers_come_in_pieces_and_are_put_together(
 
     monkeypatch.setattr("plm_owner_server.transports.grpc_server.split_rows", small)
     monkeypatch.setattr("plm_owner_server.transports.grpc_server.split_head", lambda rows: split_head(rows, 1000))
-    monkeypatch.setattr("plm_owner_server.transports.grpc_server.PIECE_BYTES", 100)
+    monkeypatch.setattr("plm_owner_server.transports.grpc_server.CHUNK_BYTES", 100)
     ids = random_ids(3, [40, 3, 17, 60, 1, 1])
     with serve_over_grpc(service) as url:
         connection = guard.connection(url)

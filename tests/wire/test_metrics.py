@@ -31,7 +31,7 @@ class Blocking:
 
     def __init__(self, engine: TransformersEngine) -> None:
         self.engine = engine
-        self.info, self.head, self.counts = engine.info, engine.head, engine.counts
+        self.info, self.head, self.stats = engine.info, engine.head, engine.stats
         self.warm_up, self.drafting = engine.warm_up, engine.drafting
         self.entered, self.go = threading.Event(), threading.Event()
 
@@ -100,7 +100,7 @@ def test_what_is_counted_is_what_was_asked(watched: Watched, transport: str) -> 
     assert spent[key("pema_call_seconds_sum", call="decode", part="compute")] > 0
     # Without anything known, each token was run once, and each drafted one but the last in a step of its own.
     assert spent[key("pema_pass_tokens_total", kind="encode")] == 7 + 12 + 40
-    assert spent[key("pema_pass_places_total", kind="encode")] == 3 * 40
+    assert spent[key("pema_pass_padded_tokens_total", kind="encode")] == 3 * 40
     assert spent[key("pema_passes_total", kind="encode")] == 1
     assert spent[key("pema_pass_tokens_total", kind="prompt")] == 3
     assert spent[key("pema_passes_total", kind="step")] == 4
@@ -135,12 +135,12 @@ def test_what_nobody_uses_is_forgotten_though_nobody_calls(tiny_models: TinyMode
     deadline = time.monotonic() + 30
     while watched.read()[key("pema_prefix_cache_bytes")] > 0:
         assert time.monotonic() < deadline
-        service.forget_unused()
+        service.evict_idle()
 
 
 def test_the_queue_is_seen(tiny_models: TinyModels) -> None:
     service = support.make_service(tiny_models["llama"], wrap=Blocking)
-    watched, engine = Watched(service), service._engine
+    watched, engine = Watched(service), service.engine
     assert isinstance(engine, Blocking)
     with ThreadPoolExecutor(3) as pool:
         try:

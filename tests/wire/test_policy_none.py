@@ -71,7 +71,7 @@ class Owner:
         if tenant not in self._keys:
             self._keys[tenant] = str(self.store.add(tenant, disclosure=disclosure, **arguments))
         cache = self._folder / "cache" / tenant
-        connection = guard.connection(self._urls[transport], api_key=self._keys[tenant], give_up_after_s=0.1)
+        connection = guard.connection(self._urls[transport], api_key=self._keys[tenant], retry_for=0.1)
         return self._stack.enter_context(RemotePlm(connection, dtype="float32", cache=cache))
 
     def distributions(self, tenant: str) -> int:
@@ -176,13 +176,13 @@ def test_a_budget_that_ends_loses_nothing(owner: Owner, tmp_path: Path) -> None:
     owner.store.set_quotas("acme", {"full_distributions": 20})
     with pytest.raises(BudgetExhausted, match="Of 48 full distributions, 20 are stored") as caught:
         train(plm, memory, tmp_path / "adapter", settings=SETTINGS)
-    assert "--distributions 20" in caught.value.hint
+    assert "--head-contexts 20" in caught.value.hint
     assert "goes on where" in caught.value.hint
     # Nobody who asks for so few is refused; but of random weights, half of the directions are no estimate.
     few = TrainingSettings(**{**vars(SETTINGS), "head_contexts": 20})
     with pytest.raises(InvalidData, match="too far off") as too_few:
         train(plm, memory, tmp_path / "adapter", settings=few)
-    assert "--distributions 48" in too_few.value.hint
+    assert "--head-contexts 48" in too_few.value.hint
     assert owner.distributions("acme") == 20
     owner.store.set_quotas("acme", {"full_distributions": None})
     calls = list[str]()
@@ -212,7 +212,7 @@ def test_who_may_have_no_distributions_is_told_so(owner: Owner, tmp_path: Path) 
     plm = owner.plm("acme", NONE, scopes=("card", "encode", "decode"))
     with pytest.raises(Forbidden, match="distribution") as caught:
         asked(plm, built(plm, tmp_path / "memory"))
-    assert "--distributions" not in caught.value.hint
+    assert "--head-contexts" not in caught.value.hint
 
 
 def test_without_distributions_there_are_no_rows(owner: Owner) -> None:

@@ -83,7 +83,7 @@ def url(server: Serve, tiny_service: PlmService, owner: Owner) -> Iterator[str]:
 
 @pytest.fixture
 def client(url: str, owner: Owner) -> Iterator[Connection]:
-    connection = guard.connection(url, api_key=owner.key, give_up_after_s=5)
+    connection = guard.connection(url, api_key=owner.key, retry_for=5)
     yield connection
     connection.close()
 
@@ -149,7 +149,7 @@ def test_the_refusal_says_when_to_come_back_and_the_client_does(
     owner.limit(tokens_per_minute=5)
     client.encode(ENCODE)
     # A wait that is longer than the client's patience is told at once.
-    other = guard.connection(url, api_key=owner.key, give_up_after_s=5)
+    other = guard.connection(url, api_key=owner.key, retry_for=5)
     with pytest.raises(QuotaExceeded, match="5 tokens of this minute are used up") as caught:
         other.encode(ENCODE)
     assert left(other) == {"minute": 0}  # a refusal tells it, too
@@ -245,7 +245,7 @@ def test_faults_and_numbers_that_do_not_fit_cost_nothing(server: Serve, tiny_mod
 def test_who_has_gone_pays_nothing(tiny_service: PlmService, owner: Owner) -> None:
     owner.limit(tokens_per_day=100)
     caller = CallContext("acme", "acme", meter=owner.ledger.meter("acme"))
-    caller.departed.set()
+    caller.disconnected.set()
     with pytest.raises(ClientDisconnected):
         tiny_service.encode(ENCODE, caller)
     assert [allowance.left for allowance in caller.meter.left] == [100]
@@ -268,7 +268,7 @@ def test_places_are_taken_while_calls_are_answered(server: Serve, tiny_models: T
         server(make_service(tiny_models["llama"], wrap=patched), access=owner.access) as url,
         ThreadPoolExecutor(1) as pool,
     ):
-        connection = guard.connection(url, api_key=owner.key, give_up_after_s=0)
+        connection = guard.connection(url, api_key=owner.key, retry_for=0)
         answered = pool.submit(connection.encode, ENCODE)
         assert begun.wait(60)
         with pytest.raises(QuotaExceeded, match="1 of your requests") as caught:

@@ -19,7 +19,7 @@ from plm_owner_server.service.plm_service import PlmService
 from protocol import errors
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import PROBLEM_JSON, Overloaded, from_problem
-from protocol.integrity import echoes
+from protocol.integrity import token_crc32s
 from protocol.messages import (
     DecodeRequest,
     DecodeResponse,
@@ -206,7 +206,7 @@ def test_one_request_too_many_is_told_to_come_back(tiny_models: TinyModels) -> N
             with pytest.raises(Overloaded):
                 service.encode(FINE, guard.caller())
             with serve_over_grpc(service) as grpc_url:
-                connection = guard.connection(grpc_url, give_up_after_s=0)
+                connection = guard.connection(grpc_url, retry_for=0)
                 calls = (
                     lambda: connection.encode(FINE),
                     lambda: connection.decode(DecodeRequest(token_ids=[[5]], look_ahead=[0])),
@@ -241,14 +241,14 @@ def test_a_client_that_hangs_up_is_skipped(
     engine = engines[0]
     serving = serve(service) if transport == "rest" else serve_over_grpc(service)
     with serving as url, ThreadPoolExecutor(1) as pool:
-        patient, impatient = guard.connection(url), guard.connection(url, timeout_s=0.5, give_up_after_s=0)
+        patient, impatient = guard.connection(url), guard.connection(url, timeout=0.5, retry_for=0)
         try:
             first = pool.submit(patient.encode, FINE)
             assert engine.entered.wait(100)
             with pytest.raises(errors.ConnectionFailed):
                 impatient.encode(EncodeRequest(token_ids=[[77, 78]], from_position=[0]))
-            callers = [ticket.caller for queue in service._scheduler._queues.values() for ticket in queue]
-            until(lambda: any(caller.departed.is_set() for caller in callers), within_s=30)
+            callers = [request.context for queue in service.scheduler._queues.values() for request in queue]
+            until(lambda: any(caller.disconnected.is_set() for caller in callers), within_s=30)
         finally:
             engine.go.set()
         assert len(first.result(100).cr_N_D) == 2
@@ -400,7 +400,7 @@ def test_openapi_has_a_valid_example_for_every_call(http: httpx.Client) -> None:
             assert content[BINARY]["schema"]["format"] == "binary"
             assert BINARY in operation["responses"]["200"]["content"]
         if isinstance(request_type, type) and hasattr(answer, "echo"):
-            assert answer.echo == echoes(request.token_ids)
+            assert answer.echo == token_crc32s(request.token_ids)
             assert int(answer.rows_B.sum()) == len(answer.cr_N_D)
         if isinstance(answer_type, type) and isinstance(answer, EncodeResponse):
             assert (answer.logsumexp_N is not None) == request.with_logsumexp
@@ -420,5 +420,5 @@ def test_simultaneous_calls_do_not_mix(tiny_server: str, tiny_service: PlmServic
         answers = list(pool.map(ask, requests))
     for request, answer in zip(requests, answers, strict=True):
         alone = tiny_service.encode(request, guard.caller())
-        assert answer.echo == alone.echo == echoes(request.token_ids)
+        assert answer.echo == alone.echo == token_crc32s(request.token_ids)
         assert (answer.cr_N_D - alone.cr_N_D).abs().max() <= 1e-5

@@ -22,7 +22,7 @@ from plm_owner_server.service.plm_service import PlmService
 from protocol import errors
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import PROBLEM_JSON, OverLimit, PemaError, from_problem
-from protocol.integrity import echoes
+from protocol.integrity import token_crc32s
 from protocol.messages import (
     DecodeRequest,
     DecodeResponse,
@@ -167,10 +167,10 @@ GOOD = [
     pytest.param("/v1/lm-head", {"dtype": "bfloat16"}, marks=A_RANGE),
     ("/v1/lm-head", {"token_ids": [3, 4], "dtype": "bfloat16"}),
     ("/v1/encode", {"token_ids": IDS, "from_position": [0, 29, 1], "dtype": "float32", "with_logsumexp": True}),
-    ("/v1/encode", {"token_ids": IDS[:1], "from_position": [3], "echo": echoes(IDS[:1])}),
+    ("/v1/encode", {"token_ids": IDS[:1], "from_position": [3], "echo": token_crc32s(IDS[:1])}),
     ("/v1/decode", {"token_ids": IDS, "look_ahead": [4, 0, 2], "stop_token_ids": [2], "dtype": "float32"}),
     ("/v1/decode", {"token_ids": IDS, "look_ahead": [2, 0, 1], "from_position": [3, 29, 0], "dtype": "float32"}),
-    ("/v1/decode", {"token_ids": IDS, "look_ahead": [0, 0, 0], "echo": echoes(IDS), "dtype": "bfloat16"}),
+    ("/v1/decode", {"token_ids": IDS, "look_ahead": [0, 0, 0], "echo": token_crc32s(IDS), "dtype": "bfloat16"}),
     ("/v1/encode", {"token_ids": IDS, "from_position": [0, 0, 0], "dtype": "int8"}),
     ("/v1/decode", {"token_ids": IDS, "look_ahead": [1, 0, 3], "dtype": "int8"}),
     ("/v1/next-token-distribution", {"text": "Größe\n", "top_k": 3}),
@@ -285,8 +285,8 @@ BAD: dict[str, tuple[str, dict[str, Any], type[PemaError]]] = {
     "look_ahead negative": (DECODE, decode(look_ahead=[-1]), OVER),
     "look_ahead too few": (DECODE, decode(look_ahead=[]), INVALID),
     "wrong echo": (ENCODE, encode(echo=[12345]), INVALID),
-    "wrong echo to decode": (DECODE, decode(echo=echoes([[6, 5]])), INVALID),
-    "echo too many": (ENCODE, encode(echo=echoes([[5, 6], [5, 6]])), INVALID),
+    "wrong echo to decode": (DECODE, decode(echo=token_crc32s([[6, 5]])), INVALID),
+    "echo too many": (ENCODE, encode(echo=token_crc32s([[5, 6], [5, 6]])), INVALID),
     "unknown dtype": (ENCODE, encode(dtype="int4"), INVALID),
     "unknown field": (DECODE, decode(temperature=1.0), INVALID),
     "neither text nor ids": (DISTRIBUTION, {}, INVALID),

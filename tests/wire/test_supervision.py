@@ -32,8 +32,8 @@ class _Ailing:
 
     def __init__(self, engine: TransformersEngine) -> None:
         self.engine = engine
-        self.info, self.head, self.counts = engine.info, engine.head, engine.counts
-        self.drafting, self.forget_unused, self.is_alive = engine.drafting, engine.forget_unused, engine.is_alive
+        self.info, self.head, self.stats = engine.info, engine.head, engine.stats
+        self.drafting, self.evict_idle, self.is_alive = engine.drafting, engine.evict_idle, engine.is_alive
         self.broken = False
 
     def warm_up(self) -> None:
@@ -71,7 +71,7 @@ def test_an_engine_that_breaks_is_a_503_and_a_new_engine(tiny_models: TinyModels
     threading.Thread(target=supervisor.run, daemon=True).start()
     with served(state, transport) as url:
         until(lambda: state.is_ready)
-        connection = open_connection(url, give_up_after_s=0)
+        connection = open_connection(url, retry_for=0)
         expected = connection.encode(FINE)
         for request in (EncodeRequest(token_ids=[[66]], from_position=[0]), FINE):
             with pytest.raises(NotReady) as caught:

@@ -73,16 +73,16 @@ def test_every_position_is_that_of_transformers(engines: tuple[Engine, Engine], 
         assert (result.rows, result.echo) == (expected.rows, expected.echo)
         assert_close(result.cr_N_D, expected.cr_N_D, rounding)
         assert_close(result.logsumexp_N, expected.logsumexp_N, rounding)
-    assert ours.counts.known_tokens > 0
+    assert ours.stats.cached_tokens > 0
 
 
 def test_nothing_of_a_tenants_text_is_known_to_another(engines: tuple[Engine, Engine]) -> None:
     ours, _ = engines
     known = []
     for tenant in ("first", "second", "first"):
-        before = ours.counts.known_tokens
+        before = ours.stats.cached_tokens
         ours.encode(EncodeBatch(IDS[3:4], [99], tenant=tenant))
-        known.append(ours.counts.known_tokens - before)
+        known.append(ours.stats.cached_tokens - before)
     assert known == [0, 0, 96]
 
 
@@ -91,14 +91,14 @@ def test_what_is_known_of_texts_can_be_dropped(engines: tuple[Engine, Engine]) -
     assert isinstance(ours, PooledEngine)
     batch = EncodeBatch(IDS[3:4], [99], tenant="forgetful")
     ours.encode(batch)
-    ours._runner._known_since = -math.inf
-    ours.forget_unused()
-    assert ours._runner._known_since is None
-    known = ours.counts.known_tokens
+    ours._runner._cached_since = -math.inf
+    ours.evict_idle()
+    assert ours._runner._cached_since is None
+    known = ours.stats.cached_tokens
     ours.encode(batch)
-    assert ours.counts.known_tokens == known
+    assert ours.stats.cached_tokens == known
     ours.encode(batch)
-    assert ours.counts.known_tokens > known
+    assert ours.stats.cached_tokens > known
 
 
 def test_drafts_are_those_of_transformers(engines: tuple[Engine, Engine], rounding: float) -> None:
@@ -159,7 +159,7 @@ def test_vllm_that_is_killed_is_a_503_and_started_again(tiny_models: TinyModels,
     serve = support.serve_state if transport == "rest" else support.serve_state_over_grpc
     with serve(state, max_body_bytes=2**20) as url:
         until(lambda: state.is_ready)
-        connection = open_connection(url, give_up_after_s=0)
+        connection = open_connection(url, retry_for=0)
         expected = connection.encode(request).cr_N_D
         (core,) = [child for child in set(psutil.Process().children()) - before if child.children()]
         core.kill()

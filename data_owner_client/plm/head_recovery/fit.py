@@ -75,13 +75,13 @@ def fit_rows(distributions: Distributions, token_ids_C: Tensor) -> FittedHead:
     fitted_keys = [key for number, key in enumerate(keys) if number % _HELD_OUT_EVERY]
     equations = NormalEquations(card.hidden_size, len(token_ids_C), bias=card.head_bias)
     for input_N_D, logit_N_C in distributions.blocks(fitted_keys, token_ids_C):
-        equations.add(input_N_D, shape.products_of(logit_N_C))
+        equations.add(input_N_D, shape.products_from_logits(logit_N_C))
     solutions = equations.solve()
     held_out = list(distributions.blocks(keys[::_HELD_OUT_EVERY], token_ids_C))
 
     def error(ridge: float) -> float:
         squares = [
-            (shape.of_products(solutions.products(input_N_D, ridge)) - logit_N_C).square()
+            (shape.logits_from_products(solutions.products(input_N_D, ridge)) - logit_N_C).square()
             for input_N_D, logit_N_C in held_out
         ]
         return torch.cat(squares).mean().sqrt().item()

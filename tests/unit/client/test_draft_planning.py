@@ -21,7 +21,7 @@ def costs(overhead_s: float, step_s: float, row_s: float) -> RoundCostModel:
     learned = RoundCostModel()
     for steps, rows in itertools.product([1, 2, 5], [4, 9, 30]):
         compute_s = steps * step_s + rows * row_s
-        learned.learn(round_s=overhead_s + compute_s, compute_s=compute_s, steps=steps, rows=rows)
+        learned.observe(round_s=overhead_s + compute_s, compute_s=compute_s, steps=steps, rows=rows)
     return learned
 
 
@@ -37,7 +37,7 @@ def test_costs_are_learned(overhead_s: float, step_s: float, row_s: float) -> No
 def test_costs_are_never_negative() -> None:
     learned = RoundCostModel()
     for steps, rows, compute_s in [(1, 30, 0.1), (5, 30, 0.05), (1, 5, 0.2), (9, 60, 0.01)]:
-        learned.learn(round_s=compute_s, compute_s=compute_s, steps=steps, rows=rows)
+        learned.observe(round_s=compute_s, compute_s=compute_s, steps=steps, rows=rows)
     assert min(learned.step_and_row()) >= 0
 
 
@@ -59,11 +59,11 @@ def test_the_plan_expects_the_most_tokens_per_second(
     def rate(drafts: Sequence[DraftPlan]) -> float:
         expected = sum(
             sum(math.prod(own[: j + 1]) for j in range(d.look_ahead))
-            + sum(math.prod(offered[: j + 1]) for j in range(d.offered))
+            + sum(math.prod(offered[: j + 1]) for j in range(d.client_drafts))
             for own, offered, d in zip(chances, offers, drafts, strict=True)
         )
-        rows = len(chances) + sum(d.look_ahead + d.offered for d in drafts)
-        mixed = len({d.offered > 0 for d in drafts}) > 1
+        rows = len(chances) + sum(d.look_ahead + d.client_drafts for d in drafts)
+        mixed = len({d.client_drafts > 0 for d in drafts}) > 1
         steps = 1 + max(d.look_ahead for d in drafts) + mixed
         overhead_s = CAUTION * (known.overhead_s or 0)
         return (len(chances) + expected) / (overhead_s + steps * learned_step_s + rows * learned_row_s)
@@ -71,7 +71,7 @@ def test_the_plan_expects_the_most_tokens_per_second(
     options = itertools.product(
         *(
             [DraftPlan(look_ahead=k) for k in range(len(own) + 1)]
-            + [DraftPlan(offered=m + 1) for m in range(len(offered))]
+            + [DraftPlan(client_drafts=m + 1) for m in range(len(offered))]
             for own, offered in zip(chances, offers, strict=True)
         )
     )
@@ -88,36 +88,36 @@ def test_a_slow_network_wants_more_drafts_and_costly_rows_fewer() -> None:
 
 
 def test_agreement_starts_from_the_prior_and_follows_what_is_seen() -> None:
-    agreement = AcceptanceStats()
-    assert agreement.rate(0.0) == 1.0
-    assert agreement.rate(0.9) == pytest.approx(0.595)
+    acceptance = AcceptanceStats()
+    assert acceptance.rate(0.0) == 1.0
+    assert acceptance.rate(0.9) == pytest.approx(0.595)
     for _ in range(1000):
-        agreement.learn(0.9, agreed=False)
-    assert agreement.rate(0.9) < 0.01
-    assert agreement.rate(0.2) == pytest.approx(0.91)
+        acceptance.observe(0.9, accepted=False)
+    assert acceptance.rate(0.9) < 0.01
+    assert acceptance.rate(0.2) == pytest.approx(0.91)
 
 
 def test_a_lookup_goes_on_as_its_texts_do() -> None:
     lookup = NgramDrafter([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [9, 2, 3, 8]])
-    offers = lookup.after([], [1, 2, 3], 10)
-    assert [offer.token for offer in offers][:2] == [4, 5]
-    assert lookup.after([], [1, 2, 3], 1) == offers[:1]
-    assert lookup.after([1, 2], [3], 10) == []  # a prompt is no target
-    assert lookup.after([], [4, 4, 4], 10) == []
+    drafts = lookup.draft([], [1, 2, 3], 10)
+    assert [draft.token for draft in drafts][:2] == [4, 5]
+    assert lookup.draft([], [1, 2, 3], 1) == drafts[:1]
+    assert lookup.draft([1, 2], [3], 10) == []  # a prompt is no target
+    assert lookup.draft([], [4, 4, 4], 10) == []
     for _ in range(50):
-        offers[0].drafter.learn(offers[0], agreed=False)
-    assert lookup.after([], [1, 2, 3], 10)[0].chance < 0.2 < offers[0].chance
+        drafts[0].drafter.observe(drafts[0], accepted=False)
+    assert lookup.draft([], [1, 2, 3], 10)[0].acceptance < 0.2 < drafts[0].acceptance
 
 
 def test_copying_goes_on_as_the_same_text_did() -> None:
     copying = PromptLookupDrafter()
     prompt = [1, 2, 3, 4, 5, 9, 2, 8]
-    assert [offer.token for offer in copying.after(prompt, [7, 2, 3], 3)] == [4, 5, 9]  # two tokens match, not one
-    assert [offer.token for offer in copying.after(prompt, [2], 9)] == [8, 2]  # the last place, up to the end
-    assert copying.after(prompt, [7], 9) == []
-    assert copying.after(prompt, [], 9) == []  # what the prompt ends with is no match
-    first, *rest = copying.after(prompt, [2, 3], 4)
-    assert all(later.chance >= first.chance for later in rest)  # if they agree so far, more tokens match
+    assert [draft.token for draft in copying.draft(prompt, [7, 2, 3], 3)] == [4, 5, 9]  # two tokens match, not one
+    assert [draft.token for draft in copying.draft(prompt, [2], 9)] == [8, 2]  # the last place, up to the end
+    assert copying.draft(prompt, [7], 9) == []
+    assert copying.draft(prompt, [], 9) == []  # what the prompt ends with is no match
+    first, *rest = copying.draft(prompt, [2, 3], 4)
+    assert all(later.acceptance >= first.acceptance for later in rest)  # if they agree so far, more tokens match
     for _ in range(50):
-        copying.learn(first, agreed=False)
-    assert copying.after(prompt, [2, 3], 1)[0].chance < 0.1 < first.chance
+        copying.observe(first, accepted=False)
+    assert copying.draft(prompt, [2, 3], 1)[0].acceptance < 0.1 < first.acceptance

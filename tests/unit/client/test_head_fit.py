@@ -75,8 +75,8 @@ def test_a_ridge_is_better_where_there_is_noise() -> None:
 def test_products_are_what_logits_came_from() -> None:
     head = LMHead(torch.empty(0), logit_scale=0.5, softcap=3.0)
     product_N_V = torch.linspace(-20, 20, 50, dtype=torch.float64)[None]
-    torch.testing.assert_close(head.products_of(head.of_products(product_N_V)), product_N_V)
-    assert head.products_of(torch.tensor([[3.0, -3.0]])).isfinite().all()
+    torch.testing.assert_close(head.products_from_logits(head.logits_from_products(product_N_V)), product_N_V)
+    assert head.products_from_logits(torch.tensor([[3.0, -3.0]])).isfinite().all()
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "teacher-forced"])

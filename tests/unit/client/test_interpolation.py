@@ -45,9 +45,9 @@ def test_schedules_are_the_papers_recurrence(schedule: str, lambda_max: float, l
 
 def test_a_sequence_does_not_feel_its_batch() -> None:
     interpolation = Interpolation(schedule="gradual", lambda_max=0.9)
-    positions, horizons = torch.tensor([2, 0, 7, 2]), torch.tensor([5.0, 9.0, 8.0, 20.0], dtype=torch.float64)
-    together = interpolation.lambdas(positions, horizons)
-    alone = [interpolation.lambdas(positions[i : i + 1], horizons[i : i + 1]).item() for i in range(4)]
+    positions, lengths = torch.tensor([2, 0, 7, 2]), torch.tensor([5.0, 9.0, 8.0, 20.0], dtype=torch.float64)
+    together = interpolation.lambdas(positions, lengths)
+    alone = [interpolation.lambdas(positions[i : i + 1], lengths[i : i + 1]).item() for i in range(4)]
     assert together.tolist() == alone
 
 
@@ -80,7 +80,7 @@ def test_candidates_logsumexp_and_top1_decide_as_the_whole_vocabulary_does(data:
     logsumexp = plm_logits.logsumexp(-1)
     top1_logit, top1 = plm_logits.max(-1)
     positions = PlmScores(plm_logits[:, candidate_ids] - logsumexp[:, None], top1, top1_logit - logsumexp)
-    ours = CandidateMixture.of(positions, pema_logits.log_softmax(-1), candidate_ids, weights).most_probable()
+    ours = CandidateMixture.from_scores(positions, pema_logits.log_softmax(-1), candidate_ids, weights).most_probable()
     # The winner's probability, not its id: float32 cannot tell ties in float64 apart.
     reached = mixture.gather(1, ours[:, None])[:, 0]
     torch.testing.assert_close(reached, mixture.max(-1).values, rtol=1e-5, atol=0)
@@ -89,5 +89,5 @@ def test_candidates_logsumexp_and_top1_decide_as_the_whole_vocabulary_does(data:
 def test_without_weight_the_plm_decides_alone() -> None:
     positions = PlmScores(torch.tensor([[-1.0, -1.0]]), torch.tensor([7]), torch.tensor([-1.0]))
     pema = torch.tensor([[-0.1, -3.0]])
-    known = CandidateMixture.of(positions, pema, torch.tensor([3, 7]), torch.tensor([0.0], dtype=torch.float64))
-    assert known.most_probable().tolist() == [7]
+    mixture = CandidateMixture.from_scores(positions, pema, torch.tensor([3, 7]), torch.tensor([0.0], dtype=torch.float64))
+    assert mixture.most_probable().tolist() == [7]

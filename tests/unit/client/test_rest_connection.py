@@ -19,6 +19,7 @@ from data_owner_client.plm.connection import retries
 from data_owner_client.plm.connection.base import Attempt
 from data_owner_client.plm.connection.open import open_connection
 from data_owner_client.plm.connection.rest import RestConnection
+from data_owner_client.plm.connection.settings import ConnectionSettings
 from protocol import errors
 from protocol.codec import BINARY
 from protocol.errors import PROBLEM_JSON, to_problem
@@ -207,7 +208,7 @@ def test_an_answer_that_drips_is_bounded_as_a_whole() -> None:
         return httpx.Response(200, content=parts(), headers={"Content-Type": "application/json"})
 
     connection = RestConnection(
-        "http://owner", timeout_s=0.2, give_up_after_s=0, transport=httpx.MockTransport(Scripted(dripping))
+        "http://owner", ConnectionSettings(timeout=0.2, retry_for=0), transport=httpx.MockTransport(Scripted(dripping))
     )
     started = time.perf_counter()
     with pytest.raises(errors.ConnectionFailed, match="ReadTimeout"):

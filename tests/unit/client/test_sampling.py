@@ -15,7 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from data_owner_client.decoding.sampling import Noise, Sampling
+from data_owner_client.decoding.sampling import Noise, draw_token, sampling_scores
+from data_owner_client.decoding.settings import SamplingSettings
 
 
 @given(
@@ -38,7 +39,9 @@ def test_filters_are_those_of_transformers(
         expected_1_V = TopKLogitsWarper(top_k)(ids_1_T, expected_1_V)
     if top_p < 1.0:
         expected_1_V = TopPLogitsWarper(top_p)(ids_1_T, expected_1_V)
-    ours_V = Sampling(temperature, top_k, top_p, penalty).scores(logprob_V, context)
+    ours_V = sampling_scores(
+        SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty), logprob_V, context
+    )
     torch.testing.assert_close(ours_V, expected_1_V[0])
 
 
@@ -55,5 +58,5 @@ def test_noise_is_gumbel_and_its_own_for_every_position() -> None:
 
 def test_without_temperature_the_most_probable_token_is_taken() -> None:
     logprob_V = torch.tensor([0.2, 0.5, 0.3]).double().log()
-    assert Sampling(temperature=0.0).draw(logprob_V, [], Noise(0, [], 0), 0) == 1
-    assert Sampling(temperature=0.0, repetition_penalty=3.0).draw(logprob_V, [1], Noise(0, [], 0), 0) == 2
+    assert draw_token(SamplingSettings(), logprob_V, [], Noise(0, [], 0), 0) == 1
+    assert draw_token(SamplingSettings(repetition_penalty=3.0), logprob_V, [1], Noise(0, [], 0), 0) == 2

@@ -25,7 +25,7 @@ class Clock:
         return Trained(Adapter(4, 2, "paper"), [], 1.0 + wrong)
 
 
-BEGIN = TrainingSettings(form="residual", minutes=30.0)
+BEGIN = TrainingSettings(form="residual", search_minutes=30.0)
 
 
 def test_what_is_better_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,19 +51,19 @@ def test_no_training_is_begun_that_would_end_too_late(
     monkeypatch: pytest.MonkeyPatch, minutes: float, trainings: int
 ) -> None:
     clock = Clock(monkeypatch, dropout=0.9)
-    search_settings([replace(BEGIN, minutes=minutes)], clock.fit, forms=["paper"], on_trial=lambda *_: None)
+    search_settings([replace(BEGIN, search_minutes=minutes)], clock.fit, forms=["paper"], on_trial=lambda *_: None)
     assert len(clock.tried) == trainings
 
 
-def test_every_opening_is_tried_whatever_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_candidate_is_tried_whatever_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, pairing="reliable")
-    openings = [
-        replace(BEGIN, form="recent", pairing="aligned", minutes=0.0),
-        replace(BEGIN, pairing="reliable", minutes=0.0),
+    candidates = [
+        replace(BEGIN, form="recent", pairing="aligned", search_minutes=0.0),
+        replace(BEGIN, pairing="reliable", search_minutes=0.0),
     ]
-    best, trained = search_settings(openings, clock.fit, forms=["recent"], on_trial=lambda *_: None)
-    assert clock.tried == openings
-    assert best == openings[1]
+    best, trained = search_settings(candidates, clock.fit, forms=["recent"], on_trial=lambda *_: None)
+    assert clock.tried == candidates
+    assert best == candidates[1]
     assert trained.best_nll == 1.0
 
 

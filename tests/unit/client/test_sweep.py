@@ -17,7 +17,7 @@ from protocol.errors import InvalidData
 
 TASK = Task(name="t", source_label="In", target_label="Out")
 PAIRS = [Pair(f"the thin {number}", "die Tür " * (1 + number % 3) + str(number)) for number in range(20)]
-GRID = Grid(rank=(2, 4), examples=(8, None), schedule=("constant", "gradual"), lambda_max=(0.2, 0.6, 0.9))
+GRID = Grid(varied={"rank": (2, 4)}, examples=(8, None), schedule=("constant", "gradual"), lambda_max=(0.2, 0.6, 0.9))
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def plm(tiny_service: PlmService, tmp_path: Path) -> RemotePlm:
 
 def test_every_point_of_the_grid_has_its_row(plm: RemotePlm, tmp_path: Path) -> None:
     rows = sweep(plm, tmp_path / "memory", GRID, tmp_path / "out")
-    points = {(row.rank, row.examples, row.schedule, row.lambda_max) for row in rows}
+    points = {(row.settings.rank, row.examples, row.schedule, row.lambda_max) for row in rows}
     assert len(points) == len(rows) == 2 * 2 * 2 * 3
     assert {row.examples for row in rows} == {8, 20}
     assert len(likeliest(rows)) == 4
@@ -41,15 +41,15 @@ def test_every_point_of_the_grid_has_its_row(plm: RemotePlm, tmp_path: Path) -> 
 
 
 def test_what_is_done_is_not_done_again(plm: RemotePlm, tmp_path: Path) -> None:
-    sweep(plm, tmp_path / "memory", Grid(rank=(2,), lambda_max=(0.5,)), tmp_path / "out")
+    sweep(plm, tmp_path / "memory", Grid(varied={"rank": (2,)}, lambda_max=(0.5,)), tmp_path / "out")
     trainings = tmp_path / "out" / "trainings"
     (kept,) = trainings.iterdir()
     before = kept.stat().st_mtime_ns
-    rows = sweep(plm, tmp_path / "memory", Grid(rank=(2, 3), lambda_max=(0.5,)), tmp_path / "out")
+    rows = sweep(plm, tmp_path / "memory", Grid(varied={"rank": (2, 3)}, lambda_max=(0.5,)), tmp_path / "out")
     assert kept.stat().st_mtime_ns == before
     assert len(list(trainings.iterdir())) == 2
     kept.write_text("[")  # half of one
-    again = sweep(plm, tmp_path / "memory", Grid(rank=(2, 3), lambda_max=(0.5,)), tmp_path / "out")
+    again = sweep(plm, tmp_path / "memory", Grid(varied={"rank": (2, 3)}, lambda_max=(0.5,)), tmp_path / "out")
     assert [row.nll for row in again] == [row.nll for row in rows]
 
 

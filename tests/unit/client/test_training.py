@@ -71,8 +71,8 @@ class InMemory:
 
 def fit(rows: MemoryRows, settings: TrainingSettings, *, shards: int = 1, **options: Any) -> Trained:
     memory = InMemory(rows, shards)
-    survey = replace(MemoryStats.from_memory(memory), candidate_ids_C=CANDIDATES)
-    return train_adapter(memory, survey, make_head(), make_validation(), settings, **options)
+    stats = replace(MemoryStats.from_memory(memory), candidate_ids_C=CANDIDATES)
+    return train_adapter(memory, stats, make_head(), make_validation(), settings, **options)
 
 
 def make_head() -> LMHead:
@@ -155,10 +155,10 @@ def test_the_same_adapter_comes_out_in_every_basis(form: Any) -> None:
         memory = InMemory(replace(rows, cr_N_D=(rows.cr_N_D + 0.5) * scales_D @ basis_D_D.T), 3)
         data = replace(held_out.data, cr_N_D=(held_out.data.cr_N_D + 0.5) * scales_D @ basis_D_D.T)
         seen = replace(head, weight_V_D=head.weight_V_D @ basis_D_D.T)
-        survey = replace(MemoryStats.from_memory(memory), candidate_ids_C=CANDIDATES)
-        axes_D_D = survey.axes_D_D
+        stats = replace(MemoryStats.from_memory(memory), candidate_ids_C=CANDIDATES)
+        axes_D_D = stats.axes_D_D
         torch.testing.assert_close(axes_D_D @ axes_D_D.T, torch.eye(D), rtol=0, atol=1e-5)
-        trained.append(train_adapter(memory, survey, seen, replace(held_out, data=data), settings))
+        trained.append(train_adapter(memory, stats, seen, replace(held_out, data=data), settings))
     plain, turned = trained
     nlls = [[epoch.validation_nll for epoch in one.history if epoch.phase == "joint"] for one in trained]
     assert nlls[0] == pytest.approx(nlls[1], abs=1e-3)
@@ -183,8 +183,8 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(ema_decay: float) -> 
     settings = replace(SETTINGS, epochs=60, patience=2, learning_rate=0.1, ema_decay=ema_decay)
     memory, head, validation = InMemory(make_rows(3, rows=18)), make_head(), make_validation()
     # Not rotated, so that the kept adapter scores exactly what it scored in training.
-    survey = replace(MemoryStats.from_memory(memory), candidate_ids_C=CANDIDATES, axes_D_D=torch.eye(D))
-    trained = train_adapter(memory, survey, head, validation, settings)
+    stats = replace(MemoryStats.from_memory(memory), candidate_ids_C=CANDIDATES, axes_D_D=torch.eye(D))
+    trained = train_adapter(memory, stats, head, validation, settings)
     nlls = [epoch.validation_nll for epoch in trained.history if epoch.validation_nll is not None]
     assert len(nlls) < 60
     assert trained.best_nll == min(nlls) == nlls[-3]

@@ -74,14 +74,14 @@ def test_common_prefix_is_the_longest(prefix: list[int], rests: list[list[int]])
 @given(
     sequences=st.lists(st.lists(st.integers(0, 1), max_size=4), max_size=10),
     known=st.integers(0, 4),
-    worth=st.integers(1, 9),
+    min_saved_tokens=st.integers(1, 9),
 )
-def test_what_is_alike_saves_what_it_costs(sequences: list[list[int]], known: int, worth: int) -> None:
-    groups = duplicate_groups(sequences, [min(known, len(ids)) for ids in sequences], worth)
+def test_what_is_alike_saves_what_it_costs(sequences: list[list[int]], known: int, min_saved_tokens: int) -> None:
+    groups = duplicate_groups(sequences, [min(known, len(ids)) for ids in sequences], min_saved_tokens)
     grouped = [tuple(sequences[group[0]]) for group in groups]
     assert len(grouped) == len(set(grouped))
     for group in groups:
         assert all(sequences[index] == sequences[group[0]] for index in group)
     for ids in {tuple(ids) for ids in sequences}:
         saved = (sequences.count(list(ids)) - 1) * max(0, len(ids) - known)
-        assert (saved >= worth) == (ids in grouped)
+        assert (saved >= min_saved_tokens) == (ids in grouped)

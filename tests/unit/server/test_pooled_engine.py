@@ -222,7 +222,7 @@ def test_a_model_that_is_dead_breaks_the_service(setting: Setting, tiny_models: 
     setting.blocks.faults.append(dead)
     with pytest.raises(NotReady):
         service.encode(request)
-    assert service.broken.is_set()
+    assert service.scheduler.broken.is_set()
 
 
 def test_normalised_states_are_noticed(setting: Setting) -> None:

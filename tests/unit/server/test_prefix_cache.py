@@ -92,7 +92,7 @@ def test_what_was_not_used_for_long_is_dropped(calls: list[tuple[bool, list[int]
     used: dict[tuple[int, ...], float] = {}  # each prefix that is kept, and when it was last used
     for insert, ids, seconds in calls:
         now[0] += seconds
-        cache.drop_unused()
+        cache.evict_idle()
         used = {prefix: since for prefix, since in used.items() if now[0] - since <= 10}
         assert {prefix for prefix in used if known(cache, list(prefix)) == len(prefix)} == set(used)
         # All of it was just looked at; and what is looked at is used.
@@ -102,7 +102,7 @@ def test_what_was_not_used_for_long_is_dropped(calls: list[tuple[bool, list[int]
             used |= {tuple(ids[: i + 1]): now[0] for i in range(len(ids))}
         assert cache.size_bytes == ROW_BYTES * len(used)
     now[0] += 10.5
-    cache.drop_unused()
+    cache.evict_idle()
     assert cache.size_bytes == 0
     assert not cache._nodes
 
@@ -115,7 +115,7 @@ def test_one_text_goes_and_the_other_stays() -> None:
     now[0] = 8
     assert known(cache, [1, 2, 4]) == 3
     now[0] = 12
-    cache.drop_unused()
+    cache.evict_idle()
     assert cache.size_bytes == 3 * ROW_BYTES
     assert [known(cache, ids) for ids in ([1, 2, 3], [1, 2, 4])] == [2, 3]
     now[0] = 23

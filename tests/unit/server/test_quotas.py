@@ -314,7 +314,7 @@ def test_what_cannot_be_counted_is_not_answered(
 def test_a_database_that_is_held_is_waited_for_no_longer_than_is_said(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(database_module, "_BUSY_S", 2.0)
+    monkeypatch.setattr(database_module, "_BUSY_SECONDS", 2.0)
     store, other = TenantStore(url), sa.create_engine(url)
     store.add("acme")
     with other.connect() as stopped:  # a server in the middle of a transaction

@@ -17,7 +17,7 @@ from plm_owner_server.service.requests import CallContext, ClientDisconnected, E
 from plm_owner_server.service.scheduler import Scheduler
 from protocol.errors import NotReady, Overloaded
 from protocol.head import LMHead
-from protocol.integrity import echo
+from protocol.integrity import token_crc32
 from tests.support import until
 
 
@@ -30,7 +30,7 @@ class NotingEngine:
         self.calls: list[tuple[str, list[int]]] = []
         self.entered, self.go = threading.Event(), threading.Event()
         self.running = 0
-        self.counts = EngineStats()
+        self.stats = EngineStats()
         self.broken = False
 
     def warm_up(self) -> None:
@@ -40,7 +40,7 @@ class NotingEngine:
     def is_alive(self) -> bool:
         return True
 
-    def forget_unused(self) -> None: ...
+    def evict_idle(self) -> None: ...
 
     def note(self, what: str, token_ids: Sequence[Sequence[int]]) -> None:
         self.running += 1
@@ -57,7 +57,7 @@ class NotingEngine:
         rows = [len(ids) - start for ids, start in zip(batch.token_ids, batch.from_position, strict=True)]
         cr = torch.tensor([[float(ids[0])] for ids, n in zip(batch.token_ids, rows, strict=True) for _ in range(n)])
         logsumexp_N = cr[:, 0] if batch.with_logsumexp else None
-        return Encoded(rows, [echo(ids) for ids in batch.token_ids], cr, None, logsumexp_N)
+        return Encoded(rows, [token_crc32(ids) for ids in batch.token_ids], cr, None, logsumexp_N)
 
     def drafting(self, batch_tokens: int) -> NotingDrafting:
         return NotingDrafting(self)
@@ -86,7 +86,7 @@ class NotingDrafting:
         rows = [k + 1 for k in batch.look_ahead]
         top1_N = torch.tensor([ids[0] for ids, n in zip(batch.token_ids, rows, strict=True) for _ in range(n)])
         values_N = top1_N.float()
-        echoes = [echo(ids) for ids in batch.token_ids]
+        echoes = [token_crc32(ids) for ids in batch.token_ids]
         return Decoded(rows, echoes, values_N[:, None], None, values_N, top1_N, values_N)
 
 
@@ -106,7 +106,7 @@ class Desk:
         caller = client if isinstance(client, CallContext) else CallContext(client)
         future = self.pool.submit(self.scheduler.run, caller, works)
         self.asked += 1
-        until(lambda: future.done() or len(self.scheduler._tickets) >= self.asked, within_s=30)
+        until(lambda: future.done() or len(self.scheduler._requests) >= self.asked, within_s=30)
         return future
 
     def hold(self) -> Future[list[Encoded]]:
@@ -175,7 +175,7 @@ def test_small_batches_of_several_clients_go_together(desk: Callable[..., Desk])
         (result,) = future.result(30)
         assert result.rows == [8 + i % 2] * 2
         assert result.cr_N_D[:, 0].tolist() == [float(i)] * result.rows[0] + [100.0 + i] * result.rows[1]
-        assert result.echo == [echo([i] * result.rows[0]), echo([100 + i] * result.rows[1])]
+        assert result.echo == [token_crc32([i] * result.rows[0]), token_crc32([100 + i] * result.rows[1])]
     for future, (i, k) in zip(drafts, ((70, 2), (71, 3), (72, 9)), strict=True):
         (result,) = future.result(30)
         assert isinstance(result, Decoded)
@@ -239,7 +239,7 @@ def test_departed_clients_are_skipped(desk: Callable[..., Desk]) -> None:
     gone, here = CallContext("gone"), CallContext("here")
     lost = d.ask(gone, encode(1), encode(2))
     kept = d.ask(here, encode(3))
-    gone.departed.set()
+    gone.disconnected.set()
     d.engine.go.set()
     with pytest.raises(ClientDisconnected):
         lost.result(30)
@@ -252,7 +252,7 @@ def test_drafting_of_a_departed_client_ends(desk: Callable[..., Desk]) -> None:
     gone = CallContext("gone")
     lost = d.ask(gone, draft(1, k=10**6))
     assert d.engine.entered.wait(30)
-    gone.departed.set()
+    gone.disconnected.set()
     d.engine.go.set()
     with pytest.raises(ClientDisconnected):
         lost.result(30)
@@ -282,7 +282,7 @@ def test_what_is_too_much_is_turned_away_with_a_time_to_come_back(desk: Callable
     d.engine.go.set()
     for future in waiting:
         future.result(30)
-    assert (d.scheduler._tickets, d.scheduler._tokens, d.scheduler._given) == (set(), {}, {})
+    assert (d.scheduler._requests, d.scheduler._tokens, d.scheduler._virtual_time) == (set(), {}, {})
 
 
 def test_one_client_cannot_have_all_places(desk: Callable[..., Desk]) -> None:
@@ -329,7 +329,7 @@ def test_a_broken_engine_ends_all_requests_at_once(desk: Callable[..., Desk]) ->
     assert d.scheduler.broken.is_set()
     with pytest.raises(NotReady):
         d.scheduler.run(CallContext("late"), [encode(5)])
-    assert not d.scheduler._tickets
+    assert not d.scheduler._requests
     assert 5 not in [first for _, firsts in d.engine.calls for first in firsts]
 
 
@@ -365,7 +365,7 @@ def test_a_closed_scheduler_waits_for_no_engine(desk: Callable[..., Desk], work:
 
 
 def test_the_thread_ends_when_idle_and_comes_back(desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LINGER_S", 0.01)
+    monkeypatch.setattr(module, "_LINGER_SECONDS", 0.01)
     d = desk()
     d.engine.go.set()
     for i in range(5):
@@ -385,7 +385,7 @@ def test_many_clients_at_once_all_get_their_own(desk: Callable[..., Desk]) -> No
             works += [draft(first, k=chooser.randint(0, 3)) for first in firsts]
             results = d.scheduler.run(CallContext(str(number % 7)), works)
             for work, result in zip(works, results, strict=True):
-                assert result.echo == [echo(ids) for ids in work.token_ids], turn
+                assert result.echo == [token_crc32(ids) for ids in work.token_ids], turn
 
     for future in [d.pool.submit(client, i) for i in range(24)]:
         future.result(60)

@@ -30,7 +30,7 @@ class FakeService:
     def is_alive(self) -> bool:
         return self.alive
 
-    def forget_unused(self) -> None:
+    def evict_idle(self) -> None:
         self.tidied.set()
 
     def close(self, error: PemaError) -> None:

@@ -20,7 +20,7 @@ from plm_owner_server.engines.transformers.engine import TransformersEngine, loa
 from plm_owner_server.engines.transformers.model_runner import ModelRunner
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import NumericalFault, Unsupported
-from protocol.integrity import echo
+from protocol.integrity import token_crc32
 from protocol.messages import DecodeRequest, DecodeResponse, DistributionRequest, EncodeRequest
 from protocol.types import CrKind
 from tests.support import ARCHITECTURES_IN_CI, make_service, random_ids
@@ -100,7 +100,7 @@ def test_encode_is_transformers_own_hidden_state(
     ):
         encoded = engine.encode(EncodeBatch(sequences, starts, with_logsumexp=True))
         assert encoded.rows == [len(ids) - start for ids, start in zip(sequences, starts, strict=True)]
-        assert encoded.echo == [echo(ids) for ids in sequences]
+        assert encoded.echo == [token_crc32(ids) for ids in sequences]
         assert encoded.last_hidden_N_D is None
         assert encoded.logsumexp_N is not None
         parts = zip(encoded.cr_N_D.split(encoded.rows), encoded.logsumexp_N.split(encoded.rows), strict=True)
@@ -118,7 +118,7 @@ def test_encode_through_the_service_in_several_batches(
     starts = [0, 50, 3, 20, 4, 0, 0]
     answer = service.encode(EncodeRequest(token_ids=sequences, from_position=starts, dtype="float32"))
     assert answer.rows_B.tolist() == [len(ids) - start for ids, start in zip(sequences, starts, strict=True)]
-    assert answer.echo == [echo(ids) for ids in sequences]
+    assert answer.echo == [token_crc32(ids) for ids in sequences]
     for ids, start, cr_T_D in zip(sequences, starts, answer.cr_N_D.split(answer.rows_B.tolist()), strict=True):
         assert_near(cr_T_D, truth(ids)[0][start:])
 
@@ -194,7 +194,7 @@ def test_decode_is_greedy_generation(
     sequences = random_ids(sum(lengths), lengths, shared=shared)
     request = DecodeRequest(token_ids=sequences, look_ahead=look_ahead, stop_token_ids=[EOS], dtype="float32")
     answer = service.decode(request)
-    assert answer.echo == [echo(ids) for ids in sequences]
+    assert answer.echo == [token_crc32(ids) for ids in sequences]
     expected = [greedy(model, ids, k + 1) for ids, k in zip(sequences, look_ahead, strict=True)]
     assert drafts(answer) == expected
     rows = answer.rows_B.tolist()
@@ -266,7 +266,7 @@ def test_texts_that_go_on_branch_and_return_are_the_models_own(
         batch = chooser.sample(range(len(texts)), chooser.randint(1, len(texts)))
         look_ahead = [chooser.randint(0, 4) for _ in batch]
         decoded = drafted(engine, [texts[i] for i in batch], look_ahead, frozenset())
-        assert decoded.echo == [echo(texts[i]) for i in batch]
+        assert decoded.echo == [token_crc32(texts[i]) for i in batch]
         parts = zip(batch, decoded.top1_N.split(decoded.rows), decoded.cr_N_D.split(decoded.rows), strict=True)
         for i, top1_K, cr_K_D in parts:
             ran = [*texts[i], *top1_K.tolist()[:-1]]
@@ -325,7 +325,7 @@ def test_batches_join_and_leave_at_any_step(model: PreTrainedModel, truth: Truth
             del waiting[given_up]
         for batch, decoded in drafting.step():
             answered += 1
-            assert decoded.echo == [echo(ids) for ids in batch.token_ids]
+            assert decoded.echo == [token_crc32(ids) for ids in batch.token_ids]
             parts = zip(decoded.top1_N.split(decoded.rows), decoded.cr_N_D.split(decoded.rows), strict=True)
             for i, (number, (top1_K, cr_K_D)) in enumerate(zip(waiting.pop(batch), parts, strict=True)):
                 ids, start, stops = batch.token_ids[i], batch.from_position[i], batch.stop_token_ids
