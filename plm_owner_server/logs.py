@@ -1,6 +1,6 @@
-"""How the server's log is written: its own lines and those of all libraries alike, as text or as JSON.
+"""Set-up of the server's log: the lines of the server and of its libraries, as text or as JSON.
 
-No traceback tells what an exception says, as that may quote the data that caused it: its type and its place are enough.
+Tracebacks show types and source lines, never the exceptions' messages, because these may quote clients' data.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _Info = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[
 
 
 def set_up_logs(level: str, form: Literal["text", "json"]) -> None:
-    """Send all that this process has to say through one handler, to standard error.
+    """Send all messages of this process through one handler to standard error.
 
-    What nobody catches is logged, too; and of a crash in native code the places of all threads are told.
+    Uncaught exceptions are logged. A crash in native code prints the stack of every thread.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(formatter(form))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
-    logging.raiseExceptions = False  # or a line that cannot be formatted would be told with its values
+    logging.raiseExceptions = False  # or a line that cannot be formatted would be printed with its values
     transformers_logging.disable_progress_bar()
-    # It has a handler of its own otherwise.
+    # transformers installs a handler of its own; its lines go through ours instead.
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
     for noisy in ("httpx", "httpcore", "filelock", "alembic", "urllib3"):
@@ -52,23 +52,23 @@ def set_up_logs(level: str, form: Literal["text", "json"]) -> None:
 
 
 def formatter(form: Literal["text", "json"]) -> logging.Formatter:
-    """Writes a line as all of the server's are written."""
+    """The formatter of all of the server's lines."""
     return _JsonLines() if form == "json" else _TextLines()
 
 
 def write_no_core_files() -> None:
-    """Let a crash leave no image of the memory behind, as texts are in it."""
+    """Disable core files, because the memory image of a crash contains texts."""
     if resource is not None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def redact_task_exceptions(loop: asyncio.AbstractEventLoop) -> None:
-    """Let an event loop tell of failed tasks as all else does: its own words quote their exceptions."""
+    """Log an event loop's failed tasks without their exceptions' messages, which the loop would quote."""
 
-    def tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         log.error("%s", context["message"], exc_info=context.get("exception"))
 
-    loop.set_exception_handler(tell)
+    loop.set_exception_handler(report)
 
 
 class _Lines(logging.Formatter):
@@ -87,14 +87,14 @@ class _JsonLines(_Lines, JsonFormatter):
             self,
             ["levelname", "name", "message"],
             rename_fields={"levelname": "level", "name": "logger"},
-            # uvicorn's, for terminals; vLLM's, for its own formatter
+            # uvicorn's, for terminals, and vLLM's, for its own formatter
             reserved_attrs=[*RESERVED_ATTRS, "color_message", "vllm_process_name"],
             timestamp="time",
         )
 
 
 def _redacted_traceback(error: BaseException | None) -> Iterator[str]:
-    """Types and places of an exception and of those that led to it, the last one first."""
+    """Types and stacks of an exception and of those that caused it, the last one first."""
     seen = set[int]()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -105,4 +105,4 @@ def _redacted_traceback(error: BaseException | None) -> Iterator[str]:
 
 def _uncaught(exc_type: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
     if not issubclass(exc_type, (KeyboardInterrupt, SystemExit)):
-        log.critical("nobody caught this", exc_info=(exc_type, error or exc_type(), trace))
+        log.critical("uncaught exception", exc_info=(exc_type, error or exc_type(), trace))

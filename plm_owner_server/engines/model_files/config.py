@@ -1,4 +1,4 @@
-"""What follows from a model's own description, and from what the owner left open, for every engine alike."""
+"""Values that every engine derives from a model's configuration, and the defaults of device and dtype."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from protocol.head import LMHead
 
 
 def device_and_dtype(device: str, dtype: str, *, has_gpu: bool) -> tuple[str, str]:
-    """Those that were chosen; `auto` means CUDA with bfloat16 where there is a GPU, else the CPU with float32."""
+    """Resolve `auto`: CUDA with bfloat16 if there is a GPU, else the CPU with float32."""
     if device == "auto":
         device = "cuda" if has_gpu else "cpu"
     if dtype == "auto":
@@ -20,10 +20,10 @@ def device_and_dtype(device: str, dtype: str, *, has_gpu: bool) -> tuple[str, st
 
 
 def linear_head(model: Any) -> nn.Linear:
-    """The LM head of a causal language model of transformers'.
+    """The LM head of a transformers causal language model.
 
     Raises:
-        Unsupported: it has none, or an encoder before it.
+        Unsupported: the model has no linear LM head, or is an encoder-decoder.
     """
     output = model.get_output_embeddings()
     if model.config.is_encoder_decoder or not isinstance(output, nn.Linear):
@@ -34,12 +34,12 @@ def linear_head(model: Any) -> nn.Linear:
 
 
 def head_from_config(config: Any, weight_V_D: Tensor, bias_V: Tensor | None) -> LMHead:
-    """The LM head of a model with this weight and bias.
+    """An LM head with the scale and the soft-cap that a model's configuration gives.
 
     Args:
-        config: of the text model.
+        config: configuration of the text model.
         weight_V_D: a row for each token.
-        bias_V: None if it has none.
+        bias_V: None if the head has no bias.
     """
     softcap = getattr(config, "final_logit_softcapping", None)
     return LMHead(weight_V_D, bias_V, _logit_scale(config), softcap)
@@ -49,8 +49,8 @@ def eos_token_ids(config: Any, generation_config: Any) -> tuple[int, ...]:
     """Tokens after which the model itself would stop.
 
     Args:
-        config: of the text model.
-        generation_config: its other settings, which win; None if it has none.
+        config: configuration of the text model.
+        generation_config: the model's generation settings, which take precedence; None if it has none.
     """
     eos = getattr(generation_config, "eos_token_id", None)
     if eos is None:

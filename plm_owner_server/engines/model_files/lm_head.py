@@ -1,4 +1,4 @@
-"""The LM head of a model that is run by something that does not load it, read from the checkpoint alone."""
+"""Reading of the LM head from a checkpoint, for engines that run the model without its head."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _INDEX = "model.safetensors.index.json"
 
 
 def read_head(folder: Path, *, dtype: torch.dtype, device: str) -> tuple[LMHead, EngineInfo]:
-    """The head, and what else there is to know of the model.
+    """Read the head and the description of a model.
 
     Args:
-        folder: with config and safetensors files, in the Hugging Face layout.
-        dtype: in which the model's weights are served.
-        device: where the head is put.
+        folder: folder with configuration and safetensors files, in the Hugging Face layout.
+        dtype: dtype that the head is converted to.
+        device: device that the head is loaded on.
 
     Raises:
-        Unsupported: the folder has no such head.
+        Unsupported: the folder holds no causal language model with a linear head in safetensors files.
     """
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -41,18 +41,18 @@ def read_head(folder: Path, *, dtype: torch.dtype, device: str) -> tuple[LMHead,
         ) from error
     output = linear_head(model)
     text = config.get_text_config()
-    names = {id(module): name for name, module in model.named_modules()}
-    places = [names[id(output)]]
+    name_of = {id(module): name for name, module in model.named_modules()}
+    modules = [name_of[id(output)]]
     if text.tie_word_embeddings:
-        places.append(names[id(model.get_input_embeddings())])
+        modules.append(name_of[id(model.get_input_embeddings())])
     files = _files(folder)
-    weight_V_D = _read(files, [f"{place}.weight" for place in places])
+    weight_V_D = _read(files, [f"{module}.weight" for module in modules])
     if weight_V_D is None or weight_V_D.shape != output.weight.shape:
         raise Unsupported(
             f"The weights in {folder} have no LM head of {tuple(output.weight.shape)}.",
             hint="Give a folder with safetensors files that are not quantised.",
         )
-    bias_V = None if output.bias is None else _read(files, [f"{places[0]}.bias"])
+    bias_V = None if output.bias is None else _read(files, [f"{modules[0]}.bias"])
     head = head_from_config(text, weight_V_D.to(device, dtype), None if bias_V is None else bias_V.to(device, dtype))
     info = EngineInfo(
         hidden_size=weight_V_D.shape[1],
@@ -66,13 +66,13 @@ def read_head(folder: Path, *, dtype: torch.dtype, device: str) -> tuple[LMHead,
 
 
 def caps_attention(folder: Path) -> bool:
-    """Whether the model's attention has soft-capped logits (Gemma 2)."""
+    """Return whether the model's attention has soft-capped logits (Gemma 2)."""
     config = AutoConfig.from_pretrained(folder).get_text_config()
     return getattr(config, "attn_logit_softcapping", None) is not None
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Of each tensor, the file that it is in."""
+    """The file of each tensor, by the tensor's name."""
     if (folder / _INDEX).is_file():
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         return {name: folder / file for name, file in index["weight_map"].items()}
@@ -84,7 +84,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _read(files: dict[str, Path], names: list[str]) -> Tensor | None:
-    """The first tensor that is there; checkpoints may leave the first part of a name out, or have one more."""
+    """The first of these tensors that exists. Checkpoints may omit the first part of a name, or add one."""
     for name in names:
         for stored, path in files.items():
             if stored == name or stored.endswith(f".{name}") or name.endswith(f".{stored}"):

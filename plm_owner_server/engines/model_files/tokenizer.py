@@ -1,4 +1,4 @@
-"""The model's tokenizer, and how it travels to clients."""
+"""The model's tokenizer, and its form for clients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The model's fast tokenizer.
 
     Raises:
-        Unsupported: the folder has none that a client could run.
+        Unsupported: the folder has no tokenizer that a client could run.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -24,14 +24,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise Unsupported(
-            "The model's tokenizer has no fast form, which is what clients run.",
+            "The model's tokenizer has no fast form, and clients run no other.",
             hint="Convert it to a tokenizer.json first.",
         )
     return tokenizer
 
 
 def bundle_tokenizer(tokenizer: PreTrainedTokenizerFast) -> TokenizerBundle:
-    """The tokenizer as it travels to clients."""
+    """The tokenizer in the form that clients download."""
     tokenizer_json = tokenizer.backend_tokenizer.to_str()
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}

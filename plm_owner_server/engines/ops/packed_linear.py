@@ -1,7 +1,7 @@
 """Weights in the layout that oneDNN multiplies by fastest, for models in float32 on a CPU.
 
-torch gives such products to MKL, which arranges the weights anew in every call. With the few rows of a decoding step
-that takes longer than the product: packed once, it is two to four times as fast (`benchmarks.packing`).
+torch leaves these products to MKL, which rearranges the weights in every call. With the few rows of a decoding step,
+that takes longer than the product. Packed once, the product is two to four times as fast (`benchmarks.packing`).
 """
 
 from __future__ import annotations
@@ -12,28 +12,46 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Rows that the layout is chosen for; it serves other numbers nearly as well.
+# Number of rows that the layout is chosen for; other numbers are nearly as fast.
 _USUAL_ROWS = 32
-# Numbers of rows that are really multiplied: oneDNN makes a kernel of about a MiB for every number that it meets, and
-# would keep a thousand of them.
-_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, *range(24, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, 513, 64))
+# Inputs are padded to one of these numbers of rows. oneDNN compiles a kernel of about a MiB for every number of rows,
+# and caches up to a thousand of them.
+_ROW_COUNTS = (
+    1,
+    2,
+    3,
+    4,
+    6,
+    8,
+    12,
+    16,
+    *range(24, 65, 8),
+    *range(80, 129, 16),
+    *range(160, 257, 32),
+    *range(320, 513, 64),
+)
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether a matrix has such a layout here."""
-    # Not public, but what torch's own compiler makes of a linear layer on a CPU.
-    known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    """Return whether torch can pack this matrix on this machine."""
+    # Private operators, but the ones that torch's own compiler uses for linear layers on a CPU.
+    has_operators = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(
+        torch.ops.mkldnn, "_reorder_linear_weight"
+    )
     return (
-        weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available() and known
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and has_operators
     )
 
 
 class PackedLinear(nn.Module):
-    """x Wᵀ + b.
+    """A linear layer, x Wᵀ + b, with packed weights.
 
     Args:
-        weight: W [out, in], float32 on the CPU; not kept.
-        bias: b [out].
+        weight: W [out, in], float32 on the CPU; copied into the packed layout.
+        bias: b [out]; None for no bias.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -44,19 +62,19 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W, unpacked anew each time: a few architectures look at it."""
+        """W, unpacked on every access: a few architectures read it."""
         weight: Tensor = self._packed.to_dense()
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] to [..., out]."""
-        products = [self._product(rows_N_I) for rows_N_I in x.reshape(-1, self.in_features).split(_ROWS[-1])]
+        """Map x [..., in] to [..., out]."""
+        products = [self._product(rows_N_I) for rows_N_I in x.reshape(-1, self.in_features).split(_ROW_COUNTS[-1])]
         result_N_O = products[0] if len(products) == 1 else torch.cat(products)
         return result_N_O.view(*x.shape[:-1], self.out_features)
 
     def _product(self, rows_N_I: Tensor) -> Tensor:
         rows = len(rows_N_I)
-        padding = _ROWS[bisect_left(_ROWS, rows)] - rows
+        padding = _ROW_COUNTS[bisect_left(_ROW_COUNTS, rows)] - rows
         if padding:
             rows_N_I = F.pad(rows_N_I, (0, 0, 0, padding))
         result_N_O: Tensor = torch.ops.mkldnn._linear_pointwise(rows_N_I, self._packed, self.bias, "none", [], "")
@@ -64,9 +82,9 @@ class PackedLinear(nn.Module):
 
 
 def pack_linear_layers(module: nn.Module) -> None:
-    """Put packed layers in the place of a module's linear ones, as far as that can be done."""
+    """Replace a module's linear layers by packed ones where torch can pack them."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            # No subclass, which may hold its weights in other ways.
+            # Not subclasses, which may hold their weights differently.
             if type(child) is nn.Linear and can_pack(child.weight):
                 setattr(parent, name, PackedLinear(child.weight, child.bias))

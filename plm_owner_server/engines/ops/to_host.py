@@ -1,4 +1,4 @@
-"""From the device to the host in one copy: every copy of its own would wait for the device once more."""
+"""Copying of several tensors from the device to the host at once, because every copy waits for the device."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ Tensors = TypeVarTuple("Tensors")
 
 
 def to_host(*tensors: *Tensors) -> tuple[*Tensors]:
-    """The same tensors on the CPU, brought there by one copy.
+    """Move tensors to the CPU by a single copy.
 
     Args:
-        tensors: of any shapes and dtypes. Those on a device are on the same one; those on the CPU, and None, come back
-            as they are.
+        tensors: tensors of any shapes and dtypes, or None. Those on a device must be on the same device. Tensors on the
+            CPU, and None, are returned unchanged.
     """
-    away = [tensor for tensor in tensors if isinstance(tensor, Tensor) and _is_away(tensor)]
-    if not away:
+    remote = [tensor for tensor in tensors if isinstance(tensor, Tensor) and _is_remote(tensor)]
+    if not remote:
         return tensors
-    arrived = iter(_unpacked(_packed(away).cpu(), away))
-    here = [next(arrived) if isinstance(tensor, Tensor) and _is_away(tensor) else tensor for tensor in tensors]
-    return cast("tuple[*Tensors]", tuple(here))
+    copies = iter(_unpacked(_packed(remote).cpu(), remote))
+    local = [next(copies) if isinstance(tensor, Tensor) and _is_remote(tensor) else tensor for tensor in tensors]
+    return cast("tuple[*Tensors]", tuple(local))
 
 
-def _is_away(tensor: Tensor) -> bool:
+def _is_remote(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
 def _packed(tensors: Sequence[Tensor]) -> Tensor:
-    """The bytes [N] of all tensors, uint8, where they are."""
+    """The bytes of all tensors in one uint8 tensor [N] on their device."""
     bytes_N = torch.empty(sum(tensor.nbytes for tensor in tensors), dtype=torch.uint8, device=tensors[0].device)
     for view, tensor in zip(_unpacked(bytes_N, tensors), tensors, strict=True):
         view.copy_(tensor)
@@ -39,7 +39,7 @@ def _packed(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _unpacked(bytes_N: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of the bytes, with the dtypes and shapes of `like`."""
+    """Views of the bytes with the dtypes and shapes of `like`, in its order."""
     # The largest items first: as item sizes are powers of two, every view is aligned.
     order = sorted(range(len(like)), key=lambda i: -like[i].element_size())
     parts = bytes_N.split([like[i].nbytes for i in order])
