@@ -1,1 +1,1 @@
-"""Engines run the model; `base` says what the service expects of one."""
+"""Engines, which run the model; `interface` defines what the service expects of one."""

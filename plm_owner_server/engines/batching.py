@@ -1,4 +1,4 @@
-"""Which sequences go through the model together."""
+"""Planning of forward passes: the sequences that go through the model together."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ def plan_batches(
 ) -> list[list[int]]:
     """Group sequence indices, similar lengths together.
 
-    No padded batch exceeds `batch_tokens` tokens, but for a sequence that does so alone; no batch holds more than
-    `padding_tokens` tokens of padding, so that with 0 only equal lengths go together. The plan depends on the lengths
-    alone: the same request is always computed in the same way. `drafted` tokens a sequence count towards the former.
+    The plan depends on the arguments alone, so that equal requests are computed in equal batches.
+
+    Args:
+        lengths: tokens of each sequence.
+        batch_tokens: largest number of tokens in a batch, padding included. A longer sequence makes a batch alone.
+        padding_tokens: largest number of padding tokens in a batch; with 0, only equal lengths go together.
+        drafted: tokens that will be drafted after each sequence; they count towards `batch_tokens`.
     """
     batches: list[list[int]] = []
     padding = 0
@@ -29,18 +33,22 @@ def plan_batches(
     return batches
 
 
-def duplicate_groups(sequences: Sequence[Sequence[int]], known: Sequence[int], worth: int) -> list[list[int]]:
-    """Indices of sequences that are the same, where it is worth a pass of its own to compute them once.
+def duplicate_groups(
+    sequences: Sequence[Sequence[int]], cached: Sequence[int], min_saved_tokens: int
+) -> list[list[int]]:
+    """Groups of indices of equal sequences, where computing one for all saves enough tokens.
 
     Args:
-        sequences: token ids.
-        known: leading tokens of each that need no computing.
-        worth: tokens that a group must save.
+        sequences: token ids of each sequence.
+        cached: number of leading tokens of each sequence that need no computing.
+        min_saved_tokens: smallest number of tokens that a group must save.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, ids in enumerate(sequences):
         groups.setdefault(tuple(ids), []).append(index)
-    return [own for ids, own in groups.items() if (len(own) - 1) * (len(ids) - known[own[0]]) >= worth]
+    return [
+        group for ids, group in groups.items() if (len(group) - 1) * (len(ids) - cached[group[0]]) >= min_saved_tokens
+    ]
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

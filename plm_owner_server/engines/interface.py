@@ -1,4 +1,4 @@
-"""What the service expects of an engine: one batch in, tensors on the CPU out."""
+"""The interface that the service expects of an engine: a batch in, tensors on the CPU out."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from protocol.types import CrKind
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine knows of its model.
+    """Description of the model that an engine runs.
 
     Attributes:
         hidden_size: D, the width of the LM head's input.
-        vocab_size: V, rows of the LM head.
-        max_tokens: longest sequence the model was made for; None if it does not say.
-        dtype: name of the dtype of the weights.
+        vocab_size: V, the number of rows of the LM head.
+        max_tokens: longest sequence that the model was made for; None if its configuration states none.
+        dtype: name of the dtype of the weights, such as `bfloat16`.
+        cr_kind: representation that the engine returns.
         eos_token_ids: tokens after which the model itself would stop.
     """
 
@@ -34,45 +35,46 @@ class EngineInfo:
 
 
 PassKind = Literal["encode", "prompt", "step"]
+"""Forward passes over sequences to encode, over prompts to draft from, and over one more token of drafted sequences."""
 
 
 @dataclass
 class PassStats:
-    """Forward passes of one kind.
+    """Statistics of the forward passes of one kind.
 
     Attributes:
-        number: of passes.
-        tokens: that were run in them.
-        places: that were computed, padding included.
+        count: number of passes.
+        tokens: tokens run in them, without padding.
+        padded_tokens: tokens run in them, padding included.
     """
 
-    number: int = 0
+    count: int = 0
     tokens: int = 0
-    places: int = 0
+    padded_tokens: int = 0
 
 
 @dataclass
 class EngineStats:
-    """What an engine has done since it was made. Its own thread counts; others may look at any time.
+    """Statistics of an engine since it was made. Its own thread writes them; any thread may read them.
 
     Attributes:
-        passes: of sequences to encode, of prompts to go on from, and of one more token of sequences that are drafted.
-        known_tokens: tokens that were not run, as their attention states were known.
-        kept_bytes: size of the attention states that are kept.
+        passes: statistics of the forward passes, by kind.
+        cached_tokens: tokens that were not run because their attention states were cached.
+        cached_bytes: present size of the cached attention states, in bytes.
     """
 
     passes: dict[PassKind, PassStats] = field(
         default_factory=lambda: {kind: PassStats() for kind in get_args(PassKind)}
     )
-    known_tokens: int = 0
-    kept_bytes: int = 0
+    cached_tokens: int = 0
+    cached_bytes: int = 0
 
-    def note(self, kind: PassKind, tokens: int, places: int) -> None:
+    def record(self, kind: PassKind, tokens: int, padded_tokens: int) -> None:
         """Count a pass."""
         passes = self.passes[kind]
-        passes.number += 1
+        passes.count += 1
         passes.tokens += tokens
-        passes.places += places
+        passes.padded_tokens += padded_tokens
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,11 @@ class Encoded:
     """Representations of one batch, sequence by sequence. N = Σ rows.
 
     Attributes:
-        rows: rows of each sequence.
-        echo: CRC-32 of the token ids that were really run, a sequence each.
+        rows: number of rows of each sequence.
+        echo: CRC-32 of each sequence's token ids as the model was given them.
         cr_N_D: context representations, float32 or the model's dtype, on the CPU.
-        last_hidden_N_D: the head's input, only where `cr_N_D` is something else.
-        logsumexp_N: log Σ_v exp(logit_v) in float32, if asked for.
+        last_hidden_N_D: the head's input; None where that is `cr_N_D` itself.
+        logsumexp_N: log Σ_v exp(logit_v), float32; None unless requested.
     """
 
     rows: list[int]
@@ -94,7 +96,7 @@ class Encoded:
     logsumexp_N: Tensor | None
 
     def split(self, counts: Sequence[int]) -> list[Self]:
-        """One part for each run of so many sequences."""
+        """Divide into parts of consecutive sequences, `counts[i]` sequences in part i."""
         ends = list(accumulate(counts))
         row_ends = [0, *accumulate(self.rows)]
         parts = []
@@ -110,11 +112,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Decoded(Encoded):
-    """The positions wanted of each sequence and those drafted after it.
+    """Representations of each sequence's requested positions and of the tokens drafted after it.
 
     Attributes:
-        top1_N: int64, most probable next token of each position, and so the draft that the next position is built on.
-        top1_logprob_N: its log-probability, float32.
+        top1_N: int64, the most probable next token of each position; the draft at the following position.
+        top1_logprob_N: log-probability of that token, float32.
     """
 
     top1_N: Tensor
@@ -126,10 +128,10 @@ class EncodeBatch:
     """Sequences to encode in one pass.
 
     Attributes:
-        token_ids: the sequences.
-        from_position: first position wanted of each.
-        with_logsumexp: also the log-sum-exp.
-        tenant: who asks; what is known of a text is known to its tenant alone.
+        token_ids: token ids of each sequence.
+        from_position: first requested position of each sequence.
+        with_logsumexp: whether to return the log-sum-exp.
+        tenant: the tenant that asks; cached states are never shared between tenants.
     """
 
     token_ids: list[list[int]]
@@ -145,14 +147,14 @@ class EncodeBatch:
 
 @dataclass(frozen=True, eq=False)
 class DraftBatch:
-    """Sequences to draft on.
+    """Sequences to draft from.
 
     Attributes:
-        token_ids: the sequences.
-        from_position: first position wanted of each.
-        look_ahead: the most tokens to draft after each.
-        stop_token_ids: after which a sequence ends.
-        tenant: who asks.
+        token_ids: token ids of each sequence.
+        from_position: first requested position of each sequence.
+        look_ahead: largest number of tokens to draft after each sequence.
+        stop_token_ids: tokens after which a sequence ends.
+        tenant: the tenant that asks; cached states are never shared between tenants.
     """
 
     token_ids: list[list[int]]
@@ -163,50 +165,58 @@ class DraftBatch:
 
     @property
     def width(self) -> int:
-        """Tokens that its longest sequence may come to have."""
+        """Bound on the length of its longest sequence with all drafts."""
         return max(map(len, self.token_ids)) + max(self.look_ahead)
 
     @property
     def tokens(self) -> int:
-        """Tokens that it may come to hold, padding included, if it is drafted alone."""
+        """Bound on the tokens that it holds if it is drafted alone, padding included."""
         return len(self.token_ids) * self.width
 
 
 class Drafting(Protocol):
-    """Sequences that are drafted together, one token of each a step; batches join and leave between any two steps."""
+    """Sequences that are drafted together, one token each per step. Batches join and leave between any two steps."""
 
     def join(self, batches: Sequence[DraftBatch]) -> int:
-        """Take batches in, and run their prompts as far as they are not known; the number of tokens run."""
+        """Add batches and run the parts of their prompts that are not cached. Return the number of tokens run."""
 
     def step(self) -> list[tuple[DraftBatch, Decoded]]:
-        """Draft one more token of every sequence that goes on; what has become of batches of which none does."""
+        """Draft one token for every unfinished sequence. Return the batches that are now complete, with results."""
 
     def leave(self, batch: DraftBatch) -> None:
-        """Let go of a batch that nobody waits for any more."""
+        """Remove a batch whose client has disconnected."""
 
 
 class Engine(Protocol):
-    """Runs a causal language model. Calls come one at a time but for the first two; every one is stateless."""
+    """A causal language model that can be run. Calls are stateless.
+
+    One thread makes all calls, except `is_alive` and `evict_idle`, which any thread may make.
+
+    Attributes:
+        info: description of the model.
+        head: the model's LM head.
+        stats: statistics of what was run.
+    """
 
     info: EngineInfo
     head: LMHead
-    counts: EngineStats
+    stats: EngineStats
 
     def is_alive(self) -> bool:
-        """Whether it can still work, as far as that can be told without work. Any thread may call it."""
+        """Return whether the engine can still work, if that can be told without running the model."""
 
-    def forget_unused(self) -> None:
-        """Drop what is known of texts that were not asked about for long. Any thread may call it."""
+    def evict_idle(self) -> None:
+        """Remove cached states that have passed the cache's time limit."""
 
     def warm_up(self) -> None:
-        """Run a real forward pass and check the head against the model's own logits."""
+        """Run a real forward pass and check its result."""
 
     def encode(self, batch: EncodeBatch) -> Encoded:
         """Representations of all positions ≥ `from_position` of every sequence."""
 
     def drafting(self, batch_tokens: int) -> Drafting:
-        """Drafting that nothing has joined yet.
+        """A new, empty `Drafting`.
 
         Args:
-            batch_tokens: the most tokens, padding included, in one forward pass.
+            batch_tokens: largest number of tokens in one forward pass, padding included.
         """

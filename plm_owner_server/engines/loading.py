@@ -1,4 +1,4 @@
-"""The engine that the owner chose, over a model's folder."""
+"""Loading of the engine that the owner chose."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load_engine(folder: Path, settings: ServerSettings) -> Engine:
 
     Raises:
         InvalidRequest: the engine is not installed.
-        Unsupported: it cannot serve this model.
+        Unsupported: the engine cannot serve this model.
     """
     engine = _vllm(folder, settings) if settings.engine == "vllm" else _transformers(folder, settings)
     engine.warm_up()
@@ -26,12 +26,12 @@ def load_engine(folder: Path, settings: ServerSettings) -> Engine:
 
 def _transformers(folder: Path, settings: ServerSettings) -> Engine:
     model = load_model(folder, device=settings.device, dtype=settings.dtype, device_map=settings.device_map)
-    log.info("transformers runs it on %s", model.device)
+    log.info("transformers runs the model on %s", model.device)
     return TransformersEngine(
         model,
         cr_kind=settings.cr_kind,
         prefix_cache_bytes=_prefix_cache_bytes(settings),
-        prefix_cache_seconds=settings.prefix_cache_seconds,
+        prefix_cache_ttl=settings.prefix_cache_ttl,
         pack_weights=settings.pack_weights,
     )
 
@@ -46,13 +46,12 @@ def _vllm(folder: Path, settings: ServerSettings) -> Engine:
             device=settings.device,
             threads=settings.threads,
             max_tokens=settings.max_sequence_tokens,
-            batch_tokens=settings.batch_tokens,
+            batch_tokens=settings.max_batch_tokens,
             prefix_cache_bytes=_prefix_cache_bytes(settings),
-            prefix_cache_seconds=settings.prefix_cache_seconds,
+            prefix_cache_ttl=settings.prefix_cache_ttl,
             pack_weights=settings.pack_weights,
             tensor_parallel_size=settings.tensor_parallel_size,
             pipeline_parallel_size=settings.pipeline_parallel_size,
-            data_parallel_size=settings.data_parallel_size,
             distributed_executor_backend=settings.distributed_executor_backend,
             log_format=settings.log_format,
             options=settings.vllm_options,

@@ -1,7 +1,7 @@
 """The engine over Hugging Face transformers, for any decoder-only `AutoModelForCausalLM`.
 
-No list of architectures: the last hidden state is what the model's own base returns, the head is what the model
-declares as its output embedding, and `warm_up` proves both against the model's own logits before anything is served.
+There is no list of architectures. The last hidden state is the output of the model's base, and the head is the output
+embedding that the model declares. `warm_up` checks both against the model's own logits before anything is served.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from plm_owner_server.engines.ops.vocab_reduction import VocabReduction
 from plm_owner_server.engines.transformers.drafting import BatchedDrafting
 from plm_owner_server.engines.transformers.model_runner import ModelRunner
 from protocol.errors import Unsupported
-from protocol.integrity import echo
+from protocol.integrity import token_crc32
 from protocol.types import CrKind
 
 log = logging.getLogger(__name__)
@@ -30,13 +30,13 @@ def load_model(folder: Path, *, device: str, dtype: str, device_map: str | None 
     """Load a causal language model.
 
     Args:
-        folder: in the Hugging Face layout.
-        device: that has the whole model, unless there is a map; may be `auto`.
-        dtype: of the weights; may be `auto`.
-        device_map: how accelerate spreads the layers over devices.
+        folder: model folder in the Hugging Face layout.
+        device: device of the whole model, unless there is a `device_map`; may be `auto`.
+        dtype: dtype of the weights; may be `auto`.
+        device_map: distribution of the layers over devices, as accelerate takes it; None for one device.
 
     Raises:
-        Unsupported: transformers cannot load it as one.
+        Unsupported: transformers cannot load the folder as a causal language model.
     """
     device, dtype = device_and_dtype(device, dtype, has_gpu=torch.cuda.is_available())
     try:
@@ -53,15 +53,19 @@ class TransformersEngine:
     """Runs a causal language model with transformers.
 
     Args:
-        model: in evaluation mode, on its device.
-        cr_kind: which representation its answers hold.
-        prefix_cache_bytes: bound on the attention states kept for texts that begin alike or go on; 0 keeps none, and
-            computes every token of every sequence.
-        prefix_cache_seconds: how long they are kept after their last use.
-        pack_weights: on a CPU, change the model's linear layers to a faster layout, and hold the LM head in it too.
+        model: the model in evaluation mode, on its device.
+        cr_kind: representation that the engine returns.
+        prefix_cache_bytes: bound on the cached attention states; 0 disables the cache, so that every token is run.
+        prefix_cache_ttl: seconds after their last use at which cached states are removed.
+        pack_weights: on a CPU, change the model's linear layers to a faster layout, and also hold the LM head in it.
+
+    Attributes:
+        info: description of the model.
+        head: the model's LM head.
+        stats: statistics of what was run.
 
     Raises:
-        Unsupported: the model is no attention-based decoder, or has no such representation.
+        Unsupported: the model is no attention-based decoder, or lacks the representation.
     """
 
     def __init__(
@@ -70,32 +74,32 @@ class TransformersEngine:
         *,
         cr_kind: CrKind,
         prefix_cache_bytes: int = 2**28,
-        prefix_cache_seconds: float = 600,
+        prefix_cache_ttl: float = 600,
         pack_weights: bool = False,
     ) -> None:
         config = model.config.get_text_config()
         output = linear_head(model)
         if getattr(model, "_is_stateful", False):
             raise Unsupported(
-                f"{type(model).__name__} carries a recurrent state, which padding would spoil.",
+                f"{type(model).__name__} has a recurrent state, which padding would change.",
                 hint="Serve an attention-based model.",
             )
         self._model = model
-        self._gives_ffn_output = cr_kind == "ffn_output"
+        self._returns_ffn_output = cr_kind == "ffn_output"
         if pack_weights:
             pack_linear_layers(model.base_model)
         self._runner = ModelRunner(
             model,
-            ffn_output=self._gives_ffn_output,
+            ffn_output=self._returns_ffn_output,
             prefix_cache_bytes=prefix_cache_bytes,
-            prefix_cache_seconds=prefix_cache_seconds,
+            prefix_cache_ttl=prefix_cache_ttl,
         )
-        self.counts = self._runner.counts
+        self.stats = self._runner.stats
         self.head = head_from_config(
             config, output.weight.detach(), None if output.bias is None else output.bias.detach()
         )
-        # Where the states are; spread over devices, the head itself is on the last one.
-        self._vocabulary = VocabReduction(self.head.to(self._runner.device), packed=pack_weights)
+        # On the device of the states: if the model is spread over devices, its head is on the last one.
+        self._vocab = VocabReduction(self.head.to(self._runner.device), packed=pack_weights)
         self.info = EngineInfo(
             hidden_size=self.head.weight_V_D.shape[1],
             vocab_size=self.head.weight_V_D.shape[0],
@@ -106,7 +110,7 @@ class TransformersEngine:
         )
 
     def is_alive(self) -> bool:
-        """It is in this process."""
+        """Return True: the engine runs in this process."""
         return True
 
     @torch.inference_mode()
@@ -114,14 +118,14 @@ class TransformersEngine:
         """Check on a real forward pass that softmax(head(f)) is the model's own distribution.
 
         Raises:
-            Unsupported: something between the last hidden state and the logits is not known here, or the
-                representation is not of the head's width.
+            Unsupported: the logits are not the head of the last hidden state, or the representation is not as wide as
+                the head's input.
         """
         ids_B_T = torch.arange(1, 9, device=self._runner.device).remainder(self.info.vocab_size)[None]
         expected = self._model(input_ids=ids_B_T, use_cache=False).logits.float()
         state = self._runner.encode(ids_B_T.tolist(), [])
         ours = self.head.logits(state.last_hidden_B_T_D.to(self.head.weight_V_D.device)).float().to(expected.device)
-        logsumexp_T, _, top_logit_T = self._vocabulary.logsumexp_top1(state.last_hidden_B_T_D[0])
+        logsumexp_T, _, top_logit_T = self._vocab.logsumexp_top1(state.last_hidden_B_T_D[0])
         differences = [
             ours - expected,
             logsumexp_T - expected[0].logsumexp(dim=-1),
@@ -134,13 +138,13 @@ class TransformersEngine:
             raise Unsupported(
                 f"The logits of {type(self._model).__name__} are not head(last hidden state): relative difference "
                 f"{error:.1e}.",
-                hint="This architecture changes the logits in a way that is not known here; please report it.",
+                hint="This architecture changes the logits in an unsupported way; please report it.",
             )
         if state.cr_B_T_D.shape != state.last_hidden_B_T_D.shape:
             raise Unsupported(
                 f"The feed-forward output of {type(self._model).__name__} is {state.cr_B_T_D.shape[-1]} wide, its head "
                 f"takes {self.info.hidden_size}.",
-                hint="An adapter could not map one to the other; serve --cr-kind last_hidden_state.",
+                hint="An adapter cannot map one to the other; serve --cr-kind last_hidden_state.",
             )
         log.info("warm-up: logits agree with the model's own to %.1e", error)
 
@@ -151,31 +155,31 @@ class TransformersEngine:
         shared = self._runner.shared_states(batch.tenant, token_ids, at_most=min(starts))
         run = self._runner.encode(token_ids, shared)
         bounds = [(start, len(ids)) for ids, start in zip(token_ids, starts, strict=True)]
-        places = [place for row, (start, stop) in enumerate(bounds) for place in run.places(row, start, stop)]
-        places_N = self._runner.send(torch.tensor(places))
-        cr_N_D, last_hidden_N_D, logsumexp_N = run.cr_B_T_D.flatten(0, 1).index_select(0, places_N), None, None
-        if self._gives_ffn_output:
-            last_hidden_N_D = run.last_hidden_B_T_D.flatten(0, 1).index_select(0, places_N)
+        indices = [i for row, (start, stop) in enumerate(bounds) for i in run.flat_positions(row, start, stop)]
+        indices_N = self._runner.to_device(torch.tensor(indices))
+        cr_N_D, last_hidden_N_D, logsumexp_N = run.cr_B_T_D.flatten(0, 1).index_select(0, indices_N), None, None
+        if self._returns_ffn_output:
+            last_hidden_N_D = run.last_hidden_B_T_D.flatten(0, 1).index_select(0, indices_N)
         if batch.with_logsumexp:
-            logsumexp_N, _, _ = self._vocabulary.logsumexp_top1(cr_N_D if last_hidden_N_D is None else last_hidden_N_D)
+            logsumexp_N, _, _ = self._vocab.logsumexp_top1(cr_N_D if last_hidden_N_D is None else last_hidden_N_D)
         ran_B_T, cr_N_D, last_hidden_N_D, logsumexp_N = to_host(run.token_ids_B_T, cr_N_D, last_hidden_N_D, logsumexp_N)
         return Encoded(
             rows=[stop - start for start, stop in bounds],
             echo=[
-                echo([*ids[:first], *row[: len(ids) - first]])
-                for ids, row, first in zip(token_ids, ran_B_T.tolist(), run.first, strict=True)
+                token_crc32([*ids[:first], *row[: len(ids) - first]])
+                for ids, row, first in zip(token_ids, ran_B_T.tolist(), run.first_position, strict=True)
             ],
             cr_N_D=cr_N_D,
             last_hidden_N_D=last_hidden_N_D,
             logsumexp_N=logsumexp_N,
         )
 
-    def forget_unused(self) -> None:
-        """Drop what is known of texts that were not asked about for long. Any thread may call it."""
-        self._runner.forget_unused()
+    def evict_idle(self) -> None:
+        """Remove cached states that were not used for `prefix_cache_ttl` seconds. Any thread may call it."""
+        self._runner.evict_idle()
 
     def drafting(self, batch_tokens: int) -> BatchedDrafting:
-        """Drafting that nothing has joined yet."""
+        """A new, empty `BatchedDrafting`, whose passes have at most `batch_tokens` tokens."""
         return BatchedDrafting(
-            self._runner, self._vocabulary, batch_tokens=batch_tokens, with_last_hidden=self._gives_ffn_output
+            self._runner, self._vocab, batch_tokens=batch_tokens, with_last_hidden=self._returns_ffn_output
         )

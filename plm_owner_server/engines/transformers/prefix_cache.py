@@ -1,9 +1,9 @@
-"""What the model computed for a beginning of a text, kept for the next text that begins alike.
+"""Cache of attention states for texts that begin with the same tokens.
 
-A radix tree over token ids: texts share the part they share, as the prompts of a task do, and a text that goes on from
-an earlier one finds all of it. Only an optimisation: a miss costs time, and nothing else. Each tenant has branches of
-its own from the root on, so that none learns from the time an answer takes what another has asked. What was not used
-for a while is dropped: nothing of a text stays for long.
+The cache is a radix tree over token ids. Texts share the states of their common prefix, and a text that continues an
+earlier one finds all states of the earlier one. The cache is only an optimisation: a miss costs time and nothing else.
+Tenants share no branches, so that response times reveal nothing about other tenants' texts. States that were not used
+for a while are removed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# Of a node among its parent's children: its first token; among those of the root also the tenant.
+# Key of a node among its parent's children: its first token; below the root also the tenant.
 _Key = int | tuple[str, int]
 
 
 @dataclass(eq=False)
 class _Node:
-    """A run of tokens and their states; the way from the root spells out a whole prefix."""
+    """A run of tokens and their states; the path from the root spells a whole prefix."""
 
     key: _Key
     ids: list[int]
@@ -38,38 +38,41 @@ class _Node:
 
 
 class PrefixCache:
-    """Attention states (one row of F numbers a token) of token sequences; the least recently used go first.
+    """Least-recently-used cache of attention states, one row of F numbers a token.
 
-    Thread-safe, so that one thread may drop what another has long not used.
+    Thread-safe: one thread may evict idle states while another uses the cache.
 
     Args:
-        max_bytes: bound on all rows together, in bytes.
-        max_idle_s: seconds after which what was not used is dropped.
-        clock: seconds that go by.
+        max_bytes: bound on the size of all states, in bytes.
+        max_idle_seconds: time without use after which states are removed, in seconds.
+        clock: current time, in seconds.
+
+    Attributes:
+        size_bytes: present size of all states, in bytes.
     """
 
     def __init__(
-        self, max_bytes: int, max_idle_s: float = math.inf, clock: Callable[[], float] = time.monotonic
+        self, max_bytes: int, max_idle_seconds: float = math.inf, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._max_bytes = max_bytes
-        self._max_idle_s = max_idle_s
+        self._max_idle_seconds = max_idle_seconds
         self._clock = clock
         self._lock = threading.Lock()
         self._root = _Node(0, [], torch.empty(0, 0), None)
-        # With the time of their last use, least recently used first. Whoever touches a node touches the way to it last,
-        # so the first one is a leaf.
+        # With the time of their last use, least recently used first. Touching a node touches its ancestors after it,
+        # so the first node is a leaf.
         self._nodes: OrderedDict[_Node, float] = OrderedDict()
         self.size_bytes = 0
 
-    def drop_unused(self) -> None:
-        """Drop what was not used for so long. To be called now and then, also when nobody asks for anything."""
+    def evict_idle(self) -> None:
+        """Remove states that were not used for `max_idle_seconds`. Call it regularly, also without requests."""
         with self._lock:
-            self._drop_unused()
+            self._evict_idle()
 
     def match(self, tenant: str, ids: Sequence[int]) -> list[Tensor]:
-        """States of the longest prefix of `ids` known of a tenant, in pieces [T_i, F]; empty if there is none."""
+        """States of the tenant's longest cached prefix of `ids`, in pieces [T_i, F]; empty if there is none."""
         with self._lock:
-            self._drop_unused()
+            self._evict_idle()
             return self._match(tenant, ids)
 
     def _match(self, tenant: str, ids: Sequence[int]) -> list[Tensor]:
@@ -84,17 +87,17 @@ class PrefixCache:
         return pieces
 
     def insert(self, tenant: str, ids: Sequence[int], kv_S_F: Tensor) -> None:
-        """Keep the states of the last S tokens of `ids`.
+        """Store the states of the last S tokens of `ids`.
 
-        Those before are kept already, or else nothing is: a tree has no use for states in mid-air.
+        Nothing is stored if the states of the tokens before them are not cached: the tree needs whole prefixes.
 
         Args:
-            tenant: who asked for it.
-            ids: a whole sequence.
-            kv_S_F: its last states; copied as far as they are new.
+            tenant: the tenant that the text belongs to.
+            ids: token ids of a whole sequence.
+            kv_S_F: its last states; those that are not cached yet are copied.
         """
         with self._lock:
-            self._drop_unused()
+            self._evict_idle()
             self._insert(tenant, ids, kv_S_F)
 
     def _insert(self, tenant: str, ids: Sequence[int], kv_S_F: Tensor) -> None:
@@ -121,10 +124,10 @@ class PrefixCache:
             node = node.parent
 
     def _split(self, node: _Node, at: int) -> _Node:
-        """Divide a node in two, so that another text can branch off; the upper part."""
+        """Split a node in two, so that another text can branch off. Return the upper part."""
         assert node.parent is not None  # noqa: S101  (for the type checker: the root is never split)
-        # Copies: a view would keep the memory of both parts until both are gone. Both before the tree is touched, as
-        # there may be no memory for them.
+        # Copies, because a view would hold the memory of both parts until both are gone. Both are made before the tree
+        # is changed, because memory may run out.
         upper_T_F, lower_T_F = node.kv_T_F[:at].clone(), node.kv_T_F[at:].clone()
         upper = _Node(node.key, node.ids[:at], upper_T_F, node.parent)
         node.parent.children[upper.key] = upper
@@ -133,9 +136,9 @@ class PrefixCache:
         self._nodes[upper] = self._nodes[node]
         return upper
 
-    def _drop_unused(self) -> None:
-        since = self._clock() - self._max_idle_s
-        while self._nodes and next(iter(self._nodes.values())) < since:
+    def _evict_idle(self) -> None:
+        oldest_use = self._clock() - self._max_idle_seconds
+        while self._nodes and next(iter(self._nodes.values())) < oldest_use:
             self._evict()
 
     def _evict(self) -> None:
@@ -149,9 +152,9 @@ def _key(tenant: str, ids: Sequence[int], at: int) -> _Key:
     return ids[at] if at else (tenant, ids[at])
 
 
-def _common(known: Sequence[int], ids: Sequence[int], at: int) -> int:
-    """How many tokens `ids` from position `at` shares with `known`."""
-    for step, (ours, theirs) in enumerate(zip(known, ids[at : at + len(known)], strict=False)):
+def _common(node_ids: Sequence[int], ids: Sequence[int], at: int) -> int:
+    """Number of leading tokens that `node_ids` shares with `ids` from position `at`."""
+    for step, (ours, theirs) in enumerate(zip(node_ids, ids[at : at + len(node_ids)], strict=False)):
         if ours != theirs:
             return step
-    return min(len(known), len(ids) - at)
+    return min(len(node_ids), len(ids) - at)

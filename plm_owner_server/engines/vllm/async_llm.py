@@ -1,6 +1,6 @@
-"""vLLM, as `PooledEngine` asks it: an `AsyncLLM` in this process, with the runner for pooling, on an event loop.
+"""vLLM as a model for `PooledEngine`: an `AsyncLLM` in this process, with its pooling runner, on an event loop.
 
-Nothing else here imports vLLM, which pins versions of its own and may not be installed. Written for version 0.32.
+No other module imports vLLM, which pins its own dependencies and may not be installed. Written for version 0.32.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from plm_owner_server.engines.vllm.plugin import END_WITH_SERVER, LOG_FORMAT
 from plm_owner_server.logs import redact_task_exceptions
 from protocol.errors import InvalidRequest, ServerFault, Unsupported
 
-# The CPU kernel takes multiples of 32, and a step computes what is not a whole block again; vLLM's own 128 is slow.
+# A step computes the last, incomplete block again, so that vLLM's default of 128 is slow. The CPU kernel takes
+# multiples of 32.
 _BLOCK_TOKENS_CPU, _BLOCK_TOKENS_GPU = 32, 16
-# Its processes may need more than the 5 s of its own before they are killed.
-_ENDS_ITSELF_WITHIN_S, _END_WITHIN_S = 20, 30
+# vLLM kills its processes after 5 s by default, which may be too early.
+_SHUTDOWN_SECONDS, _JOIN_SECONDS = 20, 30
 _ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",  # it would report to its makers
-    "VLLM_LOGGING_CONFIG_PATH": str(Path(__file__).with_name("vllm_logs.json")),
+    "VLLM_NO_USAGE_STATS": "1",  # no reports to its makers
+    "VLLM_LOGGING_CONFIG_PATH": str(Path(__file__).with_name("logging.json")),
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads
-    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": str(_ENDS_ITSELF_WITHIN_S),
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": str(_SHUTDOWN_SECONDS),
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or two servers would take the same cores
-    "PYTHONWARNINGS": "ignore:resource_tracker",  # it tidies up behind a server that had to end at once, and says so
+    "PYTHONWARNINGS": "ignore:resource_tracker",  # it warns when it cleans up after a killed server
 }
-# Of a GPU's memory, what vLLM takes by itself, and what it must leave for us beside the LM head.
+# Share of a GPU's memory that vLLM takes by default, and memory that it must leave free beside our LM head.
 _GPU_SHARE, _GPU_SPARE_BYTES = 0.92, 2**30
-_FORGET_WITHIN_S = 30.0
-# What this module relies on, and the flag that says it.
-_NOT_OPTIONS = {
+_RESET_CACHE_SECONDS = 30.0
+# Options that this module sets, and the server's flag for each.
+_RESERVED_OPTIONS = {
     "async_scheduling": "",
     "block_size": "",
     "convert": "",
-    "data_parallel_size": "--data-parallel-size",
     "distributed_executor_backend": "--distributed-executor-backend",
     "dtype": "--dtype",
     "enable_prefix_caching": "--prefix-cache-mib 0",
     "max_model_len": "--max-sequence-tokens",
-    "max_num_batched_tokens": "--batch-tokens",
+    "max_num_batched_tokens": "--max-batch-tokens",
     "model": "--model",
     "pipeline_parallel_size": "--pipeline-parallel-size",
     "pooler_config": "",
@@ -62,24 +62,24 @@ _NOT_OPTIONS = {
 
 @dataclass(frozen=True)
 class VllmSettings:
-    """How vLLM runs a model.
+    """Settings of vLLM for one model.
 
     Attributes:
-        dtype: of the weights; auto means bfloat16 on a GPU, float32 on a CPU.
-        device: where the LM head is; auto means on the first GPU if there is one.
-        threads: of the model on a CPU, 0 for all cores.
-        max_tokens: longest sequence, capped by the model's own.
-        batch_tokens: tokens in one forward pass; no fewer than the longest sequence has.
-        prefix_cache_bytes: on a CPU the memory for attention states, those of running texts included; on GPUs vLLM
-            takes what is free. 0 keeps nothing of a text that is done.
-        prefix_cache_seconds: how long something may be known of a text.
-        pack_weights: on a CPU, hold the LM head in a faster layout, too.
-        tensor_parallel_size: GPUs that share every layer.
-        pipeline_parallel_size: groups of GPUs with some of the layers each.
-        data_parallel_size: copies of the model.
-        distributed_executor_backend: what starts the workers; None lets vLLM choose.
-        log_format: of vLLM's lines, as for `set_up_logs`.
-        options: other ones of vLLM's own `AsyncEngineArgs`, by name; these win.
+        dtype: dtype of the weights; `auto` means bfloat16 on a GPU and float32 on a CPU.
+        device: device of the LM head; `auto` means the first GPU if there is one.
+        threads: threads of the model on a CPU; 0 means one for each core.
+        max_tokens: longest sequence, in tokens; the model's own limit caps it.
+        batch_tokens: largest number of tokens in one forward pass; raised to `max_tokens` if it is smaller.
+        prefix_cache_bytes: on a CPU, the memory for all attention states, those of running texts included. On GPUs
+            vLLM takes the free memory. 0 disables the prefix cache.
+        prefix_cache_ttl: seconds after their computation at which cached states are removed.
+        pack_weights: on a CPU, also hold the LM head in a faster layout.
+        tensor_parallel_size: number of GPUs that share every layer.
+        pipeline_parallel_size: number of groups of GPUs, each with some of the layers.
+        distributed_executor_backend: vLLM's backend that starts the workers; None lets vLLM choose.
+        log_format: form of vLLM's log lines, `text` or `json`.
+        options: further options of vLLM's `AsyncEngineArgs`, by name; they override those that follow from the other
+            settings.
     """
 
     dtype: str = "auto"
@@ -88,11 +88,10 @@ class VllmSettings:
     max_tokens: int = 4096
     batch_tokens: int = 4096
     prefix_cache_bytes: int = 2**30
-    prefix_cache_seconds: float = 600
+    prefix_cache_ttl: float = 600
     pack_weights: bool = False
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
-    data_parallel_size: int = 1
     distributed_executor_backend: str | None = None
     log_format: str = "text"
     options: dict[str, Any] = field(default_factory=dict)
@@ -103,13 +102,14 @@ def load_vllm_engine(folder: Path, settings: VllmSettings) -> PooledEngine:
 
     Raises:
         InvalidRequest: vLLM is not installed, or does not take an option.
-        Unsupported: the model is not one that it can run here.
+        Unsupported: vLLM cannot run the model on this machine.
     """
     for name in settings.options:
-        if name in _NOT_OPTIONS:
+        if name in _RESERVED_OPTIONS:
+            flag = _RESERVED_OPTIONS[name]
             raise InvalidRequest(
-                f"--vllm-options cannot say {name}: the server itself relies on it.",
-                hint=f"Leave it out, and say {_NOT_OPTIONS[name]}." if _NOT_OPTIONS[name] else "Leave it out.",
+                f"--vllm-options must not set {name}, which the server sets itself.",
+                hint=f"Leave it out, and use {flag}." if flag else "Leave it out.",
             )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -140,7 +140,7 @@ def load_vllm_engine(folder: Path, settings: VllmSettings) -> PooledEngine:
         "convert": "embed",
         "dtype": dtype,
         "max_model_len": max_tokens,
-        # Or the states of a text would come in pieces.
+        # Or vLLM would return the states of a long text in pieces.
         "max_num_batched_tokens": max(settings.batch_tokens, max_tokens),
         "async_scheduling": False,
         "block_size": _BLOCK_TOKENS_CPU if on_cpu else _BLOCK_TOKENS_GPU,
@@ -148,7 +148,6 @@ def load_vllm_engine(folder: Path, settings: VllmSettings) -> PooledEngine:
         "disable_log_stats": True,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "pipeline_parallel_size": settings.pipeline_parallel_size,
-        "data_parallel_size": settings.data_parallel_size,
         "distributed_executor_backend": settings.distributed_executor_backend,
     }
     if on_cpu:
@@ -156,27 +155,27 @@ def load_vllm_engine(folder: Path, settings: VllmSettings) -> PooledEngine:
     elif head.weight_V_D.is_cuda:
         total = torch.cuda.get_device_properties(head.weight_V_D.device).total_memory
         arguments["gpu_memory_utilization"] = share_beside(head.weight_V_D.nbytes, total)
-    runner = PooledRunner(VllmModel(arguments | settings.options), forget_after_s=settings.prefix_cache_seconds)
+    runner = PooledRunner(VllmModel(arguments | settings.options), prefix_cache_ttl=settings.prefix_cache_ttl)
     return PooledEngine(runner, info=info, head=head, pack_weights=settings.pack_weights)
 
 
 def share_beside(head_bytes: int, total_bytes: int) -> float:
-    """The part of a GPU's memory that vLLM may take where our LM head is there first: it refuses to start with less."""
+    """Share of a GPU's memory that vLLM may take beside our LM head; vLLM refuses to start if less is free."""
     return round(min(_GPU_SHARE, 1 - (head_bytes + _GPU_SPARE_BYTES) / total_bytes), 3)
 
 
 class VllmModel:
-    """A model in vLLM, with its event loop in a thread of its own; its processes end when nobody has it any more.
+    """A model in vLLM, with an event loop in a separate thread. Its processes end when the object is collected.
 
     Args:
-        arguments: of `AsyncEngineArgs`.
+        arguments: arguments of vLLM's `AsyncEngineArgs`, by name.
 
     Attributes:
-        block_tokens: beginnings are known in multiples of so many tokens.
+        block_tokens: number of tokens in a block; prefixes are cached in whole blocks.
 
     Raises:
         InvalidRequest: vLLM does not take an argument.
-        Unsupported: it cannot run the model.
+        Unsupported: vLLM cannot run the model.
     """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
@@ -189,51 +188,51 @@ class VllmModel:
         except BaseException:
             self._loop.call_soon_threadsafe(self._loop.stop)
             raise
-        weakref.finalize(self, _end, self._llm, self._loop, thread)
+        weakref.finalize(self, _shut_down, self._llm, self._loop, thread)
         self.block_tokens = int(arguments["block_size"])
-        self._numbers = itertools.count()
+        self._request_ids = itertools.count()
 
-    def answer(self, questions: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
-        """Answers to all questions, in their order."""
-        return asyncio.run_coroutine_threadsafe(self._answers(questions), self._loop).result()
+    def run(self, queries: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
+        """Results of all queries, in their order."""
+        return asyncio.run_coroutine_threadsafe(self._run_all(queries), self._loop).result()
 
-    def forget(self) -> bool:
-        """Drop all that is known of texts; whether it could be dropped.
+    def reset_cache(self) -> bool:
+        """Remove all cached states. Return whether they could be removed.
 
         Raises:
-            TimeoutError: it does not say so; an engine that dies meanwhile never does.
+            TimeoutError: vLLM did not report; an engine that dies meanwhile never does.
         """
         future = asyncio.run_coroutine_threadsafe(self._llm.reset_prefix_cache(), self._loop)
-        return bool(future.result(_FORGET_WITHIN_S))
+        return bool(future.result(_RESET_CACHE_SECONDS))
 
     def is_alive(self) -> bool:
-        """Whether none of its processes has ended."""
+        """Return whether all of its processes still run."""
         return not self._llm.errored
 
-    async def _answers(self, questions: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
-        # All of them, also after an error: none goes on unattended.
-        answers = await asyncio.gather(*map(self._answer, questions), return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        return [answer for answer in answers if isinstance(answer, HiddenStates)]
+    async def _run_all(self, queries: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
+        # Waits for all, also after an error, so that no query is left running.
+        results = await asyncio.gather(*map(self._run, queries), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return [result for result in results if isinstance(result, HiddenStates)]
 
-    async def _answer(self, question: HiddenStateQuery) -> HiddenStates:
+    async def _run(self, query: HiddenStateQuery) -> HiddenStates:
         from vllm.pooling_params import PoolingParams
 
         params = PoolingParams(
-            task="embed" if question.newest else "token_embed",
-            use_activation=False,  # which would normalise
-            skip_reading_prefix_cache=question.anew,
+            task="embed" if query.last_only else "token_embed",
+            use_activation=False,  # it would normalise the states
+            skip_reading_prefix_cache=query.skip_cache,
         )
-        # With the name of its tenant, so that no other finds what is known of it.
-        prompt = {"prompt_token_ids": question.token_ids, "cache_salt": f"tenant {question.tenant}"}
-        async for output in self._llm.encode(prompt, params, str(next(self._numbers))):
+        # The salt separates the cached states of tenants.
+        prompt = {"prompt_token_ids": query.token_ids, "cache_salt": f"tenant {query.tenant}"}
+        async for output in self._llm.encode(prompt, params, str(next(self._request_ids))):
             hidden = output.outputs.data
             return HiddenStates(
-                output.prompt_token_ids, hidden[None] if question.newest else hidden, output.num_cached_tokens
+                output.prompt_token_ids, hidden[None] if query.last_only else hidden, output.num_cached_tokens
             )
-        raise ServerFault("vLLM has given no answer.", hint="Try again.")
+        raise ServerFault("vLLM returned no result.", hint="Try again.")
 
 
 async def _start(arguments: dict[str, Any]) -> Any:
@@ -245,31 +244,32 @@ async def _start(arguments: dict[str, Any]) -> Any:
     try:
         options = AsyncEngineArgs(**arguments, pooler_config=pooler)
     except TypeError as error:
-        raise InvalidRequest(f"vLLM does not take this: {error}", hint="Look at --vllm-options.") from error
+        raise InvalidRequest(f"vLLM does not take this: {error}", hint="Check --vllm-options.") from error
     try:
         return AsyncLLM.from_engine_args(options)
     except (ValueError, RuntimeError) as error:
         raise Unsupported(
-            f"vLLM cannot run this model so: {error}",
-            hint="Its own log says more. If memory is short: a smaller --max-sequence-tokens, on a CPU a larger "
+            f"vLLM cannot run this model with these settings: {error}",
+            hint="vLLM's log has details. If memory is short: a smaller --max-sequence-tokens, on a CPU a larger "
             """--prefix-cache-mib, on GPUs --vllm-options '{"gpu_memory_utilization": 0.8}' or more of them """
             "(--tensor-parallel-size). Or try --engine transformers.",
         ) from error
 
 
-def _end(llm: Any, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    asyncio.run_coroutine_threadsafe(_end_here(llm, loop), loop)
+def _shut_down(llm: Any, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    asyncio.run_coroutine_threadsafe(_shut_down_on_loop(llm, loop), loop)
     if thread is not threading.current_thread():
-        thread.join(_END_WITHIN_S)
+        thread.join(_JOIN_SECONDS)
 
 
-async def _end_here(llm: Any, loop: asyncio.AbstractEventLoop) -> None:
-    """End vLLM and the loop; its own tasks first, or they log its end as a failure."""
+async def _shut_down_on_loop(llm: Any, loop: asyncio.AbstractEventLoop) -> None:
+    """Shut down vLLM and stop the loop."""
+    # Its tasks first, or they would log the end as a failure.
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     try:
-        llm.shutdown(timeout=_ENDS_ITSELF_WITHIN_S)
+        llm.shutdown(timeout=_SHUTDOWN_SECONDS)
     finally:
         loop.stop()

@@ -1,8 +1,7 @@
-"""Asking a model that schedules itself for hidden states, so that exactly the positions wanted come back.
+"""Requests of hidden states to a model that schedules itself, such as vLLM, and checks of its results.
 
-Such a model, as vLLM is one, keeps what it computed for beginnings of texts, and leaves out the positions that it did
-not compute again. How many there are is checked on every answer: what does not fit is asked for once more, from its
-first token on.
+Such a model caches states of texts' prefixes, and leaves out the positions that it did not compute again. The number of
+positions is checked on every result. A result without all requested positions is requested again from its first token.
 """
 
 from __future__ import annotations
@@ -24,44 +23,50 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class HiddenStateQuery:
-    """What the model is asked.
+    """A request to the model for the hidden states of one text.
 
     Attributes:
-        token_ids: a text.
-        tenant: whose text it is.
-        newest: only the last position is wanted.
-        anew: every position is computed, also those of a known beginning.
+        token_ids: token ids of the text.
+        tenant: the tenant that the text belongs to.
+        last_only: only the last position is requested.
+        skip_cache: compute every position, also those of a cached prefix.
     """
 
     token_ids: list[int]
     tenant: str
-    newest: bool
-    anew: bool
+    last_only: bool
+    skip_cache: bool
 
 
 @dataclass(frozen=True, eq=False)
 class HiddenStates:
-    """What the model has computed.
+    """The model's result for one text.
 
     Attributes:
-        token_ids: the text that was run.
-        hidden_T_D: last hidden states of the positions from `known` on, or of the newest alone, on the CPU.
-        known: number of tokens at the beginning that were not run, as they were known.
+        token_ids: token ids of the text that was run.
+        hidden_T_D: last hidden states from position `cached_tokens` on, or of the last position alone; on the CPU.
+        cached_tokens: number of leading tokens that were not run because they were cached.
     """
 
     token_ids: list[int]
     hidden_T_D: Tensor
-    known: int
+    cached_tokens: int
+
+    def is_complete_for(self, positions: PositionRange) -> bool:
+        """Return whether it has all requested positions, and as many as the model claims to have run."""
+        if positions.rows == 1:
+            return len(self.hidden_T_D) == 1
+        return len(self.hidden_T_D) == len(positions.token_ids) - self.cached_tokens >= positions.rows
 
 
 @dataclass(frozen=True, eq=False)
 class PositionRange:
-    """Positions of one text.
+    """Requested positions of one text.
 
     Attributes:
-        token_ids: the text.
-        start: the first position wanted; those after it are wanted, too.
-        tenant: who asks; what is known of a text is known to its tenant alone.
+        token_ids: token ids of the text.
+        start: first requested position; all positions after it are requested, too.
+        tenant: the tenant that asks; cached states are never shared between tenants.
     """
 
     token_ids: list[int]
@@ -70,121 +75,115 @@ class PositionRange:
 
     @property
     def rows(self) -> int:
-        """Number of positions wanted."""
+        """Number of requested positions."""
         return len(self.token_ids) - self.start
 
-    def question(self, block_tokens: int | None = None) -> HiddenStateQuery:
-        """What the model is asked for them.
+    def query(self, block_tokens: int | None = None) -> HiddenStateQuery:
+        """The request to the model for these positions.
 
         Args:
-            block_tokens: beginnings may be known in multiples of so many tokens; None if nothing may be known.
+            block_tokens: number of tokens in a block of the model's cache; None if the cache must not be used.
         """
-        newest = self.rows == 1
-        # A position that is wanted must not be among the known ones. Most often it is not; the answer tells.
-        anew = block_tokens is None or not (newest or self.start >= block_tokens)
-        return HiddenStateQuery(self.token_ids, self.tenant, newest=newest, anew=anew)
-
-    def fits(self, answer: HiddenStates) -> bool:
-        """Whether an answer has them, and is whole."""
-        if self.rows == 1:
-            return len(answer.hidden_T_D) == 1
-        return len(answer.hidden_T_D) == len(self.token_ids) - answer.known >= self.rows
+        last_only = self.rows == 1
+        # The cached prefix must end before the first requested position. It usually does; the result shows.
+        skip_cache = block_tokens is None or not (last_only or self.start >= block_tokens)
+        return HiddenStateQuery(self.token_ids, self.tenant, last_only=last_only, skip_cache=skip_cache)
 
 
 class PoolingModel(Protocol):
     """A model without its LM head.
 
     Attributes:
-        block_tokens: beginnings are known in multiples of so many tokens.
+        block_tokens: number of tokens in a block; prefixes are cached in whole blocks.
     """
 
     block_tokens: int
 
-    def answer(self, questions: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
-        """Answers to all questions, in their order; the model runs them together as it can."""
+    def run(self, queries: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
+        """Results of all queries, in their order. The model forms batches as it likes."""
 
-    def forget(self) -> bool:
-        """Drop all that is known of texts; whether it could be dropped."""
+    def reset_cache(self) -> bool:
+        """Remove all cached states. Return whether they could be removed."""
 
     def is_alive(self) -> bool:
-        """Whether it can still answer, as far as that can be told without a question."""
+        """Return whether the model can still work, if that can be told without running it."""
 
 
 class PooledRunner:
     """Runs texts on a model that schedules itself.
 
     Args:
-        model: runs them.
-        forget_after_s: what is known of a text is dropped at most so long after it was computed.
-        clock: seconds that go by.
+        model: the model.
+        prefix_cache_ttl: seconds after their computation at which all cached states are removed.
+        clock: current time, in seconds.
 
     Attributes:
-        counts: what it has done.
+        stats: statistics of what was run.
     """
 
     def __init__(
-        self, model: PoolingModel, *, forget_after_s: float, clock: Callable[[], float] = time.monotonic
+        self, model: PoolingModel, *, prefix_cache_ttl: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._model = model
-        self._forget_after_s = forget_after_s
+        self._prefix_cache_ttl = prefix_cache_ttl
         self._clock = clock
-        self._known_since: float | None = None  # the oldest of what is known
-        self._lock = threading.Lock()  # the model works, or forgets
-        self.counts = EngineStats()
+        self._cached_since: float | None = None  # time of the oldest cached states; None if there are none
+        self._lock = threading.Lock()  # held while the model works or resets its cache
+        self.stats = EngineStats()
 
-    def run(self, wanted: Sequence[PositionRange], kind: PassKind) -> tuple[list[HiddenStates], int]:
-        """Answers with exactly the positions wanted, and the number of tokens that were run for them.
+    def run(self, ranges: Sequence[PositionRange], kind: PassKind) -> tuple[list[HiddenStates], int]:
+        """Results with exactly the requested positions, and the number of tokens that were run for them.
 
         Raises:
-            ServerFault: the model gives other positions than it was asked for.
+            ServerFault: the model returned other positions than requested.
         """
         with self._lock:
-            self._forget_if_due()
-            self._known_since = self._clock() if self._known_since is None else self._known_since
-            answers = self._model.answer([each.question(self._model.block_tokens) for each in wanted])
-            ran = self._note(kind, answers)
-            unfit = [i for i, answer in enumerate(answers) if not wanted[i].fits(answer)]
-            if unfit:
-                again = self._model.answer([wanted[i].question() for i in unfit])
-                ran += self._note(kind, again)
-                for i, answer in zip(unfit, again, strict=True):
-                    answers[i] = answer
-        if not all(each.fits(answer) for each, answer in zip(wanted, answers, strict=True)):
+            self._reset_cache_if_due()
+            self._cached_since = self._clock() if self._cached_since is None else self._cached_since
+            results = self._model.run([positions.query(self._model.block_tokens) for positions in ranges])
+            ran = self._record(kind, results)
+            incomplete = [i for i, result in enumerate(results) if not result.is_complete_for(ranges[i])]
+            if incomplete:
+                repeated = self._model.run([ranges[i].query() for i in incomplete])
+                ran += self._record(kind, repeated)
+                for i, result in zip(incomplete, repeated, strict=True):
+                    results[i] = result
+        if not all(result.is_complete_for(positions) for positions, result in zip(ranges, results, strict=True)):
             raise ServerFault(
-                "The model gave other positions than it was asked for.", hint="Report this to the owner; try again."
+                "The model returned other positions than requested.", hint="Report this to the owner; try again."
             )
-        cut = [
-            replace(answer, hidden_T_D=answer.hidden_T_D[-each.rows :])
-            for each, answer in zip(wanted, answers, strict=True)
+        requested = [
+            replace(result, hidden_T_D=result.hidden_T_D[-positions.rows :])
+            for positions, result in zip(ranges, results, strict=True)
         ]
-        return cut, ran
+        return requested, ran
 
     def is_alive(self) -> bool:
-        """Whether the model can still answer. Any thread may call it."""
+        """Return whether the model can still work. Any thread may call it."""
         return self._model.is_alive()
 
-    def forget_unused(self) -> None:
-        """Drop what is known of texts, if it has been known for long. Any thread may call it."""
-        # Who works at the moment sees to it next time.
+    def evict_idle(self) -> None:
+        """Remove all cached states once the oldest have passed the time limit. Any thread may call it."""
+        # A thread that holds the lock for a run checks this at its next run.
         if self._lock.acquire(blocking=False):
             try:
-                self._forget_if_due()
+                self._reset_cache_if_due()
             except Exception as error:  # noqa: BLE001 - a model that is broken shows with the next call
-                log.warning("what is known of texts could not be dropped: %s", type(error).__name__)
+                log.warning("the prefix cache could not be reset: %s", type(error).__name__)
             finally:
                 self._lock.release()
 
-    def _forget_if_due(self) -> None:
-        # All of it: the model does not tell what was last used when. It is computed once more, then.
-        if self._known_since is None or self._clock() - self._known_since < self._forget_after_s:
+    def _reset_cache_if_due(self) -> None:
+        # All states, because the model does not report when each was last used.
+        if self._cached_since is None or self._clock() - self._cached_since < self._prefix_cache_ttl:
             return
-        if self._model.forget():
-            self._known_since = None
+        if self._model.reset_cache():
+            self._cached_since = None
         else:
-            log.warning("what is known of texts could not be dropped yet; it is tried again")
+            log.warning("the prefix cache could not be reset yet; this is tried again")
 
-    def _note(self, kind: PassKind, answers: Sequence[HiddenStates]) -> int:
-        ran = sum(len(answer.token_ids) - answer.known for answer in answers)
-        self.counts.note(kind, ran, ran)
-        self.counts.known_tokens += sum(answer.known for answer in answers)
+    def _record(self, kind: PassKind, results: Sequence[HiddenStates]) -> int:
+        ran = sum(len(result.token_ids) - result.cached_tokens for result in results)
+        self.stats.record(kind, ran, ran)
+        self.stats.cached_tokens += sum(result.cached_tokens for result in results)
         return ran

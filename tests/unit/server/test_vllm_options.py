@@ -37,6 +37,6 @@ def test_vllm_leaves_room_for_our_head_on_its_gpu() -> None:
 def test_flags_of_the_other_engine_are_refused(wrong: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PEMA_ENGINE", "PEMA_VLLM_OPTIONS"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError, match="nothing to --engine"):
+    with pytest.raises(ValueError, match="not supported by --engine"):
         support.make_settings(**wrong)
     assert support.make_settings(engine="vllm", tensor_parallel_size=2, vllm_options="").vllm_options == {}
