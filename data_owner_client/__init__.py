@@ -15,6 +15,7 @@ from data_owner_client.evaluation.evaluate import Evaluation, evaluate
 from data_owner_client.memory.build_splits import MemoryReport, build_memories
 from data_owner_client.memory.store import ExternalMemory
 from data_owner_client.plm.connect import connect
+from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.train import TrainingReport, train
@@ -24,6 +25,7 @@ __all__ = [
     "Evaluation",
     "ExternalMemory",
     "Generation",
+    "InProcessConnection",
     "Interpolation",
     "MemoryReport",
     "Pair",

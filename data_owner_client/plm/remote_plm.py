@@ -1,4 +1,4 @@
-"""The PLM as the data owner sees it: calls in terms of sequences, and no answer that was not checked."""
+"""The remote PLM: calls in terms of token sequences, with every answer checked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from protocol import PROTOCOL_VERSION
 from protocol.chunks import join_head
 from protocol.errors import IdentityMismatch, InvalidData, InvalidRequest, ProtocolViolation, Unsupported
 from protocol.head import LMHead
-from protocol.integrity import echoes, require_finite
+from protocol.integrity import require_finite, token_crc32s
 from protocol.messages import (
     DTYPES,
     DecodeRequest,
@@ -40,24 +40,30 @@ from protocol.messages import (
 from protocol.rate_limits import RateLimitStatus
 from protocol.types import WireDtype
 
-# How far the logarithm of a sum of probabilities in float16 may be from 0.
-_MOST_EXCESS = 0.02
+# Bound of |log Σ P| for probabilities in float16.
+_MAX_LOG_SUM_ERROR = 0.02
 
 
 class RemotePlm:
     """A PLM behind a connection.
 
-    Answers are checked: they come from the model of the card, for the token ids that were sent, for every position
-    asked for, and are finite.
+    Every answer is checked. It must come from the model of the card, belong to the token ids that were sent, cover
+    every requested position, and be finite. Calls raise `PemaError` if the server refuses or does not answer,
+    `IdentityMismatch` if its model has changed, and `ProtocolViolation` if the answer fails a check.
 
     Args:
-        connection: any transport.
-        dtype: dtype in which representations travel; head rows always travel as float32.
-        cache: folder for tokenizers, whole LM heads and what rows are worked out from, which are large and never change
-            under their digest; None for no cache.
+        connection: connection over any transport.
+        dtype: number format in which representations travel. Head rows always travel as float32.
+        cache: folder for tokenizers, LM heads and full distributions, which never change under their digest. None for
+            no cache.
+
+    Attributes:
+        dtype: number format in which representations travel.
+        card: identity, limits and policies of the model.
 
     Raises:
         ProtocolViolation: the server speaks another version of the protocol.
+        PemaError: the server refuses to send the model card, or does not response.
     """
 
     def __init__(
@@ -80,7 +86,7 @@ class RemotePlm:
 
     @property
     def rate_limits(self) -> tuple[RateLimitStatus, ...]:
-        """What the newest answer said is left of the client's quotas; empty where there are none."""
+        """The client's remaining quotas, as of the newest answer; empty if there are none."""
         return self._connection.rate_limits
 
     def close(self) -> None:
@@ -89,7 +95,7 @@ class RemotePlm:
 
     @contextmanager
     def observed_by(self, observer: Observer) -> Iterator[None]:
-        """Tell `observer` of every exchange meanwhile."""
+        """Pass every attempt of the calls in this context to `observer`."""
         self._connection.observers.append(observer)
         try:
             yield
@@ -104,7 +110,7 @@ class RemotePlm:
 
     @cached_property
     def tokenizer(self) -> PlmTokenizer:
-        """The model's tokenizer, from the cache if it is there."""
+        """The model's tokenizer, from the cache or the server."""
         digest = self.card.tokenizer_digest
         path = None if self._cache is None else self._cache / "tokenizers" / f"{digest}.json"
         if path is not None and (cached := _read_bundle(path)) is not None and cached.digest == digest:
@@ -115,20 +121,29 @@ class RemotePlm:
                 "The tokenizer is not the one of the model card.", hint="Run this again. Has the server changed?"
             )
         if path is not None:
-            with suppress(InvalidData):  # a cache that cannot be written to is no reason to stop
+            with suppress(InvalidData):  # the client works without a writable cache, too
                 write_atomically(path, bundle.to_json())
         return PlmTokenizer(bundle)
 
     def encode(
         self, sequences: Sequence[Sequence[int]], from_position: Sequence[int], *, with_logsumexp: bool = False
     ) -> EncodeResponse:
-        """Context representations of all positions ≥ `from_position`, rows of all sequences one after another."""
+        """Context representations of the positions of every sequence, from `from_position` on.
+
+        Args:
+            sequences: token ids of each sequence.
+            from_position: first position of each sequence that is needed.
+            with_logsumexp: also return the log-sum-exp of each position.
+
+        Returns:
+            The rows of all sequences, one after another.
+        """
         ids = [list(sequence) for sequence in sequences]
         response = self._connection.encode(
             EncodeRequest(
                 token_ids=ids,
                 from_position=list(from_position),
-                echo=echoes(ids),
+                echo=token_crc32s(ids),
                 dtype=self.dtype,
                 with_logsumexp=with_logsumexp,
             )
@@ -147,7 +162,17 @@ class RemotePlm:
         *,
         from_position: Sequence[int] | None = None,
     ) -> DecodeResponse:
-        """Positions of every prefix from `from_position` on (by default the newest), and `look_ahead` drafted ones."""
+        """Representations of the newest positions of every prefix and of greedily drafted ones.
+
+        Args:
+            prefixes: token ids of each prefix.
+            look_ahead: number of tokens to draft for each prefix; the server drafts fewer after a stop.
+            stop_ids: ids of the tokens that end an response.
+            from_position: first position of each prefix that is needed; None for the newest position alone.
+
+        Returns:
+            The rows of all prefixes, one after another. Drafted positions follow those of their prefix.
+        """
         ids = [list(prefix) for prefix in prefixes]
         starts = [len(prefix) - 1 for prefix in ids] if from_position is None else list(from_position)
         response = self._connection.decode(
@@ -156,80 +181,97 @@ class RemotePlm:
                 from_position=starts,
                 look_ahead=list(look_ahead),
                 stop_token_ids=list(stop_ids),
-                echo=echoes(ids),
+                echo=token_crc32s(ids),
                 dtype=self.dtype,
             )
         )
-        given = [len(prefix) - start for prefix, start in zip(ids, starts, strict=True)]
+        requested = [len(prefix) - start for prefix, start in zip(ids, starts, strict=True)]
         rows = response.rows_B.tolist()
-        if len(rows) != len(ids) or not all(n <= m <= n + k for m, n, k in zip(rows, given, look_ahead, strict=True)):
+        if len(rows) != len(ids) or not all(
+            n <= m <= n + k for m, n, k in zip(rows, requested, look_ahead, strict=True)
+        ):
             raise _incomplete()
         self._check(response, ids)
         return response
 
     def with_dtype(self, dtype: WireDtype) -> RemotePlm:
-        """The same PLM over the same connection, with representations in another dtype."""
+        """A view of this PLM over the same connection, with representations in another dtype."""
         other = copy.copy(self)
         other.dtype = dtype
         return other
 
     def distribution(self, token_ids: Sequence[int]) -> Tensor:
-        """log P of every token after the given ones, float32 [V]."""
+        """log P of every token after `token_ids`, float32 [V]."""
         response = self._connection.distribution(DistributionRequest(token_ids=list(token_ids), top_k=0))
         self._check_digest(response.digest)
         logprob_V = response.logprob_K.float()
         _require_shape(logprob_V, (self.card.vocab_size,), "the next-token distribution")
-        if abs(logprob_V.logsumexp(0).item()) > _MOST_EXCESS:
+        if abs(logprob_V.logsumexp(0).item()) > _MAX_LOG_SUM_ERROR:
             raise ProtocolViolation("The server's probabilities of all tokens do not add up to 1.")
         return logprob_V
 
     def cached_distributions(self) -> Distributions:
-        """The full distributions in the cache."""
+        """The full distributions in the cache.
+
+        Raises:
+            InvalidData: there is no cache.
+        """
         if self._cache is None:
             raise InvalidData("There is no cache for full distributions.", hint="Give RemotePlm a `cache` folder.")
         return Distributions(self._cache / "distributions", self.card)
 
     def head_rows(self, token_ids_C: Tensor) -> LMHead:
-        """Chosen rows of the LM head in float32, asked for in pieces of the server's limit.
+        """The LM head's rows of some tokens, in float32.
 
-        Where the owner gives none, they are worked out from the full distributions in the cache.
+        If the owner serves no rows (head policy `none`), they are recovered from the full distributions in the cache.
 
         Raises:
-            InvalidData: there are too few of these.
+            InvalidData: the cache has too few distributions, or the recovered rows are too far off.
         """
         if self.card.head_policy == "none":
             return fit_rows(self.cached_distributions(), token_ids_C).head
-        # Always float32: an adapter keeps its rows, and they are few.
-        pieces = [
+        # Always float32: the rows are few, and an adapter stores them.
+        chunks = [
             self._head(HeadRequest(token_ids=ids_N.tolist(), dtype="float32"), len(ids_N))
             for ids_N in token_ids_C.split(self.card.limits.max_head_rows)
         ]
-        return join_head(pieces).head()
+        return join_head(chunks).head()
 
     def full_head(self, reporter: Reporter | None = None) -> LMHead:
-        """All rows of the LM head in the model's own dtype, from the cache if they are there.
+        """All rows of the LM head in the model's own dtype, from the cache or the server.
 
-        A download that was cut off goes on where it was. The cache holds V × D values, as does the result.
+        An interrupted download is resumed. The cache needs V × D values on disk, the result as many in memory.
 
         Raises:
-            ProtocolViolation: the rows are not those of the model card's digest.
-            Unsupported: the owner does not give the whole head.
+            ProtocolViolation: the rows do not match the digest of the model card.
+            Unsupported: the owner does not serve the whole head.
+            InvalidData: the disk is full, or a cached chunk was damaged.
         """
         self._require_whole_head()
-        with TemporaryDirectory() as nowhere:
-            head = self.cached_head(Path(nowhere) if self._cache is None else None)
+        with TemporaryDirectory() as temporary:
+            head = self.cached_head(Path(temporary) if self._cache is None else None)
             head.fetch(self._head_range, reporter)
             return head.load()
 
     def fetch_head(self, reporter: Reporter | None = None) -> CachedHead:
-        """Get all rows of the LM head into the cache; otherwise as `full_head`."""
+        """Download all rows of the LM head into the cache, without reading them into memory.
+
+        Raises:
+            ProtocolViolation: the rows do not match the digest of the model card.
+            Unsupported: the owner does not serve the whole head.
+            InvalidData: there is no cache, the disk is full, or a cached chunk was damaged.
+        """
         self._require_whole_head()
         head = self.cached_head()
         head.fetch(self._head_range, reporter)
         return head
 
     def cached_head(self, folder: Path | None = None) -> CachedHead:
-        """What the cache, or another folder, holds of the LM head."""
+        """The LM head in the cache, or in another folder; possibly incomplete.
+
+        Raises:
+            InvalidData: there is neither a cache nor another folder.
+        """
         base = folder or self._cache
         if base is None:
             raise InvalidData("There is no cache for LM heads.", hint="Give RemotePlm a `cache` folder.")
@@ -239,25 +281,25 @@ class RemotePlm:
         if self.card.head_policy != "full":
             raise Unsupported(
                 f"The owner does not give you the whole LM head (policy {self.card.head_policy}).",
-                hint="Do without: sample with an adapter and --known-only, train on the candidates.",
+                hint="Do without: sample with an adapter and --candidates-only, train on the candidates.",
             )
 
     def _head_range(self, start: int, stop: int) -> HeadRows:
         return self._head(HeadRequest(start=start, stop=stop, dtype=self.card.head_dtype), stop - start)
 
     def _head(self, request: HeadRequest, rows: int) -> HeadRows:
-        answer = self._connection.lm_head(request)
-        self._check_digest(answer.digest)
-        _require_shape(answer.weight_N_D, (rows, self.card.hidden_size), "the LM head")
-        if answer.weight_N_D.dtype != DTYPES[request.dtype]:
+        response = self._connection.lm_head(request)
+        self._check_digest(response.digest)
+        _require_shape(response.weight_N_D, (rows, self.card.hidden_size), "the LM head")
+        if response.weight_N_D.dtype != DTYPES[request.dtype]:
             raise ProtocolViolation(f"The server did not send the LM head as {request.dtype}.")
-        if answer.bias_N is not None:
-            _require_shape(answer.bias_N, (rows,), "the LM head's bias")
-        return answer
+        if response.bias_N is not None:
+            _require_shape(response.bias_N, (rows,), "the LM head's bias")
+        return response
 
     def _check(self, response: EncodeResponse | DecodeResponse, ids: list[list[int]]) -> None:
         self._check_digest(response.digest)
-        if response.echo != echoes(ids):
+        if response.echo != token_crc32s(ids):
             raise ProtocolViolation(
                 "The server's echo shows that it ran other token ids than were sent.",
                 hint="Something between client and server changes or mixes requests; nothing was stored.",
@@ -276,12 +318,12 @@ class RemotePlm:
             if int(response.top1_N.min()) < 0 or int(response.top1_N.max()) >= self.card.vocab_size:
                 raise ProtocolViolation("A top-1 token of the server lies outside its own vocabulary.")
 
-    def _check_rows(self, values_N_D: Tensor, scale_N: Tensor | None, rows: int, what: str) -> None:
+    def _check_rows(self, values_N_D: Tensor, scale_N: Tensor | None, rows: int, label: str) -> None:
         if values_N_D.dtype != DTYPES[self.dtype] or (scale_N is None) != (self.dtype != "int8"):
-            raise ProtocolViolation(f"The server did not send {what} as {self.dtype}.", hint="Is it of this version?")
-        _require_shape(values_N_D, (rows, self.card.hidden_size), what)
+            raise ProtocolViolation(f"The server did not send {label} as {self.dtype}.", hint="Is it of this version?")
+        _require_shape(values_N_D, (rows, self.card.hidden_size), label)
         if scale_N is not None:
-            _require_shape(scale_N, (rows,), f"the scales of {what}")
+            _require_shape(scale_N, (rows,), f"the scales of {label}")
 
     def _check_digest(self, digest: str) -> None:
         if digest != self.card.digest:
@@ -292,20 +334,20 @@ class RemotePlm:
 
 
 def _read_bundle(path: Path) -> TokenizerBundle | None:
-    """A cached tokenizer; None if there is none, or a damaged one."""
+    """The cached tokenizer; None if it is missing or damaged."""
     try:
         return TokenizerBundle.from_json(path.read_bytes())
     except (OSError, InvalidRequest):
         return None
 
 
-def _require_shape(values: Tensor, shape: tuple[int, ...], what: str) -> None:
+def _require_shape(values: Tensor, shape: tuple[int, ...], label: str) -> None:
     if values.shape != shape:
         raise _incomplete()
-    require_finite(values, what)
+    require_finite(values, label)
 
 
 def _incomplete() -> ProtocolViolation:
     return ProtocolViolation(
-        "The server did not answer every position that was asked for.", hint="Nothing was stored; try again."
+        "The server did not answer every requested position.", hint="Nothing was stored; try again."
     )

@@ -1,4 +1,4 @@
-"""Tokenising exactly as the PLM's owner does, with the owner's own tokenizer file and none of their code."""
+"""The PLM's tokenizer and chat template, from the owner's files and without any of the owner's code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from protocol.errors import InvalidData, ProtocolViolation, Unsupported
 from protocol.messages import TokenizerBundle
 
-_BLOCK = 256
+# Tokens that are decoded together in a search of the vocabulary.
+_BLOCK_TOKENS = 256
 _NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 ChatMessages = list[dict[str, str]]
 
@@ -24,7 +25,7 @@ class Prompt:
 
     Attributes:
         text: everything before the target.
-        with_special_tokens: whether the tokenizer adds its own (a chat template has written them already).
+        with_special_tokens: whether the tokenizer adds its special tokens; False if a chat template has written them.
     """
 
     text: str
@@ -34,8 +35,11 @@ class Prompt:
 class PlmTokenizer:
     """The PLM's tokenizer and chat template.
 
+    Args:
+        bundle: the tokenizer file, the chat template and the special tokens, as the server sends them.
+
     Raises:
-        ProtocolViolation: the server sent no tokenizer.
+        ProtocolViolation: the tokenizer file cannot be read.
     """
 
     def __init__(self, bundle: TokenizerBundle) -> None:
@@ -56,10 +60,15 @@ class PlmTokenizer:
         return self._ids(prompt.text, prompt.with_special_tokens)
 
     def encode_target(self, prompt: Prompt, prompt_ids: list[int], target: str) -> list[int]:
-        """Token ids of a target behind its prompt, as the model itself would write them there.
+        """Token ids of a target after its prompt, as the model would generate them.
 
-        Prompt and target are tokenised together. Where a token would span the boundary, which generation can never
-        produce, the target is tokenised alone.
+        Prompt and target are tokenised together. If a token would span the boundary, which generation cannot produce,
+        the target is tokenised alone.
+
+        Args:
+            prompt: the prompt as text.
+            prompt_ids: the prompt as token ids.
+            target: the target as text.
         """
         joint = self._ids(prompt.text + target, prompt.with_special_tokens)
         if joint[: len(prompt_ids)] == prompt_ids:
@@ -71,27 +80,30 @@ class PlmTokenizer:
         return len(self._ids(text, with_special_tokens=False))
 
     def decode(self, token_ids: list[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """Text of token ids, without special tokens."""
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
 
     def _ids_containing(self, text: str) -> frozenset[int]:
-        r"""All tokens whose own text contains `text`: in many vocabularies a newline hides in tokens such as `.\n`."""
+        r"""Ids of all tokens that contain `text`; many vocabularies have tokens such as `.\n`."""
         size = self._tokenizer.get_vocab_size()
-        # Many tokens at once first, as one by one takes long; bytes that make no character together may do so alone.
-        blocks = [list(range(start, min(start + _BLOCK, size))) for start in range(0, size, _BLOCK)]
+        # Blocks first: decoding token by token is slow. Bytes that form no character in a block may form one alone.
+        blocks = [list(range(start, min(start + _BLOCK_TOKENS, size))) for start in range(0, size, _BLOCK_TOKENS)]
         joint = self._tokenizer.decode_batch(blocks, skip_special_tokens=False)
         ids = [
-            i for block, own in zip(blocks, joint, strict=True) if text in own or _NO_CHARACTER in own for i in block
+            i
+            for block, string in zip(blocks, joint, strict=True)
+            if text in string or _NO_CHARACTER in string
+            for i in block
         ]
         texts = self._tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
         return frozenset(i for i, token in zip(ids, texts, strict=True) if text in token)
 
     def special_token(self, name: str) -> str:
-        """A special token by its role, such as `eos_token`.
+        """The special token with this role, such as `eos_token`.
 
         Raises:
-            Unsupported: the tokenizer has none.
+            Unsupported: the tokenizer has no such token.
         """
         try:
             return self._special_tokens[name]
@@ -99,16 +111,21 @@ class PlmTokenizer:
             raise Unsupported(f"The model's tokenizer has no {name}.", hint="Give the task a `stop` text.") from None
 
     def special_token_id(self, name: str) -> int:
-        """The id of a special token by its role."""
+        """The id of the special token with this role.
+
+        Raises:
+            Unsupported: the tokenizer has no such token.
+            ProtocolViolation: the token is not in the tokenizer's vocabulary.
+        """
         token_id = self._tokenizer.token_to_id(self.special_token(name))
         if token_id is None:
-            raise ProtocolViolation(f"The server's tokenizer does not know its own {name}.")
+            raise ProtocolViolation(f"The server's tokenizer does not contain its own {name}.")
         return int(token_id)
 
     def render_chat(self, messages: ChatMessages) -> Prompt:
-        """The prompt that the model's own chat template makes of a conversation.
+        """Render a conversation with the model's chat template.
 
-        The template is foreign code: it runs in Jinja's sandbox.
+        The template is untrusted code, so it runs in Jinja's sandbox.
 
         Raises:
             Unsupported: the model has no chat template.
@@ -116,7 +133,7 @@ class PlmTokenizer:
         """
         if self._chat_template is None:
             raise Unsupported("The model has no chat template.", hint='Give the task `format = "plain"`.')
-        # The environment that transformers gives chat templates.
+        # The environment in which transformers renders chat templates.
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )

@@ -1,4 +1,4 @@
-"""What every transport offers: the calls, and an account of each exchange."""
+"""Interfaces of all transports: the calls, and the record of each attempt."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from protocol.timing import ServerTiming
 
 
 class PlmApi(Protocol):
-    """The calls of the wire. All are stateless and may be repeated; the server's own service has this shape, too.
+    """The calls of the protocol. All are stateless and may be repeated. The server's `PlmService` has them, too.
 
-    Every call raises `PemaError`: the server's own errors, or `ConnectionFailed` if there was no answer.
+    Every call raises `PemaError`: the server's errors, or `ConnectionFailed` if there was no answer.
     """
 
     def model_card(self) -> ModelCard:
-        """Who the model is."""
+        """Identity, limits and policies of the model."""
 
     def tokenizer(self) -> TokenizerBundle:
         """The model's tokenizer."""
@@ -39,10 +39,10 @@ class PlmApi(Protocol):
         """Rows of the LM head."""
 
     def encode(self, request: EncodeRequest) -> EncodeResponse:
-        """Context representations of given sequences."""
+        """Context representations of sequences."""
 
     def decode(self, request: DecodeRequest) -> DecodeResponse:
-        """The newest position of every prefix and drafted ones."""
+        """Representations of the newest position of every prefix, and of drafted positions."""
 
     def distribution(self, request: DistributionRequest) -> DistributionResponse:
         """The next-token distribution."""
@@ -50,14 +50,14 @@ class PlmApi(Protocol):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt of a call that the server answered, be it with a refusal because it had too much to do.
+    """One attempt of a call that the server answered or, because it was overloaded, refused.
 
     Attributes:
-        call: its name.
-        request_id: under which both sides logged it.
-        seconds: from sending the request to having read the answer.
-        refused: whether it was turned away.
-        timing: where the server says that the time went, if it does.
+        call: name of the call.
+        request_id: id of the request in the logs of client and server.
+        seconds: time from sending the request to the end of the answer.
+        refused: whether the server refused the call because it was overloaded.
+        timing: the server's split of its time; None if it sent none.
     """
 
     call: str
@@ -71,35 +71,35 @@ Observer = Callable[[Attempt], None]
 
 
 class Connection(PlmApi, Protocol):
-    """A way to a PLM; thread-safe.
+    """A connection to a PLM; thread-safe.
 
     Attributes:
-        observers: told of every exchange, in the thread that made the call.
-        rate_limits: what the newest answer said is left of the client's quotas; empty where there are none.
+        observers: functions that receive every attempt, in the thread that made the call.
+        rate_limits: the client's remaining quotas, as of the newest answer; empty if there are none.
     """
 
     observers: list[Observer]
     rate_limits: tuple[RateLimitStatus, ...]
 
     def close(self) -> None:
-        """Let go of sockets and the like."""
+        """Release sockets and other resources."""
 
 
 def untrusted_error(url: str, reason: str, request_id: str) -> Untrusted:
-    """The error for a server that cannot prove that it is the one of this address."""
+    """The error for a server whose certificate does not prove that it has this address."""
     return Untrusted(
         f"The certificate of {url} cannot be trusted: {reason}.",
-        hint="If the owner gave you the file of the authority that signed it, say --ca FILE.",
+        hint="If the owner gave you the file of the CA that signed it, say --ca FILE.",
         request_id=request_id,
     )
 
 
 def unreachable_hint(url: str, *, slow: bool) -> str:
-    """What to do when nobody answers."""
+    """A hint for the user when the server does not answer; `slow` if the time ran out."""
     if slow:
         return "The server is too slow or hangs; ask its owner."
     hint = "Is the address right and the server running? It starts with: pema-server serve"
     if url.startswith(("https://", "grpcs://")):
-        # Who shows none, or one of another authority, is hung up on without a word.
+        # The server closes the connection silently if the client has no certificate, or one of another CA.
         hint += ". If the owner asks for a certificate of yours, say --client-certificate and --client-key."
     return hint

@@ -1,4 +1,4 @@
-"""Calls that run ahead of whoever uses their results: as many as keep the server busy, and no more."""
+"""Calls ahead of their use: as many in flight as keep the server busy, in the order of the items."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ from data_owner_client.runtime.background import daemon_future
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
-# A request that waited for less than this part of its own computing time found the server idle before it.
+# A request that waited for less than this share of its computing time found the server idle.
 _IDLE_BELOW = 0.1
-# And one that waited for more than this multiple of it was sent too early.
+# A request that waited for more than this multiple of its computing time was sent too early.
 _CROWDED_ABOVE = 2.0
 
 
 class InFlightWindow:
-    """How many calls are in flight, adapted to what the server says of each.
+    """Number of calls in flight, adapted to the timing in the server's answers; thread-safe.
 
-    One computes while the next one waits: then the server never waits for us. If an answer shows that the server was
-    idle before it, the network is slow and more must be on their way; if it waited for long, others use the server,
-    too, and more would only fill its queue. Refusals halve the window, once for all that come without an answer between
-    them. Thread-safe.
+    With two calls, one computes while the next one waits, and the server is never idle. An answer that found the server
+    idle enlarges the window, because the network is slow. An answer that waited for long makes it smaller, because
+    other clients use the server, too. A refusal halves the window. Further refusals do not, until there is an answer.
 
     Args:
-        start: size to begin with.
-        usual: size without any reason for another one; only refusals lead below it, and answers back.
-        largest: every call in flight holds an answer in memory.
+        start: initial size, in calls.
+        usual: size without a reason for another one. Only refusals make the window smaller; answers enlarge it again.
+        largest: upper bound of the size. Every call in flight holds an answer in memory.
+
+    Attributes:
+        size: current size, in calls.
+        largest: upper bound of the size, in calls.
     """
 
     def __init__(self, *, start: int = 2, usual: int = 2, largest: int = 16) -> None:
@@ -41,16 +44,16 @@ class InFlightWindow:
         self._refused = False
         self._lock = threading.Lock()
 
-    def learn(self, exchange: Attempt) -> None:
-        """Adapt to one answer."""
+    def observe(self, attempt: Attempt) -> None:
+        """Adapt the size to one answer or refusal."""
         with self._lock:
-            if exchange.refused:
+            if attempt.refused:
                 if not self._refused:
                     self.size = max(1, self.size // 2)
                 self._refused = True
                 return
             self._refused = False
-            timing = exchange.timing
+            timing = attempt.timing
             if self.size < self._usual or (timing and timing.queue_ms < _IDLE_BELOW * timing.compute_ms):
                 self.size = min(self.largest, self.size + 1)
             elif timing and timing.queue_ms > _CROWDED_ABOVE * timing.compute_ms:
@@ -58,7 +61,7 @@ class InFlightWindow:
 
 
 def ordered_map(call: Callable[[_In], _Out], items: Iterable[_In], window: InFlightWindow) -> Iterator[_Out]:
-    """Results in the order of the items, while further calls run in threads."""
+    """Iterate over the results of `call`, in the order of the items. Up to `window.size` calls run in threads."""
     waiting: deque[Future[_Out]] = deque()
     for item in items:
         waiting.append(daemon_future(partial(call, item)))
