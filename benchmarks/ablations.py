@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data_owner_client import TrainingSettings, build_memories, connect, load_task, read_pairs
-from data_owner_client.evaluation.comparison.knn_lm import build_index, search, tune
+from data_owner_client.evaluation.comparison.knn_lm import build_index, nearest_rows, tune_knn
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.training.batches import ShardSource
@@ -54,18 +54,18 @@ def main() -> None:
     with server(_WORK / "server.log") as (_, grpc_port), connect(f"grpc://127.0.0.1:{grpc_port}") as plm:
         build_memories(plm, task, pairs, folder, validation=held_out, context_mode="teacher-forced", share_targets=True)
         memories = Memories.open(folder, plm)
-        given = TrainingInput.of(plm, memories, _USUAL, reporter)
-    works = {name: (given, settings) for name, settings in _CHANGES.items()}
-    near = NearTargets.of(memories, given)
+        inputs = TrainingInput.from_memories(plm, memories, _USUAL, reporter)
+    works = {name: (inputs, settings) for name, settings in _CHANGES.items()}
+    near = NearTargets.of(memories, inputs)
     for share in _SHARES:
-        taught = replace(given, rows=Taught(given.rows, near, share), identity=[*given.identity, share])
+        taught = replace(inputs, rows=Taught(inputs.rows, near, share), identity=[*inputs.identity, share])
         works[f"{share:.0%} of the targets from P_kNN"] = taught, _USUAL
-    figures: dict[str, object] = {"pairs": len(pairs), "rows": memories.train.manifest.rows, "plm_nll": given.plm_nll}
+    figures: dict[str, object] = {"pairs": len(pairs), "rows": memories.train.manifest.rows, "plm_nll": inputs.plm_nll}
     for name, (data, settings) in works.items():
         tried = replace(settings, epochs=2) if quick else settings
         trained = data.fit(tried, _WORK / "checkpoint.safetensors", reporter)
-        logprob_N = target_logprobs(trained.adapter, given.targets.candidates, given.validation.data)
-        interpolation, nll = given.validation.best(logprob_N, "constant")
+        logprob_N = target_logprobs(trained.adapter, inputs.targets.candidates, inputs.validation.data)
+        interpolation, nll = inputs.validation.best(logprob_N, "constant")
         figures[name] = {"nll": nll, "lambda": interpolation.lambda_max}
         print(f"{name}: {nll:.4f} nats per token at λ {interpolation.lambda_max}", flush=True)
     report.write("ablations", figures)
@@ -84,12 +84,12 @@ class NearTargets:
     weight_N_K: Tensor
 
     @classmethod
-    def of(cls, memories: Memories, given: TrainingInput) -> NearTargets:
+    def of(cls, memories: Memories, inputs: TrainingInput) -> NearTargets:
         """With the k and the temperature that are likeliest on the validation rows."""
-        index, label_N = build_index(memories.train, given.survey.candidate_ids_C)
-        neighbours, temperature, _ = tune(index, label_N, given.validation)
+        index, label_N = build_index(memories.train, inputs.stats.candidate_ids_C)
+        neighbours, temperature, _ = tune_knn(index, label_N, inputs.validation)
         rows = memories.train.load()
-        distance_N_K, row_N_K = search(index, rows.representations_N_D(), neighbours + 1)
+        distance_N_K, row_N_K = nearest_rows(index, rows.representations_N_D(), neighbours + 1)
         distance_N_K[row_N_K == torch.arange(len(row_N_K))[:, None]] = math.inf  # of a row to itself
         weight_N_K = (-distance_N_K / temperature).softmax(dim=-1)
         print(f"P_kNN of {neighbours} rows at temperature {temperature:.3g}", flush=True)

@@ -45,11 +45,11 @@ def main(kind: str, folder: str, head: str) -> None:
 def _ours(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str, Any]:
     """As `pema-client train` does it: the memory from disk, the candidates' rows of the head alone."""
     started = time.perf_counter()
-    survey = MemoryStats.of(memory)
-    head = LMHead(weight_V_D[survey.candidate_ids_C])
-    validation = _validation(memory, folder, weight_V_D, survey.candidate_ids_C)
+    stats = MemoryStats.from_memory(memory)
+    head = LMHead(weight_V_D[stats.candidate_ids_C])
+    validation = _validation(memory, folder, weight_V_D, stats.candidate_ids_C)
     settings = TrainingSettings(reconstruction_epochs=RECONSTRUCTION_EPOCHS, epochs=EPOCHS, batch_rows=_BATCH_ROWS)
-    trained = train_adapter(memory, survey, head, validation, settings)
+    trained = train_adapter(memory, stats, head, validation, settings)
     rows = memory.manifest.rows * (RECONSTRUCTION_EPOCHS + EPOCHS)
     seconds = time.perf_counter() - started
     return {"rows_per_s": rows / seconds, "validation_nll": trained.best_nll, "seconds": seconds}
@@ -90,7 +90,7 @@ def _reference(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict
     started = time.perf_counter()
     torch.manual_seed(0)
     hidden_size, kappa = weight_V_D.shape[1], 0.2
-    adapter = Adapter(hidden_size, min(512, hidden_size), "paper", rms=MemoryStats.of(memory).rms, dropout=0.2)
+    adapter = Adapter(hidden_size, min(512, hidden_size), "paper", rms=MemoryStats.from_memory(memory).rms, dropout=0.2)
     optimiser = torch.optim.Adam([adapter.A.weight, adapter.B_rct.weight], lr=1e-3)
     for _ in range(RECONSTRUCTION_EPOCHS):
         for cr_B_D, _ in loader:
@@ -149,24 +149,24 @@ class _Until(Reporter):
 
 def _large(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str, Any]:
     """Ours on a memory that takes hours: all of the first phase, and two minutes of the second."""
-    survey = MemoryStats.of(memory)
+    stats = MemoryStats.from_memory(memory)
     head = LMHead(weight_V_D)
-    validation = _validation(memory, folder, weight_V_D, survey.candidate_ids_C)
+    validation = _validation(memory, folder, weight_V_D, stats.candidate_ids_C)
     steps = math.ceil(memory.manifest.rows / _BATCH_ROWS)
     settings = TrainingSettings(reconstruction_epochs=1, epochs=1, batch_rows=_BATCH_ROWS)
     started, reporter = time.perf_counter(), _Until(steps, 120.0)
     with suppress(_Stop):
-        train_adapter(memory, survey, head, validation, settings, checkpoint=folder / "checkpoint", reporter=reporter)
+        train_adapter(memory, stats, head, validation, settings, checkpoint=folder / "checkpoint", reporter=reporter)
     # As at the end of an epoch, which is not reached.
     target_logprobs(Adapter(weight_V_D.shape[1], settings.rank, "residual"), head, validation.data)
-    return {"candidates": len(survey.candidate_ids_C), "seconds": time.perf_counter() - started}
+    return {"candidates": len(stats.candidate_ids_C), "seconds": time.perf_counter() - started}
 
 
 def _validation(memory: ExternalMemory, folder: Path, weight_V_D: Tensor, candidate_ids_C: Tensor) -> ValidationData:
     rows = ExternalMemory(folder / "validation").load()
     ids_K = torch.unique(rows.target_N.long())
     plm_logprob_N = plm_target_logprobs(LMHead(weight_V_D[ids_K]), ids_K, rows)
-    return ValidationData.of(rows, candidate_ids_C, plm_logprob_N, memory.length_ratio)
+    return ValidationData.from_rows(rows, candidate_ids_C, plm_logprob_N, memory.length_ratio)
 
 
 def _step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:

@@ -14,7 +14,7 @@ from data_owner_client.data.pairs import Pair
 from data_owner_client.data.text_metrics import TextScores, text_scores
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.generation import Generation, translate
-from data_owner_client.decoding.speculative import DEFAULT_DECODING, DecodingSettings
+from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings
 from data_owner_client.evaluation.perplexity import Perplexities, perplexities
 from data_owner_client.memory.encode import TokenizedPair, encode_all, tokenize_pairs
 from data_owner_client.plm.identity import ModelIdentity
@@ -24,7 +24,16 @@ from protocol.errors import InvalidData
 
 
 class Evaluation(BaseModel):
-    """Scores of the PLM alone and with the adapter, on the same pairs and prompts."""
+    """Scores of the PLM alone and with the adapter, on the same pairs.
+
+    Attributes:
+        plm: scores of the PLM alone.
+        pema: scores with the adapter.
+        perplexity: perplexities of the targets; None if these were not shared with the owner.
+        plm_texts: texts of the PLM alone, in the order of the pairs.
+        pema_texts: texts with the adapter, in the order of the pairs.
+        seconds: duration of each part, by name.
+    """
 
     plm: TextScores
     pema: TextScores
@@ -48,11 +57,25 @@ def evaluate(
 ) -> Evaluation:
     """Translate the sources with the PLM alone and with the adapter, and score both against the targets.
 
-    The texts are scored on this machine. Perplexity needs the PLM's view of the targets themselves, so it is computed
-    only with `share_targets`. A consensus (see `GenerationOptions`) is for the adapter alone.
+    The texts are scored on this machine. Perplexity shows the targets to the PLM's owner, so it is computed only with
+    `share_targets`.
+
+    Args:
+        plm: the PLM.
+        pairs: sources with their targets.
+        adapter: the adapter, or a baseline in its place.
+        interpolation: interpolation with the PLM; None for that of the adapter's card.
+        share_targets: send the targets to the PLM's owner, for perplexities.
+        decoding: settings of decoding.
+        lookup: gives drafts for the adapter's texts; None for no such drafts.
+        consensus: number of texts drawn for each source with the adapter, of which the most typical one is returned;
+            0 for the most probable text.
+        reporter: shows the progress.
 
     Raises:
-        As `translate`.
+        InvalidData: a pair has no target, or does not fit the model.
+        IdentityMismatch: the adapter was trained with another model.
+        PemaError: a call to the PLM failed.
     """
     task, interpolation = adapter.card.task, interpolation or adapter.card.interpolation
     sources, references = [pair.source for pair in pairs], [_target(pair) for pair in pairs]
@@ -70,19 +93,19 @@ def evaluate(
             reporter=reporter,
         )
 
-    # What could fail should fail before the long work.
+    # Whatever can fail should fail before the long work.
     adapter.card.model.require(ModelIdentity.from_card(plm.card), "The adapter", "the server")
-    views: list[list[TokenizedPair]] = []
+    tokenized: list[list[TokenizedPair]] = []
     if share_targets:
-        views = [
-            tokenize_pairs(plm, with_retrieved_examples(plm, task, sources, nearest), pairs, label="pair")
-            for nearest in ([None, adapter.retriever] if adapter.retriever else [None])
+        tokenized = [
+            tokenize_pairs(plm, with_retrieved_examples(plm, task, sources, retriever), pairs, label="pair")
+            for retriever in ([None, adapter.retriever] if adapter.retriever else [None])
         ]
     alone, adapted = run(None), run(adapter)
     started = time.perf_counter()
     perplexity = None
     if share_targets:
-        rows = [encode_all(plm, view, reporter or Reporter()) for view in views]
+        rows = [encode_all(plm, part, reporter or Reporter()) for part in tokenized]
         perplexity = perplexities(plm, adapter, rows[0], interpolation, *rows[1:])
     return Evaluation(
         plm=text_scores(alone.texts, references),

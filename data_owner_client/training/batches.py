@@ -1,7 +1,7 @@
-"""The rows of a memory in shuffled batches, from disk: however many there are, a few shards are in memory.
+"""Shuffled batches of a memory's rows, read from disk with a few shards in RAM at a time.
 
-Every epoch takes the shards in another order, a few at a time, and shuffles the rows of those. With rows of so many
-examples in a batch, that is as good as an order of all rows.
+Every epoch takes the shards in another order, a few at a time, and shuffles the rows of these. Each batch mixes rows of
+many examples, so this is as good as shuffling all rows.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from data_owner_client.memory.rows import MemoryRows
 from protocol.errors import InvalidData
 from protocol.integrity import require_finite
 
-# Of the representations that are shuffled together; more, where one shard has more.
+# Size of the representations that are shuffled together; a single larger shard may exceed it.
 _POOL_BYTES = 2**26
 _ROWS_AT_ONCE = 4096
-# Of a memory, to find its principal axes.
+# Rows that the principal axes are computed from, for each axis.
 _ROWS_PER_AXIS = 16
 
 
@@ -33,23 +33,24 @@ class Batch:
 
     Attributes:
         cr_N_D: float16 or float32 representations.
-        label_N: int64 index into the candidates; −1 where the target is none of them.
-        previous_N_K: the same of the target tokens before, the newest first; −1 where there is none.
+        label_N: int64 index of the target among the candidates; −1 if it is no candidate.
+        previous_N_P: int64 index of each of the P preceding target tokens among the candidates, the newest first; −1 if
+            there is none.
         matches_N: bool, whether the representation is that of a context that ends as the target so far.
     """
 
     cr_N_D: Tensor
     label_N: Tensor
-    previous_N_K: Tensor
+    previous_N_P: Tensor
     matches_N: Tensor
 
     @classmethod
-    def of(cls, rows: MemoryRows, candidate_ids_C: Tensor) -> Batch:
-        """Rows of a memory; candidate ids are sorted."""
+    def from_rows(cls, rows: MemoryRows, candidate_ids_C: Tensor) -> Batch:
+        """All rows of a shard as one batch. The candidate ids are sorted."""
         label_N, position_N = index_of(rows.target_N.long(), candidate_ids_C), rows.position_N()
-        before = [label_N.roll(k).masked_fill(position_N < k, -1) for k in range(1, RECENT_TOKENS + 1)]
+        previous = [label_N.roll(k).masked_fill(position_N < k, -1) for k in range(1, RECENT_TOKENS + 1)]
         matches_N = torch.ones_like(label_N) if rows.matches_N is None else rows.matches_N
-        return cls(rows.representations_N_D(), label_N, torch.stack(before, dim=1), matches_N.bool())
+        return cls(rows.representations_N_D(), label_N, torch.stack(previous, dim=1), matches_N.bool())
 
     def __len__(self) -> int:
         return len(self.label_N)
@@ -57,17 +58,17 @@ class Batch:
     def __getitem__(self, index: Tensor | slice) -> Batch:
         return self._map(lambda column: column[index])
 
-    def sent_to(self, device: torch.device) -> Batch:
-        """The rows on a GPU, without waiting for what runs there."""
+    def to_device(self, device: torch.device) -> Batch:
+        """The rows on a GPU, copied without waiting for the work that runs there."""
         return self._map(lambda column: column.pin_memory().to(device, non_blocking=True))
 
-    def turned(self, axes_D_D: Tensor) -> Batch:
-        """The same with representations along other axes, float32."""
+    def rotated(self, axes_D_D: Tensor) -> Batch:
+        """The rows with representations in other axes, float32."""
         return replace(self, cr_N_D=self.cr_N_D.float() @ axes_D_D.T)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Batch]) -> Batch:
-        """Rows of several parts, in their order."""
+        """The rows of several batches, in their order."""
         names = [field.name for field in fields(cls)]
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
@@ -76,7 +77,7 @@ class Batch:
 
 
 class ShardSource(Protocol):
-    """What can be streamed: a memory on disk, or rows that are there already."""
+    """Source of rows in shards: a memory on disk, or rows in RAM."""
 
     @property
     def shard_rows(self) -> Sequence[int]:
@@ -88,11 +89,11 @@ class ShardSource(Protocol):
 
 @dataclass(frozen=True)
 class ShardView:
-    """A memory whose shards are seen in another way.
+    """A memory with a function applied to each shard.
 
     Attributes:
-        memory: as it lies on disk.
-        view: of each shard; as many rows as there are.
+        memory: source of the shards.
+        view: function of a shard; it keeps the number of rows.
     """
 
     memory: ShardSource
@@ -109,10 +110,10 @@ class ShardView:
 
 
 class ReliableRows:
-    """The rows of a memory whose contexts are sure to agree with the true ones, without the others.
+    """The rows of a memory whose contexts match the true ones reliably.
 
     Args:
-        memory: with the contexts that are nearest to the true ones; all its shards are read once.
+        memory: source of aligned rows. All its shards are read once, to count rows.
     """
 
     def __init__(self, memory: ShardSource) -> None:
@@ -132,14 +133,14 @@ class FirstExamples:
     """The first examples of a memory.
 
     Args:
-        memory: all of them.
-        shard_examples: examples of each of its shards.
-        examples: how many.
+        memory: source of the shards.
+        shard_examples: number of examples in each shard.
+        examples: number of examples to take.
     """
 
     def __init__(self, memory: ShardSource, shard_examples: Sequence[int], examples: int) -> None:
         self._memory = memory
-        self._examples: list[int] = []  # of each shard
+        self._examples: list[int] = []  # number taken from each shard
         for count in shard_examples:
             if sum(self._examples) < examples:
                 self._examples.append(min(count, examples - sum(self._examples)))
@@ -155,14 +156,14 @@ class FirstExamples:
 
 @dataclass(frozen=True)
 class MemoryStats:
-    """What must be known of a memory before training.
+    """Statistics of a memory that training needs before its first step.
 
     Attributes:
-        candidate_ids_C: int64, sorted: all its targets.
-        rms: root mean square of its representations.
-        axes_D_D: float32, orthogonal: the principal axes of some of them, a row each. Adam gives each coordinate a step
-            of its own, so it learns less where what varies most is spread over all of them, as in a secret basis.
-            Along its principal axes a memory looks the same in every basis.
+        candidate_ids_C: int64, sorted: all token ids that occur as targets.
+        rms: root mean square of the representations.
+        axes_D_D: float32, orthogonal: the principal axes of the first representations, a row each. Adam scales each
+            coordinate separately, so it learns less when the main directions are spread over all coordinates, as in a
+            secret basis. Along its principal axes a memory looks the same in every basis.
     """
 
     candidate_ids_C: Tensor
@@ -170,34 +171,34 @@ class MemoryStats:
     axes_D_D: Tensor
 
     @classmethod
-    def of(cls, memory: ShardSource) -> MemoryStats:
-        """Read all shards once.
+    def from_memory(cls, memory: ShardSource) -> MemoryStats:
+        """Read all shards once and return their statistics.
 
         Args:
-            memory: with the shards.
+            memory: source of the shards.
 
         Raises:
-            InvalidData: one is missing or damaged, or there are no rows.
-            NumericalFault: representations are not finite.
+            InvalidData: a shard is missing or damaged, or the memory has no rows.
+            NumericalFault: a representation is not finite.
         """
-        ids_C, square, numbers = torch.empty(0, dtype=torch.int64), 0.0, 0
-        shards, principal = len(memory.shard_rows), _PrincipalAxes()
+        ids_C, squares, count = torch.empty(0, dtype=torch.int64), 0.0, 0
+        shards, axes = len(memory.shard_rows), _PrincipalAxes()
         for number in range(shards):
             rows = memory.shard(number)
             ids_C = token_set([ids_C, rows.target_N])
             cr_N_D = rows.representations_N_D()
             for cr_B_D in cr_N_D.split(_ROWS_AT_ONCE):
                 require_finite(cr_B_D, "the memory's representations")
-                square += cr_B_D.float().square().sum(dtype=torch.float64).item()
-                numbers += cr_B_D.numel()
-            principal.add(cr_N_D[: -(-_ROWS_PER_AXIS * cr_N_D.shape[1] // shards)].float())
-        if not numbers:
+                squares += cr_B_D.float().square().sum(dtype=torch.float64).item()
+                count += cr_B_D.numel()
+            axes.add(cr_N_D[: -(-_ROWS_PER_AXIS * cr_N_D.shape[1] // shards)].float())
+        if not count:
             raise InvalidData("The memory has no rows.", hint="Build it from at least one pair.")
-        return cls(ids_C, math.sqrt(square / numbers), principal.found())
+        return cls(ids_C, math.sqrt(squares / count), axes.result())
 
 
 class _PrincipalAxes:
-    """Of rows that come a few at a time."""
+    """Principal axes of rows that arrive a few at a time."""
 
     def __init__(self) -> None:
         self._moment_D_D = self._sum_D = torch.zeros(())
@@ -206,24 +207,24 @@ class _PrincipalAxes:
         self._moment_D_D = self._moment_D_D + rows_B_D.T @ rows_B_D
         self._sum_D = self._sum_D + rows_B_D.sum(dim=0)
 
-    def found(self) -> Tensor:
-        """float32, a row each."""
+    def result(self) -> Tensor:
+        """The axes, float32, a row each."""
         require_finite(self._moment_D_D, "the products of the memory's representations")
         axes_D_D: Tensor = torch.linalg.eigh(self._moment_D_D).eigenvectors.T
-        # An axis has no direction of its own: the one in which the rows lie.
+        # Eigenvectors have no sign: point each to the side on which the rows lie.
         signs_D_1 = torch.where(axes_D_D @ self._sum_D < 0, -1.0, 1.0)[:, None]
         return (signs_D_1 * axes_D_D).contiguous()
 
 
 class RowStream:
-    """All rows of a memory, in another order each time; the same epoch always in the same one.
+    """Batches of all rows of a memory, in an order that depends on the seed and the epoch.
 
     Args:
-        memory: of N rows.
+        memory: source of the shards.
         candidate_ids_C: int64, sorted.
-        batch_rows: rows of a batch; the last one of an epoch may have fewer.
-        seed: of the orders.
-        pool_bytes: about as much of the memory is shuffled, and held, together.
+        batch_rows: number of rows in a batch; the last batch of an epoch may have fewer.
+        seed: seed of the orders.
+        pool_bytes: approximate size of the rows that are in RAM and shuffled together.
     """
 
     def __init__(
@@ -242,36 +243,36 @@ class RowStream:
         return -(-self.rows // self._batch_rows)
 
     def epoch(self, number: int, *, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from the one with number `start` on.
+        """Yield the batches of an epoch, beginning with batch `start`.
 
         Raises:
             InvalidData: a shard is missing or damaged.
         """
         rng = torch.Generator().manual_seed(self._seed)
-        # An epoch's order must not depend on whether the ones before it were run.
-        seeds_E = torch.randint(2**62, (number + 1,), generator=rng)
-        rng.manual_seed(int(seeds_E[number]))
-        step, begun = 0, None
+        # An epoch's order must not depend on whether the epochs before it were run.
+        seeds = torch.randint(2**62, (number + 1,), generator=rng)
+        rng.manual_seed(int(seeds[number]))
+        step, partial = 0, None
         for rows, order_N in self._pools(rng):
-            missing = self._batch_rows - (len(begun) if begun else 0)
+            missing = self._batch_rows - (len(partial) if partial else 0)
             for index_B in (order_N[:missing], *order_N[missing:].split(self._batch_rows)):
-                batch = rows[index_B] if begun is None else Batch.concatenate([begun, rows[index_B]])
-                begun = batch if len(batch) < self._batch_rows else None
-                if begun is None:
+                batch = rows[index_B] if partial is None else Batch.concatenate([partial, rows[index_B]])
+                partial = batch if len(batch) < self._batch_rows else None
+                if partial is None:
                     if step >= start:
                         yield batch
                     step += 1
-        if begun and step >= start:
-            yield begun
+        if partial and step >= start:
+            yield partial
 
     def _pools(self, rng: torch.Generator) -> Iterator[tuple[Batch, Tensor]]:
-        """The rows of some shards at a time, and an order for them."""
+        """Yield the rows of a few shards at a time, with a random order of these rows."""
         order = torch.randperm(len(self._memory.shard_rows), generator=rng).tolist()
         pool, size = list[Batch](), 0
-        for place, number in enumerate(order, 1):
-            pool.append(Batch.of(self._memory.shard(number), self._candidate_ids_C))
+        for shards_read, number in enumerate(order, 1):
+            pool.append(Batch.from_rows(self._memory.shard(number), self._candidate_ids_C))
             size += pool[-1].cr_N_D.nbytes
-            if size >= self._pool_bytes or place == len(order):
+            if size >= self._pool_bytes or shards_read == len(order):
                 rows = Batch.concatenate(pool)
                 pool, size = [], 0
                 yield rows, torch.randperm(len(rows), generator=rng)

@@ -1,4 +1,4 @@
-"""A training that was stopped, on disk: all that decides how it goes on."""
+"""Checkpoints: the state of a training on disk, from which it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _BEST, _ADAPTER, _AVERAGE, _OPTIMISER, _RNG = "best.", "adapter.", "average.", "
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What was kept of a training, besides the adapter and the state of the random numbers.
+    """State of a stopped training, besides the weights and the random number generators.
 
     Attributes:
-        progress: how far it was.
-        optimiser: state of each trained tensor.
-        best: the adapter of the best epoch.
+        progress: counters and history.
+        optimiser: optimiser state of each trained tensor, by the tensor's number and the state's name.
+        best: weights of the best epoch.
     """
 
     progress: dict[str, Any]
@@ -35,12 +35,12 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where the state of one training lies.
+    """File with the state of one training.
 
-    Args:
-        path: of the file.
-        identity: all that decides the result; what another training has left there is ignored.
-        device: where the adapter is trained.
+    Attributes:
+        path: path of the file.
+        identity: everything that decides the result, as JSON; the file of another training is ignored.
+        device: device on which the adapter is trained.
     """
 
     path: Path
@@ -55,7 +55,7 @@ class Checkpoint:
         best: dict[str, Tensor],
         average: nn.Module | None,
     ) -> None:
-        """Write the state, in place of the last one.
+        """Write the state, replacing the previous one.
 
         Raises:
             InvalidData: the disk is full.
@@ -76,23 +76,23 @@ class Checkpoint:
         write_atomically(self.path, safetensors.torch.save(tensors, metadata))
 
     def load(self, adapter: nn.Module, average: nn.Module | None) -> TrainingState | None:
-        """Bring all to where it was; None if nothing whole of this training is there."""
+        """Restore the weights and random generators; return the rest, or None if the file is missing or unusable."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("identity") != self._digest:
                     return None
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except (OSError, SafetensorError, KeyError, TypeError, RuntimeError):
             return None
         if metadata.get("sha256") != _checksum(tensors, metadata.get("progress", "")):
             return None
-        # All of it is looked at before anything is changed.
+        # Everything is checked before anything is changed.
         parts = {_ADAPTER: adapter} | ({} if average is None else {_AVERAGE: average})
         if not all(_fits(_part(tensors, prefix), module) for prefix, module in parts.items()):
             return None
         try:
-            found = _found(tensors, metadata["progress"])
+            state = _parse(tensors, metadata["progress"])
             torch.Generator().set_state(tensors[_RNG])
         except (KeyError, ValueError, TypeError, RuntimeError):
             return None
@@ -101,7 +101,7 @@ class Checkpoint:
         torch.set_rng_state(tensors[_RNG])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors[_RNG + ".cuda"], self.device)
-        return found
+        return state
 
     @property
     def _digest(self) -> str:
@@ -112,7 +112,7 @@ def _checksum(tensors: dict[str, Tensor], progress: str) -> str:
     return hashlib.sha256(progress.encode() + safetensors.torch.save(tensors)).hexdigest()
 
 
-def _found(tensors: dict[str, Tensor], progress: str) -> TrainingState:
+def _parse(tensors: dict[str, Tensor], progress: str) -> TrainingState:
     optimiser: dict[int, dict[str, Tensor]] = {}
     for name, value in _part(tensors, _OPTIMISER).items():
         number, _, field = name.partition(".")
@@ -121,9 +121,9 @@ def _found(tensors: dict[str, Tensor], progress: str) -> TrainingState:
 
 
 def _fits(part: dict[str, Tensor], module: nn.Module) -> bool:
-    own = module.state_dict()
-    return part.keys() == own.keys() and all(
-        value.shape == own[name].shape and value.dtype == own[name].dtype for name, value in part.items()
+    expected = module.state_dict()
+    return part.keys() == expected.keys() and all(
+        value.shape == expected[name].shape and value.dtype == expected[name].dtype for name, value in part.items()
     )
 
 

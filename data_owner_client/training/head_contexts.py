@@ -1,4 +1,4 @@
-"""Contexts whose distributions are asked for: those of a memory, which the owner has seen when it was built."""
+"""Contexts whose distributions are requested: those of a memory, which the owner saw when it was built."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ from data_owner_client.plm.remote_plm import RemotePlm
 
 @dataclass(frozen=True)
 class Context:
-    """The tokens of `prefix` and, after them, `drafted` ones of the PLM's own."""
+    """A context: the tokens of `prefix`, followed by `drafted` tokens of the PLM's greedy continuation."""
 
     prefix: tuple[int, ...]
     drafted: int
 
     @property
     def key(self) -> str:
-        """Its name, for files."""
+        """Name of the context in the cache, a SHA-256."""
         ids = np.asarray([self.drafted, *self.prefix], "<i4").tobytes()
         return hashlib.sha256(ids).hexdigest()
 
 
 def sample_contexts(plm: RemotePlm, plan: MemoryPlan, pairs: Sequence[Pair]) -> Iterator[Context]:
-    """Different contexts of a memory in an order that is random and always the same.
+    """Yield the different contexts of a memory in a random order that is always the same.
 
-    So the first so many of them are spread over examples and positions, and asking for more goes on behind them. No
-    example gives a second one before all have given a first.
+    The first n of them are spread over examples and positions, and a larger n adds contexts behind them. Every example
+    gives one context before any gives its second.
 
     Args:
-        plm: of which the tokenizer.
-        plan: of the memory.
-        pairs: that it was built from.
+        plm: gives the tokenizer.
+        plan: plan of the memory.
+        pairs: pairs that the memory was built from.
     """
     order = torch.Generator().manual_seed(0)
 
-    def opened() -> Iterator[tuple[TokenizedPair, list[int]]]:
+    def tokenized() -> Iterator[tuple[TokenizedPair, list[int]]]:
         for index in torch.randperm(len(pairs), generator=order).tolist():
             pair = tokenize_pair(plm, plan.task, pairs[index], label=f"pair {index + 1}")
             yield pair, torch.randperm(len(pair.target), generator=order).tolist()
 
     seen = set[Context]()
-    examples: Iterator[tuple[TokenizedPair, list[int]]] = opened()
+    examples: Iterator[tuple[TokenizedPair, list[int]]] = tokenized()
     while True:
-        waiting = []
+        unfinished = []
         for pair, positions in examples:
             context = _at(pair, positions.pop(), private=plan.context_mode == "private")
             if positions:
-                waiting.append((pair, positions))
+                unfinished.append((pair, positions))
             if context not in seen:
                 seen.add(context)
                 yield context
-        if not waiting:
+        if not unfinished:
             return
-        examples = iter(waiting)
+        examples = iter(unfinished)
 
 
 def _at(pair: TokenizedPair, position: int, *, private: bool) -> Context:

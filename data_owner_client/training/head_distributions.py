@@ -1,4 +1,4 @@
-"""Asking for the full distributions that rows of the LM head are worked out from; goes on where it was stopped."""
+"""Requests for the full distributions from which LM-head rows are recovered; they resume where they were stopped."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from data_owner_client.training.head_contexts import Context, sample_contexts
 from protocol.errors import Forbidden, Overloaded, PemaError
 from protocol.messages import Limits
 
-# Representations that are asked for at a time; what an interruption may lose.
+# Contexts in one request for representations; an interruption loses at most these.
 _CONTEXTS_AT_ONCE = 16
-# On the wire, of each token: a log-probability in float32 and an id in int32.
+# Bytes of a token on the wire: a log-probability in float32 and an id in int32.
 _TOKEN_BYTES = 8
 
 
 def fetch_distributions(
-    plm: RemotePlm, plan: MemoryPlan, pairs: Sequence[Pair], wanted: int | None, reporter: Reporter
+    plm: RemotePlm, plan: MemoryPlan, pairs: Sequence[Pair], count: int | None, reporter: Reporter
 ) -> Distributions:
-    """Have the full distributions of a memory's contexts, asking for those that are not on disk yet.
+    """Full distributions of a memory's contexts; those that are not on disk are requested and stored.
 
     Args:
-        plm: has a cache.
-        plan: of the memory.
-        pairs: that it was built from.
-        wanted: so many contexts; None for enough for an exact fit.
-        reporter: told what leaves this machine, what it costs, and of the progress.
+        plm: PLM with a cache.
+        plan: plan of the memory.
+        pairs: pairs that the memory was built from.
+        count: number of contexts; None for as many as an exact fit needs.
+        reporter: shows what leaves this machine, what it costs, and the progress.
 
     Raises:
-        Forbidden, Overloaded: the owner gives no more of them, or not now; what it gave is kept.
-        PemaError: as the calls to the PLM.
+        Forbidden, Overloaded: the owner refuses further distributions, or has no capacity. Those received are stored.
+        PemaError: a call to the PLM failed.
     """
-    given = plm.cached_distributions()
-    wanted = wanted or contexts_needed(plm.card)
-    contexts = list(islice(sample_contexts(plm, plan, pairs), wanted))
-    missing = [context for context in contexts if context.key not in given]
+    distributions = plm.cached_distributions()
+    count = count or contexts_needed(plm.card)
+    contexts = list(islice(sample_contexts(plm, plan, pairs), count))
+    missing = [context for context in contexts if context.key not in distributions]
     if not missing:
-        return given
-    if len(contexts) < wanted:
-        reporter.say(f"The memory has no more than {len(contexts):,} contexts; for an exact fit it takes {wanted:,}.")
+        return distributions
+    if len(contexts) < count:
+        reporter.say(f"The memory has only {len(contexts):,} contexts; an exact fit needs {count:,}.")
     megabytes = len(missing) * plm.card.vocab_size * _TOKEN_BYTES / 1e6
     tokens = 2 * sum(len(context.prefix) + context.drafted for context in missing)
     reporter.say(
-        "The owner gives no rows of the LM head; they are worked out from full distributions. Leaves this machine: "
-        "nothing that building the memory has not shown. "
+        "The owner gives no rows of the LM head; they are recovered from full distributions. Leaves this machine: "
+        "only contexts that building the memory has shown. "
         f"Costs {len(missing):,} calls, {tokens:,} tokens, {megabytes:,.0f} MB down, and half of that on disk."
     )
     done, window = len(contexts) - len(missing), InFlightWindow()
@@ -60,33 +60,33 @@ def fetch_distributions(
     ):
         try:
             for chunk in _chunks(missing, plm.card.limits):
-                for context, answer in zip(chunk, _answers(plm, chunk, window), strict=True):
-                    given.store(context.key, answer)
+                for context, record in zip(chunk, _fetch(plm, chunk, window), strict=True):
+                    distributions.store(context.key, record)
                     done += 1
                     bar.advance(1)
         except (Forbidden, Overloaded) as error:
-            raise _stopped(error, done, len(contexts)) from error
-    return given
+            raise _with_progress(error, done, len(contexts)) from error
+    return distributions
 
 
-def _answers(plm: RemotePlm, chunk: Sequence[Context], window: InFlightWindow) -> Iterator[DistributionRecord]:
+def _fetch(plm: RemotePlm, chunk: Sequence[Context], window: InFlightWindow) -> Iterator[DistributionRecord]:
     exact = plm.with_dtype("float32")
     decoded = exact.decode([context.prefix for context in chunk], [context.drafted for context in chunk])
     rows = decoded.rows_B.tolist()
     last_B = decoded.rows_B.long().cumsum(0) - 1
     input_N_D = decoded.cr_N_D if decoded.last_hidden_N_D is None else decoded.last_hidden_N_D
-    whole = [
+    sequences = [
         [*context.prefix, *drafts_T.tolist()[: context.drafted]]
         for context, drafts_T in zip(chunk, decoded.top1_N.split(rows), strict=True)
     ]
-    logprobs = ordered_map(exact.distribution, whole, window)
+    logprobs = ordered_map(exact.distribution, sequences, window)
     logsumexps = decoded.logsumexp_N[last_B].tolist()
     for input_D, logsumexp, logprob_V in zip(input_N_D[last_B], logsumexps, logprobs, strict=True):
         yield DistributionRecord(input_D=input_D, logsumexp=logsumexp, logprob_V=logprob_V)
 
 
 def _chunks(contexts: Sequence[Context], limits: Limits) -> Iterator[list[Context]]:
-    """Contexts that go into one request each."""
+    """Yield the contexts in groups of one request each."""
     chunk, rows = list[Context](), 0
     for context in contexts:
         rows += 1 + context.drafted
@@ -98,14 +98,14 @@ def _chunks(contexts: Sequence[Context], limits: Limits) -> Iterator[list[Contex
         yield chunk
 
 
-def _stopped(error: PemaError, done: int, wanted: int) -> PemaError:
+def _with_progress(error: PemaError, done: int, count: int) -> PemaError:
     hint = "The same command goes on where this one stopped."
     if isinstance(error, Forbidden):
         hint = f"Once you may have more, {hint[0].lower()}{hint[1:]}"
         if done:
-            hint += f" An estimate from what you have: --distributions {done}."
+            hint += f" An estimate from what you have: --head-contexts {done}."
     return type(error)(
-        f"{error.detail} Of {wanted:,} full distributions {done:,} are answered and kept.",
+        f"{error.detail} Of {count:,} full distributions, {done:,} are stored.",
         hint=f"{error.hint} {hint}".lstrip(),
         retry_after_s=error.retry_after_s,
         request_id=error.request_id,

@@ -1,4 +1,4 @@
-"""What a training looks at: both memories, their rows, and the LM head's rows of all their targets."""
+"""Inputs of a training: both memories, their rows, and the LM-head rows of all their targets."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_owner_client.adapter.types import AdapterForm
 from data_owner_client.adapter.candidates import index_of, token_set
+from data_owner_client.adapter.types import AdapterForm
 from data_owner_client.data.pairs import Pair
 from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.memory.rows import MemoryRows
@@ -31,50 +31,50 @@ from protocol.head import LMHead
 
 @dataclass(frozen=True)
 class Memories:
-    """The memory to train on, and the one to validate on, which is small."""
+    """The memory to train on, and the smaller one to validate on."""
 
     train: ExternalMemory
     validation: ExternalMemory
 
     @classmethod
     def open(cls, folder: Path, plm: RemotePlm) -> Memories:
-        """Both.
+        """Open both memories of a folder.
 
         Raises:
-            InvalidData: one is missing, incomplete or damaged.
-            IdentityMismatch: they were built with another model.
+            InvalidData: a memory is missing, incomplete or damaged.
+            IdentityMismatch: a memory was built with another model.
         """
-        both = cls(ExternalMemory(folder / TRAIN), ExternalMemory(folder / VALIDATION))
-        for part in (both.train, both.validation):
+        memories = cls(ExternalMemory(folder / TRAIN), ExternalMemory(folder / VALIDATION))
+        for part in (memories.train, memories.validation):
             part.manifest.plan.model.require(
                 ModelIdentity.from_card(plm.card), f"The memory in {part.folder}", "the server"
             )
             part.require_complete()
-        return both
+        return memories
 
     @property
     def plan(self) -> MemoryPlan:
-        """What both were built from, but for the pairs."""
+        """The plan that both memories share, except for the pairs."""
         return self.train.manifest.plan
 
     @property
     def identity(self) -> list[object]:
-        """What of the data decides a training."""
+        """Digests of everything in the data that decides a training."""
         return [self.train.digest, self.validation.digest, self.plan.model.model_dump()]
 
     @cached_property
     def train_pairs(self) -> list[Pair]:
-        """The texts of the memory to train on."""
+        """Texts of the memory to train on."""
         return self.train.pairs()
 
     @cached_property
     def held_out_pairs(self) -> list[Pair]:
-        """The texts of the memory to validate on."""
+        """Texts of the memory to validate on."""
         return self.validation.pairs()
 
     @cached_property
     def held_out(self) -> MemoryRows:
-        """The rows to validate on, as they lie on disk."""
+        """Rows to validate on, as they are on disk."""
         return self.validation.load()
 
 
@@ -83,12 +83,12 @@ class TargetVocabulary:
     """The LM head's rows of all tokens that occur in the targets of either memory.
 
     Attributes:
-        ids_K: int64, sorted.
-        head: of these tokens, float32.
-        candidates: of those that occur in the memory that is trained on.
+        ids_U: int64, sorted: the U token ids that occur in either memory.
+        head: float32 LM-head rows of these tokens.
+        candidates: float32 LM-head rows of the tokens that occur in the training memory.
     """
 
-    ids_K: Tensor
+    ids_U: Tensor
     head: LMHead
     candidates: LMHead
 
@@ -96,25 +96,25 @@ class TargetVocabulary:
     def fetch(
         cls, plm: RemotePlm, candidate_ids_C: Tensor, held_out: MemoryRows, reporter: Reporter
     ) -> TargetVocabulary:
-        """One request for both memories: the server need not know which tokens are those of the few held-out texts."""
-        ids_K = token_set([candidate_ids_C, held_out.target_N])
-        if len(ids_K) == plm.card.vocab_size:
+        """Fetch the rows in one request for both memories, so the server cannot tell the held-out texts' tokens."""
+        ids_U = token_set([candidate_ids_C, held_out.target_N])
+        if len(ids_U) == plm.card.vocab_size:
             head = plm.full_head(reporter).to(torch.float32)
         elif plm.card.head_policy == "none":
-            fitted = fit_rows(plm.cached_distributions(), ids_K)
-            reporter.say(f"{fitted}.")
-            head = fitted.head
+            fit = fit_rows(plm.cached_distributions(), ids_U)
+            reporter.say(f"{fit}.")
+            head = fit.head
         else:
             reporter.say(
-                "Leaves this machine: which tokens occur anywhere in the targets, as their LM-head rows are asked for."
+                "Leaves this machine: which tokens occur anywhere in the targets, as their LM-head rows are requested."
             )
-            head = plm.head_rows(ids_K)
-        same = len(candidate_ids_C) == len(ids_K)
-        return cls(ids_K, head, head if same else head.rows(index_of(candidate_ids_C, ids_K)))
+            head = plm.head_rows(ids_U)
+        all_are_candidates = len(candidate_ids_C) == len(ids_U)
+        return cls(ids_U, head, head if all_are_candidates else head.rows(index_of(candidate_ids_C, ids_U)))
 
     def plm_logprobs(self, rows: MemoryRows) -> Tensor:
         """log P_PLM(y) of each row, float64."""
-        return plm_target_logprobs(self.head, self.ids_K, rows)
+        return plm_target_logprobs(self.head, self.ids_U, rows)
 
 
 @dataclass(frozen=True)
@@ -122,19 +122,23 @@ class TrainingInput:
     """Rows, candidates and head rows, ready to train on.
 
     Attributes:
-        identity: of all that decides a training, but for its settings.
-        held_out: the rows of `validation`, and those whose contexts are not reliable.
+        identity: digests of everything that decides a training, except its settings.
+        rows: rows of the training memory, as the pairing shows them.
+        stats: statistics of these rows.
+        targets: LM-head rows of all targets.
+        held_out: all held-out rows, those without a reliable context included.
+        validation: the held-out rows whose contexts are reliable.
     """
 
     identity: list[object]
     rows: ShardSource
-    survey: MemoryStats
+    stats: MemoryStats
     targets: TargetVocabulary
     held_out: MemoryRows
     validation: ValidationData
 
     @classmethod
-    def of(
+    def from_memories(
         cls,
         plm: RemotePlm,
         memories: Memories,
@@ -143,18 +147,19 @@ class TrainingInput:
         *,
         examples: int | None = None,
     ) -> TrainingInput:
-        """Read what the settings ask for, and fetch the head's rows.
+        """Read the memories and fetch LM-head rows.
 
         Args:
-            plm: gives the head's rows of the candidates only, unless the full vocabulary is wanted; or, under the
-                policy `none`, the distributions that they are worked out from.
-            memories: where the rows are.
-            settings: of these, the pairing, the vocabulary and the distributions count.
-            reporter: told what leaves this machine.
-            examples: train on the memory's first so many; None for all.
+            plm: gives the LM-head rows of the candidates, or of the full vocabulary if the settings say so. Under the
+                policy `none` it gives the distributions from which they are recovered.
+            memories: both memories.
+            settings: settings, of which the pairing, the vocabulary and the number of distributions are used.
+            reporter: shows what leaves this machine.
+            examples: number of examples of the memory to train on, its first ones; None for all.
 
         Raises:
-            InvalidData: a memory is damaged, has no rows, or has fewer examples.
+            InvalidData: a memory is damaged, has no rows, or has too few examples.
+            PemaError: a call to the PLM failed.
         """
         view = MemoryRows.paired_by_position if settings.pairing == "by_position" else MemoryRows.aligned
         rows: ShardSource = ShardView(memories.train, view)
@@ -167,34 +172,36 @@ class TrainingInput:
                 )
             rows = FirstExamples(rows, memories.train.shard_examples, examples)
             identity = [*identity, examples]
-        survey = MemoryStats.of(rows)
+        stats = MemoryStats.from_memory(rows)
         if settings.full_vocabulary:
-            survey = replace(survey, candidate_ids_C=torch.arange(memories.plan.model.vocab_size))
+            stats = replace(stats, candidate_ids_C=torch.arange(memories.plan.model.vocab_size))
         if plm.card.head_policy == "none" and not settings.full_vocabulary:
-            given = fetch_distributions(plm, memories.plan, memories.train_pairs, settings.distributions, reporter)
-            identity = [*identity, given.digest]  # with more of them, the rows are others
-        targets = TargetVocabulary.fetch(plm, survey.candidate_ids_C, memories.held_out, reporter)
+            distributions = fetch_distributions(
+                plm, memories.plan, memories.train_pairs, settings.head_contexts, reporter
+            )
+            identity = [*identity, distributions.digest]  # more distributions make other rows
+        targets = TargetVocabulary.fetch(plm, stats.candidate_ids_C, memories.held_out, reporter)
         held_out = view(memories.held_out).only_reliable_match()
-        validation = ValidationData.of(
-            held_out, survey.candidate_ids_C, targets.plm_logprobs(held_out), memories.train.length_ratio
+        validation = ValidationData.from_rows(
+            held_out, stats.candidate_ids_C, targets.plm_logprobs(held_out), memories.train.length_ratio
         )
-        return cls(identity, rows, survey, targets, held_out, validation)
+        return cls(identity, rows, stats, targets, held_out, validation)
 
     @cached_property
-    def _reliable(self) -> ReliableRows:
-        """Counted once, however many trainings take them."""
+    def _reliable_rows(self) -> ReliableRows:
+        """The rows with reliable contexts, counted once for all trainings."""
         return ReliableRows(self.rows)
 
     @property
     def plm_nll(self) -> float:
-        """Of the held-out targets under the PLM alone, in nats per token."""
+        """Loss of the held-out targets under the PLM alone, in nats per token."""
         return -self.validation.plm_logprob_N.mean().item()
 
     def fit(self, settings: TrainingSettings, checkpoint: Path, reporter: Reporter) -> Trained:
-        """Train; stopped and called again with the same checkpoint, go on where it was."""
+        """Train an adapter; resume from the checkpoint if there is one of this training."""
         return train_adapter(
-            self._reliable if settings.pairing == "reliable" else self.rows,
-            self.survey,
+            self._reliable_rows if settings.pairing == "reliable" else self.rows,
+            self.stats,
             self.targets.candidates,
             self.validation,
             settings,
@@ -205,9 +212,9 @@ class TrainingInput:
 
 
 def resolve_settings(settings: TrainingSettings, plan: MemoryPlan) -> list[TrainingSettings]:
-    """The settings to begin with: what they leave open, pairing and form, as it suits a memory.
+    """Settings to begin with: a copy for each pairing to try, with the form that suits the memory.
 
-    For a private memory that is several, one for each pairing.
+    A private memory has two pairings to try unless the settings name one.
 
     Raises:
         InvalidData: the form does not suit the memory or the pairing.
@@ -225,9 +232,9 @@ def resolve_settings(settings: TrainingSettings, plan: MemoryPlan) -> list[Train
             hint="Use --form residual, or --pairing aligned.",
         )
     pairings: list[Pairing] = ["aligned", "reliable"] if is_private else ["aligned"]
-    found = []
+    resolved = []
     for pairing in [settings.pairing] if settings.pairing else pairings:
         best: AdapterForm = "recent" if is_private and pairing == "aligned" else "residual"
         form = settings.form or (best if in_head_space else "paper")
-        found.append(replace(settings, form=form, pairing=pairing))
-    return [each for each in found if each.makes_sense]
+        resolved.append(replace(settings, form=form, pairing=pairing))
+    return [each for each in resolved if each.makes_sense]

@@ -1,4 +1,4 @@
-"""Cross-entropy of the LM head's softmax without logits of all rows in memory."""
+"""Cross-entropy through the LM head that never holds the logits of all rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from protocol.head import LMHead
 
 
 class _InChunks(torch.autograd.Function):
-    """The gradient is made with the loss, chunk by chunk: nothing of the size of the logits outlives a chunk."""
+    """Cross-entropy whose gradient is computed with the loss, so that no chunk's logits outlive the chunk."""
 
     @staticmethod
     def forward(ctx: Any, hidden_N_D: Tensor, head: LMHead, label_N: Tensor, chunk_rows: int) -> Tensor:
@@ -38,11 +38,11 @@ def cross_entropy(hidden_N_D: Tensor, head: LMHead, label_N: Tensor, *, chunk_ro
     """Mean of −log softmax(head(h))[y] over the rows.
 
     Args:
-        hidden_N_D: the head's input; the gradient goes here alone.
-        head: of C tokens; fixed.
+        hidden_N_D: input of the head; the only argument with a gradient.
+        head: LM-head rows of C tokens; constant.
         label_N: int64 in [0, C).
-        chunk_rows: rows whose logits exist at the same time.
+        chunk_rows: number of rows whose logits exist at the same time; None for as many as the head suggests.
     """
-    chunk_rows = chunk_rows or head.rows_at_once()
+    chunk_rows = chunk_rows or head.rows_per_chunk()
     loss: Tensor = _InChunks.apply(hidden_N_D, head, label_N, chunk_rows)  # type: ignore[no-untyped-call]
     return loss

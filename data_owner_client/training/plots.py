@@ -1,17 +1,18 @@
-"""Pictures of trainings."""
+"""Plots of a training."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from data_owner_client.training.trainer import Epoch
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 def draw_training(axes: Axes, history: list[Epoch], plm_nll: float) -> None:
-    """Prediction loss and validation likelihood against epochs, with the PLM's own as a line."""
+    """Draw prediction loss and validation loss against epochs, with the PLM's validation loss as a line."""
     joint = [epoch for epoch in history if epoch.phase == "joint"]
     epochs = [epoch.epoch for epoch in joint]
     axes.plot(epochs, [epoch.prediction_loss or 0.0 for epoch in joint], "o-", label="adapter, training rows")
@@ -22,7 +23,9 @@ def draw_training(axes: Axes, history: list[Epoch], plm_nll: float) -> None:
 
 
 def plot_training(history: list[Epoch], plm_nll: float, path: Path) -> None:
-    """Write `training.png`: both phases side by side."""
+    """Write a plot of both phases, side by side."""
+    from matplotlib.figure import Figure  # slow to import
+
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     losses = [epoch.reconstruction_loss for epoch in history]

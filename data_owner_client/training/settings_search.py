@@ -1,4 +1,4 @@
-"""Settings chosen by trying: whole trainings, one change at a time, as many as a time allows."""
+"""Search for training settings by whole trainings with one change at a time, within a time limit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_owner_client.adapter.types import AdapterForm
 from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.trainer import Trained
 
-# What is tried, in this order.
+# Changes in the order in which they are tried.
 _CHANGES: tuple[dict[str, Any], ...] = (
     {"dropout": 0.35},
     {"learning_rate": 1e-3},
@@ -29,38 +29,38 @@ Fit = Callable[[TrainingSettings], Trained]
 
 
 def search_settings(
-    openings: Sequence[TrainingSettings],
+    candidates: Sequence[TrainingSettings],
     fit: Fit,
     *,
     forms: Sequence[AdapterForm],
     on_trial: Callable[[TrainingSettings, float], None],
 ) -> tuple[TrainingSettings, Trained]:
-    """Train with the best of some settings, then with one change at a time; what is better on validation rows stays.
+    """Train with every candidate, then change the best one step by step, and return the best settings and adapter.
 
-    What the user has set to something else than its default is not changed.
+    A change is kept if it lowers the validation loss. Settings that the user changed from their defaults stay.
 
     Args:
-        openings: to begin with, each trained in any case; `minutes` bounds the time of all. A further training is begun
-            only if it should end in time.
-        fit: trains.
-        forms: of the adapter, that may be tried.
-        on_trial: told of each training, and of its validation loss.
+        candidates: settings to begin with; each is trained, whatever the time. After them, a training is begun only if
+            all trainings together should end within `search_minutes`.
+        fit: trains an adapter with the settings.
+        forms: forms of the adapter that may be tried.
+        on_trial: called after each training with its settings and validation loss.
     """
     started, longest, tried = time.monotonic(), 0.0, set[TrainingSettings]()
 
     def attempt(candidate: TrainingSettings) -> Trained:
         nonlocal longest
-        begun = time.monotonic()
+        begin = time.monotonic()
         trained = fit(candidate)
         on_trial(candidate, trained.best_nll)
         tried.add(candidate)
-        longest = max(longest, time.monotonic() - begun)
+        longest = max(longest, time.monotonic() - begin)
         return trained
 
-    opened = [(opening, attempt(opening)) for opening in openings]
-    best, trained = min(opened, key=lambda each: each[1].best_nll)
+    results = [(candidate, attempt(candidate)) for candidate in candidates]
+    best, trained = min(results, key=lambda result: result[1].best_nll)
     for change in _changes(best, forms):
-        if time.monotonic() - started + longest > 60 * best.minutes:
+        if time.monotonic() - started + longest > 60 * best.search_minutes:
             break
         candidate = replace(best, **change)
         if candidate in tried or not candidate.makes_sense:

@@ -32,8 +32,8 @@ from data_owner_client.training.validation import ValidationData, target_logprob
 from protocol.errors import InvalidRequest, NumericalFault
 from protocol.head import LMHead
 
-_CHECKPOINT_EVERY_S = 60.0
-# Of what a checkpoint holds.
+_CHECKPOINT_EVERY_SECONDS = 60.0
+# Version of the checkpoint layout.
 _FORMAT = 3
 
 
@@ -41,7 +41,12 @@ _FORMAT = 3
 class Epoch:
     """One pass over the memory.
 
-    Losses are means over its batches; `validation_nll` is the mixture's at its best constant λ.
+    Attributes:
+        phase: `reconstruction` or `joint`.
+        epoch: number of the epoch in its phase, from 1.
+        reconstruction_loss: mean over the batches.
+        prediction_loss: mean over the batches, in nats per token; None in the reconstruction phase.
+        validation_nll: loss of the mixture at its best constant λ, in nats per token; None in the reconstruction phase.
     """
 
     phase: str
@@ -53,7 +58,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Trained:
-    """The adapter of the best validation epoch, and how it got there."""
+    """The adapter of the best validation epoch, all epochs, and its validation loss in nats per token."""
 
     adapter: Adapter
     history: list[Epoch]
@@ -62,16 +67,16 @@ class Trained:
 
 @dataclass
 class _Progress:
-    """How far a training is.
+    """Counters of a running training.
 
     Attributes:
-        epoch: the one that is running, of both phases together, from 0.
-        step: batches of it that are done.
-        reconstruction: sum of their reconstruction losses.
-        prediction: sum of their prediction losses.
-        best_nll: of the best epoch so far.
-        since_best: epochs since then.
-        history: the epochs that are over.
+        epoch: number of the running epoch, of both phases together, from 0.
+        step: number of finished batches of the running epoch.
+        reconstruction: sum of the reconstruction losses of these batches.
+        prediction: sum of the prediction losses of these batches.
+        best_nll: validation loss of the best epoch so far.
+        since_best: number of epochs since the best one.
+        history: the finished epochs.
     """
 
     epoch: int = 0
@@ -83,18 +88,18 @@ class _Progress:
     history: list[Epoch] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The counters in a checkpoint's form."""
         return asdict(self)
 
     @classmethod
-    def of_json(cls, record: dict[str, Any]) -> _Progress:
-        """From a checkpoint."""
+    def from_json(cls, record: dict[str, Any]) -> _Progress:
+        """The counters of a checkpoint."""
         return cls(**record | {"history": [Epoch(**epoch) for epoch in record["history"]]})
 
 
 def train_adapter(
     memory: ShardSource,
-    survey: MemoryStats,
+    stats: MemoryStats,
     head: LMHead,
     validation: ValidationData,
     settings: TrainingSettings,
@@ -103,34 +108,34 @@ def train_adapter(
     identity: object = None,
     reporter: Reporter | None = None,
 ) -> Trained:
-    """Train an adapter; the same data, settings and thread count give the same adapter, interrupted or not.
+    """Train an adapter. The same data, settings and thread count give the same adapter, interrupted or not.
 
     Args:
-        memory: the rows, of which a few shards are in memory at a time.
-        survey: of the memory, along whose principal axes the training runs.
-        head: float32 head rows of the candidates.
-        validation: held-out rows; the adapter of the best epoch is kept.
-        settings: see there.
-        checkpoint: a file where the state is kept until all is done, to go on from if the process is stopped.
-        identity: what decides the result besides `settings`: a checkpoint of something else is ignored.
-        reporter: told of the progress, with a live loss.
+        memory: source of the rows, of which a few shards are in RAM at a time.
+        stats: statistics of the memory; the training runs along its principal axes.
+        head: float32 LM-head rows of the candidates.
+        validation: held-out rows, which decide the best epoch.
+        settings: training settings.
+        checkpoint: file for the state of the training, from which the same call resumes; None for no checkpoint.
+        identity: digests of everything that decides the result besides `settings`; other checkpoints are ignored.
+        reporter: shows the progress and the losses.
 
     Raises:
         InvalidData: a shard is damaged, or the disk is full.
-        InvalidRequest: there is no such device, or it has too little memory.
-        NumericalFault: the loss is no longer finite.
+        InvalidRequest: the device does not exist, or its memory is too small.
+        NumericalFault: the loss is not finite.
     """
-    stream = RowStream(memory, survey.candidate_ids_C, batch_rows=settings.batch_rows, seed=settings.seed)
+    stream = RowStream(memory, stats.candidate_ids_C, batch_rows=settings.batch_rows, seed=settings.seed)
     device = _device(settings.device)
-    kept = None
+    store = None
     if checkpoint is not None:
         hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads()
-        decides = [_FORMAT, identity, asdict(settings), str(device), hardware, torch.__version__]
-        kept = Checkpoint(checkpoint, decides, device)
+        result_identity = [_FORMAT, identity, asdict(settings), str(device), hardware, torch.__version__]
+        store = Checkpoint(checkpoint, result_identity, device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         try:
-            training = _Training(stream, head, validation, settings, device, survey, kept)
+            training = _Training(stream, head, validation, settings, device, stats, store)
             training.run(reporter or Reporter())
         except torch.cuda.OutOfMemoryError as error:
             raise InvalidRequest(
@@ -140,7 +145,7 @@ def train_adapter(
 
 
 class _Training:
-    """One training, from its beginning or from a checkpoint."""
+    """A training, from its beginning or from a checkpoint."""
 
     def __init__(
         self,
@@ -149,25 +154,25 @@ class _Training:
         validation: ValidationData,
         settings: TrainingSettings,
         device: torch.device,
-        survey: MemoryStats,
+        stats: MemoryStats,
         checkpoint: Checkpoint | None,
     ) -> None:
         self._stream = stream
         self._settings = settings
         self._checkpoint = checkpoint
         self._device = device
-        # All is turned to these axes, and the adapter back in the end.
-        self._axes_D_D = survey.axes_D_D.to(device)
+        # Everything is rotated to these axes, and the adapter is rotated back at the end.
+        self._axes_D_D = stats.axes_D_D.to(device)
         self._head = head.to(device)
         self._head = replace(self._head, weight_V_D=self._head.weight_V_D @ self._axes_D_D.T)
-        self._held_out, self._validation = validation.data.turned(survey.axes_D_D), validation
+        self._held_out, self._validation = validation.data.rotated(stats.axes_D_D), validation
         hidden_size = head.weight_V_D.shape[1]
         rank = min(settings.rank, hidden_size)
         self._adapter = Adapter(
             hidden_size,
             rank,
             settings.form or "residual",
-            rms=survey.rms,
+            rms=stats.rms,
             head_rms=head.weight_V_D.square().mean().sqrt().item(),
             dropout=settings.dropout,
         ).to(self._device)
@@ -175,16 +180,16 @@ class _Training:
         if settings.ema_decay:
             self._average = AveragedModel(self._adapter, multi_avg_fn=partial(_update_average, settings.ema_decay))
         self._progress, self._best = _Progress(), copy.deepcopy(self._adapter.state_dict())
-        found = None if checkpoint is None else checkpoint.load(self._adapter, self._average)
-        if found is not None:
-            self._progress, self._best = _Progress.of_json(found.progress), found.best
+        state = None if checkpoint is None else checkpoint.load(self._adapter, self._average)
+        if state is not None:
+            self._progress, self._best = _Progress.from_json(state.progress), state.best
         self._optimiser = self._new_optimiser()
-        if found is not None:
+        if state is not None:
             groups = self._optimiser.state_dict()["param_groups"]
-            self._optimiser.load_state_dict({"state": found.optimiser, "param_groups": groups})
+            self._optimiser.load_state_dict({"state": state.optimiser, "param_groups": groups})
 
     def run(self, reporter: Reporter) -> None:
-        """Train to the end."""
+        """Train until the last epoch, or until `patience` epochs have brought no improvement."""
         settings, progress = self._settings, self._progress
         total = settings.reconstruction_epochs + settings.epochs
         if progress.epoch or progress.step:
@@ -195,14 +200,14 @@ class _Training:
                 saved_at = time.monotonic()
                 for batch in self._batches():
                     bar.advance(1, self._step(batch))
-                    if time.monotonic() - saved_at > _CHECKPOINT_EVERY_S:
+                    if time.monotonic() - saved_at > _CHECKPOINT_EVERY_SECONDS:
                         self._save()
                         saved_at = time.monotonic()
                 self._end_epoch()
                 self._save()
 
     def result(self) -> Trained:
-        """What came of it."""
+        """The adapter of the best epoch, on the CPU and in the axes of the representations."""
         self._adapter.load_state_dict(self._best)
         self._adapter.rotate_back(self._axes_D_D)
         return Trained(self._adapter.cpu().eval(), self._progress.history, self._progress.best_nll)
@@ -225,22 +230,22 @@ class _Training:
         if self._device.type != "cuda":
             yield from batches
             return
-        # Read and shuffled while the GPU works; on a CPU that would only take its cores.
+        # Read and shuffle while the GPU computes. On a CPU this would only take its cores.
         for batch in prefetch_one(batches):
-            yield batch.sent_to(self._device)
+            yield batch.to_device(self._device)
 
     def _step(self, batch: Batch) -> str:
-        """One step of the phase that is on; the losses, in words."""
+        """Train on a batch; return the losses in words."""
         progress, adapter, kappa = self._progress, self._adapter, self._settings.kappa
         self._set_learning_rate()
-        batch = batch.turned(self._axes_D_D)
+        batch = batch.rotated(self._axes_D_D)
         with torch.autocast("cuda", torch.bfloat16) if self._device.type == "cuda" else nullcontext():
             x_B_D = adapter.scaled(batch.cr_N_D)
             loss = reconstruction = F.mse_loss(adapter.reconstruction(x_B_D), x_B_D)
             words = f"reconstruction {reconstruction.item():.3f}"
             if self._joint:
-                recent_B_E = adapter.recent_features(self._head, batch.previous_N_K)
-                h_B_D = adapter.hidden(adapter.scaled(batch.cr_N_D, batch.matches_N), recent_B_E)
+                recent_B_F = adapter.recent_features(self._head, batch.previous_N_P)
+                h_B_D = adapter.hidden(adapter.scaled(batch.cr_N_D, batch.matches_N), recent_B_F)
                 prediction = cross_entropy(h_B_D, self._head, batch.label_N)
                 loss = kappa * reconstruction + (1 - kappa) * prediction
                 progress.prediction += prediction.item()
@@ -259,7 +264,7 @@ class _Training:
         return words
 
     def _set_learning_rate(self) -> None:
-        """Adam's rate falls along a cosine in the joint phase."""
+        """Set Adam's rate, which falls along a cosine in the joint phase."""
         settings, progress = self._settings, self._progress
         rate = settings.learning_rate
         if self._joint:
@@ -269,17 +274,17 @@ class _Training:
             group["lr"] = rate
 
     def _end_epoch(self) -> None:
-        progress, before = self._progress, self._settings.reconstruction_epochs
+        progress, first_joint = self._progress, self._settings.reconstruction_epochs
         reconstruction, prediction = (total / progress.step for total in (progress.reconstruction, progress.prediction))
         if self._joint:
-            judged = self._adapter if self._average is None else cast(Adapter, self._average.module)
-            logprob_N = target_logprobs(judged, self._head, self._held_out)
+            evaluated = self._adapter if self._average is None else cast(Adapter, self._average.module)
+            logprob_N = target_logprobs(evaluated, self._head, self._held_out)
             _, nll = self._validation.best(logprob_N, "constant")
-            progress.history.append(Epoch("joint", progress.epoch - before + 1, reconstruction, prediction, nll))
+            progress.history.append(Epoch("joint", progress.epoch - first_joint + 1, reconstruction, prediction, nll))
             progress.since_best += 1
             if nll < progress.best_nll:
                 progress.best_nll, progress.since_best = nll, 0
-                self._best = copy.deepcopy(judged.state_dict())
+                self._best = copy.deepcopy(evaluated.state_dict())
         else:
             progress.history.append(Epoch("reconstruction", progress.epoch + 1, reconstruction, None, None))
         was_joint = self._joint
@@ -309,7 +314,7 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
         if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only CPUs and CUDA are known here")
+            raise RuntimeError("only CPUs and CUDA are supported")
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise InvalidRequest(
             f"There is no device {name!r} to train on: {str(error).splitlines()[0]}", hint="Use --device cpu."

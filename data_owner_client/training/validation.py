@@ -1,4 +1,4 @@
-"""Held-out rows: how likely the mixture finds their targets, and which interpolation finds them likeliest."""
+"""Held-out rows, the likelihood of their targets under the mixture, and the likeliest interpolations."""
 
 from __future__ import annotations
 
@@ -20,43 +20,55 @@ _LAMBDAS = tuple(i / 20 for i in range(1, 20))
 
 @dataclass(frozen=True)
 class ValidationData:
-    """Held-out rows, with the PLM's likelihood of their targets and the λ schedule's inputs.
+    """Held-out rows with the PLM's likelihood of their targets and the inputs of a λ schedule.
 
     Attributes:
-        plm_logprob_N: log P_PLM(y), float64.
-        position_N: t of each row.
-        horizon_N: SL of each row's sequence, in tokens.
+        data: the rows whose contexts match the true ones.
+        plm_logprob_N: log P_PLM(y) of each row, float64.
+        position_N: position t of each row in its target, int64.
+        expected_length_N: SL, the expected length of each row's target in tokens, float64.
     """
 
     data: Batch
     plm_logprob_N: Tensor
     position_N: Tensor
-    horizon_N: Tensor
+    expected_length_N: Tensor
 
     @classmethod
-    def of(
+    def from_rows(
         cls, rows: MemoryRows, candidate_ids_C: Tensor, plm_logprob_N: Tensor, length_ratio: float
     ) -> ValidationData:
-        """Rows of a memory whose contexts agree with the true ones; `length_ratio` is the training memory's."""
-        horizon_E = (rows.source_tokens_E.double() * length_ratio).clamp(min=1.0)
-        horizon_N = horizon_E.repeat_interleave(rows.rows_E.long())
-        data = Batch.of(rows, candidate_ids_C)
+        """The rows whose contexts match the true ones.
+
+        Args:
+            rows: N held-out rows.
+            candidate_ids_C: int64, sorted.
+            plm_logprob_N: log P_PLM(y) of each row, float64.
+            length_ratio: target tokens per source token in the training memory.
+        """
+        expected_length_E = (rows.source_tokens_E.double() * length_ratio).clamp(min=1.0)
+        expected_length_N = expected_length_E.repeat_interleave(rows.rows_E.long())
+        data = Batch.from_rows(rows, candidate_ids_C)
         matches_N = data.matches_N
-        return cls(data[matches_N], plm_logprob_N[matches_N], rows.position_N()[matches_N], horizon_N[matches_N])
+        return cls(
+            data[matches_N], plm_logprob_N[matches_N], rows.position_N()[matches_N], expected_length_N[matches_N]
+        )
 
     def mixture_nll(self, pema_logprob_N: Tensor, interpolation: Interpolation) -> float:
         """Mean of −log((1 − λ_t)·P_PLM(y) + λ_t·P_PEMA(y)), in nats per token."""
-        lambda_N = interpolation.lambdas(self.position_N, self.horizon_N)
+        lambda_N = interpolation.lambdas(self.position_N, self.expected_length_N)
         return -mix(self.plm_logprob_N, pema_logprob_N, lambda_N).mean().item()
 
     def best(self, pema_logprob_N: Tensor, schedule: Schedule) -> tuple[Interpolation, float]:
-        """The schedule with the λ_max of the highest mixture likelihood, and its negative logarithm per token."""
-        options = [Interpolation(schedule=schedule, lambda_max=value) for value in _LAMBDAS]
-        return min(((option, self.mixture_nll(pema_logprob_N, option)) for option in options), key=lambda x: x[1])
+        """The likeliest interpolation with this schedule, and its loss in nats per token."""
+        interpolations = [Interpolation(schedule=schedule, lambda_max=value) for value in _LAMBDAS]
+        return min(
+            ((each, self.mixture_nll(pema_logprob_N, each)) for each in interpolations), key=lambda pair: pair[1]
+        )
 
 
 def likeliest_interpolations(validation: ValidationData, pema_logprob_N: Tensor) -> list[Interpolation]:
-    """Every schedule with the λ_max of its highest mixture likelihood on held-out rows."""
+    """The likeliest interpolation of each schedule on held-out rows."""
     schedules: tuple[Schedule, ...] = ("constant", "linear", "gradual")
     return [validation.best(pema_logprob_N, schedule)[0] for schedule in schedules]
 
@@ -67,13 +79,13 @@ def target_logprobs(adapter: Adapter, head: LMHead, data: Batch) -> Tensor:
     was_training = adapter.training
     adapter.eval()
     parts = []
-    rows, device = head.rows_at_once(), head.weight_V_D.device
+    rows, device = head.rows_per_chunk(), head.weight_V_D.device
     for start in range(0, len(data), rows):
         part = data[start : start + rows]
         x_B_D = adapter.scaled(part.cr_N_D.to(device), part.matches_N.to(device))
-        recent_B_E = adapter.recent_features(head, part.previous_N_K.to(device))
-        logprob_B_C = head.logits(adapter.hidden(x_B_D, recent_B_E)).log_softmax(dim=-1)
-        chosen_B = logprob_B_C.gather(1, part.label_N.clamp(min=0).to(device)[:, None])[:, 0].double().cpu()
-        parts.append(torch.where(part.label_N < 0, -math.inf, chosen_B))
+        recent_B_F = adapter.recent_features(head, part.previous_N_P.to(device))
+        logprob_B_C = head.logits(adapter.hidden(x_B_D, recent_B_F)).log_softmax(dim=-1)
+        target_B = logprob_B_C.gather(1, part.label_N.clamp(min=0).to(device)[:, None])[:, 0].double().cpu()
+        parts.append(torch.where(part.label_N < 0, -math.inf, target_B))
     adapter.train(was_training)
     return torch.cat(parts)

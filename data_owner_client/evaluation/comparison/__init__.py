@@ -1,1 +1,1 @@
-"""PEMA beside its baselines: trained on one memory, evaluated on one test set."""
+"""Comparison of PEMA with baselines that are trained on the same memory and evaluated on the same test set."""

@@ -1,4 +1,4 @@
-"""The comparison: memories built, rivals trained, each in a process of its own, the test set translated by all."""
+"""Comparison on one test set: build memories, train each system in a separate process, translate, score."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from protocol.errors import InvalidData
 
 
 class Comparison(BaseModel):
-    """All systems on one test set."""
+    """Scores of all systems on one test set.
+
+    Attributes:
+        task: name of the task.
+        model: name of the PLM.
+        pairs: number of pairs of each split, by name.
+        signatures: sacrebleu's signatures of the metrics.
+        rows: a row for each system.
+    """
 
     task: str
     model: str
@@ -37,41 +45,40 @@ def compare(
     settings: TrainingSettings | None = None,
     reporter: Reporter | None = None,
 ) -> Comparison:
-    """Build, train and evaluate what is not there yet; then put all side by side.
+    """Measure every system that has no row yet, and return the rows of all.
 
-    Interrupted, the same call goes on where it was. Rows of other systems, such as the benchmark's LoRA, are taken from
-    `folder/rows`.
+    After an interruption, the same call goes on where it was. Rows of further systems, such as the benchmark's LoRA,
+    are read from `folder/rows`.
 
     Args:
         connect: opens a connection to the server.
-        task: of all systems.
-        splits: its pairs. The targets of all of them are shown to the PLM's owner, for perplexities and teacher-forced
-            contexts.
-        folder: for memories, adapters and rows.
-        only: names of systems to measure; all unless given.
-        settings: of our own systems; the defaults unless given. Those of the rivals are fixed, or tuned.
-        reporter: told of the progress.
+        task: task of all systems.
+        splits: pairs of the task. The PLM's owner sees all their targets, for perplexities and teacher-forced contexts.
+        folder: folder for memories, adapters and rows.
+        only: names of the systems to measure; empty for all.
+        settings: training settings of PEMA's own systems; None for the defaults. Those of baselines are fixed or tuned.
+        reporter: shows the progress.
 
     Raises:
-        InvalidData: a name is none of a system, or a file is damaged.
-        PemaError: as building, training and translating.
+        InvalidData: a name is not that of a system, or a file is damaged.
+        PemaError: a call to the PLM failed.
     """
     reporter = reporter or Reporter()
     with connect() as plm:
-        bench = ComparisonRunner(connect, plm, task, splits, folder, settings or TrainingSettings(), reporter)
+        runner = ComparisonRunner(connect, plm, task, splits, folder, settings or TrainingSettings(), reporter)
         unknown = set(only) - set(SYSTEMS)
         if unknown:
             raise InvalidData(f"There is no system {min(unknown)}.", hint=f"There are {', '.join(SYSTEMS)}.")
         for name, (what, measure) in SYSTEMS.items():
             if not only or name in only:
-                bench.measure(name, what, measure)
-        measured = SystemResult.load_all(folder / "rows")
+                runner.measure(name, what, measure)
+        results = SystemResult.load_all(folder / "rows")
         order = {name: number for number, name in enumerate(SYSTEMS)}
         rows = comparison_rows(
-            sorted(measured.values(), key=lambda one: order.get(one.name, len(order))),
+            sorted(results.values(), key=lambda result: order.get(result.name, len(order))),
             [pair.target or "" for pair in splits.test],
         )
         sizes = {name: len(part) for name, part in vars(splits).items()}
         scores = text_scores(["a"], ["a"])
-        signatures = [f"{one}|bs:{RESAMPLES}" for one in (scores.bleu_signature, scores.chrf_signature)]
+        signatures = [f"{signature}|bs:{RESAMPLES}" for signature in (scores.bleu_signature, scores.chrf_signature)]
         return Comparison(task=task.name, model=plm.card.name, pairs=sizes, signatures=signatures, rows=rows)

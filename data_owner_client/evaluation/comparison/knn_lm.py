@@ -1,4 +1,4 @@
-"""kNN-LM (Khandelwal et al., ICLR 2020, arXiv 1911.00172) on an external memory: nearest rows instead of an adapter.
+"""kNN-LM (Khandelwal et al., ICLR 2020, arXiv 1911.00172) on an external memory, as a baseline without an adapter.
 
 P_kNN(y | c) ∝ Σ over the k rows nearest to f(c) of [y_i = y] · exp(−‖f(c) − f(c_i)‖² / T).
 """
@@ -21,7 +21,7 @@ from protocol.errors import Unsupported
 from protocol.head import LMHead
 
 _NEIGHBOURS = (4, 8, 16, 32, 64)
-# Of the mean distance to the nearest neighbours.
+# Multiples of the mean squared distance to the nearest neighbours.
 _TEMPERATURES = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -30,10 +30,14 @@ class KnnLm:
     """P_kNN in the place of an adapter's distribution.
 
     Attributes:
+        card: card of the adapter that it stands in for.
+        candidate_ids_C: int64, sorted.
+        head: float32 LM-head rows of the candidates.
         index: faiss' exact index of all rows.
-        label_N: int64, the target of each row among the candidates.
+        label_N: int64 index of each row's target among the candidates.
         neighbours: k.
         temperature: T, in squared units of the representations.
+        retriever: None, as the PLM sees the examples of the task.
     """
 
     card: AdapterCard
@@ -47,14 +51,14 @@ class KnnLm:
 
     def logprobs(self, cr_N_D: Tensor, previous_N_P: Tensor | None = None) -> Tensor:
         """log P_kNN over the candidates [N, C], float32; −∞ for tokens that no neighbour has."""
-        distance_N_K, row_N_K = search(self.index, cr_N_D, self.neighbours)
+        distance_N_K, row_N_K = nearest_rows(self.index, cr_N_D, self.neighbours)
         weight_N_K = (-distance_N_K / self.temperature).softmax(dim=-1)
         probability_N_C = torch.zeros(len(cr_N_D), len(self.candidate_ids_C))
         return probability_N_C.scatter_add_(1, self.label_N[row_N_K], weight_N_K).log()
 
 
 def build_index(memory: ExternalMemory, candidate_ids_C: Tensor) -> tuple[Any, Tensor]:
-    """faiss' exact index of all rows, and the targets' places among the candidates.
+    """faiss' exact index of all rows, and the index of each target among the candidates.
 
     Raises:
         Unsupported: faiss is not installed.
@@ -73,25 +77,25 @@ def build_index(memory: ExternalMemory, candidate_ids_C: Tensor) -> tuple[Any, T
     return index, torch.cat(labels)
 
 
-def search(index: Any, cr_N_D: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
-    """Squared distances and numbers of the nearest rows."""
+def nearest_rows(index: Any, cr_N_D: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
+    """Squared distances and numbers of the rows nearest to each representation, the nearest first."""
     distance_N_K, row_N_K = index.search(cr_N_D.float().contiguous().numpy(), min(neighbours, index.ntotal))
     return torch.from_numpy(distance_N_K), torch.from_numpy(row_N_K)
 
 
-def tune(index: Any, label_N: Tensor, validation: ValidationData) -> tuple[int, float, Tensor]:
-    """k and T of the highest likelihood in the best constant mixture; with log P_kNN(y) of the validation rows."""
-    distance_N_K, row_N_K = search(index, validation.data.cr_N_D, _NEIGHBOURS[-1])
-    right_N_K = (label_N[row_N_K] == validation.data.label_N[:, None]).double()
+def tune_knn(index: Any, label_N: Tensor, validation: ValidationData) -> tuple[int, float, Tensor]:
+    """The k and T of the likeliest mixture with constant λ, and log P_kNN(y) of the validation rows, float64."""
+    distance_N_K, row_N_K = nearest_rows(index, validation.data.cr_N_D, _NEIGHBOURS[-1])
+    is_target_N_K = (label_N[row_N_K] == validation.data.label_N[:, None]).double()
     scale = distance_N_K[:, : _NEIGHBOURS[0]].mean().item() or 1.0
 
-    def options() -> Iterator[tuple[float, int, float, Tensor]]:
+    def trials() -> Iterator[tuple[float, int, float, Tensor]]:
         for k in _NEIGHBOURS:
             for temperature in (scale * factor for factor in _TEMPERATURES):
                 weight_N_K = (-distance_N_K[:, :k].double() / temperature).softmax(dim=-1)
-                logprob_N = (weight_N_K * right_N_K[:, :k]).sum(dim=-1).log()
+                logprob_N = (weight_N_K * is_target_N_K[:, :k]).sum(dim=-1).log()
                 logprob_N[validation.data.label_N < 0] = -math.inf
                 yield validation.best(logprob_N, "constant")[1], k, temperature, logprob_N
 
-    _, neighbours, temperature, logprob_N = min(options(), key=lambda option: option[0])
+    _, neighbours, temperature, logprob_N = min(trials(), key=lambda trial: trial[0])
     return neighbours, temperature, logprob_N

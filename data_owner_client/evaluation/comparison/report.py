@@ -1,10 +1,8 @@
-"""A comparison as a table and a picture."""
+"""A comparison as a Markdown table and a plot."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from data_owner_client.evaluation.comparison.results import BEST, PLM, PUBLISHED, ComparisonRow
 
@@ -12,7 +10,7 @@ _COLORS = {PLM: "tab:gray", PUBLISHED: "tab:orange", BEST: "tab:green"}
 
 
 def markdown(title: str, rows: list[ComparisonRow], signatures: list[str]) -> str:
-    """A table; p-values are of chrF, against the PLM and against PEMA as published."""
+    """The rows as a Markdown table, with p-values of chrF against the PLM and against PEMA as published."""
     lines = [
         f"# {title}",
         "",
@@ -31,7 +29,9 @@ def markdown(title: str, rows: list[ComparisonRow], signatures: list[str]) -> st
 
 
 def draw(title: str, rows: list[ComparisonRow], path: Path) -> None:
-    """BLEU and chrF of all systems as bars."""
+    """Write a bar plot of BLEU and chrF of all systems."""
+    from matplotlib.figure import Figure  # slow to import
+
     figure = Figure(figsize=(10, 1.5 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     names = [row.name for row in reversed(rows)]

@@ -1,4 +1,4 @@
-"""What is measured of a system, and what follows from it beside the others."""
+"""Results of a system, and its row in the comparison with the others."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import sacrebleu
 from pydantic import BaseModel, ConfigDict, ValidationError
-from sacrebleu.significance import PairedTest
 
 from data_owner_client.data.text_metrics import text_scores
 from data_owner_client.runtime.atomic_files import write_atomically
@@ -19,21 +17,22 @@ RESAMPLES = 1000
 
 
 class SystemResult(BaseModel):
-    """One system's answers to the test set, and what it cost to make it.
+    """A system's texts for the test set, and the cost of making the system.
 
     Attributes:
-        name: of the system; the comparison gives it.
-        what: it in words.
-        texts: its answers, in the order of the test set.
-        ppl: perplexity of the references, per token.
-        train_seconds: of training or indexing, the memory not counted.
-        peak_rss_mb: largest resident memory of the process that trained.
-        adapter_bytes: on the client's disk.
-        client_discloses: bytes of the client's texts that the owner sees to build and train.
-        owner_discloses: bytes of representations and LM-head rows that the client sees. None, like the two before, for
-            a system that needs the model's weights and the texts in one place: there are no two sides then.
-        details: what was chosen.
-        identity: of all that decides the answers; a row of something else is measured again.
+        name: name of the system, set by the comparison.
+        what: description of the system.
+        texts: texts of the system, in the order of the test set.
+        ppl: perplexity of the references, per token; None if it was not measured.
+        train_seconds: duration of training or indexing, without building the memory.
+        peak_rss_mb: largest resident memory of the process that trained; None if nothing was trained.
+        adapter_bytes: size on the client's disk; None for a system with the model's weights and the texts in one place.
+        client_discloses: bytes of the client's texts that the owner sees to build and train; None for a system with the
+            model's weights and the texts in one place.
+        owner_discloses: bytes of representations and LM-head rows that the client sees; None for a system with the
+            model's weights and the texts in one place.
+        details: settings that were chosen.
+        identity: digest of everything that decides the texts; a row with another one is measured again.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -51,15 +50,15 @@ class SystemResult(BaseModel):
     identity: str | None = None
 
     def save(self, folder: Path) -> None:
-        """Keep it for the comparison."""
+        """Write the result into a folder."""
         write_atomically(folder / f"{self.name}.json", self.model_dump_json(indent=1).encode())
 
     @classmethod
     def load(cls, folder: Path, name: str) -> SystemResult | None:
-        """What is kept of a system; None if nothing is.
+        """The stored result of a system; None if there is none.
 
         Raises:
-            InvalidData: its file is damaged.
+            InvalidData: the file is damaged.
         """
         path = folder / f"{name}.json"
         try:
@@ -71,25 +70,29 @@ class SystemResult(BaseModel):
 
     @classmethod
     def load_all(cls, folder: Path) -> dict[str, SystemResult]:
-        """All that is kept, by name.
+        """All stored results, by name.
 
         Raises:
             InvalidData: a file is damaged.
         """
         names = [path.stem for path in sorted(folder.glob("*.json"))]
-        return {name: one for name in names if (one := cls.load(folder, name)) is not None}
+        return {name: result for name in names if (result := cls.load(folder, name)) is not None}
 
 
 class ComparisonRow(BaseModel):
-    """One system beside the others.
+    """Scores of one system in the comparison, with p-values from paired bootstrap resampling of the test set.
+
+    Fields without a description are those of `SystemResult`.
 
     Attributes:
-        name: of the system.
-        what: it in words.
-        bleu: sacrebleu's.
-        chrf: sacrebleu's.
-        p_value_bleu_vs_plm: of the difference, by paired bootstrap resampling of the test set; likewise the others.
-        ppl: and what follows: see `SystemResult`.
+        bleu: sacrebleu's BLEU.
+        chrf: sacrebleu's chrF2.
+        p_value_bleu_vs_plm: p-value of the BLEU difference from the PLM; None for the PLM, or if it was not measured.
+        p_value_chrf_vs_plm: p-value of the chrF difference from the PLM; None for the PLM, or if it was not measured.
+        p_value_bleu_vs_published: p-value of the BLEU difference from PEMA as published; None for that system, or if it
+            was not measured.
+        p_value_chrf_vs_published: p-value of the chrF difference from PEMA as published; None for that system, or if it
+            was not measured.
     """
 
     name: str
@@ -109,27 +112,27 @@ class ComparisonRow(BaseModel):
     details: dict[str, Any]
 
 
-def comparison_rows(measured: Sequence[SystemResult], references: Sequence[str]) -> list[ComparisonRow]:
+def comparison_rows(results: Sequence[SystemResult], references: Sequence[str]) -> list[ComparisonRow]:
     """Scores of all systems, with the significance of their differences from the PLM and from PEMA as published.
 
     Raises:
-        InvalidData: a system has not answered every text.
+        InvalidData: a system does not have one text for each reference.
     """
-    for one in measured:
-        if len(one.texts) != len(references):
+    for result in results:
+        if len(result.texts) != len(references):
             raise InvalidData(
-                f"{one.name} has {len(one.texts)} answers to {len(references)} texts.",
+                f"{result.name} has {len(result.texts)} answers to {len(references)} texts.",
                 hint="It belongs to another test set: delete its row and measure it again.",
             )
-    p_values = {base: _p_values(base, measured, references) for base in (PLM, PUBLISHED)}
+    p_values = {base: _p_values(base, results, references) for base in (PLM, PUBLISHED)}
     shared = set(SystemResult.model_fields) & set(ComparisonRow.model_fields)
     rows = []
-    for one in measured:
-        scores = text_scores(one.texts, references)
-        against_plm, against_published = (p_values[base].get(one.name, {}) for base in (PLM, PUBLISHED))
+    for result in results:
+        scores = text_scores(result.texts, references)
+        against_plm, against_published = (p_values[base].get(result.name, {}) for base in (PLM, PUBLISHED))
         rows.append(
             ComparisonRow(
-                **one.model_dump(include=shared),
+                **result.model_dump(include=shared),
                 bleu=scores.bleu,
                 chrf=scores.chrf,
                 p_value_bleu_vs_plm=against_plm.get("BLEU"),
@@ -142,10 +145,13 @@ def comparison_rows(measured: Sequence[SystemResult], references: Sequence[str])
 
 
 def _p_values(
-    baseline: str, measured: Sequence[SystemResult], references: Sequence[str]
+    baseline: str, results: Sequence[SystemResult], references: Sequence[str]
 ) -> dict[str, dict[str, float | None]]:
-    """For every system and metric the p-value of its difference from the baseline; nothing without the baseline."""
-    systems = sorted(measured, key=lambda one: one.name != baseline)
+    """The p-values of every system's difference from the baseline, by metric; empty without the baseline."""
+    import sacrebleu  # slow to import
+    from sacrebleu.significance import PairedTest
+
+    systems = sorted(results, key=lambda result: result.name != baseline)
     if not systems or systems[0].name != baseline or len(systems) < 2:
         return {}
     metrics = {
@@ -153,13 +159,15 @@ def _p_values(
         "chrF2": sacrebleu.CHRF(references=[list(references)]),
     }
     test = PairedTest(
-        [(one.name, one.texts) for one in systems],
+        [(system.name, system.texts) for system in systems],
         metrics,
         references=None,
         test_type="bs",
         n_samples=RESAMPLES,
     )
-    _, results = test()
+    _, scores = test()
     return {
-        one.name: {metric: results[metric][at].p_value for metric in metrics} for at, one in enumerate(systems) if at
+        system.name: {metric: scores[metric][index].p_value for metric in metrics}
+        for index, system in enumerate(systems)
+        if index
     }

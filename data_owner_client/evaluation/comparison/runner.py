@@ -1,4 +1,4 @@
-"""What the systems of a comparison share: the server, the data, memories, adapters, the test set's views."""
+"""Steps that the systems of a comparison share: memories, trainings, translation and perplexity of the test set."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from data_owner_client.evaluation.comparison.results import BEST, PUBLISHED, Sys
 from data_owner_client.evaluation.perplexity import perplexities
 from data_owner_client.memory.build_splits import build_memories
 from data_owner_client.memory.encode import encode_all, tokenize_pairs
-from data_owner_client.memory.manifest import ContextMode
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.store import TRAIN, VALIDATION, ExternalMemory
+from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.head_recovery.fit import contexts_needed
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter, RichReporter
-from data_owner_client.training.decoding_policy import NEAREST
+from data_owner_client.training.decoding_policy import DEFAULT_RETRIEVED_EXAMPLES
 from data_owner_client.training.likelihood import plm_target_logprobs
 from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.train import REPORT, TrainingReport, train
 from protocol.messages import DTYPES
 
 Connect = Callable[[], RemotePlm]
-"""Opens a connection; travels to other processes."""
+"""Opens a connection; must be picklable, as other processes call it, too."""
 
 _T = TypeVar("_T")
 
@@ -56,10 +56,10 @@ AS_PUBLISHED = TrainingSettings(
     dropout=0.2,
     ema_decay=0.0,
     pairing="by_position",
-    nearest=0,
+    retrieved_examples=0,
     gate=False,
-    decoded=0,
-    minutes=0,
+    selection_texts=0,
+    search_minutes=0,
 )
 # LM-head rows and distributions always travel as float32.
 _HEAD_BYTES = 4
@@ -67,7 +67,7 @@ _HEAD_BYTES = 4
 
 @dataclass(frozen=True)
 class Splits:
-    """The pairs of a task."""
+    """Pairs of a task: to train on, to validate on, and to test on."""
 
     train: Sequence[Pair]
     validation: Sequence[Pair]
@@ -75,16 +75,16 @@ class Splits:
 
 
 class ComparisonRunner:
-    """Builds, trains and answers what a system asks for; nothing twice.
+    """Builds memories, trains adapters and translates for the systems; nothing is done twice.
 
     Args:
         connect: opens further connections.
         plm: the PLM.
-        task: of all systems.
-        splits: its pairs.
-        folder: for memories, adapters and rows.
-        settings: of our own systems.
-        reporter: told of the progress.
+        task: task of all systems.
+        splits: pairs of the task.
+        folder: folder for memories, adapters and rows.
+        settings: training settings of PEMA's own systems.
+        reporter: shows the progress.
     """
 
     def __init__(
@@ -107,20 +107,20 @@ class ComparisonRunner:
         digests = [digest_pairs(part) for part in vars(splits).values()]
         record = json.dumps([plm.card.digest, task.model_dump(), digests], sort_keys=True)
         self._identity = hashlib.sha256(record.encode()).hexdigest()
-        # What is made once, however many systems ask for it.
+        # Made once for all systems.
         self.memory = cache(self._memory)
         self._rows = cache(self._encoded)
 
     def measure(self, name: str, what: str, system: Callable[[ComparisonRunner], SystemResult]) -> None:
-        """Measure a system and keep its row, unless that is there."""
-        kept = SystemResult.load(self._folder / "rows", name)
-        if kept is None or kept.identity != self._identity:
+        """Measure a system and store its result, unless it is stored already."""
+        stored = SystemResult.load(self._folder / "rows", name)
+        if stored is None or stored.identity != self._identity:
             self._reporter.say(f"{name}: {what}.")
-            row = system(self).model_copy(update={"name": name, "what": what, "identity": self._identity})
-            row.save(self._folder / "rows")
+            result = system(self).model_copy(update={"name": name, "what": what, "identity": self._identity})
+            result.save(self._folder / "rows")
 
     def _memory(self, mode: ContextMode) -> Path:
-        """The memories of a context mode."""
+        """Build the memories of a context mode; return their folder."""
         folder = self._folder / f"memory-{mode}"
         build_memories(
             self._plm,
@@ -137,16 +137,16 @@ class ComparisonRunner:
     def trained(
         self, name: str, mode: ContextMode, settings: TrainingSettings
     ) -> tuple[TrainedAdapter, TrainingReport]:
-        """An adapter, trained in a process of its own so that its memory can be measured."""
+        """An adapter and its report, trained in a separate process so that its memory use can be measured."""
         memory, folder = self.memory(mode), self._folder / f"adapter-{name}"
         digest = ExternalMemory(memory / TRAIN).digest
         report = _report(folder)
-        asked = {name: value for name, value in asdict(settings).items() if value is not None}
-        # The first trial is of what was asked for.
+        wanted_settings = {name: value for name, value in asdict(settings).items() if value is not None}
+        # The first trial used the settings of the call.
         if (
             report is None
             or report.card.memory_digest != digest
-            or not asked.items() <= report.trials[0].settings.items()
+            or not wanted_settings.items() <= report.trials[0].settings.items()
         ):
             run_in_subprocess(_train, self.connect, memory, folder, settings)
             report = TrainingReport.model_validate_json((folder / REPORT).read_bytes())
@@ -154,23 +154,23 @@ class ComparisonRunner:
 
     @cached_property
     def published(self) -> tuple[TrainedAdapter, TrainingReport]:
-        """PEMA as published."""
+        """The adapter and report of PEMA as published."""
         return self.trained(PUBLISHED, "teacher-forced", AS_PUBLISHED)
 
     @cached_property
     def best(self) -> tuple[TrainedAdapter, TrainingReport]:
-        """What training chooses by itself."""
+        """The adapter and report of PEMA with the settings that training chooses."""
         return self.trained(BEST, "teacher-forced", self.settings)
 
-    def with_examples(self, adapter: TrainedAdapter) -> TrainedAdapter:
-        """The adapter, with prompts for the PLM that have examples of their own."""
-        card = adapter.card.model_copy(update={"nearest": adapter.card.nearest or NEAREST})
+    def with_retrieved_examples(self, adapter: TrainedAdapter) -> TrainedAdapter:
+        """The adapter with retrieved examples in the PLM's prompts."""
+        card = adapter.card.model_copy(update={"nearest": adapter.card.nearest or DEFAULT_RETRIEVED_EXAMPLES})
         return replace(adapter, card=card, pairs=list(self._splits.train))
 
-    def answer(
+    def translate_test_set(
         self, adapter: CandidateDistribution | None, interpolation: Interpolation | None = None, consensus: int = 0
     ) -> list[str]:
-        """The texts of the test set."""
+        """Texts of a system for the test set."""
         return translate(
             self._plm,
             self._test_sources,
@@ -182,19 +182,19 @@ class ComparisonRunner:
         ).texts
 
     def perplexity(self, adapter: CandidateDistribution, interpolation: Interpolation) -> float:
-        """Of the test set's targets."""
-        views = [self._rows(0)]
+        """Perplexity of the test set's targets under the mixture."""
+        rows = [self._rows(0)]
         if adapter.retriever is not None:
-            views.append(self._rows(adapter.card.nearest))
-        return perplexities(self._plm, adapter, views[0], interpolation, *views[1:]).mixture
+            rows.append(self._rows(adapter.card.nearest))
+        return perplexities(self._plm, adapter, rows[0], interpolation, *rows[1:]).mixture
 
     def plm_perplexity(self) -> float:
-        """Of the PLM alone."""
+        """Perplexity of the test set's targets under the PLM alone."""
         rows = self._rows(0)
         ids_K = token_set([rows.target_N])
         return math.exp(-plm_target_logprobs(self._plm.head_rows(ids_K), ids_K, rows).mean().item())
 
-    def adapted(
+    def measure_adapter(
         self,
         adapter: TrainedAdapter,
         report: TrainingReport,
@@ -203,34 +203,34 @@ class ComparisonRunner:
         *,
         consensus: int = 0,
     ) -> SystemResult:
-        """The row of a trained adapter."""
-        used = interpolation or adapter.card.interpolation
+        """Result of a trained adapter; without an interpolation, with that of its card."""
+        interpolation = interpolation or adapter.card.interpolation
         files = Path(report.folder).glob("[!.]*")
         return SystemResult(
-            texts=self.answer(adapter, used, consensus),
-            ppl=self.perplexity(adapter, used),
+            texts=self.translate_test_set(adapter, interpolation, consensus),
+            ppl=self.perplexity(adapter, interpolation),
             train_seconds=report.seconds,
             peak_rss_mb=report.peak_rss_mb,
             adapter_bytes=sum(path.stat().st_size for path in files if path.suffix != ".png"),
             details={
-                "interpolation": used.model_dump(),
+                "interpolation": interpolation.model_dump(),
                 "form": adapter.card.form,
                 "pairing": adapter.card.settings["pairing"],
                 "nearest": adapter.card.nearest,
                 "consensus": consensus,
             },
-            **self.disclosed(mode, len(adapter.candidate_ids_C)),
+            **self.disclosed_bytes(mode, len(adapter.candidate_ids_C)),
         )
 
-    def disclosed(self, mode: ContextMode, candidates: int) -> dict[str, int]:
-        """Bytes that each side shows the other to build memories and train."""
+    def disclosed_bytes(self, mode: ContextMode, candidates: int) -> dict[str, int]:
+        """Bytes that each side shows the other side to build memories and train."""
         pairs = [*self._splits.train, *self._splits.validation]
         texts = [pair.source for pair in pairs]
         texts += [pair.target or "" for pair in pairs] if mode == "teacher-forced" else []
         memories = [ExternalMemory(self.memory(mode) / part) for part in (TRAIN, VALIDATION)]
         rows = sum(memory.manifest.rows for memory in memories)
         card = self._plm.card
-        # Who gives no rows of the head is asked for whole distributions.
+        # An owner that gives no LM-head rows is asked for full distributions.
         head = contexts_needed(card) * card.vocab_size if card.head_policy == "none" else candidates * card.hidden_size
         return {
             "client_discloses": sum(len(text.encode()) for text in texts),
@@ -242,15 +242,15 @@ class ComparisonRunner:
         return [pair.source for pair in self._splits.test]
 
     def _encoded(self, count: int) -> MemoryRows:
-        """The test set behind prompts with so many examples of their own, or, for 0, with the task's."""
-        nearest = ExampleRetriever(self._splits.train, count) if count else None
-        tasks = with_retrieved_examples(self._plm, self._task, self._test_sources, nearest)
+        """Rows of the test set behind prompts with `count` retrieved examples, or the task's examples for 0."""
+        retriever = ExampleRetriever(self._splits.train, count) if count else None
+        tasks = with_retrieved_examples(self._plm, self._task, self._test_sources, retriever)
         pairs = tokenize_pairs(self._plm, tasks, self._splits.test, label="test pair")
         return encode_all(self._plm, pairs, self._reporter)
 
 
 def run_in_subprocess(work: Callable[..., _T], *arguments: Any) -> _T:
-    """What `work` gives in a process of its own, so that its memory can be measured."""
+    """Run a function in a separate process, so that its memory use can be measured; return its result."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=(torch.get_num_threads(),)) as process:
         return process.submit(work, *arguments).result()
@@ -262,7 +262,7 @@ def _begin(threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Stop when the process that waits for the work is killed: it would only be in the way of the next."""
+    """Stop when the waiting process is killed, so as not to disturb its next run."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
     os._exit(1)
@@ -274,7 +274,7 @@ def _train(connect: Connect, memory: Path, folder: Path, settings: TrainingSetti
 
 
 def _report(folder: Path) -> TrainingReport | None:
-    """What was trained in a folder; None if nothing was, or not to the end."""
+    """The report of a folder's training; None if no training has ended there."""
     try:
         return TrainingReport.model_validate_json((folder / REPORT).read_bytes())
     except (OSError, ValidationError):

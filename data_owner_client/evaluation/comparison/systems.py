@@ -1,4 +1,4 @@
-"""The systems that are compared, and how each of them is made on a bench."""
+"""The systems that are compared, each a function that measures it with a runner."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from data_owner_client.adapter.interpolation import Interpolation
-from data_owner_client.evaluation.comparison.knn_lm import KnnLm, build_index, tune
+from data_owner_client.evaluation.comparison.knn_lm import KnnLm, build_index, tune_knn
 from data_owner_client.evaluation.comparison.results import BEST, PLM, PUBLISHED, SystemResult
 from data_owner_client.evaluation.comparison.runner import AS_PUBLISHED, ComparisonRunner, Connect, run_in_subprocess
 from data_owner_client.memory.store import TRAIN, ExternalMemory
@@ -21,85 +21,86 @@ from data_owner_client.training.train import TrainingReport
 from protocol.head import LMHead
 
 PUBLISHED_INTERPOLATION = Interpolation(schedule="gradual", lambda_max=0.9)
-# Texts drawn for each by our best.
+# Texts drawn for each source for a consensus.
 CONSENSUS = 8
 _ALONE = Interpolation(schedule="none")
 _NO_ADAPTER = {"adapter_bytes": 0, "owner_discloses": 0}
 
 
-def _plm(bench: ComparisonRunner) -> SystemResult:
-    return SystemResult(texts=bench.answer(None), ppl=bench.plm_perplexity(), **_NO_ADAPTER, client_discloses=0)
-
-
-def _plm_with_examples(bench: ComparisonRunner) -> SystemResult:
-    adapter = bench.with_examples(bench.best[0])
+def _plm(runner: ComparisonRunner) -> SystemResult:
     return SystemResult(
-        texts=bench.answer(adapter, _ALONE),
-        ppl=bench.perplexity(adapter, _ALONE),
+        texts=runner.translate_test_set(None), ppl=runner.plm_perplexity(), **_NO_ADAPTER, client_discloses=0
+    )
+
+
+def _plm_with_examples(runner: ComparisonRunner) -> SystemResult:
+    adapter = runner.with_retrieved_examples(runner.best[0])
+    return SystemResult(
+        texts=runner.translate_test_set(adapter, _ALONE),
+        ppl=runner.perplexity(adapter, _ALONE),
         details={"nearest": adapter.card.nearest},
-        client_discloses=bench.disclosed("teacher-forced", 0)["client_discloses"],
+        client_discloses=runner.disclosed_bytes("teacher-forced", 0)["client_discloses"],
         **_NO_ADAPTER,
     )
 
 
-def _published(bench: ComparisonRunner) -> SystemResult:
-    return bench.adapted(*bench.published, "teacher-forced", PUBLISHED_INTERPOLATION)
+def _published(runner: ComparisonRunner) -> SystemResult:
+    return runner.measure_adapter(*runner.published, "teacher-forced", PUBLISHED_INTERPOLATION)
 
 
-def _constant(bench: ComparisonRunner) -> SystemResult:
-    adapter, report = bench.published
-    return bench.adapted(adapter, report, "teacher-forced", _likeliest_constant(report))
+def _constant(runner: ComparisonRunner) -> SystemResult:
+    adapter, report = runner.published
+    return runner.measure_adapter(adapter, report, "teacher-forced", _likeliest_constant(report))
 
 
-def _knn_lm(bench: ComparisonRunner) -> SystemResult:
-    memory, card = bench.memory("teacher-forced"), bench.published[0].card
-    tuned, head, candidate_ids_C = run_in_subprocess(_tune_knn, bench.connect, memory)
+def _knn_lm(runner: ComparisonRunner) -> SystemResult:
+    memory, card = runner.memory("teacher-forced"), runner.published[0].card
+    tuned, head, candidate_ids_C = run_in_subprocess(_tune_knn, runner.connect, memory)
     index, label_N = build_index(ExternalMemory(memory / TRAIN), candidate_ids_C)
-    used = tuned.interpolation
     knn = KnnLm(card, candidate_ids_C, head, index, label_N, tuned.neighbours, tuned.temperature)
     return SystemResult(
-        texts=bench.answer(knn, used),
-        ppl=bench.perplexity(knn, used),
+        texts=runner.translate_test_set(knn, tuned.interpolation),
+        ppl=runner.perplexity(knn, tuned.interpolation),
         train_seconds=tuned.seconds,
         peak_rss_mb=tuned.peak_rss_mb,
         adapter_bytes=index.ntotal * index.d * 4,
         details={
-            "interpolation": used.model_dump(),
+            "interpolation": tuned.interpolation.model_dump(),
             "neighbours": tuned.neighbours,
             "temperature": tuned.temperature,
         },
-        **bench.disclosed("teacher-forced", len(candidate_ids_C)),
+        **runner.disclosed_bytes("teacher-forced", len(candidate_ids_C)),
     )
 
 
-def _residual(bench: ComparisonRunner) -> SystemResult:
-    adapter, report = bench.best
+def _residual(runner: ComparisonRunner) -> SystemResult:
+    adapter, report = runner.best
     plain = replace(adapter, card=adapter.card.model_copy(update={"nearest": 0}))
-    return bench.adapted(plain, report, "teacher-forced", _likeliest_constant(report))
+    return runner.measure_adapter(plain, report, "teacher-forced", _likeliest_constant(report))
 
 
-def _without_length_reward(bench: ComparisonRunner) -> SystemResult:
-    adapter, report = bench.best
-    return bench.adapted(adapter, report, "teacher-forced", adapter.card.interpolation.with_length_reward(0.0))
+def _without_length_reward(runner: ComparisonRunner) -> SystemResult:
+    adapter, report = runner.best
+    return runner.measure_adapter(adapter, report, "teacher-forced", adapter.card.interpolation.with_length_reward(0.0))
 
 
-def _most_probable(bench: ComparisonRunner) -> SystemResult:
-    return bench.adapted(*bench.best, "teacher-forced")
+def _most_probable(runner: ComparisonRunner) -> SystemResult:
+    return runner.measure_adapter(*runner.best, "teacher-forced")
 
 
-def _best(bench: ComparisonRunner) -> SystemResult:
-    return bench.adapted(*bench.best, "teacher-forced", consensus=CONSENSUS)
+def _best(runner: ComparisonRunner) -> SystemResult:
+    return runner.measure_adapter(*runner.best, "teacher-forced", consensus=CONSENSUS)
 
 
-def _private(bench: ComparisonRunner) -> SystemResult:
-    adapter, report = bench.trained("private", "private", bench.settings)
-    return bench.adapted(adapter, report, "private", consensus=CONSENSUS)
+def _private(runner: ComparisonRunner) -> SystemResult:
+    adapter, report = runner.trained("private", "private", runner.settings)
+    return runner.measure_adapter(adapter, report, "private", consensus=CONSENSUS)
 
 
-def _private_by_position(bench: ComparisonRunner) -> SystemResult:
-    settings = replace(bench.settings, pairing="by_position", form="residual")
-    adapter, report = bench.trained("private_by_position", "private", settings)
-    return bench.adapted(adapter, report, "private", consensus=CONSENSUS)
+def _private_by_position(runner: ComparisonRunner) -> SystemResult:
+    settings = replace(runner.settings, pairing="by_position", form="residual")
+    adapter, report = runner.trained("private_by_position", "private", settings)
+    return runner.measure_adapter(adapter, report, "private", consensus=CONSENSUS)
 
 
 SYSTEMS: dict[str, tuple[str, Callable[[ComparisonRunner], SystemResult]]] = {
@@ -115,7 +116,7 @@ SYSTEMS: dict[str, tuple[str, Callable[[ComparisonRunner], SystemResult]]] = {
     "private": ("the same on a private memory, contexts aligned", _private),
     "private_by_position": ("a private memory paired as the paper draws it", _private_by_position),
 }
-"""What `compare` measures: each system in words, and how."""
+"""Systems that `compare` measures, by name: a description and a function."""
 
 
 @dataclass(frozen=True)
@@ -131,19 +132,19 @@ def _tune_knn(connect: Connect, memory: Path) -> tuple[_TunedKnn, LMHead, Tensor
     started = time.perf_counter()
     with connect() as plm:
         memories = Memories.open(memory, plm)
-        given = TrainingInput.of(plm, memories, AS_PUBLISHED, Reporter())
-    index, label_N = build_index(memories.train, given.survey.candidate_ids_C)
-    neighbours, temperature, logprob_N = tune(index, label_N, given.validation)
-    interpolation, _ = given.validation.best(logprob_N, "constant")
+        inputs = TrainingInput.from_memories(plm, memories, AS_PUBLISHED, Reporter())
+    index, label_N = build_index(memories.train, inputs.stats.candidate_ids_C)
+    neighbours, temperature, logprob_N = tune_knn(index, label_N, inputs.validation)
+    interpolation, _ = inputs.validation.best(logprob_N, "constant")
     tuned = _TunedKnn(neighbours, temperature, interpolation, time.perf_counter() - started, peak_rss_mb())
-    return tuned, given.targets.candidates, given.survey.candidate_ids_C
+    return tuned, inputs.targets.candidates, inputs.stats.candidate_ids_C
 
 
 def _likeliest_constant(report: TrainingReport) -> Interpolation:
-    """Of the PLM with the task's own prompt."""
-    constant = [
-        option
-        for option in report.options
-        if option.nearest == 0 and option.interpolation.schedule == "constant" and option.interpolation.gate is None
+    """The likeliest constant λ for prompts with the task's examples."""
+    policies = [
+        policy
+        for policy in report.options
+        if policy.nearest == 0 and policy.interpolation.schedule == "constant" and policy.interpolation.gate is None
     ]
-    return min(constant, key=lambda option: option.nll).interpolation.with_length_reward(0.0)
+    return min(policies, key=lambda policy: policy.nll).interpolation.with_length_reward(0.0)
