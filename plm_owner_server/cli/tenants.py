@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 _LINE = "{:<24} {:<9} {:<17} {:<17} {:<19} {}"
 
 
+def _default_store() -> str:
+    return StoreSettings().store
+
+
 class _StoreCommand(BaseModel):
     # The only option here that is an environment variable, too.
-    store: str = Field(
-        default_factory=lambda: StoreSettings().store, description="Database of the tenants, as for pema-server serve."
-    )
+    store: str = Field(default_factory=_default_store, description="Database of the tenants, as for pema-server serve.")
 
     def open_store(self) -> TenantStore:
         """Open the store. The database is imported here, so that `--help` need not wait for it."""
