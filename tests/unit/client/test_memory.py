@@ -182,7 +182,7 @@ def test_a_memory_of_another_model_is_refused_by_name(plm: RemotePlm, tiny_model
 
 
 def test_two_builders_do_not_mix(plm: RemotePlm, tmp_path: Path) -> None:
-    with build._only_builder(tmp_path), pytest.raises(InvalidData, match="Another build-memory"):
+    with build._exclusive_build(tmp_path), pytest.raises(InvalidData, match="Another build-memory"):
         build_teacher_forced(plm, tmp_path)
 
 
