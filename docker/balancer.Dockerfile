@@ -9,6 +9,6 @@ COPY docker/ready.py /usr/local/bin/
 USER 10001:10001
 EXPOSE 8000 8001
 HEALTHCHECK --interval=10s --timeout=10s --start-period=1m --retries=3 CMD ["python3", "/usr/local/bin/ready.py"]
-# HAProxy lets what it has begun end at this signal, and is at once gone at SIGTERM.
+# At this signal HAProxy finishes its connections; at SIGTERM it ends at once.
 STOPSIGNAL SIGUSR1
 ENTRYPOINT ["haproxy", "-f", "/etc/haproxy/haproxy.cfg"]

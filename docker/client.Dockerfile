@@ -1,13 +1,13 @@
-# The data owner's client. For the classic builder as well as for BuildKit.
+# The data owner's client, for the classic builder and for BuildKit.
 #
 #   docker build --file docker/client.Dockerfile --tag pema-client .
 #   docker run --rm --network host --env PEMA_API_KEY --volume pema-work:/work pema-client info
 #
-# BASE, PIP_INDEX_URL and TORCH_BUILD as for server.Dockerfile.
+# BASE, PIP_INDEX_URL and TORCH_BUILD: see server.Dockerfile.
 ARG BASE=python:3.11-slim-bookworm
 
-# Up to the end of the stage torch word for word as in server.Dockerfile: both images then share these layers.
-# What is needed, in files that only change when it does.
+# Identical to server.Dockerfile up to the end of the stage torch, so that both images share these layers.
+# The requirements, in files that change only when they do.
 FROM $BASE AS pins
 ARG TORCH_BUILD=+cpu
 WORKDIR /build
@@ -24,11 +24,11 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 RUN useradd --system --uid 10001 --home-dir /var/lib/pema --create-home pema \
  && python -m venv --without-pip /opt/pema
 WORKDIR /build
-# A large layer, and made anew for another torch only.
+# A large layer, rebuilt only for another version of torch.
 COPY --from=pins /build/torch.txt .
 RUN pip --python /opt/pema/bin/python install --no-deps --retries 1 --extra-index-url "$TORCH_INDEX" -r torch.txt
 
-# The code alone, so that a change of it is a small layer.
+# Only the code, so that changing it makes a small layer.
 FROM $BASE AS code
 ARG PIP_INDEX_URL
 RUN python -m venv --without-pip /opt/pema
@@ -44,7 +44,7 @@ COPY --from=pins /build/constraints.txt /build/client.txt ./
 RUN pip --python /opt/pema/bin/python install -c constraints.txt -r client.txt
 COPY --from=code /opt/pema /opt/pema
 
-# Texts, memories and adapters: a volume that is mounted here for the first time has the owner of the folder.
+# Texts, memories and adapters. A new volume that is mounted here gets the owner of the folder.
 RUN install --directory --owner pema --group pema --mode 700 /work
 WORKDIR /work
 USER pema

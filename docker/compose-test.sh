@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The whole story in containers, on a machine with nothing but Docker, its compose and bash: `make compose-test`.
+# End-to-end test in containers (`make compose-test`). Needs only Docker, its compose plugin and bash.
 #
-# An owner's server comes up; a tenant builds a memory of real texts, trains an adapter and translates; a replica is
-# killed under load; all goes down and comes up again. Ends with status 0 if every expectation held. It takes about
-# ten minutes on two cores once the images are built, and leaves nothing but them behind.
+# A server starts. A tenant builds a memory of real texts, trains an adapter and translates. A replica is killed under
+# load. Everything stops and starts again. Exits with status 0 if every check passed. Takes about ten minutes on two
+# cores once the images are built, and leaves only the images behind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -25,7 +25,7 @@ fail() { printf '    FAILED: %s\n' "$*" >&2; exit 1; }
 expect() { local what=$1; shift; if "$@"; then ok "$what"; else fail "$what"; fi; }
 
 compose() { if docker compose version >/dev/null 2>&1; then docker compose "$@"; else docker-compose "$@"; fi; }
-# With several replicas the ports of each are Docker's choice, and the balancer has those that clients know.
+# With several replicas Docker chooses their ports, and clients use those of the balancer.
 compose_fleet() { PEMA_PORT='' PEMA_GRPC_PORT='' compose "${fleet[@]}" "$@"; }
 containers() { docker ps --quiet --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME" --filter "label=com.docker.compose.service=$1"; }
 
@@ -93,7 +93,7 @@ key=$(inside pema-server tenants add acme --tokens-per-day 5000000)
 expect 'it has another key' test "$key" != "$first"
 
 say 'The data owner: texts of Home Assistant, English and German'
-# By the base image's pip: the client has none.
+# With the base image's pip, because the client has none.
 in_client sh -c 'mkdir -p data && pip download --quiet --no-deps --ignore-requires-python --dest data homeassistant==2025.4.4'
 tar --create harness/__init__.py harness/datasets | in_client tar --extract
 in_client python - <<'PYTHON'
@@ -110,7 +110,7 @@ client "$key" "$rest" build-memory --task data/task.toml --input data/train.json
   --memory memory --share-targets
 
 say 'trains an adapter'
-client "$key" "$grpc" train --memory memory --adapter adapter --minutes 0 --nearest 0 --no-gate --decoded 0
+client "$key" "$grpc" train --memory memory --adapter adapter --search-minutes 0 --retrieved-examples 0 --no-gate --selection-texts 0
 
 say 'and translates'
 client "$key" "$grpc" evaluate --adapter adapter --input data/test.jsonl --share-targets --json \

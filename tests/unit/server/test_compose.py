@@ -95,7 +95,7 @@ def test_images_of_ours_begin_alike() -> None:
     for path in DOCKERFILES:
         assert "ARG BASE=python:3.11-slim-bookworm\n" in path.read_text(encoding="utf-8"), path.name
     heads = [
-        re.search(r"^# What is needed.*(?=^# The code alone)", path.read_text(encoding="utf-8"), re.M | re.S)
+        re.search(r"^# The requirements.*(?=^# Only the code)", path.read_text(encoding="utf-8"), re.M | re.S)
         for path in DOCKERFILES
         if path.name in {"server.Dockerfile", "client.Dockerfile"}
     ]
