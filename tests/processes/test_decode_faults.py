@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from data_owner_client import DecodingSettings, connect
-from data_owner_client.decoding.decode_loop import generate
+from data_owner_client.decoding.decode_loop import GenerationRequest, generate
 from harness.tcp_proxy import Fault, faulty_proxy
 from harness.tiny_models import EOS, VOCAB_SIZE, TinyModels
 from tests import guard
@@ -93,10 +93,11 @@ def test_the_servers_memory_is_flat_through_random_traffic(setting: Setting) -> 
         for _ in range(6):
             for _ in range(25):
                 prompts = [rng.choices(range(3, VOCAB_SIZE), k=rng.randint(2, 60)) for _ in range(32)]
+                requests = [GenerationRequest(prompt) for prompt in prompts]
                 settings = DecodingSettings(
                     max_new_tokens=rng.randint(1, 20), batch_size=rng.choice([1, 7, 32]) if rng.random() < 0.1 else 32
                 )
-                generate(plm, prompts, stop_ids=frozenset([EOS]), settings=settings)
+                generate(plm, requests, stop_ids=frozenset([EOS]), settings=settings)
             resident.append(process.memory_info().rss)
     # What comes first fills the cache and the allocator.
     assert resident[-1] - resident[1] < 32 * MIB, [size // MIB for size in resident]
