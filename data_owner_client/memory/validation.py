@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from data_owner_client.memory.rows import MemoryRows
-    from data_owner_client.plm.identity import ModelIdentity
+from data_owner_client.memory.rows import MemoryRows
+from data_owner_client.plm.identity import ModelIdentity
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -63,7 +63,7 @@ class RemotePlm:
 
     Raises:
         ProtocolViolation: the server speaks another version of the protocol.
-        PemaError: the server refuses to send the model card, or does not response.
+        PemaError: the server refuses to send the model card, or does not answer.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class RemotePlm:
         Args:
             prefixes: token ids of each prefix.
             look_ahead: number of tokens to draft for each prefix; the server drafts fewer after a stop.
-            stop_ids: ids of the tokens that end an response.
+            stop_ids: ids of the tokens that end an answer.
             from_position: first position of each prefix that is needed; None for the newest position alone.
 
         Returns:
