@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from anyio import CapacityLimiter
 
 from plm_owner_server.admission.authentication import Authenticator, NoAuthentication
 from plm_owner_server.admission.client_certificates import CertificateAuthenticator
 from plm_owner_server.operations.serving_state import ServingState
-from plm_owner_server.service.metering import Meter
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.service.requests import CallContext
 from plm_owner_server.service.worker_threads import run_in_worker
 from plm_owner_server.tenants.scopes import Scope
-from plm_owner_server.tenants.store import Tenant
 from protocol.errors import Forbidden
 
 # Keys that are looked up in the database at the same time.
 _MAX_LOOKUPS = 8
-
-
-@dataclass(frozen=True)
-class Admission:
-    """A caller who may make a call.
-
-    Attributes:
-        service: answers the call.
-        tenant: the tenant who makes the call.
-        meter: measures the call.
-    """
-
-    service: PlmService
-    tenant: Tenant
-    meter: Meter
-
-    def caller(self, client: str = "") -> CallContext:
-        """The call's context. Shares of the model are per tenant, and per client on a server without tenants."""
-        return CallContext(self.tenant.name or client, self.tenant.name, self.tenant.disclosure, self.meter)
 
 
 class AdmissionController:
@@ -64,15 +41,18 @@ class AdmissionController:
         """Close the tenants' database. Call it once no call is in progress."""
         (self._certificates or self._authenticator).close()
 
-    async def admit(self, authorization: str | None, scope: Scope, certificate: str | None = None) -> Admission:
-        """Admit a call, without blocking the event loop on the database.
+    async def admit(
+        self, call: CallContext, scope: Scope, authorization: str | None, certificate: str | None = None
+    ) -> PlmService:
+        """Add the tenant to a call's context, and return the service, without blocking the event loop on the database.
 
         Known keys are served from a cache. Unknown keys share a small limiter, so a flood of bad keys cannot delay
         valid clients.
 
         Args:
-            authorization: value of HTTP's `Authorization` header: `Bearer` and the key.
+            call: context of the call.
             scope: scope that the call needs.
+            authorization: value of HTTP's `Authorization` header: `Bearer` and the key.
             certificate: common name in the client's certificate, if the server demands certificates.
 
         Raises:
@@ -89,4 +69,8 @@ class AdmissionController:
                 f"Your key does not allow this call, which needs the scope {scope}.",
                 hint=f"It allows {', '.join(sorted(tenant.scopes)) or 'nothing'}. Ask the owner for more.",
             )
-        return Admission(self.state.ready(), tenant, authenticator.meter(tenant))
+        service = self.state.ready()
+        # Shares of the model are per tenant, and per client on a server without tenants.
+        call.client = tenant.name or call.client
+        call.tenant, call.disclosure, call.meter = tenant.name, tenant.disclosure, authenticator.meter(tenant)
+        return service

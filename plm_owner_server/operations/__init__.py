@@ -1,1 +1,1 @@
-"""Everything an operator watches: serving state, call log, metrics, traces, supervision, shutdown."""
+"""All that an operator watches: serving state, call log, metrics, traces, supervisor, shutdown."""

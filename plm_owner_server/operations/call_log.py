@@ -1,6 +1,6 @@
-"""What is told of a call besides its answer: its id, its cost, and what went wrong.
+"""The record of a call besides its answer: its id, its usage, its outcome, and the log line about it.
 
-To its caller by the transports; to the owner's log, metrics and traces by whoever observes.
+The transports report it to the client; observers report it to the owner's log, metrics and traces.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from protocol.timing import ServerTiming
 log = logging.getLogger(__name__)
 
 OK = "ok"
-CLIENT_DISCONNECTED = "departed"
+CLIENT_DISCONNECTED = "client_disconnected"
 PROBE = "probe"
 OTHER = "other"
 Transport = Literal["rest", "grpc"]
@@ -29,26 +29,27 @@ Transport = Literal["rest", "grpc"]
 
 @dataclass(eq=False)
 class CallRecord:
-    """A call, from its arrival until its answer is ready. Nothing in it is the client's own, but for the ids.
+    """Record of a call, from its arrival until its answer is ready. Only the two ids come from the client.
 
     Attributes:
-        name: `encode` and the like, the same over both transports; `probe`, or `other` if there is no such call.
-        asked: the same in the transport's own words.
-        request_id: fit for a log.
-        traceparent: the client's own trace, as W3C writes it; empty if it has none.
-        spent: what it cost.
-        outcome: `ok`, the code of the error that the client was told, or `departed` if it had gone.
-        status: that in the transport's own words.
-        began_ns: when it came, in nanoseconds of the clock on the wall.
-        seconds: from its arrival to its answer; 0 until then.
+        name: `encode` and so on, equal over both transports; `probe`, or `other` if there is no such call.
+        transport: `rest` or `grpc`.
+        request_line: the call in the transport's words, such as `POST /v1/encode`.
+        request_id: id of the request, fit for a log.
+        traceparent: the client's trace in W3C's form; empty if it has none.
+        usage: resources that the call has used.
+        outcome: `ok`, the code of the error that the client gets, or `client_disconnected`.
+        status: the outcome in the transport's words.
+        began_ns: wall-clock time of its arrival, in nanoseconds.
+        seconds: time from its arrival to its answer; 0 until then.
     """
 
     name: str
     transport: Transport
-    asked: str
+    request_line: str
     request_id: str
     traceparent: str = ""
-    spent: CallUsage = field(default_factory=CallUsage)
+    usage: CallUsage = field(default_factory=CallUsage)
     outcome: str = OK
     status: str = "OK"
     began_ns: int = field(default_factory=time.time_ns)
@@ -56,14 +57,14 @@ class CallRecord:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Seconds of waiting for the model, of its work, and of all else."""
-        rest_s = max(0.0, self.seconds - self.spent.queue_s - self.spent.compute_s)
-        return {"queue": self.spent.queue_s, "compute": self.spent.compute_s, "serialise": rest_s}
+        """Seconds of waiting for the model, of its work, and of everything else, by the part's name."""
+        rest_s = max(0.0, self.seconds - self.usage.queue_s - self.usage.compute_s)
+        return {"queue": self.usage.queue_s, "compute": self.usage.compute_s, "serialise": rest_s}
 
     def fail(self, error: Exception) -> PemaError:
-        """Note that it fails; the error that the client shall see. A fault of ours is logged, and told as no more."""
+        """Record a failure, and return the error for the client. It gets no details of a fault of the server."""
         if not isinstance(error, PemaError):
-            # Type and place only: an exception's text may quote the data that caused it.
+            # Without the exception's text, which may quote the data that caused it.
             log.error("%s: %s in %s", self.request_id, type(error).__name__, self.name)
             log.debug("%s: traceback\n%s", self.request_id, "".join(traceback.format_tb(error.__traceback__)))
             error = ServerFault("The server failed.", hint="Report the request id to its owner; trying again may help.")
@@ -76,18 +77,18 @@ Observer = Callable[[CallRecord], None]
 
 
 class CallRecorder:
-    """Tells all observers of every call that is over; the log is the first of them.
+    """Reports every call that is over to all observers, the log first.
 
     Attributes:
-        observers: are called in the event loop's thread, so they must be quick.
+        observers: called in the event loop's thread, so they must be quick.
     """
 
     def __init__(self) -> None:
         self.observers: list[Observer] = [log_call]
 
     @contextmanager
-    def of(self, call: CallRecord) -> Iterator[CallRecord]:
-        """Take the time of a call."""
+    def record(self, call: CallRecord) -> Iterator[CallRecord]:
+        """Measure a call, and report it at its end."""
         started = time.perf_counter()
         try:
             yield call
@@ -98,7 +99,7 @@ class CallRecorder:
 
 
 def log_call(call: CallRecord) -> None:
-    """A line in the log. Probes come every few seconds; a log of them hides everything else."""
+    """Log a call. Probes come every few seconds, so they are logged at level debug."""
     fields = {
         "request_id": call.request_id,
         "call": call.name,
@@ -107,13 +108,13 @@ def log_call(call: CallRecord) -> None:
         "status": call.status,
         "ms": round(1000 * call.seconds, 1),
     }
-    text, values = "%s %s -> %s in %.0f ms", [call.request_id, call.asked, call.status, 1000 * call.seconds]
-    if call.spent.tokens or call.spent.rows:
+    text, values = "%s %s -> %s in %.0f ms", [call.request_id, call.request_line, call.status, 1000 * call.seconds]
+    if call.usage.tokens or call.usage.rows:
         cost = {
-            "tokens_in": call.spent.tokens,
-            "rows_out": call.spent.rows,
-            "queue_ms": round(1000 * call.spent.queue_s, 1),
-            "compute_ms": round(1000 * call.spent.compute_s, 1),
+            "tokens_in": call.usage.tokens,
+            "rows_out": call.usage.rows,
+            "queue_ms": round(1000 * call.usage.queue_s, 1),
+            "compute_ms": round(1000 * call.usage.compute_s, 1),
         }
         fields |= cost
         text += ": %d tokens in, %d rows out, queue %.0f ms, compute %.0f ms"
@@ -121,12 +122,13 @@ def log_call(call: CallRecord) -> None:
     log.log(logging.DEBUG if call.name == PROBE else logging.INFO, text, *values, extra=fields)
 
 
-def request_id_of(given: str) -> str:
-    """The client's own id for a request if it is fit for a log, else a new one."""
-    return given if given.isascii() and 0 < len(given) <= 64 and given.isprintable() else uuid.uuid4().hex
+def request_id_of(client_id: str) -> str:
+    """The client's id for a request if it is fit for a log, else a new id."""
+    is_fit = client_id.isascii() and 0 < len(client_id) <= 64 and client_id.isprintable()
+    return client_id if is_fit else uuid.uuid4().hex
 
 
-def timing_of(spent: CallUsage, started: float) -> ServerTiming:
-    """Where the time of a call went that started at `started` (`time.perf_counter`) and is over now."""
-    rest_s = max(0.0, time.perf_counter() - started - spent.queue_s - spent.compute_s)
-    return ServerTiming(queue_ms=1000 * spent.queue_s, compute_ms=1000 * spent.compute_s, serialise_ms=1000 * rest_s)
+def timing_of(usage: CallUsage, started: float) -> ServerTiming:
+    """Server timing of a call that started at `started` (`time.perf_counter`) and is over now."""
+    rest_s = max(0.0, time.perf_counter() - started - usage.queue_s - usage.compute_s)
+    return ServerTiming(queue_ms=1000 * usage.queue_s, compute_ms=1000 * usage.compute_s, serialise_ms=1000 * rest_s)

@@ -1,7 +1,7 @@
-"""What Prometheus may know of a server, on a port of its own.
+"""Prometheus metrics of a server, on a port of their own.
 
-Calls are counted when they are over; the state of queue, engine and memory is looked at when somebody asks. Labels have
-few values: no client, no tenant, no request.
+Calls are counted when they are over. The state of the queue, the engine and the memory is read at each scrape. Labels
+have few values: no client, no tenant, no request.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from plm_owner_server.engines.interface import EngineStats
 from plm_owner_server.operations.call_log import PROBE, CallRecord
 from plm_owner_server.operations.serving_state import ServingState
-from plm_owner_server.service.plm_service import PlmService
+from plm_owner_server.service.scheduler import Scheduler
 from protocol.errors import PemaError
 
 # Seconds: from a decode step of a small model to the longest request.
@@ -27,19 +28,19 @@ class Metrics:
     """The metrics of one server.
 
     Args:
-        state: of the service.
+        state: state of the server.
 
     Attributes:
-        registry: of these metrics alone, so that a process may have several servers.
+        registry: holds these metrics alone, so that a process may have several servers.
     """
 
     def __init__(self, state: ServingState) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self.registry.register(_State(state))
+        self.registry.register(_StateCollector(state))
         self._requests = Counter(
             "pema_requests",
-            "Calls that are over, by outcome: ok, departed, or the code of the error.",
+            "Calls that are over, by outcome: ok, client_disconnected, or the code of the error.",
             ["call", "transport", "outcome"],
             registry=self.registry,
         )
@@ -58,21 +59,21 @@ class Metrics:
         if call.name == PROBE:
             return
         self._requests.labels(call.name, call.transport, call.outcome).inc()
-        self._tokens.labels(call.name).inc(call.spent.tokens)
-        self._rows.labels(call.name).inc(call.spent.rows)
+        self._tokens.labels(call.name).inc(call.usage.tokens)
+        self._rows.labels(call.name).inc(call.usage.rows)
         for part, seconds in call.parts.items():
             self._seconds.labels(call.name, part).observe(seconds)
 
     @contextmanager
     def served(self, host: str, port: int) -> Iterator[int]:
-        """Serve them over HTTP; gives the port.
+        """Serve the metrics over HTTP while the body runs; yields the port.
 
         Args:
             host: address to listen on.
             port: 0 takes a free one.
 
         Raises:
-            PemaError: the address cannot be had.
+            PemaError: the server cannot listen there.
         """
         try:
             server, thread = start_http_server(port, host, self.registry)
@@ -88,27 +89,27 @@ class Metrics:
             thread.join()
 
 
-class _State(Collector):
-    """Queue, engine and GPU as they are when somebody asks."""
+class _StateCollector(Collector):
+    """Collects the state of queue, engine and GPUs at each scrape."""
 
     def __init__(self, state: ServingState) -> None:
         self._state = state
 
     def describe(self) -> Iterable[Metric]:
-        return []  # what would be collected now need not be, for the sake of the names alone
+        return []  # else the registry would collect once, for the names alone
 
     def collect(self) -> Iterator[Metric]:
         service = self._state.service
         yield GaugeMetricFamily("pema_ready", "1 if calls are answered.", value=float(self._state.is_ready))
         if service is not None:
-            yield from _queue(service)
-            yield from _engine(service)
+            yield from _queue(service.scheduler)
+            yield from _engine(service.engine.stats)
         if torch.cuda.is_available():
             yield from _gpus()
 
 
-def _queue(service: PlmService) -> Iterator[Metric]:
-    load = service.load()
+def _queue(scheduler: Scheduler) -> Iterator[Metric]:
+    load = scheduler.load()
     requests = GaugeMetricFamily("pema_queue_requests", "Requests before the model.", labels=["state"])
     tokens = GaugeMetricFamily("pema_queue_tokens", "Their tokens, with those to draft.", labels=["state"])
     requests.add_metric(["waiting"], load.waiting_requests)
@@ -118,20 +119,19 @@ def _queue(service: PlmService) -> Iterator[Metric]:
     yield from (requests, tokens)
 
 
-def _engine(service: PlmService) -> Iterator[Metric]:
-    counts = service.engine_counts()
+def _engine(stats: EngineStats) -> Iterator[Metric]:
     passes = CounterMetricFamily("pema_passes", "Forward passes.", labels=["kind"])
     tokens = CounterMetricFamily("pema_pass_tokens", "Tokens run in them.", labels=["kind"])
-    places = CounterMetricFamily("pema_pass_places", "Places computed, padding included.", labels=["kind"])
-    for kind, own in counts.passes.items():
-        passes.add_metric([kind], own.number)
-        tokens.add_metric([kind], own.tokens)
-        places.add_metric([kind], own.places)
-    yield from (passes, tokens, places)
+    padded = CounterMetricFamily("pema_pass_padded_tokens", "Tokens run in them, padding included.", labels=["kind"])
+    for kind, of_kind in stats.passes.items():
+        passes.add_metric([kind], of_kind.count)
+        tokens.add_metric([kind], of_kind.tokens)
+        padded.add_metric([kind], of_kind.padded_tokens)
+    yield from (passes, tokens, padded)
     yield CounterMetricFamily(
-        "pema_prefix_cache_hit_tokens", "Tokens not run, as their states were known.", value=counts.known_tokens
+        "pema_prefix_cache_hit_tokens", "Tokens not run, as their states were cached.", value=stats.cached_tokens
     )
-    yield GaugeMetricFamily("pema_prefix_cache_bytes", "Size of the states that are kept.", value=counts.kept_bytes)
+    yield GaugeMetricFamily("pema_prefix_cache_bytes", "Size of the cached states.", value=stats.cached_bytes)
 
 
 def _gpus() -> Iterator[Metric]:

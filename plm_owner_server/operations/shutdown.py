@@ -1,4 +1,4 @@
-"""How a server stops: it turns new calls away, and lets those that are worked on end."""
+"""Graceful shutdown: the server refuses new calls and lets the calls in progress end."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from plm_owner_server.operations.serving_state import ServingState, shutting_dow
 
 log = logging.getLogger(__name__)
 
-# For what is on its way at the end: answers, and the news that there will be none.
-_LAST_WORDS_S = 1
+# Shortest time at the end for sending answers and errors.
+_FLUSH_SECONDS = 1
 
 
 class DrainingServer(uvicorn.Server):
-    """A uvicorn that goes on listening while calls end, so that new ones are told.
+    """A uvicorn server that listens until all calls have ended, so that new calls get an error.
 
-    The first SIGTERM or SIGINT begins that; a second one does what it does to any process.
+    The first SIGTERM or SIGINT begins the shutdown. A second one has its default effect.
 
     Args:
-        config: of the server.
-        state: knows the calls, and turns new ones away.
-        drain_s: longest time until they end.
+        config: uvicorn's configuration.
+        state: counts the calls in progress, and refuses new ones.
+        drain_s: longest time that the calls in progress get, in seconds.
     """
 
     def __init__(self, config: uvicorn.Config, state: ServingState, drain_s: float) -> None:
@@ -33,10 +33,10 @@ class DrainingServer(uvicorn.Server):
         self._state = state
         self._drain_s = drain_s
         self._deadline: float | None = None
-        self._told = False
+        self._is_announced = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal has come."""
+        """Begin the shutdown at the first signal."""
         if self._deadline is not None or self.should_exit:
             signal.signal(sig, signal.SIG_DFL)
             signal.raise_signal(sig)
@@ -44,11 +44,11 @@ class DrainingServer(uvicorn.Server):
         self._deadline = time.monotonic() + self._drain_s
 
     async def on_tick(self, counter: int) -> bool:
-        """What uvicorn does ten times a second; whether it is time to go."""
+        """Check the calls in progress. uvicorn calls this ten times a second; True ends the server."""
         if self._deadline is not None and not self.should_exit:
             left_s = self._deadline - time.monotonic()
-            if not self._told:
-                self._told = True
+            if not self._is_announced:
+                self._is_announced = True
                 log.info("stopping: %d calls have %.0f s to end; new ones are refused", self._state.calls, left_s)
             if not self._state.calls or left_s <= 0:
                 self._end(left_s)
@@ -58,7 +58,7 @@ class DrainingServer(uvicorn.Server):
         if self._state.calls:
             log.warning("%d calls have not ended in time", self._state.calls)
         if self._state.service is not None:
-            self._state.service.close(shutting_down_error())
-        # Until uvicorn cuts what it still sends.
-        self.config.timeout_graceful_shutdown = max(_LAST_WORDS_S, int(left_s))
+            self._state.service.scheduler.close(shutting_down_error())
+        # Time until uvicorn cuts connections that it still sends on.
+        self.config.timeout_graceful_shutdown = max(_FLUSH_SECONDS, int(left_s))
         self.should_exit = True

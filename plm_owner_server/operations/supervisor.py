@@ -105,17 +105,17 @@ class Supervisor:
 
     def _look_after(self, service: PlmService) -> PemaError | None:
         """What has become of the engine at last; nothing if nobody wants to know any more."""
-        while not service.broken.wait(min(_LOOK_EVERY_S, self._engine_timeout_s / 4)):
-            is_alive = service.is_alive()
+        while not service.scheduler.broken.wait(min(_LOOK_EVERY_S, self._engine_timeout_s / 4)):
+            is_alive = service.engine.is_alive()
             if self._stopped.is_set():
                 return None
             if not is_alive:
                 log.error("the engine has died")
-                service.close(NotReady("The model broke.", hint="Try again in a moment.", retry_after_s=5.0))
+                service.scheduler.close(NotReady("The model broke.", hint="Try again in a moment.", retry_after_s=5.0))
                 break
-            service.forget_unused()
-            if service.busy_s > self._engine_timeout_s:
-                service.close(NotReady("The model hangs.", hint="Try again in a moment.", retry_after_s=5.0))
+            service.engine.evict_idle()
+            if service.scheduler.busy_s > self._engine_timeout_s:
+                service.scheduler.close(NotReady("The model hangs.", hint="Try again in a moment.", retry_after_s=5.0))
                 return EngineStuck(
                     f"The engine has not come back for {self._engine_timeout_s:g} s.",
                     hint="If it only takes so long, give --engine-timeout.",

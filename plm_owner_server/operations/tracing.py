@@ -1,6 +1,6 @@
-"""A span of each call for OpenTelemetry, where the environment names a collector.
+"""An OpenTelemetry span of each call, if the environment names a collector.
 
-Spans tell what metrics tell, call by call: no ids but those of the trace, and nothing of what was sent.
+Spans hold what metrics hold, per call: no ids except those of the trace, and no data of the request.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-# An error of the client's is none of the server's span, says OpenTelemetry.
-_SERVERS_OWN = frozenset(error.code for error in (PemaError, ServerFault, NotReady))
+# OpenTelemetry: an error that the client has caused leaves the status of the server's span unset.
+_SERVER_ERRORS = frozenset(error.code for error in (PemaError, ServerFault, NotReady))
 _SERVICE = {"service.name": "pema-server"}
 
 
 class Traces:
-    """Spans of calls that are over.
+    """Makes a span of each call that is over.
 
     Args:
-        provider: takes them. It is not made the process's own, so that no library adds spans with data in them.
+        provider: takes the spans. It is not made the process's provider, so that no library adds spans with data.
     """
 
     def __init__(self, provider: TracerProvider) -> None:
@@ -38,34 +38,34 @@ class Traces:
         self._error = Status(StatusCode.ERROR)
 
     def observe(self, call: CallRecord) -> None:
-        """Tell of a call that is over."""
+        """Make the span of a call that is over."""
         if call.name == PROBE:
             return
-        # Without W3C's `tracestate`: it may hold any text of the client's.
+        # Without W3C's `tracestate`, which may hold any text of the client.
         parent = self._propagator.extract({"traceparent": call.traceparent})
         attributes: dict[str, str | int | float] = {
             "pema.call": call.name,
             "pema.transport": call.transport,
             "pema.outcome": call.outcome,
-            "pema.tokens_in": call.spent.tokens,
-            "pema.rows_out": call.spent.rows,
-            "pema.queue_s": call.spent.queue_s,
-            "pema.compute_s": call.spent.compute_s,
+            "pema.tokens_in": call.usage.tokens,
+            "pema.rows_out": call.usage.rows,
+            "pema.queue_s": call.usage.queue_s,
+            "pema.compute_s": call.usage.compute_s,
         }
         span = self._tracer.start_span(
             call.name, parent, self._kind, attributes=attributes, start_time=call.began_ns, record_exception=False
         )
-        if call.outcome in _SERVERS_OWN:
+        if call.outcome in _SERVER_ERRORS:
             span.set_status(self._error)
         span.end(call.began_ns + int(1e9 * call.seconds))
 
     def close(self) -> None:
-        """Send what is not sent yet."""
+        """Send all spans that are not sent yet."""
         self._provider.shutdown()
 
 
 def traces_from_environment() -> Traces | None:
-    """What OpenTelemetry's own environment variables ask for; None, and nothing imported, without a collector.
+    """Traces as OpenTelemetry's environment variables demand. None, without any import, if they name no collector.
 
     Raises:
         PemaError: a collector is named, and OpenTelemetry is not installed.

@@ -1,4 +1,4 @@
-"""The model as its tenants see it: what of the LM head each may have, and in which basis."""
+"""The model as each tenant sees it: the permitted rows of the LM head, in the tenant's basis."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from protocol.integrity import require_finite
 from protocol.messages import DTYPES, HeadRequest, HeadRows, ModelCard
 from protocol.types import HeadDtype
 
-# Of the head, from the device at a time.
+# Rows of the head that are copied from the device at a time.
 _ROWS_AT_ONCE = 4096
-# Of rotations that are kept: they are D × D, and a second's work or more to make anew where D is large.
+# Memory for cached rotations: they are D × D, and take a second or more to make again where D is large.
 _ROTATION_BYTES = 2**31
 
 
@@ -33,9 +33,9 @@ class DisclosedModel:
     """The model as one tenant sees it.
 
     Attributes:
-        card: what it is told of the model.
-        head: the LM head, as the engine has it.
-        rotation: its own basis, or None for the model's.
+        card: the model card that the tenant gets.
+        head: the engine's LM head, in the model's basis.
+        rotation: rotation into the tenant's secret basis; None for the model's basis.
     """
 
     card: ModelCard
@@ -46,12 +46,12 @@ class DisclosedModel:
         """Representations in the tenant's basis."""
         return rows_N_D if self.rotation is None else self.rotation.apply(rows_N_D)
 
-    def wanted(self, request: HeadRequest) -> list[int] | slice:
-        """The rows of the LM head that a request is for.
+    def head_indices(self, request: HeadRequest) -> list[int] | slice:
+        """Indices of the rows of the LM head that a request names.
 
         Raises:
             InvalidRequest, OverLimit: ids outside the vocabulary, too many rows, an empty range.
-            Forbidden: the tenant may not have them.
+            Forbidden: the tenant may not have these rows.
         """
         card = self.card
         if card.head_policy == "none":
@@ -65,12 +65,12 @@ class DisclosedModel:
                 raise InvalidRequest("Both token_ids and a range were given.", hint="Ask for one of the two.")
             check_vocabulary([request.token_ids], card.vocab_size)
             rows = len(request.token_ids)
-            wanted: list[int] | slice = request.token_ids
+            indices: list[int] | slice = request.token_ids
         else:
             if card.head_policy != "full":
                 raise Forbidden(
                     "This owner gives only rows of chosen tokens, not ranges of the LM head.",
-                    hint="Do without what needs the whole head: sample with --known-only, train on the candidates.",
+                    hint="Avoid options that need the whole head: sample with --candidates-only, train on candidates.",
                 )
             stop = card.vocab_size if request.stop is None else request.stop
             if not request.start < stop <= card.vocab_size:
@@ -78,18 +78,18 @@ class DisclosedModel:
                     f"[{request.start}, {stop}) is no range of rows.",
                     hint=f"The head has {card.vocab_size} rows; start must be less than stop.",
                 )
-            rows, wanted = stop - request.start, slice(request.start, stop)
+            rows, indices = stop - request.start, slice(request.start, stop)
         if not 0 < rows <= card.limits.max_head_rows:
             raise OverLimit(
                 f"{rows} head rows were asked for.",
                 hint=f"One answer has 1 to {card.limits.max_head_rows} rows; ask for more in pieces (start and stop).",
             )
-        return wanted
+        return indices
 
-    def head_rows(self, wanted: list[int] | slice, dtype: HeadDtype) -> HeadRows:
+    def head_rows(self, indices: list[int] | slice, dtype: HeadDtype) -> HeadRows:
         """Rows of the LM head in the tenant's basis."""
         device = self.head.weight_V_D.device
-        chosen = self.head.rows(wanted if isinstance(wanted, slice) else torch.tensor(wanted, device=device))
+        chosen = self.head.rows(indices if isinstance(indices, slice) else torch.tensor(indices, device=device))
         return HeadRows(
             digest=self.card.digest,
             vocab_size=self.card.vocab_size,
@@ -101,7 +101,7 @@ class DisclosedModel:
 
 
 class _Once:
-    """Makes a view when it is first asked for. Thread-safe."""
+    """Calls a function once and returns its result every time. Thread-safe."""
 
     def __init__(self, make: Callable[[], DisclosedModel]) -> None:
         self._make = make
@@ -116,13 +116,13 @@ class _Once:
 
 
 class DisclosedModels:
-    """Makes the tenants' views of one model. Thread-safe.
+    """Makes and caches the disclosed models of all tenants. Thread-safe.
 
     Args:
-        card: of the model in its own basis with the whole head.
-        head: the engine's.
-        weights_digest: of the model's files.
-        master_secret: gives what rotations follow from.
+        card: card of the model in its own basis with the whole head.
+        head: the engine's LM head.
+        weights_digest: digest of the model's files.
+        master_secret: returns the secret from which rotations are derived.
     """
 
     def __init__(
@@ -132,19 +132,19 @@ class DisclosedModels:
         self._head = head
         self._weights_digest = weights_digest
         self._master_secret = master_secret
-        kept = max(1, _ROTATION_BYTES // (4 * card.hidden_size**2))
+        max_rotations = max(1, _ROTATION_BYTES // (4 * card.hidden_size**2))
         self._lock = threading.Lock()
-        self._views = lru_cache(maxsize=kept)(lambda *whose: _Once(partial(self._make, *whose)))
+        self._cache = lru_cache(maxsize=max_rotations)(lambda *key: _Once(partial(self._make, *key)))
 
-    def of(self, tenant: str, disclosure: Disclosure) -> DisclosedModel:
-        """What a tenant sees; calls that come at once wait for the first one to make it.
+    def for_tenant(self, tenant: str, disclosure: Disclosure) -> DisclosedModel:
+        """The model as a tenant sees it. Simultaneous calls wait for the first one to make it.
 
         Raises:
-            Unsupported: it needs a rotation, and there is no master secret to make one from.
+            Unsupported: the tenant needs a rotation, and there is no master secret to derive it from.
         """
         with self._lock:
-            view = self._views(tenant, disclosure)
-        return view()
+            disclosed = self._cache(tenant, disclosure)
+        return disclosed()
 
     def _make(self, tenant: str, disclosure: Disclosure) -> DisclosedModel:
         if disclosure == FULL_DISCLOSURE:
@@ -154,21 +154,21 @@ class DisclosedModels:
             key = RotationKey.derive(self._master_secret(), tenant, self._weights_digest)
             rotation = Rotation(key.matrix(self._card.hidden_size).to(self._head.weight_V_D.device))
             basis = key.fingerprint
-        # Memories and adapters of one view fit no other.
+        # A digest of its own: memories and adapters for one disclosure and basis do not work with another.
         identity = "\0".join([self._card.digest, disclosure.head_policy, basis])
-        told = asdict(disclosure) | {"digest": hashlib.sha256(identity.encode()).hexdigest()}
+        changes = asdict(disclosure) | {"digest": hashlib.sha256(identity.encode()).hexdigest()}
         if rotation is not None:
-            # Not of the rows themselves: to multiply them all takes long, and another machine rounds them otherwise.
-            told["head_digest"] = hashlib.sha256(f"head\0{identity}".encode()).hexdigest()
-            told["head_dtype"] = "float32"  # or what was exact would be rounded
-        return DisclosedModel(self._card.model_copy(update=told), self._head, rotation)
+            # Not from the rotated rows: to multiply them all takes long, and another machine rounds differently.
+            changes["head_digest"] = hashlib.sha256(f"head\0{identity}".encode()).hexdigest()
+            changes["head_dtype"] = "float32"  # the rotated rows are not exact in fewer bits
+        return DisclosedModel(self._card.model_copy(update=changes), self._head, rotation)
 
 
 def head_dtype(head: LMHead) -> HeadDtype:
-    """The name of the dtype of the head's weight.
+    """Name of the dtype of the head's weight.
 
     Raises:
-        Unsupported: it cannot travel.
+        Unsupported: the wire has no such dtype.
     """
     for name in get_args(HeadDtype):
         if head.weight_V_D.dtype == DTYPES[name]:

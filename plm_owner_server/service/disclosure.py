@@ -1,4 +1,7 @@
-"""What a tenant may see of the model. Who keeps it needs no model; `views.py` makes of it what is seen."""
+"""A tenant's disclosure: the parts of the model that it may see.
+
+Free of model code, because the tenant store imports it. `disclosed_model.py` applies it.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from protocol.types import HeadPolicy
 
 @dataclass(frozen=True)
 class Disclosure:
-    """What a tenant may see of the model.
+    """The parts of the model that a tenant may see.
 
     Attributes:
-        head_policy: which rows of the LM head.
-        rotated: representations and rows come in a secret basis of its own.
+        head_policy: rows of the LM head that the tenant may have.
+        rotated: True if representations and rows come in the tenant's secret basis.
     """
 
     head_policy: HeadPolicy = "full"
@@ -21,4 +24,4 @@ class Disclosure:
 
 
 FULL_DISCLOSURE = Disclosure()
-"""All of the LM head, in the model's own basis."""
+"""The whole LM head, in the model's own basis."""

@@ -1,4 +1,7 @@
-"""What a call costs. The service says how much, and a meter for each call, of whoever keeps the books, whether."""
+"""Interface between the service and the quota ledger.
+
+The service states the cost of a call. A `Meter` decides whether the tenant may spend it.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ from protocol.rate_limits import RateLimitStatus
 
 @dataclass(frozen=True)
 class CallCost:
-    """What a call may come to cost.
+    """Largest cost that a call can come to.
 
     Attributes:
-        tokens: that the model works on; the most that it can be.
-        head_rows: rows of the LM head that the answer has.
-        full_distribution: the text whose distribution the answer has, if that is a full one.
+        tokens: bound on the tokens that the model runs.
+        head_rows: indices of the rows of the LM head in the answer; None if it has none.
+        full_distribution: token ids of the text whose full distribution the answer has; None if it has none.
         model: digest of the model.
-        vocab_size: V, its rows in all.
+        vocab_size: V, the number of rows of the LM head.
     """
 
     tokens: int = 0
@@ -30,35 +33,35 @@ class CallCost:
 
     @property
     def is_free(self) -> bool:
-        """Whether no quota is asked about it."""
+        """True if no quota limits the call."""
         return not self.tokens and self.head_rows is None and self.full_distribution is None
 
 
 @dataclass
 class Reservation:
-    """A call that was let in.
+    """Reserved cost of an admitted call.
 
     Attributes:
-        tokens: that it will have cost; the service lowers it if it was less than it might have been.
+        tokens: tokens that will be charged. The service lowers it if the call cost less than its bound.
     """
 
     tokens: int
 
 
 class Meter(Protocol):
-    """Measures one call."""
+    """Meters one call."""
 
     @property
     def left(self) -> Sequence[RateLimitStatus]:
-        """What is left of the quotas, as far as the call has been put down already."""
+        """Remaining quotas of the tenant, as of the last reservation or charge of this call."""
 
-    def charging(self, cost: CallCost) -> AbstractContextManager[Reservation]:
-        """Let the call in, and put it down when the work within is done; work that fails costs nothing.
+    def reserve(self, cost: CallCost) -> AbstractContextManager[Reservation]:
+        """Reserve the cost while the body runs, and charge it when the body has ended. A body that fails costs nothing.
 
         Raises:
-            QuotaExceeded: no more now.
-            BudgetSpent: no more ever.
-            NotReady: nobody can tell now.
+            QuotaExceeded: the tenant's quota is used up for now.
+            BudgetExhausted: the tenant's budget is used up for good.
+            NotReady: the database does not answer.
         """
 
 
@@ -66,9 +69,9 @@ class _Unmetered:
     left: Sequence[RateLimitStatus] = ()
 
     @contextmanager
-    def charging(self, cost: CallCost) -> Iterator[Reservation]:
+    def reserve(self, cost: CallCost) -> Iterator[Reservation]:
         yield Reservation(cost.tokens)
 
 
 UNMETERED: Meter = _Unmetered()
-"""For those who have no quotas and of whom nobody keeps count."""
+"""Meter of calls without a tenant: no quotas, no records."""

@@ -1,4 +1,4 @@
-"""Requests on their way through the scheduler: who asks, what it costs, and how far they are."""
+"""Requests on their way through the scheduler: the call's context, its usage, and its progress."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ EngineBatch = EncodeBatch | DraftBatch
 
 
 class ClientDisconnected(PemaError):
-    """The client has gone: nobody will read the answer."""
+    """The client has disconnected: there is no reader for the answer."""
 
 
 @dataclass(eq=False)
 class CallUsage:
-    """What a call has cost so far.
+    """Resources that a call has used so far.
 
     Attributes:
-        queue_s: seconds that it waited for the engine.
-        compute_s: seconds that it had it.
-        tokens: of the sequences that it sent.
-        rows: of representations that it was given, or of the head.
+        queue_s: seconds spent waiting for the engine.
+        compute_s: seconds of the engine's work.
+        tokens: tokens of the sequences in the request.
+        rows: rows of representations, or of the LM head, in the answer.
     """
 
     queue_s: float = 0.0
@@ -37,30 +37,31 @@ class CallUsage:
     rows: int = 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class CallContext:
-    """Who makes a call.
+    """Context of one call. The transport makes it; admission adds the tenant.
 
     Attributes:
-        client: the same for all requests of a client; shares are between these.
-        tenant: to whom the client belongs; tenants never share what is known of a text.
-        disclosure: what that tenant may see of the model.
-        meter: that the call is put down on.
-        departed: set when the client has gone, so that its work is skipped.
-        spent: what the call has cost so far; the scheduler adds to it.
+        client: key of the client's fair share: the tenant's name or, on a server without tenants, the client's own
+            name or address.
+        tenant: name of the tenant, "" without tenants. Cached states of texts are never shared between tenants.
+        disclosure: parts of the model that the tenant may see.
+        meter: charges the call to the tenant's quotas.
+        disconnected: set once the client has disconnected, so that its work is skipped.
+        usage: resources used so far; the service and the scheduler add to them.
     """
 
     client: str = "local"
     tenant: str = ""
     disclosure: Disclosure = FULL_DISCLOSURE
     meter: Meter = UNMETERED
-    departed: threading.Event = field(default_factory=threading.Event)
-    spent: CallUsage = field(default_factory=CallUsage)
+    disconnected: threading.Event = field(default_factory=threading.Event)
+    usage: CallUsage = field(default_factory=CallUsage)
 
 
 @dataclass(frozen=True)
 class QueueLoad:
-    """Requests that wait for the engine, those that it has begun with, and the tokens of both."""
+    """Requests that wait for the engine, requests that it has begun, and the tokens of both."""
 
     waiting_requests: int
     running_requests: int
@@ -69,31 +70,43 @@ class QueueLoad:
 
 
 class QueuedRequest:
-    """A request that waits for its batches."""
+    """A request and the results of its batches.
 
-    def __init__(self, caller: CallContext, works: Sequence[EngineBatch]) -> None:
-        self.caller = caller
-        self.waiting = deque(enumerate(works))
-        self.results: list[Encoded | None] = [None] * len(works)
-        self.left = len(works)
+    Args:
+        context: the call's context.
+        batches: the request, as batches for the engine.
+
+    Attributes:
+        waiting: index and batch of everything that the engine has not begun.
+        results: result of each batch; None until it is there.
+        compute_s: seconds of the engine's work so far.
+        error: reason that the request failed, if it did.
+        done: set once all results are there, or `error` is.
+    """
+
+    def __init__(self, context: CallContext, batches: Sequence[EngineBatch]) -> None:
+        self.context = context
+        self.waiting = deque(enumerate(batches))
+        self.results: list[Encoded | None] = [None] * len(batches)
+        self._unfinished = len(batches)
         self.compute_s = 0.0
         self.error: Exception | None = None
         self.done = threading.Event()
 
     @property
     def begun(self) -> bool:
-        """Whether the engine has begun with it."""
+        """True once the engine has begun with a batch."""
         return len(self.waiting) < len(self.results)
 
     def finish(self, index: int, result: Encoded) -> None:
-        """Note the result of a batch."""
+        """Record the result of a batch."""
         self.results[index] = result
-        self.left -= 1
-        if self.left == 0:
+        self._unfinished -= 1
+        if self._unfinished == 0:
             self.done.set()
 
     def fail(self, error: Exception) -> None:
-        """End it with an error, unless it has ended."""
+        """End the request with an error, unless it has ended."""
         if self.done.is_set():
             return
         self.error = error
@@ -103,36 +116,37 @@ class QueuedRequest:
 
 @dataclass(frozen=True, eq=False)
 class ScheduledBatch:
-    """A request's batch within what the engine runs."""
+    """A batch with the request that it belongs to, and its index there."""
 
-    ticket: QueuedRequest
+    request: QueuedRequest
     index: int
-    work: EngineBatch
+    batch: EngineBatch
 
     @property
     def client(self) -> str:
-        return self.ticket.caller.client
+        """Key of the client's fair share."""
+        return self.request.context.client
 
 
-def padded_tokens(parts: Sequence[ScheduledBatch]) -> int:
-    """Tokens that batches may come to hold together: all their sequences are padded to the longest."""
-    works = [part.work for part in parts if isinstance(part.work, DraftBatch)]
-    return sum(len(work.token_ids) for work in works) * max(work.width for work in works)
+def padded_tokens(scheduled: Sequence[ScheduledBatch]) -> int:
+    """Bound on the tokens of batches that are drafted together: all sequences are padded to the longest."""
+    batches = [entry.batch for entry in scheduled if isinstance(entry.batch, DraftBatch)]
+    return sum(len(batch.token_ids) for batch in batches) * max(batch.width for batch in batches)
 
 
-def merge_encode_batches(parts: Sequence[ScheduledBatch]) -> EncodeBatch:
-    """The batches to encode of several requests, as one."""
-    works = [part.work for part in parts if isinstance(part.work, EncodeBatch)]
+def merge_encode_batches(scheduled: Sequence[ScheduledBatch]) -> EncodeBatch:
+    """One batch with the sequences of several requests' batches."""
+    batches = [entry.batch for entry in scheduled if isinstance(entry.batch, EncodeBatch)]
     return EncodeBatch(
-        [ids for work in works for ids in work.token_ids],
-        [start for work in works for start in work.from_position],
-        works[0].with_logsumexp,
-        works[0].tenant,
+        [ids for batch in batches for ids in batch.token_ids],
+        [start for batch in batches for start in batch.from_position],
+        batches[0].with_logsumexp,
+        batches[0].tenant,
     )
 
 
-def fail_all(parts: Sequence[ScheduledBatch], error: Exception) -> None:
-    """End the requests of these parts with an error."""
-    for part in parts:
-        # Each its own: transports note the request's id on it.
-        part.ticket.fail(copy.copy(error))
+def fail_all(scheduled: Sequence[ScheduledBatch], error: Exception) -> None:
+    """End the requests of these batches with copies of an error."""
+    for entry in scheduled:
+        # A copy each: transports write the request's id into it.
+        entry.request.fail(copy.copy(error))

@@ -1,4 +1,4 @@
-"""A secret basis: a tenant sees f' = Q f and W' = W Qᵀ, so all logits as they are, and neither f nor W."""
+"""A tenant's secret basis: it gets f' = Q f and W' = W Qᵀ, hence unchanged logits, and neither f nor W."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ _TILE_ROWS = 16
 
 @dataclass(frozen=True)
 class RotationKey:
-    """What a rotation follows from.
+    """Key from which a rotation is derived.
 
     Attributes:
-        key: secret; from the server's master secret, so it is kept nowhere.
+        key: secret bytes. They are derived from the server's master secret and stored nowhere.
     """
 
     key: bytes
 
     @classmethod
     def derive(cls, master_secret: bytes, tenant: str, weights_digest: str) -> RotationKey:
-        """A key of its own for every tenant and model."""
+        """Derive the key of one tenant and one model."""
         purpose = "\0".join(["pema rotation", tenant, weights_digest])
         return cls(hmac.digest(master_secret, purpose.encode(), hashlib.sha256))
 
     def __repr__(self) -> str:
-        """Without the key: it could end up in a log."""
+        """Text without the key, which could end up in a log."""
         return f"RotationKey({self.fingerprint[:12]})"
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the rotation, and tells nothing of it."""
+        """Public name of the rotation; it reveals nothing about the key."""
         return hmac.digest(self.key, b"fingerprint", hashlib.sha256).hex()
 
     def matrix(self, size: int) -> Tensor:
-        """Q, float32 [size, size]: orthogonal, and any of them as likely as any other (Haar).
+        """Q, float32 [size, size]: an orthogonal matrix, Haar-distributed.
 
-        The Q of a QR decomposition of independent normal numbers, with the signs that make R's diagonal positive
-        (Mezzadri 2007, arXiv math-ph/0609050). The numbers come from SHAKE-256 of the whole key: the 64 bits that seed
-        a common generator could be searched.
+        It is the Q of a QR decomposition of independent normal numbers, with the signs that make R's diagonal positive
+        (Mezzadri 2007, arXiv math-ph/0609050). The numbers come from SHAKE-256 of the whole key, because the 64-bit
+        seed of a common generator could be searched.
         """
         pairs = (size * size + 1) // 2
         bits = np.frombuffer(hashlib.shake_256(self.key).digest(16 * pairs), dtype="<u8")
@@ -59,20 +59,21 @@ class RotationKey:
 
 @dataclass(frozen=True)
 class Rotation:
-    """The basis of one tenant.
+    """Rotation into the basis of one tenant.
 
     Attributes:
-        q_D_D: Q, float32, on the device that multiplies.
+        q_D_D: Q, float32, on the device of the LM head.
     """
 
     q_D_D: Tensor
 
     def apply(self, rows_N_D: Tensor) -> Tensor:
-        """Q x for every row x, representations as well as rows of the LM head; float32, where they were.
+        """Q x for every row x, [N, D] float32 on the device of the rows: representations or rows of the LM head.
 
-        To the last bit the same, whatever rows are beside it: a memory that was interrupted asks for others at a time.
+        The result of a row is equal to the last bit whatever rows are beside it: a resumed memory build requests its
+        rows in other groups.
         """
         count = len(rows_N_D)
-        # BLAS sums in another order where the rows are few, or do not fill a tile.
+        # BLAS sums in another order if the rows are few, or do not fill a tile.
         full_N_D = F.pad(rows_N_D.to(self.q_D_D.device, torch.float32), (0, 0, 0, -count % _TILE_ROWS))
         return (full_N_D @ self.q_D_D.T)[:count].to(rows_N_D.device)

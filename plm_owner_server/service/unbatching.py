@@ -1,9 +1,10 @@
-"""Putting the results of several batches back together."""
+"""Merging of the results of several batches into one result in the order of the request."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Generic, NoReturn, TypeVar
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,50 +12,45 @@ from torch import Tensor
 from plm_owner_server.engines.interface import Encoded
 from protocol.errors import ServerFault
 
-Batch = TypeVar("Batch", bound=Encoded)
+Result = TypeVar("Result", bound=Encoded)
 
 
-class UnbatchedRows(Generic[Batch]):
-    """Results of several batches, put back into the order of the request's sequences.
+def unbatch(plan: Sequence[Sequence[int]], results: Sequence[Result]) -> Result:
+    """One result with the rows of all sequences, in the order of the sequences.
 
-    Attributes:
-        echo: of each sequence.
-        rows_B: int64, rows of each sequence.
+    Args:
+        plan: indices of the sequences in each batch; together each index from 0 to B - 1 once.
+        results: result of each batch.
 
     Raises:
-        ServerFault: a sequence was not answered exactly once.
+        ServerFault: the engine did not answer every sequence and every position exactly once.
     """
+    order = [index for batch in plan for index in batch]
+    rows = [count for result in results for count in result.rows]
+    if len(results) != len(plan) or len(rows) != len(order):
+        _not_all_answered()
+    flat_position = sorted(range(len(order)), key=order.__getitem__)
+    echo = [value for result in results for value in result.echo]
+    starts = torch.tensor([0, *rows]).cumsum(0)
+    order_N = torch.cat([torch.arange(int(starts[i]), int(starts[i]) + rows[i]) for i in flat_position])
+    columns = {
+        column.name: _column(column.name, results, len(order_N))[order_N]
+        for column in fields(results[0])
+        if isinstance(getattr(results[0], column.name), Tensor)
+    }
+    return replace(results[0], rows=[rows[i] for i in flat_position], echo=[echo[i] for i in flat_position], **columns)
 
-    def __init__(self, plan: list[list[int]], results: Sequence[Batch], sequences: int) -> None:
-        self._results = results
-        order = [index for batch in plan for index in batch]
-        rows = [count for result in results for count in result.rows]
-        if sorted(order) != list(range(sequences)) or len(rows) != sequences:
-            _not_all_answered()
-        place = sorted(range(sequences), key=order.__getitem__)
-        echo = [value for result in results for value in result.echo]
-        self.echo = [echo[i] for i in place]
-        self.rows_B = torch.tensor([rows[i] for i in place])
-        starts = torch.tensor([0, *rows]).cumsum(0)
-        spans = [torch.arange(int(starts[i]), int(starts[i]) + rows[i]) for i in place]
-        self._order_N = torch.cat(spans)
 
-    def rows(self, part: Callable[[Batch], Tensor]) -> Tensor:
-        """One column of the results, [N, …], in the order of the sequences."""
-        gathered = torch.cat([part(result) for result in self._results])
-        if len(gathered) != len(self._order_N):
-            _not_all_answered()
-        return gathered[self._order_N]
-
-    def optional_rows(self, part: Callable[[Batch], Tensor | None]) -> Tensor | None:
-        """The same for a column that may be missing."""
-        if part(self._results[0]) is None:
-            return None
-        return self.rows(lambda result: required(part(result)))
+def _column(name: str, results: Sequence[Encoded], rows: int) -> Tensor:
+    """One column of all results, [N, …], in the order of the batches."""
+    column = torch.cat([required(getattr(result, name)) for result in results])
+    if len(column) != rows:
+        _not_all_answered()
+    return column
 
 
 def required(value: Tensor | None) -> Tensor:
-    """The value, which an engine owes.
+    """The value, which the engine must return.
 
     Raises:
         ServerFault: it is missing.

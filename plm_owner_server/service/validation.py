@@ -1,4 +1,4 @@
-"""Checks of requests that more than one call makes."""
+"""Checks of requests that several calls share."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from protocol.errors import InvalidRequest
 
 
 def check_vocabulary(sequences: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """Refuse token ids that are none.
+    """Check that all token ids are in the vocabulary.
 
     Raises:
-        InvalidRequest: one lies outside the vocabulary.
+        InvalidRequest: a token id lies outside the vocabulary.
     """
     top = max((max(ids) for ids in sequences if ids), default=0)
     if top >= vocab_size:

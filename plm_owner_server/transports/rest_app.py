@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
 from anyio import CapacityLimiter
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
-from plm_owner_server.admission.controller import Admission, AdmissionController
+from plm_owner_server.admission.controller import AdmissionController
 from plm_owner_server.operations.call_log import (
     CLIENT_DISCONNECTED,
     OTHER,
@@ -29,11 +28,10 @@ from plm_owner_server.operations.call_log import (
     timing_of,
 )
 from plm_owner_server.operations.serving_state import shutting_down_error
-from plm_owner_server.service.metering import UNMETERED
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.service.requests import CallContext, ClientDisconnected
 from plm_owner_server.service.worker_threads import run_in_worker
-from plm_owner_server.tenants.store import Scope
+from plm_owner_server.tenants.scopes import Scope
 from plm_owner_server.transports import openapi as rest_docs
 from plm_owner_server.transports.http_protocol import CERTIFICATE
 from protocol.codec import BINARY, JSON, Message
@@ -104,14 +102,10 @@ def create_app(
         title="PEMA PLM server", description=rest_docs.DESCRIPTION, version="1", lifespan=lifespan, **_NO_TELEMETRY
     )
 
-    async def admit(request: Request, scope: Scope) -> Admission:
+    async def admit(request: Request, scope: Scope) -> tuple[PlmService, CallContext]:
+        context: CallContext = request.state.context
         certificate = getattr(request.state, CERTIFICATE, None)
-        admitted = await controller.admit(request.headers.get("authorization"), scope, certificate)
-        request.state.meter = admitted.meter
-        return admitted
-
-    def caller_of(request: Request, admitted: Admission) -> CallContext:
-        return replace(admitted.caller(_client(request)), spent=_call_of(request).spent)
+        return await controller.admit(context, scope, request.headers.get("authorization"), certificate), context
 
     async def answer(
         request: Request,
@@ -119,23 +113,22 @@ def create_app(
         message_type: type[_Request],
         call: Callable[[PlmService, _Request, CallContext], Message],
     ) -> Response:
-        admitted = await admit(request, scope)
+        service, context = await admit(request, scope)
         form = _answer_form(request)
         _require_plain(request)
         body = await _body(request, max_body_bytes)
-        caller = caller_of(request, admitted)
 
         def work() -> Response:
             started = time.perf_counter()
             message = _parse(message_type, body, request.headers.get("content-type", ""))
-            response = _response(call(admitted.service, message, caller), form)
-            response.headers["Server-Timing"] = timing_of(caller.spent, started).to_header()
+            response = _response(call(service, message, context), form)
+            response.headers["Server-Timing"] = timing_of(context.usage, started).to_header()
             return response
 
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
-            caller.departed.set()
+            context.disconnected.set()
 
         watching = asyncio.create_task(watch())
         try:
@@ -153,29 +146,29 @@ def create_app(
 
     @app.get("/v1/model", tags=["model"], summary="The model card", **rest_docs.MODEL)
     async def model_card(request: Request) -> Response:
-        admitted = await admit(request, "card")
-        card = await run_in_worker(lambda: admitted.service.model_card(caller_of(request, admitted)), limiter)
+        service, context = await admit(request, "card")
+        card = await run_in_worker(lambda: service.model_card(context), limiter)
         return Response(card.to_json(), media_type=JSON)
 
     @app.get("/v1/tokenizer", tags=["model"], summary="The fast tokenizer and the chat template", **rest_docs.TOKENIZER)
     async def tokenizer(request: Request) -> Response:
-        admitted = await admit(request, "card")
-        bundle = await run_in_worker(lambda: admitted.service.tokenizer(caller_of(request, admitted)), limiter)
+        service, context = await admit(request, "card")
+        bundle = await run_in_worker(lambda: service.tokenizer(context), limiter)
         return _cached(request, bundle.digest) or Response(
             bundle.to_json(), media_type=JSON, headers={"ETag": f'"{bundle.digest}"'}
         )
 
     @app.get("/v1/lm-head", tags=["model"], summary="A range of rows of the LM head", **rest_docs.LM_HEAD_RANGE)
     async def lm_head_range(request: Request, rows: Annotated[_HeadRange, Query()]) -> Response:
-        admitted, form = await admit(request, "head"), _answer_form(request)
-        service, caller = admitted.service, caller_of(request, admitted)
+        service, context = await admit(request, "head")
+        form = _answer_form(request)
         # Not yet a call: what is cached is not paid for.
-        card = await run_in_worker(lambda: service.card_of(caller), limiter)
+        card = await run_in_worker(lambda: service.card_for(context), limiter)
         tag = f"{card.digest}-{rows.start}-{rows.stop}-{rows.dtype}-{form.rpartition('.')[2]}"
         if cached := _cached(request, tag):
             return cached
-        wanted = HeadRequest.validated(rows.model_dump())
-        response = await run_in_worker(lambda: _response(service.lm_head(wanted, caller), form), limiter)
+        wanted = HeadRequest.from_fields(rows.model_dump())
+        response = await run_in_worker(lambda: _response(service.lm_head(wanted, context), form), limiter)
         response.headers["ETag"] = f'"{tag}"'
         return response
 
@@ -202,8 +195,8 @@ def create_app(
         request_id = request_id_of(request.headers.get(REQUEST_ID, ""))
         call = CallRecord(*_call_name(request), request_id, request.headers.get("traceparent", ""))
         request.state.call = call
-        request.state.meter = UNMETERED  # until it is known who calls
-        with controller.state.at_work(), controller.state.recorder.of(call):
+        request.state.context = context = CallContext(_client(request), usage=call.usage)
+        with controller.state.at_work(), controller.state.recorder.record(call):
             try:
                 response: Response = await call_next(request)
             except (ClientDisconnect, ClientDisconnected):
@@ -215,7 +208,7 @@ def create_app(
                 response = _problem_response(request, error)
             call.status = str(response.status_code)
         response.headers[REQUEST_ID] = request_id
-        response.headers.update(to_fields(request.state.meter.left))
+        response.headers.update(to_fields(context.meter.left))
         return response
 
     @app.exception_handler(ClientDisconnected)

@@ -13,7 +13,7 @@ from benchmarks.soak.tenants import Account, Price, Tenant, let_in
 from benchmarks.soak.truth import Truth, WrongAnswer
 from harness.tiny_models import TinyModels
 from plm_owner_server.service.plm_service import PlmService
-from plm_owner_server.service.scheduler import Caller
+from plm_owner_server.service.requests import CallContext
 from plm_owner_server.tenants.store import TenantStore
 from protocol.codec import Message
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
@@ -43,8 +43,8 @@ def tenants(truth: Truth, service: PlmService, tmp_path_factory: pytest.TempPath
     return good[:5]
 
 
-def _caller(tenant: Tenant) -> Caller:
-    return Caller(tenant.name, tenant.name, tenant.disclosure)
+def _caller(tenant: Tenant) -> CallContext:
+    return CallContext(tenant.name, tenant.name, tenant.disclosure)
 
 
 def _answer(service: PlmService, tenant: Tenant, call: calls.Call) -> Message:

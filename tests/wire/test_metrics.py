@@ -135,7 +135,7 @@ def test_what_nobody_uses_is_forgotten_though_nobody_calls(tiny_models: TinyMode
     deadline = time.monotonic() + 30
     while watched.read()[key("pema_prefix_cache_bytes")] > 0:
         assert time.monotonic() < deadline
-        service.evict_idle()
+        service.engine.evict_idle()
 
 
 def test_the_queue_is_seen(tiny_models: TinyModels) -> None:

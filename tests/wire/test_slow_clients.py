@@ -184,7 +184,7 @@ def test_an_answer_over_grpc_that_is_not_read_is_ended(
                 stub.Encode(iter([call] * 4), timeout=60),
             ):
                 next(pieces)
-                while tiny_service.scheduler.load().running_requests:  # on a busy machine there is nothing to read for a while
+                while tiny_service.scheduler.load().running_requests:  # on a busy machine, for a while
                     time.sleep(SOON_S / 10)
                 time.sleep(6 * SOON_S)
                 with pytest.raises(grpc.RpcError) as caught:

@@ -118,9 +118,9 @@ def test_spans_reach_the_collector_that_the_environment_names(monkeypatch: pytes
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
         traces = traces_from_environment()
         assert traces is not None
-        accounts = CallRecorder()
-        accounts.observers.append(traces.observe)
-        with accounts.of(CallRecord("decode", "grpc", "gRPC Decode", "id-1")):
+        recorder = CallRecorder()
+        recorder.observers.append(traces.observe)
+        with recorder.record(CallRecord("decode", "grpc", "gRPC Decode", "id-1")):
             pass
         traces.close()
         server.shutdown()

@@ -90,12 +90,12 @@ def test_first_calls_that_come_at_once_make_one_rotation(
         return inner(key, size)
 
     monkeypatch.setattr(RotationKey, "matrix", matrix)
-    views = support.make_service(tiny_models["llama"])._views
+    models = support.make_service(tiny_models["llama"])._disclosed_models
     rotated = Disclosure("candidate", rotated=True)
-    acme = views.of("acme", rotated)
+    acme = models.for_tenant("acme", rotated)
     with ThreadPoolExecutor(4) as pool:
-        first_calls = [pool.submit(views.of, "beta", rotated) for _ in range(4)]
-        assert views.of("acme", rotated) is acme
+        first_calls = [pool.submit(models.for_tenant, "beta", rotated) for _ in range(4)]
+        assert models.for_tenant("acme", rotated) is acme
         go_on.set()
         one, *others = [call.result(60) for call in first_calls]
     assert all(view is one for view in others)
