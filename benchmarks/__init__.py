@@ -1,1 +1,1 @@
-"""Each module measures one claim against a peer in the same run: `python -m benchmarks.NAME [--quick]`."""
+"""Each module measures one claim against a baseline in the same run: `python -m benchmarks.NAME [--quick]`."""

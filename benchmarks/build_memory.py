@@ -1,7 +1,7 @@
 """Building a memory end to end against the bare forward pass of transformers, in rows per second.
 
-The owner's server is a process of its own; the peer runs the same sequences in padded batches of similar length, with
-nothing around the model's body. Both take turns, with the same threads. Then: many clients at once, and the memory of
+The owner's server is a separate process. The baseline runs the model's body alone on the same sequences, in padded
+batches of similar length. Both take turns, with the same threads. Then: many clients at once, and the memory of
 one client whose data set is ten times as large.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.build_memory_peers import Peer
+from benchmarks.build_memory_baselines import Baseline
 from data_owner_client import Pair, connect, load_task, read_pairs
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.build import build_memory
@@ -65,7 +65,7 @@ _QUICK = Effort(rounds=1, single=128, per_client=64, generated=4, small=100)
 
 @dataclass
 class Figures:
-    """Rows per second of every round, and how they compare with the peer's before and after."""
+    """Rows per second of every round, and how they compare with the baseline's before and after."""
 
     rows_per_s: list[float] = field(default_factory=list)
     ratio: list[float] = field(default_factory=list)
@@ -102,15 +102,15 @@ def _one_client(effort: Effort, rounds: int, threads: int) -> dict[str, Any]:
     task = load_task(_DATA / "task.toml")
     pairs = read_pairs(_DATA / "train.jsonl")[: effort.single]
     with server(_LOG, "--threads", str(threads)) as (rest_port, _), connect(f"http://127.0.0.1:{rest_port}") as plm:
-        peer = Peer([tokenize_pair(plm, task, pair, label="a pair") for pair in pairs])
+        baseline = Baseline([tokenize_pair(plm, task, pair, label="a pair") for pair in pairs])
     rest, grpc, shared, generated = Figures(), Figures(), Figures(), list[float]()
     for _ in range(rounds):
         with server(_LOG, "--threads", str(threads), "--prefix-cache-mib", "0") as (rest_port, grpc_port):
-            first = peer.rows_per_s()
+            first = baseline.rows_per_s()
             over_rest = _build(f"http://127.0.0.1:{rest_port}", task, pairs)
-            second = peer.rows_per_s()
+            second = baseline.rows_per_s()
             over_grpc = _build(f"grpc://127.0.0.1:{grpc_port}", task, pairs)
-            third = peer.rows_per_s()
+            third = baseline.rows_per_s()
         rest.add(over_rest, first, second)
         grpc.add(over_grpc, second, third)
         with (
@@ -118,14 +118,14 @@ def _one_client(effort: Effort, rounds: int, threads: int) -> dict[str, Any]:
             counting_proxy("127.0.0.1", grpc_port) as (port, traffic),
         ):
             with_prefix = _build(f"grpc://127.0.0.1:{port}", task, pairs)
-        shared.add(with_prefix, third, peer.rows_per_s())
-        generated.append(peer.generate_rows_per_s(effort.generated))
+        shared.add(with_prefix, third, baseline.rows_per_s())
+        generated.append(baseline.generate_rows_per_s(effort.generated))
     return {
         "pairs": len(pairs),
-        "rows": peer.rows,
+        "rows": baseline.rows,
         "rest": rest.medians(),
         "grpc": grpc.medians() | shared.medians("_shared_prefix"),
-        "wire_bytes_over_2d": traffic.to_client / peer.rows / (2 * peer.hidden_size),
+        "wire_bytes_over_2d": traffic.to_client / baseline.rows / (2 * baseline.hidden_size),
         "reference_generate_rows_per_s": median(generated),
     }
 

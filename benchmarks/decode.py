@@ -1,7 +1,7 @@
 """Decoding with the whole of PEMA over a wire: with and without look-ahead, near and far, against local `generate`.
 
-The owner's server is a process of its own. A proxy on this machine adds the round-trip time. The peer is transformers'
-own greedy `generate` of the bare model, with the same prompts, stops, batch size and threads.
+The owner's server is a separate process. A proxy on this machine adds the round-trip time. The baseline is the greedy
+`generate` of transformers for the bare model, with the same prompts, stops, batch size and threads.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
     adapter = TrainedAdapter.load(adapter_folder)
     sources = [pair.source for pair in read_pairs(_DATA / "test.jsonl")][:sentences]
     with server(_LOG) as (port, _), connect(f"http://127.0.0.1:{port}") as plm:
-        peer = Peer(plm, adapter.card.task, sources)
+        baseline = Baseline(plm, adapter.card.task, sources)
     speedups: dict[int, list[float]] = {ms: [] for ms in _ROUND_TRIPS_MS}
     trips: dict[int, list[float]] = {ms: [] for ms in _ROUND_TRIPS_MS}
     against_local, clients = list[float](), list[float]()
@@ -74,12 +74,12 @@ def main() -> None:
                 with delaying_proxy("127.0.0.1", grpc_port, ms / 1000) as port:
                     without, with_drafts = _in_turns(port, adapter, sources)
                 speedups[ms].append(_tokens_per_s(*with_drafts) / _tokens_per_s(*without))
-                usage = sum((generation.usage for generation in with_drafts), start=GenerationStats())
+                usage = sum((generation.stats for generation in with_drafts), start=GenerationStats())
                 trips[ms].append(usage.round_trips / usage.tokens)
             ours = _translate(grpc_port, adapter, sources, None)
             one, eight = (_clients(count, seconds, grpc_port, adapter_folder) for count in (1, 8))
             clients.append(eight / one)
-        against_local.append(_tokens_per_s(ours) / peer.tokens_per_s())
+        against_local.append(_tokens_per_s(ours) / baseline.tokens_per_s())
     report.write(
         "decode",
         {
@@ -108,7 +108,12 @@ def prepare() -> Path:
             build_memories(
                 plm, task, pairs, memory, validation=held_out, context_mode="teacher-forced", share_targets=True
             )
-            train(plm, memory, adapter, settings=TrainingSettings(nearest=0, decoded=0, minutes=0))
+            train(
+                plm,
+                memory,
+                adapter,
+                settings=TrainingSettings(retrieved_examples=0, selection_texts=0, search_minutes=0),
+            )
     return adapter
 
 
@@ -133,7 +138,7 @@ def _in_turns(
 
 
 def _tokens_per_s(*generations: Generation) -> float:
-    return sum(g.usage.tokens for g in generations) / sum(g.seconds for g in generations)
+    return sum(g.stats.tokens for g in generations) / sum(g.seconds for g in generations)
 
 
 def _clients(count: int, seconds: float, port: int, adapter: Path) -> float:
@@ -144,7 +149,7 @@ def _clients(count: int, seconds: float, port: int, adapter: Path) -> float:
     return float(sum(record["tokens"] for record in run_together("benchmarks.decode_worker", arguments)) / seconds)
 
 
-class Peer:
+class Baseline:
     """transformers' own greedy `generate` of the bare model on this machine.
 
     Args:

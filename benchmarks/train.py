@@ -1,7 +1,7 @@
 """Training against the reference's way, and its memory on a large external memory.
 
-The peer is the training loop of the reference implementation as the paper describes it: the paper's form and settings,
-rows loaded one at a time, softmax over the full vocabulary. Both run one epoch of each phase on the same memory, each
+The baseline is the training loop of the reference implementation as in the paper: the paper's form and settings, rows
+loaded one at a time, softmax over the full vocabulary. Both run one epoch of each phase on the same memory, each
 in a process of its own, in turn. The large memory is synthetic: 1,000,000 rows x 2,048 (float16) whose targets are any
 of 50,272 tokens, as OPT-1.3B has them. Beside them stands LoRA (`benchmarks.lora`), which trains on the PLM itself: an
 epoch of the pairs that the memory was made of.

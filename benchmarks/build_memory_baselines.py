@@ -1,4 +1,4 @@
-"""What building a memory is compared with: the model alone over the same sequences, and the reference's way."""
+"""Baselines of building a memory: the bare model on the same sequences, and the way of the reference code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from plm_owner_server.engines.transformers.engine import load_model
 from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
 
 
-class Peer:
+class Baseline:
     """transformers over the sequences that a teacher-forced memory needs.
 
     Args:
