@@ -53,7 +53,7 @@ class DecodingPolicy(BaseModel):
 
     def __str__(self) -> str:
         """The policy in words."""
-        prompts = f", prompts with {self.nearest} examples of their own" if self.nearest else ""
+        prompts = f", prompts with {self.nearest} retrieved examples" if self.nearest else ""
         return f"{self.interpolation}{prompts}"
 
     def with_length_reward(self, length_reward: float) -> DecodingPolicy:

@@ -1,4 +1,4 @@
-"""Contexts whose distributions are requested: those of a memory, which the owner saw when it was built."""
+"""Contexts whose distributions are requested: those of a memory, which the owner saw when the memory was built."""
 
 from __future__ import annotations
 

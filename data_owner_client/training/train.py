@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -117,33 +118,7 @@ def train(
 
     settings, trained = search_settings(candidate_settings, fit, forms=forms, on_trial=on_trial)
 
-    def with_policy(policy: DecodingPolicy, why: str = "") -> TrainedAdapter:
-        pairs = memories.train_pairs if policy.nearest else []
-        card = AdapterCard(
-            model=plan.model,
-            task=plan.task,
-            context_mode=plan.context_mode,
-            form=trained.adapter.form,
-            rank=trained.adapter.A.out_features,
-            candidates=len(inputs.stats.candidate_ids_C),
-            length_ratio=memories.train.length_ratio,
-            mean_length=memories.train.manifest.rows / memories.train.manifest.examples,
-            nearest=policy.nearest,
-            pairs_digest=digest_pairs(pairs) if pairs else "",
-            interpolation=policy.interpolation,
-            interpolation_why=why,
-            logit_scale=inputs.targets.candidates.logit_scale,
-            softcap=inputs.targets.candidates.softcap,
-            settings=asdict(settings),
-            validation={
-                "plm_nll": inputs.plm_nll,
-                "mixture_nll": policy.nll,
-                "coverage": (inputs.validation.data.label_N >= 0).float().mean().item(),
-            },
-            memory_digest=memories.train.digest,
-        )
-        return TrainedAdapter(card, trained.adapter, inputs.stats.candidate_ids_C, inputs.targets.candidates, pairs)
-
+    with_policy = partial(_with_policy, memories, inputs, settings, trained)
     policies = select_decoding_policy(plm, memories, inputs, settings, with_policy, reporter)
     best = policies[0]
     why = f"{best}: {best.nll:.3f} nats per token of the validation examples (the PLM alone: {inputs.plm_nll:.3f})"
@@ -167,6 +142,43 @@ def train(
     for path in [*folder.glob(f"{_CHECKPOINTS}*"), *folder.glob(f".{_CHECKPOINTS}*.partial")]:
         path.unlink(missing_ok=True)
     return adapter, report
+
+
+def _with_policy(
+    memories: Memories,
+    inputs: TrainingInput,
+    settings: TrainingSettings,
+    trained: Trained,
+    policy: DecodingPolicy,
+    why: str = "",
+) -> TrainedAdapter:
+    """The trained adapter with a decoding policy, and the reason for it, on its card."""
+    plan, head = memories.plan, inputs.targets.candidates
+    pairs = memories.train_pairs if policy.nearest else []
+    card = AdapterCard(
+        model=plan.model,
+        task=plan.task,
+        context_mode=plan.context_mode,
+        form=trained.adapter.form,
+        rank=trained.adapter.A.out_features,
+        candidates=len(inputs.stats.candidate_ids_C),
+        length_ratio=memories.train.length_ratio,
+        mean_length=memories.train.manifest.rows / memories.train.manifest.examples,
+        nearest=policy.nearest,
+        pairs_digest=digest_pairs(pairs) if pairs else "",
+        interpolation=policy.interpolation,
+        interpolation_why=why,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        settings=asdict(settings),
+        validation={
+            "plm_nll": inputs.plm_nll,
+            "mixture_nll": policy.nll,
+            "coverage": (inputs.validation.data.label_N >= 0).float().mean().item(),
+        },
+        memory_digest=memories.train.digest,
+    )
+    return TrainedAdapter(card, trained.adapter, inputs.stats.candidate_ids_C, head, pairs)
 
 
 def _require_shared(settings: TrainingSettings, plan: MemoryPlan) -> None:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def rows(seed: int) -> tuple[Tensor, Tensor]:
     return cr_N_D, torch.randint(C, (N,), generator=generator)
 
 
-def index_of(cr_N_D: Tensor) -> "faiss.IndexFlatL2":
+def index_of(cr_N_D: Tensor) -> Any:
     index = faiss.IndexFlatL2(D)
     index.add(cr_N_D.numpy())
     return index

@@ -403,6 +403,7 @@ def test_an_adapter_survives_the_disk(tmp_path: Path) -> None:
 def test_logprobs_are_a_distribution_through_the_whole_head() -> None:
     trained = make_trained()
     cr_D: Tensor = torch.randn(D)
+    assert trained.head.bias_V is not None
     with torch.no_grad():
         h_D = cr_D + trained.adapter.B_pd.weight @ (trained.adapter.A.weight @ cr_D)
     logits_C = 30 * torch.tanh(0.5 * (trained.head.weight_V_D @ h_D + trained.head.bias_V) / 30)
