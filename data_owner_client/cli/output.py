@@ -44,7 +44,7 @@ def write_texts(
                 print(f"pema-client: text {numbers[at] + 1}: {error}", file=sys.stderr)
 
             result = run([inputs[number] for number in numbers], on_failure=on_failure)
-            usage += result.usage
+            usage += result.stats
             return {
                 number: _line(text)
                 for at, (number, text) in enumerate(zip(numbers, result.texts, strict=True))
@@ -63,11 +63,11 @@ def write_texts(
             {"source": source, "text": best[0]} | ({"best": best} if len(best) > 1 else {})
             for source, best in zip(inputs, result.best, strict=True)
         ]
-        usage_record = vars(result.usage) | {"seconds": result.seconds}
+        usage_record = vars(result.stats) | {"seconds": result.seconds}
         body = json.dumps({"texts": texts, "usage": usage_record}, ensure_ascii=False, indent=1) + "\n"
     else:
         body = "".join(_line(text) + "\n" for text in result.texts)
-        print(f"{len(inputs)} texts: {result.usage}.", file=sys.stderr)
+        print(f"{len(inputs)} texts: {result.stats}.", file=sys.stderr)
     if output is None:
         sys.stdout.write(body)
         sys.stdout.flush()
@@ -82,7 +82,7 @@ def _explained(inputs: list[str], result: Generation, tokenizer: PlmTokenizer) -
         return {
             "token": tokenizer.decode([choice.token]),
             "id": choice.token,
-            "lambda": choice.weight,
+            "lambda": choice.lambda_t,
             "p": math.exp(choice.logprob),
             "p_plm": math.exp(choice.plm_logprob),
             "p_pema": None if choice.pema_logprob is None else math.exp(choice.pema_logprob),

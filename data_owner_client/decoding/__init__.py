@@ -1,1 +1,1 @@
-"""Generation: how much PEMA has to say at each token (`interpolation`), and the loop that asks the PLM (`generate`)."""
+"""Generation: drafts, rounds of calls to the server, token selection, and texts."""

@@ -1,7 +1,7 @@
-"""Drafts of the client's own: what followed, in texts that it has, the tokens that were written last.
+"""Drafts of the client: continuations of the last tokens, found in the sequence itself or in texts such as a memory.
 
-The server checks all drafts in one forward pass, so they cost a row each and no step. It sees them, also those that are
-wrong: drafts from a memory disclose pieces of its targets; those from a sequence's own prompt disclose nothing.
+The server checks all drafts in one forward pass: a draft costs a row and no step. The server sees every draft, also
+rejected ones. Drafts from a memory disclose parts of its targets; drafts from a sequence's prompt disclose nothing.
 """
 
 from __future__ import annotations
@@ -11,48 +11,48 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-MOST_OFFERS = 6
-"""Drafts of the client's own in one call."""
-_ORDERS = (3, 2)  # tokens that must match, the more first
-# Added to the number of times that a pattern was seen: what was seen once may not happen again.
+MAX_CLIENT_DRAFTS = 6
+"""Drafts of the client in one call."""
+_ORDERS = (3, 2)  # matching tokens required, longest first
+# Added to the count of a pattern: a pattern seen once may not happen again.
 _DOUBT = 1.0
 _CALIBRATION_WEIGHT = 8.0
-# How often a text goes on as it did before, when so many tokens are the same; until it is seen.
+# Probability that a match of this many tokens continues as before, until measured.
 _COPY_PRIOR = {1: 0.15, 2: 0.4, 3: 0.6, 4: 0.75}
 
 
 @dataclass(frozen=True)
 class DraftToken:
-    """A draft of the client's own.
+    """One draft of the client.
 
     Attributes:
-        token: its id.
-        chance: that the mixture agrees with it, if it does with all drafts before.
-        evidence: what its drafter based the chance on.
-        drafter: learns what became of it.
+        token: token id.
+        acceptance: probability that the mixture accepts it, if it accepts all drafts before.
+        prior: evidence behind `acceptance`: a share of counts (`NgramDrafter`), or the number of matching tokens.
+        drafter: the drafter, which observes whether the draft was accepted.
     """
 
     token: int
-    chance: float
-    evidence: float
+    acceptance: float
+    prior: float
     drafter: Drafter
 
 
 class Drafter(Protocol):
-    """Where the client finds drafts."""
+    """A source of drafts on the client."""
 
-    def after(self, prompt: Sequence[int], generated: Sequence[int], most: int) -> list[DraftToken]:
-        """Drafts for what comes next, `most` of them or fewer."""
+    def draft(self, prompt: Sequence[int], generated: Sequence[int], limit: int) -> list[DraftToken]:
+        """Drafts of the next tokens, at most `limit`."""
 
-    def learn(self, offer: DraftToken, *, agreed: bool) -> None:
-        """One draft that was looked at."""
+    def observe(self, draft: DraftToken, *, accepted: bool) -> None:
+        """Learn from one draft that the mixture accepted or rejected."""
 
 
 class NgramDrafter:
-    """Continuations of the last few tokens in given texts.
+    """Drafts by n-gram lookup in fixed texts.
 
     Args:
-        texts: token ids, such as the targets of a memory. Every run of two or three tokens in them is kept.
+        texts: token ids, such as the targets of a memory. Every run of two or three tokens in them is indexed.
     """
 
     def __init__(self, texts: Iterable[Sequence[int]]) -> None:
@@ -68,35 +68,35 @@ class NgramDrafter:
         self._accepted = 0
         self._expected = 0.0
 
-    def after(self, prompt: Sequence[int], generated: Sequence[int], most: int) -> list[DraftToken]:
-        """What most often followed the last two or three tokens generated, and so on from there."""
-        ids, offers = list(generated), list[DraftToken]()
-        # How much oftener the mixture agrees than the counts say.
+    def draft(self, prompt: Sequence[int], generated: Sequence[int], limit: int) -> list[DraftToken]:
+        """The most frequent followers of the last two or three tokens generated, one after another."""
+        ids, drafts = list(generated), list[DraftToken]()
+        # Ratio of accepted drafts to those that the counts predict.
         calibration = (self._accepted + _CALIBRATION_WEIGHT) / (self._expected + _CALIBRATION_WEIGHT)
-        while len(offers) < min(most, MOST_OFFERS):
-            found = next((self._best[key] for key in _endings(ids) if key in self._best), None)
-            if found is None:
+        while len(drafts) < min(limit, MAX_CLIENT_DRAFTS):
+            follower = next((self._best[key] for key in _endings(ids) if key in self._best), None)
+            if follower is None:
                 break
-            token, evidence = found
-            offers.append(DraftToken(token, min(1.0, evidence * calibration), evidence, self))
+            token, prior = follower
+            drafts.append(DraftToken(token, min(1.0, prior * calibration), prior, self))
             ids.append(token)
-        return offers
+        return drafts
 
-    def learn(self, offer: DraftToken, *, agreed: bool) -> None:
-        """One draft that was looked at."""
-        self._expected += offer.evidence
-        self._accepted += agreed
+    def observe(self, draft: DraftToken, *, accepted: bool) -> None:
+        """Learn from one draft that the mixture accepted or rejected."""
+        self._expected += draft.prior
+        self._accepted += accepted
 
 
 class PromptLookupDrafter:
-    """Continuations of the last few tokens in the sequence itself: its source, its examples, what was generated."""
+    """Drafts by lookup in the sequence itself: its source, its examples and the tokens generated so far."""
 
     def __init__(self) -> None:
-        self._offered = dict.fromkeys(_COPY_PRIOR, 0)
+        self._drafted = dict.fromkeys(_COPY_PRIOR, 0)
         self._accepted = dict.fromkeys(_COPY_PRIOR, 0)
 
-    def after(self, prompt: Sequence[int], generated: Sequence[int], most: int) -> list[DraftToken]:
-        """What followed the last place where the same tokens stood, the more of them the better."""
+    def draft(self, prompt: Sequence[int], generated: Sequence[int], limit: int) -> list[DraftToken]:
+        """The tokens after the last occurrence of the longest ending of the text, of up to four tokens."""
         ids = [*prompt, *generated]
         longest, follows = 0, 0
         # A match must end where something follows it, and begin with what was generated.
@@ -108,17 +108,17 @@ class PromptLookupDrafter:
                 longest, follows = matching, at
             if longest == min(len(generated), 4):
                 break
-        copied = ids[follows : follows + min(most, MOST_OFFERS)] if longest else []
-        return [self._offer(token, min(longest + step, 4)) for step, token in enumerate(copied)]
+        copied = ids[follows : follows + min(limit, MAX_CLIENT_DRAFTS)] if longest else []
+        return [self._draft_token(token, min(longest + step, 4)) for step, token in enumerate(copied)]
 
-    def _offer(self, token: int, matching: int) -> DraftToken:
+    def _draft_token(self, token: int, matching: int) -> DraftToken:
         accepted = self._accepted[matching] + _CALIBRATION_WEIGHT * _COPY_PRIOR[matching]
-        return DraftToken(token, accepted / (self._offered[matching] + _CALIBRATION_WEIGHT), matching, self)
+        return DraftToken(token, accepted / (self._drafted[matching] + _CALIBRATION_WEIGHT), matching, self)
 
-    def learn(self, offer: DraftToken, *, agreed: bool) -> None:
-        """One draft that was looked at."""
-        self._offered[int(offer.evidence)] += 1
-        self._accepted[int(offer.evidence)] += agreed
+    def observe(self, draft: DraftToken, *, accepted: bool) -> None:
+        """Learn from one draft that the mixture accepted or rejected."""
+        self._drafted[int(draft.prior)] += 1
+        self._accepted[int(draft.prior)] += accepted
 
 
 def _endings(ids: Sequence[int]) -> list[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""From texts to texts: prompts made and tokenised, continuations chosen and read."""
+"""Generation of texts from texts: prompts are made and tokenized, continuations ranked and decoded."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.example_retrieval import with_retrieved_examples
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.client_drafts import NgramDrafter
-from data_owner_client.decoding.decode_loop import Continuation, require_room
+from data_owner_client.decoding.decode_loop import Continuation, GenerationRequest, require_room
 from data_owner_client.decoding.decode_loop import generate as generate_ids
 from data_owner_client.decoding.mbr import rank_by_expected_chrf
-from data_owner_client.decoding.sampling import Sampling
-from data_owner_client.decoding.speculative import DEFAULT_DECODING, DecodingSettings, GenerationStats
+from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings, SamplingSettings
+from data_owner_client.decoding.speculative import GenerationStats
 from data_owner_client.decoding.token_selection import TokenChoice
 from data_owner_client.memory.store import TRAIN, ExternalMemory
 from data_owner_client.plm.identity import ModelIdentity
@@ -27,69 +27,107 @@ from data_owner_client.runtime.progress import Reporter
 from protocol.errors import InvalidData, PemaError
 
 CONSENSUS_TEMPERATURE = 0.6
-"""Of a consensus's draws: sharper than the mixture, so that few texts go as far as many."""
+"""Temperature of a consensus's draws: sharper than the mixture, so that few draws do as well as many."""
 
 OnFailure = Callable[[int, PemaError], None]
-"""Told of a text, by its number from 0, and why it cannot be answered."""
+"""Called with the index of a text and the reason why it cannot be answered."""
 OnToken = Callable[[int, int], None]
-"""Told of a token: the number of its text from 0, and its id."""
+"""Called with the index of a text and the id of a token."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated, in the order of the inputs, and what it took.
+    """Generated texts, in the order of the inputs.
 
     Attributes:
-        best: for each input all texts that were asked for, the most probable one first, or, by consensus, that which is
-            most like all.
-        choices: how each token of the first of them was chosen.
+        best: for each input the requested texts, the most probable first, or by consensus the most agreed first.
+        choices: tokens of the first text of each input, with their scores.
+        stats: counts and times.
+        seconds: duration of the whole.
     """
 
     best: list[list[str]]
     choices: list[list[TokenChoice]]
-    usage: GenerationStats
+    stats: GenerationStats
     seconds: float
 
     @property
     def texts(self) -> list[str]:
-        """One for each input, the best if several were drawn."""
-        return [own[0] for own in self.best]
+        """The first text of each input."""
+        return [texts[0] for texts in self.best]
 
     @property
     def token_ids(self) -> list[list[int]]:
-        """Of these texts."""
-        return [[choice.token for choice in own] for own in self.choices]
+        """Token ids of the first text of each input."""
+        return [[choice.token for choice in choices] for choices in self.choices]
 
 
 class GenerationOptions(TypedDict, total=False):
-    """How to generate; each may be left away.
+    """Options of a generation; each may be omitted.
 
     Attributes:
-        interpolation: what training chose unless given.
-        decoding: length, look-ahead, batch size.
-        lookup: where drafts are looked up (`ngram_drafter_for`); the owner of the PLM sees them.
-        sampling: how to draw tokens; None for the most probable ones. The text depends on the seed, not on drafts.
+        interpolation: schedule or gate of λ; None for the one that training chose.
+        decoding: length, look-ahead and batch size.
+        lookup: drafter from a memory's targets (`ngram_drafter_for`); the PLM's owner sees its drafts. None for none.
+        sampling: settings of sampling; None for the most probable tokens. The text depends on the seed, not on drafts.
         samples: texts to draw for each input.
-        best: of these, how many of the most probable ones to give.
-        consensus: draw so many texts for each input beside that of the most probable tokens, and order all by their
-            likeness to one another (`decoding.consensus`). In the place of `samples`; without `sampling` at
-            `CONSENSUS_TEMPERATURE`. With an adapter only known tokens are drawn, which needs no whole LM head.
-        on_failure: told of each text (by its number, from 0) that cannot be answered; its result is then empty. Without
-            it, such a text is an error of the whole.
-        on_token: told of every token as soon as it is certain: the number of its text, and its id.
-        reporter: told of the progress.
+        best: texts to return for each input, the most probable of `samples` first.
+        consensus: texts to draw for each input beside the most probable one. All are ranked by their likeness to one
+            another (`decoding.mbr`). It replaces `samples`, and uses `CONSENSUS_TEMPERATURE` without `sampling`. With
+            an adapter only candidates are drawn, which needs no whole LM head. 0 for no consensus.
+        on_failure: called for each text that cannot be answered, whose result is then empty. None to raise the error.
+        on_token: called for every final token; None for no call.
+        reporter: shows the progress; None for none.
     """
 
     interpolation: Interpolation | None
     decoding: DecodingSettings
     lookup: NgramDrafter | None
-    sampling: Sampling | None
+    sampling: SamplingSettings | None
     samples: int
     best: int
     consensus: int
     on_failure: OnFailure | None
     on_token: OnToken | None
     reporter: Reporter | None
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The options with their defaults."""
+
+    interpolation: Interpolation | None = None
+    decoding: DecodingSettings = DEFAULT_DECODING
+    lookup: NgramDrafter | None = None
+    sampling: SamplingSettings | None = None
+    samples: int = 1
+    best: int = 1
+    consensus: int = 0
+    on_failure: OnFailure | None = None
+    on_token: OnToken | None = None
+    reporter: Reporter | None = None
+
+    def draws(self, adapter: CandidateDistribution | None) -> tuple[list[int | None], SamplingSettings | None]:
+        """The sample numbers of each input's continuations (see `GenerationRequest.sample`), and their sampling."""
+        if not self.consensus:
+            return list(range(self.samples)), self.sampling
+        sampling = self.sampling or SamplingSettings(temperature=CONSENSUS_TEMPERATURE)
+        return [None, *range(self.consensus)], replace(sampling, candidates_only=adapter is not None)
+
+
+@dataclass(frozen=True)
+class _Input:
+    """One text to answer.
+
+    Attributes:
+        prompt: prompt of the PLM.
+        expected_length: SL in tokens; None without an adapter.
+        adapter_prompt: prompt of the adapter; None for `prompt`.
+    """
+
+    prompt: Prompt
+    expected_length: float | None = None
+    adapter_prompt: Prompt | None = None
 
 
 def translate(
@@ -106,7 +144,7 @@ def translate(
         plm: the PLM.
         sources: texts.
         adapter: the data owner's adapter; None for the PLM alone.
-        task: the adapter's own unless given.
+        task: task of the prompt; None for the adapter's task.
         options: see `GenerationOptions`.
 
     Raises:
@@ -117,21 +155,19 @@ def translate(
     if task is None:
         raise InvalidData("Without an adapter there is no task.", hint="Give one with --task.")
     tokenizer = plm.tokenizer
-    prompts = [task.prompt(source, tokenizer) for source in sources]
-    own_prompts = None
-    if adapter and adapter.nearest:
-        tasks = with_retrieved_examples(plm, task, sources, adapter.nearest)
-        own_prompts = prompts
-        prompts = [each.prompt(source, tokenizer) for each, source in zip(tasks, sources, strict=True)]
-    return _generate(
-        plm,
-        prompts,
-        task,
-        adapter=adapter,
-        horizons=[adapter.card.horizon(tokenizer.count(source)) for source in sources] if adapter else None,
-        own_prompts=own_prompts,
-        **options,
-    )
+    inputs = [
+        _Input(
+            task.prompt(source, tokenizer), adapter.card.expected_length(tokenizer.count(source)) if adapter else None
+        )
+        for source in sources
+    ]
+    if adapter and adapter.retriever:
+        tasks = with_retrieved_examples(plm, task, sources, adapter.retriever)
+        inputs = [
+            replace(each, prompt=own.prompt(source, tokenizer), adapter_prompt=each.prompt)
+            for each, own, source in zip(inputs, tasks, sources, strict=True)
+        ]
+    return _generate(plm, inputs, task, adapter, _Options(**options))
 
 
 def generate(
@@ -145,26 +181,32 @@ def generate(
     """Continue prompts as they are, without a task's template around them.
 
     A bare prompt has no source text to predict a length from: Gradual Unrolling then uses the mean target length of the
-    memory. The other arguments, and what is raised: see `translate`. The task only says where an answer
-    stops.
+    memory.
+
+    Args:
+        plm: the PLM.
+        prompts: texts.
+        adapter: the data owner's adapter; None for the PLM alone.
+        task: says where an answer stops; None for the adapter's task, or for no stop text.
+        options: see `GenerationOptions`.
+
+    Raises:
+        InvalidData: a text is too long.
+        IdentityMismatch: the adapter belongs to another model.
     """
-    return _generate(
-        plm,
-        [Prompt(prompt) for prompt in prompts],
-        task or (adapter.card.task if adapter else Task(name="bare")),
-        adapter=adapter,
-        horizons=[adapter.card.mean_length] * len(prompts) if adapter else None,
-        **options,
-    )
+    expected_length = adapter.card.mean_length if adapter else None
+    inputs = [_Input(Prompt(prompt), expected_length) for prompt in prompts]
+    task = task or (adapter.card.task if adapter else Task(name="bare"))
+    return _generate(plm, inputs, task, adapter, _Options(**options))
 
 
 def ngram_drafter_for(memory: Path) -> NgramDrafter:
-    """Where drafts are looked up: the targets of a memory.
+    """A drafter from the targets of a memory.
 
-    The owner of the PLM sees the drafts, so it must have seen the targets before.
+    The PLM's owner sees the drafts, so it must have seen the targets before.
 
     Raises:
-        InvalidData: the memory's targets were not shared, or it is missing or damaged.
+        InvalidData: the memory's targets were not shared, or the memory is missing or damaged.
     """
     part = ExternalMemory(memory / TRAIN)
     if part.manifest.plan.context_mode != "teacher-forced":
@@ -172,84 +214,78 @@ def ngram_drafter_for(memory: Path) -> NgramDrafter:
             f"The targets of {memory} were never shown to the PLM's owner, and drafts would be pieces of them.",
             hint="Leave --lookup away, or use a memory that was built with --share-targets.",
         )
-    # Shard by shard: the representations, which are nearly all of a memory, are not needed.
+    # Shard by shard, to drop the representations: they are nearly all of a memory and not needed.
     return NgramDrafter(ids_T.tolist() for rows in part.shards() for ids_T in rows.target_N.split(rows.rows_E.tolist()))
 
 
 def _generate(
     plm: RemotePlm,
-    prompts: Sequence[Prompt],
+    inputs: Sequence[_Input],
     task: Task,
-    *,
     adapter: CandidateDistribution | None,
-    horizons: list[float] | None,
-    own_prompts: Sequence[Prompt] | None = None,
-    interpolation: Interpolation | None = None,
-    decoding: DecodingSettings = DEFAULT_DECODING,
-    lookup: NgramDrafter | None = None,
-    sampling: Sampling | None = None,
-    samples: int = 1,
-    best: int = 1,
-    consensus: int = 0,
-    on_failure: OnFailure | None = None,
-    on_token: OnToken | None = None,
-    reporter: Reporter | None = None,
+    options: _Options,
 ) -> Generation:
     started = time.perf_counter()
     if adapter is not None:
         adapter.card.model.require(ModelIdentity.from_card(plm.card), "The adapter", "the server")
     tokenizer = plm.tokenizer
-    prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    own_ids = None if own_prompts is None else [tokenizer.encode_prompt(prompt) for prompt in own_prompts]
-    numbers = []  # of the texts that can be answered
-    for number, ids in enumerate(prompt_ids):
+    requests, numbers = _answerable(plm, inputs, options.on_failure)
+    samples, sampling = options.draws(adapter)
+    on_token = options.on_token
+    stop_ids = task.stop_ids(tokenizer) | frozenset(plm.card.eos_token_ids)
+    continuations, stats = generate_ids(
+        plm,
+        # Samples of the same prompt one after another: they share all of its attention states.
+        [replace(request, sample=sample) for request in requests for sample in samples],
+        adapter=adapter,
+        interpolation=options.interpolation
+        or (adapter.card.interpolation if adapter else Interpolation(schedule="none")),
+        stop_ids=stop_ids,
+        settings=options.decoding,
+        sampling=sampling,
+        lookup=options.lookup,
+        on_token=None if on_token is None else lambda at, token: on_token(numbers[at // len(samples)], token),
+        reporter=options.reporter,
+    )
+    answers = [[""] for _ in inputs]
+    choices: list[list[TokenChoice]] = [[] for _ in inputs]
+    for at, number in enumerate(numbers):
+        alternatives = continuations[at * len(samples) : (at + 1) * len(samples)]
+        texts = [task.answer(one.token_ids, tokenizer) for one in alternatives]
+        order = _by_likelihood(alternatives)
+        if options.consensus:
+            order = rank_by_expected_chrf(texts, [one.token_ids[-1] in stop_ids for one in alternatives])
+        answers[number] = [texts[n] for n in order[: options.best]]
+        choices[number] = alternatives[order[0]].choices
+    return Generation(best=answers, choices=choices, stats=stats, seconds=time.perf_counter() - started)
+
+
+def _answerable(
+    plm: RemotePlm, inputs: Sequence[_Input], on_failure: OnFailure | None
+) -> tuple[list[GenerationRequest], list[int]]:
+    """Requests of the inputs that leave room for an answer, and the indices of these inputs.
+
+    Raises:
+        InvalidData: an input does not, and there is no `on_failure`.
+    """
+    requests, numbers = list[GenerationRequest](), list[int]()
+    encode = plm.tokenizer.encode_prompt
+    for number, each in enumerate(inputs):
+        ids, adapter_prompt = encode(each.prompt), each.adapter_prompt
         try:
-            require_room(plm, ids, place=f"text {number + 1}")
-            numbers.append(number)
+            require_room(plm, ids, label=f"text {number + 1}")
         except InvalidData as error:
             if on_failure is None:
                 raise
             on_failure(number, error)
-    drawn: list[int | None] = list(range(samples))
-    if consensus:
-        drawn = [None, *range(consensus)]
-        sampling = replace(sampling or Sampling(CONSENSUS_TEMPERATURE), known_only=adapter is not None)
-    # Samples of the same prompt one after another: they share all of its attention states.
-    stop_ids = task.stop_ids(tokenizer) | frozenset(plm.card.eos_token_ids)
-    continuations, usage = generate_ids(
-        plm,
-        [prompt_ids[number] for number in numbers for _ in drawn],
-        adapter=adapter,
-        interpolation=interpolation or (adapter.card.interpolation if adapter else Interpolation(schedule="none")),
-        horizons=None if horizons is None else [horizons[number] for number in numbers for _ in drawn],
-        own_prompts=None if own_ids is None else [own_ids[number] for number in numbers for _ in drawn],
-        stop_ids=stop_ids,
-        settings=decoding,
-        sampling=sampling,
-        samples=drawn * len(numbers),
-        lookup=lookup,
-        on_token=None if on_token is None else lambda at, token: on_token(numbers[at // len(drawn)], token),
-        reporter=reporter,
-    )
-    answers = [[""] for _ in prompts]
-    choices: list[list[TokenChoice]] = [[] for _ in prompts]
-    for at, number in enumerate(numbers):
-        own = continuations[at * len(drawn) : (at + 1) * len(drawn)]
-        texts = [task.answer(one.token_ids, tokenizer) for one in own]
-        order = _by_likelihood(own)
-        if consensus:
-            order = rank_by_expected_chrf(texts, [one.token_ids[-1] in stop_ids for one in own])
-        answers[number] = [texts[n] for n in order[:best]]
-        choices[number] = own[order[0]].choices
-    return Generation(
-        best=answers,
-        choices=choices,
-        usage=usage,
-        seconds=time.perf_counter() - started,
-    )
+            continue
+        adapter_ids = None if adapter_prompt is None else encode(adapter_prompt)
+        requests.append(GenerationRequest(ids, each.expected_length, adapter_ids))
+        numbers.append(number)
+    return requests, numbers
 
 
 def _by_likelihood(continuations: Sequence[Continuation]) -> list[int]:
-    """Their numbers, the most probable one first: by the mean over its tokens, since the sum prefers short texts."""
+    """Indices sorted by mean log-probability per token, highest first; a sum would prefer short texts."""
     mean_logprobs = [one.logprob / len(one.token_ids) for one in continuations]
-    return sorted(range(len(continuations)), key=lambda number: -mean_logprobs[number])
+    return sorted(range(len(continuations)), key=lambda index: -mean_logprobs[index])

@@ -1,8 +1,7 @@
 """Sampling from the mixture, so that drafts never change what is drawn.
 
-A token is drawn as argmax(log p + g), where g is Gumbel noise (the Gumbel-max trick). The noise depends on the seed,
-the prompt, the sample's number and the position alone. So the draw at a position is the same whether the position was
-drafted or asked for by itself.
+A token is drawn as argmax(log p + g), where g is Gumbel noise (the Gumbel-max trick). The noise depends only on the
+seed, the prompt, the sample's number and the position. So the draw at a position is the same with and without drafts.
 """
 
 from __future__ import annotations
@@ -11,82 +10,73 @@ import hashlib
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from data_owner_client.decoding.settings import SamplingSettings
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to draw tokens.
 
-    Attributes:
-        temperature: log-probabilities are divided by it; 0 takes the most probable token.
-        top_k: only so many most probable tokens may be drawn; 0 for all.
-        top_p: only the fewest most probable tokens that together have this probability may be drawn.
-        repetition_penalty: tokens that occurred have their log-probabilities multiplied by it.
-        seed: of all noise.
-        known_only: only tokens whose probability is known without the whole LM head may be drawn: the adapter's
-            candidates, and the PLM's most probable token.
+def sampling_scores(
+    settings: SamplingSettings, logprob_V: Tensor, context: Sequence[int], *, ids_V: Tensor | None = None
+) -> Tensor:
+    """Log-probabilities [V] after penalty, temperature, top-k and top-p, in that order; −∞ is never drawn.
+
+    Args:
+        settings: settings of sampling.
+        logprob_V: log-probabilities of the mixture, float64.
+        context: token ids of the prompt and all that follows it.
+        ids_V: token ids; None where `logprob_V` covers the whole vocabulary.
     """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    known_only: bool = False
-
-    def scores(self, logprob_V: Tensor, context: Sequence[int], *, ids_V: Tensor | None = None) -> Tensor:
-        """Log-probabilities [V] after penalty, temperature, top-k and top-p, in that order; −∞ is never drawn.
-
-        Args:
-            logprob_V: of the mixture, float64.
-            context: token ids of the prompt and all that follows it.
-            ids_V: of the tokens, where these are not all of the vocabulary.
-        """
-        scores_V = logprob_V.clone()
-        if self.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted(set(context)))
-            if ids_V is not None:
-                seen = torch.isin(ids_V, seen)
-            scores_V[seen] = scores_V[seen] * self.repetition_penalty
-        if self.temperature == 0.0:
-            return scores_V
-        scores_V = scores_V / self.temperature
-        if 0 < self.top_k < len(scores_V):
-            scores_V[scores_V < scores_V.topk(self.top_k).values[-1]] = -math.inf
-        if self.top_p < 1.0:
-            falling_V, order_V = scores_V.sort(descending=True)
-            before_V = falling_V.softmax(dim=-1).cumsum(dim=-1) - falling_V.softmax(dim=-1)
-            scores_V[order_V[before_V >= self.top_p]] = -math.inf
+    scores_V = logprob_V.clone()
+    if settings.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(context)))
+        if ids_V is not None:
+            seen = torch.isin(ids_V, seen)
+        scores_V[seen] = scores_V[seen] * settings.repetition_penalty
+    if settings.temperature == 0.0:
         return scores_V
+    scores_V = scores_V / settings.temperature
+    if 0 < settings.top_k < len(scores_V):
+        scores_V[scores_V < scores_V.topk(settings.top_k).values[-1]] = -math.inf
+    if settings.top_p < 1.0:
+        falling_V, order_V = scores_V.sort(descending=True)
+        before_V = falling_V.softmax(dim=-1).cumsum(dim=-1) - falling_V.softmax(dim=-1)
+        scores_V[order_V[before_V >= settings.top_p]] = -math.inf
+    return scores_V
 
-    def draw(
-        self, logprob_V: Tensor, context: Sequence[int], noise: Noise, position: int, *, ids_V: Tensor | None = None
-    ) -> int:
-        """The place of a token among the V.
 
-        Args:
-            logprob_V: of the mixture, float64.
-            context: token ids of the prompt and all that follows it.
-            noise: of this sequence.
-            position: of the token among the generated ones.
-            ids_V: see `scores`.
-        """
-        scores_V = self.scores(logprob_V, context, ids_V=ids_V)
-        if self.temperature > 0.0:
-            scores_V = scores_V + noise.gumbel(position, len(scores_V))
-        return int(scores_V.argmax())
+def draw_token(
+    settings: SamplingSettings,
+    logprob_V: Tensor,
+    context: Sequence[int],
+    noise: Noise,
+    position: int,
+    *,
+    ids_V: Tensor | None = None,
+) -> int:
+    """The index of the drawn token in `logprob_V`.
+
+    Args:
+        settings: settings of sampling.
+        logprob_V: log-probabilities of the mixture, float64.
+        context: token ids of the prompt and all that follows it.
+        noise: noise of this sequence.
+        position: position of the token among the generated ones, from 0.
+        ids_V: token ids; None where `logprob_V` covers the whole vocabulary.
+    """
+    scores_V = sampling_scores(settings, logprob_V, context, ids_V=ids_V)
+    if settings.temperature > 0.0:
+        scores_V = scores_V + noise.gumbel(position, len(scores_V))
+    return int(scores_V.argmax())
 
 
 class Noise:
     """The noise of one sequence.
 
     Args:
-        seed: of all sequences.
-        prompt: token ids.
+        seed: seed of all sequences.
+        prompt: token ids of the prompt.
         sample: number of this continuation among those of the same prompt.
     """
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from data_owner_client import Pair, Task, TrainingSettings, build_memories, connect, load_task, train, translate
 from data_owner_client.adapter.interpolation import Interpolation
-from data_owner_client.decoding.decode_loop import generate
-from data_owner_client.decoding.speculative import DecodingSettings
+from data_owner_client.decoding.decode_loop import GenerationRequest, generate
+from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.plm.tokenizer import Prompt
@@ -125,7 +125,8 @@ def test_decoding_without_weight_is_generate_token_for_token(real: Real) -> None
     prompts = [real.plm.tokenizer.encode_prompt(real.task.prompt(p.source, real.plm.tokenizer)) for p in PAIRS[:4]]
     prompts += [real.tokenizer(text).input_ids for text in TEXTS]
     tokens = 24
-    ours, usage = generate(real.plm, prompts, stop_ids=frozenset(), settings=DecodingSettings(tokens))
+    requests, settings = [GenerationRequest(prompt) for prompt in prompts], DecodingSettings(max_new_tokens=tokens)
+    ours, usage = generate(real.plm, requests, stop_ids=frozenset(), settings=settings)
     assert usage.calls == 1
     eos = set(real.plm.card.eos_token_ids)
     for prompt, continuation in zip(prompts, ours, strict=True):
@@ -149,7 +150,9 @@ def test_the_whole_of_pema_is_the_slow_reference(real: Real, tmp_path: Path) -> 
         context_mode="teacher-forced",
         share_targets=True,
     )
-    settings = TrainingSettings(epochs=3, batch_rows=16, rank=64, nearest=0, decoded=0, minutes=0)
+    settings = TrainingSettings(
+        epochs=3, batch_rows=16, rank=64, retrieved_examples=0, selection_texts=0, search_minutes=0
+    )
     adapter, _ = train(real.plm, tmp_path, tmp_path / "adapter", settings=settings)
     tokenizer = real.plm.tokenizer
     reference = Reference(real.model)
@@ -169,21 +172,21 @@ def test_the_whole_of_pema_is_the_slow_reference(real: Real, tmp_path: Path) -> 
                     sources,
                     adapter=adapter,
                     interpolation=interpolation,
-                    decoding=DecodingSettings(8, k, batch_size),
+                    decoding=DecodingSettings(max_new_tokens=8, look_ahead=k, batch_size=batch_size),
                 ).token_ids
                 for k in (0, 1, 4, 8, None)
                 for plm, batch_size in ((real.plm, 7), (real.over_grpc, 1 if k in (4, None) else 7))
             ]
-            alone = translate(real.plm, sources, task=real.task, decoding=DecodingSettings(8))
+            alone = translate(real.plm, sources, task=real.task, decoding=DecodingSettings(max_new_tokens=8))
             expected = []
             for source in sources:
-                horizon = adapter.card.expected_length(tokenizer.count(source))
+                expected_length = adapter.card.expected_length(tokenizer.count(source))
                 text = reference.decode(
                     tokenizer.encode_prompt(real.task.prompt(source, tokenizer)),
                     real.basis.weights(adapter),
                     adapter.card.form,
                     adapter.candidate_ids_C.tolist(),
-                    schedule(interpolation.schedule, interpolation.lambda_max, horizon, 8),
+                    schedule(interpolation.schedule, interpolation.lambda_max, expected_length, 8),
                     real.task.stop_ids(tokenizer) | frozenset(real.plm.card.eos_token_ids),
                 )
                 expected.append(text)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import sacrebleu
@@ -22,7 +22,8 @@ from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.adapter.types import SCHEDULES
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.client_drafts import NgramDrafter
-from data_owner_client.decoding.decode_loop import generate
+from data_owner_client.decoding.decode_loop import GenerationRequest, generate
+from data_owner_client.decoding.draft_planning import PlannerName, VariantDecodingSettings
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
 from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.memory.store import ExternalMemory
@@ -91,17 +92,17 @@ class Case:
         self,
         prompt: list[int],
         interpolation: Interpolation,
-        horizon: float,
+        expected_length: float,
         steps: int,
-        own_prompt: list[int] | None = None,
+        adapter_prompt: list[int] | None = None,
     ) -> list[int]:
-        lambdas = schedule(interpolation.schedule, interpolation.lambda_max, horizon, steps)
+        lambdas = schedule(interpolation.schedule, interpolation.lambda_max, expected_length, steps)
         targets = self.adapter.candidate_ids_C.tolist()
         weights = self.weights
         form = self.adapter.card.form
         gate = interpolation.gate and interpolation.gate.model_dump()
         return self.reference.decode(
-            prompt, weights, form, targets, lambdas, self.stop_ids, own_prompt, gate, interpolation.length_reward
+            prompt, weights, form, targets, lambdas, self.stop_ids, adapter_prompt, gate, interpolation.length_reward
         )
 
 
@@ -112,9 +113,14 @@ GATE = Gate(
 )
 DECODING = st.builds(
     DecodingSettings,
-    st.just(STEPS),
+    max_new_tokens=st.just(STEPS),
     look_ahead=st.sampled_from([0, 1, 4, 8, None]),
     batch_size=st.sampled_from([1, 2, 7, 64]),
+) | st.builds(
+    VariantDecodingSettings,
+    max_new_tokens=st.just(STEPS),
+    batch_size=st.sampled_from([2, 64]),
+    planner=st.sampled_from(get_args(PlannerName)),
 )
 # In a secret basis the reference, which has none, must say the very same.
 CASES = [
@@ -202,39 +208,37 @@ def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObj
         st.builds(Interpolation, schedule=st.sampled_from(SCHEDULES), lambda_max=st.sampled_from([0.3, 0.7, 0.95, 1.0]))
         | st.just(Interpolation(schedule="constant", lambda_max=0.6, gate=GATE))
     ).model_copy(update={"length_reward": data.draw(st.sampled_from([0.0, 0.7, 4.0]))})
-    horizons = [case.adapter.card.expected_length(case.plm.tokenizer.count(source)) for source in sources]
+    lengths = [case.adapter.card.expected_length(case.plm.tokenizer.count(source)) for source in sources]
     prompts = case.prompts(sources)
     # As with examples chosen for each text: the PLM sees other prompts than the adapter.
-    own_prompts = data.draw(st.sampled_from([None, case.prompts([f"reden {source}" for source in sources])]))
+    others: list[list[int] | None] = [*case.prompts([f"reden {source}" for source in sources])]
+    adapter_prompts = others if data.draw(st.booleans()) else [None] * len(sources)
     continuations, usage = generate(
         data.draw(st.sampled_from(case.plms)),
-        prompts,
+        [GenerationRequest(*each) for each in zip(prompts, lengths, adapter_prompts, strict=True)],
         adapter=case.adapter,
         interpolation=interpolation,
-        horizons=horizons,
-        own_prompts=own_prompts,
         stop_ids=case.stop_ids,
         settings=data.draw(DECODING),
         lookup=data.draw(st.sampled_from([None, case.lookup])),
     )
     expected = [
-        case.expected(prompt, interpolation, horizon, STEPS, own_prompt)
-        for prompt, horizon, own_prompt in zip(prompts, horizons, own_prompts or [None] * len(prompts), strict=True)
+        case.expected(prompt, interpolation, length, STEPS, adapter_prompt)
+        for prompt, length, adapter_prompt in zip(prompts, lengths, adapter_prompts, strict=True)
     ]
     assert [continuation.token_ids for continuation in continuations] == expected
     assert usage.tokens == sum(map(len, expected))
 
 
 def test_both_calls_of_a_round_are_the_servers_time(case: Case) -> None:
-    prompts, seen = case.prompts(["the thin", "her"]), list[Attempt]()
+    prompts, adapter_prompts = case.prompts(["the thin", "her"]), case.prompts(["reden the thin", "reden her"])
+    seen = list[Attempt]()
     with case.plm.observed_by(seen.append):
         _, usage = generate(
             case.plm,
-            prompts,
+            [GenerationRequest(*each) for each in zip(prompts, [5.0, 5.0], adapter_prompts, strict=True)],
             adapter=case.adapter,
             interpolation=Interpolation(schedule="constant", lambda_max=0.6),
-            horizons=[5.0, 5.0],
-            own_prompts=case.prompts(["reden the thin", "reden her"]),
             stop_ids=case.stop_ids,
             settings=BRIEF,
         )
@@ -247,9 +251,9 @@ def test_clients_at_once_each_get_the_references_tokens(case: Case) -> None:
     """Clients with batches, look-aheads and schedules of their own share the steps of the servers they meet at."""
     sources = [" ".join(WORDS[i % 9 :][: 1 + i % 4]) for i in range(12)]
     schedules = [Interpolation(schedule=name, lambda_max=0.8) for name in SCHEDULES]
-    horizons = {source: case.adapter.card.expected_length(case.plm.tokenizer.count(source)) for source in sources}
+    lengths = {source: case.adapter.card.expected_length(case.plm.tokenizer.count(source)) for source in sources}
     expected = {
-        (source, interpolation.schedule): case.expected(prompt, interpolation, horizons[source], STEPS)
+        (source, interpolation.schedule): case.expected(prompt, interpolation, lengths[source], STEPS)
         for source, prompt in zip(sources, case.prompts(sources), strict=True)
         for interpolation in schedules
     }
@@ -261,10 +265,9 @@ def test_clients_at_once_each_get_the_references_tokens(case: Case) -> None:
         look_ahead, batch_size = chooser.choice([0, 1, 4, 8, None]), chooser.choice([1, 7, 64])
         continuations, _ = generate(
             plm,
-            case.prompts(own),
+            [GenerationRequest(*each) for each in zip(case.prompts(own), map(lengths.get, own), strict=True)],
             adapter=case.adapter,
             interpolation=interpolation,
-            horizons=[horizons[source] for source in own],
             stop_ids=case.stop_ids,
             settings=DecodingSettings(max_new_tokens=STEPS, look_ahead=look_ahead, batch_size=batch_size),
         )
@@ -290,7 +293,7 @@ def test_the_same_seed_draws_the_same_text_with_and_without_drafts(case: Case, d
         candidates_only=guard.current is not None or data.draw(st.booleans()),  # or it needs the whole head
     )
     # The last of them draws nothing: its text is that of the most probable tokens.
-    prompts, samples = case.prompts(["the thin shine", "her", "die Tür", "an"]), [0, 0, 0, None]
+    prompts = case.prompts(["the thin shine", "her", "die Tür", "an"])
     gradual = Interpolation(schedule="gradual", lambda_max=0.9)
 
     def drawn(
@@ -298,14 +301,12 @@ def test_the_same_seed_draws_the_same_text_with_and_without_drafts(case: Case, d
     ) -> list[list[int]]:
         continuations, _ = generate(
             case.plm,
-            prompts,
+            [GenerationRequest(prompt, 6.0, sample=None if prompt == last else 0) for prompt in prompts],
             adapter=case.adapter,
             interpolation=gradual,
-            horizons=[6.0] * len(prompts),
             stop_ids=case.stop_ids,
             settings=settings,
             sampling=sampling,
-            samples=samples if prompts[-1] == last else samples[::-1],
             lookup=lookup,
         )
         return [continuation.token_ids for continuation in continuations]
@@ -318,26 +319,26 @@ def test_the_same_seed_draws_the_same_text_with_and_without_drafts(case: Case, d
     assert drawn(prompts[::-1], DecodingSettings(max_new_tokens=STEPS, batch_size=2)) == plain[::-1]
 
 
-@pytest.mark.parametrize("known_only", [pytest.param(False, marks=WHOLE_HEAD), True])
+@pytest.mark.parametrize("candidates_only", [pytest.param(False, marks=WHOLE_HEAD), True])
 @pytest.mark.parametrize("length_reward", [0.0, 1.5])
-def test_draws_are_distributed_as_the_references_mixture(case: Case, length_reward: float, known_only: bool) -> None:
+def test_draws_are_distributed_as_the_references_mixture(
+    case: Case, length_reward: float, candidates_only: bool
+) -> None:
     (prompt,), draws, weight = case.prompts(["her"]), 3000, 0.6
     continuations, _ = generate(
         case.plm,
-        [prompt] * draws,
+        [GenerationRequest(prompt, 5.0, sample=sample) for sample in range(draws)],
         adapter=case.adapter,
         interpolation=Interpolation(schedule="constant", lambda_max=weight, length_reward=length_reward),
-        horizons=[5.0] * draws,
         stop_ids=case.stop_ids,
         settings=DecodingSettings(max_new_tokens=1, batch_size=256),
-        sampling=SamplingSettings(temperature=1.0, seed=3, candidates_only=known_only),
-        samples=range(draws),
+        sampling=SamplingSettings(temperature=1.0, seed=3, candidates_only=candidates_only),
     )
     f_D, p_plm_V = case.reference.context(prompt)
     adapter, weights = case.adapter, case.weights
     p_pema_V = case.reference.pema(f_D, weights, adapter.card.form, adapter.candidate_ids_C.tolist())
     mixture_V = p_V = (1 - weight) * p_plm_V + weight * p_pema_V
-    if known_only:
+    if candidates_only:
         known_V = torch.zeros_like(p_V)
         known_V[[*adapter.candidate_ids_C.tolist(), int(p_plm_V.argmax())]] = 1.0
         p_V = p_V * known_V / (p_V * known_V).sum()
@@ -365,16 +366,15 @@ def test_a_consensus_is_that_of_the_greedy_text_and_the_draws(case: Case) -> Non
     agreed = translate(case.plm, sources, adapter=case.adapter, decoding=BRIEF, sampling=drawing, consensus=5, best=6)
     for source, text, drawn, ordered in zip(sources, greedy, draws, agreed.best, strict=True):
         assert sorted(ordered) == sorted([text, *drawn])
+        (prompt,), length = case.prompts([source]), case.adapter.card.expected_length(case.plm.tokenizer.count(source))
         continuations, _ = generate(
             case.plm,
-            case.prompts([source]) * 6,
+            [GenerationRequest(prompt, length, sample=sample) for sample in [None, *range(5)]],
             adapter=case.adapter,
             interpolation=case.adapter.card.interpolation,
-            horizons=[case.adapter.card.expected_length(case.plm.tokenizer.count(source))] * 6,
             stop_ids=case.stop_ids,
             settings=BRIEF,
             sampling=drawing,
-            samples=[None, *range(5)],
         )
         ended = sum(one.token_ids[-1] in case.stop_ids for one in continuations) or 6
         whole = ordered[:ended]
@@ -385,14 +385,13 @@ def test_a_consensus_is_that_of_the_greedy_text_and_the_draws(case: Case) -> Non
 
 
 def test_pema_really_changes_what_is_generated(case: Case) -> None:
-    prompts = case.prompts([pair.source for pair in PAIRS[:8]])
-    alone, _ = generate(case.plm, prompts, stop_ids=case.stop_ids, settings=BRIEF)
+    requests = [GenerationRequest(prompt, 5.0) for prompt in case.prompts([pair.source for pair in PAIRS[:8]])]
+    alone, _ = generate(case.plm, requests, stop_ids=case.stop_ids, settings=BRIEF)
     adapted, _ = generate(
         case.plm,
-        prompts,
+        requests,
         adapter=case.adapter,
         interpolation=Interpolation(schedule="constant", lambda_max=0.7),
-        horizons=[5.0] * 8,
         stop_ids=case.stop_ids,
         settings=BRIEF,
     )
@@ -414,7 +413,7 @@ def test_the_identity_adapter_is_the_plm(case: Case) -> None:
 
 
 def test_translate_uses_nothing_but_the_source(case: Case) -> None:
-    """Gradual Unrolling's horizon comes from the source: the same text alone, in a batch, in any order."""
+    """Gradual Unrolling's expected length comes from the source: the same text alone, in a batch, in any order."""
     sources = [pair.source for pair in PAIRS[:9]]
     gradual = Interpolation(schedule="gradual", lambda_max=0.9)
     together = translate(case.plm, sources, adapter=case.adapter, interpolation=gradual, decoding=BRIEF)

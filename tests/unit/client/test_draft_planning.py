@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_owner_client.decoding.client_drafts import NgramDrafter, PromptLookupDrafter
-from data_owner_client.decoding.draft_planning import AcceptanceStats, DraftPlan, RoundCostModel, plan_drafts
+from data_owner_client.decoding.draft_planning import (
+    AcceptanceStats,
+    AcceptedRunPlanner,
+    DraftPlan,
+    FixedPlanner,
+    RoundCostModel,
+    plan_drafts,
+)
 
 CAUTION = 5.0  # a round trip counts for more than it was measured to take
 
@@ -87,7 +94,20 @@ def test_a_slow_network_wants_more_drafts_and_costly_rows_fewer() -> None:
     assert max(d.look_ahead for d in near) < min(d.look_ahead for d in far)
 
 
-def test_agreement_starts_from_the_prior_and_follows_what_is_seen() -> None:
+def test_the_accepted_run_is_drafted_on_the_side_where_it_is_longer() -> None:
+    none = list[float]()
+    server = [[0.75] * 16, [0.2] * 16, [0.5] * 16, none]
+    plans = AcceptedRunPlanner().plan(server, [none, none, [0.9, 0.9], none])
+    assert plans == [DraftPlan(look_ahead=3), DraftPlan(), DraftPlan(client_drafts=2), DraftPlan()]
+
+
+def test_a_fixed_number_is_drafted_unless_the_clients_first_draft_is_likelier() -> None:
+    none = list[float]()
+    plans = FixedPlanner(4).plan([[0.5] * 4, [0.5] * 2, [0.5] * 4, none], [none, [0.4], [0.6, 0.1], none])
+    assert plans == [DraftPlan(look_ahead=4), DraftPlan(look_ahead=2), DraftPlan(client_drafts=2), DraftPlan()]
+
+
+def test_acceptance_starts_from_the_prior_and_follows_what_is_seen() -> None:
     acceptance = AcceptanceStats()
     assert acceptance.rate(0.0) == 1.0
     assert acceptance.rate(0.9) == pytest.approx(0.595)

@@ -89,5 +89,7 @@ def test_candidates_logsumexp_and_top1_decide_as_the_whole_vocabulary_does(data:
 def test_without_weight_the_plm_decides_alone() -> None:
     positions = PlmScores(torch.tensor([[-1.0, -1.0]]), torch.tensor([7]), torch.tensor([-1.0]))
     pema = torch.tensor([[-0.1, -3.0]])
-    mixture = CandidateMixture.from_scores(positions, pema, torch.tensor([3, 7]), torch.tensor([0.0], dtype=torch.float64))
+    mixture = CandidateMixture.from_scores(
+        positions, pema, torch.tensor([3, 7]), torch.tensor([0.0], dtype=torch.float64)
+    )
     assert mixture.most_probable().tolist() == [7]

@@ -1,0 +1,60 @@
+"""Settings of decoding and of sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Le, Unit
+
+from data_owner_client.runtime.declared_settings import require_in_bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingSettings:
+    """Settings of decoding; only `max_new_tokens` can change a text.
+
+    Attributes:
+        max_new_tokens: Longest answer.
+        look_ahead: Tokens that the server drafts per call; never changes the text. Default: the number that pays, for
+            each sequence, by its acceptance and the measured times.
+        batch_size: Sequences in one call; one that ends makes room for the next.
+    """
+
+    max_new_tokens: Annotated[int, Ge(1), Unit("tokens")] = 128
+    look_ahead: Annotated[int, Ge(0), Unit("tokens")] | None = None
+    batch_size: Annotated[int, Ge(1), Unit("sequences")] = 32
+
+    def __post_init__(self) -> None:
+        require_in_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """Settings of drawing tokens.
+
+    Attributes:
+        temperature: Temperature by which log-probabilities are divided before a token is drawn; 0 takes the most
+            probable token.
+        top_p: Draw from the fewest most probable tokens that together have this probability.
+        top_k: Draw from this many most probable tokens; 0 for all.
+        repetition_penalty: Factor on the log-probabilities of tokens that occurred already; more than 1 makes them less
+            probable.
+        seed: Seed of all draws.
+        candidates_only: Draw only from the adapter's candidates and the PLM's most probable token, which needs no whole
+            LM head.
+    """
+
+    temperature: Annotated[float, Ge(0)] = 0.0
+    top_p: Annotated[float, Ge(0), Le(1)] = 1.0
+    top_k: Annotated[int, Ge(0), Unit("tokens")] = 0
+    repetition_penalty: Annotated[float, Ge(1)] = 1.0
+    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
+    candidates_only: bool = False
+
+    def __post_init__(self) -> None:
+        require_in_bounds(self)
+
+
+DEFAULT_DECODING = DecodingSettings()
+DEFAULT_SAMPLING = SamplingSettings()
