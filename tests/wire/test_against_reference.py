@@ -100,7 +100,7 @@ class Case:
         targets = self.adapter.candidate_ids_C.tolist()
         weights = self.weights
         form = self.adapter.card.form
-        gate = interpolation.gate and interpolation.gate.model_dump()
+        gate = interpolation.gate.model_dump() if interpolation.gate else None
         return self.reference.decode(
             prompt, weights, form, targets, lambdas, self.stop_ids, adapter_prompt, gate, interpolation.length_reward
         )
