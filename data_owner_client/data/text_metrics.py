@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import sacrebleu
 import torch
 from pydantic import BaseModel
 from torch import Tensor
@@ -28,6 +27,8 @@ class TextScores(BaseModel):
 
 def text_scores(hypotheses: Sequence[str], references: Sequence[str]) -> TextScores:
     """Corpus BLEU and chrF of hypotheses, with one reference each."""
+    import sacrebleu  # slow to import
+
     bleu, chrf = sacrebleu.BLEU(), sacrebleu.CHRF()
     bleu_score = bleu.corpus_score(list(hypotheses), [list(references)])
     chrf_score = chrf.corpus_score(list(hypotheses), [list(references)])
@@ -41,5 +42,7 @@ def text_scores(hypotheses: Sequence[str], references: Sequence[str]) -> TextSco
 
 def sentence_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Tensor:
     """Sentence-level chrF of each hypothesis, float64, 0 to 100."""
+    import sacrebleu  # slow to import
+
     chrf, pairs = sacrebleu.CHRF(), zip(hypotheses, references, strict=True)
     return torch.tensor([chrf.sentence_score(text, [reference]).score for text, reference in pairs]).double()
