@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ from data_owner_client import (
     train,
     translate,
 )
+from data_owner_client.decoding.draft_planning import PlannerName, VariantDecodingSettings
 from data_owner_client.decoding.speculative import GenerationStats
 from harness import report
 from harness.datasets import home_assistant
@@ -48,14 +49,26 @@ _DATA, _LOG = _WORK / "data", _WORK / "server.log"
 _ROUND_TRIPS_MS = (0, 20, 100)
 _GRADUAL = Interpolation(schedule="gradual", lambda_max=0.9)
 _BATCH = 32
-_PER_CLIENT = 25  # test sentences of its own
+# Planners with prompt-lookup drafts, and fixed look-aheads of the server without them, as a user sets them.
+_VARIANTS: dict[str, DecodingSettings] = {
+    "none": DecodingSettings(look_ahead=0, batch_size=_BATCH),
+    **{name: VariantDecodingSettings(planner=name, batch_size=_BATCH) for name in get_args(PlannerName)},
+    **{f"server-{k}": DecodingSettings(look_ahead=k, batch_size=_BATCH) for k in (2, 4, 8)},
+}
+_PER_CLIENT = 25  # test sentences of each client
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer sentences and one round")
     parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured (15 minutes each)")
+    parser.add_argument(
+        "--variants",
+        nargs="*",
+        choices=_VARIANTS,
+        help="compare planners of drafts only, all of them unless some are named",
+    )
     arguments = parser.parse_args()
     sentences, seconds, rounds = (48, 10, 1) if arguments.quick else (200, 30, arguments.rounds)
     threads = os.cpu_count() or 1
@@ -63,6 +76,9 @@ def main() -> None:
     adapter_folder = prepare()
     adapter = TrainedAdapter.load(adapter_folder)
     sources = [pair.source for pair in read_pairs(_DATA / "test.jsonl")][:sentences]
+    if arguments.variants is not None:
+        _compare_variants(arguments.variants or list(_VARIANTS), adapter, sources, rounds, threads)
+        return
     with server(_LOG) as (port, _), connect(f"http://127.0.0.1:{port}") as plm:
         baseline = Baseline(plm, adapter.card.task, sources)
     speedups: dict[int, list[float]] = {ms: [] for ms in _ROUND_TRIPS_MS}
@@ -94,8 +110,58 @@ def main() -> None:
     )
 
 
+def _compare_variants(
+    names: Sequence[str], adapter: TrainedAdapter, sources: Sequence[str], rounds: int, threads: int
+) -> None:
+    """Measure planners of drafts on the same texts, one after another, in the opposite order for every other text."""
+    rates: dict[str, dict[str, list[float]]] = {str(ms): {name: [] for name in names} for ms in _ROUND_TRIPS_MS}
+    totals = {ms: dict.fromkeys(names, GenerationStats()) for ms in rates}
+    for _ in range(rounds):
+        with server(_LOG, "--threads", str(threads)) as (_, grpc_port):
+            _translate_as(grpc_port, adapter, sources, _VARIANTS["none"])  # fills the prefix cache for all alike
+            for ms in _ROUND_TRIPS_MS:
+                with delaying_proxy("127.0.0.1", grpc_port, ms / 1000) as port:
+                    runs = {name: [_translate_as(port, adapter, sources[::2], _VARIANTS[name])] for name in names}
+                    for name in reversed(names):
+                        runs[name].append(_translate_as(port, adapter, sources[1::2], _VARIANTS[name]))
+                for name, generations in runs.items():
+                    if [one.token_ids for one in generations] != [one.token_ids for one in runs[names[0]]]:
+                        raise AssertionError(f"{name} changed a text")
+                    rates[str(ms)][name].append(_tokens_per_s(*generations))
+                    for one in generations:
+                        totals[str(ms)][name] += one.stats
+    report.write(
+        "decode",
+        {
+            "sentences": len(sources),
+            "rounds": rounds,
+            "threads": threads,
+            "tokens_per_s": {ms: {name: median(values) for name, values in row.items()} for ms, row in rates.items()},
+            "round_trips_per_token": {
+                ms: {name: stats.round_trips / stats.tokens for name, stats in row.items()}
+                for ms, row in totals.items()
+            },
+            "drafts_per_token": {
+                ms: {name: stats.drafted / stats.tokens for name, stats in row.items()} for ms, row in totals.items()
+            },
+            "accepted_share": {
+                ms: {name: stats.accepted / max(1, stats.drafted) for name, stats in row.items()}
+                for ms, row in totals.items()
+            },
+            "over_cost_model": {
+                ms: {
+                    name: median(ours / theirs for ours, theirs in zip(values, row["cost-model"], strict=True))
+                    for name, values in row.items()
+                }
+                for ms, row in rates.items()
+                if "cost-model" in row
+            },
+        },
+    )
+
+
 def prepare() -> Path:
-    """An adapter, and beside it the memory of 1,000 pairs that it comes from; made once."""
+    """Make an adapter and its memory of 1,000 pairs, unless they exist. Return the adapter's folder."""
     home_assistant.prepare(_DATA)
     memory, adapter = _WORK / "memory", _WORK / "adapter"
     try:
@@ -118,18 +184,21 @@ def prepare() -> Path:
 
 
 def _translate(port: int, adapter: TrainedAdapter, sources: Sequence[str], look_ahead: int | None) -> Generation:
+    return _translate_as(port, adapter, sources, DecodingSettings(look_ahead=look_ahead, batch_size=_BATCH))
+
+
+def _translate_as(port: int, adapter: TrainedAdapter, sources: Sequence[str], settings: DecodingSettings) -> Generation:
     with connect(f"grpc://127.0.0.1:{port}") as plm:
         adapter.card.task.stop_ids(plm.tokenizer)  # loaded before the clock starts
-        settings = DecodingSettings(look_ahead=look_ahead, batch_size=_BATCH)
         return translate(plm, sources, adapter=adapter, interpolation=_GRADUAL, decoding=settings)
 
 
 def _in_turns(
     port: int, adapter: TrainedAdapter, sources: Sequence[str]
 ) -> tuple[tuple[Generation, ...], tuple[Generation, ...]]:
-    """Without look-ahead, and with it; half of the texts in one order, half in the other.
+    """Translate without look-ahead and with it, half of the texts in one order and half in the other.
 
-    What else runs on a shared machine makes both of them slower.
+    Other work on a shared machine thus slows both equally.
     """
     one, other = sources[::2], sources[1::2]
     first, second = (_translate(port, adapter, one, k) for k in (0, None))
@@ -142,7 +211,7 @@ def _tokens_per_s(*generations: Generation) -> float:
 
 
 def _clients(count: int, seconds: float, port: int, adapter: Path) -> float:
-    """Tokens per second of several clients together, each of which translates one sentence at a time."""
+    """Total tokens per second of several clients that translate one sentence at a time."""
     spans = [range(i * _PER_CLIENT, (i + 1) * _PER_CLIENT) for i in range(count)]
     url = f"grpc://127.0.0.1:{port}"
     arguments = [(url, str(_DATA), str(adapter), str(s.start), str(s.stop), str(seconds)) for s in spans]
@@ -153,9 +222,9 @@ class Baseline:
     """transformers' own greedy `generate` of the bare model on this machine.
 
     Args:
-        plm: tokenises the prompts.
-        task: makes them.
-        sources: the texts.
+        plm: the remote model, whose tokenizer is used.
+        task: the task that makes the prompts.
+        sources: the texts to translate.
     """
 
     def __init__(self, plm: RemotePlm, task: Task, sources: Sequence[str]) -> None:
@@ -168,7 +237,7 @@ class Baseline:
 
     @torch.inference_mode()
     def tokens_per_s(self) -> float:
-        """Longest prompts first, padded on the left."""
+        """Tokens per second, longest prompts first, padded on the left."""
         tokens, started = 0, time.perf_counter()
         for at in range(0, len(self._prompts), _BATCH):
             batch = [torch.tensor(ids) for ids in self._prompts[at : at + _BATCH]]
