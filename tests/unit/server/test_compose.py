@@ -18,7 +18,7 @@ from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.settings import ServerSettings
 from tests import support
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OVERLAYS = sorted((ROOT / "docker").glob("compose.*.yml"))
 FILES = [ROOT / "docker-compose.yml", *OVERLAYS]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
