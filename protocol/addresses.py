@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 
 def is_loopback(address: str) -> bool:
-    """Whether a host name, an IP address or a URL means this machine itself."""
+    """True if a host name, an IP address or a URL means this machine itself."""
     with suppress(ValueError):
         host = (urlsplit(address).hostname or "") if "://" in address else address
         return host == "localhost" or ipaddress.ip_address(host).is_loopback

@@ -98,14 +98,14 @@ class _Meter:
             return None
         with self._ledger.open_account(self._tenant) as (account, at):
             call, usage = _Call(cost, at), account.usage()
-            refused = rate_limit_error(account.quotas, usage, cost, at) or _budget_error(account, usage, cost)
-            if refused is None:
+            refusal = rate_limit_error(account.quotas, usage, cost, at) or _budget_error(account, usage, cost)
+            if refusal is None:
                 account.reserve(call.id, cost.tokens)
             else:
                 account.record(at, refused=1)
                 self.left = rate_limits(account.quotas, usage, at)
-        if refused is not None:
-            raise refused
+        if refusal is not None:
+            raise refusal
         self._ledger.heartbeat.add(call.id)
         return call
 
@@ -121,13 +121,13 @@ class _Meter:
         if call is not None:
             self._ledger.heartbeat.remove(call.id)
         with self._ledger.open_account(self._tenant) as (account, at):
-            refused: PemaError | None = None
+            refusal: PemaError | None = None
             if call is None:
                 account.record(at, requests=1)
             else:
                 account.release(call.id)
-                refused = _budget_error(account, account.usage(), call.cost)  # other calls may have spent it
-                if refused is None:
+                refusal = _budget_error(account, account.usage(), call.cost)  # other calls may have spent it
+                if refusal is None:
                     head_rows = account.new_head_rows(call.cost, take=True)
                     full_distributions = account.new_full_distributions(call.cost, take=True)
                     account.record(
@@ -140,8 +140,8 @@ class _Meter:
                 else:
                     account.record(call.begun, refused=1)
             self.left = rate_limits(account.quotas, account.usage(), at)
-        if refused is not None:
-            raise refused
+        if refusal is not None:
+            raise refusal
 
 
 def _budget_error(account: TenantAccount, usage: QuotaUsage, cost: CallCost) -> PemaError | None:

@@ -153,7 +153,7 @@ def _faults_named(url: sa.URL) -> Iterator[None]:
 
 
 def is_sqlite(url: sa.URL) -> bool:
-    """Whether a URL is that of a SQLite file."""
+    """True if a URL names a SQLite file."""
     return url.get_backend_name() == "sqlite"
 
 
