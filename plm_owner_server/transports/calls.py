@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.service.requests import CallContext
@@ -36,24 +34,29 @@ class RequestCall(Call):
 
     Attributes:
         request: type of the request.
-        answer: method of the service that answers it.
+        method: name of the service's method that answers it.
     """
 
     request: type[Message]
-    answer: Callable[[PlmService, Any, CallContext], Message]
+    method: str
+
+    def answer(self, service: PlmService, request: Message, context: CallContext) -> Message:
+        """The service's answer to a request."""
+        answer: Message = getattr(service, self.method)(request, context)
+        return answer
 
 
 CARD = Call("card", "/v1/model", "GetModelCard", "card")
 TOKENIZER = Call("tokenizer", "/v1/tokenizer", "GetTokenizer", "card")
-HEAD = RequestCall("head", "/v1/lm-head", "GetLmHead", "head", HeadRequest, PlmService.lm_head)
-ENCODE = RequestCall("encode", "/v1/encode", "Encode", "encode", EncodeRequest, PlmService.encode)
-DECODE = RequestCall("decode", "/v1/decode", "Decode", "decode", DecodeRequest, PlmService.decode)
+HEAD = RequestCall("head", "/v1/lm-head", "GetLmHead", "head", HeadRequest, "lm_head")
+ENCODE = RequestCall("encode", "/v1/encode", "Encode", "encode", EncodeRequest, "encode")
+DECODE = RequestCall("decode", "/v1/decode", "Decode", "decode", DecodeRequest, "decode")
 DISTRIBUTION = RequestCall(
     "distribution",
     "/v1/next-token-distribution",
     "GetNextTokenDistribution",
     "distribution",
     DistributionRequest,
-    PlmService.distribution,
+    "distribution",
 )
 CALLS: tuple[Call, ...] = (CARD, TOKENIZER, HEAD, ENCODE, DECODE, DISTRIBUTION)
