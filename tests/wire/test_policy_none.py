@@ -126,7 +126,7 @@ def test_training_is_that_of_the_policy_candidate(
     true = tiny_service.lm_head(HeadRequest(token_ids=ids_C.tolist(), dtype="float32"), accomplice)
     torch.testing.assert_close(adapters["none"].head.weight_V_D, true.weight_N_D, rtol=0, atol=1e-3)
     told = " ".join(lines.said)
-    assert "nothing that building the memory has not shown. Costs 48 calls" in told
+    assert "only contexts that building the memory has shown. Costs 48 calls" in told
     assert "recovered from 45 full distributions" in told
     if shared:
         # Also of tokens that are no candidates.
@@ -202,7 +202,7 @@ def test_a_share_that_is_used_up_loses_nothing(owner: Owner, tmp_path: Path) -> 
     assert caught.value.retry_after_s
     kept = len(plm.cached_distributions().keys())
     assert 0 < kept < 48
-    assert f"Of 48 full distributions {kept} are" in caught.value.detail
+    assert f"Of 48 full distributions, {kept} are" in caught.value.detail
     owner.store.set_quotas("acme", {"tokens_per_day": None})
     asked(plm, memory)
     assert len(plm.cached_distributions().keys()) == owner.distributions("acme") == 48
