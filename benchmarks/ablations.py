@@ -1,7 +1,7 @@
-"""Training with one thing changed at a time, on one memory: how likely held-out targets become.
+"""Ablations of training on one memory, by the likelihood of held-out targets.
 
-Most of it is a setting of `pema-client sweep`. Here alone: to learn, too, from what the nearest rows of the memory have
-for targets, P_kNN of kNN-LM, which is the idea of Memory Decoder (Cao et al., 2025, arXiv 2508.09874).
+Most changes are settings of `pema-client sweep`. One is not: training also on the targets of the memory's nearest rows
+(P_kNN of kNN-LM), as Memory Decoder does (Cao et al., 2025, arXiv 2508.09874).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SHARES = (0.25, 0.5)
 
 
 def main() -> None:
-    """Train, print, write."""
+    """Train, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="500 pairs and two epochs")
     quick = parser.parse_args().quick
@@ -62,8 +62,8 @@ def main() -> None:
         works[f"{share:.0%} of the targets from P_kNN"] = taught, _USUAL
     figures: dict[str, object] = {"pairs": len(pairs), "rows": memories.train.manifest.rows, "plm_nll": inputs.plm_nll}
     for name, (data, settings) in works.items():
-        tried = replace(settings, epochs=2) if quick else settings
-        trained = data.fit(tried, _WORK / "checkpoint.safetensors", reporter)
+        changed = replace(settings, epochs=2) if quick else settings
+        trained = data.fit(changed, _WORK / "checkpoint.safetensors", reporter)
         logprob_N = target_logprobs(trained.adapter, inputs.targets.candidates, inputs.validation.data)
         interpolation, nll = inputs.validation.best(logprob_N, "constant")
         figures[name] = {"nll": nll, "lambda": interpolation.lambda_max}
@@ -73,11 +73,11 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class NearTargets:
-    """What the nearest other rows have for targets.
+    """Targets of each row's K nearest other rows.
 
     Attributes:
-        target_N_K: int32 token ids.
-        weight_N_K: float32, P_kNN's weight of each.
+        target_N_K: token ids of the targets, int32.
+        weight_N_K: weights in P_kNN, float32.
     """
 
     target_N_K: Tensor
@@ -85,7 +85,7 @@ class NearTargets:
 
     @classmethod
     def of(cls, memories: Memories, inputs: TrainingInput) -> NearTargets:
-        """With the k and the temperature that are likeliest on the validation rows."""
+        """Find neighbours with the K and the temperature that make the validation rows likeliest."""
         index, label_N = build_index(memories.train, inputs.stats.candidate_ids_C)
         neighbours, temperature, _ = tune_knn(index, label_N, inputs.validation)
         rows = memories.train.load()
@@ -97,9 +97,9 @@ class NearTargets:
 
 
 class Taught:
-    """A memory in which some rows have a near row's target, drawn anew whenever a shard is read.
+    """A memory in which some rows have a near row's target, drawn again each time a shard is read.
 
-    In the mean over epochs, the loss is the cross-entropy with (1 − share)·[y] + share·P_kNN.
+    The expected loss is the cross-entropy with (1 − share)·[y] + share·P_kNN.
     """
 
     def __init__(self, memory: ShardSource, near: NearTargets, share: float) -> None:
@@ -108,11 +108,11 @@ class Taught:
 
     @property
     def shard_rows(self) -> Sequence[int]:
-        """Rows of each shard."""
+        """Number of rows of each shard."""
         return self._memory.shard_rows
 
     def shard(self, number: int) -> MemoryRows:
-        """One shard."""
+        """The rows of one shard."""
         rows, start = self._memory.shard(number), sum(self.shard_rows[:number])
         span = slice(start, start + len(rows.target_N))
         drawn_N_1 = torch.multinomial(self._near.weight_N_K[span], 1, generator=self._rng)

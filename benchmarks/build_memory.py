@@ -35,13 +35,13 @@ _CLIENTS = (1, 4, 16)
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. All counts are of pairs, but for the rounds."""
+    """Size of a measurement: the number of rounds, and numbers of pairs."""
 
     rounds: int
     single: int
     per_client: int
     generated: int
-    small: int  # and ten times as many
+    small: int  # pairs of the smaller memory; the larger one has ten times as many
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Built:
     """One client's report of its build.
 
     Attributes:
-        rows: of its memory.
-        seconds: from the common start to the last fsync.
-        peak_rss_mib: greatest resident memory of the process, in MiB.
+        rows: rows of its memory.
+        seconds: time from the common start to the last fsync.
+        peak_rss_mib: largest resident memory of the process, in MiB.
     """
 
     rows: int
@@ -71,20 +71,20 @@ class Figures:
     ratio: list[float] = field(default_factory=list)
 
     def add(self, ours: float, before: float, after: float) -> None:
-        """One round."""
+        """Record one round."""
         self.rows_per_s.append(ours)
         self.ratio.append(2 * ours / (before + after))
 
     def medians(self, suffix: str = "") -> dict[str, float]:
-        """What is reported."""
+        """Medians over the rounds, for the report."""
         return {f"rows_per_s{suffix}": median(self.rows_per_s), f"ratio{suffix}": median(self.ratio)}
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer pairs and one round")
-    parser.add_argument("--rounds", type=int, help="how often everything takes its turn")
+    parser.add_argument("--rounds", type=int, help="number of rounds")
     arguments = parser.parse_args()
     effort = _QUICK if arguments.quick else _FULL
     rounds = arguments.rounds or effort.rounds
@@ -140,12 +140,12 @@ def _build(url: str, task: Task, pairs: list[Pair]) -> float:
 
 
 def _many_clients(effort: Effort, rounds: int, threads: int) -> dict[str, Any]:
-    """Throughput of all clients together; half of them come over REST, half over gRPC."""
+    """Total throughput of all clients, half of them over REST and half over gRPC."""
     rows_per_s: dict[int, list[float]] = {count: [] for count in _CLIENTS}
     spread: dict[int, list[float]] = {count: [] for count in _CLIENTS}
     with server(_LOG, "--threads", str(threads)) as (rest_port, grpc_port):
         urls = [f"http://127.0.0.1:{rest_port}", f"grpc://127.0.0.1:{grpc_port}"]
-        _build_together(urls[:1], [range(8)])  # warm, and what the prompts begin with is known
+        _build_together(urls[:1], [range(8)])  # warms up, and caches the common prefix of the prompts
         for _ in range(rounds):
             for count in _CLIENTS:
                 spans = list(_spans(count, effort.per_client))
@@ -170,7 +170,7 @@ def _spans(count: int, pairs: int) -> Iterator[range]:
 
 
 def _peak_memory(effort: Effort, threads: int) -> dict[str, Any]:
-    """Most memory of a client that builds from few pairs, and from ten times as many."""
+    """Peak memory of a client that builds from few pairs, and from ten times as many."""
     with server(_LOG, "--threads", str(threads)) as (_, grpc_port):
         small, large = (
             _build_together([f"grpc://127.0.0.1:{grpc_port}"], [range(pairs)])[0]
@@ -183,7 +183,7 @@ def _peak_memory(effort: Effort, threads: int) -> dict[str, Any]:
 
 
 def _build_together(urls: Sequence[str], spans: Sequence[range]) -> list[Built]:
-    """Builds by several clients at the same time: client i connects to `urls[i]` and takes the pairs of `spans[i]`."""
+    """Build with several clients at once: client i connects to `urls[i]` and uses the pairs of `spans[i]`."""
     arguments = [
         (url, str(_DATA), str(span.start), str(span.stop), str(_MEMORY / str(number)))
         for number, (url, span) in enumerate(zip(urls, spans, strict=True))

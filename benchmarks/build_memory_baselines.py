@@ -19,7 +19,7 @@ class Baseline:
     """transformers over the sequences that a teacher-forced memory needs.
 
     Args:
-        pairs: as the client tokenises them.
+        pairs: pairs as the client tokenises them.
     """
 
     def __init__(self, pairs: Sequence[TokenizedPair]) -> None:
@@ -35,7 +35,7 @@ class Baseline:
 
     @torch.inference_mode()
     def rows_per_s(self) -> float:
-        """One bare forward pass over all sequences, in padded batches of similar length."""
+        """Rows per second of one bare forward pass over all sequences, in padded batches of similar length."""
         started = time.perf_counter()
         for batch in self._plan:
             sequences = [self._sequences[i] for i in batch]
@@ -46,7 +46,7 @@ class Baseline:
 
     @torch.inference_mode()
     def generate_rows_per_s(self, examples: int) -> float:
-        """The reference's way: free-running generation, one example after another, keeping the hidden states."""
+        """Rows per second of the reference implementation: free-running generation, one example at a time."""
         rows, started = 0, time.perf_counter()
         for pair in self._pairs[:examples]:
             ids_1_T = torch.tensor([pair.prompt])

@@ -1,4 +1,4 @@
-"""One client of a benchmark: connects, waits for its turn on standard input, builds a memory, reports in JSON."""
+"""Client process of a benchmark: connects, waits for a line on standard input, builds a memory, reports in JSON."""
 
 from __future__ import annotations
 

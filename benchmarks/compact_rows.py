@@ -1,7 +1,7 @@
-"""What each number format of the rows costs: the mixture's negative log-likelihood on the demo task's validation pairs.
+"""Cost of each number format of rows: the mixture's negative log-likelihood on the demo task's validation pairs.
 
-One memory is built in float32 and brought into the other formats by the very function that the server uses; training
-is the same for all, seed by seed.
+One memory is built in float32 and converted to the other formats by the function that the server uses. Training uses
+equal settings and seeds for all formats.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _PARTS = ("train", "validation")
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer pairs and one seed")
     arguments = parser.parse_args()
-    pairs_wanted, seeds = (400, 1) if arguments.quick else (4000, 2)
+    pair_count, seeds = (400, 1) if arguments.quick else (4000, 2)
     torch.set_num_threads(os.cpu_count() or 1)
     data = _WORK / "data"
     home_assistant.prepare(data)
     task = load_task(data / "task.toml")
     pairs = [read_pairs(data / f"{part}.jsonl") for part in _PARTS]
-    exact = _WORK / f"float32-{pairs_wanted}"
-    figures: dict[str, Any] = {"pairs": pairs_wanted, "seeds": seeds}
+    exact = _WORK / f"float32-{pair_count}"
+    figures: dict[str, Any] = {"pairs": pair_count, "seeds": seeds}
     with (
         server(_WORK / "server.log") as (_, grpc_port),
         connect(f"grpc://127.0.0.1:{grpc_port}", dtype="float32") as plm,
@@ -48,7 +48,7 @@ def main() -> None:
         build_memories(
             plm,
             task,
-            pairs[0][:pairs_wanted],
+            pairs[0][:pair_count],
             exact,
             validation=pairs[1],
             context_mode="teacher-forced",
@@ -58,7 +58,7 @@ def main() -> None:
             folder, adapter = _WORK / dtype, _WORK / "adapter"
             shutil.rmtree(folder, ignore_errors=True)
             bytes_per_row = sum(_converted(exact / part, folder / part, dtype) for part in _PARTS) / len(_PARTS)
-            quick = TrainingSettings(nearest=0, decoded=0, minutes=0)
+            quick = TrainingSettings(retrieved_examples=0, selection_texts=0, search_minutes=0)
             reports = [train(plm, folder, adapter, settings=replace(quick, seed=seed))[1] for seed in range(seeds)]
             cards = [each.card for each in reports]
             figures[dtype] = {
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def _converted(source: Path, target: Path, dtype: WireDtype) -> float:
-    """Write a float32 memory in another format; its bytes per representation, scales included."""
+    """Write a float32 memory in another format. Return its bytes per representation, scales included."""
     exact = ExternalMemory(source)
     memory = ExternalMemory.open_or_create(target, exact.manifest.plan.model_copy(update={"dtype": dtype}))
     rows = exact.load()

@@ -1,6 +1,6 @@
-"""Everything on both tasks: `pema-client compare`, with LoRA on the PLM itself beside it.
+"""Comparison of all systems on both tasks: `pema-client compare`, and LoRA trained on the PLM itself.
 
-Writes `runs/compare/TASK.json`, `TASK.md` and `TASK.png`. Interrupted, the same command goes on where it stopped.
+Writes `runs/compare/TASK.json`, `TASK.md` and `TASK.png`. After an interruption, run the same command to continue.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _TASKS: dict[str, Callable[[Path], None]] = {
 
 
 def main() -> None:
-    """Prepare, train, evaluate, print."""
+    """Prepare the data, train, evaluate and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", action="append", choices=_TASKS, help="this task alone; default: both")
+    parser.add_argument("--task", action="append", choices=_TASKS, help="only this task; default: both")
     parser.add_argument("--without-lora", action="store_true", help="leave LoRA out: an hour less for each task")
     arguments = parser.parse_args()
     for name in arguments.task or _TASKS:

@@ -1,4 +1,4 @@
-"""Decoding with the whole of PEMA over a wire: with and without look-ahead, near and far, against local `generate`.
+"""Decoding with PEMA over a network: with and without look-ahead, near and far, against local `generate`.
 
 The owner's server is a separate process. A proxy on this machine adds the round-trip time. The baseline is the greedy
 `generate` of transformers for the bare model, with the same prompts, stops, batch size and threads.

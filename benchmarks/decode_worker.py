@@ -1,4 +1,4 @@
-"""One client of a benchmark: connects, waits for its turn on standard input, translates, reports in JSON."""
+"""Client process of a benchmark: connects, waits for a line on standard input, translates, reports in JSON."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from data_owner_client import DecodingSettings, Interpolation, TrainedAdapter, c
 
 
 def main(url: str, data: str, adapter: str, start: str, stop: str, seconds: str) -> None:
-    """Translate the test sentences [start, stop), one at a time as somebody at a keyboard would, again and again.
+    """Translate the test sentences [start, stop) again and again, one at a time like a user at a keyboard.
 
-    Tokens count that are certain before `seconds` are over: all clients are busy until then.
+    Only tokens that are final before `seconds` have passed are counted, because all clients are busy until then.
     """
     torch.set_num_threads(1)
     sources = [pair.source for pair in read_pairs(Path(data) / "test.jsonl")][int(start) : int(stop)]

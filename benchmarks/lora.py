@@ -1,8 +1,8 @@
-"""LoRA trained on the PLM itself with the same pairs: the upper bar, for whoever has the weights.
+"""LoRA trained on the PLM itself with the same pairs: the upper bound, which needs the PLM's weights.
 
-Rank 16 on all linear layers (peft), prompts without worked examples, AdamW with a linear schedule. The learning rate is
-the one of two that has the lower validation loss after a short training; the weights kept are those of the best epoch
-on the validation pairs. Its scores join those of `pema-client compare`, from whose folder it takes the data.
+It has rank 16 on all linear layers (peft), prompts without examples, and AdamW with a linear schedule. Of two learning
+rates it uses the one with the lower validation loss after a short training. The final weights are those of the best
+epoch on the validation pairs. Its scores are shown with those of `pema-client compare`, whose data it uses.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
 
 _RATES = (3e-4, 1e-3)
 _BATCH = 16
-# Sequences of a batch whose gradients are made at the same time: fewer need less memory, and the sum is the same.
+# Sequences of a batch whose gradients are computed at once. Fewer need less memory; the sum is equal.
 _AT_ONCE = 4
 _GENERATE_AT_ONCE = 25
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a prompt and of the target behind it, which ends with the stop."""
+    """Token ids of a prompt and of its target, which ends with the stop text."""
 
     prompt: list[int]
     target: list[int]
 
 
 class Lora:
-    """The PLM with low-rank updates, and how they are trained."""
+    """The PLM with low-rank updates, and their training."""
 
     def __init__(self, task: Task) -> None:
         folder = resolve(DEFAULT_MODEL, ServerSettings(_env_file=None).cache_dir).folder
@@ -59,17 +59,17 @@ class Lora:
         self._bfloat16 = torch.cpu._is_avx512_bf16_supported()
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy of what is trained."""
+        """A copy of the trained weights."""
         return {
             name: copy.deepcopy(value.detach()) for name, value in self.model.named_parameters() if value.requires_grad
         }
 
     def set_weights(self, weights: dict[str, Tensor]) -> None:
-        """Go back to a copy."""
+        """Restore the weights from a copy."""
         self.model.load_state_dict(weights, strict=False)
 
     def tokenize(self, pairs: Sequence[Pair]) -> list[Example]:
-        """Prompts and targets, cut where a user of the model would cut them."""
+        """Token ids of prompts and targets, split as at inference."""
         examples = []
         for pair in pairs:
             prompt = self.tokenizer(self._prompt(pair.source))["input_ids"]
@@ -78,7 +78,7 @@ class Lora:
         return examples
 
     def train(self, examples: Sequence[Example], held_out: Sequence[Example], rate: float, epochs: int) -> list[float]:
-        """Train from the beginning and keep the weights of the best epoch; the validation loss after each."""
+        """Train from the start and use the weights of the best epoch. Return the validation loss after each epoch."""
         self.set_weights(self._untrained)
         torch.manual_seed(0)
         optimiser = torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad), lr=rate)
@@ -94,7 +94,7 @@ class Lora:
                 optimiser.zero_grad(set_to_none=True)
                 tokens = sum(len(example.target) for example in batch)
                 for start in range(0, len(batch), _AT_ONCE):
-                    # The weights stay float32; on this machine products in bfloat16 take two thirds of the time.
+                    # The weights stay in float32. Where the CPU has bfloat16, its products take two thirds of the time.
                     with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
                         loss = -self._logprobs(batch[start : start + _AT_ONCE]).sum() / tokens
                     loss.backward()
@@ -116,7 +116,7 @@ class Lora:
 
     @torch.no_grad()
     def translate(self, sources: Sequence[str], max_new_tokens: int = 128) -> list[str]:
-        """Greedy answers."""
+        """Greedy translations."""
         self.model.eval()
         texts: dict[int, str] = {}
         order = sorted(range(len(sources)), key=lambda number: len(sources[number]))
@@ -138,7 +138,7 @@ class Lora:
         return f"{self.task.instruction}\n\n{self.task.source_label}: {source}\n{self.task.target_label}:"
 
     def _logprobs(self, batch: Sequence[Example]) -> Tensor:
-        """Of every token of the targets; logits are made at their positions alone."""
+        """Log-probability of every target token. Logits are computed only at their positions."""
         longest = max(len(e.prompt) + len(e.target) for e in batch) - 1
         ids_B_T = torch.zeros(len(batch), longest, dtype=torch.long)
         mask_B_T, is_target_B_T = torch.zeros_like(ids_B_T), torch.zeros_like(ids_B_T, dtype=torch.bool)
@@ -155,7 +155,7 @@ class Lora:
 
 
 def main() -> None:
-    """Tune, train, translate; add the row to the comparison."""
+    """Choose the rate, train, translate, and write the row of the comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path, help="folder with train.jsonl, validation.jsonl, test.jsonl and task.toml")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the row")
@@ -174,7 +174,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     row = {
         "name": "lora",
-        "what": "LoRA trained on the PLM itself, for whoever has its weights",
+        "what": "LoRA trained on the PLM itself, which needs its weights",
         "texts": lora.translate([pair.source for pair in splits["test"]]),
         "ppl": math.exp(lora.loss(lora.tokenize(splits["test"]))),
         "train_seconds": seconds,
@@ -191,7 +191,7 @@ def main() -> None:
 
 
 def _shuffled(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """Batches in another order each time, of examples of about the same length."""
+    """Batches of examples of similar length, in a new random order each time."""
     order = torch.randperm(len(examples)).tolist()
     pools = (order[start : start + 32 * _BATCH] for start in range(0, len(order), 32 * _BATCH))
     batches = []

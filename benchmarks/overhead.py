@@ -1,8 +1,8 @@
-"""What keys, quotas, secret bases, metrics and JSON logs cost together, as a share of the throughput of `encode`.
+"""Total cost of keys, quotas, secret bases, metrics and JSON logs, as a share of the throughput of `encode`.
 
-Two servers, each a process of its own: a plain one without tenants, and a full one whose tenant has all of it. One
-client sends both the same texts in short turns, the order changing from turn to turn, so that what else the machine
-does meets both alike. Half of the turns go over REST, half over gRPC. Then the parts, each by itself.
+There are two server processes: a plain one without tenants, and a full one whose tenant has all of these. One client
+sends equal texts to both in short turns. The order changes from turn to turn, so that other work on the machine slows
+both equally. Half of the turns use REST, half gRPC. Then the cost of each part is measured alone.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from protocol.messages import EncodeRequest
 _WORK = report.FOLDER / "overhead"
 _OPERATIONS = ("--metrics-port", "0", "--log-format", "json")
 _GENEROUS = Quotas(10**12, 10**12, 1000, 10**6, 10**6)
-_SEQUENCES, _TOKENS = 8, 80  # of a request
-_TIMES = 300  # that each part is done
+_SEQUENCES, _TOKENS = 8, 80  # sequences of a request, and tokens of each
+_REPETITIONS = 300  # of each part
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="4 pairs of turns instead of 60")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="what both serve")
-    parser.add_argument("--requests", type=int, default=4, help="of a turn")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="model of both servers")
+    parser.add_argument("--requests", type=int, default=4, help="requests in a turn")
     arguments = parser.parse_args()
     pairs, threads = 4 if arguments.quick else 60, os.cpu_count() or 1
     torch.set_num_threads(threads)
@@ -60,24 +60,24 @@ def main() -> None:
         full = _connected(stack, stack.enter_context(server(full_log, *flags, *_OPERATIONS)), key)
         cards = [connection.model_card() for connection in (plain[0], full[0])]
         if not cards[1].rotated or cards[0].hidden_size != cards[1].hidden_size:
-            raise SystemExit("The servers are not the same but for the tenant's view.")
+            raise SystemExit("The servers differ in more than the tenant's view.")
         requests = _requests(cards[0].vocab_size, arguments.requests)
         ratios, plain_rates = _in_turns(plain, full, requests, pairs)
         hidden_size = cards[0].hidden_size
-    every = sorted(ratio for those in ratios.values() for ratio in those)
-    margin = ceil(0.98 * sqrt(len(every)))  # of ranks around the median's, at 95 %
-    middle = len(every) // 2
+    all_ratios = sorted(ratio for values in ratios.values() for ratio in values)
+    margin = ceil(0.98 * sqrt(len(all_ratios)))  # ranks on either side of the median, for 95 % confidence
+    middle = len(all_ratios) // 2
     report.write(
         "overhead",
         {
-            "encode_overhead": 1 - median(every),
+            "encode_overhead": 1 - median(all_ratios),
             "encode_overhead_95": {
-                "from": 1 - every[min(len(every) - 1, middle + margin)],
-                "to": 1 - every[max(0, middle - margin)],
+                "from": 1 - all_ratios[min(len(all_ratios) - 1, middle + margin)],
+                "to": 1 - all_ratios[max(0, middle - margin)],
             },
-            **{f"encode_overhead_{transport}": 1 - median(those) for transport, those in ratios.items()},
+            **{f"encode_overhead_{transport}": 1 - median(values) for transport, values in ratios.items()},
             "plain_tokens_per_s": median(plain_rates),
-            "turns": 2 * len(every),
+            "turns": 2 * len(all_ratios),
             "requests_a_turn": len(requests),
             "tokens_a_request": _SEQUENCES * _TOKENS,
             "threads": threads,
@@ -87,13 +87,13 @@ def main() -> None:
 
 
 def _store(folder: Path) -> TenantStore:
-    """Where `processes.server` looks for tenants when its log is in this folder."""
+    """The tenant store of a server from `harness.processes` whose log is in this folder."""
     folder.mkdir(parents=True, exist_ok=True)
     return TenantStore(f"sqlite:///{folder / 'owner.db'}")
 
 
 def _connected(stack: ExitStack, ports: tuple[int, int], key: str | None) -> tuple[Connection, Connection]:
-    """The server over REST and over gRPC."""
+    """Connections to the server over REST and gRPC."""
     both = [f"{scheme}://127.0.0.1:{port}" for scheme, port in zip(("http", "grpc"), ports, strict=True)]
     rest, grpc = (open_connection(url, api_key=key) for url in both)
     for connection in (rest, grpc):
@@ -102,7 +102,7 @@ def _connected(stack: ExitStack, ports: tuple[int, int], key: str | None) -> tup
 
 
 def _requests(vocab_size: int, count: int) -> list[EncodeRequest]:
-    """The same texts for both; all their positions are asked for, so that each token is rotated."""
+    """Requests for both servers. All positions are requested, so that each token is rotated."""
     chance = random.Random(0)
     requests = []
     for _ in range(count):
@@ -114,7 +114,7 @@ def _requests(vocab_size: int, count: int) -> list[EncodeRequest]:
 def _in_turns(
     plain: Sequence[Connection], full: Sequence[Connection], requests: Sequence[EncodeRequest], pairs: int
 ) -> tuple[dict[str, list[float]], list[float]]:
-    """Full's throughput over plain's in each pair of turns, by transport; and plain's tokens per second."""
+    """Ratios of the full server's throughput to the plain one's by transport, and the plain one's tokens per second."""
     ratios: dict[str, list[float]] = {"rest": [], "grpc": []}
     plain_rates: list[float] = []
     for connection in (*plain, *full):
@@ -122,7 +122,7 @@ def _in_turns(
     for pair in range(pairs):
         transport = pair % 2
         turns = [plain[transport], full[transport]]
-        # Either comes first as often, over each of the transports.
+        # Each server comes first equally often, over each transport.
         turns = turns[::-1] if pair // 2 % 2 else turns
         rates = {connection: _rate(connection, requests) for connection in turns}
         ratios["grpc" if transport else "rest"].append(rates[full[transport]] / rates[plain[transport]])
@@ -139,7 +139,7 @@ def _rate(connection: Connection, requests: Sequence[EncodeRequest]) -> float:
 
 
 def _parts(hidden_size: int) -> dict[str, float]:
-    """Microseconds of what is done for each call, or each token; medians."""
+    """Median microseconds of the parts that are done for each call or each token."""
     store = _store(_WORK / "parts")
     key = store.add("tenant", quotas=_GENEROUS)
     access = TenantKeyAuthenticator(store)
@@ -160,7 +160,7 @@ def _parts(hidden_size: int) -> dict[str, float]:
 
 def _microseconds(work: Callable[[], object]) -> float:
     seconds = []
-    for _ in range(_TIMES):
+    for _ in range(_REPETITIONS):
         started = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - started)

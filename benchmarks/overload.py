@@ -1,8 +1,8 @@
-"""Ten times as much offered as the model can do: how much is answered all the same, and what the others are told.
+"""Goodput and refusals when clients send ten times as much as the model can compute.
 
-Capacity is what a closed loop of a few clients gets answered. The open loop after it sends at ten times that rate,
-whatever comes back, and tries nothing again; it gives up what still waits at its end. Both count answers between the
-first and the last within their time. They take turns on one server, whose tenants have quotas that never bind.
+Capacity is the throughput of a closed loop of a few clients. The open loop after it sends at ten times that rate,
+whatever the responses are. It never retries, and drops calls that still wait at its end. Both count responses between
+the first and the last within their time. They take turns on one server, whose tenants have quotas that never bind.
 """
 
 from __future__ import annotations
@@ -34,20 +34,22 @@ from protocol.messages import EncodeRequest
 _WORK = report.FOLDER / "overload"
 _TENANTS, _CLIENTS, _TIMES = 4, 8, 10
 _LENGTHS = (300, 500)  # tokens of a request
-_ROWS = 16  # asked for of each: its last ones
+_ROWS = 16  # last rows of each request that are requested
 _TEXTS = 64
-_SETTLING = 0.2  # of a phase's time, before anything counts
-_MOST_A_SECOND = 400  # that the generator can send without being what is measured
+_SETTLING = 0.2  # share of a phase at its start that is not counted
+_MAX_RATE = 400  # requests a second above which the generator itself would be measured
 
 
 @dataclass
 class Phase:
-    """What came of a phase's requests.
+    """Results of the requests of one phase.
 
     Attributes:
-        outcomes: how many ended in which way, those included that came before anything counts.
+        outcomes: number of requests by outcome, the settling time included.
+        answers: time and tokens of each answered request after the settling time.
+        waited_s: seconds from request to answer of each of these requests.
         offered: tokens that were sent.
-        seconds: in which they were sent.
+        seconds: length of the phase.
     """
 
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -57,7 +59,7 @@ class Phase:
     seconds: float = 0.0
 
     def tokens_per_s(self) -> float:
-        """Of the answers, from the first that counts to the last."""
+        """Tokens per second of the counted answers, from the first to the last."""
         if len(self.answers) < 2:
             raise SystemExit("Too few answers to measure: give more --seconds.")
         (first, _), *others = self.answers
@@ -65,11 +67,11 @@ class Phase:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round of shorter phases")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="what is served")
-    parser.add_argument("--seconds", type=float, help="of a phase; a fifth of it does not count")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="model that is served")
+    parser.add_argument("--seconds", type=float, help="length of a phase; a fifth of it is not counted")
     arguments = parser.parse_args()
     rounds, seconds = (1, 12.0) if arguments.quick else (3, 45.0)
     seconds, threads = arguments.seconds or seconds, os.cpu_count() or 1
@@ -122,7 +124,7 @@ async def _measured(
     rounds: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """Capacity, overload, capacity, …: each overload is compared with the capacity before and after it."""
+    """Measure capacity, overload, capacity and so on; compare each overload with the capacity before and after it."""
     tokens = [len(request.token_ids[0]) for request in requests]
     async with AsyncExitStack() as stack:
         wire = wire_type(stack, port, keys, requests)
@@ -135,12 +137,12 @@ async def _measured(
         mean(phase.tokens_per_s() for phase in capacities[number : number + 2]) for number in range(rounds)
     ]
     outcomes = sum((phase.outcomes for phase in (*capacities, *overloads)), Counter[str]())
-    told = [phase.tokens_per_s() / capacity for phase, capacity in zip(overloads, before_and_after, strict=True)]
+    goodput = [phase.tokens_per_s() / capacity for phase, capacity in zip(overloads, before_and_after, strict=True)]
     offered = [
         phase.offered / phase.seconds / capacity for phase, capacity in zip(overloads, before_and_after, strict=True)
     ]
     return {
-        "goodput_ratio": median(told),
+        "goodput_ratio": median(goodput),
         "refusals_without_retry_after": outcomes.total() - outcomes[ANSWERED] - outcomes[REFUSED],
         "capacity_tokens_per_s": median(phase.tokens_per_s() for phase in capacities),
         "goodput_tokens_per_s": median(phase.tokens_per_s() for phase in overloads),
@@ -151,7 +153,7 @@ async def _measured(
 
 
 async def _closed(wire: Wire, tokens: Sequence[int], seconds: float) -> Phase:
-    """A few clients that each send the next request when the last one is answered."""
+    """Run a few clients that each send the next request when the last one is answered."""
     phase, started = Phase(seconds=seconds), time.perf_counter()
 
     async def client(number: int) -> None:
@@ -163,8 +165,8 @@ async def _closed(wire: Wire, tokens: Sequence[int], seconds: float) -> Phase:
 
 
 async def _open(wire: Wire, tokens: Sequence[int], seconds: float, rate: float, chance: random.Random) -> Phase:
-    """Requests that arrive by chance, so many a second, whatever becomes of them."""
-    if rate > _MOST_A_SECOND:
+    """Send requests at random times, `rate` a second, whatever their outcomes are."""
+    if rate > _MAX_RATE:
         raise SystemExit(f"{rate:.0f} requests a second would measure the generator: take a larger model.")
     phase, started = Phase(seconds=seconds), time.perf_counter()
     sending: set[asyncio.Task[None]] = set()
@@ -190,7 +192,7 @@ async def _send(wire: Wire, tenant: int, text: int, tokens: Sequence[int], phase
 
 
 async def _for(seconds: float, tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Let tasks work for so long, and no longer; a mistake in one of them is one here."""
+    """Run tasks for `seconds`, then cancel them. Errors in a task are raised here."""
     done, pending = await asyncio.wait(tasks, timeout=seconds) if tasks else (set(), set())
     for task in pending:
         task.cancel()

@@ -20,7 +20,7 @@ _STEPS = 12
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round")
     rounds = 1 if parser.parse_args().quick else 5

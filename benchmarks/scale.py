@@ -1,9 +1,9 @@
 """Two replicas against one, and the vLLM engine against bare vLLM and the engine over transformers.
 
-A replica is a server process with one thread, pinned to a core of its own; its client, which asks for prepared token
-ids and does nothing with the answers, shares that core, as if each replica were a machine. The engines have all cores,
-and two clients at a time; bare vLLM is its `AsyncLLM` with the same settings, which has as many texts before it. No
-engine may know anything of a text before. All take turns in every round.
+A replica is a server process with one thread, pinned to one core. Its client sends prepared token ids, ignores the
+results and shares the core, as if each replica were a machine. The engines have all cores, and two clients at a time.
+Bare vLLM is an `AsyncLLM` with equal settings and as many texts in flight. No engine has cached states of a text
+before its first use. All take turns in every round.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _VLLM_FLAGS = ["--engine", "vllm", "--dtype", "float32"]
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="as for pema-server")
-    parser.add_argument("--rounds", type=int, default=3, help="how often everything takes its turn")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement")
-    parser.add_argument("--requests", type=int, default=8, help=f"of {_BATCH} texts each")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="model, as for pema-server")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds")
+    parser.add_argument("--seconds", type=float, default=30.0, help="length of each measurement")
+    parser.add_argument("--requests", type=int, default=8, help=f"number of requests with {_BATCH} texts each")
     parser.add_argument(
-        "--vllm-python", default=".venv-vllm/bin/python", help="of the environment that `make test-vllm` makes"
+        "--vllm-python", default=".venv-vllm/bin/python", help="Python of the environment that `make test-vllm` makes"
     )
     parser.add_argument("--no-vllm", action="store_true", help="only the replicas")
     arguments = parser.parse_args()
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def _summary(figures: dict[str, list[float]]) -> dict[str, Any]:
-    """Ratios of each round's neighbours, and what they are made of."""
+    """Medians over the rounds: ratios of measurements of one round, and rows per second."""
     ratios = {
         "replicas_2_over_1": ("replicas_2_encode", "replicas_1_encode"),
         "replicas_2_over_1_decode": ("replicas_2_decode", "replicas_1_decode"),
@@ -88,24 +88,24 @@ def _summary(figures: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def _prepare(model: Sequence[str], requests: int) -> dict[str, Any]:
-    """Write the token ids of all requests; what is known of them, and of the model."""
+    """Write the token ids of all requests. Return figures about the texts and the model."""
     home_assistant.prepare(_DATA)
     task, pairs = load_task(_DATA / "task.toml"), read_pairs(_DATA / "train.jsonl")[: requests * _BATCH]
     with server(_LOG, *model) as (rest_port, _), connect(f"http://127.0.0.1:{rest_port}") as plm:
         tokens = [tokenize_pair(plm, task, pair, label="a pair") for pair in pairs]
-        most = plm.card.limits.max_sequence_tokens
+        max_tokens = plm.card.limits.max_sequence_tokens
         card = {"model": plm.card.name, "hidden_size": plm.card.hidden_size, "dtype": plm.card.dtype}
-    prompts, texts = [own.prompt for own in tokens], [[*own.prompt, *own.target][:most] for own in tokens]
+    prompts, texts = [pair.prompt for pair in tokens], [[*pair.prompt, *pair.target][:max_tokens] for pair in tokens]
     batches = {
         "encode": [texts[i : i + _BATCH] for i in range(0, len(texts), _BATCH)],
         "decode": [prompts[i : i + _BATCH] for i in range(0, len(prompts), _BATCH)],
     }
-    _REQUESTS.write_text(json.dumps({"most": most, **batches}), encoding="utf-8")
+    _REQUESTS.write_text(json.dumps({"max_tokens": max_tokens, **batches}), encoding="utf-8")
     return card | {"tokens_per_text": sum(map(len, texts)) / len(texts)}
 
 
 def _replicas(model: Sequence[str], cores: Sequence[int], kind: str, seconds: float) -> float:
-    """Rows per second of all replicas together, each on a core with its client."""
+    """Total rows per second of all replicas, each on one core with its client."""
     with ExitStack() as stack:
         ports = [
             stack.enter_context(
@@ -126,8 +126,8 @@ def _replicas(model: Sequence[str], cores: Sequence[int], kind: str, seconds: fl
 
 
 def _engine(flags: Sequence[str], threads: int, kind: str, seconds: float, python: str) -> float:
-    """Rows per second of one server with all cores, which is never without work."""
-    # Drafting asks for the same text again and again; encoding does so only from one request to the next.
+    """Rows per second of one server with all cores and always with work."""
+    # Drafting requests one text many times; encoding would find a text cached only because requests repeat.
     cache = ["--prefix-cache-mib", "0" if kind == "encode" else "1024"]
     with server(_LOG, *flags, "--threads", str(threads), *cache, python=python) as (_, grpc_port):
         client = [f"grpc://127.0.0.1:{grpc_port}", str(_REQUESTS), kind, str(seconds)]

@@ -1,6 +1,6 @@
-"""vLLM alone, in its own environment: the states of all positions of prepared texts, reported in JSON.
+"""Bare vLLM in its own environment: computes the states of all positions of prepared texts, reports in JSON.
 
-As few settings as give the right states; block size and the rest as the server's engine has them.
+Only settings that are needed for correct states are set, such as the block size, to the values of the server's engine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 
-async def _run(folder: str, batches: list[list[list[int]]], most: int, seconds: float, clients: int) -> dict[str, Any]:
+async def _run(
+    folder: str, batches: list[list[list[int]]], max_tokens: int, seconds: float, clients: int
+) -> dict[str, Any]:
     from vllm import AsyncEngineArgs
     from vllm.config import PoolerConfig
     from vllm.pooling_params import PoolingParams
@@ -28,8 +30,8 @@ async def _run(folder: str, batches: list[list[list[int]]], most: int, seconds: 
             runner="pooling",
             convert="embed",
             dtype="float32",
-            max_model_len=most,
-            max_num_batched_tokens=max(4096, most),
+            max_model_len=max_tokens,
+            max_num_batched_tokens=max(4096, max_tokens),
             block_size=32,
             enable_prefix_caching=False,
             kv_cache_memory_bytes=2**30,
@@ -58,13 +60,13 @@ async def _run(folder: str, batches: list[list[list[int]]], most: int, seconds: 
     sys.stdin.readline()
     started = time.perf_counter()
     counts = await asyncio.gather(*(client() for _ in range(clients)))
-    taken = time.perf_counter() - started
+    elapsed = time.perf_counter() - started
     llm.shutdown()
-    return {"rows": sum(counts), "seconds": taken}
+    return {"rows": sum(counts), "seconds": elapsed}
 
 
 def main(folder: str, requests: str, seconds: str, threads: str, clients: str) -> None:
-    """Ask for texts as so many clients at once would."""
+    """Request texts as `clients` clients at once would."""
     os.environ |= {
         "OMP_NUM_THREADS": threads,
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -73,7 +75,9 @@ def main(folder: str, requests: str, seconds: str, threads: str, clients: str) -
         "VLLM_NO_USAGE_STATS": "1",
     }
     prepared = json.loads(Path(requests).read_text(encoding="utf-8"))
-    print(json.dumps(asyncio.run(_run(folder, prepared["encode"], prepared["most"], float(seconds), int(clients)))))
+    print(
+        json.dumps(asyncio.run(_run(folder, prepared["encode"], prepared["max_tokens"], float(seconds), int(clients))))
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One client of `benchmarks.scale`: sends prepared requests one after another for a while, reports in JSON."""
+"""Client process of `benchmarks.scale`: sends prepared requests one after another for a while, reports in JSON."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _LOOK_AHEAD = 24
 
 
 def main(url: str, requests: str, kind: str, seconds: str, core: str | None = None) -> None:
-    """Ask for all positions of texts (`encode`), or for drafts after prompts (`decode`)."""
+    """Request all positions of texts (`encode`), or drafts after prompts (`decode`)."""
     if core is not None:
         os.sched_setaffinity(0, {int(core)})
     torch.set_num_threads(1)
     prepared = json.loads(Path(requests).read_text(encoding="utf-8"))
-    connection, most = open_connection(url), prepared["most"] - _LOOK_AHEAD
+    connection, max_tokens = open_connection(url), prepared["max_tokens"] - _LOOK_AHEAD
 
     def rows(texts: list[list[int]]) -> int:
         if kind == "encode":
             return len(connection.encode(EncodeRequest(token_ids=texts, from_position=[0] * len(texts))).cr_N_D)
-        prompts = [ids[:most] for ids in texts]
+        prompts = [ids[:max_tokens] for ids in texts]
         return len(connection.decode(DecodeRequest(token_ids=prompts, look_ahead=[_LOOK_AHEAD] * len(texts))).top1_N)
 
     rows(prepared[kind][0])  # everything is loaded before the clock starts

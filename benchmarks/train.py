@@ -1,10 +1,9 @@
-"""Training against the reference's way, and its memory on a large external memory.
+"""Speed of training against the reference implementation, and peak memory on a large external memory.
 
-The baseline is the training loop of the reference implementation as in the paper: the paper's form and settings, rows
-loaded one at a time, softmax over the full vocabulary. Both run one epoch of each phase on the same memory, each
-in a process of its own, in turn. The large memory is synthetic: 1,000,000 rows x 2,048 (float16) whose targets are any
-of 50,272 tokens, as OPT-1.3B has them. Beside them stands LoRA (`benchmarks.lora`), which trains on the PLM itself: an
-epoch of the pairs that the memory was made of.
+The baseline is the training loop that the paper describes: the paper's form and settings, rows loaded one at a time,
+softmax over the full vocabulary. Both run one epoch of each phase on one memory, in turn, in separate processes. The
+large memory is synthetic: 1,000,000 rows x 2,048 (float16), with targets among 50,272 tokens, the sizes of OPT-1.3B.
+For comparison, LoRA (`benchmarks.lora`) trains on the PLM itself for one epoch of the memory's pairs.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ _ROWS_PER_EXAMPLE, _EXAMPLES_PER_SHARD = 16, 512
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round, and a large memory of 100,000 rows")
-    parser.add_argument("--rounds", type=int, default=3, help="how often both are measured (5 minutes each)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (5 minutes each)")
     arguments = parser.parse_args()
     rounds, large_rows = (1, 100_000) if arguments.quick else (arguments.rounds, 1_000_000)
     memory, head = prepare().parent / "memory", _WORK / "head.npy"
@@ -80,7 +79,7 @@ def _run(kind: str, memory: Path, head: Path) -> dict[str, Any]:
 
 
 def _write_head(path: Path) -> None:
-    """All rows of the default model's LM head."""
+    """Write all rows of the default model's LM head, unless they exist."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +89,7 @@ def _write_head(path: Path) -> None:
 
 
 def _large_memory(rows: int, like: MemoryPlan) -> tuple[Path, Path]:
-    """A synthetic memory with as many rows, and a head for it."""
+    """Write a synthetic memory and an LM head for it. Return their paths."""
     folder, rng = _WORK / "large", torch.Generator().manual_seed(0)
     shutil.rmtree(folder, ignore_errors=True)
     model = like.model.model_copy(update={"hidden_size": _WIDTH, "vocab_size": _VOCABULARY, "name": "synthetic"})

@@ -1,4 +1,4 @@
-"""One training of a benchmark, in a process of its own: ours, the reference's way, LoRA's; reports in JSON."""
+"""Training process of a benchmark: ours, the reference implementation's or LoRA's. Reports in JSON."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def main(kind: str, folder: str, head: str) -> None:
 
 
 def _ours(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str, Any]:
-    """As `pema-client train` does it: the memory from disk, the candidates' rows of the head alone."""
+    """Train like `pema-client train`: the memory on disk, only the candidates' rows of the head."""
     started = time.perf_counter()
     stats = MemoryStats.from_memory(memory)
     head = LMHead(weight_V_D[stats.candidate_ids_C])
@@ -56,8 +56,8 @@ def _ours(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str,
 
 
 def _lora(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str, Any]:
-    """An epoch of LoRA on the PLM itself, on the very pairs that the memory was made of."""
-    from benchmarks.lora import Lora  # transformers and peft, which the others' memory must not have
+    """Train LoRA on the PLM itself for one epoch of the memory's pairs."""
+    from benchmarks.lora import Lora  # transformers and peft, which must not count towards the others' memory
 
     lora = Lora(memory.manifest.plan.task)
     examples = lora.tokenize(memory.pairs())
@@ -85,7 +85,7 @@ class _Rows(Dataset[tuple[Tensor, int]]):
 
 
 def _reference(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str, Any]:
-    """The paper's form and settings; rows loaded one at a time, softmax over the full vocabulary."""
+    """Train with the paper's form and settings, rows loaded one at a time, softmax over the full vocabulary."""
     loader = DataLoader(_Rows(memory, folder), batch_size=_BATCH_ROWS, shuffle=True)
     started = time.perf_counter()
     torch.manual_seed(0)
@@ -122,7 +122,7 @@ def _reference(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict
 
 
 class _Stop(Exception):
-    """Enough was seen."""
+    """Raised when a training has run long enough."""
 
 
 class _Until(Reporter):
@@ -139,7 +139,7 @@ class _Until(Reporter):
         yield self
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
-        """So many steps are done."""
+        """Count finished steps, and end the training when its time is over."""
         self._steps_before -= steps
         if self._steps_before == -1:
             self._ends = time.monotonic() + self._seconds
@@ -148,7 +148,7 @@ class _Until(Reporter):
 
 
 def _large(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str, Any]:
-    """Ours on a memory that takes hours: all of the first phase, and two minutes of the second."""
+    """Train on a memory that takes hours: the whole first phase, and two minutes of the second."""
     stats = MemoryStats.from_memory(memory)
     head = LMHead(weight_V_D)
     validation = _validation(memory, folder, weight_V_D, stats.candidate_ids_C)
@@ -157,7 +157,7 @@ def _large(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str
     started, reporter = time.perf_counter(), _Until(steps, 120.0)
     with suppress(_Stop):
         train_adapter(memory, stats, head, validation, settings, checkpoint=folder / "checkpoint", reporter=reporter)
-    # As at the end of an epoch, which is not reached.
+    # The scoring at the end of an epoch, which is not reached.
     target_logprobs(Adapter(weight_V_D.shape[1], settings.rank, "residual"), head, validation.data)
     return {"candidates": len(stats.candidate_ids_C), "seconds": time.perf_counter() - started}
 

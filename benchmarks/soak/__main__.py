@@ -1,8 +1,8 @@
 """Mixed traffic of twenty tenants against two servers that share a store, on a seeded schedule.
 
-Seventeen tenants behave, a quiet phase long alone. Then one floods in bouts, one breaks off or never reads, one sends
-garbage, and one of the servers is killed now and then. Every answer is compared with what transformers says, and what
-`pema-server tenants usage` tells at the end with what the clients were answered.
+Seventeen tenants behave well, in a first, quiet phase alone. Then one tenant floods in bouts, one breaks off calls or
+never reads, one sends garbage, and one server is killed from time to time. Every answer is compared with transformers.
+At the end the output of `pema-server tenants usage` is compared with the answers that the clients received.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from benchmarks.soak import adversaries
-from benchmarks.soak.calls import most_tokens
+from benchmarks.soak.calls import max_call_tokens
 from benchmarks.soak.replicas import Replica
-from benchmarks.soak.tenants import FLOODED, Tenant, let_in
+from benchmarks.soak.tenants import FLOODED, Tenant, add_tenants
 from benchmarks.soak.traffic import Traffic
 from benchmarks.soak.truth import Truth
 from harness import report
@@ -35,21 +35,21 @@ from harness.tiny_models import save_model
 from plm_owner_server.tenants.store import TenantStore
 
 _WORK = report.FOLDER / "soak"
-_RATE = 0.6  # calls a second of each that behaves
+_RATE = 0.6  # calls a second of each well-behaved tenant
 _CUT_RATE = _GARBAGE_RATE = 2.0
-_QUIET = 0.1  # of the time
-_WARM_UP_S = 5.0
+_QUIET = 0.1  # share of the time
+_WARM_UP_SECONDS = 5.0
 _MINUTES_A_KILL = 3.5
-_BOUT_S, _PAUSE_S = (15.0, 40.0), (5.0, 15.0)  # of the flood
+_BOUT_SECONDS, _PAUSE_SECONDS = (15.0, 40.0), (5.0, 15.0)  # of the flood
 _FLAGS = ("--dtype", "float32", "--device", "cpu", "--threads", "1", "--prefix-cache-mib", "16")
 
 
 def main() -> None:
-    """Run it, print, write."""
+    """Run the soak, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two minutes")
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--seed", type=int, default=0, help="of all that is left to chance")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     minutes = 2.0 if arguments.quick else arguments.minutes
@@ -62,7 +62,7 @@ async def _soak(model: Path, minutes: float, seed: int) -> dict[str, Any]:
     truth = Truth(model)
     url = f"sqlite:///{_WORK.absolute() / 'owner.db'}"
     store = TenantStore(url)
-    good, bad = let_in(store, len(truth.head_V_D), seed)
+    good, bad = add_tenants(store, len(truth.head_V_D), seed)
     flags = ("--model", str(model), "--store", url, *_FLAGS)
     replicas, began = list[Replica](), time.time()
     traffic = Traffic(truth, replicas)
@@ -78,25 +78,25 @@ async def _soak(model: Path, minutes: float, seed: int) -> dict[str, Any]:
             await replica.stop()
     tenants = [*good, *bad.values()]
     faults = _quota_faults(url, tenants)
-    # A minute's tokens are never more than its quota and one call that was let in below it.
+    # The tokens of a minute are at most its quota and those of one call that was admitted below it.
     minutes_begun = int(time.time() // 60) - int(began // 60) + 1
-    most = minutes_begun * ((FLOODED.tokens_per_minute or 0) + most_tokens(truth))
-    if bad["flood"].account.tokens > most:
-        faults.setdefault("flood", []).append(f"{bad['flood'].account.tokens} tokens answered, more than {most}")
+    max_tokens = minutes_begun * ((FLOODED.tokens_per_minute or 0) + max_call_tokens(truth))
+    if bad["flood"].account.tokens > max_tokens:
+        faults.setdefault("flood", []).append(f"{bad['flood'].account.tokens} tokens answered, more than {max_tokens}")
     return {"minutes": minutes, "seed": seed} | _figures(traffic, tenants, faults, rss)
 
 
 async def _phases(
     traffic: Traffic, good: Sequence[Tenant], bad: dict[str, Tenant], seconds: float, chance: random.Random
 ) -> list[float]:
-    """Quiet, then not; the resident memory of the server that is never killed, once a second."""
+    """Run all phases. Return the resident memory of the server that is never killed, once a second, in MiB."""
     rss: list[float] = []
-    always = [asyncio.create_task(traffic.behave(tenant, _RATE)) for tenant in good]
-    always.append(asyncio.create_task(_watch(traffic.replicas[0], rss)))
-    await asyncio.sleep(_WARM_UP_S)
+    tasks = [asyncio.create_task(traffic.behave(tenant, _RATE)) for tenant in good]
+    tasks.append(asyncio.create_task(_watch(traffic.replicas[0], rss)))
+    await asyncio.sleep(_WARM_UP_SECONDS)
     traffic.record.phase = "quiet"
     await asyncio.sleep(_QUIET * seconds)
-    always += [
+    tasks += [
         asyncio.create_task(work)
         for work in (
             _flood_in_bouts(traffic, bad["flood"]),
@@ -105,11 +105,11 @@ async def _phases(
         )
     ]
     killing = asyncio.create_task(_kill(traffic.replicas[1], seconds * (1 - _QUIET), chance))
-    done, _ = await asyncio.wait(always, timeout=seconds * (1 - _QUIET), return_when=asyncio.FIRST_EXCEPTION)
-    await killing  # until it is back
-    for task in always:
+    done, _ = await asyncio.wait(tasks, timeout=seconds * (1 - _QUIET), return_when=asyncio.FIRST_EXCEPTION)
+    await killing  # until the server is ready again
+    for task in tasks:
         task.cancel()
-    for task in (*done, *always):
+    for task in (*done, *tasks):
         with suppress(asyncio.CancelledError):
             await task
     return rss
@@ -125,13 +125,13 @@ async def _flood_in_bouts(traffic: Traffic, tenant: Tenant) -> None:
     while True:
         traffic.record.phase = "flood"
         with suppress(TimeoutError):
-            await asyncio.wait_for(adversaries.flood(traffic, tenant), tenant.chance.uniform(*_BOUT_S))
+            await asyncio.wait_for(adversaries.flood(traffic, tenant), tenant.chance.uniform(*_BOUT_SECONDS))
         traffic.record.phase = "between"
-        await asyncio.sleep(tenant.chance.uniform(*_PAUSE_S))
+        await asyncio.sleep(tenant.chance.uniform(*_PAUSE_SECONDS))
 
 
 async def _kill(replica: Replica, seconds: float, chance: random.Random) -> None:
-    """Kill it some times, each while it answers calls; the last time early enough for it to come back."""
+    """Kill a server several times while it works on calls, the last time early enough for its restart."""
     times = max(2, round(seconds / 60 / _MINUTES_A_KILL))
     for _ in range(times):
         await asyncio.sleep(seconds / (times + 1) * chance.uniform(0.5, 1))
@@ -141,18 +141,18 @@ async def _kill(replica: Replica, seconds: float, chance: random.Random) -> None
 
 
 def _quota_faults(url: str, tenants: Sequence[Tenant]) -> dict[str, list[str]]:
-    """By tenant, where the store's account is not that of its clients."""
+    """Differences between the store's account and the clients', by tenant."""
     command = [sys.executable, "-m", "plm_owner_server.cli", "tenants", "usage", "--store", url, "--json"]
     days = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     faults = {t.name: list(t.account.faults(day for day in days if day["tenant"] == t.name)) for t in tenants}
-    return {name: those for name, those in faults.items() if those}
+    return {name: differences for name, differences in faults.items() if differences}
 
 
 def _figures(
     traffic: Traffic, tenants: Sequence[Tenant], faults: dict[str, list[str]], rss: Sequence[float]
 ) -> dict[str, Any]:
     record, quarter = traffic.record, len(rss) // 4
-    p95_ms = {phase: 1000 * quantiles(those, n=20)[-1] for phase, those in record.seconds.items() if len(those) > 1}
+    p95_ms = {phase: 1000 * quantiles(values, n=20)[-1] for phase, values in record.seconds.items() if len(values) > 1}
     refused: Counter[str] = Counter()
     for name, count in record.refused.items():
         refused[name.partition("-")[0] if name.startswith("good-") else name] += count

@@ -1,4 +1,4 @@
-"""Three who misbehave: one floods, one breaks off and never reads, one sends garbage."""
+"""Three misbehaving tenants: one floods, one breaks off calls or never reads, one sends garbage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import grpc
 import httpx
 
 from benchmarks.soak.calls import draw
-from benchmarks.soak.lines import TIMEOUT_S
+from benchmarks.soak.lines import TIMEOUT_SECONDS
 from benchmarks.soak.replicas import Replica
 from benchmarks.soak.tenants import Price, Tenant
 from benchmarks.soak.traffic import Traffic
@@ -22,9 +22,9 @@ from protocol.messages import EncodeRequest
 from protocol.protobuf import KEY_METADATA
 
 FLOOD_RATE = 40.0
-"""Calls a second: what they ask for is about fifty times the quota of their tenant."""
-_UNREAD = 64  # sequences of an answer that nobody reads: several hundred KiB
-_NOTHING_WRONG = {"token_ids": [[5, 6]], "from_position": [0]}
+"""Calls a second; they request about fifty times their tenant's quota."""
+_UNREAD_SEQUENCES = 64  # of an answer that is never read: several hundred KiB
+_VALID = {"token_ids": [[5, 6]], "from_position": [0]}
 _BAD_FIELDS: Sequence[dict[str, Any]] = (
     {"token_ids": [[10**9]]},
     {"token_ids": [[-1, 4]]},
@@ -40,14 +40,14 @@ _BAD_FIELDS: Sequence[dict[str, Any]] = (
 
 
 async def flood(traffic: Traffic, tenant: Tenant) -> None:
-    """Far more calls than the quota lets in, by chance, until cancelled."""
+    """Send far more calls than the quota admits, at random times, until cancelled."""
     while True:
         await asyncio.sleep(tenant.chance.expovariate(FLOOD_RATE))
         traffic.spawn(traffic.once(tenant))
 
 
 async def cut(traffic: Traffic, tenant: Tenant, rate: float) -> None:
-    """Bodies that end in their middle, answers that nobody reads, calls that are given up, until cancelled."""
+    """Send incomplete bodies, never read answers and cancel calls, at random, until cancelled."""
     ways = (_half_a_body, _never_read, _given_up)
     while True:
         await asyncio.sleep(tenant.chance.expovariate(rate))
@@ -57,7 +57,7 @@ async def cut(traffic: Traffic, tenant: Tenant, rate: float) -> None:
 
 
 async def garbage(traffic: Traffic, tenant: Tenant, rate: float) -> None:
-    """What no client would send, until cancelled: each has to be refused as the caller's mistake."""
+    """Send malformed calls until cancelled. Each must be refused as the caller's mistake."""
     while True:
         await asyncio.sleep(tenant.chance.expovariate(rate))
         replica = tenant.chance.choice(traffic.replicas)
@@ -70,13 +70,13 @@ def _raw_request(tenant: Tenant, body: bytes) -> bytes:
 
 
 def _many_sequences(traffic: Traffic, tenant: Tenant) -> tuple[bytes, Price]:
-    ids = [one.ids for one in tenant.chance.choices(traffic.truth.pool, k=_UNREAD)]
+    ids = [one.ids for one in tenant.chance.choices(traffic.truth.pool, k=_UNREAD_SEQUENCES)]
     request = EncodeRequest(token_ids=ids, from_position=[0] * len(ids), dtype="float32")
     return request.to_bytes(), Price(sum(map(len, ids)))
 
 
 async def _half_a_body(traffic: Traffic, tenant: Tenant, replica: Replica) -> None:
-    """It is never a call, so it never costs anything."""
+    """Send an incomplete body, which is never a call and costs nothing."""
     body, _ = _many_sequences(traffic, tenant)
     whole = _raw_request(tenant, body)
     with suppress(OSError):
@@ -87,7 +87,7 @@ async def _half_a_body(traffic: Traffic, tenant: Tenant, replica: Replica) -> No
 
 
 async def _never_read(traffic: Traffic, tenant: Tenant, replica: Replica) -> None:
-    """The answer is more than the socket holds, and stays where it is."""
+    """Never read an answer that is larger than the socket's buffer."""
     body, price = _many_sequences(traffic, tenant)
     with socket.socket() as unread, suppress(OSError):
         unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -100,17 +100,17 @@ async def _never_read(traffic: Traffic, tenant: Tenant, replica: Replica) -> Non
 
 
 async def _given_up(traffic: Traffic, tenant: Tenant, replica: Replica) -> None:
-    """A good call whose client leaves after some milliseconds: it may be answered by then, or not."""
+    """Send a valid call and disconnect after some milliseconds, whether it is answered by then or not."""
     call = draw(traffic.truth, tenant)
     tenant.account.unanswered.append(call.price)
     line = replica.line(tenant, tenant.chance.choice(["http", "grpc"]))
-    asking = asyncio.ensure_future(line.ask(call))
-    await asyncio.wait([asking], timeout=tenant.chance.uniform(0, 0.02))
-    asking.cancel()
-    # What it came to, if it came to anything, is nothing to this client; the others are checked.
-    await asyncio.wait([asking])
-    if not asking.cancelled():
-        asking.exception()
+    answering = asyncio.ensure_future(line.ask(call))
+    await asyncio.wait([answering], timeout=tenant.chance.uniform(0, 0.02))
+    answering.cancel()
+    # This answer is not checked; those of other calls are.
+    await asyncio.wait([answering])
+    if not answering.cancelled():
+        answering.exception()
 
 
 async def _bad_http(traffic: Traffic, tenant: Tenant, replica: Replica) -> None:
@@ -118,13 +118,13 @@ async def _bad_http(traffic: Traffic, tenant: Tenant, replica: Replica) -> None:
     if chance.random() < 0.5:
         kind, content = chance.choice([BINARY, JSON, "text/plain"]), chance.randbytes(chance.randint(0, 400))
     else:
-        kind, content = JSON, json.dumps(_NOTHING_WRONG | chance.choice(_BAD_FIELDS)).encode()
+        kind, content = JSON, json.dumps(_VALID | chance.choice(_BAD_FIELDS)).encode()
     path = chance.choice(["/v1/encode", "/v1/decode", "/v1/lm-head", "/v1/next-token-distribution", "/v1/other"])
     headers = {"Authorization": f"Bearer {tenant.key}", "Content-Type": kind}
     was_up, kills = replica.up, replica.kills
     url = f"http://127.0.0.1:{replica.port('http')}{path}"
     try:
-        async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
+        async with httpx.AsyncClient(timeout=TIMEOUT_SECONDS, trust_env=False) as client:
             response = await client.post(url, content=content, headers=headers)
         outcome = response.status_code
     except httpx.TransportError:
@@ -145,7 +145,7 @@ async def _bad_grpc(traffic: Traffic, tenant: Tenant, replica: Replica) -> None:
         call: Any = channel.unary_stream(f"/pema.v1.Plm/{method}")
         code = "OK"
         try:
-            async for _ in call(content, timeout=TIMEOUT_S, metadata=metadata):
+            async for _ in call(content, timeout=TIMEOUT_SECONDS, metadata=metadata):
                 pass
         except grpc.aio.AioRpcError as error:
             code = error.code().name

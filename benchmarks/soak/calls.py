@@ -1,4 +1,4 @@
-"""What tenants ask for: calls drawn from their seeded schedules, each with its price and the check of its answer."""
+"""Calls drawn from the tenants' seeded schedules, each with its price and the check of its answer."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.soak.tenants import CANDIDATES, Price, Tenant
-from benchmarks.soak.truth import MOST_DRAFTED, Sight, Span, Truth, WrongAnswer
+from benchmarks.soak.truth import MAX_DRAFTS, Sight, Span, Truth, WrongAnswer
 from protocol.codec import Message
 from protocol.integrity import token_crc32s
 from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest, HeadRequest
 from protocol.types import HeadDtype, WireDtype
 
 Kind = Literal["card", "head", "encode", "decode", "distribution"]
-_OFTEN: dict[Kind, int] = {"card": 4, "head": 8, "encode": 40, "decode": 34, "distribution": 14}
-_DISTRIBUTED = 6  # texts of the pool whose distributions are asked for
+_FREQUENCY: dict[Kind, int] = {"card": 4, "head": 8, "encode": 40, "decode": 34, "distribution": 14}
+_DISTRIBUTION_TEXTS = 6  # texts of the pool whose distributions are requested
 _TOP_K = 5
-_SEQUENCES = 3  # at most, of a call
+_MAX_SEQUENCES = 3  # of a call
 _EXACT: HeadDtype = "float32"
 
 
@@ -29,9 +29,10 @@ class Call:
     """One call.
 
     Attributes:
-        request: None for the model card.
-        price: of its answer.
-        check: raises WrongAnswer.
+        kind: kind of the call.
+        request: the request message; None for the model card.
+        price: price of its answer.
+        check: raises WrongAnswer if an answer is wrong.
     """
 
     kind: Kind
@@ -40,20 +41,20 @@ class Call:
     check: Callable[[Any], None]
 
 
-def most_tokens(truth: Truth) -> int:
-    """That a call may cost."""
-    return _SEQUENCES * (max(len(text.ids) for text in truth.pool) + MOST_DRAFTED)
+def max_call_tokens(truth: Truth) -> int:
+    """Largest number of tokens that a call may cost."""
+    return _MAX_SEQUENCES * (max(len(text.ids) for text in truth.pool) + MAX_DRAFTS)
 
 
 def draw(truth: Truth, tenant: Tenant) -> Call:
     """The next call of a tenant's schedule."""
-    kinds = [kind for kind in _OFTEN if kind != "head" or tenant.disclosure.head_policy != "none"]
-    (kind,) = tenant.chance.choices(kinds, [_OFTEN[kind] for kind in kinds])
+    kinds = [kind for kind in _FREQUENCY if kind != "head" or tenant.disclosure.head_policy != "none"]
+    (kind,) = tenant.chance.choices(kinds, [_FREQUENCY[kind] for kind in kinds])
     return _DRAW[kind](truth, tenant, tenant.seen())
 
 
 def card(tenant: Tenant) -> Call:
-    """The model card, which never changes."""
+    """A call for the model card, which never changes."""
 
     def check(answer: Any) -> None:
         if tenant.sight is not None and answer.digest != tenant.sight.digest:
@@ -63,7 +64,7 @@ def card(tenant: Tenant) -> Call:
 
 
 def head(truth: Truth, ids: list[int], sight: Callable[[], Sight]) -> Call:
-    """Chosen rows of the LM head."""
+    """A call for chosen rows of the LM head."""
     request = HeadRequest(token_ids=ids, dtype=_EXACT)
     return Call("head", request, Price(rows=frozenset(ids)), lambda answer: truth.check_head(answer, ids, sight()))
 
@@ -84,7 +85,7 @@ def _head(truth: Truth, tenant: Tenant, sight: Sight) -> Call:
 
 def _encode(truth: Truth, tenant: Tenant, sight: Sight) -> Call:
     chance = tenant.chance
-    texts = chance.choices(range(len(truth.pool)), k=chance.randint(1, _SEQUENCES))
+    texts = chance.choices(range(len(truth.pool)), k=chance.randint(1, _MAX_SEQUENCES))
     ids = [truth.pool[text].ids for text in texts]
     starts = [chance.randrange(len(one)) for one in ids]
     request = EncodeRequest(
@@ -106,28 +107,28 @@ def _encode(truth: Truth, tenant: Tenant, sight: Sight) -> Call:
 
 def _decode(truth: Truth, tenant: Tenant, sight: Sight) -> Call:
     chance = tenant.chance
-    texts = chance.choices(range(len(truth.pool)), k=chance.randint(1, _SEQUENCES))
+    texts = chance.choices(range(len(truth.pool)), k=chance.randint(1, _MAX_SEQUENCES))
     ids = [truth.pool[text].ids for text in texts]
     starts = [len(one) - 1 if chance.random() < 0.5 else chance.randrange(len(one)) for one in ids]
-    drafted = [chance.randint(0, MOST_DRAFTED) for _ in ids]
+    drafts = [chance.randint(0, MAX_DRAFTS) for _ in ids]
     request = DecodeRequest(
-        token_ids=ids, from_position=starts, look_ahead=drafted, echo=token_crc32s(ids), dtype=(dtype := _dtype(chance))
+        token_ids=ids, from_position=starts, look_ahead=drafts, echo=token_crc32s(ids), dtype=(dtype := _dtype(chance))
     )
-    spans = [Span(text, s, len(one) + k) for text, s, one, k in zip(texts, starts, ids, drafted, strict=True)]
-    # No stop tokens: all that may be drafted is.
-    price = Price(sum(map(len, ids)) + sum(drafted))
+    spans = [Span(text, s, len(one) + k) for text, s, one, k in zip(texts, starts, ids, drafts, strict=True)]
+    # Without stop tokens, as many tokens are drafted as requested.
+    price = Price(sum(map(len, ids)) + sum(drafts))
     return Call("decode", request, price, lambda answer: truth.check_rows(answer, spans, dtype, sight))
 
 
 def _distribution(truth: Truth, tenant: Tenant, sight: Sight) -> Call:
     chance = tenant.chance
-    text, top_k = chance.randrange(_DISTRIBUTED), 0 if chance.random() < 0.4 else _TOP_K
-    told = truth.pool[text]
+    text, top_k = chance.randrange(_DISTRIBUTION_TEXTS), 0 if chance.random() < 0.4 else _TOP_K
+    pool_text = truth.pool[text]
     if chance.random() < 0.5:
-        request = DistributionRequest(text=told.text, top_k=top_k)
+        request = DistributionRequest(text=pool_text.text, top_k=top_k)
     else:
-        request = DistributionRequest(token_ids=told.ids, top_k=top_k)
-    price = Price(len(told.ids), distribution=text if top_k == 0 else None)
+        request = DistributionRequest(token_ids=pool_text.ids, top_k=top_k)
+    price = Price(len(pool_text.ids), distribution=text if top_k == 0 else None)
     return Call("distribution", request, price, lambda answer: truth.check_distribution(answer, text, top_k, sight))
 
 
@@ -145,7 +146,7 @@ _DRAW: dict[Kind, Callable[[Truth, Tenant, Sight], Call]] = {
 
 
 def sight_of(digest: str, tenant: Tenant, rows: Any, ids: list[int]) -> Sight:
-    """How a tenant sees the model, once its card and its first head rows are there."""
+    """The tenant's sight of the model, from its card and its first head rows."""
     if rows is None:
         return Sight(digest, tenant.disclosure.rotated)
     head_C = rows.head()

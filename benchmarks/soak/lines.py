@@ -1,4 +1,4 @@
-"""How calls reach a server: over REST or gRPC, on connections of one tenant's own, and nothing is tried twice."""
+"""Connections of one tenant to a server over REST or gRPC, without retries."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from protocol.errors import from_problem
 from protocol.messages import DecodeResponse, DistributionResponse, EncodeResponse, HeadRequest, HeadRows, ModelCard
 from protocol.protobuf import KEY_METADATA, PROBLEM_METADATA, from_proto, to_proto
 
-TIMEOUT_S = 60.0
-"""Longest wait for an answer; who waits longer has found a hang."""
+TIMEOUT_SECONDS = 60.0
+"""Longest wait for an answer; a longer one is a hang."""
 _PATHS: dict[Kind, tuple[str, type[Message]]] = {
     "card": ("/v1/model", ModelCard),
     "head": ("/v1/lm-head", HeadRows),
@@ -26,36 +26,36 @@ _PATHS: dict[Kind, tuple[str, type[Message]]] = {
     "decode": ("/v1/decode", DecodeResponse),
     "distribution": ("/v1/next-token-distribution", DistributionResponse),
 }
-_IN_JSON = 0.1  # of the calls over REST
+_JSON_SHARE = 0.1  # of the calls over REST
 
 
 class Lost(Exception):
-    """The connection ended, or was none, and so there is no answer."""
+    """Raised when there is no connection, or it ends before the answer."""
 
 
 class Line(Protocol):
-    """A tenant's way to a server over one transport."""
+    """A tenant's connection to a server over one transport."""
 
     async def ask(self, call: Call) -> Any:
         """The answer.
 
         Raises:
-            PemaError: the server's refusal.
-            Lost: there is none.
+            PemaError: the server refused the call.
+            Lost: there is no answer.
         """
         ...
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         ...
 
 
 class RestLine:
-    """Over HTTP.
+    """Connection over HTTP.
 
     Args:
-        port: of the server.
-        key: of the tenant.
+        port: port of the server.
+        key: key of the tenant.
         chance: chooses between the binary form and JSON.
     """
 
@@ -64,15 +64,15 @@ class RestLine:
         self._http = httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{port}",
             headers={"Authorization": f"Bearer {key}"},
-            timeout=TIMEOUT_S,
-            # Shorter than the server's: it must not hang up just when we ask.
+            timeout=TIMEOUT_SECONDS,
+            # Shorter than the server's, so that the server does not close a connection just as we send.
             limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0),
             trust_env=False,
         )
 
     async def ask(self, call: Call) -> Any:
         path, answer = _PATHS[call.kind]
-        form = JSON if self._chance.random() < _IN_JSON else BINARY
+        form = JSON if self._chance.random() < _JSON_SHARE else BINARY
         headers, request = {"Accept": form, "Content-Type": form}, call.request
         try:
             if request is None or (isinstance(request, HeadRequest) and request.token_ids is None):
@@ -93,18 +93,18 @@ class RestLine:
 
 
 class GrpcLine:
-    """Over gRPC, each call of a stream on a stream of its own.
+    """Connection over gRPC, with a separate stream for each call of a streaming method.
 
     Args:
-        port: of the server.
-        key: of the tenant.
+        port: port of the server.
+        key: key of the tenant.
     """
 
     def __init__(self, port: int, key: str) -> None:
-        # Else all tenants would share a connection.
+        # Otherwise all tenants would share a connection.
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)])
         self._stub: Any = pema_pb2_grpc.PlmStub(self._channel)  # type: ignore[no-untyped-call]
-        self._given: dict[str, Any] = {"metadata": ((KEY_METADATA, f"Bearer {key}"),), "timeout": TIMEOUT_S}
+        self._options: dict[str, Any] = {"metadata": ((KEY_METADATA, f"Bearer {key}"),), "timeout": TIMEOUT_SECONDS}
 
     async def ask(self, call: Call) -> Any:
         try:
@@ -116,20 +116,20 @@ class GrpcLine:
             raise from_problem(_object(problem), 500) from error
 
     async def _ask(self, call: Call) -> Any:
-        stub, given, request = self._stub, self._given, call.request
+        stub, options, request = self._stub, self._options, call.request
         if request is None:
-            return from_proto(await stub.GetModelCard(pema_pb2.GetModelCardRequest(), **given), ModelCard)
+            return from_proto(await stub.GetModelCard(pema_pb2.GetModelCardRequest(), **options), ModelCard)
         if call.kind == "head":
-            rows = stub.GetLmHead(to_proto(request, pema_pb2.HeadRequest()), **given)
+            rows = stub.GetLmHead(to_proto(request, pema_pb2.HeadRequest()), **options)
             return join_head([from_proto(piece, HeadRows) async for piece in rows])
         if call.kind == "distribution":
-            asked = to_proto(request, pema_pb2.DistributionRequest())
-            return from_proto(await stub.GetNextTokenDistribution(asked, **given), DistributionResponse)
+            message = to_proto(request, pema_pb2.DistributionRequest())
+            return from_proto(await stub.GetNextTokenDistribution(message, **options), DistributionResponse)
         if call.kind == "encode":
             encode = pema_pb2.EncodeCall(request_id="1", request=to_proto(request, pema_pb2.EncodeRequest()))
-            return await self._rows(stub.Encode(iter([encode]), **given), EncodeResponse)
+            return await self._rows(stub.Encode(iter([encode]), **options), EncodeResponse)
         decode = pema_pb2.DecodeCall(request_id="1", request=to_proto(request, pema_pb2.DecodeRequest()))
-        return await self._rows(stub.Decode(iter([decode]), **given), DecodeResponse)
+        return await self._rows(stub.Decode(iter([decode]), **options), DecodeResponse)
 
     async def _rows(self, stream: Any, answer: type[EncodeResponse | DecodeResponse]) -> Any:
         pieces: list[Any] = []

@@ -1,4 +1,4 @@
-"""The twenty tenants: what each may see and use, what it asks for, and what its clients know that it has used."""
+"""The twenty tenants: their disclosure, quotas and schedules, and the usage that their clients expect."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.store import TenantStore
 
 CANDIDATES = 40
-"""Tokens whose head rows a tenant asks for, in all."""
+"""Number of tokens whose head rows a tenant requests in all."""
 BUDGET = Quotas(head_rows=30, full_distributions=3)
-"""Less than its tenant asks for, in the course of time."""
+"""Budgets that their tenants exceed in the course of time."""
 FLOODED = Quotas(tokens_per_minute=3000, concurrent_requests=8)
 WELL_BEHAVED = 17
 _DISCLOSURES = (
@@ -35,12 +35,12 @@ _QUOTAS = (
 
 @dataclass(frozen=True)
 class Price:
-    """What one answer costs, by the rule of docs/protocol.md.
+    """Cost of one answer, by the rules of docs/protocol.md.
 
     Attributes:
-        tokens: that the model works on.
-        rows: of the LM head.
-        distribution: text of the pool whose full distribution it is.
+        tokens: number of tokens that the model runs.
+        rows: token ids of the answered LM head rows.
+        distribution: index of the text in the pool whose full distribution is answered; None for no such answer.
     """
 
     tokens: int = 0
@@ -50,11 +50,15 @@ class Price:
 
 @dataclass
 class Account:
-    """What a tenant's clients know of its use.
+    """A tenant's usage by its clients' records.
 
     Attributes:
-        answered: prices of all answers, added up.
-        unanswered: of calls of which nobody knows whether they were put down: a server was killed, or the client left.
+        requests: number of answers.
+        tokens: tokens of all answers.
+        rows: token ids of all answered LM head rows.
+        distributions: texts of all answered full distributions.
+        unanswered: prices of calls that the server may or may not have recorded, because it was killed or the client
+            disconnected.
     """
 
     requests: int = 0
@@ -64,14 +68,14 @@ class Account:
     unanswered: list[Price] = field(default_factory=list)
 
     def add(self, price: Price) -> None:
-        """One answer."""
+        """Record one answer."""
         self.requests += 1
         self.tokens += price.tokens
         self.rows |= price.rows
         self.distributions |= set() if price.distribution is None else {price.distribution}
 
     def faults(self, days: Iterable[dict[str, Any]]) -> Iterator[str]:
-        """Where what the server has put down on all days is neither less nor more than it may be."""
+        """Differences between the server's records of all days and the bounds that the clients' records give."""
         days = list(days)
         maybe = self.unanswered
         rows = self.rows.union(*(price.rows for price in maybe))
@@ -82,20 +86,25 @@ class Account:
             "head_rows": (len(self.rows), len(rows)),
             "full_distributions": (len(self.distributions), len(distributions)),
         }
-        for name, (least, most) in bounds.items():
-            told = sum(day[name] for day in days)
-            if not least <= told <= most:
-                yield f"{name} {told}, not {least}" + (f" to {most}" if most > least else "")
+        for name, (lower, upper) in bounds.items():
+            recorded = sum(day[name] for day in days)
+            if not lower <= recorded <= upper:
+                yield f"{name} {recorded}, not {lower}" + (f" to {upper}" if upper > lower else "")
 
 
 @dataclass
 class Tenant:
-    """One of the twenty.
+    """One of the twenty tenants.
 
     Attributes:
-        chance: its seeded schedule: what its clients ask for, when, of which server.
-        candidates: tokens whose head rows it asks for.
-        sight: how it sees the model; known once its card is.
+        name: name of the tenant.
+        key: its key.
+        disclosure: its disclosure policy.
+        quotas: its quotas.
+        chance: random generator of its schedule: its calls, their times and their servers.
+        candidates: tokens whose head rows it requests.
+        account: its usage by its clients' records.
+        sight: its view of the model; None until it has the model card.
     """
 
     name: str
@@ -108,14 +117,18 @@ class Tenant:
     sight: Sight | None = None
 
     def seen(self) -> Sight:
-        """How it sees the model."""
+        """Its view of the model.
+
+        Raises:
+            RuntimeError: it has not requested its model card.
+        """
         if self.sight is None:
-            raise RuntimeError(f"{self.name} has not asked for its card.")
+            raise RuntimeError(f"{self.name} has not requested its model card.")
         return self.sight
 
 
-def let_in(store: TenantStore, vocab_size: int, seed: int) -> tuple[list[Tenant], dict[str, Tenant]]:
-    """The well-behaved ones; and those who flood, cut and send garbage, by that."""
+def add_tenants(store: TenantStore, vocab_size: int, seed: int) -> tuple[list[Tenant], dict[str, Tenant]]:
+    """Add all tenants. Return the well-behaved ones, and the others by what they do: flood, cut or garbage."""
 
     def tenant(name: str, disclosure: Disclosure, quotas: Quotas) -> Tenant:
         chance = random.Random(f"{seed} {name}")

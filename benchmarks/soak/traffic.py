@@ -1,4 +1,4 @@
-"""The tenants' clients: each call is sent in its time, made again where a server was killed, checked and counted."""
+"""The tenants' clients: they send calls at random times, retry after kills, and check and count the answers."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from benchmarks.soak.truth import Truth, WrongAnswer
 from protocol.errors import BudgetExhausted, NotReady, Overloaded, PemaError, QuotaExceeded
 
 _ATTEMPTS = 40
-_PAUSE_S = 0.25
-_FIRST_ROWS = 10  # of its candidates that a tenant asks for at once, and has its answers checked by
+_PAUSE_SECONDS = 0.25
+_FIRST_ROWS = 10  # candidates whose rows a tenant requests first; they check its answers
 
 
 @dataclass
 class Record:
-    """What happened.
+    """Results of the soak so far.
 
     Attributes:
-        answers: by kind; all of them were checked.
-        wrong: by what was wrong.
-        refused: by tenant and error.
-        unexpected: what neither a kill nor a quota explains.
-        seconds: that calls of the well-behaved took, by phase.
-        phase: it is now: `quiet`, `flood`, or another one.
+        answers: number of checked answers by kind of call.
+        wrong: number of wrong answers by tenant, kind and fault.
+        refused: number of refusals by tenant and error.
+        unexpected: number of events that neither a kill nor a quota explains, by description.
+        seconds: durations of calls of well-behaved tenants, by phase.
+        phase: name of the present phase: `quiet`, `flood` or another one.
     """
 
     answers: Counter[str] = field(default_factory=Counter)
@@ -43,11 +43,11 @@ class Record:
 
 
 class Traffic:
-    """Sends calls to the replicas, and keeps the tasks that do so.
+    """Sends calls to the replicas, and holds the tasks that do so.
 
     Args:
-        truth: answers are checked against it.
-        replicas: that share a store.
+        truth: expected answers.
+        replicas: servers that share a store.
     """
 
     def __init__(self, truth: Truth, replicas: Sequence[Replica]) -> None:
@@ -57,7 +57,7 @@ class Traffic:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def introduce(self, tenant: Tenant) -> None:
-        """Its card, and where the owner gives any its first head rows."""
+        """Request a tenant's card and, if its disclosure allows any, its first head rows."""
         line, ids = self.replicas[0].line(tenant, "http"), tenant.candidates[:_FIRST_ROWS]
         digest, rows = (await line.ask(card(tenant))).digest, None
         tenant.account.add(card(tenant).price)
@@ -70,24 +70,24 @@ class Traffic:
             self._check(tenant, call, rows)
 
     async def behave(self, tenant: Tenant, rate: float) -> None:
-        """Calls by chance, so many a second, until cancelled."""
+        """Send calls at random times, `rate` a second, until cancelled."""
         while True:
             await asyncio.sleep(tenant.chance.expovariate(rate))
             scheme, first = tenant.chance.choice(["http", "grpc"]), tenant.chance.randrange(len(self.replicas))
             self.spawn(self._patiently(tenant, draw(self.truth, tenant), scheme, first))
 
     async def once(self, tenant: Tenant) -> None:
-        """A call that is refused as often as not, and not made again."""
+        """Send one call without retries."""
         scheme, replica = tenant.chance.choice(["http", "grpc"]), tenant.chance.choice(self.replicas)
         await self._attempt(tenant, draw(self.truth, tenant), scheme, replica)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Let it be done beside everything else; a mistake in it is one of this benchmark."""
+        """Run a coroutine as a task. An exception in it is recorded as unexpected."""
         self._tasks.add(task := asyncio.create_task(work))
         task.add_done_callback(self._done)
 
     async def drain(self, seconds: float) -> None:
-        """Wait for all that is still on its way; what takes longer hangs."""
+        """Wait for all calls in flight. Those that take longer than `seconds` are recorded as hanging."""
         if self._tasks:
             _, pending = await asyncio.wait(self._tasks, timeout=seconds)
             for task in pending:
@@ -106,12 +106,12 @@ class Traffic:
             if wait_s is None:
                 self.record.seconds.setdefault(phase, []).append(time.perf_counter() - started)
                 return
-            # Another server is asked at once, and the same one after a while.
-            await asyncio.sleep(max(wait_s, _PAUSE_S if attempt else 0.0))
+            # The other server is tried at once, and this one again after a pause.
+            await asyncio.sleep(max(wait_s, _PAUSE_SECONDS if attempt else 0.0))
         self.record.unexpected["never answered"] += 1
 
     async def _attempt(self, tenant: Tenant, call: Call, scheme: str, replica: Replica) -> float | None:
-        """Make a call once; the seconds to wait before it is made again, None if it has its answer."""
+        """Send a call once. Return the seconds to wait before a retry, or None if it is answered."""
         was_up, kills = replica.up, replica.kills
         replica.in_flight += 1
         try:
@@ -134,7 +134,7 @@ class Traffic:
     def _refused(self, tenant: Tenant, call: Call, error: PemaError) -> float | None:
         self.record.refused[f"{tenant.name}: {error.code}"] += 1
         if isinstance(error, BudgetExhausted) and tenant.quotas.head_rows is not None:
-            return None  # for ever, so it is an answer
+            return None  # final, so it counts as an answer
         beyond_quota = isinstance(error, QuotaExceeded) and tenant.quotas != FLOODED
         if isinstance(error, Overloaded) and error.retry_after_s is not None and not beyond_quota:
             return error.retry_after_s

@@ -1,4 +1,4 @@
-"""What transformers says of a fixed pool of texts, and whether an answer is the same, in whatever basis.
+"""Expected answers from transformers for a fixed pool of texts, and their comparison with answers in any basis.
 
 N positions of a text and of its greedy continuation, D hidden size, V vocabulary, M rows of an answer, C candidates.
 """
@@ -18,28 +18,29 @@ from protocol.head import LMHead
 from protocol.integrity import token_crc32s
 from protocol.messages import DecodeResponse, DistributionResponse, EncodeResponse, HeadRows
 
-MOST_DRAFTED = 8
+MAX_DRAFTS = 8
 _WORDS = "the thin shine of a stone and her die Tür on another hen in their den".split()  # noqa: SIM905
-# A draft after a nearer tie could as well be the other one.
-_LEAST_MARGIN = 1e-2
-# Of norms, inner products and logits, relative; that of float16 is its own rounding.
+# With a smaller margin, either of the two tokens could be drafted.
+_MIN_MARGIN = 1e-2
+# Relative, of norms, inner products and logits; float16 adds its rounding.
 _TOLERANCE = {"float32": 5e-4, "float16": 5e-3}
 _LOG_TOLERANCE = 1e-3
 
 
 class WrongAnswer(Exception):
-    """An answer that transformers would not have given, in a word or two."""
+    """Raised for an answer that differs from that of transformers."""
 
 
 @dataclass(frozen=True)
 class PoolText:
-    """A text and what follows from it.
+    """A text and the model's results for it and for MAX_DRAFTS greedy tokens after it.
 
     Attributes:
-        ids: its T tokens.
-        hidden_N_D: the head's input at its positions and at those of MOST_DRAFTED greedy tokens after it.
-        logprob_N_V: the distribution of the next token at each of them.
-        logits_N_V: and its logits.
+        text: the text.
+        ids: its token ids.
+        hidden_N_D: the head's input at all positions.
+        logprob_N_V: log-probabilities of the next token at all positions.
+        logits_N_V: logits of the next token at all positions.
     """
 
     text: str
@@ -60,18 +61,18 @@ class Span:
 
 @dataclass(frozen=True)
 class Sight:
-    """How a tenant sees the model.
+    """A tenant's view of the model.
 
     Attributes:
-        digest: of its model card.
-        rotated: whether in a basis of its own.
-        held: tokens whose head rows it has; none if the owner gives none.
-        head: those rows.
+        digest: digest of the tenant's model card.
+        rotated: whether the tenant has a secret basis.
+        head_ids: tokens whose head rows the tenant has; empty if the owner discloses none.
+        head: those rows; None if the owner discloses none.
     """
 
     digest: str
     rotated: bool
-    held: Sequence[int] = ()
+    head_ids: Sequence[int] = ()
     head: LMHead | None = None
 
 
@@ -79,8 +80,8 @@ class Truth:
     """The bare model in float32, run once over each text of the pool.
 
     Args:
-        folder: of the model.
-        size: texts of the pool.
+        folder: folder of the model.
+        size: number of texts in the pool.
     """
 
     def __init__(self, folder: Path, size: int = 48) -> None:
@@ -90,16 +91,16 @@ class Truth:
         chance, self.pool = random.Random(0), list[PoolText]()
         while len(self.pool) < size:
             text = " ".join(chance.choices(_WORDS, k=chance.randint(2, 14)))
-            if (told := self._told(text, list(tokenizer(text).input_ids))) is not None:
-                self.pool.append(told)
+            if (result := self._run(text, list(tokenizer(text).input_ids))) is not None:
+                self.pool.append(result)
 
     @torch.inference_mode()
-    def _told(self, text: str, ids: list[int]) -> PoolText | None:
+    def _run(self, text: str, ids: list[int]) -> PoolText | None:
         tokens = list(ids)
-        for _ in range(MOST_DRAFTED):
+        for _ in range(MAX_DRAFTS):
             logits_V = self._model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
             best, second = logits_V.topk(2).values.tolist()
-            if best - second < _LEAST_MARGIN:
+            if best - second < _MIN_MARGIN:
                 return None
             tokens.append(int(logits_V.argmax()))
         out = self._model(input_ids=torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
@@ -109,10 +110,10 @@ class Truth:
     def check_rows(
         self, answer: EncodeResponse | DecodeResponse, spans: Sequence[Span], dtype: str, sight: Sight
     ) -> None:
-        """An answer to encode or decode against the positions that it is of.
+        """Check the answer of an encode or decode call for these spans.
 
         Raises:
-            WrongAnswer: it is another one.
+            WrongAnswer: the answer differs from that of transformers.
         """
         _require(answer.digest == sight.digest, "digest")
         _require(answer.echo == token_crc32s(self.pool[span.text].ids for span in spans), "echo")
@@ -125,21 +126,21 @@ class Truth:
         cr_M_D = answer.cr_N_D.float()
         _check_vectors(cr_M_D, hidden_M_D, tolerance, rotated=sight.rotated)
         if sight.head is not None:
-            seen_M_C, true_M_C = sight.head.logits(cr_M_D), logits_M_V[:, list(sight.held)]
+            seen_M_C, true_M_C = sight.head.logits(cr_M_D), logits_M_V[:, list(sight.head_ids)]
             _require_near(seen_M_C, true_M_C, tolerance * (1 + float(logits_M_V.abs().max())), "candidates' logits")
         if answer.logsumexp_N is not None:
             _require_near(answer.logsumexp_N, logits_M_V.logsumexp(-1), _LOG_TOLERANCE, "log-sum-exp")
         if isinstance(answer, DecodeResponse):
-            # Where two tokens are as good as each other, either is the top one.
+            # Of two equally probable tokens, either may be the top one.
             theirs_M = logprob_M_V.gather(1, answer.top1_N.long()[:, None])[:, 0]
             _require_near(theirs_M, logprob_M_V.amax(-1), _LOG_TOLERANCE, "top-1")
             _require_near(answer.top1_logprob_N, theirs_M, _LOG_TOLERANCE, "top-1 log-probability")
 
     def check_head(self, answer: HeadRows, ids: Sequence[int], sight: Sight) -> None:
-        """Rows of the LM head.
+        """Check rows of the LM head.
 
         Raises:
-            WrongAnswer: they are others.
+            WrongAnswer: the rows differ from the model's.
         """
         _require(answer.digest == sight.digest, "digest")
         weight_C_D = self.head_V_D[list(ids)]
@@ -147,13 +148,13 @@ class Truth:
         _check_vectors(answer.weight_N_D.float(), weight_C_D, _TOLERANCE["float32"], rotated=sight.rotated)
 
     def check_distribution(self, answer: DistributionResponse, text: int, top_k: int, sight: Sight) -> None:
-        """The distribution after a text of the pool.
+        """Check the distribution after a text of the pool.
 
         Raises:
-            WrongAnswer: it is another one.
+            WrongAnswer: the distribution differs from the model's.
         """
-        told = self.pool[text]
-        logprob_V = told.logprob_N_V[len(told.ids) - 1]
+        expected = self.pool[text]
+        logprob_V = expected.logprob_N_V[len(expected.ids) - 1]
         _require(answer.digest == sight.digest, "digest")
         ids_K = answer.token_ids_K.long()
         _require(len(ids_K) == len(set(ids_K.tolist())) == (top_k or len(logprob_V)), "number of tokens")
@@ -163,7 +164,7 @@ class Truth:
 
 
 def _check_vectors(seen_M_D: Tensor, true_M_D: Tensor, tolerance: float, *, rotated: bool) -> None:
-    """The vectors themselves, or all that a secret basis leaves of them: norms and inner products."""
+    """Compare vectors; in a secret basis, compare their norms and inner products."""
     norm_M = true_M_D.norm(dim=1)
     if not rotated:
         _require(bool(((seen_M_D - true_M_D).norm(dim=1) <= tolerance * norm_M).all()), "vectors")

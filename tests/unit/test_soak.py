@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from benchmarks.soak import calls
-from benchmarks.soak.tenants import Account, Price, Tenant, let_in
+from benchmarks.soak.tenants import Account, Price, Tenant, add_tenants
 from benchmarks.soak.truth import Truth, WrongAnswer
 from harness.tiny_models import TinyModels
 from plm_owner_server.service.plm_service import PlmService
@@ -34,7 +34,7 @@ def service(tiny_models: TinyModels) -> PlmService:
 def tenants(truth: Truth, service: PlmService, tmp_path_factory: pytest.TempPathFactory) -> list[Tenant]:
     """One of each disclosure."""
     store = TenantStore(f"sqlite:///{tmp_path_factory.mktemp('owner')}/owner.db")
-    good, _ = let_in(store, len(truth.head_V_D), 0)
+    good, _ = add_tenants(store, len(truth.head_V_D), 0)
     for tenant in good[:5]:
         rows, ids = None, tenant.candidates[:10]
         if tenant.disclosure.head_policy != "none":
@@ -114,7 +114,7 @@ def test_an_account_is_exact_but_for_what_nobody_knows() -> None:
 
 def test_a_schedule_is_its_seeds(truth: Truth, tmp_path: Path) -> None:
     def drawn(name: str, seed: int) -> list[object]:
-        good, _ = let_in(TenantStore(f"sqlite:///{tmp_path}/{name}.db"), len(truth.head_V_D), seed)
+        good, _ = add_tenants(TenantStore(f"sqlite:///{tmp_path}/{name}.db"), len(truth.head_V_D), seed)
         good[0].sight = calls.sight_of("0" * 64, good[0], None, [])
         return [calls.draw(truth, good[0]).request for _ in range(20)]
 
