@@ -1,1 +1,1 @@
-"""The main job on real data: `make demo`."""
+"""The demo: PEMA end to end on real data (`make demo`)."""

@@ -1,4 +1,4 @@
-"""The picture of a demo run: scores before and after, and the training curves."""
+"""The picture of a demo run: scores of the PLM and of PEMA, and the training curves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BARS = (
 
 
 def draw(report: dict[str, Any], trained: dict[str, Any], path: Path) -> None:
-    """Write the picture of a report and of the training history to `path`."""
+    """Draw a report and its training history, and write the picture to `path`."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     bleu, chrf, curves = figure.subplots(1, 3, width_ratios=[1, 1, 1.6])
     _bars(bleu, report, "bleu", "BLEU")

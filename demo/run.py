@@ -1,7 +1,7 @@
-"""The main job, end to end, as two parties would run it: `python -m demo.run` (or `make demo`).
+"""The demo, end to end, as two parties would run it: `python -m demo.run` (or `make demo`).
 
-The owner's server runs as its own process; everything on the data owner's side is a `pema-client` command. What is done
-already is reused: a run that was stopped goes on where it was.
+The owner's server is a separate process, and every step of the data owner is a `pema-client` command. Finished steps
+are reused, so that a stopped run continues where it was.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ console = Console()
 
 
 def main() -> None:
-    """Run the demo; print a table and examples; write `report.json` and `report.png`."""
+    """Run the demo, print a table and examples, and write `report.json` and `report.png`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where data, memory and results go")
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="folder of data, memory and results")
     parser.add_argument("--port", type=int, default=0, help="port of the owner's server; 0 takes a free one")
     parser.add_argument(
-        "--published", action="store_true", help="also translate with the paper's interpolation (some minutes more)"
+        "--published", action="store_true", help="also translate with the paper's interpolation (takes some minutes)"
     )
     arguments = parser.parse_args()
     # So that a terminated demo still stops its server.
@@ -58,14 +58,14 @@ def main() -> None:
 
 
 def run(folder: Path, port: int, *, published: bool) -> None:
-    """All steps, in `folder`."""
+    """Run all steps in `folder`."""
     data = folder / "data"
     memory, adapter = folder / "memory", folder / "adapter"
     folder.mkdir(parents=True, exist_ok=True)
     console.rule("Data: the interface texts of Home Assistant, English and German")
     home_assistant.prepare(data)
     started = time.perf_counter()
-    key = _let_in(folder)
+    key = _tenant_key(folder)
     with _owner_server(port, folder) as url:
         client = Client(url, key, folder)
 
@@ -75,8 +75,8 @@ def run(folder: Path, port: int, *, published: bool) -> None:
             "build-memory", ["--task", data / "task.toml", *pairs, "--memory", memory, "--share-targets"]
         )
         console.rule("trains an adapter")
-        # A quick way; all that `train` chooses by itself is in `pema-client compare`.
-        quick = ["--nearest", 0, "--no-gate", "--decoded", 60, "--minutes", 0]
+        # Quick settings; `pema-client compare` uses all that `train` can choose by itself.
+        quick = ["--retrieved-examples", 0, "--no-gate", "--selection-texts", 60, "--search-minutes", 0]
         trained = client.step("train", ["--memory", memory, "--adapter", adapter, *quick])
         console.rule("and translates the test set, with and without it")
         test = ["--adapter", adapter, "--input", data / "test.jsonl"]
@@ -99,12 +99,12 @@ def run(folder: Path, port: int, *, published: bool) -> None:
 
 
 class Client:
-    """Runs `pema-client` commands and keeps their results, so that a finished step is not done again.
+    """Runs `pema-client` commands and stores their results, so that a finished step is not run again.
 
     Args:
-        url: the owner's server.
-        key: that the owner gave to the data owner.
-        folder: where the results are kept.
+        url: URL of the owner's server.
+        key: the data owner's API key.
+        folder: folder of the results.
     """
 
     def __init__(self, url: str, key: str, folder: Path) -> None:
@@ -115,19 +115,19 @@ class Client:
 
     def step(self, verb: str, arguments: list[Any], *, name: str = "") -> dict[str, Any]:
         """Run one verb, or read its result if it was run with these arguments before."""
-        given = [str(argument) for argument in arguments]
-        kept = self._folder / "steps" / f"{name or verb}.json"
-        # A step that ran anew makes the results of all later ones stale.
+        texts = [str(argument) for argument in arguments]
+        path = self._folder / "steps" / f"{name or verb}.json"
+        # A step that was run again makes the results of all later ones stale.
         if (
             not self._fresh
-            and kept.exists()
-            and (record := json.loads(kept.read_text(encoding="utf-8")))["arguments"] == given
+            and path.exists()
+            and (record := json.loads(path.read_text(encoding="utf-8")))["arguments"] == texts
         ):
-            console.print(f"done already: pema-client {verb} (delete {kept} to do it again)")
+            console.print(f"done already: pema-client {verb} (delete {path} to run it again)")
             result: dict[str, Any] = record["result"]
             return result
-        command = client_command(self._url, verb, "--json", *given)
-        console.print(f"$ pema-client {verb} {' '.join(given)}", highlight=False)
+        command = client_command(self._url, verb, "--json", *texts)
+        console.print(f"$ pema-client {verb} {' '.join(texts)}", highlight=False)
         done = subprocess.run(command, stdout=subprocess.PIPE, env=self._environment, check=False)
         if done.returncode:
             sys.exit(
@@ -135,24 +135,24 @@ class Client:
             )
         result = json.loads(done.stdout)
         self._fresh = True
-        write_atomically(kept, json.dumps({"arguments": given, "result": result}, ensure_ascii=False).encode())
+        write_atomically(path, json.dumps({"arguments": texts, "result": result}, ensure_ascii=False).encode())
         return result
 
 
-def _let_in(folder: Path) -> str:
-    """The key of the data owner, a tenant of the owner's: rows of candidate tokens only, in a secret basis."""
-    kept = folder / "key"
-    kept.touch(mode=0o600)
-    if not kept.read_text():
-        console.rule("The PLM owner lets the data owner in")
+def _tenant_key(folder: Path) -> str:
+    """The data owner's API key. Adds the tenant first, who gets rows of candidate tokens only, in a secret basis."""
+    path = folder / "key"
+    path.touch(mode=0o600)
+    if not path.read_text():
+        console.rule("The PLM owner adds the data owner as a tenant")
         console.print(f"$ pema-server tenants add {_TENANT}", highlight=False)
-        # What is there without a key is left from a run that was stopped just before it was kept.
+        # If the tenant exists, an earlier run was stopped before it stored the key.
         added = _tenants(folder, "add")
         key = added if added.returncode == 0 else _tenants(folder, "rotate-key")
         if key.returncode:
             sys.exit(f"demo: {added.stderr.strip()}")
-        kept.write_text(key.stdout)
-    return kept.read_text().strip()
+        path.write_text(key.stdout)
+    return path.read_text().strip()
 
 
 def _tenants(folder: Path, verb: str) -> subprocess.CompletedProcess[str]:
@@ -166,7 +166,7 @@ def _store(folder: Path) -> str:
 
 @contextmanager
 def _owner_server(port: int, folder: Path) -> Iterator[str]:
-    """The PLM owner's server as its own process, once it is ready."""
+    """Run the PLM owner's server in a separate process. Yields its URL once it is ready."""
     console.rule("The PLM owner's server starts (the first time, the model is unpacked: about a minute)")
     url, log, ports = f"http://127.0.0.1:{port}", folder / "server.log", Ports(port, 0)
     log.unlink(missing_ok=True)
