@@ -64,7 +64,7 @@ def assert_close(ours: torch.Tensor | None, theirs: torch.Tensor | None, roundin
 
 
 def test_every_position_is_that_of_transformers(engines: tuple[Engine, Engine], rounding: float) -> None:
-    """From the first position, from behind what is known, and from within it."""
+    """From the first position, from behind the cached prefix, and from within it."""
     ours, theirs = engines
     assert ours.info == theirs.info
     for starts in ([0, 0, 0, 99, 0], [40, 32, 0, 60, 63], [5, 32, 0, 0, 31], [0] * 5):
@@ -76,17 +76,17 @@ def test_every_position_is_that_of_transformers(engines: tuple[Engine, Engine], 
     assert ours.stats.cached_tokens > 0
 
 
-def test_nothing_of_a_tenants_text_is_known_to_another(engines: tuple[Engine, Engine]) -> None:
+def test_tenants_share_no_cached_states(engines: tuple[Engine, Engine]) -> None:
     ours, _ = engines
-    known = []
+    cached = []
     for tenant in ("first", "second", "first"):
         before = ours.stats.cached_tokens
         ours.encode(EncodeBatch(IDS[3:4], [99], tenant=tenant))
-        known.append(ours.stats.cached_tokens - before)
-    assert known == [0, 0, 96]
+        cached.append(ours.stats.cached_tokens - before)
+    assert cached == [0, 0, 96]
 
 
-def test_what_is_known_of_texts_can_be_dropped(engines: tuple[Engine, Engine]) -> None:
+def test_cached_states_can_be_removed(engines: tuple[Engine, Engine]) -> None:
     ours, _ = engines
     assert isinstance(ours, PooledEngine)
     batch = EncodeBatch(IDS[3:4], [99], tenant="forgetful")
@@ -94,11 +94,11 @@ def test_what_is_known_of_texts_can_be_dropped(engines: tuple[Engine, Engine]) -
     ours._runner._cached_since = -math.inf
     ours.evict_idle()
     assert ours._runner._cached_since is None
-    known = ours.stats.cached_tokens
+    before = ours.stats.cached_tokens
     ours.encode(batch)
-    assert ours.stats.cached_tokens == known
+    assert ours.stats.cached_tokens == before
     ours.encode(batch)
-    assert ours.stats.cached_tokens > known
+    assert ours.stats.cached_tokens > before
 
 
 def test_drafts_are_those_of_transformers(engines: tuple[Engine, Engine], rounding: float) -> None:

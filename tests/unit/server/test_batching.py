@@ -1,4 +1,4 @@
-"""Which sequences go together."""
+"""Planning of forward passes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def padding_of(batch: list[int], lengths: list[int]) -> int:
 
 
 @given(lengths=lengths_of, budget=st.integers(1, 1000), padding=st.integers(0, 300))
-def test_every_sequence_is_planned_once_and_the_limits_are_kept(lengths: list[int], budget: int, padding: int) -> None:
+def test_every_sequence_is_planned_once_within_the_limits(lengths: list[int], budget: int, padding: int) -> None:
     plan = plan_batches(lengths, budget, padding)
     assert sorted(i for batch in plan for i in batch) == list(range(len(lengths)))
     for batch in plan:
@@ -73,15 +73,15 @@ def test_common_prefix_is_the_longest(prefix: list[int], rests: list[list[int]])
 
 @given(
     sequences=st.lists(st.lists(st.integers(0, 1), max_size=4), max_size=10),
-    known=st.integers(0, 4),
+    cached=st.integers(0, 4),
     min_saved_tokens=st.integers(1, 9),
 )
-def test_what_is_alike_saves_what_it_costs(sequences: list[list[int]], known: int, min_saved_tokens: int) -> None:
-    groups = duplicate_groups(sequences, [min(known, len(ids)) for ids in sequences], min_saved_tokens)
+def test_duplicate_groups_save_enough_tokens(sequences: list[list[int]], cached: int, min_saved_tokens: int) -> None:
+    groups = duplicate_groups(sequences, [min(cached, len(ids)) for ids in sequences], min_saved_tokens)
     grouped = [tuple(sequences[group[0]]) for group in groups]
     assert len(grouped) == len(set(grouped))
     for group in groups:
         assert all(sequences[index] == sequences[group[0]] for index in group)
     for ids in {tuple(ids) for ids in sequences}:
-        saved = (sequences.count(list(ids)) - 1) * max(0, len(ids) - known)
+        saved = (sequences.count(list(ids)) - 1) * max(0, len(ids) - cached)
         assert (saved >= min_saved_tokens) == (ids in grouped)

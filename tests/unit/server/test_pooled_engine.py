@@ -1,4 +1,4 @@
-"""The engine over a model that schedules itself, with a tiny model that knows beginnings of texts as vLLM does."""
+"""The engine over a model that schedules itself, with a tiny model that caches prefixes like vLLM."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BLOCK = 8
 
 
 class Blocks:
-    """Gives a real model's states without those of whole blocks that it has seen before, for each tenant apart."""
+    """Returns a real model's states, but not those of whole blocks that it has seen before from the same tenant."""
 
     block_tokens = BLOCK
 
@@ -75,7 +75,7 @@ class Clock:
 
 
 class Setting:
-    """The engine, what stands behind it, and the truth: the engine over transformers, which knows nothing."""
+    """The engine, its model, and the truth: the engine over transformers without a cache."""
 
     def __init__(self, folder: Path) -> None:
         model = load_model(folder, device="cpu", dtype="float32")
@@ -131,7 +131,7 @@ def test_a_folder_without_a_head_is_a_clear_error(tiny_models: TinyModels, tmp_p
         read_head(tmp_path / "nowhere", dtype=torch.float32, device="cpu")
 
 
-def test_whatever_is_known_exactly_the_wanted_positions_come(setting: Setting) -> None:
+def test_exactly_the_requested_positions_are_returned(setting: Setting) -> None:
     setting.engine.warm_up()
     ids = random_ids(1, [20, 33, 1, 20], shared=10)
     for starts in ([0, 0, 0, 19], [10, 9, 0, 4], [19, 32, 0, 0]):
@@ -142,15 +142,15 @@ def test_whatever_is_known_exactly_the_wanted_positions_come(setting: Setting) -
     assert {query.tenant for query in setting.blocks.queries} == {"", "acme"}
 
 
-def test_what_does_not_fit_is_asked_for_once_more_and_nothing_else_is(setting: Setting) -> None:
+def test_only_incomplete_results_are_requested_again(setting: Setting) -> None:
     (ids,) = random_ids(2, [30])
-    # The 24 tokens of three blocks become known; of these, 16 would have been wanted.
+    # The 24 tokens of three blocks are cached; 16 of their positions will be requested.
     setting.engine.encode(EncodeBatch([ids], [29]))
     setting.blocks.queries.clear()
     batch = EncodeBatch([ids, ids], [8, 24])
     assert_same(setting.engine.encode(batch), setting.truth.encode(batch))
     assert [query.skip_cache for query in setting.blocks.queries] == [False, False, True]
-    # Where nothing could be known before the first position wanted, it is asked for anew at once.
+    # If no block ends before the first requested position, the cache is skipped at once.
     setting.blocks.queries.clear()
     setting.engine.encode(EncodeBatch([ids], [7]))
     assert [query.skip_cache for query in setting.blocks.queries] == [True]
@@ -171,7 +171,7 @@ def test_drafts_are_those_of_the_engine_over_transformers(setting: Setting) -> N
     batches = [plain, DraftBatch(ids, [4, 17, 0, 8], [9, 9, 9, 9], stops, "acme")]
     for ours, theirs in zip(drafted(setting.engine, *batches), drafted(setting.truth, *batches), strict=True):
         assert_same(ours, theirs)
-    # But for the last token of each, and the first blocks of those that want early positions, all was known.
+    # All was cached but the last tokens, and the first blocks of texts whose early positions are requested.
     assert setting.engine.stats.passes["step"].tokens < 40 * BLOCK
 
 
@@ -189,7 +189,7 @@ def test_who_joins_late_or_leaves_changes_nothing_for_the_others(setting: Settin
         assert_same(done[batch], drafted(setting.truth, batch)[0])
 
 
-def test_nothing_is_known_of_a_text_for_long(setting: Setting) -> None:
+def test_cached_states_are_removed_in_time(setting: Setting) -> None:
     batch = EncodeBatch(random_ids(8, [20]), [19])
     setting.engine.encode(batch)
     setting.clock.now = 599
@@ -198,12 +198,12 @@ def test_nothing_is_known_of_a_text_for_long(setting: Setting) -> None:
     setting.clock.now = 600
     setting.engine.evict_idle()
     assert not setting.blocks.seen
-    # Also while others keep it busy: who works at the moment sees to it.
+    # Also while the model is busy: the next run removes them.
     setting.engine.encode(batch)
     setting.clock.now = 1300
-    known = setting.engine.stats.cached_tokens
+    before = setting.engine.stats.cached_tokens
     setting.engine.encode(batch)
-    assert setting.engine.stats.cached_tokens == known
+    assert setting.engine.stats.cached_tokens == before
 
 
 @pytest.mark.parametrize("dead", [RuntimeError("EngineDeadError"), ConnectionError()])

@@ -1,4 +1,4 @@
-"""The prefix cache against what it may say at most: the states of exactly these tokens."""
+"""The prefix cache: it returns the states of exactly the tokens that were stored."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ IDS = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 
 
 def states(ids: list[int]) -> Tensor:
-    """A state [T, 2] of every token that tells the whole prefix that led to it."""
+    """States [T, 2] that identify each token and the whole prefix before it."""
     return torch.tensor([[i, hash(tuple(ids[: i + 1])) % 2**20] for i in range(len(ids))], dtype=torch.float32)
 
 
-def known(cache: PrefixCache, ids: list[int], tenant: str = "a") -> int:
-    """Length of the known prefix; what is known must be right."""
+def cached(cache: PrefixCache, ids: list[int], tenant: str = "a") -> int:
+    """Length of the cached prefix, whose states are checked."""
     pieces = cache.match(tenant, ids)
     length = sum(map(len, pieces))
     if pieces:
@@ -33,27 +33,27 @@ def common(a: list[int], b: list[int]) -> int:
 
 
 @given(st.lists(IDS, max_size=12), st.lists(IDS, max_size=12))
-def test_a_roomy_cache_knows_the_longest_prefix_of_all_it_was_given(
-    given_ids: list[list[int]], asked: list[list[int]]
-) -> None:
+def test_a_large_cache_finds_the_longest_stored_prefix(stored: list[list[int]], queries: list[list[int]]) -> None:
     cache = PrefixCache(2**20)
-    for ids in given_ids:
+    for ids in stored:
         cache.insert("a", ids, states(ids))
-    for ids in given_ids + asked:
-        assert known(cache, ids) == max((common(ids, other) for other in given_ids), default=0)
-    distinct = {tuple(ids[: i + 1]) for ids in given_ids for i in range(len(ids))}
+    for ids in stored + queries:
+        assert cached(cache, ids) == max((common(ids, other) for other in stored), default=0)
+    distinct = {tuple(ids[: i + 1]) for ids in stored for i in range(len(ids))}
     assert cache.size_bytes == ROW_BYTES * len(distinct)
 
 
 @settings(max_examples=scaled(200))
 @given(st.integers(1, 30), st.lists(st.tuples(st.booleans(), IDS, st.integers(1, 12)), max_size=60))
-def test_a_small_cache_keeps_its_bound_and_is_never_wrong(rows: int, calls: list[tuple[bool, list[int], int]]) -> None:
+def test_a_small_cache_stays_within_its_bound_and_is_never_wrong(
+    rows: int, calls: list[tuple[bool, list[int], int]]
+) -> None:
     cache = PrefixCache(rows * ROW_BYTES)
     for insert, ids, last in calls:
         if insert:
             cache.insert("a", ids, states(ids)[-last:])
         else:
-            known(cache, ids)
+            cached(cache, ids)
         assert cache.size_bytes <= rows * ROW_BYTES
         assert cache.size_bytes == sum(node.size_bytes for node in cache._nodes)
 
@@ -62,40 +62,40 @@ def test_the_least_recently_used_goes_first() -> None:
     cache = PrefixCache(6 * ROW_BYTES)
     for first in (1, 2, 3):
         cache.insert("a", [first, 0], states([first, 0]))
-    assert known(cache, [1, 0, 5]) == 2
+    assert cached(cache, [1, 0, 5]) == 2
     cache.insert("a", [4], states([4]))
-    assert [known(cache, [first, 0]) for first in (1, 2, 3)] == [2, 0, 2]
+    assert [cached(cache, [first, 0]) for first in (1, 2, 3)] == [2, 0, 2]
 
 
-def test_states_without_those_before_them_are_not_kept() -> None:
+def test_states_without_their_prefix_are_not_stored() -> None:
     cache = PrefixCache(2**20)
     cache.insert("a", [1, 2, 3, 4], states([1, 2, 3, 4])[2:])
-    assert known(cache, [1, 2, 3, 4]) == 0
+    assert cached(cache, [1, 2, 3, 4]) == 0
     cache.insert("a", [1, 2], states([1, 2]))
     cache.insert("a", [1, 2, 3, 4], states([1, 2, 3, 4])[2:])
-    assert known(cache, [1, 2, 3, 4]) == 4
+    assert cached(cache, [1, 2, 3, 4]) == 4
 
 
-def test_what_is_kept_is_a_copy() -> None:
+def test_stored_states_are_copies() -> None:
     cache = PrefixCache(2**20)
     big_T_F = torch.zeros(1000, 2)
     big_T_F[:3] = states([1, 2, 3])
     cache.insert("a", [1, 2, 3], big_T_F[:3])
     big_T_F.fill_(torch.nan)
-    assert known(cache, [1, 2, 3]) == 3
+    assert cached(cache, [1, 2, 3]) == 3
 
 
 @given(st.lists(st.tuples(st.booleans(), IDS, st.integers(0, 4)), max_size=40))
-def test_what_was_not_used_for_long_is_dropped(calls: list[tuple[bool, list[int], int]]) -> None:
+def test_idle_states_are_evicted(calls: list[tuple[bool, list[int], int]]) -> None:
     now = [0.0]
     cache = PrefixCache(2**20, 10, clock=lambda: now[0])
-    used: dict[tuple[int, ...], float] = {}  # each prefix that is kept, and when it was last used
+    used: dict[tuple[int, ...], float] = {}  # each cached prefix, with the time of its last use
     for insert, ids, seconds in calls:
         now[0] += seconds
         cache.evict_idle()
         used = {prefix: since for prefix, since in used.items() if now[0] - since <= 10}
-        assert {prefix for prefix in used if known(cache, list(prefix)) == len(prefix)} == set(used)
-        # All of it was just looked at; and what is looked at is used.
+        assert {prefix for prefix in used if cached(cache, list(prefix)) == len(prefix)} == set(used)
+        # All prefixes were just read, and reading is a use.
         used = dict.fromkeys(used, now[0])
         if insert:
             cache.insert("a", ids, states(ids))
@@ -107,19 +107,19 @@ def test_what_was_not_used_for_long_is_dropped(calls: list[tuple[bool, list[int]
     assert not cache._nodes
 
 
-def test_one_text_goes_and_the_other_stays() -> None:
+def test_one_text_is_evicted_and_the_other_stays() -> None:
     now = [0.0]
     cache = PrefixCache(2**20, 10, clock=lambda: now[0])
     cache.insert("a", [1, 2, 3], states([1, 2, 3]))
     cache.insert("a", [1, 2, 4], states([1, 2, 4]))
     now[0] = 8
-    assert known(cache, [1, 2, 4]) == 3
+    assert cached(cache, [1, 2, 4]) == 3
     now[0] = 12
     cache.evict_idle()
     assert cache.size_bytes == 3 * ROW_BYTES
-    assert [known(cache, ids) for ids in ([1, 2, 3], [1, 2, 4])] == [2, 3]
+    assert [cached(cache, ids) for ids in ([1, 2, 3], [1, 2, 4])] == [2, 3]
     now[0] = 23
-    assert known(cache, [1, 2, 4]) == 0  # nobody need have looked after it meanwhile
+    assert cached(cache, [1, 2, 4]) == 0  # without a call of evict_idle
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), IDS), max_size=20), st.integers(1, 40))
@@ -133,6 +133,6 @@ def test_tenants_share_the_bound_and_nothing_else(calls: list[tuple[str, list[in
         assert small.size_bytes <= rows * ROW_BYTES
     for tenant in "abc":
         for _, ids in calls:
-            assert known(cache, ids, tenant) == known(alone[tenant], ids)
-            assert known(small, ids, tenant) <= known(alone[tenant], ids)
+            assert cached(cache, ids, tenant) == cached(alone[tenant], ids)
+            assert cached(small, ids, tenant) <= cached(alone[tenant], ids)
     assert cache.size_bytes == sum(one.size_bytes for one in alone.values())

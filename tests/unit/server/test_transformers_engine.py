@@ -285,7 +285,7 @@ def test_drafts_of_the_clients_are_checked_in_one_pass(model: PreTrainedModel, t
     engine = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=cache_bytes)
     texts = random_ids(31, [7, 4, 5], shared=2)
     starts, look_ahead = [3, 3, 0], [2, 0, 1]
-    for _ in range(2):  # the second time from known states
+    for _ in range(2):  # the second time from cached states
         decoded = drafted(engine, texts, look_ahead, frozenset(), starts)
         assert decoded.rows == [4 + 2, 1, 5 + 1]
         parts = zip(texts, starts, decoded.top1_N.split(decoded.rows), decoded.cr_N_D.split(decoded.rows), strict=True)
@@ -477,7 +477,7 @@ def test_a_batch_takes_one_copy_from_the_device_and_a_step_one_more(
             while not done:
                 before, done = watch.copies, drafting.step()
                 assert watch.copies - before <= 1 + len(done)
-            # Nobody need know the token after the last, but what is asked to stop at it.
+            # The token after the last one is needed only where it may be a stop token.
             assert watch.copies == max(batch[1]) + 1 if not batch[2] else 2
             decoded_there.append(done[0][1])
     assert_same(encoded_there, encoded)
