@@ -219,7 +219,7 @@ def _clients(count: int, seconds: float, port: int, adapter: Path) -> float:
 
 
 class Baseline:
-    """transformers' own greedy `generate` of the bare model on this machine.
+    """Greedy `generate` of transformers for the bare model on this machine.
 
     Args:
         plm: the remote model, whose tokenizer is used.

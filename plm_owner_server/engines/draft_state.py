@@ -32,7 +32,7 @@ class DraftSequence:
         token_ids: the prompt and the drafts that were run or are run next.
         prompt_tokens: length of the prompt.
         start: first requested position.
-        max_tokens: length of the prompt with all requested drafts.
+        max_tokens: length of the prompt and all requested drafts.
         rows: for each position with a result, the index of the pass in its batch and the row in the pass's columns.
         is_finished: whether it has ended.
     """
@@ -52,7 +52,7 @@ class DraftSequence:
 
     @property
     def is_full(self) -> bool:
-        """Whether it has all requested drafts."""
+        """True if it has all requested drafts."""
         return len(self.token_ids) == self.max_tokens
 
     def accept(self, token: int) -> None:
@@ -70,24 +70,25 @@ class DraftState(Generic[DraftSequenceT]):
 
     Args:
         batch: the batch.
-        make: class of its sequences.
+        sequence_type: class of its sequences.
 
     Attributes:
+        batch: the batch.
         sequences: its sequences.
         passes: columns of each pass that it took part in, without rows of other batches.
     """
 
-    def __init__(self, batch: DraftBatch, make: type[DraftSequenceT]) -> None:
+    def __init__(self, batch: DraftBatch, sequence_type: type[DraftSequenceT]) -> None:
         self.batch = batch
         self.passes: list[Columns] = []
         self.sequences = [
-            make(self, list(ids), len(ids), start, len(ids) + look_ahead)
+            sequence_type(self, list(ids), len(ids), start, len(ids) + look_ahead)
             for ids, start, look_ahead in zip(batch.token_ids, batch.from_position, batch.look_ahead, strict=True)
         ]
 
     @property
     def is_complete(self) -> bool:
-        """Whether all of its sequences have ended."""
+        """True if all of its sequences have ended."""
         return all(sequence.is_finished for sequence in self.sequences)
 
     def columns(self, to_index: ToIndex = torch.tensor) -> list[Tensor]:
@@ -101,7 +102,7 @@ class DraftState(Generic[DraftSequenceT]):
 
         Args:
             columns: the result of `columns`, on the CPU.
-            echo: CRC-32 of each prompt as the model was given it.
+            echo: CRC-32 of each prompt as the model received it.
         """
         cr_N_D, logsumexp_N, top1_N, top1_logprob_N, *last_hidden = columns
         return Decoded(

@@ -55,7 +55,7 @@ class PassStats:
 
 @dataclass
 class EngineStats:
-    """Statistics of an engine since it was made. Its own thread writes them; any thread may read them.
+    """Statistics of an engine since it was made. The engine's thread writes them; any thread may read them.
 
     Attributes:
         passes: statistics of the forward passes, by kind.
@@ -83,7 +83,7 @@ class Encoded:
 
     Attributes:
         rows: number of rows of each sequence.
-        echo: CRC-32 of each sequence's token ids as the model was given them.
+        echo: CRC-32 of each sequence's token ids as the model received them.
         cr_N_D: context representations, float32 or the model's dtype, on the CPU.
         last_hidden_N_D: the head's input; None where that is `cr_N_D` itself.
         logsumexp_N: log Σ_v exp(logit_v), float32; None unless requested.
@@ -203,7 +203,7 @@ class Engine(Protocol):
     stats: EngineStats
 
     def is_alive(self) -> bool:
-        """Return whether the engine can still work, if that can be told without running the model."""
+        """Return whether the engine can still work. Must not run the model."""
 
     def evict_idle(self) -> None:
         """Remove cached states that have passed the cache's time limit."""

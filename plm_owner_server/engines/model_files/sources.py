@@ -64,8 +64,8 @@ def resolve(model: str, cache_dir: Path) -> ModelFiles:
 def digest_folder(folder: Path) -> str:
     """SHA-256 of a model folder's names, sizes, headers and sampled blocks; takes seconds even for 140 GB.
 
-    Small files are read whole. A weight file contributes its first MiB (the safetensors header with every tensor's
-    name, shape and offset) and up to 64 blocks of 1 MiB at fixed offsets.
+    Small files are read whole. Of a weight file, up to 64 blocks of 1 MiB at fixed offsets are read. The first
+    one has the safetensors header with every tensor's name, shape and offset.
     """
     digest = hashlib.sha256()
     files = sorted(p for p in folder.iterdir() if p.suffix in _IDENTITY_SUFFIXES or p.name in _IDENTITY_NAMES)

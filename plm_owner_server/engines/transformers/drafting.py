@@ -24,8 +24,8 @@ class _Sequence(DraftSequence):
 
     Attributes:
         cached_tokens: number of its first tokens whose states were cached when it joined.
-        prompt_run: its row [T] of token ids in the pass that ran the end of the prompt, padding included, and the
-            position of the row's column 0; None before that pass.
+        prompt_run: token ids [T] of its row in the pass that ran the end of the prompt, padding included, and the
+            position of column 0. None before that pass.
     """
 
     cached_tokens: int = 0
@@ -35,8 +35,8 @@ class _Sequence(DraftSequence):
 class BatchedDrafting:
     """Batches that are drafted together.
 
-    A sequence that ends leaves at once, and the others stay where they are. All that decides about the next step is on
-    the host, so that a step waits for the device only once: for the tokens that the previous pass chose.
+    A sequence that ends leaves at once, and the others stay where they are. A step waits for the
+    device only once, for the tokens that the previous pass chose: all other state that it needs is on the host.
 
     Args:
         runner: runs the model.

@@ -115,7 +115,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Check on a real forward pass that softmax(head(f)) is the model's own distribution.
+        """Check on a real forward pass that softmax(head(last hidden state)) is the model's distribution.
 
         Raises:
             Unsupported: the logits are not the head of the last hidden state, or the representation is not as wide as

@@ -105,7 +105,7 @@ class ModelRunner:
     def _compute(
         self, tenant: str, prefixes: Sequence[list[int]], cached: Sequence[list[Tensor]]
     ) -> list[list[Tensor]]:
-        """Compute and store all states of some prefixes in one pass, given their cached states."""
+        """Compute and store all states of some prefixes in one pass. `cached` holds the states that exist already."""
         _, cache = self.prefill(prefixes, cached)
         states = []
         for row, (prefix, pieces) in enumerate(zip(prefixes, cached, strict=True)):
@@ -120,8 +120,8 @@ class ModelRunner:
     ) -> tuple[list[list[Tensor]], int]:
         """States of each sequence's longest cached prefix before `from_position`.
 
-        The prefix common to all sequences, and prefixes that several sequences share, as draws from one prompt do, are
-        computed once and cached if that saves more than it costs.
+        A prefix that all sequences share, or that some share (as draws from one prompt do), is computed once and
+        cached, if that saves more than it costs.
 
         Args:
             tenant: the tenant that asks.

@@ -19,7 +19,7 @@ class _Sequence(DraftSequence):
     """One sequence of a batch.
 
     Attributes:
-        echo: CRC-32 of the prompt as the model was given it; None before it was run.
+        echo: CRC-32 of the prompt as the model received it; None before it was run.
     """
 
     echo: int | None = None

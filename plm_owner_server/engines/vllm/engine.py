@@ -47,7 +47,7 @@ class PooledEngine:
     def warm_up(self) -> None:
         """Check on real passes that states are raw, and that a position's state does not depend on the request.
 
-        The head cannot be checked against the model's own logits, because such a model returns none.
+        The head cannot be checked against the model's logits, because such a model returns none.
 
         Raises:
             Unsupported: the states are not as wide as the head's input, not finite, or normalised, or those of one

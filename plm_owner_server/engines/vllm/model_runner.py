@@ -106,7 +106,7 @@ class PoolingModel(Protocol):
         """Remove all cached states. Return whether they could be removed."""
 
     def is_alive(self) -> bool:
-        """Return whether the model can still work, if that can be told without running it."""
+        """Return whether the model can still work, without running it."""
 
 
 class PooledRunner:
