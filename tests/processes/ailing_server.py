@@ -67,7 +67,7 @@ def _never_come_back() -> None:
 
 
 if __name__ == "__main__":
-    import plm_owner_server.cli.serve
+    import plm_owner_server.cli.server_process
 
-    plm_owner_server.cli.serve.load_engine = load_ailing_engine
+    plm_owner_server.cli.server_process.load_engine = load_ailing_engine
     main()

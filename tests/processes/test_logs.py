@@ -17,7 +17,7 @@ from plm_owner_server.logs import redact_task_exceptions, set_up_logs
 from transformers.utils import logging as transformers_logging
 
 set_up_logs("debug", sys.argv[1])
-with CallRecorder().of(CallRecord("encode", "rest", "POST /v1/encode", "id-1")) as call:
+with CallRecorder().record(CallRecord("encode", "rest", "POST /v1/encode", "id-1")) as call:
     call.usage.tokens, call.usage.rows, call.outcome, call.status = 5, 3, "overloaded", "429"
 
 def fail():

@@ -1,11 +1,14 @@
 """Which way the imports point, and what the packages offer."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import data_owner_client
+from protocol import errors
 
 pytestmark = pytest.mark.unguarded("no server")
 
@@ -35,6 +38,57 @@ def test_imports_point_one_way(package: str, forbidden: list[str]) -> None:
 
 def test_exported_names() -> None:
     assert sorted(data_owner_client.__all__) == data_owner_client.__all__
+    assert set(data_owner_client.__all__) == set(data_owner_client._HOMES) == _imported_for_checkers()
+    assert {name for name, each in vars(errors).items() if _is_error(each)} <= set(data_owner_client.__all__)
     for name in data_owner_client.__all__:
-        assert hasattr(data_owner_client, name)
-        assert getattr(data_owner_client, name).__doc__, name
+        exported = getattr(data_owner_client, name)
+        # The tree of errors is described as a whole.
+        assert exported.__doc__ or _is_error(exported), name
+    assert set(data_owner_client.__all__) <= set(dir(data_owner_client))
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        data_owner_client.nonsense  # noqa: B018
+
+
+def _imported_for_checkers() -> set[str]:
+    """Names that type checkers see: those imported under TYPE_CHECKING."""
+    tree = ast.parse(Path(data_owner_client.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    return {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+
+
+def _is_error(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, errors.PemaError)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import data_owner_client",
+        "from data_owner_client.cli import run; run(['--help'])",
+        "from data_owner_client.cli import run; run(['train', '--help'])",
+        "from data_owner_client import ConnectionSettings, DecodingSettings, SamplingSettings, TrainingSettings",
+    ],
+)
+def test_help_and_settings_import_nothing_heavy(code: str) -> None:
+    heavy = ["torch", "numpy", "httpx", "grpc", "matplotlib", "sacrebleu", "sklearn", "tokenizers", "safetensors"]
+    probe = f"{code}\nimport sys\nsys.exit(str([name for name in {heavy!r} if name in sys.modules] or ''))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["serve"], ["tenants"], ["tenants", "add"]], ids=" ".join)
+def test_the_servers_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    heavy = ["alembic", "anyio", "fastapi", "grpc", "numpy", "sqlalchemy", "torch", "transformers", "uvicorn"]
+    program = f"""
+import sys
+from plm_owner_server.cli import main
+try:
+    main()
+finally:
+    sys.stderr.write(" ".join(name for name in {heavy!r} if name in sys.modules))
+"""
+    command = [sys.executable, "-c", program, *arguments, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "usage: pema-server" in done.stdout
+    assert done.stderr == ""

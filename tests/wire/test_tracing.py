@@ -136,7 +136,7 @@ def test_spans_reach_the_collector_that_the_environment_names(monkeypatch: pytes
 def test_without_a_collector_nothing_of_it_is_imported() -> None:
     program = """
 import sys
-import plm_owner_server.cli.app
+import plm_owner_server.cli.server_process
 from plm_owner_server.operations.tracing import traces_from_environment
 
 assert traces_from_environment() is None
