@@ -1,4 +1,4 @@
-"""Requests to encode that are prepared once and sent as they are over either transport, and how each of them ended."""
+"""Load of `encode` requests that are serialised once and sent over either transport, with the outcome of each."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from protocol.protobuf import KEY_METADATA, PROBLEM_METADATA, to_proto
 
 ANSWERED = "answered"
 REFUSED = "refused"
-"""With a 429, or what is that over gRPC, and a time to come back."""
+"""Refused with 429, or its equivalent over gRPC, and a time to retry."""
 
 
 class Wire(Protocol):
     """Sends prepared requests over one transport."""
 
     async def send(self, tenant: int, text: int) -> str:
-        """How it ended: answered, refused with a time to come back, or in words that are counted."""
+        """Send a request. Return its outcome: `ANSWERED`, `REFUSED`, or a description of an unexpected one."""
         ...
 
 
 class Rest:
-    """Over HTTP, a client for each tenant.
+    """Load over HTTP, with a client for each tenant.
 
     Args:
         stack: closes the clients.
-        port: of the server.
-        keys: of the tenants.
-        requests: one for each text.
+        port: port of the server.
+        keys: keys of the tenants.
+        requests: requests, one for each text.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Rest:
             httpx.AsyncClient(
                 base_url=f"http://127.0.0.1:{port}",
                 headers={"Authorization": f"Bearer {key}", "Content-Type": BINARY},
-                timeout=None,  # noqa: S113 - who waits is told to go, or answered
+                timeout=None,  # noqa: S113 - the server answers or refuses every request
                 limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0),
                 trust_env=False,
             )
@@ -68,13 +68,13 @@ class Rest:
 
 
 class Grpc:
-    """Over gRPC, a channel for each tenant and a stream for each request.
+    """Load over gRPC, with a channel for each tenant and a stream for each request.
 
     Args:
         stack: closes the channels.
-        port: of the server.
-        keys: of the tenants.
-        requests: one for each text.
+        port: port of the server.
+        keys: keys of the tenants.
+        requests: requests, one for each text.
     """
 
     def __init__(
@@ -95,18 +95,18 @@ class Grpc:
             async for piece in call:
                 if piece.HasField("problem"):
                     problem = {item.name: value for item, value in piece.problem.ListFields()}
-                    return _judged(problem)
+                    return _outcome(problem)
                 if piece.last:
                     return ANSWERED
         except grpc.aio.AioRpcError as error:
-            given = dict(error.trailing_metadata() or ()).get(PROBLEM_METADATA)
-            return error.code().name if given is None else _judged(json.loads(given))
+            problem_json = dict(error.trailing_metadata() or ()).get(PROBLEM_METADATA)
+            return error.code().name if problem_json is None else _outcome(json.loads(problem_json))
         finally:
             call.cancel()
         return "half an answer"
 
 
-def _judged(problem: dict[str, Any]) -> str:
+def _outcome(problem: dict[str, Any]) -> str:
     if problem.get("status") != httpx.codes.TOO_MANY_REQUESTS:
         return f"problem {problem.get('status')}"
     return REFUSED if "retry_after_s" in problem else "429 without retry-after"

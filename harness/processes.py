@@ -145,7 +145,7 @@ def running_server(
 def server(log: Path, *flags: str, **how: Any) -> Iterator[Ports]:
     """A server on free ports, once it is ready; `how` are further arguments of `start_server`.
 
-    Its store stands beside its log, so that tenants of whoever runs this play no part. The log is begun again.
+    Its store is beside its log, so that tenants of the user who runs this have no effect. The log starts empty.
     """
     ports = Ports(*free_ports(2))
     log.unlink(missing_ok=True)

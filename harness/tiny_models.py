@@ -135,7 +135,7 @@ def save_model(architecture: str, folder: Path, *, chat_template: str | None = N
 
 @dataclass(frozen=True)
 class TinyModels:
-    """Folders of tiny models by architecture, made when first asked for. Llama has a chat template, the others none."""
+    """Folders of tiny models by architecture, made at first use. Only Llama has a chat template."""
 
     root: Path
 

