@@ -33,6 +33,7 @@ from protocol.head import LMHead
 _JSON, _TENSORS, _PAIRS = "adapter.json", "adapter.safetensors", "pairs.jsonl"
 # Parameters that format pema-adapter-1 stores under another name.
 _STORED_NAMES = {"mismatch_scale": "drifted"}
+_PARAMETER_NAMES = {stored: name for name, stored in _STORED_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,7 @@ class TrainedAdapter:
             if tensors["A.weight"].shape != (card.rank, card.model.hidden_size):
                 raise damaged
             adapter = Adapter(card.model.hidden_size, card.rank, card.form)
-            for name, stored in _STORED_NAMES.items():
-                if stored in tensors:
-                    tensors[name] = tensors.pop(stored)
-            adapter.load_state_dict(tensors)
+            adapter.load_state_dict({_PARAMETER_NAMES.get(name, name): value for name, value in tensors.items()})
         except (KeyError, RuntimeError, ValueError) as error:
             raise damaged from error
         if not all(value.isfinite().all() for value in (*tensors.values(), *head.parts())):

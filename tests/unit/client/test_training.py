@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -398,6 +399,17 @@ def test_an_adapter_survives_the_disk(tmp_path: Path) -> None:
     assert torch.equal(loaded.logprobs(cr_N_D), trained.logprobs(cr_N_D))
     assert loaded.card.expected_length(10) == 15.0
     assert loaded.card.expected_length(0) == 1.0
+
+
+def test_tensors_have_the_names_of_the_format_on_disk(tmp_path: Path) -> None:
+    trained, adapter = make_trained(), Adapter(D, 5, "recent")
+    torch.nn.init.constant_(adapter.mismatch_scale, 0.25)
+    card = trained.card.model_copy(update={"form": "recent"})
+    replace(trained, card=card, adapter=adapter).save(tmp_path)
+    names = {"A.weight", "B_pd.weight", "B_rct.weight", "E.weight", "drifted", "head_rms", "rms"}
+    tensors = safetensors.torch.load_file(tmp_path / "adapter.safetensors")
+    assert tensors.keys() == names | {"candidate_ids_C", "head.weight", "head.bias"}
+    assert TrainedAdapter.load(tmp_path).adapter.mismatch_scale.item() == tensors["drifted"].item() == 0.25
 
 
 def test_logprobs_are_a_distribution_through_the_whole_head() -> None:
