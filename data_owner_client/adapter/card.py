@@ -11,7 +11,7 @@ from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.types import AdapterForm
 from data_owner_client.data.example_retrieval import ExampleRetriever
 from data_owner_client.data.tasks import Task
-from data_owner_client.memory.manifest import ContextMode
+from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.identity import ModelIdentity
 from protocol.head import LMHead
 

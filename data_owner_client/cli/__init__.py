@@ -1,12 +1,7 @@
-"""The command `pema-client`: arguments in, `verbs` called, results out."""
+"""The command `pema-client`: arguments in, functions of the library called, results out."""
 
-# Each registers its commands, which `--help` lists in this order.
+# Each module registers its commands, which `--help` lists in this order.
 from data_owner_client.cli import connection, evaluation, generation, training
-from data_owner_client.cli.app import app
+from data_owner_client.cli.app import app, main, run
 
-__all__ = ["app", "connection", "evaluation", "generation", "main", "training"]
-
-
-def main() -> None:
-    """Entry point of `pema-client`."""
-    app()
+__all__ = ["app", "connection", "evaluation", "generation", "main", "run", "training"]

@@ -1,80 +1,156 @@
-"""The application: what all commands have in common."""
+"""The application: the parser, clear errors and exit statuses, common to all commands."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable
-from functools import wraps
-from typing import Annotated, NoReturn, ParamSpec
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from itertools import count
+from typing import Annotated, Any, NoReturn, TextIO, TypeVar
 
-import torch
-import typer
+import pydantic  # with it imported, cyclopts checks the bounds in annotations
+from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError, ValidationError
 
-from data_owner_client.cli.options import with_options
+from data_owner_client.cli.old_names import with_current_names
 from protocol.errors import PemaError
 
-_P = ParamSpec("_P")
-_INTERRUPTED = 130  # what shells make of SIGINT
+_Command = TypeVar("_Command", bound=Callable[..., int | None])
+_USAGE = 2
+_INTERRUPTED = 130  # the status that shells give for SIGINT
+_positions = count()
 
-app = typer.Typer(
+
+def _default_text(value: Any) -> str | None:
+    """The default in the help; None to show none."""
+    if value is None or value is False:
+        return None
+    return "yes" if value is True else str(value)
+
+
+app = App(
+    name="pema-client",
     help="PEMA, the data owner's side: adapt somebody else's language model to your private task.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
+    help_format="markdown",
+    version=lambda: version("pema"),
+    default_parameter=Parameter(
+        negative_bool=(), negative_iterable=(), allow_leading_hyphen=True, show_default=_default_text
+    ),
+    group_parameters=Group("Output", sort_key=6),
+    result_action="return_value",
+    exit_on_error=False,
+    print_error=False,
+    suppress_keyboard_interrupt=False,
 )
+app.meta.group_parameters = Group("Global", sort_key=8)
 
 
-def _leave(message: str, *, status: int) -> NoReturn:
-    """End at once. sys.exit would wait for threads that wait for the server; every file is written whole or not."""
-    sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
-    os._exit(status)
+@app.meta.default
+def _with_global_options(
+    *tokens: Annotated[str, Parameter(show=False)],
+    verbose: Annotated[bool, Parameter(help="Log every request with its id, which the server logs, too.")] = False,
+) -> int | None:
+    logging.getLogger("data_owner_client").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    # gRPC logs tracebacks of garbled answers, which are retried and reported anyway.
+    logging.getLogger("grpc").setLevel(logging.CRITICAL)
+    status: int | None = app(tokens)
+    return status
 
 
-def _clear_errors(command: Callable[_P, None]) -> Callable[_P, None]:
-    """Errors as one line that says what to do, and exit status 1; never a traceback for a user's mistake."""
+def command(name: str | tuple[str, ...] | None = None) -> Callable[[_Command], _Command]:
+    """Make a function a command, whose help is the whole docstring, examples included."""
 
-    @wraps(command)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except PemaError as error:
-            _leave(f"pema-client: {error}", status=1)
-        except KeyboardInterrupt:
-            again = "run the same command again (build-memory and train go on where they were, as do files of texts)"
-            _leave(f"pema-client: interrupted; {again}.", status=_INTERRUPTED)
-        except BrokenPipeError:
-            # The reader of our output, such as head, has gone.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-    return run
-
-
-def command(name: str | None = None) -> Callable[[Callable[_P, None]], Callable[..., None]]:
-    """Makes a function a command, with the options of the groups among its arguments, and clear errors."""
-
-    def register(function: Callable[_P, None]) -> Callable[..., None]:
-        return app.command(name)(with_options(_clear_errors(function)))
+    def register(function: _Command) -> _Command:
+        # As a section of its own, the parser of docstrings would leave the examples out.
+        words = inspect.cleandoc(function.__doc__ or "").replace("Examples:", "**Examples**", 1)
+        app.command(function, name=name, help=words, sort_key=next(_positions))
+        return function
 
     return register
 
 
-@app.callback()
-def options(
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Log every request with its id, which the server logs, too.")
-    ] = False,
-) -> None:
-    """PEMA, the data owner's side: adapt somebody else's language model to your private task."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("data_owner_client").setLevel(logging.DEBUG if verbose else logging.WARNING)
-    # It logs tracebacks of garbled answers, which we are told of, too, and ask for again.
-    logging.getLogger("grpc").setLevel(logging.CRITICAL)
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one command line in this process and return its exit status.
+
+    Results go to `sys.stdout`, and errors as one line to `sys.stderr`, both as they are at the time of the call.
+
+    Args:
+        argv: arguments after the program's name; None for those of this process.
+
+    Returns:
+        0 on success, 1 for an error of the work, 2 for a mistake in the command line, 130 when interrupted.
+    """
+    try:
+        with _warnings_on_stderr():
+            status = app.meta(with_current_names(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except CycloptsError as error:
+        verb = f" {error.command_chain[0]}" if error.command_chain else ""
+        return _failed(f"{_usage_error(error)} See pema-client{verb} --help.", status=_USAGE)
+    except PemaError as error:
+        return _failed(str(error), status=1)
+    except KeyboardInterrupt:
+        again = "run the same command again (build-memory and train go on where they were, as do files of texts)"
+        return _failed(f"interrupted; {again}.", status=_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of the output, such as head, has gone.
+        with suppress(OSError):  # no file, but a buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status or 0
+
+
+def main() -> NoReturn:
+    """Entry point of `pema-client`: run the command line of this process and end it."""
+    status = run()
+    if status == 0:
+        sys.exit()
+    # sys.exit would wait for threads that wait for the server; every file is written whole or not at all.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def set_threads(threads: int) -> None:
-    """Use so many CPU threads; 0 for all cores."""
+    """Use this many CPU threads; 0 for all cores."""
     if threads:
+        import torch
+
         torch.set_num_threads(threads)
+
+
+def _failed(message: str, *, status: int) -> int:
+    sys.stdout.flush()
+    print(f"pema-client: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+def _usage_error(error: CycloptsError) -> str:
+    """The parser's message as one line."""
+    error.verbose = False
+    if isinstance(error, ValidationError) and isinstance(error.__cause__, pydantic.ValidationError):
+        error.exception_message = f"{error.__cause__.errors()[0]['msg']}."
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        return f"Unexpected argument {error.unused_tokens[0]!r}."
+    return " ".join(str(error).split())
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Logs to the standard error stream of the moment, which tests replace."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+
+@contextmanager
+def _warnings_on_stderr() -> Iterator[None]:
+    handler, log = _StandardError(), logging.getLogger("data_owner_client")
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)

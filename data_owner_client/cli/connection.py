@@ -6,27 +6,28 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from cyclopts import Parameter
 
 from data_owner_client.cli.app import command
-from data_owner_client.cli.doctor import diagnose
-from data_owner_client.cli.options import AsJson, ServerOptions
-from data_owner_client.cli.output import print_record
-from data_owner_client.runtime.progress import RichReporter
+from data_owner_client.cli.options import DATA, DEFAULT_SERVER, AsJson, Connection, Server, connected
+from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION
 
-_DOCTOR_WAITS_S = 10.0
+_DOCTOR_WAITS_SECONDS = 10.0
 
 
 @command()
-def info(server: ServerOptions, as_json: AsJson = False) -> None:
+def info(
+    *, server: Server = DEFAULT_SERVER, connection: Connection = DEFAULT_CONNECTION, as_json: AsJson = False
+) -> None:
     """Show which model a server has, what it allows, and what is left of your quotas.
 
-    Example: `pema-client info --server http://127.0.0.1:8000`
+    Examples:
+
+    - `pema-client info --server http://127.0.0.1:8000`
     """
-    with server.connect() as plm:
+    from data_owner_client.cli.output import print_record
+
+    with connected(server, connection) as plm:
         record = plm.card.model_dump()
         if plm.rate_limits:
             record["left"] = {a.name: asdict(a) if as_json else str(a) for a in plm.rate_limits}
@@ -35,51 +36,58 @@ def info(server: ServerOptions, as_json: AsJson = False) -> None:
 
 @command()
 def doctor(
-    server: ServerOptions,
-    memory: Annotated[list[Path] | None, typer.Option(help="Memories to check; default: ./memory.")] = None,
-    adapter: Annotated[list[Path] | None, typer.Option(help="Adapters to check; default: ./adapter.")] = None,
+    *,
+    memory: Annotated[list[Path] | None, Parameter(help="Memories to check. Default: ./memory.", group=DATA)] = None,
+    adapter: Annotated[list[Path] | None, Parameter(help="Adapters to check. Default: ./adapter.", group=DATA)] = None,
+    server: Server = DEFAULT_SERVER,
+    connection: Connection = DEFAULT_CONNECTION,
     as_json: AsJson = False,
-) -> None:
+) -> int:
     """Check the way to a server, and that memories, adapters and the cached LM head belong to its model.
 
-    Tells how a round trip's time splits into network, queue, compute and serialisation. Exit status 1 if a check fails.
+    Shows how a round trip's time splits into network, queue, compute and serialisation. Exit status 1 if a check fails.
 
     Examples:
 
     - `pema-client doctor --server https://plm.example.com`
     - `pema-client doctor --memory memory --adapter adapter --json`
     """
+    from data_owner_client.cli.doctor import diagnose
+    from data_owner_client.cli.output import print_diagnosis, print_record
+
     impatient = replace(
-        server,
-        give_up_after=min(server.give_up_after, _DOCTOR_WAITS_S),
-        timeout=min(server.timeout, 3 * _DOCTOR_WAITS_S),
+        connection,
+        retry_for=min(connection.retry_for, _DOCTOR_WAITS_SECONDS),
+        timeout=min(connection.timeout, 3 * _DOCTOR_WAITS_SECONDS),
     )
     diagnosis = diagnose(
-        impatient.connect,
+        lambda: connected(server, impatient),
         memory if memory is not None else [path for path in [Path("memory")] if path.is_dir()],
         adapter if adapter is not None else [path for path in [Path("adapter")] if path.is_dir()],
     )
     if as_json:
         print_record(diagnosis.model_dump(), as_json, title="")
     else:
-        table = Table("", "check", "found", "advice", title=server.server)
-        for finding in diagnosis.findings:
-            mark = "[green]✓[/]" if finding.ok else "[red]✗[/]"
-            table.add_row(mark, *map(escape, (finding.check, finding.detail, finding.advice)))
-        Console().print(table)
-    if not diagnosis.healthy:
-        raise typer.Exit(1)
+        print_diagnosis(diagnosis, title=server)
+    return 0 if diagnosis.healthy else 1
 
 
 @command("fetch-head")
-def fetch_head(server: ServerOptions, as_json: AsJson = False) -> None:
+def fetch_head(
+    *, server: Server = DEFAULT_SERVER, connection: Connection = DEFAULT_CONNECTION, as_json: AsJson = False
+) -> None:
     """Download the whole LM head into the cache, for work that needs more than the candidates' rows.
 
-    Interrupted, the same command goes on where it stopped. What is there is checked against the server's digest.
+    Interrupted, the same command goes on where it stopped. The rows are checked against the server's digest.
 
-    Example: `pema-client fetch-head --server grpc://127.0.0.1:8001`
+    Examples:
+
+    - `pema-client fetch-head --server grpc://127.0.0.1:8001`
     """
-    with server.connect() as plm:
+    from data_owner_client.cli.output import print_record
+    from data_owner_client.runtime.progress import RichReporter
+
+    with connected(server, connection) as plm:
         head = plm.fetch_head(RichReporter())
         record = {"folder": str(head.folder), "rows": head.rows, "sha256": plm.card.head_digest}
     print_record(record, as_json, title="LM head")

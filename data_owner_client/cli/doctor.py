@@ -200,7 +200,7 @@ def _head(plm: RemotePlm) -> Finding:
             check="LM head",
             ok=True,
             detail=f"the owner gives no rows; {have:,} full distributions to work them out from are in the cache",
-            advice="" if have >= wanted else f"pema-client train asks for {wanted:,}, unless told --distributions.",
+            advice="" if have >= wanted else f"pema-client train asks for {wanted:,}, unless told --head-contexts.",
         )
     if plm.card.head_policy != "full":
         return Finding(check="LM head", ok=True, detail=f"the owner's policy is {plm.card.head_policy}", advice=needed)
@@ -214,7 +214,9 @@ def _memory(plm: RemotePlm, path: Path) -> Finding:
     if not memories:
         raise InvalidData(f"{path} holds no memory.", hint="Build one: pema-client build-memory.")
     for memory in memories:
-        memory.manifest.plan.model.require(ModelIdentity.from_card(plm.card), f"The memory in {memory.folder}", "the server")
+        memory.manifest.plan.model.require(
+            ModelIdentity.from_card(plm.card), f"The memory in {memory.folder}", "the server"
+        )
     counts = [f"{memory.folder.name}: {memory.manifest.rows:,} rows" for memory in memories]
     unfinished = [memory for memory in memories if not memory.complete]
     return Finding(

@@ -7,19 +7,25 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from data_owner_client.data.tasks import Task
-from data_owner_client.decoding.generation import Generation
-from data_owner_client.decoding.speculative import GenerationStats
-from data_owner_client.decoding.token_selection import TokenChoice
-from data_owner_client.plm.tokenizer import PlmTokenizer
 from data_owner_client.runtime.atomic_files import write_atomically
 from data_owner_client.runtime.resumable_output import ResumableOutput
 from protocol.errors import InvalidData, PemaError
+
+if TYPE_CHECKING:
+    from data_owner_client.cli.doctor import Diagnosis
+    from data_owner_client.data.tasks import Task
+    from data_owner_client.decoding.generation import Generation
+    from data_owner_client.decoding.token_selection import TokenChoice
+    from data_owner_client.evaluation.comparison.compare import Comparison
+    from data_owner_client.evaluation.evaluate import Evaluation
+    from data_owner_client.plm.tokenizer import PlmTokenizer
+    from data_owner_client.training.sweep_results import SweepRow
 
 
 def write_texts(
@@ -33,6 +39,8 @@ def write_texts(
 ) -> None:
     """Generate and write: to a file in parts that an interruption leaves behind, to standard output at the end."""
     if output is not None and not as_json and explain is None:
+        from data_owner_client.decoding.speculative import GenerationStats
+
         usage = GenerationStats()
 
         def work(numbers: list[int]) -> dict[int, str]:
@@ -133,4 +141,60 @@ def print_record(record: dict[str, Any], as_json: bool, *, title: str) -> None:
     for key, value in record.items():
         text = "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
         table.add_row(key, f"{value:,.3f}" if isinstance(value, float) else text)
+    Console().print(table)
+
+
+def print_diagnosis(diagnosis: Diagnosis, *, title: str) -> None:
+    """Show what `doctor` found as a table."""
+    table = Table("", "check", "found", "advice", title=title)
+    for finding in diagnosis.findings:
+        mark = "[green]✓[/]" if finding.ok else "[red]✗[/]"
+        table.add_row(mark, *map(escape, (finding.check, finding.detail, finding.advice)))
+    Console().print(table)
+
+
+def print_evaluation(evaluation: Evaluation, *, title: str) -> None:
+    """Show scores of the PLM alone and with the adapter as a table."""
+    table = Table("", "BLEU", "chrF", "perplexity", title=title)
+    perplexity = evaluation.perplexity
+    for name, scores, value in (
+        ("PLM alone", evaluation.plm, perplexity and perplexity.plm),
+        ("PLM + adapter", evaluation.pema, perplexity and perplexity.mixture),
+    ):
+        table.add_row(name, f"{scores.bleu:.1f}", f"{scores.chrf:.1f}", "–" if value is None else f"{value:.2f}")
+    if perplexity is not None and perplexity.pema_covered is not None:
+        covered = f"the {perplexity.coverage:.1%} of tokens that it covers"
+        table.caption = f"Perplexity of the adapter alone, on {covered}: {perplexity.pema_covered:.2f}."
+    Console().print(table)
+    Console().print(evaluation.pema.bleu_signature, evaluation.pema.chrf_signature, sep="\n", highlight=False)
+
+
+def print_comparison(comparison: Comparison, *, title: str) -> None:
+    """Show scores of all systems as a table."""
+    table = Table("", "BLEU", "chrF", "perplexity", "p against published", "training s", title=title)
+    for row in comparison.rows:
+        perplexity = "–" if row.ppl is None else f"{row.ppl:.2f}"
+        p_value = "–" if row.p_value_chrf_vs_published is None else f"{row.p_value_chrf_vs_published:.3f}"
+        table.add_row(row.name, f"{row.bleu:.1f}", f"{row.chrf:.1f}", perplexity, p_value, f"{row.train_seconds:.0f}")
+    table.caption = "p of the difference in chrF, by paired bootstrap"
+    Console().print(table)
+    Console().print(*comparison.signatures, sep="\n", highlight=False)
+
+
+def print_sweep(rows: Sequence[SweepRow], *, varied: Sequence[str]) -> None:
+    """Show the likeliest interpolation of each training as a table.
+
+    Args:
+        rows: all points of the grid.
+        varied: names of the settings with several values.
+    """
+    from data_owner_client.training.sweep_results import SETTINGS, likeliest
+
+    # Besides the varied settings, those that a reader expects.
+    shown = [name for name in SETTINGS if name in ("form", "rank") or name in varied]
+    columns = (*shown, "examples", "schedule", "lambda_max", "nll", "train_seconds")
+    table = Table(*columns, title=f"likeliest interpolation of each training; the PLM alone: {rows[0].plm_nll:.3f}")
+    for row in likeliest(rows):
+        values = map(row.value, columns)
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
     Console().print(table)

@@ -4,73 +4,74 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from dataclasses import make_dataclass
 from pathlib import Path
-from typing import Annotated, get_args
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-import typer
-from rich.console import Console
-from rich.table import Table
+from annotated_types import Ge, Le
+from cyclopts import Parameter
 
-from data_owner_client.adapter.types import ADAPTER_FORMS, SCHEDULES, AdapterForm
+from data_owner_client.adapter.types import Schedule
 from data_owner_client.cli.app import command, set_threads
 from data_owner_client.cli.inputs import pairs_of
 from data_owner_client.cli.options import (
+    DATA,
+    DEFAULT_SERVER,
+    GRID,
+    OUTPUT,
     AdapterFolder,
     AsJson,
-    Decoded,
+    Connection,
     Dtype,
     FileFormat,
     InputFile,
     MemoryFolder,
-    Minutes,
-    ServerOptions,
+    Server,
     ShareTargets,
     SourceField,
     Sources,
     TargetField,
     Targets,
+    TaskName,
     Threads,
+    Training,
+    connected,
 )
-from data_owner_client.cli.output import print_record
 from data_owner_client.data.pairs import read_pairs
-from data_owner_client.data.tasks import load_task
-from data_owner_client.memory.build_splits import build_memories
-from data_owner_client.memory.manifest import ContextMode
-from data_owner_client.runtime.progress import RichReporter
-from data_owner_client.training.settings import OLD_PAIRINGS, Pairing, TrainingSettings
-from data_owner_client.training.sweep import Grid
-from data_owner_client.training.sweep import sweep as run_sweep
-from data_owner_client.training.sweep_results import SETTINGS, likeliest
-from data_owner_client.training.train import train as train_adapter
-from protocol.errors import InvalidData
+from data_owner_client.memory.types import ContextMode
+from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION
+from data_owner_client.runtime.declared_settings import declared_setting, varied_names
+from data_owner_client.training.settings import DEFAULT_TRAINING, TrainingSettings
 
 
 @command("build-memory")
 def build_memory(
-    server: ServerOptions,
+    *,
     memory: MemoryFolder = Path("memory"),
-    task: Annotated[str, typer.Option(help="Name of a built-in task, or a TOML file.")] = "translate-en-de",
+    task: TaskName = "translate-en-de",
     input_file: InputFile = None,
     sources: Sources = None,
     targets: Targets = None,
     validation: Annotated[
-        Path | None, typer.Option(help="Pairs held out for validation; default: a share of the input.")
+        Path | None, Parameter(help="Pairs held out for validation. Default: a share of the input.", group=DATA)
     ] = None,
     validation_fraction: Annotated[
-        float, typer.Option(min=0.0, max=0.5, help="Share of the input to hold out (at most 300 pairs).")
+        float, Ge(0), Le(0.5), Parameter(help="Share of the input to hold out (at most 300 pairs).", group=DATA)
     ] = 0.05,
     context: Annotated[
         ContextMode | None,
-        typer.Option(help="Contexts of the memory; default: private, or teacher-forced with --share-targets."),
+        Parameter(help="Contexts of the memory. Default: private, or teacher-forced with --share-targets.", group=DATA),
     ] = None,
-    share_targets: ShareTargets = False,
     file_format: FileFormat = None,
     source_field: SourceField = "source",
     target_field: TargetField = "target",
-    dtype: Dtype = "float16",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away what the folder holds.")] = False,
+    overwrite: Annotated[bool, Parameter(help="Delete the contents of the folder first.", group=DATA)] = False,
     as_json: AsJson = False,
+    server: Server = DEFAULT_SERVER,
+    connection: Connection = DEFAULT_CONNECTION,
+    dtype: Dtype = "float16",
+    share_targets: ShareTargets = False,
 ) -> None:
     """Build an external memory from pairs of texts. Interrupted, the same command goes on where it stopped.
 
@@ -94,10 +95,15 @@ def build_memory(
         source = "Terminate the operation."
         target = "Stop."
     """
+    from data_owner_client.cli.output import print_record
+    from data_owner_client.data.tasks import load_task
+    from data_owner_client.memory.build_splits import build_memories
+    from data_owner_client.runtime.progress import RichReporter
+
     mode: ContextMode = context or ("teacher-forced" if share_targets else "private")
     pairs = pairs_of(input_file, sources, targets, file_format, source_field=source_field, target_field=target_field)
     held_out = read_pairs(validation, source_field=source_field, target_field=target_field) if validation else None
-    with server.connect(dtype) as plm:
+    with connected(server, connection, dtype) as plm:
         report = build_memories(
             plm,
             load_task(task),
@@ -113,77 +119,16 @@ def build_memory(
     print_record(report.model_dump(), as_json, title="external memory")
 
 
-def _pairing(word: str) -> str:
-    """The pairing of this name; one of an earlier version is translated, with a warning."""
-    if word in OLD_PAIRINGS:
-        typer.echo(f"--pairing {word} is deprecated: use --pairing {OLD_PAIRINGS[word]}.", err=True)
-        return OLD_PAIRINGS[word]
-    if word not in get_args(Pairing):
-        raise typer.BadParameter(f"{word!r} is not one of {', '.join(get_args(Pairing))}.")
-    return word
-
-
 @command()
 def train(
-    server: ServerOptions,
+    *,
     memory: MemoryFolder = Path("memory"),
     adapter: AdapterFolder = Path("adapter"),
-    form: Annotated[
-        AdapterForm | None, typer.Option(help="Form of the adapter; default: what suits the memory and the pairing.")
-    ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="R, at most the model's hidden size.")] = TrainingSettings.rank,
-    kappa: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="κ, weight of the reconstruction loss.")
-    ] = TrainingSettings.kappa,
-    learning_rate: Annotated[
-        float, typer.Option(min=1e-9, help="Adam's learning rate.")
-    ] = TrainingSettings.learning_rate,
-    dropout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Dropout.")] = TrainingSettings.dropout,
-    pairing: Annotated[
-        Pairing | None,
-        typer.Option(
-            help="Of targets with contexts in private memories; by_position: as in the paper; default: aligned or "
-            "reliable, chosen on the validation memory.",
-            parser=_pairing,
-            metavar="[aligned|reliable|by_position]",
-        ),
-    ] = TrainingSettings.pairing,
-    nearest: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Pairs of the memory that the PLM sees as examples, those most like the text at hand; default: chosen "
-            "on the validation memory; none if its targets are private.",
-        ),
-    ] = TrainingSettings.nearest,
-    gate: Annotated[
-        bool, typer.Option("--gate/--no-gate", help="Whether a learned gate may take the place of a schedule of λ.")
-    ] = TrainingSettings.gate,
-    minutes: Minutes = TrainingSettings.minutes,
-    decoded: Decoded = TrainingSettings.decoded,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of joint training, at most.")] = TrainingSettings.epochs,
-    distributions: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="Where the owner gives no rows of the LM head (policy none): of how many contexts of the memory to "
-            "ask for the full distribution, as rows are worked out from these. Default: a tenth more than the model "
-            "is wide, which makes them exact; fewer make an estimate.",
-        ),
-    ] = TrainingSettings.distributions,
-    full_vocabulary: Annotated[
-        bool,
-        typer.Option(
-            "--full-vocabulary",
-            help="Softmax over all tokens, not only those of the targets; the adapter then holds the whole LM head.",
-        ),
-    ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")] = TrainingSettings.seed,
-    device: Annotated[
-        str | None, typer.Option(help="Where to train, such as cpu or cuda:1; default: CUDA where there is CUDA.")
-    ] = None,
-    threads: Threads = 0,
+    settings: Training = DEFAULT_TRAINING,
     as_json: AsJson = False,
+    threads: Threads = 0,
+    server: Server = DEFAULT_SERVER,
+    connection: Connection = DEFAULT_CONNECTION,
 ) -> None:
     """Train the adapter on this machine. The defaults need no tuning; the best validation epoch is kept.
 
@@ -196,28 +141,15 @@ def train(
     Examples:
 
     - `pema-client train --memory memory --adapter adapter`
-    - `pema-client train --minutes 30` (look longer for better settings; `--minutes 0` does not look)
+    - `pema-client train --search-minutes 30` (search longer for better settings; `--search-minutes 0` trains once)
     - `pema-client train --form paper --seed 1 --json`
     """
+    from data_owner_client.cli.output import print_record
+    from data_owner_client.runtime.progress import RichReporter
+    from data_owner_client.training.train import train as train_adapter
+
     set_threads(threads)
-    settings = TrainingSettings(
-        form=form,
-        rank=rank,
-        kappa=kappa,
-        learning_rate=learning_rate,
-        dropout=dropout,
-        pairing=pairing,
-        nearest=nearest,
-        gate=gate,
-        minutes=minutes,
-        decoded=decoded,
-        epochs=epochs,
-        distributions=distributions,
-        full_vocabulary=full_vocabulary,
-        seed=seed,
-        device=device,
-    )
-    with server.connect() as plm:
+    with connected(server, connection) as plm:
         _, report = train_adapter(plm, memory, adapter, settings=settings, reporter=RichReporter())
     card = report.card
     shown = {
@@ -233,46 +165,54 @@ def train(
     print_record(report.model_dump() if as_json else shown, as_json, title="adapter")
 
 
+def _several(name: str) -> tuple[str, Any, Any]:
+    """A field of `_Varied`: any number of values of a training setting."""
+    setting = declared_setting(TrainingSettings, name)
+    value, *metadata = get_args(setting.annotation)
+    if NoneType in get_args(value):  # the default alone
+        (value,) = (part for part in get_args(value) if part is not NoneType)
+    several = list[Annotated[value, *metadata]] | None  # type: ignore[valid-type]
+    return name, Annotated[several, Parameter(help=setting.sentence)], None
+
+
+if TYPE_CHECKING:
+    _Varied = Any
+else:
+    _Varied = make_dataclass(
+        "_Varied",
+        map(_several, varied_names(TrainingSettings)),
+        namespace={"__module__": __name__},
+        frozen=True,
+        kw_only=True,
+    )
+_NOT_VARIED = _Varied()
+
+
 @command()
 def sweep(
-    server: ServerOptions,
+    *,
     memory: MemoryFolder = Path("memory"),
-    folder: Annotated[Path, typer.Option(help="For the results.")] = Path("runs/sweep"),
-    form: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"Forms: {', '.join(ADAPTER_FORMS)}; default: residual, or, on a private memory, of "
-            "which all aligned rows are learned, recent."
-        ),
-    ] = None,
-    rank: Annotated[list[int] | None, typer.Option(min=1, help="Ranks.")] = None,
-    kappa: Annotated[list[float] | None, typer.Option(min=0.0, max=1.0, help="Values of κ.")] = None,
-    learning_rate: Annotated[list[float] | None, typer.Option(min=1e-9, help="Learning rates.")] = None,
-    dropout: Annotated[list[float] | None, typer.Option(min=0.0, max=0.9, help="Dropout.")] = None,
-    reconstruction_epochs: Annotated[
-        list[int] | None, typer.Option(min=0, help="Epochs of the first phase; 0: joint training from the start.")
-    ] = None,
-    epochs: Annotated[list[int] | None, typer.Option(min=1, help="Epochs of the second phase, at most.")] = None,
-    ema_decay: Annotated[
-        list[float] | None,
-        typer.Option(min=0.0, max=0.9999, help="Decay of the weights' moving average; 0: the last weights."),
-    ] = None,
-    seed: Annotated[list[int] | None, typer.Option(min=0, max=2**31 - 1, help="Seeds.")] = None,
     examples: Annotated[
-        list[int] | None, typer.Option(min=1, help="Sizes of the memory: its first so many examples; default: all.")
+        list[Annotated[int, Ge(1)]] | None,
+        Parameter(help="Size of the memory: its first N pairs. Default: all.", group=GRID),
     ] = None,
+    varied: Annotated[_Varied, Parameter(name="*", group=GRID)] = _NOT_VARIED,
     schedule: Annotated[
-        list[str] | None, typer.Option(help=f"Schedules of λ: {', '.join(SCHEDULES)}; default: all but none.")
+        list[Schedule] | None, Parameter(help="Schedule of λ. Default: all but none.", group=GRID)
     ] = None,
     lambda_max: Annotated[
-        list[float] | None, typer.Option(min=0.0, max=1.0, help="Values of λ_max; default: 0.1, 0.2, … 0.9.")
+        list[Annotated[float, Ge(0), Le(1)]] | None,
+        Parameter(help="λ_max of the schedules. Default: 0.1, 0.2, … 0.9.", group=GRID),
     ] = None,
-    threads: Threads = 0,
+    folder: Annotated[Path, Parameter(help="Folder for the results.", group=OUTPUT)] = Path("runs/sweep"),
     as_json: AsJson = False,
+    threads: Threads = 0,
+    server: Server = DEFAULT_SERVER,
+    connection: Connection = DEFAULT_CONNECTION,
 ) -> None:
     """Train on a grid of settings and measure every interpolation on the held-out pairs.
 
-    Give an option several times for several values; what is left out stays at its default. Writes `sweep.csv`,
+    Give an option of the grid several times for several values; the others stay at their defaults. Writes `sweep.csv`,
     `sweep.json` and `sweep.png`. Interrupted, the same command goes on where it stopped.
 
     Examples:
@@ -280,40 +220,18 @@ def sweep(
     - `pema-client sweep --rank 64 --rank 256 --rank 512`
     - `pema-client sweep --examples 500 --examples 1000 --examples 2000 --schedule constant --json`
     """
+    from data_owner_client.cli.output import print_sweep
+    from data_owner_client.runtime.progress import RichReporter
+    from data_owner_client.training.sweep import Grid
+    from data_owner_client.training.sweep import sweep as run_sweep
+
     set_threads(threads)
-    _require_known("form", form, ADAPTER_FORMS)
-    _require_known("schedule", schedule, SCHEDULES)
-    given = {
-        "form": form,
-        "rank": rank,
-        "kappa": kappa,
-        "learning_rate": learning_rate,
-        "dropout": dropout,
-        "reconstruction_epochs": reconstruction_epochs,
-        "epochs": epochs,
-        "ema_decay": ema_decay,
-        "seed": seed,
-        "examples": examples,
-        "schedule": schedule,
-        "lambda_max": lambda_max,
-    }
-    grid = Grid(**{name: tuple(values) for name, values in given.items() if values})  # type: ignore[arg-type]
-    with server.connect() as plm:
+    points = {"examples": examples, "schedule": schedule, "lambda_max": lambda_max}
+    settings = {name: tuple(values) for name, values in vars(varied).items() if values}
+    grid = Grid(varied=settings, **{name: tuple(values) for name, values in points.items() if values})  # type: ignore[arg-type]
+    with connected(server, connection) as plm:
         rows = run_sweep(plm, memory, grid, folder, reporter=RichReporter())
     if as_json:
         sys.stdout.write(json.dumps([row.model_dump() for row in rows], indent=1) + "\n")
-        return
-    # Besides what was varied, what a reader expects.
-    varied = [name for name in SETTINGS if name in ("form", "rank") or given[name]]
-    columns = (*varied, "examples", "schedule", "lambda_max", "nll", "train_seconds")
-    table = Table(*columns, title=f"likeliest interpolation of each training; the PLM alone: {rows[0].plm_nll:.3f}")
-    for row in likeliest(rows):
-        values = (getattr(row, name) for name in columns)
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
-    Console().print(table)
-
-
-def _require_known(option: str, values: list[str] | None, known: Sequence[str]) -> None:
-    for value in values or ():
-        if value not in known:
-            raise InvalidData(f"There is no {option} {value!r}.", hint=f"There are {', '.join(known)}.")
+    else:
+        print_sweep(rows, varied=list(settings))

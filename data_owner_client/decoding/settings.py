@@ -15,7 +15,7 @@ class DecodingSettings:
     """Settings of decoding; only `max_new_tokens` can change a text.
 
     Attributes:
-        max_new_tokens: Longest answer.
+        max_new_tokens: Longest answer, in tokens.
         look_ahead: Tokens that the server drafts per call; never changes the text. Default: the number that pays, for
             each sequence, by its acceptance and the measured times.
         batch_size: Sequences in one call; one that ends makes room for the next.

@@ -11,10 +11,11 @@ from filelock import FileLock, Timeout
 from data_owner_client.data.pairs import Pair, digest_pairs
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.encode import encode_private, encode_teacher_forced, require_fits, tokenize_pair
-from data_owner_client.memory.manifest import ContextMode, MemoryPlan
+from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.memory.request_batches import ExampleSizes, split_into_requests
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.store import MANIFEST, ExternalMemory
+from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.connection.in_flight import InFlightWindow, ordered_map
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm

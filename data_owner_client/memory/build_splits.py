@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from data_owner_client.data.pairs import Pair, split_validation
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.build import build_memory
-from data_owner_client.memory.manifest import ContextMode
 from data_owner_client.memory.store import TRAIN, VALIDATION
+from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
 

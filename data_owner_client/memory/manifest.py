@@ -7,10 +7,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_owner_client.data.tasks import Task
+from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.identity import ModelIdentity
 from protocol.types import WireDtype
-
-ContextMode = Literal["private", "teacher-forced"]
 
 
 class ShardRecord(BaseModel):

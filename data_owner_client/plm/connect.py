@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 from data_owner_client.plm.connection.open import open_connection
-from data_owner_client.plm.connection.retries import RETRY_FOR_SECONDS
+from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION, ConnectionSettings
 from data_owner_client.plm.remote_plm import RemotePlm
 from protocol.errors import PemaError
 from protocol.types import WireDtype
@@ -13,35 +13,28 @@ from protocol.types import WireDtype
 
 def connect(
     url: str,
+    settings: ConnectionSettings = DEFAULT_CONNECTION,
     *,
     dtype: WireDtype = "float16",
-    api_key: str | None = None,
-    insecure: bool = False,
-    ca: Path | None = None,
-    client_certificate: Path | None = None,
-    client_key: Path | None = None,
-    timeout_s: float = 600.0,
-    give_up_after_s: float = RETRY_FOR_SECONDS,
+    **fields: Any,
 ) -> RemotePlm:
-    """The PLM behind a server. The arguments: see `connection.open_connection` and `RemotePlm`.
+    """Connect to the PLM behind a server: `connect("https://plm.example.com", api_key="…")`.
+
+    Args:
+        url: http://, https://, grpc:// or grpcs://.
+        settings: key, certificates, time-out and retries.
+        dtype: number format of representations on the wire.
+        fields: fields of `ConnectionSettings` that replace those of `settings`, for example `api_key`.
 
     Raises:
-        ConnectionFailed: nobody answers there.
-        Untrusted: it cannot prove who it is.
-        Unauthenticated: the owner asks for a key, or for a certificate.
+        ConnectionFailed: there is no answer at this address.
+        Untrusted: the server cannot prove its identity.
+        Unauthenticated: the owner requires a key, or a certificate.
         Forbidden: the key does not allow to see the model card.
-        InvalidRequest: the URL is none, `ca` holds no certificate, or the key would travel in the clear.
+        InvalidRequest: the URL is not one, `ca` holds no certificate, the key would travel in the clear, or a number is
+            out of its bounds.
     """
-    connection = open_connection(
-        url,
-        api_key=api_key,
-        insecure=insecure,
-        ca=ca,
-        client_certificate=client_certificate,
-        client_key=client_key,
-        timeout_s=timeout_s,
-        give_up_after_s=give_up_after_s,
-    )
+    connection = open_connection(url, settings, **fields)
     try:
         return RemotePlm(connection, dtype=dtype)
     except PemaError:

@@ -1,73 +1,81 @@
-"""What can be set in training."""
+"""Settings of training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Unit
 
 from data_owner_client.adapter.types import AdapterForm
+from data_owner_client.runtime.declared_settings import VARIED, require_in_bounds
 
 Pairing = Literal["aligned", "reliable", "by_position"]
 OLD_PAIRINGS: dict[str, Pairing] = {"sure": "reliable", "position": "by_position"}
 """Words of earlier versions, which flags accept and adapter cards may hold."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """What can be set; the defaults need no tuning for memories of a thousand to some hundred thousand rows.
+    """Settings of one training; the defaults need no tuning for memories of a thousand to some hundred thousand rows.
 
     Attributes:
-        form: of the adapter; None for what measures better: `residual`, or `recent` with private contexts of which some
-            are not reliable; `paper` where the representations are not in the LM head's space.
-        rank: R; at most the model's hidden size.
-        kappa: κ, weight of the reconstruction loss in the joint phase.
-        learning_rate: Adam's, at its peak; it falls to zero along a cosine.
-        dropout: probability, on all the time.
-        reconstruction_epochs: passes of phase 1.
-        epochs: passes of phase 2, at most.
-        patience: epochs without a better validation likelihood after which phase 2 ends.
-        batch_rows: rows of a step.
-        ema_decay: decay at each step of the exponential moving average of phase 2's weights, which is the adapter.
-            The first steps use a smaller decay, so that short trainings forget their start. 0 for the last weights.
-        pairing: of targets and contexts in private memories: `aligned` (`memory.alignment`), only the
-            `reliable` ones of these, or `by_position`, as in the paper. None to train with the first two and keep that
-            which finds the held-out targets of reliable contexts likelier.
-        nearest: pairs of the memory, those most like the text at hand, that the PLM sees as examples in its prompt,
-            while the adapter sees the task's own; None to choose between none and some on the validation memory.
-        gate: whether a gate that predicts λ at each position may take the place of a schedule.
-        minutes: to look for better settings than these, by whole trainings with one change at a time (form, rank, κ,
-            learning rate, dropout: those that are at their defaults); 0 not to. With it, how many are tried
-            depends on the machine's speed.
-        decoded: held-out texts that are decoded with several interpolations, of which the one with the highest chrF is
-            taken; 0 to take the likeliest interpolation.
-        distributions: contexts whose full distributions the LM head's rows are worked out from, where the owner gives
-            none (head policy `none`); None for as many as make the rows exact.
-        full_vocabulary: let the adapter's softmax run over all of V; else over the tokens of the memory's targets.
-        seed: of initialisation, shuffling and dropout.
-        device: where to train; None for CUDA, in bfloat16, where there is CUDA, else the CPU.
+        form: Form of the adapter's network. Default: `residual`, or `recent` for private contexts of which some are
+            not reliable, or `paper` where representations are not in the LM head's space.
+        rank: Rank R of the adapter's matrices, at most the model's hidden size.
+        kappa: Weight κ of the reconstruction loss in the joint phase.
+        learning_rate: Adam's learning rate at its peak, from which it falls to zero along a cosine.
+        dropout: Probability with which a coordinate is dropped, in both phases.
+        reconstruction_epochs: Passes of the first phase, reconstruction alone; 0 starts with joint training.
+        epochs: Passes of the second phase, joint training, at most.
+        patience: Epochs without a better validation likelihood after which the second phase ends.
+        batch_rows: Rows of the memory in one step.
+        ema_decay: Decay at each step of the exponential moving average of the second phase's weights, which becomes
+            the adapter; 0 takes the last weights. The first steps use a smaller decay.
+        pairing: Pairing of targets and contexts in private memories: all `aligned` ones, only the `reliable` ones, or
+            `by_position` as in the paper. Default: the better of the first two on the validation memory.
+        retrieved_examples: Pairs of the memory, most similar to the text, that the PLM sees as examples. Default:
+            chosen on the validation memory; none if the targets are private.
+        gate: A learned gate, which predicts λ at each position, may replace a schedule of λ.
+        search_minutes: Minutes to search for better settings by whole trainings, one change at a time; settings that
+            you set yourself stay. 0 trains once.
+        selection_texts: Held-out texts that are decoded to choose λ by chrF; 0 chooses by likelihood alone.
+        head_contexts: Contexts whose full distributions the LM head's rows are recovered from, if the owner's policy
+            gives no rows. Default: enough to make the rows exact (a tenth more than the hidden size); fewer estimate.
+        full_vocabulary: Softmax over all tokens, not only those of the targets; the adapter then holds the whole LM
+            head.
+        seed: Seed of initialisation, shuffling and dropout.
+        device: Device to train on, such as `cpu` or `cuda:1`. Default: CUDA, in bfloat16, if there is CUDA, else the
+            CPU.
     """
 
-    form: AdapterForm | None = None
-    rank: int = 512
-    kappa: float = 0.2
-    learning_rate: float = 2e-3
-    dropout: float = 0.2
-    reconstruction_epochs: int = 2
-    epochs: int = 12
-    patience: int = 3
-    batch_rows: int = 512
-    ema_decay: float = 0.99
+    form: Annotated[AdapterForm | None, VARIED] = None
+    rank: Annotated[int, Ge(1), VARIED] = 512
+    kappa: Annotated[float, Ge(0), Le(1), VARIED] = 0.2
+    learning_rate: Annotated[float, Gt(0), VARIED] = 2e-3
+    dropout: Annotated[float, Ge(0), Le(0.9), VARIED] = 0.2
+    reconstruction_epochs: Annotated[int, Ge(0), Unit("epochs"), VARIED] = 2
+    epochs: Annotated[int, Ge(1), Unit("epochs"), VARIED] = 12
+    patience: Annotated[int, Ge(1), Unit("epochs")] = 3
+    batch_rows: Annotated[int, Ge(1), Unit("rows")] = 512
+    ema_decay: Annotated[float, Ge(0), Le(0.9999), VARIED] = 0.99
     pairing: Pairing | None = None
-    nearest: int | None = None
+    retrieved_examples: Annotated[int, Ge(0), Unit("pairs")] | None = None
     gate: bool = True
-    minutes: float = 5.0
-    decoded: int = 100
-    distributions: int | None = None
+    search_minutes: Annotated[float, Ge(0), Unit("minutes")] = 5.0
+    selection_texts: Annotated[int, Ge(0), Unit("texts")] = 100
+    head_contexts: Annotated[int, Ge(2), Unit("contexts")] | None = None
     full_vocabulary: bool = False
-    seed: int = 0
+    seed: Annotated[int, Ge(0), Le(2**31 - 1), VARIED] = 0
     device: str | None = None
+
+    def __post_init__(self) -> None:
+        require_in_bounds(self)
 
     @property
     def makes_sense(self) -> bool:
-        """Whether form and pairing go together: reliable contexts leave nothing that recent tokens make up for."""
+        """True if form and pairing go together: reliable contexts leave nothing that recent tokens make up for."""
         return (self.form, self.pairing) != ("recent", "reliable")
+
+
+DEFAULT_TRAINING = TrainingSettings()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from safetensors import safe_open
 
 from data_owner_client import ExternalMemory, TrainedAdapter
@@ -195,8 +194,8 @@ def test_sweep(url: str, adapter: Path, tmp_path: Path) -> None:
     assert "train_seconds" in client(url, *arguments).stdout
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 3
     refused = client(url, *arguments, "--schedule", "steep")
-    assert refused.returncode == 1
-    assert "no schedule 'steep'" in refused.stderr
+    assert refused.returncode == 2
+    assert 'Invalid value "steep" for --schedule. Choose from: "gradual", "linear"' in refused.stderr
 
 
 @pytest.mark.timeout(900)  # ten systems, four of them trained in processes of their own
@@ -547,7 +546,7 @@ def _kill_when_shards_grow(process: "subprocess.Popen[bytes]", folder: Path, rng
 
 
 def test_help_has_examples() -> None:
-    for verb in typer.main.get_group(app).commands:
+    for verb in (name for name in app if not name.startswith("-")):
         shown = client(None, verb, "--help").stdout
         assert f"pema-client {verb}" in shown
     done = subprocess.run(

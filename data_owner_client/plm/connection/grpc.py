@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import grpc
 
 from data_owner_client.plm.connection.base import unreachable_hint, untrusted_error
-from data_owner_client.plm.connection.retries import RETRY_FOR_SECONDS, Retrier
+from data_owner_client.plm.connection.retries import Retrier
+from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION, ConnectionSettings
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.chunks import join_head, join_rows
 from protocol.errors import ConnectionFailed, PayloadTooLarge, PemaError, ProtocolViolation, from_problem
@@ -47,22 +48,22 @@ from protocol.timing import ServerTiming
 _Result = TypeVar("_Result")
 _Answer = TypeVar("_Answer", EncodeResponse, DecodeResponse)
 _OPTIONS = [
-    # Pieces are of a MiB or so, but one sequence is never divided, and a long one at a large D is larger.
+    # Chunks have about a MiB, but a sequence is never divided, and a long one at a large D is larger.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    # Nothing compressed: a small answer could become a large one.
+    # No compression: a small answer could expand to a large one.
     ("grpc.compression_enabled_algorithms_bitset", 1 << grpc.Compression.NoCompression),
-    # A call may compute for minutes without a byte on the wire, and proxies drop connections that seem idle, often
-    # after a minute. Without the last of these gRPC would ping less and less often.
+    # A call may compute for minutes without a byte on the wire. Proxies drop connections that seem idle, often after a
+    # minute. Without the last of these options, gRPC would ping less and less often.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
-    # Else a new channel to the same server would share the connection of the one that was left as dead.
+    # Without this, a new channel to the server would share the dead connection of the one that it replaces.
     ("grpc.use_local_subchannel_pool", 1),
 ]
-# What gRPC says of a certificate, of whatever authority or name.
-_DISTRUST = re.compile(r"(?:CERTIFICATE_VERIFY_FAILED: |(?=Hostname Verification|Peer name))([^;\"]+)")
-_Attempt = dict[str, Any]  # the arguments of one attempt: its time-out and metadata
+# gRPC's messages about certificates of another CA or name.
+_CERTIFICATE_ERROR = re.compile(r"(?:CERTIFICATE_VERIFY_FAILED: |(?=Hostname Verification|Peer name))([^;\"]+)")
+_Attempt = dict[str, Any]  # the arguments of one attempt: time-out and metadata
 _Fetch = Callable[[Any, _Attempt], tuple[_Result, ServerTiming | None]]
 
 
@@ -78,40 +79,31 @@ class GrpcConnection:
     """gRPC connection to a PLM server; thread-safe.
 
     Args:
-        url: where the server listens, `grpc://host:port`, or `grpcs://host:port` for TLS.
-        api_key: sent with every call.
-        ca: PEM file of the authority that signed the server's certificate; one that all know unless given.
-        client_certificate: PEM file of our own, where the owner asks for one.
-        client_key: PEM file of its private key.
-        timeout_s: longest time that one attempt may take, in seconds.
-        give_up_after_s: how long a call that fails on the way is made again, in seconds.
+        url: URL of the server: `grpc://host:port`, or `grpcs://host:port` for TLS.
+        settings: key, certificates, time-out and retries.
     """
 
     def __init__(
         self,
         url: str,
-        *,
-        api_key: str | None = None,
-        ca: Path | None = None,
-        client_certificate: Path | None = None,
-        client_key: Path | None = None,
-        timeout_s: float = 600.0,
-        give_up_after_s: float = RETRY_FOR_SECONDS,
+        settings: ConnectionSettings = DEFAULT_CONNECTION,
     ) -> None:
         scheme, _, target = url.partition("://")
         self._url = url
-        self._timeout_s = timeout_s
-        self._attempts = Retrier(give_up_after_s)
+        self._timeout_s = settings.timeout
+        self._attempts = Retrier(settings.retry_for)
         self.observers = self._attempts.observers
         self.rate_limits: tuple[RateLimitStatus, ...] = ()
-        # The server is fair between clients, which may share an address.
+        # The id lets the server be fair between clients, which may share an address.
         self._metadata: tuple[tuple[str, str], ...] = ((CLIENT_METADATA, uuid.uuid4().hex),)
-        if api_key:
-            self._metadata += ((KEY_METADATA, f"Bearer {api_key}"),)
+        if settings.api_key:
+            self._metadata += ((KEY_METADATA, f"Bearer {settings.api_key}"),)
         self._target = target
         self._credentials = None
         if scheme == "grpcs":
-            self._credentials = grpc.ssl_channel_credentials(*map(_content, (ca, client_key, client_certificate)))
+            self._credentials = grpc.ssl_channel_credentials(
+                *map(_content, (settings.ca, settings.client_key, settings.client_certificate))
+            )
         self._channel_lock = threading.Lock()
         self._current = self._open_channel()
 
@@ -127,15 +119,15 @@ class GrpcConnection:
             self._record_rate_limits(call)
             return from_proto(card, ModelCard)
 
-        # The first call of every command: a server that is not there should be said at once, not after a minute.
+        # The first call of every command: an unreachable server is reported at once, not after a minute.
         return self._call("GetModelCard", _untimed(fetch), fail_fast=True)
 
     def tokenizer(self) -> TokenizerBundle:
         def fetch(stub: Any, attempt: _Attempt) -> TokenizerBundle:
             call = stub.GetTokenizer(pema_pb2.GetTokenizerRequest(), **attempt)
-            pieces = list(call)
+            chunks = list(call)
             self._record_rate_limits(call)
-            return TokenizerBundle.from_json(b"".join(piece.data for piece in pieces))
+            return TokenizerBundle.from_json(b"".join(chunk.data for chunk in chunks))
 
         return self._call("GetTokenizer", _untimed(fetch))
 
@@ -144,9 +136,9 @@ class GrpcConnection:
 
         def fetch(stub: Any, attempt: _Attempt) -> HeadRows:
             call = stub.GetLmHead(proto, **attempt)
-            pieces = [from_proto(piece, HeadRows) for piece in call]
+            chunks = [from_proto(chunk, HeadRows) for chunk in call]
             self._record_rate_limits(call)
-            return join_head(pieces)
+            return join_head(chunks)
 
         return self._call("GetLmHead", _untimed(fetch))
 
@@ -181,26 +173,26 @@ class GrpcConnection:
             channel = grpc.secure_channel(self._target, self._credentials, _OPTIONS)
         return _ChannelAndStub(channel, pema_pb2_grpc.PlmStub(channel))  # type: ignore[no-untyped-call]
 
-    def _replace_channel(self, line: _ChannelAndStub) -> None:
-        """Take another line after a time-out: this one's connection may be dead, and every retry would use it.
+    def _replace_channel(self, old: _ChannelAndStub) -> None:
+        """Open another channel after a time-out: the connection may be dead, and every retry would use it.
 
-        It is not closed, for other calls may still be answered on it; it goes with the last of them.
+        The old channel is not closed, because other calls may still be answered on it. It goes with the last of them.
         """
         with self._channel_lock:
-            if line is self._current:
+            if old is self._current:
                 self._current = self._open_channel()
 
     def _attempt(self, fetch: _Fetch[_Result], request_id: str) -> tuple[_Result, ServerTiming | None]:
-        line, metadata = self._current, ((REQUEST_ID_METADATA, request_id), *self._metadata)
+        current, metadata = self._current, ((REQUEST_ID_METADATA, request_id), *self._metadata)
         try:
-            return fetch(line.stub, {"timeout": self._timeout_s, "metadata": metadata})
+            return fetch(current.stub, {"timeout": self._timeout_s, "metadata": metadata})
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-                self._replace_channel(line)
+                self._replace_channel(current)
             raise self._error_for(error, request_id) from error
         except PemaError as error:
-            # What the server says of our request comes as a problem, with the request's id. All else is our own
-            # judgement of its answer.
+            # An error from the server is a problem with the request's id. All others mean that the answer could not be
+            # read.
             if error.request_id is not None:
                 raise
             raise self._malformed_response(request_id) from error
@@ -215,19 +207,19 @@ class GrpcConnection:
     def _rows(
         self, open_stream: Any, call: Any, answer: type[_Answer], attempt: _Attempt
     ) -> tuple[_Answer, ServerTiming | None]:
-        """The answer to one call, on a stream of its own."""
+        """Make one call on a new stream, and join the chunks of its answer."""
         call.request_id = dict(attempt["metadata"])[REQUEST_ID_METADATA]
-        stream, pieces = open_stream(iter([call]), **attempt), []
-        for piece in stream:
-            if piece.HasField("problem"):
-                self._record_rate_limits(stream)  # waits for its end, which follows
-                problem = {field.name: value for field, value in piece.problem.ListFields()}
-                raise _problem_of(call.request_id, problem, piece.problem.status)
-            pieces.append(from_proto(piece.rows, answer))
-            if piece.last:
-                timing = piece.timing
-                self.rate_limits = from_fields(piece.quotas.rate_limit, piece.quotas.rate_limit_policy)
-                return join_rows(pieces), ServerTiming(timing.queue_ms, timing.compute_ms, timing.serialise_ms)
+        stream, chunks = open_stream(iter([call]), **attempt), []
+        for chunk in stream:
+            if chunk.HasField("problem"):
+                self._record_rate_limits(stream)  # waits for the end of the stream, which follows
+                problem = {field.name: value for field, value in chunk.problem.ListFields()}
+                raise _problem_of(call.request_id, problem, chunk.problem.status)
+            chunks.append(from_proto(chunk.rows, answer))
+            if chunk.last:
+                timing = chunk.timing
+                self.rate_limits = from_fields(chunk.quotas.rate_limit, chunk.quotas.rate_limit_policy)
+                return join_rows(chunks), ServerTiming(timing.queue_ms, timing.compute_ms, timing.serialise_ms)
         raise ProtocolViolation(
             "The server ended an answer in its middle.",
             hint="Nothing was stored; try again.",
@@ -242,14 +234,14 @@ class GrpcConnection:
         )
 
     def _error_for(self, error: Any, request_id: str) -> PemaError:
-        """The error that a call ended with: the server's own if it sent a problem, else what the status means."""
+        """The error of a call: the server's if it sent a problem, otherwise one that follows from the status."""
         self._record_rate_limits(error)
         problem = dict(error.trailing_metadata() or ()).get(PROBLEM_METADATA)
         if problem is not None:
             with suppress(ValueError):
                 return _problem_of(request_id, json.loads(problem), 500)
         status = error.code()
-        if status == grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own refusal: the server's would have a problem
+        if status == grpc.StatusCode.RESOURCE_EXHAUSTED:  # refused by gRPC itself: the server would send a problem
             return PayloadTooLarge(
                 "The request is larger than the server takes.", hint="Send fewer sequences in one request."
             )
@@ -259,8 +251,8 @@ class GrpcConnection:
                 hint="Is this a PEMA server of the same version?",
                 request_id=request_id,
             )
-        if (distrust := _DISTRUST.search(error.details() or "")) is not None:
-            return untrusted_error(self._url, distrust[1], request_id)
+        if (reason := _CERTIFICATE_ERROR.search(error.details() or "")) is not None:
+            return untrusted_error(self._url, reason[1], request_id)
         return ConnectionFailed(
             f"No answer from {self._url} ({status.name}).",
             hint=unreachable_hint(self._url, slow=status == grpc.StatusCode.DEADLINE_EXCEEDED),
@@ -279,5 +271,5 @@ def _problem_of(request_id: str, problem: object, status: int) -> PemaError:
 
 
 def _untimed(fetch: Callable[[Any, _Attempt], _Result]) -> _Fetch[_Result]:
-    """Only streams of calls carry the server's account of its time."""
+    """Add the missing timing to a result: only the streams of encode and decode carry it."""
     return lambda stub, attempt: (fetch(stub, attempt), None)

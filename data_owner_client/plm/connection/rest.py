@@ -1,4 +1,4 @@
-"""The calls over HTTP."""
+"""The calls over REST."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import TypeVar
 import httpx
 
 from data_owner_client.plm.connection.base import unreachable_hint, untrusted_error
-from data_owner_client.plm.connection.retries import RETRY_FOR_SECONDS, Retrier
+from data_owner_client.plm.connection.retries import Retrier
+from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION, ConnectionSettings
 from protocol.addresses import is_loopback
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import ConnectionFailed, NotReady, Overloaded, PemaError, ProtocolViolation, from_problem
@@ -43,49 +44,39 @@ _PROXY_ERRORS: dict[int, type[PemaError]] = {
 
 
 class RestConnection:
-    """HTTP connection to a PLM server; thread-safe. What failed on the way is asked again (`retries`).
+    """HTTP connection to a PLM server; thread-safe. Failed calls are repeated (`retries`).
 
     Args:
-        url: where the server listens, for example `http://127.0.0.1:8000`.
-        api_key: sent with every call.
-        ca: PEM file of the authority that signed the server's certificate; one that all know unless given.
-        client_certificate: PEM file of our own, where the owner asks for one.
-        client_key: PEM file of its private key.
-        timeout_s: longest time that one attempt may take, in seconds.
-        give_up_after_s: how long a call that fails on the way is made again, in seconds.
-        transport: what carries the requests instead of sockets, for tests.
+        url: URL of the server, for example `http://127.0.0.1:8000`.
+        settings: key, certificates, time-out and retries.
+        transport: replacement of the sockets, for tests; None for sockets.
     """
 
     def __init__(
         self,
         url: str,
+        settings: ConnectionSettings = DEFAULT_CONNECTION,
         *,
-        api_key: str | None = None,
-        ca: Path | None = None,
-        client_certificate: Path | None = None,
-        client_key: Path | None = None,
-        timeout_s: float = 600.0,
-        give_up_after_s: float = RETRY_FOR_SECONDS,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._url = url
-        self._timeout_s = timeout_s
-        self._attempts = Retrier(give_up_after_s)
+        self._timeout_s = settings.timeout
+        self._attempts = Retrier(settings.retry_for)
         self.observers = self._attempts.observers
         self.rate_limits: tuple[RateLimitStatus, ...] = ()
-        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_SECONDS))
-        # The server is fair between clients, which may share an address.
-        # Nothing compressed: a small answer could become a large one.
+        timeout = httpx.Timeout(settings.timeout, connect=min(settings.timeout, _CONNECT_TIMEOUT_SECONDS))
+        # The id lets the server be fair between clients, which may share an address.
+        # No compression: a small answer could expand to a large one.
         headers = {"X-Pema-Client": uuid.uuid4().hex, "Accept-Encoding": "identity"}
-        if api_key:
-            headers["Authorization"] = f"Bearer {api_key}"
+        if settings.api_key:
+            headers["Authorization"] = f"Bearer {settings.api_key}"
         self._http = httpx.Client(
             base_url=url,
             timeout=timeout,
             transport=transport,
             headers=headers,
-            verify=_context(ca, client_certificate, client_key),
-            # What goes to this very machine needs no proxy, which would read the key.
+            verify=_context(settings.ca, settings.client_certificate, settings.client_key),
+            # Calls to this machine need no proxy, which would see the key.
             trust_env=not is_loopback(url),
         )
 
@@ -95,7 +86,7 @@ class RestConnection:
         self._http.close()
 
     def model_card(self) -> ModelCard:
-        # The first call of every command: a server that is not there should be said at once, not after a minute.
+        # The first call of every command: an unreachable server is reported at once, not after a minute.
         return self._call("GET", "/v1/model", ModelCard, fail_fast=True)
 
     def tokenizer(self) -> TokenizerBundle:
@@ -165,20 +156,20 @@ class RestConnection:
             ) from error
 
     def _whole_response(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> httpx.Response:
-        """The whole response. httpx bounds the wait for each part of it, here they are bounded together."""
-        ends = time.monotonic() + self._timeout_s
+        """Read the whole response. httpx bounds the wait for each part; this bounds their sum."""
+        deadline = time.monotonic() + self._timeout_s
         with self._http.stream(method, path, content=body, headers=headers) as response:
             if response.headers.get("content-encoding", "identity") != "identity":
                 raise ProtocolViolation(
-                    f"{self._url}{path} answered with something compressed, which was not asked for.",
+                    f"{self._url}{path} sent a compressed answer, which was not requested.",
                     hint="Is there a proxy in front of the server?",
                     request_id=headers[_REQUEST_ID],
                 )
             parts = []
             for part in response.iter_bytes():
                 parts.append(part)
-                if time.monotonic() > ends:
-                    raise httpx.ReadTimeout("the answer drips", request=response.request)
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("the answer is too slow", request=response.request)
             return httpx.Response(
                 response.status_code, headers=response.headers, content=b"".join(parts), request=response.request
             )
@@ -190,7 +181,7 @@ def _problem(response: httpx.Response, request_id: str) -> PemaError:
     except ValueError:
         problem = None
     if not isinstance(problem, dict) and response.status_code in _PROXY_ERRORS:
-        # A proxy in front of the server refuses without our problem document.
+        # A proxy in front of the server refuses without a problem document of this protocol.
         after = response.headers.get("retry-after", "")
         error = _PROXY_ERRORS[response.status_code](
             f"Something in front of the server answered HTTP {response.status_code}.",
@@ -211,7 +202,7 @@ def _context(ca: Path | None, certificate: Path | None, key: Path | None) -> ssl
 
 
 def _certificate_error(error: BaseException | None) -> str | None:
-    """What is wrong with the server's certificate, if that was the error."""
+    """The reason why the server's certificate was rejected; None if the error is another one."""
     while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
         error = error.__cause__ or error.__context__
     return None if error is None else error.verify_message

@@ -40,7 +40,9 @@ def test_filters_are_those_of_transformers(
     if top_p < 1.0:
         expected_1_V = TopPLogitsWarper(top_p)(ids_1_T, expected_1_V)
     ours_V = sampling_scores(
-        SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty), logprob_V, context
+        SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty),
+        logprob_V,
+        context,
     )
     torch.testing.assert_close(ours_V, expected_1_V[0])
 

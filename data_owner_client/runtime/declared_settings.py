@@ -1,0 +1,139 @@
+"""Settings that a frozen dataclass declares once: type, default, bounds, unit and one sentence for each field.
+
+The annotation gives type, bounds and unit (`Annotated[float, Ge(0), Unit("s")]`), the field its default, and the class
+docstring's `Attributes` section the sentence. Command line, sweep and reference page are derived from them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt, Unit
+
+from protocol.errors import InvalidRequest
+
+Bound = Ge | Gt | Le | Lt
+_SIGNS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
+_HOLDS = {Ge: operator.ge, Gt: operator.gt, Le: operator.le, Lt: operator.lt}
+_TYPE_NAMES = {bool: "yes or no", int: "integer", float: "number", str: "text", Path: "path"}
+VARIED = "varied"
+"""Metadata of a setting of which a sweep may try several values."""
+
+
+@dataclass(frozen=True)
+class DeclaredSetting:
+    """One setting.
+
+    Attributes:
+        name: name of the field.
+        annotation: annotation of the field, with its metadata.
+        default: default value.
+        sentence: sentence about the field in the class docstring.
+    """
+
+    name: str
+    annotation: Any
+    default: Any
+    sentence: str
+
+    @property
+    def unit(self) -> str:
+        """The unit of the number, or "" if it has none."""
+        return next((str(each.unit) for each in _metadata(self.annotation) if isinstance(each, Unit)), "")
+
+    @property
+    def bounds(self) -> str:
+        """The bounds in signs, or "" if there are none."""
+        return ", ".join(map(_in_signs, _bounds(self.annotation)))
+
+    @property
+    def type_name(self) -> str:
+        """The type in words, or the choices."""
+        (part,) = set(_parts(self.annotation)) - {NoneType}
+        return ", ".join(map(str, get_args(part))) if get_origin(part) is Literal else _TYPE_NAMES[part]
+
+
+@cache
+def declared_settings(settings: Any) -> tuple[DeclaredSetting, ...]:
+    """The settings that a dataclass declares, in its order."""
+    from docstring_parser import parse_from_object  # only command line and documents need it
+
+    hints = get_type_hints(settings, include_extras=True)
+    sentences = {
+        each.arg_name: " ".join((each.description or "").split()) for each in parse_from_object(settings).params
+    }
+    return tuple(
+        DeclaredSetting(field.name, hints[field.name], field.default, sentences[field.name])
+        for field in fields(settings)
+    )
+
+
+def declared_setting(settings: Any, name: str) -> DeclaredSetting:
+    """One setting of a dataclass."""
+    return next(each for each in declared_settings(settings) if each.name == name)
+
+
+def varied_names(settings: Any) -> tuple[str, ...]:
+    """Names of the settings of which a sweep may try several values."""
+    hints = get_type_hints(settings, include_extras=True)
+    return tuple(field.name for field in fields(settings) if VARIED in _metadata(hints[field.name]))
+
+
+def require_in_bounds(settings: Any) -> None:
+    """Check the numbers of a settings dataclass, as its `__post_init__`.
+
+    Raises:
+        InvalidRequest: a number is out of its bounds.
+    """
+    kind: Any = type(settings)
+    for name, bounds in _bounds_of_class(kind):
+        value = getattr(settings, name)
+        for bound in bounds:
+            if value is not None and not _HOLDS[type(bound)](value, _limit(bound)):
+                raise InvalidRequest(f"{name} is {value!r}.", hint=f"It must be {_in_signs(bound)}.")
+
+
+@cache
+def _bounds_of_class(settings: Any) -> tuple[tuple[str, tuple[Bound, ...]], ...]:
+    hints = get_type_hints(settings, include_extras=True)
+    return tuple((field.name, _bounds(hints[field.name])) for field in fields(settings))
+
+
+def _bounds(annotation: Any) -> tuple[Bound, ...]:
+    return tuple(each for each in _metadata(annotation) if isinstance(each, Bound))
+
+
+def _limit(bound: Bound) -> Any:
+    return getattr(bound, type(bound).__name__.lower())
+
+
+def _in_signs(bound: Bound) -> str:
+    return f"{_SIGNS[type(bound)]} {_limit(bound):,g}"
+
+
+def _metadata(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) is Annotated:
+        yield from annotation.__metadata__
+    for part in _inside(annotation):
+        yield from _metadata(part)
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """The types of a union, without metadata."""
+    inside = _inside(annotation)
+    if not inside:
+        yield annotation
+    for part in inside:
+        yield from _parts(part)
+
+
+def _inside(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) is Annotated:
+        return (annotation.__origin__,)
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
