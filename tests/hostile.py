@@ -18,7 +18,7 @@ from protocol.errors import PemaError
 DEEP = "[" * 100_000
 HUGE = 10**400
 # What a number, a text or a list of a JSON file may be replaced by.
-hostile = st.sampled_from(
+hostile: st.SearchStrategy[Any] = st.sampled_from(
     [
         0,
         -1,
@@ -41,6 +41,8 @@ hostile = st.sampled_from(
     ]
 ) | st.lists(st.integers(-1, 2**62), max_size=3)
 DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "X", ""]
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 
 def refused(read: Callable[[], Any]) -> Any:
@@ -129,15 +131,15 @@ def tensors_like(draw: st.DrawFn, tensors: dict[str, Tensor]) -> dict[str, Tenso
     return others if kind == "gone" else others | {name: tensor.contiguous()}
 
 
-def stored(draw: st.DrawFn, data: bytes) -> bytes:
+def stored(draw: Draw, data: bytes) -> bytes:
     """A container that is damaged, lies, or holds other tensors than it should."""
     kind = draw(st.sampled_from(["damaged", "crooked", "tensors"]))
     if kind == "tensors":
-        return safetensors.torch.save(draw(tensors_like(safetensors.torch.load(data))))
-    return draw(damaged(data) if kind == "damaged" else crooked(data))
+        return bytes(safetensors.torch.save(draw(tensors_like(safetensors.torch.load(data)))))
+    return bytes(draw(damaged(data) if kind == "damaged" else crooked(data)))
 
 
-def one_spoilt(draw: st.DrawFn, good: Mapping[Path, bytes], tensors: Collection[Path]) -> Path:
+def one_spoilt(draw: Draw, good: Mapping[Path, bytes], tensors: Collection[Path]) -> Path:
     """Put good files back and spoil one of them: which it is.
 
     Args:
@@ -147,18 +149,18 @@ def one_spoilt(draw: st.DrawFn, good: Mapping[Path, bytes], tensors: Collection[
     """
     for path, content in good.items():
         path.write_bytes(content)
-    path = draw(st.sampled_from(sorted(good)))
+    path: Path = draw(st.sampled_from(sorted(good)))
     path.write_bytes((stored if path in tensors else text_like)(draw, good[path]))
     return path
 
 
-def text_like(draw: st.DrawFn, data: bytes) -> bytes:
+def text_like(draw: Draw, data: bytes) -> bytes:
     """A file of JSON, in one piece or in lines, that is damaged, says something else, or is nested without end."""
     kind = draw(st.sampled_from(["damaged", "altered", "deep"]))
     if kind == "deep":
         return DEEP.encode()
     if kind == "damaged":
-        return draw(damaged(data))
+        return bytes(draw(damaged(data)))
     parts = [data] if data.startswith(b"{\n") else data.splitlines()
     at = draw(st.integers(0, len(parts) - 1))
     parts[at] = json.dumps(draw(altered(json.loads(parts[at])))).encode()

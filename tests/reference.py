@@ -49,7 +49,8 @@ class Reference:
             logits_V * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1)
         )
         cap = getattr(config, "final_logit_softcapping", None)
-        return logits_V if cap is None else cap * torch.tanh(logits_V / cap)
+        capped_V: Tensor = logits_V if cap is None else cap * torch.tanh(logits_V / cap)
+        return capped_V
 
     @torch.inference_mode()
     def pema(

@@ -63,7 +63,7 @@ def make_settings(**settings: Any) -> ServerSettings:
 
 
 def make_service(
-    folder: Path, *, wrap: Callable[[Any], Engine] | None = None, shared: bool = True, **settings: Any
+    folder: Path, *, wrap: Callable[[Any], Any] | None = None, shared: bool = True, **settings: Any
 ) -> PlmService:
     """The service over the model in `folder`, float32 on the CPU, warmed up.
 

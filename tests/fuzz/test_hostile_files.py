@@ -291,7 +291,7 @@ def test_server_settings(tmp_path: Path) -> None:
     def reads(content: bytes) -> None:
         path.write_bytes(content)
         try:
-            read = ServerSettings(_env_file=path)  # type: ignore[call-arg]
+            read = ServerSettings(_env_file=path)
         except (ValidationError, UnicodeDecodeError):  # which `main` explains
             return
         assert 0 <= read.prefix_cache_mib < float("inf")

@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from plm_owner_server.cli import main
+from plm_owner_server.cli import main, server_process
 from plm_owner_server.engines.interface import EncodeBatch, Encoded, Engine
 from plm_owner_server.engines.loading import load_engine
 from plm_owner_server.settings import ServerSettings
@@ -67,7 +67,5 @@ def _never_come_back() -> None:
 
 
 if __name__ == "__main__":
-    import plm_owner_server.cli.server_process
-
-    plm_owner_server.cli.server_process.load_engine = load_ailing_engine
+    setattr(server_process, "load_engine", load_ailing_engine)  # noqa: B010 - a name that it imports
     main()

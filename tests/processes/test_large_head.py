@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from data_owner_client.evaluation.evaluate import open_connection
+from data_owner_client.plm.connection.open import open_connection
 from data_owner_client.plm.remote_plm import RemotePlm
 from harness.tcp_proxy import Fault, faulty_proxy
 from harness.tiny_models import tiny_tokenizer

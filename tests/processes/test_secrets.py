@@ -133,14 +133,14 @@ def ask_over_grpc(address: str, key: str) -> list[str]:
         def attempt(call: Any, request: Any, metadata: Sequence[tuple[str, str]] = metadata) -> None:
             with pytest.raises(grpc.RpcError) as caught:
                 call(request, metadata=metadata, timeout=120)
-            told.append(f"{caught.value.details()} {caught.value.trailing_metadata()}")  # type: ignore[attr-defined]
+            told.append(f"{caught.value.details()} {caught.value.trailing_metadata()}")
 
         text = to_proto(DistributionRequest(text=TEXT, top_k=1), pema_pb2.DistributionRequest())
         stub.GetNextTokenDistribution(text, metadata=metadata, timeout=120)
         attempt(stub.GetNextTokenDistribution, text, [("authorization", f"Bearer {KEY}")])
         text.template = WORD
         attempt(stub.GetNextTokenDistribution, text)
-        raw = channel.unary_unary("/pema.v1.Plm/GetNextTokenDistribution")
+        raw: Any = channel.unary_unary("/pema.v1.Plm/GetNextTokenDistribution")
         attempt(raw, TEXT.encode())
         attempt(channel.unary_unary(f"/pema.v1.Plm/{WORD}"), b"")
 

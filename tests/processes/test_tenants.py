@@ -66,7 +66,8 @@ def test_an_owner_lets_a_tenant_in_and_out(
 
 
 def test_without_keys_a_server_listens_on_loopback_alone(tiny_models: TinyModels, tmp_path: Path) -> None:
-    done = pema_server(f"sqlite:///{tmp_path}/owner.db", "serve", "--host", "0.0.0.0", "--model", tiny_models["llama"])  # noqa: S104
+    flags = ["--host", "0.0.0.0", "--model", str(tiny_models["llama"])]  # noqa: S104
+    done = pema_server(f"sqlite:///{tmp_path}/owner.db", "serve", *flags)
     assert done.returncode == 1
     assert "any client that reaches 0.0.0.0" in done.stderr
     assert "Traceback" not in done.stderr

@@ -97,7 +97,9 @@ def test_tenants_are_known_by_their_certificates(tiny_models: TinyModels, tmp_pa
     acme = (own["acme"].chain, own["acme"].key)
 
     def asked(url: str, name: str | None, call: Callable[[Connection], Any], key: str | None = None) -> Any:
-        shown = {"client_certificate": own[name].chain, "client_key": own[name].key} if name else {}
+        shown: dict[str, Any] = {}
+        if name:
+            shown = {"client_certificate": own[name].chain, "client_key": own[name].key}
         connection = open_connection(url, api_key=key, ca=owners.file, retry_for=0, **shown)
         try:
             return call(connection)
@@ -184,7 +186,7 @@ def test_what_is_no_certificate_is_told(tmp_path: Path) -> None:
 
 def test_keys_do_not_travel_in_the_clear(tmp_path: Path) -> None:
     def settings(**given: object) -> ServerSettings:
-        return ServerSettings(_env_file=None, store=f"sqlite:///{tmp_path}/owner.db", **given)  # type: ignore[arg-type,call-arg]
+        return ServerSettings(_env_file=None, store=f"sqlite:///{tmp_path}/owner.db", **given)  # type: ignore[arg-type]
 
     TenantStore(settings().store).add("acme")
     authenticator_for(settings())

@@ -32,7 +32,7 @@ CALLS: dict[str, Callable[[Connection], object]] = {
     "decode": lambda c: c.decode(DecodeRequest(token_ids=[[5, 6]], look_ahead=[3])),
     "distribution": lambda c: c.distribution(DistributionRequest(token_ids=[5])),
 }
-SCOPE_OF: dict[str, Scope] = {name: name for name in SCOPES} | {  # type: ignore[assignment,misc]
+SCOPE_OF: dict[str, Scope] = {name: name for name in SCOPES} | {
     "model_card": "card",
     "tokenizer": "card",
     "lm_head": "head",

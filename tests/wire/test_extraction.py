@@ -42,7 +42,8 @@ def _stolen(service: PlmService, contexts: list[list[int]]) -> Tensor:
         [service.distribution(DistributionRequest(token_ids=c, top_k=0), THIEF).logprob_K for c in contexts]
     )
     logits_N_V = (logprob_N_V + seen.logsumexp_N[:, None]).double()
-    return torch.linalg.lstsq(seen.cr_N_D.double(), logits_N_V, driver="gelsd").solution.T
+    weight_D_V: Tensor = torch.linalg.lstsq(seen.cr_N_D.double(), logits_N_V, driver="gelsd").solution
+    return weight_D_V.T
 
 
 def test_as_many_distributions_as_the_head_is_wide_give_it_and_fewer_do_not(

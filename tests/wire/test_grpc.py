@@ -47,7 +47,7 @@ def channel(tiny_service: PlmService) -> Iterator[grpc.Channel]:
 
 @pytest.fixture(scope="module")
 def stub(channel: grpc.Channel) -> pema_pb2_grpc.PlmStub:
-    return pema_pb2_grpc.PlmStub(channel)
+    return pema_pb2_grpc.PlmStub(channel)  # type: ignore[no-untyped-call]
 
 
 def encode_call(request_id: str, ids: list[list[int]], **fields: Any) -> Any:
@@ -141,7 +141,7 @@ def test_pieces_of_different_answers_are_not_joined(tiny_service: PlmService) ->
 
 
 def test_health_and_reflection(channel: grpc.Channel) -> None:
-    health = health_pb2_grpc.HealthStub(channel)
+    health: Any = health_pb2_grpc.HealthStub(channel)
     for name in ("", "pema.v1.Plm"):
         deadline = time.monotonic() + 30
         while (status := health.Check(health_pb2.HealthCheckRequest(service=name)).status) != 1:
@@ -152,9 +152,9 @@ def test_health_and_reflection(channel: grpc.Channel) -> None:
 
 def test_before_the_model_is_loaded_every_call_is_unavailable() -> None:
     with serve_over_grpc(None) as url, guard.channel(url) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)
         assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        stub = pema_pb2_grpc.PlmStub(channel)
+        stub = pema_pb2_grpc.PlmStub(channel)  # type: ignore[no-untyped-call]
         with pytest.raises(grpc.RpcError) as caught:
             stub.GetModelCard(pema_pb2.GetModelCardRequest())
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE

@@ -17,6 +17,7 @@ from data_owner_client import Pair, TrainingReport, TrainingSettings, build_memo
 from data_owner_client.cli.doctor import diagnose
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.store import ExternalMemory
+from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.head_recovery.fit import contexts_needed, fit_rows
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
@@ -94,7 +95,7 @@ def owner(tiny_service: PlmService, tmp_path: Path, stack: ExitStack) -> Owner:
 
 
 def built(plm: RemotePlm, folder: Path, *, shared: bool = True) -> Path:
-    mode = "teacher-forced" if shared else "private"
+    mode: ContextMode = "teacher-forced" if shared else "private"
     build_memories(plm, TASK, PAIRS, folder, validation=PAIRS[:4], context_mode=mode, share_targets=shared)
     return folder
 
@@ -131,12 +132,12 @@ def test_training_is_that_of_the_policy_candidate(
     if shared:
         # Also of tokens that are no candidates.
         found = [evaluate(plms[policy], UNSEEN, adapters[policy], share_targets=True).perplexity for policy in plms]
-        candidate, none = found
-        assert candidate is not None
-        assert none is not None
-        assert none.coverage < 1
-        assert none.plm == pytest.approx(candidate.plm, rel=1e-3)
-        assert none.mixture == pytest.approx(candidate.mixture, rel=1e-3)
+        by_candidate, by_none = found
+        assert by_candidate is not None
+        assert by_none is not None
+        assert by_none.coverage < 1
+        assert by_none.plm == pytest.approx(by_candidate.plm, rel=1e-3)
+        assert by_none.mixture == pytest.approx(by_candidate.mixture, rel=1e-3)
     assert owner.distributions("none") == contexts_needed(plm.card) == 48
 
 

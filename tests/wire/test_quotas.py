@@ -69,7 +69,7 @@ def owner(tmp_path: Path) -> Owner:
     return Owner(store, str(store.add("acme")))
 
 
-@pytest.fixture(params=SERVERS.values(), ids=SERVERS)
+@pytest.fixture(params=list(SERVERS.values()), ids=list(SERVERS))
 def server(request: pytest.FixtureRequest) -> Serve:
     serving: Serve = request.param
     return serving
@@ -314,7 +314,7 @@ def test_grpc_tells_it_in_trailing_metadata_and_with_the_answers_of_a_stream(
         serve_over_grpc(tiny_service, access=owner.access) as url,
         guard.channel(url, with_key=False) as channel,
     ):
-        stub = pema_pb2_grpc.PlmStub(channel)
+        stub = pema_pb2_grpc.PlmStub(channel)  # type: ignore[no-untyped-call]
         _, card = stub.GetModelCard.with_call(pema_pb2.GetModelCardRequest(), metadata=metadata)
         assert dict(card.trailing_metadata()) == {
             "ratelimit": '"minute";r=6;t=40',

@@ -393,10 +393,10 @@ def test_openapi_has_a_valid_example_for_every_call(http: httpx.Client) -> None:
             problem = refusal["content"][PROBLEM_JSON]["example"]
             assert from_problem(problem, problem["status"]).http_status == problem["status"] == status
         if answer_type:
-            answer = answer_type.model_validate(example)
+            answer: Any = answer_type.model_validate(example)
         if request_type:
             content = operation["requestBody"]["content"]
-            request = request_type.model_validate(content[JSON]["example"])
+            request: Any = request_type.model_validate(content[JSON]["example"])
             assert content[BINARY]["schema"]["format"] == "binary"
             assert BINARY in operation["responses"]["200"]["content"]
         if isinstance(request_type, type) and hasattr(answer, "echo"):
@@ -414,9 +414,9 @@ def test_simultaneous_calls_do_not_mix(tiny_server: str, tiny_service: PlmServic
 
     def ask(request: EncodeRequest) -> EncodeResponse:
         headers = {"Content-Type": BINARY}
-        return EncodeResponse.from_bytes(http.post("/v1/encode", content=request.to_bytes(), headers=headers).content)
+        return EncodeResponse.from_bytes(client.post("/v1/encode", content=request.to_bytes(), headers=headers).content)
 
-    with guard.http(tiny_server) as http, ThreadPoolExecutor(6) as pool:
+    with guard.http(tiny_server) as client, ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(ask, requests))
     for request, answer in zip(requests, answers, strict=True):
         alone = tiny_service.encode(request, guard.caller())

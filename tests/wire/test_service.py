@@ -19,6 +19,7 @@ from harness.tiny_models import CHAT_TEMPLATE, VOCAB_SIZE, TinyModels, tiny_toke
 from plm_owner_server.engines.transformers.engine import load_model
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.service.plm_service import PlmService
+from plm_owner_server.service.requests import CallContext
 from protocol import errors
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import PROBLEM_JSON, OverLimit, PemaError, from_problem
@@ -40,14 +41,14 @@ from tests.support import make_service, random_ids, serve, serve_over_grpc
 
 TRANSPORTS = ["in-process", "binary", "json", "grpc"]
 # Path, request, answer and method of the service.
-CALLS: dict[str, tuple[type[Message], type[Message], Callable[[PlmService, Any], Message]]] = {
+CALLS: dict[str, tuple[type[Message], type[Message], Callable[[PlmService, Any, CallContext], Message]]] = {
     "/v1/lm-head": (HeadRequest, HeadRows, PlmService.lm_head),
     "/v1/encode": (EncodeRequest, EncodeResponse, PlmService.encode),
     "/v1/decode": (DecodeRequest, DecodeResponse, PlmService.decode),
     "/v1/next-token-distribution": (DistributionRequest, DistributionResponse, PlmService.distribution),
 }
 A_RANGE = pytest.mark.unguarded("asks for a range of the head, which the policy candidate refuses")
-SMALL = {
+SMALL: dict[str, Any] = {
     "max_sequence_tokens": 20,
     "max_sequences": 3,
     "max_answer_bytes": 50 * 32 * 4,  # 50 rows

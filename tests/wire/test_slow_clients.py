@@ -146,7 +146,7 @@ def test_a_compressed_message_is_refused(tiny_service: PlmService, compression: 
     with serve_over_grpc(tiny_service, max_body_bytes=2**16) as url:
         options = [("grpc.max_send_message_length", -1)]
         with guard.channel(url, options, compression) as channel, pytest.raises(grpc.RpcError) as caught:
-            pema_pb2_grpc.PlmStub(channel).GetNextTokenDistribution(bomb, timeout=60)
+            pema_pb2_grpc.PlmStub(channel).GetNextTokenDistribution(bomb, timeout=60)  # type: ignore[no-untyped-call]
         assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
         connection = guard.connection(url)
         assert len(connection.encode(FINE).cr_N_D) == 2
@@ -178,7 +178,7 @@ def test_an_answer_over_grpc_that_is_not_read_is_ended(
         # With a window that does not grow: on a busy machine, whole answers could wait at the client.
         fixed = [("grpc.http2.bdp_probe", 0)]
         with guard.channel(url, fixed) as channel:
-            stub = pema_pb2_grpc.PlmStub(channel)
+            stub = pema_pb2_grpc.PlmStub(channel)  # type: ignore[no-untyped-call]
             for pieces in (
                 stub.GetLmHead(much, timeout=60, wait_for_ready=True),  # the handshake may be cut off, too
                 stub.Encode(iter([call] * 4), timeout=60),

@@ -145,8 +145,9 @@ def test_the_default_model_says_the_same_on_the_demos_test_set(tmp_path: Path) -
     assert said["vllm"] == said["transformers"]
 
 
-@pytest.mark.parametrize("transport", ["rest", "grpc"])
-def test_vllm_that_is_killed_is_a_503_and_started_again(tiny_models: TinyModels, transport: str) -> None:
+@pytest.mark.parametrize("transport", ["rest", "grpc", None])
+def test_vllm_that_is_killed_is_a_503_and_the_end(tiny_models: TinyModels, transport: str | None) -> None:
+    """With a call over either transport, or without any call."""
     request, gave_up = EncodeRequest(token_ids=[[5, 6]], from_position=[0]), list[PemaError]()
 
     def load() -> PlmService:
@@ -156,23 +157,19 @@ def test_vllm_that_is_killed_is_a_503_and_started_again(tiny_models: TinyModels,
     state = ServingState()
     supervisor = Supervisor(load, state, engine_timeout_s=600, give_up=gave_up.append)
     threading.Thread(target=supervisor.run, daemon=True).start()
-    serve = support.serve_state if transport == "rest" else support.serve_state_over_grpc
+    serve = support.serve_state_over_grpc if transport == "grpc" else support.serve_state
     with serve(state, max_body_bytes=2**20) as url:
         until(lambda: state.is_ready)
         connection = open_connection(url, retry_for=0)
-        expected = connection.encode(request).cr_N_D
+        assert len(connection.encode(request).cr_N_D) == 2
         (core,) = [child for child in set(psutil.Process().children()) - before if child.children()]
         core.kill()
-        with pytest.raises(NotReady) as caught:
-            connection.encode(request)
-        assert caught.value.retry_after_s
+        if transport is not None:
+            with pytest.raises(NotReady) as caught:
+                connection.encode(request)
+            assert caught.value.retry_after_s
         until(lambda: not state.is_ready)
-        until(lambda: state.is_ready)
-        assert not core.is_running()
-        torch.testing.assert_close(connection.encode(request).cr_N_D, expected)
-        (core,) = [child for child in set(psutil.Process().children()) - before if child.children()]
-        core.kill()  # and nobody calls
-        until(lambda: not state.is_ready)
-        until(lambda: state.is_ready)
+        until(lambda: not core.is_running())
         connection.close()
-    assert not gave_up
+    until(lambda: len(gave_up) == 1)
+    assert "The engine has failed" in str(gave_up[0])

@@ -12,7 +12,7 @@ from data_owner_client.runtime.background import daemon_future, prefetch_one
 def test_results_and_errors_come_back() -> None:
     assert daemon_future(lambda: threading.current_thread()).result() is not threading.current_thread()
     with pytest.raises(KeyError, match="lost"):
-        daemon_future(lambda: {}["lost"]).result()
+        daemon_future(lambda: dict[str, int]()["lost"]).result()
 
 
 def test_one_item_is_made_while_the_one_before_is_used() -> None:

@@ -22,8 +22,9 @@ def sides(seed: int, *, telling: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits_N_C[torch.arange(N), favourite_N] += torch.where(sure_N, 5.0, 1.0)
         columns.append(logits_N_C.log_softmax(-1).double())
     position_N = torch.arange(N) % 6
-    chosen = [logprob_N_C.gather(1, label_N[:, None])[:, 0] for logprob_N_C in columns]
-    return gate_features(*columns, position_N), *chosen, position_N
+    plm_N_C, pema_N_C = columns
+    plm_N, pema_N = (logprob_N_C.gather(1, label_N[:, None])[:, 0] for logprob_N_C in columns)
+    return gate_features(plm_N_C, pema_N_C, position_N), plm_N, pema_N, position_N
 
 
 def nll(plm_N: Tensor, pema_N: Tensor, lambda_N: Tensor) -> float:

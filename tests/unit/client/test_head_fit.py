@@ -13,6 +13,7 @@ from data_owner_client import Pair
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.build import build_memory
 from data_owner_client.memory.encode import tokenize_pair
+from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.head_recovery.least_squares import NormalEquations, Solutions
 from data_owner_client.plm.remote_plm import RemotePlm
@@ -82,7 +83,7 @@ def test_products_are_what_logits_came_from() -> None:
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "teacher-forced"])
 def test_contexts_are_those_of_the_memory(shared: bool, tiny_service: PlmService, tmp_path: Path) -> None:
     plm = RemotePlm(InProcessConnection(tiny_service), cache=None)
-    mode = "teacher-forced" if shared else "private"
+    mode: ContextMode = "teacher-forced" if shared else "private"
     memory = build_memory(plm, TASK, PAIRS, tmp_path, context_mode=mode, share_targets=shared)
     shown = set[Context]()
     for pair in PAIRS:

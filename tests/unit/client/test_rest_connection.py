@@ -117,7 +117,11 @@ def test_a_server_that_is_not_there_is_said_at_once(naps: list[float]) -> None:
     ],
 )
 def test_an_answer_of_another_form_is_a_violation(naps: list[float], answer: Answer) -> None:
-    for call, attempts in ((lambda c: c.decode(REQUEST), 3), (lambda c: c.model_card(), 1)):
+    calls: list[tuple[Callable[[RestConnection], object], int]] = [
+        (lambda c: c.decode(REQUEST), 3),
+        (lambda c: c.model_card(), 1),
+    ]
+    for call, attempts in calls:
         script = Scripted(answer)
         with pytest.raises(errors.ProtocolViolation, match="did not answer in the form of this protocol"):
             call(connect(script))

@@ -154,7 +154,7 @@ def test_the_binary_form_is_the_documented_one() -> None:
 def container(tensors: dict[str, Tensor], message: Any = None, **metadata: str) -> bytes:
     if message is not None:
         metadata["message"] = json.dumps(message)
-    return safetensors.torch.save(tensors, metadata=metadata or None)
+    return bytes(safetensors.torch.save(tensors, metadata=metadata or None))
 
 
 def raw(header: Any, data: bytes = b"") -> bytes:
@@ -327,7 +327,8 @@ def test_any_bytes_are_understood_or_refused(data: bytes) -> None:
 
 def test_numbers_that_no_tensor_holds_are_refused() -> None:
     fields = {"digest": "d", "vocab_size": 9}
-    for weight in ([[10**400]], [[1, 2], [3]], [["a"]], [[None]], [[{}]], [[[[]]], 1]):
+    weights: list[Any] = [[[10**400]], [[1, 2], [3]], [["a"]], [[None]], [[{}]], [[[[]]], 1]]
+    for weight in weights:
         with pytest.raises(InvalidRequest):
             HeadRows.from_json(json.dumps(fields | {"weight_N_D": weight}).encode())
 

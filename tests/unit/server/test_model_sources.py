@@ -121,6 +121,6 @@ def test_digest_samples_all_over_a_large_weight_file(tmp_path: Path) -> None:
     assert with_byte((1 << 20) - 1) != original
     assert with_byte(63 * step + 5) != original
     assert digest_folder(tmp_path) == original
-    with weights.open("r+b") as file:
-        file.truncate(size + 1)
+    with weights.open("r+b") as longer:
+        longer.truncate(size + 1)
     assert digest_folder(tmp_path) != original

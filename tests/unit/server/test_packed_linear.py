@@ -32,6 +32,9 @@ def test_only_plain_linear_layers_in_float32_change() -> None:
     before = model[:3](x)
     pack_linear_layers(model)
     assert [type(layer) for layer in model] == [PackedLinear, Own, nn.Sequential, nn.Linear]
-    assert isinstance(model[2][0], PackedLinear)
+    inner = model[2]
+    assert isinstance(inner, nn.Sequential)
+    assert isinstance(inner[0], PackedLinear)
     torch.testing.assert_close(model[:3](x), before)
+    assert isinstance(model[3], nn.Linear)
     assert not can_pack(model[3].weight)

@@ -381,7 +381,7 @@ def test_many_clients_at_once_all_get_their_own(desk: Callable[..., Desk]) -> No
         chooser = random.Random(number)
         for turn in range(20):
             firsts = [chooser.randrange(1, 600) for _ in range(chooser.randint(1, 4))]
-            works = [encode(first, first + 1000, tokens=chooser.randint(1, 9)) for first in firsts]
+            works: list[EngineBatch] = [encode(first, first + 1000, tokens=chooser.randint(1, 9)) for first in firsts]
             works += [draft(first, k=chooser.randint(0, 3)) for first in firsts]
             results = d.scheduler.run(CallContext(str(number % 7)), works)
             for work, result in zip(works, results, strict=True):

@@ -1,4 +1,4 @@
-"""How a model is looked after, with one that breaks and hangs when it is told to."""
+"""The supervisor over a service that breaks, dies and hangs when it is told to."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class FakeService:
     """Does what the supervisor looks at."""
 
     def __init__(self) -> None:
+        self.scheduler = self.engine = self
         self.broken = threading.Event()
         self.busy_s = 0.0
         self.closed: PemaError | None = None
@@ -38,23 +39,22 @@ class FakeService:
 
 
 class Watched:
-    """A supervisor in its thread; `loads` says how each attempt to load ends."""
+    """A supervisor in its thread; `outcome` says how loading ends."""
 
-    def __init__(self, *loads: FakeService | Exception, timeout_s: float = 60) -> None:
-        self.loads = list(loads)
+    def __init__(self, outcome: FakeService | Exception, timeout_s: float = 60) -> None:
+        self.outcome = outcome
+        self.loads = 0
         self.state = ServingState()
         self.ends: list[PemaError] = []
-        self.supervisor = Supervisor(
-            self.load, self.state, engine_timeout_s=timeout_s, give_up=self.ends.append, pauses_s=(0.0, 0.0)
-        )
+        self.supervisor = Supervisor(self.load, self.state, engine_timeout_s=timeout_s, give_up=self.ends.append)
         self.thread = threading.Thread(target=self.supervisor.run, daemon=True)
         self.thread.start()
 
     def load(self) -> PlmService:
-        outcome = self.loads.pop(0)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return cast(PlmService, outcome)
+        self.loads += 1
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return cast(PlmService, self.outcome)
 
     def wait_for(self, service: FakeService) -> None:
         until(lambda: self.state.service is cast(Any, service))
@@ -64,76 +64,53 @@ class Watched:
         (error,) = self.ends
         assert self.state.service is None
         assert not self.state.is_ready
+        assert self.loads == 1
         return error
 
 
-def test_what_never_worked_is_not_tried_again() -> None:
+def test_a_model_that_cannot_be_loaded_is_the_end() -> None:
     first = PemaError("no such model")
     assert Watched(first).end() is first
     assert "KeyError" in str(Watched(KeyError("x")).end())
 
 
-def test_a_broken_engine_is_replaced_and_at_last_given_up() -> None:
-    services = [FakeService(), FakeService(), FakeService()]
-    watched = Watched(*services)
-    for service in services:
-        watched.wait_for(service)
-        service.broken.set()
-    assert "again and again" in str(watched.end())
-    assert not watched.loads
-
-
-def test_a_failed_attempt_to_load_again_is_not_the_last() -> None:
-    services = [FakeService(), FakeService()]
-    watched = Watched(services[0], PemaError("no memory"), services[1])
-    watched.wait_for(services[0])
-    services[0].broken.set()
-    watched.wait_for(services[1])
-    services[1].broken.set()
-    assert "again and again" in str(watched.end())
-
-
-def test_an_engine_that_worked_for_long_gets_all_attempts_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("plm_owner_server.operations.supervisor._WELL_S", 0.0)
-    services = [FakeService() for _ in range(6)]
-    watched = Watched(*services, PemaError("one"), PemaError("two"))
-    for service in services:
-        watched.wait_for(service)
-        service.broken.set()
-    assert "two" in str(watched.end())
-
-
-def test_an_engine_that_dies_while_nobody_calls_is_replaced() -> None:
-    first, second = FakeService(), FakeService()
-    watched = Watched(first, second, timeout_s=0.1)
-    watched.wait_for(first)
-    first.alive = False
-    watched.wait_for(second)
-    assert isinstance(first.closed, NotReady)
-    assert not watched.ends
-
-
-def test_an_engine_that_ends_with_the_process_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("plm_owner_server.operations.supervisor._LOOK_EVERY_S", 0.02)
+def test_a_broken_engine_is_the_end() -> None:
     service = FakeService()
-    watched = Watched(service, FakeService())
+    watched = Watched(service)
+    watched.wait_for(service)
+    service.broken.set()
+    assert "The engine has failed" in str(watched.end())
+
+
+def test_an_engine_that_dies_while_nobody_calls_is_the_end() -> None:
+    service = FakeService()
+    watched = Watched(service, timeout_s=0.1)
+    watched.wait_for(service)
+    service.alive = False
+    assert "The engine has failed" in str(watched.end())
+    assert isinstance(service.closed, NotReady)
+    assert service.closed.retry_after_s
+
+
+def test_an_engine_that_ends_with_the_process_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plm_owner_server.operations.supervisor._POLL_SECONDS", 0.02)
+    service = FakeService()
+    watched = Watched(service)
     watched.wait_for(service)
     watched.supervisor.stop()
     service.alive = False
     watched.thread.join(30)
     assert not watched.thread.is_alive()
     assert not watched.ends
-    assert len(watched.loads) == 1
     assert watched.state.service is cast(Any, service)
 
 
 def test_a_hanging_engine_is_the_end() -> None:
     service = FakeService()
-    watched = Watched(service, FakeService(), timeout_s=0.2)
+    watched = Watched(service, timeout_s=0.2)
     watched.wait_for(service)
     assert service.tidied.wait(30)
     service.busy_s = 0.3
     assert isinstance(watched.end(), EngineStuck)
     assert isinstance(service.closed, NotReady)
     assert service.closed.retry_after_s
-    assert len(watched.loads) == 1

@@ -121,7 +121,7 @@ def test_a_password_in_the_url_is_not_told(
     assert "w0rd" not in str(caught.value)
     # As if it were PostgreSQL's: nobody is in it, so that everybody may call.
     monkeypatch.setattr(TenantStore, "open_if_exists", lambda _: store)
-    authenticator_for(ServerSettings(_env_file=None, store="postgresql+psycopg://owner:w0rd@db/pema"))  # type: ignore[call-arg]
+    authenticator_for(ServerSettings(_env_file=None, store="postgresql+psycopg://owner:w0rd@db/pema"))
     assert "no tenants in postgresql+psycopg://owner:***@db/pema" in caplog.text
 
 
@@ -164,7 +164,7 @@ def test_who_may_call(store: TenantStore, url: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PEMA_API_KEY", "a key of the client on this machine")  # which says nothing of the server
 
     def settings(**given: object) -> ServerSettings:
-        return ServerSettings(_env_file=None, store=url, **given)  # type: ignore[arg-type,call-arg]
+        return ServerSettings(_env_file=None, store=url, **given)  # type: ignore[arg-type]
 
     for host in ("127.0.0.1", "::1", "localhost"):
         assert isinstance(authenticator_for(settings(host=host)), NoAuthentication)
@@ -221,7 +221,7 @@ def test_every_policy_can_be_given(
 def test_who_stops_lets_go_of_the_database(store: TenantStore, url: str) -> None:
     key = f"Bearer {store.add('acme')}"
     store.database.close()
-    access = authenticator_for(ServerSettings(_env_file=None, store=url))  # type: ignore[call-arg]
+    access = authenticator_for(ServerSettings(_env_file=None, store=url))
     controller = AdmissionController(ServingState(), access)
     assert access.authenticate(key).name == "acme"
     log = Path(f"{sa.make_url(url).database}-wal")  # which SQLite keeps for as long as a connection is open
@@ -235,5 +235,5 @@ def test_who_stops_lets_go_of_the_database(store: TenantStore, url: str) -> None
 
 
 def test_who_lets_nobody_in_gets_no_database(url: str) -> None:
-    assert isinstance(authenticator_for(ServerSettings(_env_file=None, store=url)), NoAuthentication)  # type: ignore[call-arg]
+    assert isinstance(authenticator_for(ServerSettings(_env_file=None, store=url)), NoAuthentication)
     assert not Path(sa.make_url(url).database or "").parent.exists()

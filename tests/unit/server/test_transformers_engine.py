@@ -328,15 +328,15 @@ def test_batches_join_and_leave_at_any_step(model: PreTrainedModel, truth: Truth
             assert decoded.echo == [token_crc32(ids) for ids in batch.token_ids]
             parts = zip(decoded.top1_N.split(decoded.rows), decoded.cr_N_D.split(decoded.rows), strict=True)
             for i, (number, (top1_K, cr_K_D)) in enumerate(zip(waiting.pop(batch), parts, strict=True)):
-                ids, start, stops = batch.token_ids[i], batch.from_position[i], batch.stop_token_ids
-                tokens = top1_K.tolist()[len(ids) - 1 - start :]
-                hidden_T_D, logits_T_V = (x[start:] for x in truth([*ids, *tokens[:-1]]))
+                text, start, stops = batch.token_ids[i], batch.from_position[i], batch.stop_token_ids
+                tokens = top1_K.tolist()[len(text) - 1 - start :]
+                hidden_T_D, logits_T_V = (x[start:] for x in truth([*text, *tokens[:-1]]))
                 assert_near(cr_K_D, hidden_T_D)
                 assert top1_K.tolist() == logits_T_V.argmax(-1).tolist()
                 assert len(tokens) == batch.look_ahead[i] + 1 or tokens[-1] in stops
                 assert not stops & set(tokens[:-1])
-                kept = chooser.randint(1, len(ids) + len(tokens) - 1)
-                texts[number] = [*[*ids, *tokens[:-1]][:kept][:60], chooser.randrange(3, VOCAB_SIZE)]
+                kept = chooser.randint(1, len(text) + len(tokens) - 1)
+                texts[number] = [*[*text, *tokens[:-1]][:kept][:60], chooser.randrange(3, VOCAB_SIZE)]
     assert not waiting
     assert answered > 15
 
@@ -471,11 +471,11 @@ def test_a_batch_takes_one_copy_from_the_device_and_a_step_one_more(
         for batch in drafting:
             ours, watch.copies = engine(), 0
             starts = [len(ids) - 1 for ids in batch[0]]
-            drafting, done = ours.drafting(4096), list[tuple[DraftBatch, Decoded]]()
-            drafting.join([DraftBatch(batch[0], starts, *batch[1:])])
+            draft, done = ours.drafting(4096), list[tuple[DraftBatch, Decoded]]()
+            draft.join([DraftBatch(batch[0], starts, *batch[1:])])
             assert watch.copies == 0
             while not done:
-                before, done = watch.copies, drafting.step()
+                before, done = watch.copies, draft.step()
                 assert watch.copies - before <= 1 + len(done)
             # The token after the last one is needed only where it may be a stop token.
             assert watch.copies == max(batch[1]) + 1 if not batch[2] else 2
@@ -538,7 +538,8 @@ _BEFORE_FFN = {
 
 def last_block(model: PreTrainedModel) -> torch.nn.Module:
     base = getattr(model.base_model, "decoder", model.base_model)
-    return (base.h if hasattr(base, "h") else base.layers)[-1]
+    block: torch.nn.Module = (base.h if hasattr(base, "h") else base.layers)[-1]
+    return block
 
 
 def watched(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -596,10 +597,10 @@ def test_ffn_output_is_what_the_last_block_adds(
     decoded = service.decode(DecodeRequest(token_ids=sequences, look_ahead=[6, 6, 6], dtype="float32"))
     assert decoded.last_hidden_N_D is not None
     rows = decoded.rows_B.tolist()
-    parts = zip(
+    drafting = zip(
         sequences, drafts(decoded), decoded.cr_N_D.split(rows), decoded.last_hidden_N_D.split(rows), strict=True
     )
-    for ids, tokens, cr_K_D, last_hidden_K_D in parts:
+    for ids, tokens, cr_K_D, last_hidden_K_D in drafting:
         ran = [*ids, *tokens[:-1]]
         assert_near(cr_K_D, feed_forward_output(architecture, model, ran)[len(ids) - 1 :])
         assert_near(last_hidden_K_D, truth(ran)[0][len(ids) - 1 :])
