@@ -71,6 +71,4 @@ def _require_client_certificate(certificate: Path | None, key: Path | None) -> N
     try:
         ssl.create_default_context().load_cert_chain(certificate, key, password="")
     except OSError as error:
-        raise InvalidRequest(
-            f"{certificate} and {key} are not a certificate and its key: {error}.", hint=hint
-        ) from error
+        raise InvalidRequest(f"{certificate} and {key} are no certificate and its key: {error}.", hint=hint) from error
