@@ -91,8 +91,8 @@ class GrpcConnection:
         scheme, _, target = url.partition("://")
         self._url = url
         self._timeout_s = settings.timeout
-        self._attempts = Retrier(settings.retry_for)
-        self.observers = self._attempts.observers
+        self._retrier = Retrier(settings.retry_for)
+        self.observers = self._retrier.observers
         self.rate_limits: tuple[RateLimitStatus, ...] = ()
         # The id lets the server be fair between clients, which may share an address.
         self._metadata: tuple[tuple[str, str], ...] = ((CLIENT_METADATA, uuid.uuid4().hex),)
@@ -109,7 +109,7 @@ class GrpcConnection:
 
     def close(self) -> None:
         """Close the channel."""
-        self._attempts.close()
+        self._retrier.close()
         with self._channel_lock:
             self._current.channel.close()
 
@@ -164,7 +164,7 @@ class GrpcConnection:
         def attempt(request_id: str) -> tuple[_Result, ServerTiming | None]:
             return self._attempt(fetch, request_id)
 
-        return self._attempts.call(f"gRPC {name}", attempt, fail_fast=fail_fast)
+        return self._retrier.call(f"gRPC {name}", attempt, fail_fast=fail_fast)
 
     def _open_channel(self) -> _ChannelAndStub:
         if self._credentials is None:

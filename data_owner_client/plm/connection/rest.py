@@ -61,8 +61,8 @@ class RestConnection:
     ) -> None:
         self._url = url
         self._timeout_s = settings.timeout
-        self._attempts = Retrier(settings.retry_for)
-        self.observers = self._attempts.observers
+        self._retrier = Retrier(settings.retry_for)
+        self.observers = self._retrier.observers
         self.rate_limits: tuple[RateLimitStatus, ...] = ()
         timeout = httpx.Timeout(settings.timeout, connect=min(settings.timeout, _CONNECT_TIMEOUT_SECONDS))
         # The id lets the server be fair between clients, which may share an address.
@@ -82,7 +82,7 @@ class RestConnection:
 
     def close(self) -> None:
         """Close the sockets."""
-        self._attempts.close()
+        self._retrier.close()
         self._http.close()
 
     def model_card(self) -> ModelCard:
@@ -121,7 +121,7 @@ class RestConnection:
         def attempt(request_id: str) -> tuple[_Answer, ServerTiming | None]:
             return self._attempt(method, path, answer, body, request_id)
 
-        return self._attempts.call(f"{method} {path}", attempt, fail_fast=fail_fast)
+        return self._retrier.call(f"{method} {path}", attempt, fail_fast=fail_fast)
 
     def _attempt(
         self, method: str, path: str, answer: type[_Answer], body: bytes | None, request_id: str

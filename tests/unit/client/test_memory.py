@@ -18,6 +18,7 @@ from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.remote_plm import RemotePlm
 from harness.tiny_models import TinyModels
 from plm_owner_server.service.plm_service import PlmService
+from protocol.codec import load_tensors
 from protocol.errors import ConnectionFailed, IdentityMismatch, InvalidData, ProtocolViolation
 from protocol.messages import DTYPES, DecodeRequest, EncodeRequest
 from protocol.types import WireDtype
@@ -312,3 +313,14 @@ def test_concatenation_drops_a_column_that_not_all_parts_have() -> None:
     bare = MemoryRows(torch.zeros(1, 2), torch.zeros(1), torch.ones(1), torch.ones(1))
     assert MemoryRows.concatenate([part, bare]).logsumexp_N is None
     assert MemoryRows.concatenate([part, part]).logsumexp_N is not None
+
+
+def test_shards_keep_the_column_names_of_their_format(plm: RemotePlm, tmp_path: Path) -> None:
+    memory = build_memory(plm, TASK, PAIRS[:2], tmp_path)
+    columns = load_tensors((tmp_path / memory.manifest.shards[0].file).read_bytes())
+    assert {"cr_N_D", "target_N", "rows_E", "source_tokens_E", "context_N", "agrees_N", "sure_N"} <= columns.keys()
+    rows = memory.load()
+    assert rows.matches_N is not None
+    assert torch.equal(rows.matches_N, columns["agrees_N"])
+    assert rows.reliable_N is not None
+    assert torch.equal(rows.reliable_N, columns["sure_N"])
