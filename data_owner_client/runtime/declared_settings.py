@@ -62,16 +62,20 @@ class DeclaredSetting:
 @cache
 def declared_settings(settings: Any) -> tuple[DeclaredSetting, ...]:
     """The settings that a dataclass declares, in its order."""
-    from docstring_parser import parse_from_object  # only command line and documents need it
-
-    hints = get_type_hints(settings, include_extras=True)
-    sentences = {
-        each.arg_name: " ".join((each.description or "").split()) for each in parse_from_object(settings).params
-    }
+    hints, sentences = get_type_hints(settings, include_extras=True), attribute_sentences(settings)
     return tuple(
         DeclaredSetting(field.name, hints[field.name], field.default, sentences[field.name])
         for field in fields(settings)
     )
+
+
+def attribute_sentences(documented: type) -> dict[str, str]:
+    """The sentences in the `Attributes` section of a class docstring, by name."""
+    from docstring_parser import parse  # only command line and documents need it
+
+    return {
+        each.arg_name: " ".join((each.description or "").split()) for each in parse(documented.__doc__ or "").params
+    }
 
 
 def declared_setting(settings: Any, name: str) -> DeclaredSetting:
@@ -114,7 +118,7 @@ def _limit(bound: Bound) -> Any:
 
 
 def _in_signs(bound: Bound) -> str:
-    return f"{_SIGNS[type(bound)]} {_limit(bound):,g}"
+    return f"{_SIGNS[type(bound)]} {_limit(bound):,}"
 
 
 def _metadata(annotation: Any) -> Iterator[Any]:

@@ -14,7 +14,12 @@ from protocol.errors import InvalidData
 
 
 class Shot(BaseModel):
-    """One in-context example of a prompt."""
+    """One in-context example of a prompt.
+
+    Attributes:
+        source: source text.
+        target: target of the source text.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
