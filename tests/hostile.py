@@ -147,8 +147,8 @@ def one_spoilt(draw: Draw, good: Mapping[Path, bytes], tensors: Collection[Path]
         good: what the files hold.
         tensors: those that are containers; the others are text.
     """
-    for path, content in good.items():
-        path.write_bytes(content)
+    for each, content in good.items():
+        each.write_bytes(content)
     path: Path = draw(st.sampled_from(sorted(good)))
     path.write_bytes((stored if path in tensors else text_like)(draw, good[path]))
     return path

@@ -17,8 +17,8 @@ from data_owner_client.decoding.decode_loop import GenerationRequest, generate
 from harness.tcp_proxy import Fault, faulty_proxy
 from harness.tiny_models import EOS, VOCAB_SIZE, TinyModels
 from tests import guard
+from tests.command_line import WORDS, write_pairs
 from tests.processes.parties import Owner, client_command, client_json, end, owner_that_can_be_killed
-from tests.processes.test_command_line import WORDS, write_pairs
 
 LINES = 60
 IMPATIENT = ["--timeout", "1.5", "--retry-for", "120", "--max-new-tokens", "24"]

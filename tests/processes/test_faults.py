@@ -20,8 +20,8 @@ import torch
 from harness.tcp_proxy import Fault, faulty_proxy
 from harness.tiny_models import TinyModels
 from tests import guard, support
+from tests.command_line import write_pairs
 from tests.processes.parties import Owner, client_command, end, owner_that_can_be_killed
-from tests.processes.test_command_line import write_pairs
 
 EXAMPLES = 1100
 ANSWERS_BYTES = 600_000

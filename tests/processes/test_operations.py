@@ -127,7 +127,7 @@ def test_sigterm_lets_calls_end(ailing: Callable[..., Ailing]) -> None:
     connection.close()
     log = server.log.read_text()
     assert "no luck" not in log
-    assert "nobody caught" not in log
+    assert "uncaught" not in log
     assert log.rstrip().splitlines()[-1].endswith(f"Finished server process [{server.process.pid}]")
 
 

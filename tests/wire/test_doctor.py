@@ -23,7 +23,7 @@ from harness.tiny_models import TinyModels
 from plm_owner_server.admission.authentication import Authenticator
 from plm_owner_server.service.plm_service import PlmService
 from tests import guard
-from tests.processes.parties import client, client_json
+from tests.command_line import client, client_json
 from tests.support import make_service, serve, serve_over_grpc
 
 TASK = Task(name="t", source_label="In", target_label="Out")
