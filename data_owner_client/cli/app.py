@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from itertools import count
-from typing import Annotated, Any, NoReturn, TextIO, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import pydantic  # with it imported, cyclopts checks the bounds in annotations
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError, ValidationError
@@ -46,6 +46,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 app.meta.group_parameters = Group("Global", sort_key=8)
+app.meta.suppress_keyboard_interrupt = False
 
 
 @app.meta.default
@@ -53,9 +54,8 @@ def _with_global_options(
     *tokens: Annotated[str, Parameter(show=False)],
     verbose: Annotated[bool, Parameter(help="Log every request with its id, which the server logs, too.")] = False,
 ) -> int | None:
-    logging.getLogger("data_owner_client").setLevel(logging.DEBUG if verbose else logging.WARNING)
-    # gRPC logs tracebacks of garbled answers, which are retried and reported anyway.
-    logging.getLogger("grpc").setLevel(logging.CRITICAL)
+    if verbose:
+        logging.getLogger("data_owner_client").setLevel(logging.DEBUG)
     status: int | None = app(tokens)
     return status
 
@@ -138,19 +138,20 @@ def _usage_error(error: CycloptsError) -> str:
     return " ".join(str(error).split())
 
 
-class _StandardError(logging.StreamHandler[TextIO]):
-    """Logs to the standard error stream of the moment, which tests replace."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stderr)
-
-
 @contextmanager
 def _warnings_on_stderr() -> Iterator[None]:
-    handler, log = _StandardError(), logging.getLogger("data_owner_client")
+    """Show warnings of this package on the standard error stream, and nothing of gRPC's."""
+    ours, grpc = logging.getLogger("data_owner_client"), logging.getLogger("grpc")
+    levels = ours.level, grpc.level
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)
+    ours.addHandler(handler)
+    ours.setLevel(logging.WARNING)
+    # gRPC logs tracebacks of garbled answers, which are retried and reported anyway.
+    grpc.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        log.removeHandler(handler)
+        ours.removeHandler(handler)
+        ours.setLevel(levels[0])
+        grpc.setLevel(levels[1])
