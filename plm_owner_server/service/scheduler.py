@@ -406,7 +406,9 @@ class Scheduler:
             error = caught
             if not isinstance(error, PemaError) and not self._works():
                 error = NotReady(
-                    "The model has failed.", hint="The server restarts.", retry_after_s=_RESTARTED_AFTER_SECONDS
+                    "The model has failed.",
+                    hint="Try again in a moment: the server restarts.",
+                    retry_after_s=_RESTARTED_AFTER_SECONDS,
                 )
                 self.close(error)
                 self.broken.set()
