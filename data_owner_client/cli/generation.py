@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -18,7 +18,6 @@ from data_owner_client.cli.options import (
     Best,
     Connection,
     Decoding,
-    DecodingOptions,
     Dtype,
     Explain,
     FileFormat,
@@ -35,12 +34,76 @@ from data_owner_client.cli.options import (
     connected,
     sampling_of,
 )
-from data_owner_client.decoding.settings import DEFAULT_DECODING, DEFAULT_SAMPLING, DecodingSettings, SamplingSettings
+from data_owner_client.decoding.settings import DEFAULT_DECODING, DEFAULT_SAMPLING
 from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION
 from protocol.errors import InvalidData
 
 if TYPE_CHECKING:
     from data_owner_client.adapter.trained import TrainedAdapter
+    from data_owner_client.decoding.generation import Generation
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """The options that `apply` and `generate` have in common."""
+
+    adapter_folder: OptionalAdapter = None
+    input_file: InputFile = None
+    file_format: FileFormat = None
+    source_field: SourceField = "source"
+    more: MoreDecoding = DEFAULT_OPTIONS
+    decoding: Decoding = DEFAULT_DECODING
+    sampling: Sampling = DEFAULT_SAMPLING
+    samples: Samples = 1
+    best: Best = 1
+    output: OutputFile = None
+    stream: Stream = False
+    explain: Explain = None
+    as_json: AsJson = False
+    threads: Threads = 0
+    server: Server = DEFAULT_SERVER
+    connection: Connection = DEFAULT_CONNECTION
+    dtype: Dtype = "float16"
+
+    def adapter(self) -> TrainedAdapter | None:
+        """The adapter of the folder, if any."""
+        from data_owner_client.adapter.trained import TrainedAdapter
+
+        return TrainedAdapter.load(self.adapter_folder) if self.adapter_folder else None
+
+    def arguments(self, adapter: TrainedAdapter | None) -> dict[str, Any]:
+        """The arguments that `translate` and `generate` of the library have in common."""
+        from data_owner_client.runtime.progress import RichReporter
+
+        consensus = self.more.consensus
+        return {
+            "adapter": adapter,
+            "interpolation": self.more.interpolation(adapter),
+            "decoding": self.decoding,
+            "lookup": self.more.drafter(),
+            "sampling": sampling_of(self.sampling, samples=self.samples, best=self.best, consensus=consensus),
+            "samples": self.samples,
+            "best": self.best,
+            "consensus": consensus,
+            "reporter": RichReporter(),
+        }
+
+    def changing(self, adapter: TrainedAdapter | None) -> list[object]:
+        """Everything in the options that can change a text."""
+        return [
+            adapter and adapter.card,
+            self.more.interpolation(adapter),
+            self.decoding.max_new_tokens,
+            self.more.consensus,
+            self.sampling,
+            self.samples,
+            self.best,
+            self.dtype,
+        ]
+
+
+_Common = Annotated[_Options, Parameter(name="*")]
+_DEFAULTS = _Options()
 
 
 @command(("apply", "translate"))
@@ -50,26 +113,10 @@ def apply(
     ] = None,
     /,
     *,
-    adapter_folder: OptionalAdapter = None,
     task: Annotated[
         str | None, Parameter(help="Name of a built-in task, or a TOML file. Default: the adapter's.", group=DATA)
     ] = None,
-    input_file: InputFile = None,
-    file_format: FileFormat = None,
-    source_field: SourceField = "source",
-    options: MoreDecoding = DEFAULT_OPTIONS,
-    decoding: Decoding = DEFAULT_DECODING,
-    sampling: Sampling = DEFAULT_SAMPLING,
-    samples: Samples = 1,
-    best: Best = 1,
-    output: OutputFile = None,
-    stream: Stream = False,
-    explain: Explain = None,
-    as_json: AsJson = False,
-    threads: Threads = 0,
-    server: Server = DEFAULT_SERVER,
-    connection: Connection = DEFAULT_CONNECTION,
-    dtype: Dtype = "float16",
+    options: _Common = _DEFAULTS,
 ) -> None:
     """Answer source texts with a task's prompt, such as translations or rewritten sentences, one output line each.
 
@@ -82,24 +129,10 @@ def apply(
     - `pema-client apply --adapter adapter --consensus 8 --input test.jsonl --output test.de`
     - `pema-client apply --adapter adapter --explain why.jsonl "The device is offline."`
     """
-    from data_owner_client.cli.output import stream_text, write_texts
-    from data_owner_client.data.tasks import Task, load_task
-    from data_owner_client.decoding import generation
+    from data_owner_client.data.tasks import load_task
+    from data_owner_client.decoding.generation import translate
 
-    set_threads(threads)
-    inputs = sources_of(texts, input_file, file_format, source_field)
-    adapter = _adapter(adapter_folder)
-    how = _how(adapter, options, decoding, sampling, samples, best)
-    with connected(server, connection, dtype) as plm:
-        chosen = load_task(task) if task else None
-        run = partial(generation.translate, plm, adapter=adapter, task=chosen, **how)
-        if stream:
-            _require_one(options.consensus, samples)
-            stream_text(inputs, run, chosen or (adapter.card.task if adapter else Task(name="bare")), plm.tokenizer)
-        else:
-            changing = _changing(adapter, options, decoding, sampling, samples, best)
-            identity = ["translate", plm.card.digest, chosen, dtype, *changing]
-            write_texts(inputs, run, identity, output, as_json, explain, plm.tokenizer)
+    _answer(texts, options, partial(translate, task=load_task(task) if task else None))
 
 
 @command()
@@ -110,23 +143,7 @@ def generate(
     ] = None,
     /,
     *,
-    adapter_folder: OptionalAdapter = None,
-    input_file: InputFile = None,
-    file_format: FileFormat = None,
-    source_field: SourceField = "source",
-    options: MoreDecoding = DEFAULT_OPTIONS,
-    decoding: Decoding = DEFAULT_DECODING,
-    sampling: Sampling = DEFAULT_SAMPLING,
-    samples: Samples = 1,
-    best: Best = 1,
-    output: OutputFile = None,
-    stream: Stream = False,
-    explain: Explain = None,
-    as_json: AsJson = False,
-    threads: Threads = 0,
-    server: Server = DEFAULT_SERVER,
-    connection: Connection = DEFAULT_CONNECTION,
-    dtype: Dtype = "float16",
+    options: _Common = _DEFAULTS,
 ) -> None:
     """Continue prompts as they are, without a template, up to the stop of the adapter's task (else a newline).
 
@@ -135,76 +152,38 @@ def generate(
     - `pema-client generate "The capital of France is"`
     - `pema-client generate --adapter adapter --input prompts.txt --json`
     """
-    from data_owner_client.cli.output import stream_text, write_texts
-    from data_owner_client.data.tasks import Task
     from data_owner_client.decoding import generation
 
-    set_threads(threads)
-    inputs = sources_of(prompts, input_file, file_format, source_field)
-    adapter = _adapter(adapter_folder)
-    how = _how(adapter, options, decoding, sampling, samples, best)
-    with connected(server, connection, dtype) as plm:
-        run = partial(generation.generate, plm, adapter=adapter, **how)
-        if stream:
-            _require_one(options.consensus, samples)
-            stream_text(inputs, run, adapter.card.task if adapter else Task(name="bare"), plm.tokenizer)
+    _answer(prompts, options, partial(generation.generate, task=None))
+
+
+def _answer(texts: list[str] | None, options: _Options, run: partial[Generation]) -> None:
+    """Generate and print.
+
+    Args:
+        texts: texts of the command line, if any.
+        options: options of the command.
+        run: `translate` or `generate` of the library, with the task.
+    """
+    from data_owner_client.cli.output import stream_text, write_texts
+    from data_owner_client.data.tasks import Task
+
+    set_threads(options.threads)
+    inputs = sources_of(texts, options.input_file, options.file_format, options.source_field)
+    adapter = options.adapter()
+    arguments, task = options.arguments(adapter), run.keywords["task"]
+    with connected(options.server, options.connection, options.dtype) as plm:
+        run = partial(run, plm, **arguments)
+        if options.stream:
+            _require_one(options)
+            stream_text(inputs, run, task or (adapter.card.task if adapter else Task(name="bare")), plm.tokenizer)
         else:
-            changing = _changing(adapter, options, decoding, sampling, samples, best)
-            identity = ["generate", plm.card.digest, dtype, *changing]
-            write_texts(inputs, run, identity, output, as_json, explain, plm.tokenizer)
+            identity = [run.func.__name__, plm.card.digest, task, *options.changing(adapter)]
+            write_texts(inputs, run, identity, options.output, options.as_json, options.explain, plm.tokenizer)
 
 
-def _adapter(folder: Path | None) -> TrainedAdapter | None:
-    from data_owner_client.adapter.trained import TrainedAdapter
-
-    return TrainedAdapter.load(folder) if folder else None
-
-
-def _how(
-    adapter: TrainedAdapter | None,
-    options: DecodingOptions,
-    decoding: DecodingSettings,
-    sampling: SamplingSettings,
-    samples: int,
-    best: int,
-) -> dict[str, Any]:
-    """The arguments that `translate` and `generate` have in common."""
-    from data_owner_client.runtime.progress import RichReporter
-
-    return {
-        "interpolation": options.interpolation(adapter),
-        "decoding": decoding,
-        "lookup": options.drafter(),
-        "sampling": sampling_of(sampling, samples=samples, best=best, consensus=options.consensus),
-        "samples": samples,
-        "best": best,
-        "consensus": options.consensus,
-        "reporter": RichReporter(),
-    }
-
-
-def _changing(
-    adapter: TrainedAdapter | None,
-    options: DecodingOptions,
-    decoding: DecodingSettings,
-    sampling: SamplingSettings,
-    samples: int,
-    best: int,
-) -> list[object]:
-    """Everything in the options that can change a text."""
-    return [
-        adapter and adapter.card,
-        options.interpolation(adapter),
-        decoding.max_new_tokens,
-        options.consensus,
-        sampling,
-        samples,
-        best,
-    ]
-
-
-def _require_one(consensus: int, samples: int) -> None:
-    if consensus or samples > 1:
+def _require_one(options: _Options) -> None:
+    if options.more.consensus or options.samples > 1:
         raise InvalidData(
             "--stream shows a text as it grows, and of several the best is known at the end.",
             hint="Leave --consensus and --samples away.",
