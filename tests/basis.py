@@ -37,7 +37,7 @@ class Basis:
         return rows_N_D.double() @ self.q_D_D
 
     def weights(self, adapter: TrainedAdapter) -> dict[str, Tensor]:
-        """Of an adapter, as they would be in the model's own basis."""
+        """The adapter's weights in the model's own basis."""
         weights = {name: value.double() for name, value in adapter.adapter.state_dict().items()}
         weights["A.weight"] = self.true(weights["A.weight"])
         weights["B_pd.weight"] = self.q_D_D.T @ weights["B_pd.weight"]

@@ -50,7 +50,7 @@ class Authority:
 
 @dataclass(frozen=True)
 class Guard:
-    """What stands before a server, and what its one tenant needs to pass.
+    """The guard before a server, and the credentials of its one tenant.
 
     Attributes:
         certificate: of the server.
@@ -76,18 +76,18 @@ class Guard:
 
     @property
     def flags(self) -> list[str]:
-        """Of `pema-server serve`."""
+        """Flags of `pema-server serve`."""
         tls = ["--tls-certificate", str(self.certificate.chain), "--tls-key", str(self.certificate.key)]
         return ["--store", self.store, *tls]
 
     @property
     def client_environment(self) -> dict[str, str]:
-        """Of `pema-client`."""
+        """Flags of `pema-client`."""
         return {"PEMA_CA": str(self.ca), "PEMA_API_KEY": self.key}
 
     @property
     def credentials(self) -> dict[str, Any]:
-        """Of `connect` and `open_connection`."""
+        """Keyword arguments of `connect` and `open_connection`."""
         return {"ca": self.ca, "api_key": self.key}
 
     @cached_property
@@ -117,7 +117,7 @@ def url(scheme: str, port: int) -> str:
 
 
 def access() -> Authenticator | None:
-    """Who may call a server in this process, unless it has tenants of its own."""
+    """The authenticator of a server in this process that has no tenants of its own."""
     return current.access if current else None
 
 
@@ -129,7 +129,7 @@ def one_tenant(folder: Path) -> tuple[Authenticator, str]:
 
 
 def caller() -> CallContext:
-    """Whose calls clients make, for calls of the service itself: it shows both the same."""
+    """The context of direct calls of the service, so that it discloses the same as to clients."""
     return CallContext(TENANT, TENANT, DISCLOSURE) if current else CallContext()
 
 
@@ -139,7 +139,7 @@ def credentials(**chosen: Any) -> dict[str, Any]:
 
 
 def headers(**more: str) -> dict[str, str]:
-    """Of an HTTP request."""
+    """Headers of an HTTP request."""
     return ({"Authorization": f"Bearer {current.key}"} if current else {}) | more
 
 

@@ -1,4 +1,4 @@
-"""What becomes of good files when a disk fails, or somebody means harm; and how a reader has to take it."""
+"""Good files damaged by a failing disk or an attacker, and the rule for their readers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 
 def refused(read: Callable[[], Any]) -> Any:
-    """What was read; None if it was refused as it should be."""
+    """The value that was read; None if the reader refused it with a typed error."""
     try:
         return read()
     except PemaError as error:

@@ -41,7 +41,7 @@ class Reference:
         return rows
 
     def logits_of(self, h_D: Tensor) -> Tensor:
-        """What the model makes of a last hidden state [V]."""
+        """Logits of a last hidden state [V]."""
         head = self.model.get_output_embeddings()
         logits_V = head.weight @ h_D + (0 if head.bias is None else head.bias)
         config = self.model.config

@@ -87,7 +87,7 @@ def _sensible(body: Any) -> Any:
 def test_a_call_is_answered_as_described(
     description: Any, tenant: tuple[Authenticator, str], method: str, path: str, mode: GenerationMode
 ) -> None:
-    """What the description allows, and what it does not; with the key, and as schemathesis likes without."""
+    """Send calls that the description allows and others, with the key and without it."""
     if path in PROBES and mode is GenerationMode.NEGATIVE:
         return  # nothing about them can be wrong
 

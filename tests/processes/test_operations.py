@@ -1,4 +1,4 @@
-"""How a real server stops: by a signal, and by a broken or hanging engine."""
+"""A real server stops: by a signal, and by a broken or hanging engine."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Ailing:
             return http.post("/v1/encode", content=body, headers={"Content-Type": JSON})
 
     def probe(self, name: str) -> int:
-        """What a probe over HTTP says."""
+        """Status of a probe over HTTP."""
         return httpx.get(f"{self.url}/{name}", verify=guard.trust()).status_code
 
     def hold(self, first: int = HOLD) -> Future[httpx.Response]:
@@ -57,7 +57,7 @@ class Ailing:
         return response
 
     def ready(self) -> tuple[int, int]:
-        """What the probes of both transports say."""
+        """Statuses of the probes of both transports."""
         with guard.channel(self.grpc_url) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             return self.probe("readyz"), stub.Check(health_pb2.HealthCheckRequest()).status

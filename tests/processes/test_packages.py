@@ -1,4 +1,4 @@
-"""Which way the imports point, and what the packages offer."""
+"""Directions of imports, and names that the packages export."""
 
 import ast
 import subprocess

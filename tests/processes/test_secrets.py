@@ -157,7 +157,7 @@ def ask_over_grpc(address: str, key: str) -> list[str]:
 
 
 def shout(port: int) -> bytes:
-    """What a port says to what is no protocol at all."""
+    """The answer of a port to bytes of no protocol."""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(f"{TEXT}\r\n{IDS}\r\n\r\n".encode())
         connection.shutdown(socket.SHUT_WR)

@@ -1,4 +1,4 @@
-"""What the soak judges by: it takes what the service answers for right, and what is a little different for wrong."""
+"""The soak's judge accepts the service's answers, and rejects answers that differ a little."""
 
 from __future__ import annotations
 

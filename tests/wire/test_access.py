@@ -1,4 +1,4 @@
-"""What goes with a call besides its answer, over both transports: the key, the id, the account of its time."""
+"""Metadata of a call over both transports: the key, the id, the report of its time."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_calls_belong_to_their_tenant(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is known of a text, and shares of the model, are by tenant: whatever the clients call themselves."""
+    """Cached states and shares of the model belong to the tenant, under any name of a client."""
     seen: list[CallContext] = []
     for name in ("encode", "decode", "distribution"):
         inner = getattr(PlmService, name)

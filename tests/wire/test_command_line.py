@@ -128,7 +128,7 @@ def test_grpc_gives_the_same_as_rest(
 
 
 def test_examples_for_each_text(url: str, adapter: Path, tmp_path: Path) -> None:
-    """What the PLM sees before a text changes with it; without its file, or with another, the adapter is damaged."""
+    """Retrieved examples change with the text; without their file, or with another, the adapter is damaged."""
     memory = ["--memory", adapter.parent / "memory", "--adapter", tmp_path]
     trained = client_json(
         url,

@@ -1,4 +1,4 @@
-"""What tenants with other policies and bases see of one model, over both transports: the same distributions."""
+"""Tenants with other policies and bases see the same distributions of one model, over both transports."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def work(tiny_server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tenant(tmp_path_factory: pytest.TempPathFactory) -> tuple[Authenticator, str]:
-    """Who may call, and its key."""
+    """An authenticator with one tenant, and the tenant's key."""
     return (
         (guard.current.access, guard.current.key) if guard.current else guard.one_tenant(tmp_path_factory.mktemp("t"))
     )

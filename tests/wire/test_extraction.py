@@ -1,4 +1,4 @@
-"""What a malicious client can find out at which budget: the claims of docs/threat-model.md, tried."""
+"""Attacks of a malicious client under each budget: the claims of docs/threat-model.md, tried."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_tokens_that_the_model_often_prefers_are_given_away_by_its_top1(service:
 def test_tokens_that_are_often_likely_are_given_away_by_parts_of_distributions(
     service: PlmService, head_V_D: Tensor
 ) -> None:
-    """Of which there is no budget: a token that is never the most probable is among a hundred often enough."""
+    """Rows cost no budget here: a token that is never the most probable is often among a hundred."""
     contexts = random_ids(13, [4] * (3 * D))
     request = EncodeRequest(token_ids=contexts, from_position=[3] * len(contexts), dtype="float32", with_logsumexp=True)
     seen = service.encode(request, THIEF)

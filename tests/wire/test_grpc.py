@@ -1,4 +1,4 @@
-"""What only gRPC has: streams with several calls, pieces, health, reflection, status codes, generated code."""
+"""Features of gRPC alone: streams with several calls, chunks, health, reflection, status codes, generated code."""
 
 from __future__ import annotations
 

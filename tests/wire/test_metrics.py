@@ -1,4 +1,4 @@
-"""What Prometheus reads of a server, against what was asked of it."""
+"""Metrics that Prometheus reads from a server, against the requests that were made."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class Owner:
         return self._stack.enter_context(RemotePlm(connection, dtype="float32", cache=cache))
 
     def distributions(self, tenant: str) -> int:
-        """How many different ones a tenant was given."""
+        """Number of different distributions that a tenant received."""
         return sum(day.full_distributions for day in self.usage(tenant))
 
     def usage(self, tenant: str) -> list[DayOfUsage]:

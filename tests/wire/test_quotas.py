@@ -40,7 +40,7 @@ ENCODE = EncodeRequest(token_ids=[[5, 6, 7], [8, 9]], from_position=[1, 0])  # 5
 
 @dataclass
 class Owner:
-    """Whose tenant `acme` is.
+    """A ledger with the tenant `acme`.
 
     Attributes:
         key: of acme's.

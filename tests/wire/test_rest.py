@@ -1,4 +1,4 @@
-"""What only HTTP has: forms, headers, probes, limits on bodies, failures, the log, OpenAPI."""
+"""Features of HTTP alone: forms, headers, probes, limits on bodies, failures, the log, OpenAPI."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def rest_of(client: socket.socket) -> bytes:
 
 
 def trickled(client: socket.socket, data: bytes) -> bytes:
-    """What the server says to a client that goes on sending a byte at a time."""
+    """The server's answer to a client that sends one byte at a time."""
     client.settimeout(SOON_S / 20)
     for byte in data * 1000:
         with suppress(TimeoutError):

@@ -53,7 +53,7 @@ def engines(request: pytest.FixtureRequest, tiny_models: TinyModels) -> tuple[En
 
 @pytest.fixture
 def rounding(request: pytest.FixtureRequest) -> float:
-    """How much coarser an architecture's tiny model may be than the others: the norms of these two amplify more."""
+    """Tolerance of an architecture's tiny model: the norms of these two amplify more."""
     return 5.0 if request.node.callspec.params["engines"] in ("gemma2", "gemma3") else 1.0
 
 

@@ -1,4 +1,4 @@
-"""What is drafted: as much as pays, by whoever is agreed with more often."""
+"""Drafts: as many as pay, by the side with the higher acceptance rate."""
 
 from __future__ import annotations
 

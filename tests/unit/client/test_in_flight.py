@@ -1,4 +1,4 @@
-"""How many requests run ahead, and what is in them."""
+"""The window of requests in flight, and the requests in it."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def make_head() -> LMHead:
 
 
 def numbers_of(cr_B_D: Tensor, cr_N_D: Tensor) -> Tensor:
-    """Which rows of a memory these are."""
+    """Indices of these rows in the memory."""
     return (cr_B_D[:, None] == cr_N_D).all(dim=-1).int().argmax(dim=1)
 
 
@@ -146,7 +146,7 @@ def test_of_private_rows_only_the_sure_ones_are_streamed() -> None:
 
 @pytest.mark.parametrize("form", ["paper", "residual", "recent"])
 def test_the_same_adapter_comes_out_in_every_basis(form: Any) -> None:
-    """What a secret basis costs in training: nothing, along the principal axes; these lie as the rows do."""
+    """A secret basis costs nothing in training, as the principal axes turn with the rows."""
     settings = replace(SETTINGS, form=form, rank=6, epochs=4, learning_rate=1e-2)
     scales_D = torch.logspace(0, -2, D)  # as in real models: a few directions have most of the length
     q_D_D = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(8)))[0]

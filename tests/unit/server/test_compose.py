@@ -1,4 +1,4 @@
-"""What the compose files say, without an engine: how services are hardened, who can reach them, what is watched."""
+"""The compose files, without a Docker engine: hardening, reachable ports, monitoring."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_whose_rotation_it_is_and_of_which_model_decide_it_and_nothing_else() ->
 
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_all_rotations_are_equally_likely(size: int) -> None:
-    """Of Haar-distributed matrices, any fixed row is uniform on the sphere, and the mean of (tr Q)² is 1."""
+    """Any fixed row of a Haar-distributed matrix is uniform on the sphere, and the mean of (tr Q)² is 1."""
     draws = 4000
     q_S_D_D = torch.stack([RotationKey(f"{n}".encode()).matrix(size) for n in range(draws)]).double()
     error = 5 / math.sqrt(draws)

@@ -27,7 +27,7 @@ DTYPES = [
 
 @st.composite
 def tensors(draw: st.DrawFn) -> Tensor:
-    """Of any dtype and shape, empty and scalar ones among them; dense, strided, transposed or expanded."""
+    """Tensors of any dtype and shape, also empty and scalar: dense, strided, transposed or expanded."""
     shape = draw(st.lists(st.integers(0, 5), max_size=3))
     dtype = draw(st.sampled_from(DTYPES))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))

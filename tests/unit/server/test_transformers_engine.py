@@ -139,7 +139,7 @@ def test_what_acts_after_the_head_is_really_tried(architecture: str, engine: Tra
 
 
 def greedy(model: PreTrainedModel, ids: Sequence[int], tokens: int) -> list[int]:
-    """What transformers itself continues with; it stops at the model's own end of text."""
+    """The continuation by transformers itself, which stops at the model's own end of text."""
     input_ids = torch.tensor([list(ids)])
     output = model.generate(
         input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, max_new_tokens=tokens
@@ -390,7 +390,7 @@ def test_draws_of_the_same_prompts_are_computed_once(
 
 
 class Copied(Tensor):
-    """What a copy has brought to the host, where it may be read."""
+    """The copied tensor on the host, once it may be read."""
 
 
 class OnADevice(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""What is settled about vLLM before it is asked for anything, without it."""
+"""Options of vLLM that are checked before it is imported."""
 
 from __future__ import annotations
 
