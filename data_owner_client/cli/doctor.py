@@ -1,4 +1,4 @@
-"""What is wrong between this machine and a server, in plain words."""
+"""Checks of the way from this machine to a server, reported in plain words."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _REASONS = (
 
 
 class Finding(BaseModel):
-    """What one check found.
+    """The result of one check.
 
     Attributes:
         advice: what to do about it; empty if there is nothing to do.
@@ -70,7 +70,7 @@ class Diagnosis(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def healthy(self) -> bool:
-        """Whether every check passed."""
+        """True if every check passed."""
         return all(finding.ok for finding in self.findings)
 
 
