@@ -1,4 +1,4 @@
-"""How gRPC calls are refused, also those whose bytes are no message: gRPC takes these for a fault of the server."""
+"""Errors of gRPC calls, also of malformed requests, which gRPC itself treats as a fault of the server."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _HANDLERS = {
 }
 
 
-async def abort(context: Any, error: PemaError) -> None:
-    """End a call with an error, its problem document included; raises what gRPC ends a handler with."""
+async def abort(rpc: Any, error: PemaError) -> None:
+    """End a call with an error and its problem document. Raises the exception with which gRPC ends a handler."""
     problem = (PROBLEM_METADATA, json.dumps(to_problem(error)).encode())
-    metadata = (*(context.trailing_metadata() or ()), problem)
-    await context.abort(grpc.StatusCode[error.grpc_status], error.detail, metadata)
+    metadata = (*(rpc.trailing_metadata() or ()), problem)
+    await rpc.abort(grpc.StatusCode[error.grpc_status], error.detail, metadata)
 
 
 class SlowReader(RequestTimeout):
-    """A piece of an answer that the client does not read.
+    """A client that does not read a piece of an answer in time.
 
     Attributes:
-        writing: ends when it has read it, or is gone. Until then gRPC can do nothing else with the call.
+        writing: ends when the client has read the piece or disconnected. Until then gRPC cannot end the call.
     """
 
     def __init__(self, writing: asyncio.Task[None], within_s: float) -> None:
@@ -43,14 +43,14 @@ class SlowReader(RequestTimeout):
         self.writing = writing
 
 
-async def write(context: Any, piece: Any, within_s: float) -> None:
-    """Write a piece of an answer once there is room for it.
+async def write(rpc: Any, piece: Any, within_s: float) -> None:
+    """Write a piece of an answer once the client's window has room for it.
 
     Raises:
-        Unread: there is none in time; `MalformedRequestInterceptor` ends the call.
+        SlowReader: there was no room in time; `MalformedRequestInterceptor` ends the call.
     """
-    writing = asyncio.ensure_future(context.write(piece))
-    # Whoever waits for it may be cancelled: then nobody asks how it ended.
+    writing = asyncio.ensure_future(rpc.write(piece))
+    # The waiting task may be cancelled: then the result must be retrieved here.
     writing.add_done_callback(lambda task: task.cancelled() or task.exception())
     done, _ = await asyncio.wait({writing}, timeout=within_s)
     if not done:
@@ -59,36 +59,37 @@ async def write(context: Any, piece: Any, within_s: float) -> None:
 
 
 class MalformedRequestInterceptor(grpc.aio.ServerInterceptor):
-    """Ends calls with bytes that are no message, those of a stream once what came before them is answered.
+    """Ends calls with malformed requests, and calls whose answers are not read in time.
 
-    And calls whose answers are not read, wherever in a stream's tasks that was noticed.
+    A malformed request in a stream ends the call once the requests before it are answered.
     """
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
-        """The call's handler, or None if there is none."""
+        """Wrap the call's handler; None if there is none."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
         name = ("stream" if handler.request_streaming else "unary", "stream" if handler.response_streaming else "unary")
         behaviour = _as_writer(getattr(handler, "_".join(name)))
 
-        async def guarded(given: Any, context: Any) -> Any:
-            requests = _Decodable(given) if handler.request_streaming else None
-            if given is None:
-                await abort(context, _undecodable())
-            refusal: PemaError | None = None
+        async def guarded(request: Any, rpc: Any) -> Any:
+            """Handle a request, or the requests of a stream."""
+            stream = _ParsedRequests(request) if handler.request_streaming else None
+            if request is None:
+                await abort(rpc, _malformed())
+            error: PemaError | None = None
             answer = None
             try:
-                answer = await behaviour(given if requests is None else requests.until_undecodable(), context)
-            except* SlowReader as unread:
-                refusal = _first(unread)
-                await asyncio.wait({refusal.writing})
-            if requests is not None and requests.undecodable:
-                refusal = _undecodable()
-            if refusal is not None:
-                await abort(context, refusal)
+                answer = await behaviour(request if stream is None else stream.until_malformed(), rpc)
+            except* SlowReader as group:
+                error = _first(group)
+                await asyncio.wait({error.writing})
+            if stream is not None and stream.is_malformed:
+                error = _malformed()
+            if error is not None:
+                await abort(rpc, error)
             return answer
 
         make = _HANDLERS[handler.request_streaming, handler.response_streaming]
@@ -96,28 +97,28 @@ class MalformedRequestInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _first(group: BaseExceptionGroup[SlowReader]) -> SlowReader:
-    """One of the exceptions of a group that may hold groups."""
-    found = group.exceptions[0]
-    return found if isinstance(found, SlowReader) else _first(found)
+    """The first exception of a group that may hold groups."""
+    first = group.exceptions[0]
+    return first if isinstance(first, SlowReader) else _first(first)
 
 
-class _Decodable:
-    """The requests of a stream, up to one that is none."""
+class _ParsedRequests:
+    """The requests of a stream, up to the first malformed one."""
 
-    def __init__(self, given: AsyncIterator[Any]) -> None:
-        self._given = given
-        self.undecodable = False
+    def __init__(self, requests: AsyncIterator[Any]) -> None:
+        self._requests = requests
+        self.is_malformed = False
 
-    async def until_undecodable(self) -> AsyncIterator[Any]:
-        async for request in self._given:
+    async def until_malformed(self) -> AsyncIterator[Any]:
+        async for request in self._requests:
             if request is None:
-                self.undecodable = True
+                self.is_malformed = True
                 return
             yield request
 
 
 def _parse_or_none(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """Gives None for what is no message."""
+    """A parser that returns None for malformed bytes."""
 
     def parse_or_none(data: bytes) -> Any:
         try:
@@ -129,18 +130,18 @@ def _parse_or_none(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 
 def _as_writer(behaviour: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler that writes its answers, of one that may yield them."""
+    """A handler that writes its answers, made from one that may yield them."""
     if not inspect.isasyncgenfunction(behaviour):
         return behaviour
 
-    async def writing(given: Any, context: Any) -> None:
-        async for answer in behaviour(given, context):
-            await context.write(answer)
+    async def writing(request: Any, rpc: Any) -> None:
+        async for answer in behaviour(request, rpc):
+            await rpc.write(answer)
 
     return writing
 
 
-def _undecodable() -> MalformedMessage:
+def _malformed() -> MalformedMessage:
     return MalformedMessage(
         "The bytes are no message of this call.", hint="protocol/pema.proto describes the messages."
     )

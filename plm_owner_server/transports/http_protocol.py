@@ -1,4 +1,4 @@
-"""HTTP connections with bounds: on how many there are, and on how long each may keep the server waiting."""
+"""HTTP connections with limits: on their number, and on the time that each may keep the server waiting."""
 
 from __future__ import annotations
 
@@ -18,49 +18,52 @@ from plm_owner_server.transports.tls import common_name
 from protocol.errors import PROBLEM_JSON, Overloaded, PemaError, RequestTimeout, to_problem
 
 CERTIFICATE = "certificate"
-"""Where a request's state has the common name in its client's certificate."""
+"""Name in a request's state of the common name in its client's certificate."""
 _MIB = 2**20
-# Besides those of connections: the model's, the store's, what libraries open.
+# Open files besides connections: of the model, the store and libraries.
 _OTHER_FILES = 512
-_COME_BACK_S = 2.0
+_RETRY_AFTER_SECONDS = 2.0
 
 
 def bounded_http_protocol(max_connections: int, transfer_s: float) -> Any:
     """The protocol of one server, for uvicorn's `http`.
 
     Args:
-        max_connections: at the same time. One more takes the place of that which is idle longest.
-        transfer_s: longest time that a request's head, each MiB of its body, and each MiB of an answer may take.
+        max_connections: largest number of connections. A further one replaces the one that has been idle longest.
+        transfer_s: longest time for a request's head, each MiB of its body, and each MiB of an answer, in seconds.
     """
     return partial(LimitedH11Protocol, idle=OrderedDict(), max_connections=max_connections, transfer_s=transfer_s)
 
 
 def bound_handshakes(loop: asyncio.AbstractEventLoop, transfer_s: float) -> None:
-    """Let TLS handshakes take no longer with servers that are started on this loop.
+    """Limit the time of TLS handshakes with servers that are started on this loop.
 
-    uvicorn knows no such setting, and asyncio gives them a minute.
+    uvicorn has no such setting, and asyncio's default is a minute.
     """
     loop.create_server = partial(loop.create_server, ssl_handshake_timeout=transfer_s)  # type: ignore[method-assign]
 
 
 def allow_open_files(connections: int) -> None:
-    """Let this process have so many connections, as far as its owner allows; 1024 files are the rule otherwise."""
-    with suppress(ImportError, OSError, ValueError):  # there may be no such limits, or none that can be changed
+    """Raise the process's limit of open files for this many connections, up to its hard limit.
+
+    The usual limit is 1024 files.
+    """
+    with suppress(ImportError, OSError, ValueError):  # Windows has no such limit; elsewhere it may be fixed
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = connections + _OTHER_FILES
+        needed = connections + _OTHER_FILES
         if hard != resource.RLIM_INFINITY:
-            wanted = min(wanted, hard)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            needed = min(needed, hard)
+        if soft != resource.RLIM_INFINITY and soft < needed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class LimitedH11Protocol(H11Protocol):
-    """uvicorn's own, which waits for ever for the rest of a request and for an answer to be read.
+    """uvicorn's protocol with time limits. uvicorn itself waits for ever for a request, and for a reader of an answer.
 
     Args:
-        idle: connections of this server without a request at work, those that are so longest first.
+        idle: this server's connections without a request in progress, the longest idle first.
         max_connections: see `bounded_http_protocol`.
         transfer_s: see `bounded_http_protocol`.
     """
@@ -71,22 +74,22 @@ class LimitedH11Protocol(H11Protocol):
         idle: OrderedDict[LimitedH11Protocol, None],
         max_connections: int,
         transfer_s: float,
-        **named: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **named)
+        super().__init__(*args, **kwargs)
         self._idle = idle
         self._max_connections = max_connections
         self._transfer_s = transfer_s
-        self._arriving: asyncio.TimerHandle | None = None  # runs while the client is to send something
-        self._arrived = 0
-        self._leaving: asyncio.TimerHandle | None = None  # runs while the client is to read something
-        self._unread = 0
+        self._receive_timer: asyncio.TimerHandle | None = None  # runs while the client must send
+        self._received_bytes = 0
+        self._send_timer: asyncio.TimerHandle | None = None  # runs while the client must read
+        self._unread_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if (ssl_object := transport.get_extra_info("ssl_object")) is not None:
             self.app_state = self.app_state | {CERTIFICATE: common_name(ssl_object.getpeercert())}
-        # Then all that waits to be read is noticed. Not 0: TLS pauses at it, also when nothing waits.
+        # So that writing pauses as soon as bytes wait. With 0, TLS would pause even when none wait.
         transport.set_write_buffer_limits(high=1)
         if len(self.connections) > self._max_connections:
             if not self._idle:
@@ -94,44 +97,44 @@ class LimitedH11Protocol(H11Protocol):
                     Overloaded(
                         f"The server has {self._max_connections} connections.",
                         hint="Try again in a moment.",
-                        retry_after_s=_COME_BACK_S,
+                        retry_after_s=_RETRY_AFTER_SECONDS,
                     )
                 )
                 return
             self._idle.popitem(last=False)[0].transport.close()
-        self._look()
+        self._update_timers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._idle.pop(self, None)
-        self._arriving = _cancel(self._arriving)
-        self._leaving = _cancel(self._leaving)
+        self._receive_timer = _cancel(self._receive_timer)
+        self._send_timer = _cancel(self._send_timer)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self._arrived += len(data)
-        if self._arrived >= _MIB and not self._answered():
-            self._arriving, self._arrived = _cancel(self._arriving), 0
+        self._received_bytes += len(data)
+        if self._received_bytes >= _MIB and not self._answered():
+            self._receive_timer, self._received_bytes = _cancel(self._receive_timer), 0
         super().data_received(data)
 
     def handle_events(self) -> None:
         super().handle_events()
-        self._look()
+        self._update_timers()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._look()
+        self._update_timers()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unread = self.transport.get_write_buffer_size()
-        self._leaving = self.loop.call_later(self._transfer_s, self._look_at_unread)
+        self._unread_bytes = self.transport.get_write_buffer_size()
+        self._send_timer = self.loop.call_later(self._transfer_s, self._check_unread)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._leaving = _cancel(self._leaving)
+        self._send_timer = _cancel(self._send_timer)
 
-    def _look(self) -> None:
-        """Note whose turn it is: the client's with its request, or ours."""
+    def _update_timers(self) -> None:
+        """Start or stop the receive timer, by whether the client or the server must act next."""
         if self.transport.is_closing():
             self._idle.pop(self, None)
             return
@@ -141,22 +144,22 @@ class LimitedH11Protocol(H11Protocol):
         elif self not in self._idle:
             self._idle[self] = None
         if waiting or self.conn.their_state is h11.SEND_BODY:
-            self._arriving = self._arriving or self.loop.call_later(self._transfer_s, self._not_arrived)
+            self._receive_timer = self._receive_timer or self.loop.call_later(self._transfer_s, self._receive_timed_out)
         else:
-            self._arriving, self._arrived = _cancel(self._arriving), 0
+            self._receive_timer, self._received_bytes = _cancel(self._receive_timer), 0
 
     def _answered(self) -> bool:
         return self.cycle is not None and self.cycle.response_complete
 
-    def _not_arrived(self) -> None:
+    def _receive_timed_out(self) -> None:
         if self.transport.is_closing():
             return
-        # Without the beginning of a request it just was idle; after its answer nobody wants the rest.
+        # Without the beginning of a request, the connection was just idle. After the answer, the rest does not matter.
         began = self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
         if not began or (self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE)):
             self.transport.close()
             return
-        if self.conn.their_state is h11.SEND_BODY:  # for the application, the client has left
+        if self.conn.their_state is h11.SEND_BODY:  # for the application, the client has disconnected
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self._end_with(
@@ -166,19 +169,19 @@ class LimitedH11Protocol(H11Protocol):
             )
         )
 
-    def _look_at_unread(self) -> None:
+    def _check_unread(self) -> None:
         unread = self.transport.get_write_buffer_size()
-        if unread > self._unread - _MIB:
-            # The kernel, too, forgets what it was to send; with TLS, which has read all there was, it would go on.
-            peer = self.transport.get_extra_info("socket")
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if unread > self._unread_bytes - _MIB:
+            # Make the kernel drop its send buffer, too. With TLS it holds all bytes, and would go on sending.
+            sock = self.transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.transport.abort()
             return
-        self._unread = unread
-        self._leaving = self.loop.call_later(self._transfer_s, self._look_at_unread)
+        self._unread_bytes = unread
+        self._send_timer = self.loop.call_later(self._transfer_s, self._check_unread)
 
     def _end_with(self, error: PemaError) -> None:
-        """Answer without the application, and hang up."""
+        """Answer without the application, and close the connection."""
         body = json.dumps(to_problem(error)).encode()
         headers = [("content-type", PROBLEM_JSON), ("content-length", str(len(body))), ("connection", "close")]
         if error.retry_after_s is not None:
@@ -193,7 +196,7 @@ class LimitedH11Protocol(H11Protocol):
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
-    """What is left of a timer."""
+    """Cancel a timer; always returns None."""
     if timer is not None:
         timer.cancel()
     return None

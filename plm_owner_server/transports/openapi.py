@@ -1,4 +1,4 @@
-"""What the OpenAPI page says about every call: schemas, one example each, and how the binary form looks.
+"""The OpenAPI page of every call: schemas, an example each, and the binary form.
 
 Each constant holds the keyword arguments of one route.
 """
@@ -57,9 +57,9 @@ A key allows the calls of its scopes; another is 403.
 **Errors** are `{PROBLEM_JSON}` (RFC 9457) with a `hint` that says what to do.
 """
 
-# For the page's "Authorize" button alone: the key itself is checked elsewhere, for both transports.
+# For the page's "Authorize" button alone: the admission controller checks the key, for both transports.
 _SHOWN_KEY = Depends(HTTPBearer(auto_error=False, description="The owner's key, if one is asked for"))
-# Errors by what a call has to do with: any call, a key, a choice of forms or rows, a body, the model.
+# Errors of all calls, and of calls with a key, with a choice of forms or rows, with a body, with the model's work.
 _ANY = (ServerFault,)
 _OF_KEYS = (Unauthenticated, Forbidden, NotReady)
 _OF_CHOICES = (InvalidRequest, NotAcceptable, OverLimit)

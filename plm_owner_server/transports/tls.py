@@ -1,4 +1,4 @@
-"""TLS for both transports, from the same two files, which may be renewed while the server runs."""
+"""TLS for both transports, from files that may be renewed while the server runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from protocol.errors import PemaError
 
 log = logging.getLogger(__name__)
 
-_LOOK_EVERY_S = 2.0
+_POLL_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Certificate:
     """A certificate chain and its private key, both PEM files.
 
     Attributes:
-        chain: the server's own certificate first.
-        key: without a password.
-        client_ca: the authorities of clients' certificates, PEM too; clients need none without it.
+        chain: path of the certificate chain, the server's certificate first.
+        key: path of the private key, without a password.
+        client_ca: path of the authorities of clients' certificates; None if clients need no certificates.
     """
 
     chain: Path
@@ -34,7 +34,7 @@ class Certificate:
     client_ca: Path | None = None
 
     def context(self) -> ssl.SSLContext:
-        """For the REST server.
+        """The TLS context of the REST server.
 
         Raises:
             PemaError: the files cannot be read, or do not belong together.
@@ -47,15 +47,15 @@ class Certificate:
         return context
 
     def load_into(self, context: ssl.SSLContext) -> None:
-        """Take what the files hold now; connections that are made from now on see it.
+        """Load the files into a context, for connections that are made from now on.
 
-        An authority that clients had goes with the next start: OpenSSL adds to those that a context knows.
+        A removed authority of clients is trusted until the next start, because OpenSSL only adds authorities.
 
         Raises:
             PemaError: the files cannot be read, or do not belong together.
         """
         try:
-            # In a context of its own first: a mistake must not spoil the one in use.
+            # First into another context: bad files must not spoil the one in use.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.chain, self.key, password="")
             context.load_cert_chain(self.chain, self.key, password="")
         except (OSError, ssl.SSLError) as error:
@@ -74,44 +74,44 @@ class Certificate:
             ) from error
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
-        """For the gRPC server: it looks at the files with every connection."""
-        # Seen before it is read: what is renewed in between is noticed.
-        seen = self._modified()
+        """The credentials of the gRPC server, which checks the files at every connection."""
+        # Before the files are read, so that a renewal in between is noticed.
+        loaded = self._modified()
         self.context()
         current = self._grpc_configuration()
 
         def renewed() -> grpc.ServerCertificateConfiguration | None:
-            nonlocal seen
+            nonlocal loaded
             try:
-                # Whole and belonging together, or else the ones in use stay.
-                if (now := self._modified()) == seen:
+                # Files that are incomplete, or do not belong together, leave those in use.
+                if (now := self._modified()) == loaded:
                     return None
                 self.context()
                 configuration = self._grpc_configuration()
                 if self._modified() != now:
                     return None
-                seen = now
+                loaded = now
                 return configuration
             except (OSError, PemaError):
                 return None
 
-        demanded = self.client_ca is not None
-        # Its types do not know that None leaves all as it is.
-        return grpc.dynamic_ssl_server_credentials(current, renewed, demanded)  # type: ignore[arg-type]
+        is_required = self.client_ca is not None
+        # gRPC's types lack None, which means "unchanged".
+        return grpc.dynamic_ssl_server_credentials(current, renewed, is_required)  # type: ignore[arg-type]
 
     async def keep_current(self, context: ssl.SSLContext) -> None:
-        """Load the files into the REST server's context, and again whenever they change, for ever."""
-        seen: tuple[int, ...] | None = None
+        """Load the files into the REST server's context whenever they change; runs until it is cancelled."""
+        loaded: tuple[int, ...] | None = None
         while True:
             try:
-                if (now := self._modified()) != seen:
-                    renewed, seen = seen is not None, now
+                if (now := self._modified()) != loaded:
+                    is_renewal, loaded = loaded is not None, now
                     self.load_into(context)
-                    if renewed:
+                    if is_renewal:
                         log.info("the certificate %s was renewed", self.chain)
             except (OSError, PemaError) as error:
                 log.warning("the certificate in use stays: %s", error)
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_POLL_SECONDS)
 
     def _modified(self) -> tuple[int, ...]:
         files = (self.chain, self.key, *([] if self.client_ca is None else [self.client_ca]))
@@ -124,7 +124,7 @@ class Certificate:
 
 
 def common_name(certificate: Mapping[str, Any] | None) -> str | None:
-    """The common name in a certificate's subject, as `ssl` gives it; None if it has none, or several."""
+    """The common name in the subject of a certificate as `ssl` returns it; None if there is none, or several."""
     subject = (certificate or {}).get("subject", ())
     names = [value for part in subject for field, value in part if field == "commonName"]
     return names[0] if len(names) == 1 else None

@@ -5,6 +5,6 @@ from plm_owner_server.cli import main
 from plm_owner_server.transports import tls
 
 if __name__ == "__main__":
-    tls._LOOK_EVERY_S = 0.05
+    tls._POLL_SECONDS = 0.05
     tenant_cache._TTL_SECONDS = 0.05
     main()
