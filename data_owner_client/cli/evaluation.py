@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -164,7 +165,7 @@ def compare(
     )
     loaded = load_task(task)
     result = compare_systems(
-        lambda: connected(server, connection),
+        partial(connected, server, connection),  # trainings in child processes connect with it, too
         loaded,
         splits,
         folder / loaded.name,
