@@ -1,7 +1,8 @@
 # make demo    the main job on real data: server, memory, adapter, translation, scores (about 10 minutes on 2 cores)
 # make bench   what is claimed, measured against peers
-# make compare rivals side by side on two tasks, LoRA included (some hours on 2 cores)
-# make test    format, lint, types and all tests, those on the real models included
+# make compare baselines side by side on two tasks, LoRA included (some hours on 2 cores)
+# make check   the loop: format, lint, types, unit tests, one call of each kind, one memory (two minutes on 2 cores)
+# make test    all of it: format, lint, types and all tests, those on the real models included (15 minutes on 2 cores)
 # make test-guarded  the tests of wire, fuzz and processes again, every server with TLS, keys, candidate rows, rotation
 # make compose-test  the main job in containers, a killed replica included; needs Docker and nothing else
 # make test-vllm  the engine's tests with vLLM in the engine's place, in an environment of its own (3 GB)
@@ -10,13 +11,17 @@ VENV ?= .venv
 # Processes that run tests at the same time; each may need three GiB.
 WORKERS ?= 2
 VLLM_VENV ?= .venv-vllm
-VLLM_TESTS ?= tests/wire tests/processes/test_faults.py tests/processes/test_decode_faults.py \
+# Tests of the wire that say nothing about an engine.
+NO_ENGINE := command_line doctor large_head metrics proxy_settings smoke supervision tracing
+VLLM_TESTS ?= $(filter-out $(NO_ENGINE:%=tests/wire/test_%.py), $(sort $(wildcard tests/wire/test_*.py))) \
+  tests/fuzz/test_openapi.py tests/fuzz/test_grpc_fuzz.py \
+  tests/processes/test_faults.py tests/processes/test_decode_faults.py \
   tests/processes/test_operations.py tests/processes/test_secrets.py
 # Where the CPU build of torch lives; a local wheel that pip knows of (PIP_FIND_LINKS) serves as well.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo compare test test-guarded compose-test test-vllm bench lint format proto clean
+.PHONY: demo compare check test test-guarded compose-test test-vllm bench lint format proto clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo.run
@@ -24,18 +29,21 @@ demo: $(VENV)/ready
 compare: $(VENV)/ready
 	$(BIN)/python -m benchmarks.compare
 
+check: lint
+	PEMA_TEST_PROFILE=fast $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m 'not slow' tests/unit tests/wire/test_smoke.py
+
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	PEMA_TEST_PROFILE=ci $(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 25
 
 test-guarded: $(VENV)/ready
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --guarded
+	PEMA_TEST_PROFILE=ci $(BIN)/pytest -n $(WORKERS) --dist worksteal --guarded
 
 compose-test:
 	docker/compose-test.sh
 
 # One process: each server in it has processes of vLLM's beside it. What vLLM warns of is not ours to mend.
 test-vllm: $(VLLM_VENV)/ready
-	$(VLLM_VENV)/bin/pytest --engine vllm --timeout 1200 -W default $(VLLM_TESTS)
+	PEMA_TEST_PROFILE=ci $(VLLM_VENV)/bin/pytest --engine vllm --timeout 1200 -W default $(VLLM_TESTS)
 
 bench: $(VENV)/ready $(VLLM_VENV)/ready
 	$(BIN)/python -m benchmarks.ablations
@@ -53,6 +61,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m docs.check_prose
 
 format: $(VENV)/ready
 	$(BIN)/ruff format .

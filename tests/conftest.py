@@ -11,6 +11,8 @@ from tests import profiles
 
 # Before transformers is imported: no test may depend on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tiny models: a second thread only waits for the first, also in child processes, and for whatever else runs here.
+os.environ["OMP_NUM_THREADS"] = "1"
 for _name in [name for name in os.environ if name.startswith("PEMA_")]:
     del os.environ[_name]
 # Also for the servers that tests start: who runs the tests may be an owner with tenants.
@@ -26,7 +28,6 @@ from harness.tiny_models import TinyModels
 from plm_owner_server.service.plm_service import PlmService
 from tests import guard, support
 
-# Tiny models: a second thread only waits for the first, and for whatever else this machine runs.
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
 profiles.load()
