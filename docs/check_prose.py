@@ -53,7 +53,9 @@ def _words(sentence: str) -> int:
 
 def _tracked(pattern: str) -> list[Path]:
     listed = subprocess.run(["git", "ls-files", pattern], capture_output=True, text=True, check=True)  # noqa: S603, S607
-    return [Path(name) for name in listed.stdout.splitlines() if not name.startswith(_GENERATED) and Path(name).exists()]
+    return [
+        Path(name) for name in listed.stdout.splitlines() if not name.startswith(_GENERATED) and Path(name).exists()
+    ]
 
 
 def main() -> int:
