@@ -1,1 +1,1 @@
-"""Checks and generators of the documentation."""
+"""Pages for readers, and the scripts that check and generate them."""
