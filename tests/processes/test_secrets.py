@@ -197,15 +197,18 @@ def test_nothing_of_the_users_is_written_anywhere(
                 written[f"REST {life}"] = b"\n".join(r.content + str(r.headers).encode() for r in bad)
                 written[f"gRPC {life}"] = "\n".join(ask_over_grpc(guard.url("grpc", grpc_port), key)).encode()
                 written[f"junk {life}"] = shout(port) + shout(grpc_port)
-                broken = post(BREAK)
-                assert broken.status_code == 503
-                written[f"broken {life}"] = broken.content
-                until(lambda: post(7).status_code == 200)
-                running = pool.submit(post, HOLD)
-                until(held.exists)
                 written[f"metrics {life}"] = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics").content
                 # The last of them is sent before the end.
                 until(lambda: b"head" in b"".join(spans.bodies))
+                broken = post(BREAK)
+                assert broken.status_code == 503
+                written[f"broken {life}"] = broken.content
+                assert process.wait(120) == 1
+                process = start_server(log, port, grpc_port, *flags, module="tests.processes.ailing_server")
+                wait_until_ready(process, url, log)
+                running = pool.submit(post, HOLD)
+                until(held.exists)
+                written[f"metrics {life}, held"] = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics").content
             finally:
                 process.send_signal(last)
                 assert process.wait(120) == -last
