@@ -1,5 +1,5 @@
 # make demo    the main job on real data: server, memory, adapter, translation, scores (about 10 minutes on 2 cores)
-# make bench   what is claimed, measured against peers
+# make bench   every claim, measured against its baseline
 # make compare baselines side by side on two tasks, LoRA included (some hours on 2 cores)
 # make check   the loop: format, lint, types, unit tests, one call of each kind, one memory (two minutes on 2 cores)
 # make test    all of it: format, lint, types and all tests, those on the real models included (15 minutes on 2 cores)
@@ -21,7 +21,7 @@ VLLM_TESTS ?= $(filter-out $(NO_ENGINE:%=tests/wire/test_%.py), $(sort $(wildcar
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo compare check test test-guarded compose-test test-vllm bench lint format proto clean
+.PHONY: demo compare check test test-guarded compose-test test-vllm bench lint format proto reference clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo.run
@@ -70,6 +70,10 @@ format: $(VENV)/ready
 # The generated code of the gRPC messages; a test fails when it is stale.
 proto: $(VENV)/ready
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protocol/pema.proto
+
+# The reference pages; a test fails when they are stale.
+reference: $(VENV)/ready
+	$(BIN)/python -m docs.build_reference
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12")'

@@ -1,4 +1,4 @@
-"""P = (1 − λ_t)·P_PLM + λ_t·P_PEMA: the schedules of λ, and the exact argmax from candidate rows alone."""
+"""P = (1 − λ_t)·P_PLM + λ_t·P_PEMA: the schedules of λ_t."""
 
 from __future__ import annotations
 

@@ -72,6 +72,10 @@ def test_named_files_exist(page: Path) -> None:
         assert name.startswith("runs/") or (_ROOT / name).exists() or (page.parent / name).exists(), name
 
 
+def test_no_page_has_a_placeholder() -> None:
+    assert not [page.name for page in _PAGES if "@@" in page.read_text()]
+
+
 def test_python_samples_name_what_exists() -> None:
     samples = list(_samples("python"))
     assert samples

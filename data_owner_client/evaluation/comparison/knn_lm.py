@@ -66,7 +66,7 @@ def build_index(memory: ExternalMemory, candidate_ids_C: Tensor) -> tuple[Any, T
     try:
         import faiss
     except ImportError as error:
-        raise Unsupported("kNN-LM needs faiss.", hint="pip install 'pema[client,compare]'") from error
+        raise Unsupported("kNN-LM needs faiss.", hint="pip install -e '.[client,compare]'") from error
     index, labels = None, []
     for rows in memory.shards():
         cr_N_D = rows.representations_N_D().float().contiguous()

