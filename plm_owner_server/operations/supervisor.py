@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Callable
@@ -52,6 +53,7 @@ class Supervisor:
         """Load the model and watch it, in a thread of its own. Call `give_up` if that ends by a failure."""
         failure = self._serve()
         if failure is not None:
+            gc.collect()  # a service in a reference cycle ends its engine, and vLLM's processes, only now
             self._give_up(failure)
 
     def stop(self) -> None:
