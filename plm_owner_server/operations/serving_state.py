@@ -17,6 +17,11 @@ def shutting_down_error() -> NotReady:
     )
 
 
+def engine_failed_error() -> NotReady:
+    """The error of calls that the engine did not finish, or that arrive after it has failed."""
+    return NotReady("The model has failed.", hint="Try again in a moment: the server restarts.", retry_after_s=5.0)
+
+
 class ServingState:
     """The service while its model is loaded, and the number of calls that it answers.
 
@@ -33,16 +38,19 @@ class ServingState:
         self.service = service
         self.recorder = CallRecorder()
         self.calls = 0
+        self._failed = False
         self._stopping = False
 
     def ready(self) -> PlmService:
         """The service.
 
         Raises:
-            NotReady: the model is loading, or the server is stopping.
+            NotReady: the model is loading or has failed, or the server is stopping.
         """
         if self._stopping:
             raise shutting_down_error()
+        if self._failed:
+            raise engine_failed_error()
         if self.service is None:
             raise NotReady("The model is still loading.", hint="Try again in a moment.", retry_after_s=2.0)
         return self.service
@@ -51,6 +59,11 @@ class ServingState:
     def is_ready(self) -> bool:
         """True if calls are answered."""
         return self.service is not None and not self._stopping
+
+    def fail(self) -> None:
+        """Drop the service, whose engine has failed."""
+        self.service = None
+        self._failed = True
 
     def stop(self) -> None:
         """Refuse new calls from now on."""

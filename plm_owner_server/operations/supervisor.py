@@ -7,14 +7,14 @@ import logging
 import threading
 from collections.abc import Callable
 
-from plm_owner_server.operations.serving_state import ServingState
+from plm_owner_server.operations.serving_state import ServingState, engine_failed_error
 from plm_owner_server.service.plm_service import PlmService
-from protocol.errors import NotReady, PemaError
+from protocol.errors import PemaError
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
-_RETRY_AFTER_SECONDS = 5.0
+_START_AGAIN = "Start the server again. The log says more, as may the device it runs on."
 
 
 class EngineStuck(PemaError):
@@ -75,11 +75,14 @@ class Supervisor:
         self._state.service = service
         try:
             return self._watch(service)
+        except Exception as error:
+            log.debug("traceback", exc_info=True)
+            return PemaError(f"The engine cannot be watched: {type(error).__name__}.", hint=_START_AGAIN)
         finally:
             # Dropping the last reference to a service ends its engine, which takes a while. When the process ends, that
             # is left to the main thread.
             if not self._stopped.is_set():
-                self._state.service = None
+                self._state.fail()
 
     def _watch(self, service: PlmService) -> PemaError | None:
         """Watch the engine until it fails. Return the failure, or None if the supervisor was stopped."""
@@ -90,19 +93,13 @@ class Supervisor:
                 return None
             if not is_alive:
                 log.error("the engine has died")
-                scheduler.close(_restarting("The model has failed."))
-                break
+                scheduler.close(engine_failed_error())
+                return PemaError("The engine has died.", hint=_START_AGAIN)
             engine.evict_idle()
             if scheduler.busy_s > self._engine_timeout_s:
-                scheduler.close(_restarting("The model hangs."))
+                scheduler.close(engine_failed_error())
                 return EngineStuck(
                     f"The engine has not come back for {self._engine_timeout_s:g} s.",
-                    hint="If it only takes so long, give --engine-timeout.",
+                    hint="If the model is merely slow, raise --engine-timeout.",
                 )
-        return PemaError(
-            "The engine has failed.", hint="Start the server again. The log says more, as may the device it runs on."
-        )
-
-
-def _restarting(detail: str) -> NotReady:
-    return NotReady(detail, hint="Try again in a moment: the server restarts.", retry_after_s=_RETRY_AFTER_SECONDS)
+        return PemaError("The engine has failed its check after an error.", hint=_START_AGAIN)

@@ -172,4 +172,4 @@ def test_vllm_that_is_killed_is_a_503_and_the_end(tiny_models: TinyModels, trans
         until(lambda: not core.is_running() or core.status() == psutil.STATUS_ZOMBIE)
         connection.close()
     until(lambda: len(gave_up) == 1)
-    assert "The engine has failed" in str(gave_up[0])
+    assert str(gave_up[0]).startswith(("The engine has died", "The engine has failed its check"))

@@ -26,9 +26,11 @@ class FakeService:
         self.busy_s = 0.0
         self.closed: PemaError | None = None
         self.tidied = threading.Event()
-        self.alive = True
+        self.alive: bool | None = True  # None: looking at it fails
 
     def is_alive(self) -> bool:
+        if self.alive is None:
+            raise RuntimeError
         return self.alive
 
     def evict_idle(self) -> None:
@@ -79,7 +81,7 @@ def test_a_broken_engine_is_the_end() -> None:
     watched = Watched(service)
     watched.wait_for(service)
     service.broken.set()
-    assert "The engine has failed" in str(watched.end())
+    assert "failed its check" in str(watched.end())
 
 
 def test_an_engine_that_dies_while_nobody_calls_is_the_end() -> None:
@@ -87,9 +89,19 @@ def test_an_engine_that_dies_while_nobody_calls_is_the_end() -> None:
     watched = Watched(service, timeout_s=0.1)
     watched.wait_for(service)
     service.alive = False
-    assert "The engine has failed" in str(watched.end())
+    assert "The engine has died" in str(watched.end())
     assert isinstance(service.closed, NotReady)
     assert service.closed.retry_after_s
+    with pytest.raises(NotReady, match="the server restarts"):
+        watched.state.ready()
+
+
+def test_an_engine_that_cannot_be_watched_is_the_end() -> None:
+    service = FakeService()
+    watched = Watched(service, timeout_s=0.1)
+    watched.wait_for(service)
+    service.alive = None
+    assert "cannot be watched" in str(watched.end())
 
 
 def test_an_engine_that_ends_with_the_process_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
