@@ -68,7 +68,10 @@ def settings_page() -> str:
     parts.append("### Shot\n\nOne example of a task.\n")
     parts.append(_table(("field", "type", "default", "meaning"), _fields(Shot)))
     parts.append("## Server\n\nFlags of `pema-server serve`, as environment variables `PEMA_FLAG`; a flag wins.\n")
-    parts.append(_table(("flag", "type", "default", "bounds", "meaning"), _options(ServerSettings)))
+    groups = (group for group in ServerSettings.__bases__ if issubclass(group, BaseModel))
+    for group in reversed([*groups]):  # the first fields are those of the last class
+        parts.append(f"### {group.model_config['title']}\n")
+        parts.append(_table(("flag", "type", "default", "bounds", "meaning"), _options(group)))
     return "\n".join(parts)
 
 

@@ -6,8 +6,10 @@ the same thing. A flag wins over the environment, the environment over `.env`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from platformdirs import user_cache_path, user_data_path
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -19,72 +21,198 @@ from protocol.types import CrKind
 DEFAULT_MODEL = "gemma-3-270m"
 # Largest number that gRPC carries, or takes as an option.
 _INT32 = 2**31 - 1
-_VLLM_ONLY = (
-    "tensor_parallel_size",
-    "pipeline_parallel_size",
-    "distributed_executor_backend",
-    "vllm_options",
-)
-_TRANSFORMERS_ONLY = ("device_map",)
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """An engine that `--engine` may name.
+
+    Attributes:
+        module: module with the function `load(folder, settings)`. It is imported when the engine is chosen.
+        unsupported: names of the settings that must keep their defaults with this engine.
+        cr_kinds: representations that the engine can serve.
+    """
+
+    module: str
+    unsupported: tuple[str, ...] = ()
+    cr_kinds: tuple[CrKind, ...] = get_args(CrKind)
+
+
+ENGINES: Mapping[str, EngineEntry] = {
+    "transformers": EngineEntry(
+        "plm_owner_server.engines.transformers.loading",
+        unsupported=(
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "distributed_executor_backend",
+            "vllm_options",
+        ),
+    ),
+    "vllm": EngineEntry(
+        "plm_owner_server.engines.vllm.loading",
+        unsupported=("device_map",),
+        cr_kinds=("last_hidden_state",),
+    ),
+}
+"""All engines by name. The first is the default."""
+
+
+@dataclass(frozen=True)
+class Metavar:
+    """The word for a flag's value in `--help`."""
+
+    word: str
+
+
+Port = Annotated[int, Field(ge=0, le=65535), Metavar("PORT")]
+Tokens = Annotated[int, Metavar("TOKENS")]
+Bytes = Annotated[int, Metavar("BYTES")]
+Number = Annotated[int, Metavar("N")]
+Seconds = Annotated[float, Metavar("SECONDS")]
+File = Annotated[Path, Metavar("FILE")]
 
 
 def _default_store() -> str:
     return f"sqlite:///{user_data_path('pema') / 'owner.db'}"
 
 
-class StoreSettings(BaseSettings):
-    """Location of the tenant database."""
-
+class _Settings(BaseSettings):
+    # The title that a subclass adds is that of its flags in --help.
     model_config = SettingsConfigDict(env_prefix="PEMA_", env_file=".env", extra="ignore", protected_namespaces=())
 
-    store: str = Field(
-        default_factory=_default_store,
-        description="Database of the tenants, as an SQLAlchemy URL: sqlite:////var/lib/pema/owner.db or "
-        "postgresql+psycopg://owner@db/pema. By default a SQLite file in the user's data folder.",
-    )
 
+class ModelSettings(_Settings):
+    """The model, and the representation to serve."""
 
-class ServerSettings(StoreSettings):
-    """Start the PLM owner's server."""
+    model_config = SettingsConfigDict(title="Model")
 
-    model: str = Field(
+    model: Annotated[str, Metavar("MODEL")] = Field(
         default=DEFAULT_MODEL,
         description="Model to serve: gemma-3-270m or smollm2-135m (embedded), a hub id, a folder or a .gguf file.",
     )
-    host: str = Field(
+    cr_kind: CrKind = Field(
+        default="last_hidden_state",
+        description="Representation to serve: the LM head's input, or the last feed-forward output as in the paper.",
+    )
+    device: Annotated[str, Metavar("DEVICE")] = Field(
+        default="auto",
+        description="Torch device of the model (with vLLM, of the LM head alone); auto takes CUDA if there is one.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="dtype of the weights; auto is bfloat16 on CUDA (half the memory) and float32 on CPU (exact, "
+        "fast).",
+    )
+    threads: Number = Field(
+        default=0,
+        ge=0,
+        description="CPU threads of the model; 0 takes all cores. Use fewer to leave room for a client on the machine.",
+    )
+    pack_weights: CliImplicitFlag[bool] = Field(
+        default=True,
+        description="CPU and float32: store the weights in the layout that multiplies fastest. Decoding takes between "
+        "0.44 and 0.61 of the time (1.6 to 2.3 times as fast); the LM head takes twice the memory.",
+    )
+    cache_dir: Annotated[Path, Metavar("FOLDER")] = Field(
+        default_factory=lambda: user_cache_path("pema") / "models",
+        description="Folder for converted GGUF models, so that only the first start is slow. By default in the user's "
+        "cache folder.",
+    )
+
+
+class EngineSettings(_Settings):
+    """The engine that runs the model, and its own options."""
+
+    model_config = SettingsConfigDict(title="Engine")
+
+    engine: Annotated[str, Metavar(f"{{{','.join(ENGINES)}}}")] = Field(
+        default=next(iter(ENGINES)),
+        description=f"Engine that runs the model: {' or '.join(ENGINES)}. vllm (pip install -e '.[server,vllm]') is "
+        "for models that need several GPUs and for many clients on one.",
+    )
+    device_map: Annotated[str | None, Metavar("MAP")] = Field(
+        default=None,
+        description="transformers: placement of layers on several devices, as in accelerate (auto, balanced, "
+        "sequential), for a model that fits no single GPU. Wins over --device, where all layers are by default.",
+    )
+    tensor_parallel_size: Annotated[int, Metavar("GPUS")] = Field(
+        default=1, ge=1, description="vLLM: GPUs of one node that share every layer."
+    )
+    pipeline_parallel_size: Annotated[int, Metavar("GROUPS")] = Field(
+        default=1, ge=1, description="vLLM: groups of GPUs, such as nodes, that hold a part of the layers each."
+    )
+    distributed_executor_backend: Annotated[str | None, Metavar("BACKEND")] = Field(
+        default=None,
+        description="vLLM: backend that starts its workers, mp on one node or ray on several. By default vLLM chooses.",
+    )
+    vllm_options: Annotated[dict[str, Any], NoDecode, Metavar("JSON")] = Field(
+        default_factory=dict,
+        description="vLLM: other AsyncEngineArgs, as a JSON object, without those that have a flag here. For example "
+        """'{"gpu_memory_utilization": 0.8}'. Empty by default.""",
+    )
+
+    @field_validator("engine")
+    @classmethod
+    def _is_an_engine(cls, value: str) -> str:
+        if value not in ENGINES:
+            raise ValueError(f"there is no engine {value}; use {' or '.join(ENGINES)}")
+        return value
+
+    @field_validator("vllm_options", mode="before")
+    @classmethod
+    def _is_json(cls, value: Any) -> Any:
+        # Parsed here, because bad JSON is no ValidationError where pydantic-settings parses it.
+        return from_json(value or "{}") if isinstance(value, str) else value
+
+
+class NetworkSettings(_Settings):
+    """Addresses, and what a connection may take."""
+
+    model_config = SettingsConfigDict(title="Network")
+
+    host: Annotated[str, Metavar("ADDRESS")] = Field(
         default="127.0.0.1",
         description="Address to listen on. Any but loopback needs tenants (pema-server tenants add) or "
         "--allow-anonymous.",
     )
-    port: int = Field(default=8000, ge=0, le=65535, description="TCP port of REST; 0 takes a free one.")
-    grpc_port: int | None = Field(
+    port: Port = Field(default=8000, description="TCP port of REST; 0 takes a free one.")
+    grpc_port: Port | None = Field(
         default=None,
-        ge=0,
-        le=65535,
         description="TCP port of gRPC; 0 takes a free one. By default the one after --port, where clients look for it.",
     )
-    master_secret: SecretStr | None = Field(
-        default=None,
-        min_length=32,
-        description="Secret from which the tenants' bases are derived (openssl rand -hex 32). Set it as "
-        "PEMA_MASTER_SECRET, equal on all servers that share a store. By default it is in a file next to SQLite's.",
+    max_connections: Number = Field(
+        default=1000,
+        ge=1,
+        le=_INT32,
+        description="Connections at a time, for each transport; each takes a file. A further one replaces the one that "
+        "has been idle longest, or is refused with 429.",
     )
-    allow_anonymous: CliImplicitFlag[bool] = Field(
-        default=False,
-        description="Listen on any address without tenants: every client that reaches the server may call it.",
+    transfer_timeout: Seconds = Field(
+        default=30.0,
+        ge=0.1,
+        allow_inf_nan=False,
+        description="Longest time in seconds for a TLS handshake, a request's head, and each MiB of a body or an "
+        "answer. Slower clients are disconnected.",
     )
-    tls_certificate: Path | None = Field(
+
+
+class TlsSettings(_Settings):
+    """Certificates of both transports."""
+
+    model_config = SettingsConfigDict(title="TLS")
+
+    tls_certificate: File | None = Field(
         default=None,
         description="PEM file with the server's certificate chain, for TLS on both transports. A renewed file is used "
         "without a restart. No TLS by default.",
     )
-    tls_key: Path | None = Field(
+    tls_key: File | None = Field(
         default=None, description="PEM file with the private key of --tls-certificate, without a password."
     )
-    tls_client_ca: Path | None = Field(
+    tls_client_ca: File | None = Field(
         default=None,
         description="PEM file with the CAs of client certificates, which both transports then demand. The common name "
-        "is the tenant's name; keys are optional.",
+        "is the tenant's name; keys are optional. By default none are demanded.",
     )
     insecure: CliImplicitFlag[bool] = Field(
         default=False,
@@ -99,190 +227,152 @@ class ServerSettings(StoreSettings):
             raise ValueError("--tls-client-ca needs --tls-certificate and --tls-key")
         return self
 
-    @model_validator(mode="after")
-    def _engine_has_the_representation(self) -> Self:
-        if self.engine == "vllm" and self.cr_kind != "last_hidden_state":
-            raise ValueError(
-                f"--cr-kind {self.cr_kind} is not supported by --engine vllm; "
-                "use last_hidden_state, or --engine transformers"
-            )
-        return self
 
-    @model_validator(mode="after")
-    def _engine_has_what_is_set(self) -> Self:
-        other, names = ("transformers", _TRANSFORMERS_ONLY) if self.engine == "vllm" else ("vllm", _VLLM_ONLY)
-        for name in names:
-            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(
-                    f"{flag} is not supported by --engine {self.engine}; remove it or use --engine {other}"
-                )
-        return self
+class StoreSettings(_Settings):
+    """Location of the tenant database."""
 
-    @field_validator("vllm_options", mode="before")
-    @classmethod
-    def _is_json(cls, value: Any) -> Any:
-        # Parsed here, because bad JSON is no ValidationError where pydantic-settings parses it.
-        return from_json(value or "{}") if isinstance(value, str) else value
+    model_config = SettingsConfigDict(title="Tenants")
 
-    engine: Literal["transformers", "vllm"] = Field(
-        default="transformers",
-        description="Engine that runs the model. vllm (pip install pema[vllm]) is for models that need several GPUs "
-        "and for many clients on one.",
+    store: Annotated[str, Metavar("URL")] = Field(
+        default_factory=_default_store,
+        description="Database of the tenants, as an SQLAlchemy URL: sqlite:////var/lib/pema/owner.db or "
+        "postgresql+psycopg://owner@db/pema. By default a SQLite file in the user's data folder.",
     )
-    device_map: str | None = Field(
+
+
+class TenantSettings(StoreSettings):
+    """Tenants, and the secret of their bases."""
+
+    master_secret: Annotated[SecretStr | None, Metavar("SECRET")] = Field(
         default=None,
-        description="transformers: placement of layers on several devices, as in accelerate (auto, balanced, "
-        "sequential), for a model that fits no single GPU. Wins over --device.",
+        min_length=32,
+        description="Secret from which the tenants' bases are derived (openssl rand -hex 32). Set it as "
+        "PEMA_MASTER_SECRET, equal on all servers that share a store. By default it is in a file next to SQLite's.",
     )
-    tensor_parallel_size: int = Field(default=1, ge=1, description="vLLM: GPUs of one node that share every layer.")
-    pipeline_parallel_size: int = Field(
-        default=1, ge=1, description="vLLM: groups of GPUs, such as nodes, that hold a part of the layers each."
+    allow_anonymous: CliImplicitFlag[bool] = Field(
+        default=False,
+        description="Listen on any address without tenants: every client that reaches the server may call it.",
     )
-    distributed_executor_backend: str | None = Field(
-        default=None,
-        description="vLLM: backend that starts its workers, mp on one node or ray on several. By default vLLM chooses.",
-    )
-    vllm_options: Annotated[dict[str, Any], NoDecode] = Field(
-        default_factory=dict,
-        description="vLLM: other AsyncEngineArgs, as a JSON object, without those that have a flag here. For example "
-        """'{"gpu_memory_utilization": 0.8}'. Empty by default.""",
-    )
-    cr_kind: CrKind = Field(
-        default="last_hidden_state",
-        description="Representation to serve: the LM head's input, or the last feed-forward output as in the paper.",
-    )
-    device: str = Field(
-        default="auto",
-        description="Torch device of the model (with vLLM, of the LM head alone); auto takes CUDA if there is one.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto",
-        description="dtype of the weights; auto is bfloat16 on CUDA (half the memory) and float32 on CPU (exact, "
-        "fast).",
-    )
-    threads: int = Field(
-        default=0,
-        ge=0,
-        description="CPU threads of the model; 0 takes all cores. Use fewer to leave room for a client on the machine.",
-    )
-    pack_weights: bool = Field(
-        default=True,
-        description="CPU and float32: store the weights in the layout that multiplies fastest. Decoding takes half "
-        "the time; the LM head takes twice the memory.",
-    )
-    max_sequence_tokens: int = Field(
+
+
+class RequestLimits(_Settings):
+    """Limits of one request."""
+
+    model_config = SettingsConfigDict(title="Limits of a request")
+
+    max_sequence_tokens: Tokens = Field(
         default=4096,
         ge=2,
         le=_INT32,
         description="Longest sequence in tokens, drafts included; it bounds attention memory. The model's own limit "
         "applies too.",
     )
-    max_sequences: int = Field(
+    max_sequences: Number = Field(
         default=512,
         ge=1,
         le=_INT32,
         description="Most sequences in one request; it bounds how long one request occupies the model.",
     )
-    max_look_ahead: int = Field(
+    max_look_ahead: Tokens = Field(
         default=1024,
         ge=0,
         le=_INT32,
         description="Most tokens drafted per sequence and request; it bounds the time of one request.",
     )
-    max_answer_bytes: int = Field(
+    max_answer_bytes: Bytes = Field(
         default=128 * 2**20,
         ge=1,
         le=2**34,
         description="Largest answer in bytes, counted as float32; it bounds memory. Clients split larger requests.",
     )
-    max_body_bytes: int = Field(
+    max_body_bytes: Bytes = Field(
         default=16 * 2**20,
         ge=1024,
         le=_INT32,
         description="Largest request body in bytes; it bounds memory per request.",
     )
-    max_connections: int = Field(
-        default=1000,
-        ge=1,
-        le=_INT32,
-        description="Connections at a time, for each transport; each takes a file. A further one replaces the one that "
-        "has been idle longest, or is refused with 429.",
-    )
-    transfer_timeout: float = Field(
-        default=30.0,
-        ge=0.1,
-        allow_inf_nan=False,
-        description="Longest time in seconds for a TLS handshake, a request's head, and each MiB of a body or an "
-        "answer. Slower clients are disconnected.",
-    )
-    max_batch_tokens: int = Field(
+
+
+class SharedLimits(_Settings):
+    """Limits of what all requests share: passes, the queue and the cache."""
+
+    model_config = SettingsConfigDict(title="Limits of all requests together")
+
+    max_batch_tokens: Tokens = Field(
         default=4096,
         ge=1,
         description="Tokens in one forward pass, padding included. More takes more memory, and lets a short request "
         "wait longer for another client's long one.",
     )
-    max_batch_padding: int = Field(
+    max_batch_padding: Tokens = Field(
         default=256,
         ge=0,
         description="Padding in one forward pass, in tokens. Set it to about the cost of one more pass: higher on a "
         "fast GPU.",
     )
-    max_draft_tokens: int = Field(
+    max_draft_tokens: Tokens = Field(
         default=2**15,
         ge=1,
         description="Tokens of all sequences being drafted, whose attention states are held together; it bounds "
         "memory. One client may have half of them; further requests wait.",
     )
-    prefix_cache_mib: float = Field(
+    max_waiting_requests: Number = Field(
+        default=64,
+        ge=1,
+        description="Requests that may wait for the model; those in progress count, too. One client may have half of "
+        "them. Further requests are refused with 429.",
+    )
+    max_waiting_tokens: Tokens = Field(
+        default=2**19,
+        ge=1,
+        description="Tokens of all requests that may wait for the model, half of them one client's; it bounds their "
+        "answers' memory. Further requests are refused with 429.",
+    )
+    prefix_cache_mib: Annotated[float, Metavar("MIB")] = Field(
         default=1024,
         ge=0,
         allow_inf_nan=False,
         description="Memory for attention states of cached prefixes, in MiB; 0 turns the cache off. vLLM also holds "
         "running texts in it on a CPU, and takes all free memory on GPUs.",
     )
-    prefix_cache_ttl: float = Field(
+    prefix_cache_ttl: Seconds = Field(
         default=600,
         gt=0,
         description="Seconds after their last use for which attention states stay cached. vLLM empties its whole cache "
         "this long after the first entry.",
     )
-    max_waiting_requests: int = Field(
-        default=64, ge=1, description="Requests that may wait for the model; further ones are refused with 429."
-    )
-    max_waiting_tokens: int = Field(
-        default=2**19,
-        ge=1,
-        description="Tokens of all requests that may wait for the model, half of them one client's; it bounds their "
-        "answers' memory. Further requests are refused with 429.",
-    )
-    metrics_port: int | None = Field(
+
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """`prefix_cache_mib` in bytes."""
+        return int(self.prefix_cache_mib * 2**20)
+
+
+class OperationSettings(_Settings):
+    """Metrics, log, and the end of the process."""
+
+    model_config = SettingsConfigDict(title="Operations")
+
+    metrics_port: Port | None = Field(
         default=None,
-        ge=0,
-        le=65535,
         description="TCP port of Prometheus metrics (/metrics); 0 takes a free one. No metrics by default.",
     )
-    metrics_host: str = Field(
+    metrics_host: Annotated[str, Metavar("ADDRESS")] = Field(
         default="127.0.0.1",
         description="Address of --metrics-port, which asks for no key: every client that reaches it can read the "
         "metrics.",
     )
-    engine_timeout: float = Field(
+    engine_timeout: Seconds = Field(
         default=600,
         gt=0,
         description="Longest time in seconds for one forward pass. After it the server takes the model for stuck and "
         "exits with a status other than 0.",
     )
-    drain_timeout: float = Field(
+    drain_timeout: Seconds = Field(
         default=30,
         ge=0,
         description="Seconds that calls in progress have after SIGTERM or SIGINT, while new ones are refused with 503. "
         "A second signal stops at once.",
-    )
-    cache_dir: Path = Field(
-        default_factory=lambda: user_cache_path("pema") / "models",
-        description="Folder for converted GGUF models, so that only the first start is slow. By default in the user's "
-        "cache folder.",
     )
     log_format: Literal["text", "json"] = Field(
         default="text", description="Format of the log on standard error: lines for people, or one JSON object a line."
@@ -290,3 +380,40 @@ class ServerSettings(StoreSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Verbosity of the log. No level writes texts, token ids or representations."
     )
+
+
+class ServerSettings(  # pydantic puts the fields of the last class first
+    OperationSettings,
+    SharedLimits,
+    RequestLimits,
+    TenantSettings,
+    TlsSettings,
+    NetworkSettings,
+    EngineSettings,
+    ModelSettings,
+):
+    """Start the PLM owner's server."""
+
+    @model_validator(mode="after")
+    def _engine_has_the_representation(self) -> Self:
+        kinds = ENGINES[self.engine].cr_kinds
+        if self.cr_kind not in kinds:
+            others = _engine_flags(name for name, entry in ENGINES.items() if self.cr_kind in entry.cr_kinds)
+            raise ValueError(
+                f"--cr-kind {self.cr_kind} is not supported by --engine {self.engine}; "
+                f"use {' or '.join(kinds)}, or {others}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_has_what_is_set(self) -> Self:
+        for name in ENGINES[self.engine].unsupported:
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                others = _engine_flags(other for other, entry in ENGINES.items() if name not in entry.unsupported)
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} is not supported by --engine {self.engine}; remove it or use {others}")
+        return self
+
+
+def _engine_flags(names: Iterable[str]) -> str:
+    return " or ".join(f"--engine {name}" for name in names)

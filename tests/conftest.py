@@ -26,16 +26,19 @@ from transformers.utils import logging as transformers_logging
 
 from harness.tiny_models import TinyModels
 from plm_owner_server.service.plm_service import PlmService
+from plm_owner_server.settings import ENGINES
 from tests import guard, support
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
 profiles.load()
 _TESTS = Path(__file__).parent
+# Markers of tests of one engine alone.
+_ENGINE_MARKERS = {"transformers_only": "transformers", "vllm": "vllm"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--engine", default="transformers", help="of every server: transformers or vllm")
+    parser.addoption("--engine", default=support.engine, choices=list(ENGINES), help="of every server")
     parser.addoption("--guarded", action="store_true", help="every server with TLS, keys, candidate rows and rotation")
 
 
@@ -52,8 +55,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     for item in items:
         item.add_marker(item.path.relative_to(_TESTS).parts[0].removesuffix(".py"))
-    other = "vllm" if support.engine == "transformers" else "transformers_only"
-    left_out = {item for item in items if item.get_closest_marker(other)}
+    others = [marker for marker, engine in _ENGINE_MARKERS.items() if engine != support.engine]
+    left_out = {item for item in items if any(map(item.get_closest_marker, others))}
     if guard.current is not None:
         left_out |= {item for item in items if item.get_closest_marker("unguarded") or item.get_closest_marker("unit")}
     config.hook.pytest_deselected(items=list(left_out))

@@ -30,7 +30,7 @@ from plm_owner_server.engines.model_files.sources import digest_folder
 from plm_owner_server.engines.model_files.tokenizer import load_tokenizer
 from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.service.plm_service import PlmService
-from plm_owner_server.settings import ServerSettings
+from plm_owner_server.settings import ENGINES, ServerSettings
 from plm_owner_server.tenants.tables import METADATA
 from plm_owner_server.transports.grpc_server import serve_grpc
 from plm_owner_server.transports.http_protocol import bounded_http_protocol
@@ -47,14 +47,16 @@ engine = "transformers"
 
 
 def use_engine(name: str) -> None:
-    """Let all servers, those of their own process included, run their models so."""
+    """Let all servers, those of their own process included, run their models by this engine."""
     global engine
     engine = name
     if name == "vllm":
         tiny_models.for_vllm = True
         # Of a tiny model's attention states there are few, and compiling it takes longer than it ever runs.
         options = '{"kv_cache_memory_bytes": 67108864, "enforce_eager": true}'
-        os.environ |= {"PEMA_ENGINE": name, "PEMA_VLLM_OPTIONS": options}
+        os.environ["PEMA_VLLM_OPTIONS"] = options
+    if name != next(iter(ENGINES)):
+        os.environ["PEMA_ENGINE"] = name
 
 
 def make_settings(**settings: Any) -> ServerSettings:

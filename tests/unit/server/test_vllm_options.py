@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from plm_owner_server.engines.vllm.async_llm import VllmSettings, load_vllm_engine, share_beside
+from plm_owner_server.settings import ENGINES, ServerSettings
 from protocol.errors import InvalidRequest
 from tests import support
 
@@ -40,3 +42,15 @@ def test_flags_of_the_other_engine_are_refused(wrong: dict[str, object], monkeyp
     with pytest.raises(ValueError, match="not supported by --engine"):
         support.make_settings(**wrong)
     assert support.make_settings(engine="vllm", tensor_parallel_size=2, vllm_options="").vllm_options == {}
+
+
+def test_an_unknown_engine_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="there is no engine onnx; use transformers or vllm"):
+        support.make_settings(engine="onnx")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_engines_are_registered(name: str) -> None:
+    entry = ENGINES[name]
+    assert callable(import_module(entry.module).load)
+    assert set(entry.unsupported) < set(ServerSettings.model_fields)
