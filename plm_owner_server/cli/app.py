@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from argparse import RawDescriptionHelpFormatter
 
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, CliSubCommand
+from pydantic_settings import BaseSettings, CliApp, CliSubCommand
 
+from plm_owner_server.cli.help_source import HelpSource
 from plm_owner_server.cli.old_names import with_current_names
 from plm_owner_server.cli.serve import Serve
 from plm_owner_server.cli.tenants import Tenants
@@ -30,21 +30,16 @@ _COMMANDS = frozenset(Command.model_fields)
 
 def run() -> None:
     """Parse the arguments and run the subcommand that they name."""
-    source: CliSettingsSource[Command] = CliSettingsSource(
-        Command,
-        cli_prog_name="pema-server",
-        cli_kebab_case=True,
-        cli_parse_none_str="none",
-        formatter_class=RawDescriptionHelpFormatter,
-    )
     try:
-        CliApp.run(Command, cli_args=with_current_names(sys.argv[1:]), cli_settings_source=source)
+        arguments = with_current_names(sys.argv[1:])
+        CliApp.run(Command, cli_args=arguments, cli_settings_source=HelpSource(Command, "pema-server"))
     except PemaError as error:
         sys.exit(f"pema-server: {error}")
     except ValidationError as error:
         first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
         flag = next((part for part in reversed(first["loc"]) if isinstance(part, str)), "")
         if flag in _COMMANDS:  # no single flag is wrong, but several together
-            sys.exit(f"pema-server: {first['msg'].removeprefix('Value error, ')}. See pema-server {flag} --help.")
+            sys.exit(f"pema-server: {message}. See pema-server {flag} --help.")
         words = f"--{flag.replace('_', '-')} (or its environment variable)"
-        sys.exit(f"pema-server: {words}: {first['msg']}. See pema-server --help.")
+        sys.exit(f"pema-server: {words}: {message}. See pema-server --help.")

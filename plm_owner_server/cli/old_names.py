@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from dotenv import dotenv_values
@@ -23,6 +23,9 @@ RENAMED_FLAGS = {
 """Flags of `serve`, old name to new name. Their environment variables were renamed with them."""
 RENAMED_SUBCOMMANDS = {"disclose": "set-disclosure", "limit": "set-quotas"}
 """Subcommands of `tenants`, old name to new name."""
+_SWITCH = "--pack-weights"  # was followed by yes or no
+_SWITCH_WORDS = dict.fromkeys(("1", "on", "t", "true", "y", "yes"), True)
+_SWITCH_WORDS |= dict.fromkeys(("0", "off", "f", "false", "n", "no"), False)
 
 
 def with_current_names(arguments: Sequence[str]) -> list[str]:
@@ -37,12 +40,29 @@ def with_current_names(arguments: Sequence[str]) -> list[str]:
     command, *rest = arguments or [""]
     if command == "serve":
         _rename_variables()
-        return [command, *map(_current_flag, rest)]
+        return [command, *map(_current_flag, _current_switches(rest))]
     if command == "tenants" and rest and rest[0] in RENAMED_SUBCOMMANDS:
         new = RENAMED_SUBCOMMANDS[rest[0]]
         _warn(f"tenants {rest[0]}", f"tenants {new}")
         return [command, new, *rest[1:]]
     return list(arguments)
+
+
+def _current_switches(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments, with `--pack-weights false` replaced by `--no-pack-weights`."""
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        flag, equals, value = argument.partition("=")
+        word = value if equals else next(iter(remaining), "")
+        if flag != _SWITCH or word.lower() not in _SWITCH_WORDS:
+            yield argument
+            continue
+        if not equals:
+            del remaining[0]
+        current = _SWITCH if _SWITCH_WORDS[word.lower()] else _SWITCH.replace("--", "--no-", 1)
+        _warn(f"{_SWITCH} {word}", current)
+        yield current
 
 
 def _current_flag(argument: str) -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_settings import CliApp, CliImplicitFlag, CliPositionalArg, CliSubCommand
 
 from plm_owner_server.service.disclosure import Disclosure
-from plm_owner_server.settings import StoreSettings
+from plm_owner_server.settings import Metavar, StoreSettings
 from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.scopes import SCOPES, Scope
 from protocol.errors import InvalidRequest
@@ -31,7 +31,11 @@ def _default_store() -> str:
 
 class _StoreCommand(BaseModel):
     # The only option here that is an environment variable, too.
-    store: str = Field(default_factory=_default_store, description="Database of the tenants, as for pema-server serve.")
+    store: Annotated[str, Metavar("URL")] = Field(
+        default_factory=_default_store,
+        description="Database of the tenants, as for pema-server serve. By default that of PEMA_STORE, or else a "
+        "SQLite file in the user's data folder.",
+    )
 
     def open_store(self) -> TenantStore:
         """Open the store. The database is imported here, so that `--help` need not wait for it."""
@@ -45,6 +49,10 @@ class _TenantCommand(_StoreCommand):
 
 
 _Quota = Annotated[int | None, Field(ge=0, le=10**15 - 1)]  # the largest number that the RateLimit fields carry
+_Tokens = Annotated[_Quota, Metavar("TOKENS")]
+_Requests = Annotated[_Quota, Metavar("REQUESTS")]
+_Rows = Annotated[_Quota, Metavar("ROWS")]
+_Texts = Annotated[_Quota, Metavar("TEXTS")]
 # Several times the rows that a memory of 100,000 pairs needs, and a small share of a large vocabulary.
 _CANDIDATE_ROWS = 20_000
 
@@ -73,11 +81,13 @@ class _WithDisclosure(_TenantCommand):
 
 
 class _WithQuotas(_TenantCommand):
-    tokens_per_minute: _Quota = Field(default=None, description="Tokens in each of the clock's minutes.")
-    tokens_per_day: _Quota = Field(default=None, description="Tokens in each day of UTC.")
-    concurrent_requests: _Quota = Field(default=None, description="Requests at the same time, on all servers together.")
-    head_rows: _Quota = Field(default=None, description="Different rows of the LM head, ever.")
-    full_distributions: _Quota = Field(
+    tokens_per_minute: _Tokens = Field(default=None, description="Tokens in each of the clock's minutes.")
+    tokens_per_day: _Tokens = Field(default=None, description="Tokens in each day of UTC.")
+    concurrent_requests: _Requests = Field(
+        default=None, description="Requests at the same time, on all servers together."
+    )
+    head_rows: _Rows = Field(default=None, description="Different rows of the LM head, ever.")
+    full_distributions: _Texts = Field(
         default=None,
         description="Different texts whose full distribution (more than 100 tokens of it) it may have, ever.",
     )
@@ -101,7 +111,9 @@ class Add(_WithQuotas, _WithDisclosure):
       pema-server tenants add ourselves --head-policy full
     """
 
-    scopes: list[Scope] = Field(default=list(SCOPES), min_length=1, description="Calls that it may make.")
+    scopes: Annotated[list[Scope], Metavar("SCOPE,…")] = Field(
+        default=list(SCOPES), min_length=1, description="Calls that it may make, separated by commas."
+    )
 
     def cli_cmd(self) -> None:
         """Add the tenant."""
@@ -152,7 +164,9 @@ class Usage(_StoreCommand):
     """
 
     name: CliPositionalArg[str | None] = Field(default=None, description="Name of the tenant. All by default.")
-    days: int = Field(default=30, ge=1, le=36_500, description="Number of days, today included.")
+    days: Annotated[int, Metavar("DAYS")] = Field(
+        default=30, ge=1, le=36_500, description="Number of days, today included."
+    )
     as_csv: CliImplicitFlag[bool] = Field(default=False, alias="csv", description="Print CSV.")
     as_json: CliImplicitFlag[bool] = Field(default=False, alias="json", description="Print JSON.")
 

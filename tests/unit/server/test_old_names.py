@@ -54,6 +54,17 @@ def test_an_old_variable_works_and_warns(
     assert getattr(ServerSettings(), setting(new)) == 77
 
 
+@pytest.mark.parametrize(("word", "flag"), [("false", "--no-pack-weights"), ("Yes", "--pack-weights")])
+def test_an_old_switch_works_and_warns(word: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--pack-weights", word], [f"--pack-weights={word}"]):
+        assert with_current_names(["serve", *arguments, "--port", "1"]) == ["serve", flag, "--port", "1"]
+        warning = f"pema-server: --pack-weights {word} is now {flag}; the old name works until version 0.3.\n"
+        assert capsys.readouterr().err == warning
+    for arguments in (["--pack-weights"], ["--pack-weights", "--port", "1"], ["--no-pack-weights"]):
+        assert with_current_names(["serve", *arguments]) == ["serve", *arguments]
+    assert capsys.readouterr().err == ""
+
+
 def test_the_new_name_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / ".env").write_text("PEMA_DRAIN_TIMEOUT=5\n")
     os.environ["PEMA_DRAIN_SECONDS"] = "6"
