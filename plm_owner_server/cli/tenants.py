@@ -111,7 +111,7 @@ class Add(_WithQuotas, _WithDisclosure):
       pema-server tenants add ourselves --head-policy full
     """
 
-    scopes: Annotated[list[Scope], Metavar("SCOPE,…")] = Field(
+    scopes: Annotated[list[Scope], Metavar("SCOPE,...")] = Field(
         default=list(SCOPES), min_length=1, description="Calls that it may make, separated by commas."
     )
 
