@@ -1,6 +1,6 @@
 """The command `pema-client`: arguments in, functions of the library called, results out."""
 
-# Each module registers its commands, which `--help` lists in this order.
+# Each module registers its commands.
 from data_owner_client.cli import connection, evaluation, generation, training
 from data_owner_client.cli.app import app, main, run
 

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
-from itertools import count
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import pydantic  # with it imported, cyclopts checks the bounds in annotations
@@ -21,7 +20,11 @@ from protocol.errors import PemaError
 _Command = TypeVar("_Command", bound=Callable[..., int | None])
 _USAGE = 2
 _INTERRUPTED = 130  # the status that shells give for SIGINT
-_positions = count()
+# The order of the help: that of the work.
+_ORDER = (
+    *("info", "doctor", "build-memory", "train", "sweep"),
+    *("apply", "generate", "evaluate", "compare", "fetch-head"),
+)
 
 
 def _default_text(value: Any) -> str | None:
@@ -66,7 +69,8 @@ def command(name: str | tuple[str, ...] | None = None) -> Callable[[_Command], _
     def register(function: _Command) -> _Command:
         # As a section of its own, the parser of docstrings would leave the examples out.
         words = inspect.cleandoc(function.__doc__ or "").replace("Examples:", "**Examples**", 1)
-        app.command(function, name=name, help=words, sort_key=next(_positions))
+        first = (name[0] if isinstance(name, tuple) else name) or function.__name__
+        app.command(function, name=name, help=words, sort_key=_ORDER.index(first))
         return function
 
     return register
