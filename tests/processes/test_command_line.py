@@ -48,13 +48,22 @@ def many(url: str, task: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return arguments, folder / "memory"
 
 
-def test_texts_pass_through_pipes(url: str, task: Path, tmp_path: Path) -> None:
-    sources = ["the thin", "die Tür", "an on her"]
-    arguments: list[Any] = ["--task", task, "--max-new-tokens", 8]
-    piped = client(url, "translate", *arguments, stdin="\n".join(sources))
+def test_pairs_pass_through_a_pipe(url: str, task: Path, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 20, seed=5)
+    arguments = ["--task", task, "--share-targets", "--memory"]
+    piped = client(
+        url,
+        "build-memory",
+        *arguments,
+        tmp_path / "piped",
+        "--format",
+        "jsonl",
+        stdin=pairs.read_text(encoding="utf-8"),
+    )
     assert piped.returncode == 0, piped.stderr
-    assert len(piped.stdout.splitlines()) == 3
-    assert piped.stdout == client(url, "translate", *arguments, *sources).stdout
+    client_json(url, "build-memory", *arguments, tmp_path / "read", "--input", pairs)
+    for part in ("train", "validation"):
+        assert ExternalMemory(tmp_path / "piped" / part).manifest == ExternalMemory(tmp_path / "read" / part).manifest
 
 
 def test_a_mistake_is_an_exit_status_and_one_clear_line(url: str) -> None:
