@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, takewhile
+
+from torch import Tensor
 
 from data_owner_client.data.pairs import Pair
 from data_owner_client.memory.manifest import MemoryPlan
@@ -60,7 +62,7 @@ def fetch_distributions(
     ):
         try:
             for chunk in _chunks(missing, plm.card.limits):
-                for context, record in zip(chunk, _fetch(plm, chunk, window), strict=True):
+                for context, record in _fetch(plm, chunk, window):
                     distributions.store(context.key, record)
                     done += 1
                     bar.advance(1)
@@ -69,7 +71,10 @@ def fetch_distributions(
     return distributions
 
 
-def _fetch(plm: RemotePlm, chunk: Sequence[Context], window: InFlightWindow) -> Iterator[DistributionRecord]:
+def _fetch(
+    plm: RemotePlm, chunk: Sequence[Context], window: InFlightWindow
+) -> Iterator[tuple[Context, DistributionRecord]]:
+    """Yield each context with its distribution. After a refusal, yield what is in flight, then raise the refusal."""
     exact = plm.with_dtype("float32")
     decoded = exact.decode([context.prefix for context in chunk], [context.drafted for context in chunk])
     rows = decoded.rows_B.tolist()
@@ -79,10 +84,24 @@ def _fetch(plm: RemotePlm, chunk: Sequence[Context], window: InFlightWindow) -> 
         [*context.prefix, *drafts_T.tolist()[: context.drafted]]
         for context, drafts_T in zip(chunk, decoded.top1_N.split(rows), strict=True)
     ]
-    logprobs = ordered_map(exact.distribution, sequences, window)
+    refusals: list[PemaError] = []
+
+    def distribution(sequence: list[int]) -> Tensor | None:
+        try:
+            return exact.distribution(sequence)
+        except (Forbidden, Overloaded) as error:
+            refusals.append(error)
+            return None
+
+    # A later call may be admitted before an earlier one is refused: its answer has been paid for.
+    admitted = takewhile(lambda _: not refusals, sequences)
+    logprobs = ordered_map(distribution, admitted, window)
     logsumexps = decoded.logsumexp_N[last_B].tolist()
-    for input_D, logsumexp, logprob_V in zip(input_N_D[last_B], logsumexps, logprobs, strict=True):
-        yield DistributionRecord(input_D=input_D, logsumexp=logsumexp, logprob_V=logprob_V)
+    for context, input_D, logsumexp, logprob_V in zip(chunk, input_N_D[last_B], logsumexps, logprobs, strict=False):
+        if logprob_V is not None:
+            yield context, DistributionRecord(input_D=input_D, logsumexp=logsumexp, logprob_V=logprob_V)
+    if refusals:
+        raise refusals[0]
 
 
 def _chunks(contexts: Sequence[Context], limits: Limits) -> Iterator[list[Context]]:

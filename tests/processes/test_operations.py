@@ -99,7 +99,8 @@ def test_a_broken_engine_ends_the_server(ailing: Callable[..., Ailing]) -> None:
     assert "the engine is broken" in log
     assert "no luck" not in log
     assert "Traceback" not in log
-    assert log.rstrip().splitlines()[-1].startswith("pema-server: The engine has failed its check after an error. Start the server again.")
+    last = log.rstrip().splitlines()[-1]
+    assert last.startswith("pema-server: The engine has failed its check after an error. Start the server again.")
 
 
 def test_sigterm_lets_calls_end(ailing: Callable[..., Ailing]) -> None:

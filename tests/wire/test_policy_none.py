@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import date
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +193,28 @@ def test_a_budget_that_ends_loses_nothing(owner: Owner, tmp_path: Path) -> None:
         train(plm, memory, tmp_path / "adapter", settings=SETTINGS)
     assert owner.distributions("acme") == 48
     assert sum("istribution" in call for call in calls) == 28
+
+
+def test_an_answer_in_flight_beside_a_refusal_is_stored(
+    owner: Owner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call is refused after the second one is answered."""
+    plm = owner.plm("acme", NONE)
+    memory = built(plm, tmp_path / "memory")
+    answered, calls, distribution = threading.Event(), count(), RemotePlm.distribution
+
+    def refuse_the_first(self: RemotePlm, token_ids: list[int]) -> torch.Tensor:
+        if next(calls) == 0:
+            assert answered.wait(30)
+            raise Forbidden("no more")
+        result = distribution(self, token_ids)
+        answered.set()
+        return result
+
+    monkeypatch.setattr(RemotePlm, "distribution", refuse_the_first)
+    with pytest.raises(Forbidden, match="are stored"):
+        asked(plm, memory)
+    assert len(plm.cached_distributions().keys()) == owner.distributions("acme") > 0
 
 
 def test_a_share_that_is_used_up_loses_nothing(owner: Owner, tmp_path: Path) -> None:
