@@ -21,7 +21,8 @@ VLLM_TESTS ?= $(filter-out $(NO_ENGINE:%=tests/wire/test_%.py), $(sort $(wildcar
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo compare check test test-guarded compose-test test-vllm bench lint format proto reference clean
+.PHONY: demo compare check quick-tests test test-guarded compose-test test-vllm bench lint style types format proto \
+  reference clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo.run
@@ -29,7 +30,11 @@ demo: $(VENV)/ready
 compare: $(VENV)/ready
 	$(BIN)/python -m benchmarks.compare
 
-check: lint
+# The types are checked beside the tests: mypy uses one core.
+check: $(VENV)/ready
+	@$(MAKE) --no-print-directory -j 3 --output-sync=target style types quick-tests
+
+quick-tests: $(VENV)/ready
 	PEMA_TEST_PROFILE=fast $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m 'not slow' tests/unit tests/wire/test_smoke.py
 
 test: lint
@@ -57,11 +62,15 @@ bench: $(VENV)/ready $(VLLM_VENV)/ready
 	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m benchmarks.train
 
-lint: $(VENV)/ready
+lint: style types
+
+style: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/python -m docs.check_prose
+
+types: $(VENV)/ready
+	$(BIN)/mypy
 
 format: $(VENV)/ready
 	$(BIN)/ruff format .
