@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from plm_owner_server.operations.call_log import CallRecorder
 from plm_owner_server.service.plm_service import PlmService
+from plm_owner_server.service.requests import engine_failed_error
 from protocol.errors import NotReady
 
 
@@ -15,11 +16,6 @@ def shutting_down_error() -> NotReady:
     return NotReady(
         "The server is stopping.", hint="Try again in a moment: another one takes its place.", retry_after_s=5.0
     )
-
-
-def engine_failed_error() -> NotReady:
-    """The error of calls that the engine did not finish, or that arrive after it has failed."""
-    return NotReady("The model has failed.", hint="Try again in a moment: the server restarts.", retry_after_s=5.0)
 
 
 class ServingState:

@@ -7,8 +7,9 @@ import logging
 import threading
 from collections.abc import Callable
 
-from plm_owner_server.operations.serving_state import ServingState, engine_failed_error
+from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.service.plm_service import PlmService
+from plm_owner_server.service.requests import engine_failed_error
 from protocol.errors import PemaError
 
 log = logging.getLogger(__name__)

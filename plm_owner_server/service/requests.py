@@ -11,9 +11,14 @@ from dataclasses import dataclass, field
 from plm_owner_server.engines.interface import DraftBatch, EncodeBatch, Encoded
 from plm_owner_server.service.disclosure import FULL_DISCLOSURE, Disclosure
 from plm_owner_server.service.metering import UNMETERED, Meter
-from protocol.errors import PemaError
+from protocol.errors import NotReady, PemaError
 
 EngineBatch = EncodeBatch | DraftBatch
+
+
+def engine_failed_error() -> NotReady:
+    """The error of calls that the engine did not finish, or that arrive after it has failed."""
+    return NotReady("The model has failed.", hint="Try again in a moment: the server restarts.", retry_after_s=5.0)
 
 
 class ClientDisconnected(PemaError):

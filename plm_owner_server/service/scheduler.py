@@ -25,12 +25,13 @@ from plm_owner_server.service.requests import (
     QueuedRequest,
     QueueLoad,
     ScheduledBatch,
+    engine_failed_error,
     fail_all,
     merge_encode_batches,
     padded_tokens,
 )
 from plm_owner_server.service.unbatching import unbatch
-from protocol.errors import NotReady, Overloaded, PemaError
+from protocol.errors import Overloaded, PemaError
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ _STEP_TOKENS = 16
 # The thread ends after this idle time; the next request starts another one.
 _LINGER_SECONDS = 5.0
 _RETRY_AFTER_SECONDS = (1.0, 60.0)
-_RESTARTED_AFTER_SECONDS = 5.0
 
 
 class Scheduler:
@@ -405,11 +405,7 @@ class Scheduler:
         except Exception as caught:  # noqa: BLE001 - whatever it is, the requests must end
             error = caught
             if not isinstance(error, PemaError) and not self._works():
-                error = NotReady(
-                    "The model has failed.",
-                    hint="Try again in a moment: the server restarts.",
-                    retry_after_s=_RESTARTED_AFTER_SECONDS,
-                )
+                error = engine_failed_error()
                 self.close(error)
                 self.broken.set()
         self._engine_since = None
