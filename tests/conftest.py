@@ -60,7 +60,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if guard.current is not None:
         left_out |= {item for item in items if item.get_closest_marker("unguarded") or item.get_closest_marker("unit")}
     config.hook.pytest_deselected(items=list(left_out))
-    items[:] = [item for item in items if item not in left_out]
+    # The longest tests begin first, and on one worker, which loads the real models once.
+    items[:] = sorted(
+        (item for item in items if item not in left_out),
+        key=lambda item: item.get_closest_marker("real_models") is None,
+    )
 
 
 @pytest.fixture(scope="session")
