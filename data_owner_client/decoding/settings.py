@@ -16,8 +16,8 @@ class DecodingSettings:
 
     Attributes:
         max_new_tokens: Longest answer, in tokens.
-        look_ahead: Tokens that the server drafts per call; never changes the text. Default: the number that pays, for
-            each sequence, by its acceptance and the measured times.
+        look_ahead: Tokens that the server drafts per call; never changes the text. Default: two, or the client's own
+            drafts where these are likelier to be accepted.
         batch_size: Sequences in one call; one that ends makes room for the next.
     """
 

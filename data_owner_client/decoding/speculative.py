@@ -19,8 +19,8 @@ from itertools import accumulate
 from operator import mul
 
 from data_owner_client.adapter.network import RECENT_TOKENS
+from data_owner_client.decoding.acceptance import AcceptanceStats
 from data_owner_client.decoding.client_drafts import Drafter, DraftToken, NgramDrafter, PromptLookupDrafter
-from data_owner_client.decoding.draft_planning import AcceptanceStats, DraftPlan, planner_for
 from data_owner_client.decoding.sampling import Noise
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.decoding.token_selection import DecodePosition, TokenChoice, TokenSelector
@@ -30,6 +30,8 @@ from data_owner_client.runtime.background import daemon_future
 from protocol.messages import DecodeResponse
 from protocol.timing import ServerTiming
 
+# Drafts of the server for a sequence and round. Two were as fast as a planner by measured costs (docs/decisions/0011).
+_LOOK_AHEAD = 2
 # Calls in flight at the same time for sequences that the server finishes alone.
 _MAX_PLM_ONLY_CALLS = 4
 # Weight of the acceptance rate over all sequences against that of the sequence itself, in drafts.
@@ -149,13 +151,13 @@ class GenerationStats:
 
 
 class SpeculativeDecoder:
-    """Rounds of one generation, with the acceptance rates and costs learned from them.
+    """Rounds of one generation, with the acceptance rates learned from them.
 
     Args:
         plm: the remote PLM.
         selector: selects the mixture's tokens.
         stop_ids: tokens that end a text.
-        settings: number of drafts, or the planner of it.
+        settings: number of drafts of the server.
         lookup: drafter from fixed texts; None for none.
         on_token: called with the index of the request and the id of every final token; None for no call.
     """
@@ -172,7 +174,7 @@ class SpeculativeDecoder:
         self._plm = plm
         self._selector = selector
         self._stop_ids = stop_ids
-        self._planner = planner_for(settings)
+        self._look_ahead = _LOOK_AHEAD if settings.look_ahead is None else settings.look_ahead
         # Prompt-lookup drafts are cheap, but a fixed look-ahead disables them so that the user sets the exact number.
         self._drafters: list[Drafter] = [] if settings.look_ahead is not None else [PromptLookupDrafter()]
         self._drafters += [] if lookup is None else [lookup]
@@ -184,10 +186,10 @@ class SpeculativeDecoder:
         """Extend every sequence by at least one token, with one call to the server."""
         started = time.perf_counter()
         drafts = [self._client_drafts(s) for s in batch]
-        plans = self._plan(batch, drafts)
-        drafts = [row[: plan.client_drafts] for row, plan in zip(drafts, plans, strict=True)]
-        has_prefill = any(not s.choices for s in batch)
-        answer = self.request(batch, drafts, [plan.look_ahead for plan in plans])
+        look_ahead = [
+            0 if row else min(self._look_ahead, self.max_look_ahead(s)) for s, row in zip(batch, drafts, strict=True)
+        ]
+        answer = self.request(batch, drafts, look_ahead)
         self.accept(answer)
         round_s = time.perf_counter() - started
         timing, waited_s, stats = answer.timing, answer.waited_s, self.stats
@@ -195,17 +197,6 @@ class SpeculativeDecoder:
         stats.server_s += server_s
         stats.network_s += waited_s - server_s
         stats.client_s += round_s - waited_s
-        # The first call computes what all prompts begin with, and may open the connection.
-        if timing is not None and stats.calls > 1:
-            rows = answer.response.rows_B.tolist()
-            mixed = any(drafts) and not all(drafts)  # one pass for sequences with client drafts, one for the others
-            self._planner.observe(
-                round_s=round_s,
-                compute_s=timing.compute_ms / 1000,
-                steps=max(count - len(row) for count, row in zip(rows, drafts, strict=True)) + mixed,
-                rows=sum(rows),
-                has_prefill=has_prefill,
-            )
 
     def request(
         self, batch: Sequence[SequenceState], drafts: Sequence[Sequence[DraftToken]], look_ahead: Sequence[int]
@@ -256,25 +247,19 @@ class SpeculativeDecoder:
         return min(sequence.max_new_drafts, self._plm.card.limits.max_look_ahead)
 
     def _client_drafts(self, sequence: SequenceState) -> list[DraftToken]:
-        """The client's drafts with the longest expected accepted run."""
+        """The client's drafts with the longest expected accepted run; none if the server's first is likelier."""
         options = [
             drafter.draft(sequence.prompt, sequence.generated, sequence.max_new_drafts) for drafter in self._drafters
         ]
-        return max(options, key=lambda row: sum(accumulate((draft.acceptance for draft in row), mul)), default=[])
+        drafts = max(options, key=lambda row: sum(accumulate((draft.acceptance for draft in row), mul)), default=[])
+        if drafts and self.max_look_ahead(sequence) and drafts[0].acceptance <= self._acceptance_at(sequence):
+            return []
+        return drafts
 
-    def _plan(self, batch: Sequence[SequenceState], drafts: Sequence[Sequence[DraftToken]]) -> list[DraftPlan]:
-        """The number of drafts of each sequence, on either side."""
-        considered = [min(self._planner.max_look_ahead, self.max_look_ahead(s)) for s in batch]
-        server = [
-            [self._acceptance_at(s, s.length + step) for step in range(count)]
-            for s, count in zip(batch, considered, strict=True)
-        ]
-        return self._planner.plan(server, [[draft.acceptance for draft in row] for row in drafts])
-
-    def _acceptance_at(self, sequence: SequenceState, t: int) -> float:
-        """Probability that the mixture accepts the server's draft of token t, if it accepts all before."""
+    def _acceptance_at(self, sequence: SequenceState) -> float:
+        """Probability that the mixture accepts the server's next draft."""
         ratio = (_PRIOR_DRAFTS + sequence.accepts) / (_PRIOR_DRAFTS + sequence.expected_accepts)
-        return min(1.0, ratio * self._acceptance.rate(sequence.lambdas[t]))
+        return min(1.0, ratio * self._acceptance.rate(sequence.lambdas[sequence.length]))
 
     def accept(self, answer: RoundResponse) -> None:
         """Append the mixture's tokens to every sequence, up to its first difference from the drafts."""

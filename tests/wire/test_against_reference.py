@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import sacrebleu
@@ -23,7 +23,6 @@ from data_owner_client.adapter.types import SCHEDULES
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.decode_loop import GenerationRequest, generate
-from data_owner_client.decoding.draft_planning import PlannerName, VariantDecodingSettings
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
 from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.memory.store import ExternalMemory
@@ -116,11 +115,6 @@ DECODING = st.builds(
     max_new_tokens=st.just(STEPS),
     look_ahead=st.sampled_from([0, 1, 4, 8, None]),
     batch_size=st.sampled_from([1, 2, 7, 64]),
-) | st.builds(
-    VariantDecodingSettings,
-    max_new_tokens=st.just(STEPS),
-    batch_size=st.sampled_from([2, 64]),
-    planner=st.sampled_from(get_args(PlannerName)),
 )
 # In a secret basis the reference, which has none, must say the very same.
 CASES = [
