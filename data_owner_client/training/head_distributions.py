@@ -33,7 +33,7 @@ def fetch_distributions(
         plm: PLM with a cache.
         plan: plan of the memory.
         pairs: pairs that the memory was built from.
-        count: number of contexts; None for as many as an exact fit needs.
+        count: number of contexts; None for as many as an exact fit needs. Those on disk come first.
         reporter: shows what leaves this machine, what it costs, and the progress.
 
     Raises:
@@ -41,8 +41,11 @@ def fetch_distributions(
         PemaError: a call to the PLM failed.
     """
     distributions = plm.cached_distributions()
-    count = count or contexts_needed(plm.card)
-    contexts = list(islice(sample_contexts(plm, plan, pairs), count))
+    exact_count = contexts_needed(plm.card)
+    count = count or exact_count
+    contexts = list(islice(sample_contexts(plm, plan, pairs), max(count, exact_count)))
+    # Those on disk need not be the first of the sample: a refused call may precede an admitted one.
+    contexts = sorted(contexts, key=lambda context: context.key not in distributions)[:count]
     missing = [context for context in contexts if context.key not in distributions]
     if not missing:
         return distributions

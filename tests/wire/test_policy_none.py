@@ -214,7 +214,10 @@ def test_an_answer_in_flight_beside_a_refusal_is_stored(
     monkeypatch.setattr(RemotePlm, "distribution", refuse_the_first)
     with pytest.raises(Forbidden, match="are stored"):
         asked(plm, memory)
-    assert len(plm.cached_distributions().keys()) == owner.distributions("acme") > 0
+    kept = len(plm.cached_distributions().keys())
+    assert kept == owner.distributions("acme") > 0
+    asked(plm, memory, kept)  # As its hint says; the refused context is not among those on disk.
+    assert owner.distributions("acme") == kept
 
 
 def test_a_share_that_is_used_up_loses_nothing(owner: Owner, tmp_path: Path) -> None:
