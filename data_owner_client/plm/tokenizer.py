@@ -11,7 +11,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from protocol.errors import InvalidData, ProtocolViolation, Unsupported
+from protocol.marked_text import MarkedText
 from protocol.messages import TokenizerBundle
+
+__all__ = ["ChatMessages", "MarkedText", "PlmTokenizer", "Prompt"]
 
 # Tokens that are decoded together in a search of the vocabulary.
 _BLOCK_TOKENS = 256
@@ -20,15 +23,13 @@ ChatMessages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A prompt as text.
+class Prompt(MarkedText):
+    """A prompt: everything before the target.
 
     Attributes:
-        text: everything before the target.
         with_special_tokens: whether the tokenizer adds its special tokens; False if a chat template has written them.
     """
 
-    text: str
     with_special_tokens: bool = True
 
 
@@ -59,7 +60,7 @@ class PlmTokenizer:
         """Token ids of a prompt."""
         return self._ids(prompt.text, prompt.with_special_tokens)
 
-    def encode_target(self, prompt: Prompt, prompt_ids: list[int], target: str) -> list[int]:
+    def encode_target(self, prompt: Prompt, prompt_ids: list[int], target: MarkedText) -> list[int]:
         """Token ids of a target after its prompt, as the model would generate them.
 
         Prompt and target are tokenised together. If a token would span the boundary, which generation cannot produce,
@@ -70,10 +71,10 @@ class PlmTokenizer:
             prompt_ids: the prompt as token ids.
             target: the target as text.
         """
-        joint = self._ids(prompt.text + target, prompt.with_special_tokens)
+        joint = self._ids(prompt.text + target.text, prompt.with_special_tokens)
         if joint[: len(prompt_ids)] == prompt_ids:
             return joint[len(prompt_ids) :]
-        return self._ids(target, with_special_tokens=False)
+        return self._ids(target.text, with_special_tokens=False)
 
     def count(self, text: str) -> int:
         """Number of tokens of a bare text."""

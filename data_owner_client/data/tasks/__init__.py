@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data_owner_client.plm.tokenizer import ChatMessages, PlmTokenizer, Prompt
+from data_owner_client.plm.tokenizer import ChatMessages, MarkedText, PlmTokenizer, Prompt
 from protocol.errors import InvalidData
 
 
@@ -67,10 +67,13 @@ class Task(BaseModel):
         lines.append(f"{self.source_label}: {source}\n{self.target_label}:")
         return Prompt("\n".join(lines))
 
-    def continuation(self, target: str, tokenizer: PlmTokenizer) -> str:
+    def continuation(self, target: str, tokenizer: PlmTokenizer) -> MarkedText:
         """The target as it follows the prompt. It ends with the stop, from which the adapter learns to end answers."""
-        separator = " " if self.format == "plain" else ""
-        return f"{separator}{target}{self.stop_text or tokenizer.special_token('eos_token')}"
+        answer = MarkedText(f" {target}" if self.format == "plain" else target)
+        if self.stop_text is not None:
+            return answer + MarkedText(self.stop_text)
+        eos = tokenizer.special_token("eos_token")
+        return answer + MarkedText(eos, ((0, len(eos)),))
 
     def stop_ids(self, tokenizer: PlmTokenizer) -> frozenset[int]:
         """Ids of all tokens that end an answer."""

@@ -60,7 +60,7 @@ def test_a_bad_task_file_is_explained(tmp_path: Path, text: str, message: str) -
 def test_plain_prompt(tokenizer: PlmTokenizer) -> None:
     expected = "Do it.\n\nIn: a\nOut: b\nIn: c\nOut: d\nIn: the source\nOut:"
     assert TASK.prompt("the source", tokenizer).text == expected
-    assert TASK.continuation("ja", tokenizer) == " ja\n"
+    assert TASK.continuation("ja", tokenizer).text == " ja\n"
 
 
 @pytest.mark.parametrize("source", ["the thin shine", "Grüße {name}", " odd  spaces "])
@@ -79,11 +79,11 @@ def test_prompt_and_target_tokenise_as_one_text_does(
 
 def test_a_token_across_the_boundary_falls_back_to_the_target_alone(tokenizer: PlmTokenizer) -> None:
     # "e" + "n" merge into one token, which no generation after "e" can produce.
-    from data_owner_client.plm.tokenizer import Prompt
+    from data_owner_client.plm.tokenizer import MarkedText, Prompt
 
     prompt = Prompt("e")
     prompt_ids = tokenizer.encode_prompt(prompt)
-    target_ids = tokenizer.encode_target(prompt, prompt_ids, "nd\n")
+    target_ids = tokenizer.encode_target(prompt, prompt_ids, MarkedText("nd\n"))
     assert tokenizer.decode(prompt_ids + target_ids) == "end\n"
     assert tokenizer.encode_prompt(Prompt("end\n")) != prompt_ids + target_ids
 
