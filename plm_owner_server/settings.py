@@ -162,7 +162,7 @@ class EngineSettings(_Settings):
     @classmethod
     def _is_json(cls, value: Any) -> Any:
         # Parsed here, because bad JSON is no ValidationError where pydantic-settings parses it.
-        return from_json(value or "{}") if isinstance(value, str) else value
+        return from_json(value.encode() or b"{}") if isinstance(value, str) else value
 
 
 class NetworkSettings(_Settings):

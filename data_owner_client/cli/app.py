@@ -15,6 +15,7 @@ import pydantic  # with it imported, cyclopts checks the bounds in annotations
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError, ValidationError
 
 from data_owner_client.cli.old_names import with_current_names
+from protocol import standard_streams
 from protocol.errors import PemaError
 
 _Command = TypeVar("_Command", bound=Callable[..., int | None])
@@ -34,13 +35,28 @@ def _default_text(value: Any) -> str | None:
     return "yes" if value is True else str(value)
 
 
+def _require_utf8(_: Any, value: Any) -> None:
+    """Require a text, or a list of texts, without bytes that are not UTF-8. A path may have them.
+
+    Raises:
+        ValueError: one has, which the parser reports with the name of the argument.
+    """
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and not text.isascii():
+            text.encode()
+
+
 app = App(
     name="pema-client",
     help="PEMA, the data owner's side: adapt somebody else's language model to your private task.",
     help_format="markdown",
     version=lambda: version("pema"),
     default_parameter=Parameter(
-        negative_bool=(), negative_iterable=(), allow_leading_hyphen=True, show_default=_default_text
+        negative_bool=(),
+        negative_iterable=(),
+        allow_leading_hyphen=True,
+        show_default=_default_text,
+        validator=_require_utf8,
     ),
     group_parameters=Group("Output", sort_key=6),
     result_action="return_value",
@@ -54,7 +70,7 @@ app.meta.suppress_keyboard_interrupt = False
 
 @app.meta.default
 def _with_global_options(
-    *tokens: Annotated[str, Parameter(show=False)],
+    *tokens: Annotated[str, Parameter(show=False, validator=None)],
     verbose: Annotated[bool, Parameter(help="Log every request with its id, which the server logs, too.")] = False,
 ) -> int | None:
     if verbose:
@@ -100,21 +116,19 @@ def run(argv: Sequence[str] | None = None) -> int:
         again = "run the same command again (build-memory and train go on where they were, as do files of texts)"
         return _failed(f"interrupted; {again}.", status=_INTERRUPTED)
     except BrokenPipeError:
-        # The reader of the output, such as head, has gone.
-        with suppress(OSError):  # no file, but a buffer
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        standard_streams.flush()
         return 0
     return status or 0
 
 
 def main() -> NoReturn:
     """Entry point of `pema-client`: run the command line of this process and end it."""
+    standard_streams.use_utf8()
     status = run()
     if status == 0:
         sys.exit()
     # sys.exit would wait for threads that wait for the server; every file is written whole or not at all.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    standard_streams.flush()
     os._exit(status)
 
 
@@ -127,8 +141,9 @@ def set_threads(threads: int) -> None:
 
 
 def _failed(message: str, *, status: int) -> int:
-    sys.stdout.flush()
-    print(f"pema-client: {message}", file=sys.stderr, flush=True)
+    standard_streams.flush()
+    with suppress(BrokenPipeError):
+        print(f"pema-client: {message}", file=sys.stderr, flush=True)
     return status
 
 
@@ -137,6 +152,8 @@ def _usage_error(error: CycloptsError) -> str:
     error.verbose = False
     if isinstance(error, ValidationError) and isinstance(error.__cause__, pydantic.ValidationError):
         error.exception_message = f"{error.__cause__.errors()[0]['msg']}."
+    if isinstance(error, ValidationError) and isinstance(error.__cause__, UnicodeEncodeError):
+        error.value, error.exception_message = error.__cause__.object, "It is not UTF-8."
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return f"Unexpected argument {error.unused_tokens[0]!r}."
     return " ".join(str(error).split())

@@ -114,7 +114,8 @@ def apply(
     /,
     *,
     task: Annotated[
-        str | None, Parameter(help="Name of a built-in task, or a TOML file. Default: the adapter's.", group=DATA)
+        str | None,
+        Parameter(help="Name of a built-in task, or a TOML file. Default: the adapter's.", group=DATA, validator=None),
     ] = None,
     options: _Common = _DEFAULTS,
 ) -> None:

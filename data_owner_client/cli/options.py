@@ -58,7 +58,7 @@ AdapterFolder = Annotated[Path, Parameter(help="Folder of the adapter.", group=D
 OptionalAdapter = Annotated[
     Path | None, Parameter(name="--adapter", help="Folder of the adapter. Default: the PLM alone.", group=DATA)
 ]
-TaskName = Annotated[str, Parameter(help="Name of a built-in task, or a TOML file.", group=DATA)]
+TaskName = Annotated[str, Parameter(help="Name of a built-in task, or a TOML file.", group=DATA, validator=None)]
 InputFile = Annotated[
     Path | None,
     Parameter(name="--input", help="JSONL, TSV, CSV or text with one source a line; - is standard input.", group=DATA),

@@ -11,6 +11,7 @@ from plm_owner_server.cli.help_source import HelpSource
 from plm_owner_server.cli.old_names import with_current_names
 from plm_owner_server.cli.serve import Serve
 from plm_owner_server.cli.tenants import Tenants
+from protocol import standard_streams
 from protocol.errors import PemaError
 
 
@@ -30,6 +31,7 @@ _COMMANDS = frozenset(Command.model_fields)
 
 def run() -> None:
     """Parse the arguments and run the subcommand that they name."""
+    standard_streams.use_utf8()
     try:
         arguments = with_current_names(sys.argv[1:])
         CliApp.run(Command, cli_args=arguments, cli_settings_source=HelpSource(Command, "pema-server"))
@@ -43,3 +45,7 @@ def run() -> None:
             sys.exit(f"pema-server: {message}. See pema-server {flag} --help.")
         words = f"--{flag.replace('_', '-')} (or its environment variable)"
         sys.exit(f"pema-server: {words}: {message}. See pema-server --help.")
+    except BrokenPipeError:
+        pass  # the reader of the output, such as head, has gone
+    finally:
+        standard_streams.flush()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from plm_owner_server.cli.utf8_texts import Utf8Texts
 from plm_owner_server.settings import ServerSettings
 
 
-class Serve(ServerSettings):
+class Serve(Utf8Texts, ServerSettings):
     """Load a model and serve it over REST and gRPC.
 
     Every flag is also an environment variable, PEMA_<FLAG> (PEMA_MAX_SEQUENCES=64); a flag wins.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_settings import CliApp, CliImplicitFlag, CliPositionalArg, CliSubCommand
 
+from plm_owner_server.cli.utf8_texts import Utf8Texts
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.settings import Metavar, StoreSettings
 from plm_owner_server.tenants.quotas import Quotas
@@ -29,7 +30,7 @@ def _default_store() -> str:
     return StoreSettings().store
 
 
-class _StoreCommand(BaseModel):
+class _StoreCommand(Utf8Texts):
     # The only option here that is an environment variable, too.
     store: Annotated[str, Metavar("URL")] = Field(
         default_factory=_default_store,
