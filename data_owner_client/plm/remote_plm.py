@@ -114,7 +114,7 @@ class RemotePlm:
         digest = self.card.tokenizer_digest
         path = None if self._cache is None else self._cache / "tokenizers" / f"{digest}.json"
         if path is not None and (cached := _read_bundle(path)) is not None and cached.digest == digest:
-            return PlmTokenizer(cached)
+            return PlmTokenizer(cached, self.card.vocab_size)
         bundle = self._connection.tokenizer()
         if bundle.digest != digest:
             raise ProtocolViolation(
@@ -123,7 +123,7 @@ class RemotePlm:
         if path is not None:
             with suppress(InvalidData):  # the client works without a writable cache, too
                 write_atomically(path, bundle.to_json())
-        return PlmTokenizer(bundle)
+        return PlmTokenizer(bundle, self.card.vocab_size)
 
     def encode(
         self, sequences: Sequence[Sequence[int]], from_position: Sequence[int], *, with_logsumexp: bool = False

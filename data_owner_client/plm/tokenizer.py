@@ -8,11 +8,11 @@ from functools import lru_cache
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
 
 from protocol.errors import InvalidData, ProtocolViolation, Unsupported
 from protocol.marked_text import MarkedText
 from protocol.messages import TokenizerBundle
+from protocol.text_tokenizer import TextTokenizer
 
 __all__ = ["ChatMessages", "MarkedText", "PlmTokenizer", "Prompt"]
 
@@ -36,69 +36,90 @@ class Prompt(MarkedText):
 class PlmTokenizer:
     """The PLM's tokenizer and chat template.
 
+    Text is text, whatever it spells: special tokens come from marked spans and from the tokenizer's post-processor.
+
     Args:
         bundle: the tokenizer file, the chat template and the special tokens, as the server sends them.
+        vocab_size: rows of the LM head, which may be fewer than the tokenizer has tokens; None to refuse no token.
 
     Raises:
         ProtocolViolation: the tokenizer file cannot be read.
     """
 
-    def __init__(self, bundle: TokenizerBundle) -> None:
-        try:
-            self._tokenizer = Tokenizer.from_str(bundle.tokenizer_json)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ProtocolViolation(
-                "The server's tokenizer cannot be read.", hint="Update `tokenizers`; the model may be newer than it."
-            ) from error
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+    def __init__(self, bundle: TokenizerBundle, vocab_size: int | None = None) -> None:
+        self._tokenizer = TextTokenizer(bundle)
+        self._vocab_size = vocab_size
         self._chat_template = bundle.chat_template
         self._special_tokens = bundle.special_tokens
         self.ids_containing = lru_cache(maxsize=8)(self._ids_containing)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt."""
-        return self._ids(prompt.text, prompt.with_special_tokens)
+        """Token ids of a prompt.
+
+        Raises:
+            InvalidData: the model has no row for a token of the prompt.
+        """
+        return self._with_rows(self._tokenizer.encode(prompt, with_special_tokens=prompt.with_special_tokens))
 
     def encode_target(self, prompt: Prompt, prompt_ids: list[int], target: MarkedText) -> list[int]:
         """Token ids of a target after its prompt, as the model would generate them.
 
         Prompt and target are tokenised together. If a token would span the boundary, which generation cannot produce,
-        the target is tokenised alone.
+        the target is tokenised as the continuation of other text.
 
         Args:
             prompt: the prompt as text.
             prompt_ids: the prompt as token ids.
             target: the target as text.
+
+        Raises:
+            InvalidData: the model has no row for a token of the target.
         """
-        joint = self._ids(prompt.text + target.text, prompt.with_special_tokens)
+        joint = self._tokenizer.encode(prompt + target, with_special_tokens=prompt.with_special_tokens)
         if joint[: len(prompt_ids)] == prompt_ids:
-            return joint[len(prompt_ids) :]
-        return self._ids(target.text, with_special_tokens=False)
+            return self._with_rows(joint[len(prompt_ids) :])
+        return self._with_rows(self._tokenizer.encode_continuation(target))
 
     def count(self, text: str) -> int:
         """Number of tokens of a bare text."""
-        return len(self._ids(text, with_special_tokens=False))
+        return len(self._tokenizer.encode(MarkedText(text), with_special_tokens=False))
 
     def decode(self, token_ids: list[int]) -> str:
-        """Text of token ids, without special tokens."""
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
-        return text
+        """Text of the token ids of a whole sequence, without special tokens."""
+        return self._tokenizer.decode(token_ids)
+
+    def decode_continuation(self, token_ids: list[int]) -> str:
+        """Text of token ids that follow others, without special tokens. A space at its beginning is kept."""
+        return self._tokenizer.decode_continuation(token_ids)
+
+    def change(self, text: str) -> str | None:
+        """The text that a continuation becomes, if tokenising and decoding change it; None if they do not.
+
+        Some tokenizers write all letters small, or have no token for some characters.
+        """
+        decoded = self.decode_continuation(self._tokenizer.encode_continuation(MarkedText(text)))
+        return None if decoded == text else decoded
 
     def _ids_containing(self, text: str) -> frozenset[int]:
-        r"""Ids of all tokens that contain `text`; many vocabularies have tokens such as `.\n`."""
-        size = self._tokenizer.get_vocab_size()
+        r"""Ids of all tokens whose text contains `text`, such as `.\n`; and the special token that it spells."""
+        size, decode = self._tokenizer.size, self._tokenizer.decode_continuations
         # Blocks first: decoding token by token is slow. Bytes that form no character in a block may form one alone.
         blocks = [list(range(start, min(start + _BLOCK_TOKENS, size))) for start in range(0, size, _BLOCK_TOKENS)]
-        joint = self._tokenizer.decode_batch(blocks, skip_special_tokens=False)
         ids = [
             i
-            for block, string in zip(blocks, joint, strict=True)
+            for block, string in zip(blocks, decode(blocks), strict=True)
             if text in string or _NO_CHARACTER in string
             for i in block
         ]
-        texts = self._tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
-        return frozenset(i for i, token in zip(ids, texts, strict=True) if text in token)
+        spelled = {self._tokenizer.special_ids[text]} if text in self._tokenizer.special_ids else set()
+        return frozenset(spelled).union(
+            i for i, token in zip(ids, decode([[i] for i in ids]), strict=True) if text in token
+        )
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """Spellings of all special tokens."""
+        return tuple(self._tokenizer.special_ids)
 
     def special_token(self, name: str) -> str:
         """The special token with this role, such as `eos_token`.
@@ -118,10 +139,10 @@ class PlmTokenizer:
             Unsupported: the tokenizer has no such token.
             ProtocolViolation: the token is not in the tokenizer's vocabulary.
         """
-        token_id = self._tokenizer.token_to_id(self.special_token(name))
-        if token_id is None:
-            raise ProtocolViolation(f"The server's tokenizer does not contain its own {name}.")
-        return int(token_id)
+        try:
+            return self._tokenizer.special_ids[self.special_token(name)]
+        except KeyError:
+            raise ProtocolViolation(f"The server's tokenizer does not contain its own {name}.") from None
 
     def render_chat(self, messages: ChatMessages) -> Prompt:
         """Render a conversation with the model's chat template.
@@ -150,9 +171,16 @@ class PlmTokenizer:
             ) from error
         return Prompt(text, with_special_tokens=False)
 
-    def _ids(self, text: str, with_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=with_special_tokens).ids
-        return ids
+    def _with_rows(self, token_ids: list[int]) -> list[int]:
+        """The same ids, if the LM head has a row for each."""
+        if self._vocab_size is not None and max(token_ids, default=0) >= self._vocab_size:
+            token_id = max(token_ids)
+            raise InvalidData(
+                f"A text holds {self._tokenizer.name(token_id)!r}, which is token {token_id} of the tokenizer, but the "
+                f"model's LM head has {self._vocab_size} rows.",
+                hint="Write it otherwise; the model has never learned this token.",
+            )
+        return token_ids
 
 
 def _raise_template_error(message: str) -> None:
