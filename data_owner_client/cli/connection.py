@@ -85,9 +85,9 @@ def fetch_head(
     - `pema-client fetch-head --server grpc://127.0.0.1:8001`
     """
     from data_owner_client.cli.output import print_record
-    from data_owner_client.runtime.progress import RichReporter
+    from data_owner_client.runtime.progress_display import stderr_reporter
 
     with connected(server, connection) as plm:
-        head = plm.fetch_head(RichReporter())
+        head = plm.fetch_head(stderr_reporter())
         record = {"folder": str(head.folder), "rows": head.rows, "sha256": plm.card.head_digest}
     print_record(record, as_json, title="LM head")

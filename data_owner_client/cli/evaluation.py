@@ -78,7 +78,7 @@ def evaluate(
     from data_owner_client.cli.output import print_evaluation, print_record
     from data_owner_client.data.text_metrics import text_scores
     from data_owner_client.evaluation.evaluate import evaluate as evaluate_systems
-    from data_owner_client.runtime.progress import RichReporter
+    from data_owner_client.runtime.progress_display import stderr_reporter
 
     set_threads(threads)
     pairs = pairs_of(input_file, sources, targets, file_format, source_field=source_field, target_field=target_field)
@@ -102,7 +102,7 @@ def evaluate(
             decoding=decoding,
             lookup=options.drafter(),
             consensus=options.consensus,
-            reporter=RichReporter(),
+            reporter=stderr_reporter(),
         )
     if as_json:
         print_record(evaluation.model_dump(), as_json, title="")
@@ -149,7 +149,7 @@ def compare(
     from data_owner_client.evaluation.comparison.compare import compare as compare_systems
     from data_owner_client.evaluation.comparison.runner import Splits
     from data_owner_client.runtime.atomic_files import write_atomically
-    from data_owner_client.runtime.progress import RichReporter
+    from data_owner_client.runtime.progress_display import stderr_reporter
 
     if not share_targets:
         raise InvalidData(
@@ -171,7 +171,7 @@ def compare(
         folder / loaded.name,
         only=only or (),
         settings=settings,
-        reporter=RichReporter(),
+        reporter=stderr_reporter(),
     )
     title = f"{result.task}, {result.model}: {result.pairs['train']:,} pairs, {result.pairs['test']} test texts"
     table = report.markdown(title, result.rows, result.signatures)

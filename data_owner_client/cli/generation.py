@@ -73,7 +73,7 @@ class _Options:
 
     def arguments(self, adapter: TrainedAdapter | None) -> dict[str, Any]:
         """The arguments that `translate` and `generate` of the library have in common."""
-        from data_owner_client.runtime.progress import RichReporter
+        from data_owner_client.runtime.progress_display import stderr_reporter
 
         consensus = self.more.consensus
         return {
@@ -85,7 +85,7 @@ class _Options:
             "samples": self.samples,
             "best": self.best,
             "consensus": consensus,
-            "reporter": RichReporter(),
+            "reporter": stderr_reporter(),
         }
 
     def changing(self, adapter: TrainedAdapter | None) -> list[object]:

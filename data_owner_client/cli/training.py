@@ -98,7 +98,7 @@ def build_memory(
     from data_owner_client.cli.output import print_record
     from data_owner_client.data.tasks import load_task
     from data_owner_client.memory.build_splits import build_memories
-    from data_owner_client.runtime.progress import RichReporter
+    from data_owner_client.runtime.progress_display import stderr_reporter
 
     mode: ContextMode = context or ("teacher-forced" if share_targets else "private")
     pairs = pairs_of(input_file, sources, targets, file_format, source_field=source_field, target_field=target_field)
@@ -114,7 +114,7 @@ def build_memory(
             context_mode=mode,
             share_targets=share_targets,
             overwrite=overwrite,
-            reporter=RichReporter(),
+            reporter=stderr_reporter(),
         )
     print_record(report.model_dump(), as_json, title="external memory")
 
@@ -145,12 +145,12 @@ def train(
     - `pema-client train --form paper --seed 1 --json`
     """
     from data_owner_client.cli.output import print_record
-    from data_owner_client.runtime.progress import RichReporter
+    from data_owner_client.runtime.progress_display import stderr_reporter
     from data_owner_client.training.train import train as train_adapter
 
     set_threads(threads)
     with connected(server, connection) as plm:
-        _, report = train_adapter(plm, memory, adapter, settings=settings, reporter=RichReporter())
+        _, report = train_adapter(plm, memory, adapter, settings=settings, reporter=stderr_reporter())
     card = report.card
     shown = {
         "folder": report.folder,
@@ -221,7 +221,7 @@ def sweep(
     - `pema-client sweep --examples 500 --examples 1000 --examples 2000 --schedule constant --json`
     """
     from data_owner_client.cli.output import print_sweep
-    from data_owner_client.runtime.progress import RichReporter
+    from data_owner_client.runtime.progress_display import stderr_reporter
     from data_owner_client.training.sweep import Grid
     from data_owner_client.training.sweep import sweep as run_sweep
 
@@ -230,7 +230,7 @@ def sweep(
     settings = {name: tuple(values) for name, values in vars(varied).items() if values}
     grid = Grid(varied=settings, **{name: tuple(values) for name, values in points.items() if values})  # type: ignore[arg-type]
     with connected(server, connection) as plm:
-        rows = run_sweep(plm, memory, grid, folder, reporter=RichReporter())
+        rows = run_sweep(plm, memory, grid, folder, reporter=stderr_reporter())
     if as_json:
         sys.stdout.write(json.dumps([row.model_dump() for row in rows], indent=1) + "\n")
     else:

@@ -35,7 +35,8 @@ from data_owner_client.memory.store import TRAIN, VALIDATION, ExternalMemory
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.head_recovery.fit import contexts_needed
 from data_owner_client.plm.remote_plm import RemotePlm
-from data_owner_client.runtime.progress import Reporter, RichReporter
+from data_owner_client.runtime.progress import Reporter
+from data_owner_client.runtime.progress_display import stderr_reporter
 from data_owner_client.training.decoding_policy import DEFAULT_RETRIEVED_EXAMPLES
 from data_owner_client.training.likelihood import plm_target_logprobs
 from data_owner_client.training.settings import TrainingSettings
@@ -59,7 +60,7 @@ AS_PUBLISHED = TrainingSettings(
     retrieved_examples=0,
     gate=False,
     selection_texts=0,
-    search_minutes=0,
+    minutes=0,
 )
 # LM-head rows and distributions always travel as float32.
 _HEAD_BYTES = 4
@@ -270,7 +271,7 @@ def _end_with_parent() -> None:
 
 def _train(connect: Connect, memory: Path, folder: Path, settings: TrainingSettings) -> None:
     with connect() as plm:
-        train(plm, memory, folder, settings=settings, reporter=RichReporter())
+        train(plm, memory, folder, settings=settings, reporter=stderr_reporter())
 
 
 def _report(folder: Path) -> TrainingReport | None:
