@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from data_owner_client.runtime.atomic_files import write_atomically
-from data_owner_client.runtime.resumable_output import ResumableOutput
+from data_owner_client.runtime.console import print_table
+from data_owner_client.runtime.progress_display import stderr_reporter
+from data_owner_client.runtime.resumable_output import ResumableOutput, one_line
 from protocol.errors import InvalidData, PemaError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def write_texts(
     if output is not None and not as_json and explain is None:
         from data_owner_client.decoding.speculative import GenerationStats
 
-        usage = GenerationStats()
+        usage, reporter = GenerationStats(), stderr_reporter()
 
         def work(numbers: list[int]) -> dict[int, str]:
             nonlocal usage
@@ -51,19 +52,19 @@ def write_texts(
                 failed.add(at)
                 print(f"pema-client: text {numbers[at] + 1}: {error}", file=sys.stderr)
 
-            result = run([inputs[number] for number in numbers], on_failure=on_failure)
+            result = run([inputs[number] for number in numbers], on_failure=on_failure, reporter=reporter)
             usage += result.stats
             return {
-                number: _line(text)
+                number: text
                 for at, (number, text) in enumerate(zip(numbers, result.texts, strict=True))
                 if at not in failed
             }
 
-        before = ResumableOutput(output, identity).write(inputs, work)
+        before = ResumableOutput(output, identity).write(inputs, work, reporter)
         done_before = f" ({before} of them done before)" if before else ""
         print(f"{len(inputs)} texts{done_before}: {usage}.", file=sys.stderr)
         return
-    result = run(inputs)
+    result = run(inputs, reporter=stderr_reporter())
     if explain is not None:
         write_atomically(explain, _explained(inputs, result, tokenizer).encode())
     if as_json:
@@ -74,13 +75,20 @@ def write_texts(
         usage_record = vars(result.stats) | {"seconds": result.seconds}
         body = json.dumps({"texts": texts, "usage": usage_record}, ensure_ascii=False, indent=1) + "\n"
     else:
-        body = "".join(_line(text) + "\n" for text in result.texts)
-        print(f"{len(inputs)} texts: {result.stats}.", file=sys.stderr)
+        body = "".join(f"{one_line(text)}\n" for text in result.texts)
     if output is None:
         sys.stdout.write(body)
         sys.stdout.flush()
     else:
         write_atomically(output, body.encode())
+    if not as_json:
+        print(f"{len(inputs)} texts: {result.stats}.", file=sys.stderr)
+
+
+def json_line(record: dict[str, Any]) -> str:
+    """The record as JSON on one line for every reader: line ends in its texts are escaped."""
+    line = json.dumps(record, ensure_ascii=False)
+    return line.translate({ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
 
 
 def _explained(inputs: list[str], result: Generation, tokenizer: PlmTokenizer) -> str:
@@ -102,7 +110,7 @@ def _explained(inputs: list[str], result: Generation, tokenizer: PlmTokenizer) -
         {"source": source, "text": text, "tokens": [token(choice) for choice in choices]}
         for source, text, choices in zip(inputs, result.texts, result.choices, strict=True)
     ]
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return "".join(f"{json_line(record)}\n" for record in records)
 
 
 def stream_text(inputs: list[str], run: Callable[..., Generation], task: Task, tokenizer: PlmTokenizer) -> None:
@@ -127,11 +135,6 @@ def stream_text(inputs: list[str], run: Callable[..., Generation], task: Task, t
     sys.stdout.flush()
 
 
-def _line(text: str) -> str:
-    # A text is one line of the output, also where the task's stop lets newlines through.
-    return " ".join(text.split("\n"))
-
-
 def print_record(record: dict[str, Any], as_json: bool, *, title: str) -> None:
     """Show what a command found, as JSON or as a table."""
     if as_json:
@@ -141,16 +144,16 @@ def print_record(record: dict[str, Any], as_json: bool, *, title: str) -> None:
     for key, value in record.items():
         text = "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
         table.add_row(key, f"{value:,.3f}" if isinstance(value, float) else text)
-    Console().print(table)
+    print_table(table)
 
 
 def print_diagnosis(diagnosis: Diagnosis, *, title: str) -> None:
     """Show what `doctor` found as a table."""
     table = Table("", "check", "found", "advice", title=title)
     for finding in diagnosis.findings:
-        mark = "[green]✓[/]" if finding.ok else "[red]✗[/]"
-        table.add_row(mark, *map(escape, (finding.check, finding.detail, finding.advice)))
-    Console().print(table)
+        mark = Text("✓", "green") if finding.ok else Text("✗", "red")
+        table.add_row(mark, finding.check, finding.detail, finding.advice)
+    print_table(table)
 
 
 def print_evaluation(evaluation: Evaluation, *, title: str) -> None:
@@ -165,8 +168,7 @@ def print_evaluation(evaluation: Evaluation, *, title: str) -> None:
     if perplexity is not None and perplexity.pema_covered is not None:
         covered = f"the {perplexity.coverage:.1%} of tokens that it covers"
         table.caption = f"Perplexity of the adapter alone, on {covered}: {perplexity.pema_covered:.2f}."
-    Console().print(table)
-    Console().print(evaluation.pema.bleu_signature, evaluation.pema.chrf_signature, sep="\n", highlight=False)
+    print_table(table, evaluation.pema.bleu_signature, evaluation.pema.chrf_signature)
 
 
 def print_comparison(comparison: Comparison, *, title: str) -> None:
@@ -177,8 +179,7 @@ def print_comparison(comparison: Comparison, *, title: str) -> None:
         p_value = "–" if row.p_value_chrf_vs_published is None else f"{row.p_value_chrf_vs_published:.3f}"
         table.add_row(row.name, f"{row.bleu:.1f}", f"{row.chrf:.1f}", perplexity, p_value, f"{row.train_seconds:.0f}")
     table.caption = "p of the difference in chrF, by paired bootstrap"
-    Console().print(table)
-    Console().print(*comparison.signatures, sep="\n", highlight=False)
+    print_table(table, *comparison.signatures)
 
 
 def print_sweep(rows: Sequence[SweepRow], *, varied: Sequence[str]) -> None:
@@ -197,4 +198,4 @@ def print_sweep(rows: Sequence[SweepRow], *, varied: Sequence[str]) -> None:
     for row in likeliest(rows):
         values = map(row.value, columns)
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
-    Console().print(table)
+    print_table(table)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from protocol.errors import InvalidData
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to the disk and rename it.
+@contextmanager
+def open_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing under a temporary name; at the end, flush it to the disk and rename it.
 
     Raises:
         InvalidData: the disk is full, or the folder is not writable.
@@ -19,14 +22,25 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise InvalidData(
             f"{path} cannot be written: {error.strerror}.",
             hint="Make room or give another folder, then run this again.",
         ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file as `open_atomically` does.
+
+    Raises:
+        InvalidData: the disk is full, or the folder is not writable.
+    """
+    with open_atomically(path) as file:
+        file.write(data)

@@ -9,10 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from data_owner_client.runtime.atomic_files import write_atomically
+from data_owner_client.runtime.progress import Reporter
 from protocol.errors import InvalidData
 
 # Texts between two writes to the disk; enough to keep batches full.
 _TEXTS_PER_WRITE = 256
+
+
+def one_line(text: str) -> str:
+    """The text as one line for every reader: a space for each line end that `str.splitlines` knows.
+
+    Besides the newline these are carriage return, vertical tab, form feed, U+001C to U+001E, U+0085, U+2028 and U+2029.
+    """
+    return " ".join(text.splitlines())
 
 
 class ResumableOutput:
@@ -31,7 +40,9 @@ class ResumableOutput:
         self._records = output.with_name(f".{output.name}.partial")
         self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
-    def write(self, texts: Sequence[str], work: Callable[[list[int]], dict[int, str]]) -> int:
+    def write(
+        self, texts: Sequence[str], work: Callable[[list[int]], dict[int, str]], reporter: Reporter | None = None
+    ) -> int:
         """Compute the missing results and write the file.
 
         Results belong to a text, not to a line number, so a corrected text does not invalidate its neighbours.
@@ -40,6 +51,7 @@ class ResumableOutput:
             texts: all texts, in the order of the output lines.
             work: computes the results for some indices of `texts`. Indices without a result are tried again by the next
                 call of `write`.
+            reporter: shows the progress; None for none.
 
         Returns:
             The number of texts that had a result before.
@@ -50,10 +62,12 @@ class ResumableOutput:
         keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
         done = self._stored_results()
         before = sum(key in done for key in keys)
-        for numbers in _runs([number for number, key in enumerate(keys) if key not in done]):
-            results = {keys[number]: text for number, text in work(numbers).items()}
-            self._store(results, begin=not done)
-            done |= results
+        with (reporter or Reporter()).bar(self._output.name, len(texts), "texts", done=before) as bar:
+            for numbers in _runs([number for number, key in enumerate(keys) if key not in done]):
+                results = {keys[number]: text for number, text in work(numbers).items()}
+                self._store(results, begin=not done)
+                done |= results
+                bar.advance(len(numbers))
         missing = [number for number, key in enumerate(keys) if key not in done]
         if missing:
             raise InvalidData(
@@ -61,7 +75,7 @@ class ResumableOutput:
                 "stored.",
                 hint="Correct them, or run the same command again.",
             )
-        write_atomically(self._output, "".join(done[key] + "\n" for key in keys).encode())
+        write_atomically(self._output, "".join(f"{one_line(done[key])}\n" for key in keys).encode())
         self._records.unlink(missing_ok=True)
         return before
 
