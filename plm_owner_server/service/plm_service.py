@@ -13,6 +13,7 @@ from plm_owner_server.engines.interface import Encoded, Engine
 from plm_owner_server.engines.model_files.tokenizer import bundle_tokenizer
 from plm_owner_server.service.disclosed_model import DisclosedModel, DisclosedModels, head_digest, head_dtype
 from plm_owner_server.service.metering import CallCost
+from plm_owner_server.service.request_texts import RequestTexts
 from plm_owner_server.service.requests import CallContext
 from plm_owner_server.service.scheduler import Scheduler
 from plm_owner_server.service.unbatching import required
@@ -21,6 +22,7 @@ from plm_owner_server.service.worker_threads import set_torch_threads
 from plm_owner_server.settings import ServerSettings
 from protocol.errors import InvalidRequest, OverLimit, Unsupported
 from protocol.integrity import token_crc32s
+from protocol.marked_text import MarkedText
 from protocol.messages import (
     DecodeRequest,
     DecodeResponse,
@@ -72,6 +74,7 @@ class PlmService:
         self.engine = engine
         self._tokenizer = tokenizer
         self._bundle = bundle_tokenizer(tokenizer)
+        self._texts = RequestTexts(self._bundle, engine.info.vocab_size)
         cores = torch.get_num_threads()
         self.scheduler = Scheduler(
             engine,
@@ -239,7 +242,7 @@ class PlmService:
             all_ids_V = torch.arange(len(logprob_V), dtype=torch.int32)
             return DistributionResponse(digest=digest, token_ids_K=all_ids_V, logprob_K=logprob_V)
         logprob_K, ids_K = logprob_V.topk(min(top_k, len(logprob_V)))
-        tokens = [self._tokenizer.decode([i]) for i in ids_K.tolist()]
+        tokens = self._texts.names(ids_K.tolist())
         return DistributionResponse(digest=digest, token_ids_K=ids_K, logprob_K=logprob_K, tokens=tokens)
 
     def _distribution_ids(self, request: DistributionRequest) -> list[int]:
@@ -247,17 +250,20 @@ class PlmService:
             raise InvalidRequest("Exactly one of text and token_ids is wanted.", hint='For example {"text": "Hello"}.')
         if request.template not in ("plain", "chat"):
             raise Unsupported("There is no template of this name.", hint="Use 'plain' or 'chat'.")
-        if request.token_ids is not None:
-            if request.template != "plain":
-                raise InvalidRequest("A template is for text, not for token_ids.", hint="Give `text`, or no template.")
-            return list(request.token_ids)
-        if request.template == "plain":
-            return list(self._tokenizer(request.text).input_ids)
+        if request.text is not None:
+            return self._text_ids(request.text, chat=request.template == "chat")
+        if request.template != "plain":
+            raise InvalidRequest("A template is for text, not for token_ids.", hint="Give `text`, or no template.")
+        return list(request.token_ids or [])
+
+    def _text_ids(self, text: str, *, chat: bool) -> list[int]:
+        if not chat:
+            return self._texts.token_ids(MarkedText(text))
         if self._bundle.chat_template is None:
             raise Unsupported(f"{self._card.name} has no chat template.", hint="Use the template 'plain'.")
-        messages = [{"role": "user", "content": request.text}]
-        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        messages = [{"role": "user", "content": text}]
+        rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(self._tokenizer(rendered, add_special_tokens=False).input_ids)
 
     def _check_sequences(self, sequences: Sequence[Sequence[int]], echo: list[int] | None) -> None:
         limits = self._card.limits

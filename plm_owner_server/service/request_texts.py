@@ -1,0 +1,67 @@
+"""Texts of requests: their token ids, and the names of tokens in answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from protocol.errors import InvalidRequest, Unsupported
+from protocol.marked_text import MarkedText
+from protocol.messages import TokenizerBundle
+from protocol.text_tokenizer import TextTokenizer
+
+log = logging.getLogger(__name__)
+
+_LISTED_TOKENS = 5
+
+
+class RequestTexts:
+    """Tokenises the texts of requests, and names tokens.
+
+    Args:
+        bundle: the tokenizer, as clients have it.
+        vocab_size: V, the number of rows of the LM head.
+
+    Raises:
+        Unsupported: the LM head has no row for tokens that any text may have.
+    """
+
+    def __init__(self, bundle: TokenizerBundle, vocab_size: int) -> None:
+        self._tokenizer = TextTokenizer(bundle)
+        self._vocab_size = vocab_size
+        _check_head(self._tokenizer, vocab_size)
+
+    def token_ids(self, text: MarkedText, *, with_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, of which only marked spans are special tokens.
+
+        Raises:
+            InvalidRequest: the LM head has no row for a token of the text.
+        """
+        ids = self._tokenizer.encode(text, with_special_tokens=with_special_tokens)
+        if max(ids, default=0) >= self._vocab_size:
+            raise InvalidRequest(
+                f"The text holds a token for which the model's LM head has no row: it has {self._vocab_size}.",
+                hint="Leave out texts that stand for images and the like.",
+            )
+        return ids
+
+    def names(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token; of special tokens, their spelling."""
+        return [self._tokenizer.name(token_id) for token_id in token_ids]
+
+
+def _check_head(tokenizer: TextTokenizer, rows: int) -> None:
+    """Refuse a head that has no rows for common tokens, and warn of one that has none for added tokens."""
+    if missing := tokenizer.own_ids_from(rows):
+        raise Unsupported(
+            f"The tokenizer has text tokens up to id {missing[-1]}, but the model's LM head has {rows} rows.",
+            hint="Put the tokenizer that belongs to these weights into the model's folder.",
+        )
+    if added := tokenizer.added_ids_from(rows):
+        log.warning(
+            "the LM head has %d rows, and none for %d added tokens of the tokenizer: %s%s; no request may hold them",
+            rows,
+            len(added),
+            ", ".join(map(tokenizer.name, added[:_LISTED_TOKENS])),
+            ", …" if len(added) > _LISTED_TOKENS else "",
+        )
