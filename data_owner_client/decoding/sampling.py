@@ -15,34 +15,51 @@ import torch
 from torch import Tensor
 
 from data_owner_client.decoding.settings import SamplingSettings
+from protocol.errors import NumericalFault
 
 
 def sampling_scores(
     settings: SamplingSettings, logprob_V: Tensor, context: Sequence[int], *, ids_V: Tensor | None = None
 ) -> Tensor:
-    """Log-probabilities [V] after penalty, temperature, top-k and top-p, in that order; −∞ is never drawn.
+    """Log-probabilities [V], up to a constant, after penalty, temperature, top-k and top-p, in that order.
+
+    −∞ is never drawn. The most probable token always stays.
 
     Args:
         settings: settings of sampling.
         logprob_V: log-probabilities of the mixture, float64.
         context: token ids of the prompt and all that follows it.
         ids_V: token ids; None where `logprob_V` covers the whole vocabulary.
+
+    Raises:
+        NumericalFault: tokens shall be drawn, and none has a probability.
     """
     scores_V = logprob_V.clone()
     if settings.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(context)))
-        if ids_V is not None:
-            seen = torch.isin(ids_V, seen)
-        scores_V[seen] = scores_V[seen] * settings.repetition_penalty
+        token_ids_V = torch.arange(len(scores_V)) if ids_V is None else ids_V
+        seen_V = torch.isin(token_ids_V, torch.tensor(sorted(set(context)), dtype=torch.int64))
+        # A log-probability may be above zero by rounding; the penalty must lower it, too.
+        penalised_V = torch.where(
+            scores_V < 0, scores_V * settings.repetition_penalty, scores_V / settings.repetition_penalty
+        )
+        scores_V = torch.where(seen_V, penalised_V, scores_V)
     if settings.temperature == 0.0:
         return scores_V
-    scores_V = scores_V / settings.temperature
+    highest = scores_V.max()
+    if not highest.isfinite():
+        raise NumericalFault(
+            "No token has a probability.", hint="The server or the adapter is damaged."
+        )
+    # The most probable token is at zero, so that no temperature takes all of them to −∞.
+    scores_V = (scores_V - highest) / settings.temperature
     if 0 < settings.top_k < len(scores_V):
         scores_V[scores_V < scores_V.topk(settings.top_k).values[-1]] = -math.inf
     if settings.top_p < 1.0:
-        falling_V, order_V = scores_V.sort(descending=True)
-        before_V = falling_V.softmax(dim=-1).cumsum(dim=-1) - falling_V.softmax(dim=-1)
-        scores_V[order_V[before_V >= settings.top_p]] = -math.inf
+        falling_V, order_V = scores_V.sort(descending=True, stable=True)
+        probability_V = falling_V.softmax(dim=-1)
+        dropped_V = probability_V.cumsum(dim=-1) - probability_V >= settings.top_p
+        dropped_V[0] = False
+        scores_V[order_V[dropped_V]] = -math.inf
     return scores_V
 
 
