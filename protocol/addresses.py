@@ -1,15 +1,26 @@
-"""Facts about the network path that a host name or a URL gives away."""
+"""Facts about the network path that a host name gives away."""
 
 from __future__ import annotations
 
 import ipaddress
-from contextlib import suppress
-from urllib.parse import urlsplit
 
 
-def is_loopback(address: str) -> bool:
-    """True if a host name, an IP address or a URL means this machine itself."""
-    with suppress(ValueError):
-        host = (urlsplit(address).hostname or "") if "://" in address else address
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    return False
+def is_loopback(host: str) -> bool:
+    """True if a host name or an IP address means this machine itself.
+
+    127.0.0.0/8, ::1, `localhost` and the names below it, which RFC 6761 reserves for this machine.
+    """
+    name = host.lower().removesuffix(".")
+    address = ip_address(name)
+    if address is None:
+        return name == "localhost" or name.endswith(".localhost")
+    return address.is_loopback
+
+
+def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that a host is written as, IPv4 where IPv6 only wraps it; None for a name."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address

@@ -14,6 +14,7 @@ from protocol.messages import DecodeResponse, EncodeResponse, HeadRows
 CHUNK_BYTES = 2**20
 """Approximate bytes of tensors in one chunk, far below gRPC's default limit of 4 MiB for a message."""
 
+_MISFIT = "The pieces of an answer do not fit together."
 _Rows = TypeVar("_Rows", EncodeResponse, DecodeResponse)
 
 
@@ -44,7 +45,7 @@ def join_rows(chunks: Sequence[_Rows]) -> _Rows:
     first = chunks[0]
     columns = [_row_columns(chunk) for chunk in chunks]
     if any(part.keys() != columns[0].keys() for part in columns) or len({chunk.digest for chunk in chunks}) > 1:
-        raise ProtocolViolation("The pieces of an answer do not fit together.", hint="Nothing was stored; try again.")
+        raise ProtocolViolation(_MISFIT, hint="Nothing was stored; try again.")
     joined: dict[str, object] = {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
     joined["rows_B"] = torch.cat([chunk.rows_B for chunk in chunks])
     joined["echo"] = [value for chunk in chunks for value in chunk.echo]
@@ -60,7 +61,13 @@ def split_head(rows: HeadRows, chunk_bytes: int = CHUNK_BYTES) -> Iterator[HeadR
 
 
 def join_head(chunks: Sequence[HeadRows]) -> HeadRows:
-    """Join the chunks of head rows."""
+    """Join the chunks of head rows.
+
+    Raises:
+        ProtocolViolation: the chunks differ in their digests.
+    """
+    if len({chunk.digest for chunk in chunks}) > 1:
+        raise ProtocolViolation(_MISFIT, hint="Nothing was stored; try again.")
     biases = [chunk.bias_N for chunk in chunks if chunk.bias_N is not None]
     return chunks[0].model_copy(
         update={

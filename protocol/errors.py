@@ -9,6 +9,7 @@
     ├── Unauthenticated (PermissionError)   401  the key or certificate is missing, or belongs to no active tenant
     ├── Forbidden (PermissionError)         403  the key is valid, but does not allow this call
     │   └── BudgetExhausted                 403  a lifetime budget of the tenant is used up
+    ├── Misdirected (PermissionError)       421  the request names a host that the server does not answer
     ├── PayloadTooLarge (ValueError)        413  the body is over the server's byte limit
     ├── RequestTimeout (TimeoutError)       408  the client sends its request, or reads its answer, too slowly
     ├── NotAcceptable (ValueError)          406  no representation of the answer suits the Accept header
@@ -18,6 +19,10 @@
     ├── ServerFault                         500  the server failed; carries none of the caller's data
     ├── NumericalFault (ArithmeticError)    422  values are not finite in the requested dtype; carries counts
     ├── ConnectionFailed (ConnectionError)       the server was not reached, or disconnected (client only)
+    │   ├── AnswerLost                           the connection was cut before the whole answer was there
+    │   ├── TimedOut (TimeoutError)              the answer took longer than the client or a gateway waits
+    │   └── GatewayFailed                        something in front of the server answered in its place
+    │       └── GatewayTimeout (TimedOut)        as it took the server too long
     ├── Untrusted (ConnectionError)              the server's certificate is not trusted (client only)
     ├── ProtocolViolation                        the answer breaks the protocol (client only)
     ├── IdentityMismatch (ValueError)            files and server belong to different models (client only)
@@ -111,6 +116,12 @@ class BudgetExhausted(Forbidden):
     code = "budget-spent"
 
 
+class Misdirected(PemaError, PermissionError):
+    code = "misdirected"
+    http_status = 421
+    grpc_status = "PERMISSION_DENIED"
+
+
 class PayloadTooLarge(PemaError, ValueError):
     code = "payload-too-large"
     http_status = 413
@@ -158,6 +169,24 @@ class ConnectionFailed(PemaError, ConnectionError):
     code = "connection-failed"
 
 
+class AnswerLost(ConnectionFailed):
+    code = "answer-lost"
+
+
+class TimedOut(ConnectionFailed, TimeoutError):
+    code = "timed-out"
+
+
+class GatewayFailed(ConnectionFailed):
+    code = "gateway-failed"
+    http_status = 502
+
+
+class GatewayTimeout(GatewayFailed, TimedOut):
+    code = "gateway-timeout"
+    http_status = 504
+
+
 class Untrusted(PemaError, ConnectionError):
     code = "untrusted"
 
@@ -188,6 +217,11 @@ def to_problem(error: PemaError) -> dict[str, Any]:
     if error.request_id is not None:
         problem["request_id"] = error.request_id
     return problem
+
+
+def is_problem(document: object) -> bool:
+    """True if a parsed document is a problem of this protocol, and not of a gateway."""
+    return isinstance(document, dict) and str(document.get("type", "")).startswith(_TYPE_PREFIX)
 
 
 def from_problem(problem: object, status: int) -> PemaError:

@@ -16,25 +16,13 @@ from data_owner_client.plm.connection.base import Attempt
 from data_owner_client.plm.head_recovery.fit import contexts_needed
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
-from protocol.errors import ConnectionFailed, Forbidden, InvalidData, PemaError, Unauthenticated
+from protocol.errors import Forbidden, InvalidData, PemaError, Unauthenticated
 
 _TRIPS = 5
 _PROBE = "The quick brown fox jumps over the lazy dog."
 _BULK_SEQUENCES, _BULK_TOKENS = 32, 64
 # Below this, in milliseconds, nobody notices a network or a queue.
 _UNNOTICED_MS = 5.0
-_REASONS = (
-    (("http/2", "illegal request line"), "Another protocol is spoken there: REST and gRPC have a port each."),
-    (("service not known", "nodename nor", "name resolution", "address lookup"), "The name is not known."),
-    (("connection refused",), "The machine is there, but nothing listens on this port."),
-    (("certificate", "ssl", "handshake"), "The connection could not be encrypted as the certificate says."),
-    (("no route", "unreachable"), "The network has no way there."),
-    (("timed out", "timeout", "deadline"), "No answer came in time: a firewall, or a server that hangs."),
-    (
-        ("disconnected", "reset", "closed"),
-        "Somebody took the call and hung up: is it a PEMA server, of this transport?",
-    ),
-)
 
 
 class Finding(BaseModel):
@@ -117,10 +105,6 @@ def diagnose(
 
 
 def _unreachable(error: PemaError) -> Finding:
-    if isinstance(error, ConnectionFailed):
-        cause = str(error.__cause__).lower()
-        reason = next((words for signs, words in _REASONS if any(sign in cause for sign in signs)), "")
-        return Finding(check="server", ok=False, detail=f"{error.detail} {reason}".rstrip(), advice=error.hint)
     check = "key" if isinstance(error, (Unauthenticated, Forbidden)) else "server"
     return Finding(check=check, ok=False, detail=error.detail, advice=error.hint)
 

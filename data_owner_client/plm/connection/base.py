@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from protocol.errors import Untrusted
 from protocol.messages import (
     DecodeRequest,
     DecodeResponse,
@@ -50,13 +49,13 @@ class PlmApi(Protocol):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt of a call that the server answered or, because it was overloaded, refused.
+    """One attempt of a call that was answered, or that was refused or took too long.
 
     Attributes:
         call: name of the call.
         request_id: id of the request in the logs of client and server.
         seconds: time from sending the request to the end of the answer.
-        refused: whether the server refused the call because it was overloaded.
+        refused: whether the server was overloaded and refused the call, or the answer took too long.
         timing: the server's split of its time; None if it sent none.
     """
 
@@ -83,23 +82,3 @@ class Connection(PlmApi, Protocol):
 
     def close(self) -> None:
         """Release sockets and other resources."""
-
-
-def untrusted_error(url: str, reason: str, request_id: str) -> Untrusted:
-    """The error for a server whose certificate does not prove that it has this address."""
-    return Untrusted(
-        f"The certificate of {url} cannot be trusted: {reason}.",
-        hint="If the owner gave you the file of the CA that signed it, say --ca FILE.",
-        request_id=request_id,
-    )
-
-
-def unreachable_hint(url: str, *, slow: bool) -> str:
-    """A hint for the user when the server does not answer; `slow` if the time ran out."""
-    if slow:
-        return "The server is too slow or hangs; ask its owner."
-    hint = "Is the address right and the server running? It starts with: pema-server serve"
-    if url.startswith(("https://", "grpcs://")):
-        # The server closes the connection silently if the client has no certificate, or one of another CA.
-        hint += ". If the owner asks for a certificate of yours, say --client-certificate and --client-key."
-    return hint

@@ -9,17 +9,27 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 
-from data_owner_client.plm.connection.base import unreachable_hint, untrusted_error
-from data_owner_client.plm.connection.retries import Retrier
+from data_owner_client.plm.connection.division import RequestDivision
+from data_owner_client.plm.connection.network.route import Route
+from data_owner_client.plm.connection.retries import FIRST_ANSWER_SECONDS, Retrier
 from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION, ConnectionSettings
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.chunks import join_head, join_rows
-from protocol.errors import ConnectionFailed, PayloadTooLarge, PemaError, ProtocolViolation, from_problem
+from protocol.errors import (
+    AnswerLost,
+    ConnectionFailed,
+    Forbidden,
+    PayloadTooLarge,
+    PemaError,
+    ProtocolViolation,
+    TimedOut,
+    Unauthenticated,
+    from_problem,
+)
 from protocol.messages import (
     DecodeRequest,
     DecodeResponse,
@@ -63,6 +73,17 @@ _OPTIONS = [
 ]
 # gRPC's messages about certificates of another CA or name.
 _CERTIFICATE_ERROR = re.compile(r"(?:CERTIFICATE_VERIFY_FAILED: |(?=Hostname Verification|Peer name))([^;\"]+)")
+# gRPC's messages about an answer that comes from a gateway of HTTP, and before a request is sent.
+_HTTP_STATUS = re.compile(r"Received http2 header with status: (\d{3})")
+_UNSENT = re.compile("failed to connect|errors? resolving|resolution failed")
+# Refusals without a problem document, which the server would send.
+_GATEWAY_REFUSALS: dict[grpc.StatusCode, tuple[type[PemaError], str]] = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (PayloadTooLarge, "The request is larger than the server takes"),
+    grpc.StatusCode.UNIMPLEMENTED: (ProtocolViolation, "The server does not know this call"),
+    grpc.StatusCode.UNAUTHENTICATED: (Unauthenticated, "Something in front of the server wants another key"),
+    grpc.StatusCode.PERMISSION_DENIED: (Forbidden, "Something in front of the server does not allow the call"),
+}
+_REFUSAL_HINT = "Is this the address of a PEMA server of the same version? Otherwise ask its owner."
 _Attempt = dict[str, Any]  # the arguments of one attempt: time-out and metadata
 _Fetch = Callable[[Any, _Attempt], tuple[_Result, ServerTiming | None]]
 
@@ -88,22 +109,17 @@ class GrpcConnection:
         url: str,
         settings: ConnectionSettings = DEFAULT_CONNECTION,
     ) -> None:
-        scheme, _, target = url.partition("://")
-        self._url = url
+        self._route = Route.find(url, settings)
         self._timeout_s = settings.timeout
         self._retrier = Retrier(settings.retry_for)
+        self._division = RequestDivision(settings)
         self.observers = self._retrier.observers
         self.rate_limits: tuple[RateLimitStatus, ...] = ()
         # The id lets the server be fair between clients, which may share an address.
         self._metadata: tuple[tuple[str, str], ...] = ((CLIENT_METADATA, uuid.uuid4().hex),)
         if settings.api_key:
             self._metadata += ((KEY_METADATA, f"Bearer {settings.api_key}"),)
-        self._target = target
-        self._credentials = None
-        if scheme == "grpcs":
-            self._credentials = grpc.ssl_channel_credentials(
-                *map(_content, (settings.ca, settings.client_key, settings.client_certificate))
-            )
+        self._credentials = _credentials(self._route, settings)
         self._channel_lock = threading.Lock()
         self._current = self._open_channel()
 
@@ -132,6 +148,9 @@ class GrpcConnection:
         return self._call("GetTokenizer", _untimed(fetch))
 
     def lm_head(self, request: HeadRequest) -> HeadRows:
+        return self._division.head(request, self._lm_head)
+
+    def _lm_head(self, request: HeadRequest, divisible: bool) -> HeadRows:
         proto = to_proto(request, pema_pb2.HeadRequest())
 
         def fetch(stub: Any, attempt: _Attempt) -> HeadRows:
@@ -140,15 +159,29 @@ class GrpcConnection:
             self._record_rate_limits(call)
             return join_head(chunks)
 
-        return self._call("GetLmHead", _untimed(fetch))
+        return self._call("GetLmHead", _untimed(fetch), divisible=divisible)
 
     def encode(self, request: EncodeRequest) -> EncodeResponse:
+        return self._division.rows(request, self._encode)
+
+    def _encode(self, request: EncodeRequest, divisible: bool) -> EncodeResponse:
         call = pema_pb2.EncodeCall(request=to_proto(request, pema_pb2.EncodeRequest()))
-        return self._call("Encode", lambda stub, attempt: self._rows(stub.Encode, call, EncodeResponse, attempt))
+
+        def fetch(stub: Any, attempt: _Attempt) -> tuple[EncodeResponse, ServerTiming | None]:
+            return self._rows(stub.Encode, call, EncodeResponse, attempt)
+
+        return self._call("Encode", fetch, divisible=divisible)
 
     def decode(self, request: DecodeRequest) -> DecodeResponse:
+        return self._division.rows(request, self._decode)
+
+    def _decode(self, request: DecodeRequest, divisible: bool) -> DecodeResponse:
         call = pema_pb2.DecodeCall(request=to_proto(request, pema_pb2.DecodeRequest()))
-        return self._call("Decode", lambda stub, attempt: self._rows(stub.Decode, call, DecodeResponse, attempt))
+
+        def fetch(stub: Any, attempt: _Attempt) -> tuple[DecodeResponse, ServerTiming | None]:
+            return self._rows(stub.Decode, call, DecodeResponse, attempt)
+
+        return self._call("Decode", fetch, divisible=divisible)
 
     def distribution(self, request: DistributionRequest) -> DistributionResponse:
         proto = to_proto(request, pema_pb2.DistributionRequest())
@@ -160,17 +193,22 @@ class GrpcConnection:
 
         return self._call("GetNextTokenDistribution", _untimed(fetch))
 
-    def _call(self, name: str, fetch: _Fetch[_Result], *, fail_fast: bool = False) -> _Result:
-        def attempt(request_id: str) -> tuple[_Result, ServerTiming | None]:
-            return self._attempt(fetch, request_id)
+    def _call(self, name: str, fetch: _Fetch[_Result], *, fail_fast: bool = False, divisible: bool = False) -> _Result:
+        timeout_s = min(self._timeout_s, FIRST_ANSWER_SECONDS) if fail_fast else self._timeout_s
 
-        return self._retrier.call(f"gRPC {name}", attempt, fail_fast=fail_fast)
+        def attempt(request_id: str) -> tuple[_Result, ServerTiming | None]:
+            return self._attempt(fetch, request_id, timeout_s)
+
+        return self._retrier.call(f"gRPC {name}", attempt, fail_fast=fail_fast, divisible=divisible)
 
     def _open_channel(self) -> _ChannelAndStub:
+        target, proxy = self._route.address.authority, self._route.proxy
+        # The route has the proxy of the environment.
+        options = [*_OPTIONS, ("grpc.enable_http_proxy", 0) if proxy is None else ("grpc.http_proxy", proxy.url)]
         if self._credentials is None:
-            channel = grpc.insecure_channel(self._target, _OPTIONS)
+            channel = grpc.insecure_channel(target, options)
         else:
-            channel = grpc.secure_channel(self._target, self._credentials, _OPTIONS)
+            channel = grpc.secure_channel(target, self._credentials, options)
         return _ChannelAndStub(channel, pema_pb2_grpc.PlmStub(channel))  # type: ignore[no-untyped-call]
 
     def _replace_channel(self, old: _ChannelAndStub) -> None:
@@ -182,10 +220,12 @@ class GrpcConnection:
             if old is self._current:
                 self._current = self._open_channel()
 
-    def _attempt(self, fetch: _Fetch[_Result], request_id: str) -> tuple[_Result, ServerTiming | None]:
+    def _attempt(
+        self, fetch: _Fetch[_Result], request_id: str, timeout_s: float
+    ) -> tuple[_Result, ServerTiming | None]:
         current, metadata = self._current, ((REQUEST_ID_METADATA, request_id), *self._metadata)
         try:
-            return fetch(current.stub, {"timeout": self._timeout_s, "metadata": metadata})
+            return fetch(current.stub, {"timeout": timeout_s, "metadata": metadata})
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 self._replace_channel(current)
@@ -195,9 +235,9 @@ class GrpcConnection:
             # read.
             if error.request_id is not None:
                 raise
-            raise self._malformed_response(request_id) from error
+            raise self._route.malformed(request_id) from error
         except (ValueError, TypeError, LookupError, RuntimeError) as error:
-            raise self._malformed_response(request_id) from error
+            raise self._route.malformed(request_id) from error
 
     def _record_rate_limits(self, call: Any) -> None:
         metadata = dict(call.trailing_metadata() or ())
@@ -226,13 +266,6 @@ class GrpcConnection:
             request_id=call.request_id,
         )
 
-    def _malformed_response(self, request_id: str) -> ProtocolViolation:
-        return ProtocolViolation(
-            f"{self._url} did not answer in the form of this protocol.",
-            hint="Is this a PEMA server of the same version?",
-            request_id=request_id,
-        )
-
     def _error_for(self, error: Any, request_id: str) -> PemaError:
         """The error of a call: the server's if it sent a problem, otherwise one that follows from the status."""
         self._record_rate_limits(error)
@@ -240,28 +273,31 @@ class GrpcConnection:
         if problem is not None:
             with suppress(ValueError):
                 return _problem_of(request_id, json.loads(problem), 500)
-        status = error.code()
-        if status == grpc.StatusCode.RESOURCE_EXHAUSTED:  # refused by gRPC itself: the server would send a problem
-            return PayloadTooLarge(
-                "The request is larger than the server takes.", hint="Send fewer sequences in one request."
+        status, details = error.code(), error.details() or ""
+        if (http_status := _HTTP_STATUS.search(details)) is not None:
+            return self._route.gateway_error(int(http_status[1]), request_id)
+        if (refusal := self._route.proxy_error(details, request_id)) is not None:
+            return refusal
+        if (reason := _CERTIFICATE_ERROR.search(details)) is not None:
+            return self._route.untrusted(reason[1], request_id)
+        if status in _GATEWAY_REFUSALS:
+            refused, detail = _GATEWAY_REFUSALS[status]
+            return refused(
+                f"{detail} ({status.name} from {self._route.address.url}).", hint=_REFUSAL_HINT, request_id=request_id
             )
-        if status == grpc.StatusCode.UNIMPLEMENTED:
-            return ProtocolViolation(
-                f"{self._url} does not know this call ({status.name}).",
-                hint="Is this a PEMA server of the same version?",
-                request_id=request_id,
-            )
-        if (reason := _CERTIFICATE_ERROR.search(error.details() or "")) is not None:
-            return untrusted_error(self._url, reason[1], request_id)
-        return ConnectionFailed(
-            f"No answer from {self._url} ({status.name}).",
-            hint=unreachable_hint(self._url, slow=status == grpc.StatusCode.DEADLINE_EXCEEDED),
-            request_id=request_id,
-        )
+        kind: type[ConnectionFailed] = ConnectionFailed if _UNSENT.search(details) else AnswerLost
+        if status == grpc.StatusCode.DEADLINE_EXCEEDED:
+            kind = TimedOut
+        return self._route.no_answer(error, status.name, request_id, kind)
 
 
-def _content(file: Path | None) -> bytes | None:
-    return None if file is None else file.read_bytes()
+def _credentials(route: Route, settings: ConnectionSettings) -> grpc.ChannelCredentials | None:
+    if not route.address.is_encrypted or route.roots is None:
+        return None
+    files = (settings.client_key, settings.client_certificate)
+    return grpc.ssl_channel_credentials(
+        route.roots.pem.encode("ascii"), *(None if file is None else file.read_bytes() for file in files)
+    )
 
 
 def _problem_of(request_id: str, problem: object, status: int) -> PemaError:

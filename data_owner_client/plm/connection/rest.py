@@ -6,17 +6,27 @@ import json
 import ssl
 import time
 import uuid
-from pathlib import Path
+from contextlib import closing
 from typing import TypeVar
 
 import httpx
 
-from data_owner_client.plm.connection.base import unreachable_hint, untrusted_error
-from data_owner_client.plm.connection.retries import Retrier
+from data_owner_client.plm.connection.division import RequestDivision
+from data_owner_client.plm.connection.network.route import Route
+from data_owner_client.plm.connection.network.trust import client_context
+from data_owner_client.plm.connection.retries import FIRST_ANSWER_SECONDS, Retrier
 from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION, ConnectionSettings
-from protocol.addresses import is_loopback
 from protocol.codec import BINARY, JSON, Message
-from protocol.errors import ConnectionFailed, NotReady, Overloaded, PemaError, ProtocolViolation, from_problem
+from protocol.errors import (
+    AnswerLost,
+    ConnectionFailed,
+    InvalidRequest,
+    PemaError,
+    ProtocolViolation,
+    TimedOut,
+    from_problem,
+    is_problem,
+)
 from protocol.messages import (
     DecodeRequest,
     DecodeResponse,
@@ -35,12 +45,8 @@ from protocol.timing import ServerTiming
 _Answer = TypeVar("_Answer", bound=Message)
 _REQUEST_ID = "X-Request-Id"
 _CONNECT_TIMEOUT_SECONDS = 10.0
-_PROXY_ERRORS: dict[int, type[PemaError]] = {
-    429: Overloaded,
-    502: ConnectionFailed,
-    503: NotReady,
-    504: ConnectionFailed,
-}
+# httpx's errors before a request is sent: the server has not seen it.
+_UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
 
 
 class RestConnection:
@@ -59,26 +65,13 @@ class RestConnection:
         *,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._url = url
+        self._route = Route.find(url, settings)
         self._timeout_s = settings.timeout
         self._retrier = Retrier(settings.retry_for)
+        self._division = RequestDivision(settings)
         self.observers = self._retrier.observers
         self.rate_limits: tuple[RateLimitStatus, ...] = ()
-        timeout = httpx.Timeout(settings.timeout, connect=min(settings.timeout, _CONNECT_TIMEOUT_SECONDS))
-        # The id lets the server be fair between clients, which may share an address.
-        # No compression: a small answer could expand to a large one.
-        headers = {"X-Pema-Client": uuid.uuid4().hex, "Accept-Encoding": "identity"}
-        if settings.api_key:
-            headers["Authorization"] = f"Bearer {settings.api_key}"
-        self._http = httpx.Client(
-            base_url=url,
-            timeout=timeout,
-            transport=transport,
-            headers=headers,
-            verify=_context(settings.ca, settings.client_certificate, settings.client_key),
-            # Calls to this machine need no proxy, which would see the key.
-            trust_env=not is_loopback(url),
-        )
+        self._http = _http_client(self._route, settings, transport)
 
     def close(self) -> None:
         """Close the sockets."""
@@ -93,16 +86,25 @@ class RestConnection:
         return self._call("GET", "/v1/tokenizer", TokenizerBundle)
 
     def lm_head(self, request: HeadRequest) -> HeadRows:
+        return self._division.head(request, self._lm_head)
+
+    def _lm_head(self, request: HeadRequest, divisible: bool) -> HeadRows:
         if request.token_ids is not None:
-            return self._call("POST", "/v1/lm-head", HeadRows, request)
+            return self._call("POST", "/v1/lm-head", HeadRows, request, divisible=divisible)
         parameters = httpx.QueryParams(request.model_dump(include={"start", "stop", "dtype"}, exclude_none=True))
-        return self._call("GET", f"/v1/lm-head?{parameters}", HeadRows)
+        return self._call("GET", f"/v1/lm-head?{parameters}", HeadRows, divisible=divisible)
 
     def encode(self, request: EncodeRequest) -> EncodeResponse:
-        return self._call("POST", "/v1/encode", EncodeResponse, request)
+        return self._division.rows(
+            request,
+            lambda part, divisible: self._call("POST", "/v1/encode", EncodeResponse, part, divisible=divisible),
+        )
 
     def decode(self, request: DecodeRequest) -> DecodeResponse:
-        return self._call("POST", "/v1/decode", DecodeResponse, request)
+        return self._division.rows(
+            request,
+            lambda part, divisible: self._call("POST", "/v1/decode", DecodeResponse, part, divisible=divisible),
+        )
 
     def distribution(self, request: DistributionRequest) -> DistributionResponse:
         return self._call("POST", "/v1/next-token-distribution", DistributionResponse, request)
@@ -115,90 +117,130 @@ class RestConnection:
         request: Message | None = None,
         *,
         fail_fast: bool = False,
+        divisible: bool = False,
     ) -> _Answer:
         body = None if request is None else request.to_bytes()
+        timeout_s = min(self._timeout_s, FIRST_ANSWER_SECONDS) if fail_fast else self._timeout_s
 
         def attempt(request_id: str) -> tuple[_Answer, ServerTiming | None]:
-            return self._attempt(method, path, answer, body, request_id)
+            headers = {"Accept": f"{BINARY}, {JSON};q=0.5", _REQUEST_ID: request_id}
+            if body is not None:
+                headers["Content-Type"] = BINARY
+            request = self._http.build_request(
+                method, path.lstrip("/"), content=body, headers=headers, timeout=_timeout(timeout_s)
+            )
+            return self._attempt(request, path, answer, timeout_s)
 
-        return self._retrier.call(f"{method} {path}", attempt, fail_fast=fail_fast)
+        return self._retrier.call(f"{method} {path}", attempt, fail_fast=fail_fast, divisible=divisible)
 
     def _attempt(
-        self, method: str, path: str, answer: type[_Answer], body: bytes | None, request_id: str
+        self, request: httpx.Request, path: str, answer: type[_Answer], timeout_s: float
     ) -> tuple[_Answer, ServerTiming | None]:
-        headers = {"Accept": f"{BINARY}, {JSON};q=0.5", _REQUEST_ID: request_id}
-        if body is not None:
-            headers["Content-Type"] = BINARY
+        request_id = request.headers[_REQUEST_ID]
         try:
-            response = self._whole_response(method, path, body, headers)
+            response = self._whole_response(request, timeout_s)
         except (httpx.RequestError, httpx.InvalidURL) as error:
-            if (reason := _certificate_error(error)) is not None:
-                raise untrusted_error(self._url, reason, request_id) from error
-            raise ConnectionFailed(
-                f"No answer from {self._url} ({type(error).__name__}).",
-                hint=unreachable_hint(self._url, slow=isinstance(error, httpx.ReadTimeout)),
-                request_id=request_id,
-            ) from error
+            raise self._error_for(error, request_id) from error
         if (left := response.headers.get(RATE_LIMIT)) is not None:
             self.rate_limits = from_fields(left, response.headers.get(RATE_LIMIT_POLICY, ""))
         if not response.is_success:
-            raise _problem(response, request_id)
+            raise self._problem(response, request_id, path)
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise ProtocolViolation(
+                f"{self._route.address.url}{path} sent a compressed answer, which was not requested.",
+                hint="Is there a proxy in front of the server?",
+                request_id=request_id,
+            )
         timing = ServerTiming.from_header(response.headers.get("server-timing", ""))
         try:
             if response.headers.get("content-type", "").startswith(BINARY):
                 return answer.from_bytes(response.content), timing
             return answer.from_json(response.content), timing
         except PemaError as error:
-            raise ProtocolViolation(
-                f"{self._url}{path} did not answer in the form of this protocol.",
-                hint="Is this a PEMA server of the same version, or a proxy in front of it?",
-                request_id=request_id,
-            ) from error
+            raise self._route.malformed(request_id, path) from error
 
-    def _whole_response(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> httpx.Response:
-        """Read the whole response. httpx bounds the wait for each part; this bounds their sum."""
-        deadline = time.monotonic() + self._timeout_s
-        with self._http.stream(method, path, content=body, headers=headers) as response:
-            if response.headers.get("content-encoding", "identity") != "identity":
-                raise ProtocolViolation(
-                    f"{self._url}{path} sent a compressed answer, which was not requested.",
-                    hint="Is there a proxy in front of the server?",
-                    request_id=headers[_REQUEST_ID],
-                )
+    def _whole_response(self, request: httpx.Request, timeout_s: float) -> httpx.Response:
+        """Read the whole response, without what was compressed.
+
+        httpx bounds the wait for each part; this bounds their sum.
+        """
+        deadline = time.monotonic() + timeout_s
+        response = self._http.send(request, stream=True)
+        with closing(response):
             parts = []
-            for part in response.iter_bytes():
+            is_compressed = response.headers.get("content-encoding", "identity") != "identity"
+            for part in () if is_compressed else response.iter_bytes():
                 parts.append(part)
                 if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("the answer is too slow", request=response.request)
+                    raise httpx.ReadTimeout("the answer is too slow", request=request)
             return httpx.Response(
-                response.status_code, headers=response.headers, content=b"".join(parts), request=response.request
+                response.status_code, headers=response.headers, content=b"".join(parts), request=request
             )
 
+    def _error_for(self, error: Exception, request_id: str) -> PemaError:
+        """The error for a call without a whole response."""
+        if (reason := _certificate_error(error)) is not None:
+            return self._route.untrusted(reason, request_id)
+        if isinstance(error, httpx.ProxyError):
+            refusal = self._route.proxy_error(str(error), request_id)
+            if refusal is not None:
+                return refusal
+        kind: type[ConnectionFailed] = AnswerLost
+        if isinstance(error, _UNSENT):
+            kind = ConnectionFailed
+        elif isinstance(error, httpx.TimeoutException):
+            kind = TimedOut
+        return self._route.no_answer(error, type(error).__name__, request_id, kind)
 
-def _problem(response: httpx.Response, request_id: str) -> PemaError:
-    try:
-        problem = json.loads(response.content)
-    except ValueError:
-        problem = None
-    if not isinstance(problem, dict) and response.status_code in _PROXY_ERRORS:
-        # A proxy in front of the server refuses without a problem document of this protocol.
-        after = response.headers.get("retry-after", "")
-        error = _PROXY_ERRORS[response.status_code](
-            f"Something in front of the server answered HTTP {response.status_code}.",
-            hint="Try again later, or ask the server's owner.",
+    def _problem(self, response: httpx.Response, request_id: str, path: str) -> PemaError:
+        try:
+            problem = json.loads(response.content)
+        except ValueError:
+            problem = None
+        if is_problem(problem):
+            error = from_problem(problem, response.status_code)
+            error.request_id = error.request_id or request_id
+            return error
+        after, location = response.headers.get("retry-after", ""), response.headers.get("location", "")
+        return self._route.gateway_error(
+            response.status_code,
+            request_id,
             retry_after_s=float(after) if after.isdecimal() else None,
+            location=str(response.request.url.join(location)) if location else "",
+            path=path,
         )
-    else:
-        error = from_problem(problem, response.status_code)
-    error.request_id = error.request_id or request_id
-    return error
 
 
-def _context(ca: Path | None, certificate: Path | None, key: Path | None) -> ssl.SSLContext:
-    context = httpx.create_ssl_context() if ca is None else ssl.create_default_context(cafile=ca)
-    if certificate is not None:
-        context.load_cert_chain(certificate, key)
-    return context
+def _http_client(route: Route, settings: ConnectionSettings, transport: httpx.BaseTransport | None) -> httpx.Client:
+    # The id lets the server be fair between clients, which may share an address.
+    # No compression: a small answer could expand to a large one.
+    headers = {"X-Pema-Client": uuid.uuid4().hex, "Accept-Encoding": "identity"}
+    if settings.api_key:
+        headers["Authorization"] = f"Bearer {settings.api_key}"
+    context = client_context(route.roots, settings.client_certificate, settings.client_key)
+    proxy = None
+    if route.proxy is not None and transport is None:
+        proxy = httpx.Proxy(route.proxy.url, ssl_context=context if route.proxy.scheme == "https" else None)
+    try:
+        # The route has the proxy and the roots of the environment.
+        return httpx.Client(
+            base_url=route.address.url,
+            headers=headers,
+            proxy=proxy,
+            transport=transport,
+            verify=context,
+            trust_env=False,
+        )
+    except ImportError as error:
+        raise InvalidRequest(
+            f"The {route.proxy} needs a package that is not installed.",
+            hint="Install it (pip install 'httpx[socks]'), or reach the server without a proxy: "
+            f"NO_PROXY={route.address.host}.",
+        ) from error
+
+
+def _timeout(seconds: float) -> httpx.Timeout:
+    return httpx.Timeout(seconds, connect=min(seconds, _CONNECT_TIMEOUT_SECONDS))
 
 
 def _certificate_error(error: BaseException | None) -> str | None:

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -13,7 +14,18 @@ from tenacity import RetryCallState, Retrying, wait_random_exponential
 from tenacity.nap import sleep_using_event
 
 from data_owner_client.plm.connection.base import Attempt, Observer
-from protocol.errors import ConnectionFailed, MalformedMessage, NotReady, Overloaded, PemaError, ProtocolViolation
+from protocol.errors import (
+    AnswerLost,
+    ConnectionFailed,
+    GatewayFailed,
+    MalformedMessage,
+    NotReady,
+    Overloaded,
+    PemaError,
+    ProtocolViolation,
+    RequestTimeout,
+    TimedOut,
+)
 from protocol.timing import ServerTiming
 
 log = logging.getLogger(__name__)
@@ -24,6 +36,12 @@ _WARN_FROM_FAILURE = 3
 _WARN_FROM_WAIT_SECONDS = 15.0
 # Attempts that may fail because a request or an answer was garbled on the way.
 _MAX_GARBLED = 3
+# Attempts of a call that fails fast, where a gateway answers in the server's place.
+_MAX_GATEWAY_FAILURES = 3
+# Cut connections from which a divisible request counts as too large. A server's restart cuts one.
+_MAX_LOST = 2
+FIRST_ANSWER_SECONDS = 60.0
+"""Longest wait for the answer to a call that fails fast, which needs no computing: proxies and firewalls may hang."""
 _Result = TypeVar("_Result")
 _back_off = wait_random_exponential(multiplier=0.25, max=10)
 
@@ -38,7 +56,7 @@ class Retrier:
         retry_for: longest time from the first failure of a call to its last attempt, in seconds.
 
     Attributes:
-        observers: functions that receive every attempt that the server answered or refused.
+        observers: functions that receive every attempt that was answered, refused or timed out.
     """
 
     def __init__(self, retry_for: float) -> None:
@@ -56,6 +74,7 @@ class Retrier:
         attempt: Callable[[str], tuple[_Result, ServerTiming | None]],
         *,
         fail_fast: bool = False,
+        divisible: bool = False,
     ) -> _Result:
         """Make a call, and repeat it until it succeeds.
 
@@ -64,11 +83,12 @@ class Retrier:
             attempt: makes the call once, with the request id that is its argument. Returns the result and the server's
                 timing, or None if the server sent none.
             fail_fast: give up at once if the server does not answer, or answers in another form than the protocol's.
+            divisible: give up after a time-out and after repeatedly cut connections: the caller sends smaller requests.
 
         Raises:
             PemaError: the error of the last attempt.
         """
-        policy = _RetryPolicy(self._retry_for, self._closed, fail_fast=fail_fast)
+        policy = _RetryPolicy(self._retry_for, self._closed, fail_fast=fail_fast, divisible=divisible)
         attempts = Retrying(
             retry=policy.should_retry,
             wait=policy.wait,
@@ -86,7 +106,7 @@ class Retrier:
             result, timing = attempt(request_id)
         except PemaError as error:
             log.debug("%s %s failed: %s", request_id, name, error)
-            if isinstance(error, Overloaded):
+            if isinstance(error, (Overloaded, TimedOut)):
                 self._notify(Attempt(name, request_id, time.perf_counter() - started, refused=True))
             raise
         record = Attempt(name, request_id, time.perf_counter() - started, timing=timing)
@@ -102,25 +122,37 @@ class Retrier:
 class _RetryPolicy:
     """Decides whether and when one call is repeated."""
 
-    def __init__(self, retry_for: float, closed: threading.Event, *, fail_fast: bool) -> None:
+    def __init__(self, retry_for: float, closed: threading.Event, *, fail_fast: bool, divisible: bool) -> None:
         self._retry_for = retry_for
         self._closed = closed
         self._fail_fast = fail_fast
+        self._divisible = divisible
         self._ends: float | None = None  # set at the first failure
-        self._garbled = 0
+        self._failures = Counter[str]()
 
     def should_retry(self, state: RetryCallState) -> bool:
         """Return True if another attempt may succeed."""
-        error = _error(state)
         if self._ends is None:
             self._ends = time.monotonic() + self._retry_for
-        # If the server calls our request malformed, the request was garbled on the way.
-        if isinstance(error, (ProtocolViolation, MalformedMessage)):
-            self._garbled += 1
-            return not self._fail_fast and self._garbled < _MAX_GARBLED
-        if isinstance(error, ConnectionFailed):
-            return not self._fail_fast
-        return isinstance(error, (Overloaded, NotReady))
+        match _error(state):
+            # If the server calls our request malformed, the request was garbled on the way.
+            case ProtocolViolation() | MalformedMessage():
+                return not self._fail_fast and self._count("garbled") < _MAX_GARBLED
+            case TimedOut() | RequestTimeout() if self._divisible:
+                return False
+            case AnswerLost() if self._divisible:
+                return self._count("lost") < _MAX_LOST
+            case GatewayFailed() if self._fail_fast:
+                return self._count("gateway") < _MAX_GATEWAY_FAILURES
+            case ConnectionFailed():
+                return not self._fail_fast
+            case Overloaded() | NotReady() | RequestTimeout():
+                return True
+        return False
+
+    def _count(self, kind: str) -> int:
+        self._failures[kind] += 1
+        return self._failures[kind]
 
     def wait(self, state: RetryCallState) -> float:
         """Seconds until the next attempt, with jitter, so that clients refused together do not retry together."""

@@ -10,6 +10,7 @@ from annotated_types import Ge, Unit
 from cyclopts import Parameter
 
 from data_owner_client.runtime.declared_settings import require_in_bounds
+from protocol.errors import InvalidRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,15 @@ class ConnectionSettings:
 
     def __post_init__(self) -> None:
         require_in_bounds(self)
+        # Editors and `$(cat file)` leave a newline behind a value.
+        for name in ("api_key", "ca", "client_certificate", "client_key"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, type(value)(str(value).strip()))
+        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable() and " " not in self.api_key):
+            raise InvalidRequest(
+                "The key in PEMA_API_KEY or --api-key has a space, or a character that no header can carry.",
+                hint="Copy the key again, and nothing beside it.",
+            )
 
 
 DEFAULT_CONNECTION = ConnectionSettings()

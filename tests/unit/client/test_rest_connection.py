@@ -245,17 +245,16 @@ def test_a_timing_survives_its_header(queue_ms: float, compute_ms: float, serial
         ("http://plm.example.com", False),
         ("http://localhost.example.com", False),
         ("http://127.0.0.1.example.com:8000", False),
-        ("http://127.0.0.1@example.com", False),
         ("grpc://10.0.0.1:8001", False),
-        ("http://[::1", False),
+        ("grpc://127.0.0.1.:8001", True),
+        ("http://plm.localhost", True),
     ],
 )
 def test_a_key_does_not_travel_in_the_clear(url: str, allowed: bool) -> None:
     with nullcontext() if allowed else pytest.raises(errors.InvalidRequest, match="in the clear"):
         open_connection(url, api_key="secret-key").close()
-    if url != "http://[::1":
-        open_connection(url, api_key="secret-key", insecure=True).close()
-        open_connection(url).close()
+    open_connection(url, api_key="secret-key", insecure=True).close()
+    open_connection(url).close()
 
 
 @pytest.mark.parametrize("key", ["schlüssel", "two\nlines", "\0"])
