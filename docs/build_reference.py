@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings.sources.types import _CliPositionalArg, _CliSubCommand
 
 from data_owner_client.cli import app
+from data_owner_client.data.scoring_settings import ScoringSettings
 from data_owner_client.data.tasks import Shot, Task
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
 from data_owner_client.plm.connection.settings import ConnectionSettings
@@ -58,6 +59,7 @@ def settings_page() -> str:
         ("Training", TrainingSettings),
         ("Decoding", DecodingSettings),
         ("Sampling", SamplingSettings),
+        ("Scoring", ScoringSettings),
         ("Connection", ConnectionSettings),
     ):
         name = settings.__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -19,22 +20,23 @@ from data_owner_client.cli.options import (
     Connection,
     Decoding,
     Dtype,
-    FileFormat,
     InputFile,
     MoreDecoding,
     OptionalAdapter,
+    Reading,
+    Scoring,
     Server,
     ShareTargets,
-    SourceField,
     Sources,
-    TargetField,
     Targets,
     TaskName,
     Threads,
     Training,
     connected,
 )
-from data_owner_client.data.pairs import read_lines, read_pairs
+from data_owner_client.data.reading.reader import read_hypotheses, spool_pairs
+from data_owner_client.data.reading.settings import DEFAULT_READING
+from data_owner_client.data.scoring_settings import DEFAULT_SCORING
 from data_owner_client.decoding.settings import DEFAULT_DECODING
 from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION
 from data_owner_client.training.settings import DEFAULT_TRAINING
@@ -52,11 +54,10 @@ def evaluate(
         Path | None,
         Parameter(help="Score this text file, one hypothesis a line, instead of translating.", group=DATA),
     ] = None,
-    file_format: FileFormat = None,
-    source_field: SourceField = "source",
-    target_field: TargetField = "target",
+    reading: Reading = DEFAULT_READING,
     options: MoreDecoding = DEFAULT_OPTIONS,
     decoding: Decoding = DEFAULT_DECODING,
+    scoring: Scoring = DEFAULT_SCORING,
     as_json: AsJson = False,
     threads: Threads = 0,
     server: Server = DEFAULT_SERVER,
@@ -76,17 +77,21 @@ def evaluate(
     """
     from data_owner_client.adapter.trained import TrainedAdapter
     from data_owner_client.cli.output import print_evaluation, print_record
-    from data_owner_client.data.text_metrics import text_scores
+    from data_owner_client.data.text_metrics import bleu_tokenizer, text_scores
     from data_owner_client.evaluation.evaluate import evaluate as evaluate_systems
     from data_owner_client.runtime.progress_display import stderr_reporter
 
     set_threads(threads)
-    pairs = pairs_of(input_file, sources, targets, file_format, source_field=source_field, target_field=target_field)
+    # Hypotheses belong to the lines of the references, so none may be left out.
+    pairs = pairs_of(
+        input_file, sources, targets, reading if hypotheses is None else replace(reading, skip_invalid=False)
+    )
     if hypotheses is not None:
-        lines = read_lines(hypotheses)
+        lines = read_hypotheses(hypotheses)
         if len(lines) != len(pairs):
             raise InvalidData(f"{hypotheses} has {len(lines)} lines for {len(pairs)} references.", hint="One each.")
-        scores = text_scores(lines, [pair.target or "" for pair in pairs])
+        references = [pair.target or "" for pair in pairs]
+        scores = text_scores(lines, references, bleu_tokenizer(references, scoring))
         print_record(scores.model_dump(), as_json, title=str(hypotheses))
         return
     if adapter_folder is None:
@@ -102,6 +107,7 @@ def evaluate(
             decoding=decoding,
             lookup=options.drafter(),
             consensus=options.consensus,
+            scoring=scoring,
             reporter=stderr_reporter(),
         )
     if as_json:
@@ -121,9 +127,9 @@ def compare(
         list[str] | None,
         Parameter(help="Measure only this system, such as plm or best. A wrong name lists all.", group=DATA),
     ] = None,
-    source_field: SourceField = "source",
-    target_field: TargetField = "target",
+    reading: Reading = DEFAULT_READING,
     settings: Training = DEFAULT_TRAINING,
+    scoring: Scoring = DEFAULT_SCORING,
     folder: Annotated[
         Path, Parameter(help="Folder for the results, and below it memories and adapters.", group=OUTPUT)
     ] = Path("runs/compare"),
@@ -157,12 +163,7 @@ def compare(
             hint="Say --share-targets if you want that; compare with public data if you do not.",
         )
     set_threads(threads)
-    splits = Splits(
-        *(
-            read_pairs(path, source_field=source_field, target_field=target_field)
-            for path in (input_file, validation, test)
-        )
-    )
+    splits = Splits(*(spool_pairs(path, reading) for path in (input_file, validation, test)))
     loaded = load_task(task)
     result = compare_systems(
         partial(connected, server, connection),  # trainings in child processes connect with it, too
@@ -171,6 +172,7 @@ def compare(
         folder / loaded.name,
         only=only or (),
         settings=settings,
+        scoring=scoring,
         reporter=stderr_reporter(),
     )
     title = f"{result.task}, {result.model}: {result.pairs['train']:,} pairs, {result.pairs['test']} test texts"

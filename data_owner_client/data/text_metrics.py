@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import groupby
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor
+
+from data_owner_client.data.scoring_settings import DEFAULT_SCORING, BleuTokenizer, ScoringSettings
+from protocol.errors import InvalidData
+
+log = logging.getLogger(__name__)
+
+_SPACED = "spaced"
+_UNSPACED = "unspaced"
+# First words of the characters' Unicode names. Other letters belong to scripts that put spaces between words.
+_SCRIPTS = {
+    "CJK": "Han",
+    "IDEOGRAPHIC": "Han",
+    "HIRAGANA": "kana",
+    "KATAKANA": "kana",
+    "HALFWIDTH KATAKANA": "kana",
+    "HANGUL": "Hangul",
+    "HALFWIDTH HANGUL": "Hangul",
+    **dict.fromkeys(("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"), _UNSPACED),
+}
+_TOKENIZERS: dict[str, BleuTokenizer] = {
+    _SPACED: "13a",
+    "Chinese": "zh",
+    "Japanese": "ja-mecab",
+    "Korean": "ko-mecab",
+    _UNSPACED: "char",
+}
+_EXTRAS: dict[BleuTokenizer, str] = {"ja-mecab": "ja", "ko-mecab": "ko"}
+# Japanese is half kana. A Chinese text may quote some.
+_LEAST_KANA = 0.1
 
 
 class TextScores(BaseModel):
@@ -25,11 +59,19 @@ class TextScores(BaseModel):
     chrf_signature: str
 
 
-def text_scores(hypotheses: Sequence[str], references: Sequence[str]) -> TextScores:
-    """Corpus BLEU and chrF of hypotheses, with one reference each."""
+def text_scores(
+    hypotheses: Sequence[str], references: Sequence[str], tokenizer: BleuTokenizer | None = None
+) -> TextScores:
+    """Corpus BLEU and chrF of hypotheses, with one reference each.
+
+    Args:
+        hypotheses: texts to score.
+        references: a reference for each of them.
+        tokenizer: tokenizer of BLEU; None for the choice of `bleu_tokenizer`.
+    """
     import sacrebleu  # slow to import
 
-    bleu, chrf = sacrebleu.BLEU(), sacrebleu.CHRF()
+    bleu, chrf = sacrebleu.BLEU(tokenize=tokenizer or bleu_tokenizer(references)), sacrebleu.CHRF()
     bleu_score = bleu.corpus_score(list(hypotheses), [list(references)])
     chrf_score = chrf.corpus_score(list(hypotheses), [list(references)])
     return TextScores(
@@ -40,9 +82,76 @@ def text_scores(hypotheses: Sequence[str], references: Sequence[str]) -> TextSco
     )
 
 
+def bleu_tokenizer(references: Iterable[str], settings: ScoringSettings = DEFAULT_SCORING) -> BleuTokenizer:
+    """The tokenizer of BLEU: that of the settings, or else by the script of the references.
+
+    Chinese is split by `zh`, Japanese by `ja-mecab` and Korean by `ko-mecab`. Thai, Lao, Khmer, Burmese and Tibetan,
+    which have no spaces between words, are split by `char`, and all others by `13a`. Where MeCab is not installed,
+    `char` takes its place, with a warning.
+
+    Raises:
+        InvalidData: the package of the tokenizer that the settings name is not installed.
+    """
+    if settings.bleu_tokenize is not None:
+        if not _installed(settings.bleu_tokenize):
+            raise InvalidData(
+                f"The tokenizer {settings.bleu_tokenize} is not installed.",
+                hint=_how_to_install(settings.bleu_tokenize),
+            )
+        return settings.bleu_tokenize
+    writing = _writing(references)
+    tokenizer = _TOKENIZERS[writing]
+    if _installed(tokenizer):
+        return tokenizer
+    log.warning(
+        "The references are %s. BLEU counts characters (char), as %s is not installed. %s",
+        *(writing, tokenizer, _how_to_install(tokenizer)),
+    )
+    return "char"
+
+
 def sentence_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Tensor:
     """Sentence-level chrF of each hypothesis, float64, 0 to 100."""
     import sacrebleu  # slow to import
 
     chrf, pairs = sacrebleu.CHRF(), zip(hypotheses, references, strict=True)
     return torch.tensor([chrf.sentence_score(text, [reference]).score for text, reference in pairs]).double()
+
+
+def _writing(texts: Iterable[str]) -> str:
+    """The key in `_TOKENIZERS` of most words; a character counts as a word where words are not separated."""
+    words = Counter[str]()
+    for text in texts:
+        for script, run in groupby(text, _script):
+            words[script] += 1 if script == _SPACED else len([*run])
+    han, kana = words["Han"], words["kana"]
+    chinese_or_japanese = "Japanese" if kana > _LEAST_KANA * (han + kana) else "Chinese"
+    counts = {
+        _SPACED: words[_SPACED],
+        chinese_or_japanese: han + kana,
+        "Korean": words["Hangul"],
+        _UNSPACED: words[_UNSPACED],
+    }
+    return max(counts, key=lambda writing: counts[writing])
+
+
+@cache
+def _script(character: str) -> str:
+    """The script of a character; empty for digits, punctuation and spaces."""
+    name = unicodedata.name(character, "")
+    script = next((script for prefix, script in _SCRIPTS.items() if name.startswith(prefix)), "")
+    return script or (_SPACED if character.isalpha() else "")
+
+
+def _installed(tokenizer: BleuTokenizer) -> bool:
+    import sacrebleu  # slow to import
+
+    try:
+        sacrebleu.BLEU(tokenize=tokenizer)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _how_to_install(tokenizer: BleuTokenizer) -> str:
+    return f"Run: pip install 'sacrebleu[{_EXTRAS[tokenizer]}]'"

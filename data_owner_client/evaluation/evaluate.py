@@ -11,7 +11,8 @@ from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.example_retrieval import with_retrieved_examples
 from data_owner_client.data.pairs import Pair
-from data_owner_client.data.text_metrics import TextScores, text_scores
+from data_owner_client.data.scoring_settings import DEFAULT_SCORING, ScoringSettings
+from data_owner_client.data.text_metrics import TextScores, bleu_tokenizer, text_scores
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.generation import Generation, translate
 from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings
@@ -53,6 +54,7 @@ def evaluate(
     decoding: DecodingSettings = DEFAULT_DECODING,
     lookup: NgramDrafter | None = None,
     consensus: int = 0,
+    scoring: ScoringSettings = DEFAULT_SCORING,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Translate the sources with the PLM alone and with the adapter, and score both against the targets.
@@ -70,10 +72,11 @@ def evaluate(
         lookup: gives drafts for the adapter's texts; None for no such drafts.
         consensus: number of texts drawn for each source with the adapter, of which the most typical one is returned;
             0 for the most probable text.
+        scoring: settings of the scores.
         reporter: shows the progress.
 
     Raises:
-        InvalidData: a pair has no target, or does not fit the model.
+        InvalidData: a pair has no target, or does not fit the model, or the tokenizer of BLEU is not installed.
         IdentityMismatch: the adapter was trained with another model.
         PemaError: a call to the PLM failed.
     """
@@ -95,6 +98,7 @@ def evaluate(
 
     # Whatever can fail should fail before the long work.
     adapter.card.model.require(ModelIdentity.from_card(plm.card), "The adapter", "the server")
+    tokenizer = bleu_tokenizer(references, scoring)
     tokenized: list[list[TokenizedPair]] = []
     if share_targets:
         tokenized = [
@@ -108,8 +112,8 @@ def evaluate(
         rows = [encode_all(plm, part, reporter or Reporter()) for part in tokenized]
         perplexity = perplexities(plm, adapter, rows[0], interpolation, *rows[1:])
     return Evaluation(
-        plm=text_scores(alone.texts, references),
-        pema=text_scores(adapted.texts, references),
+        plm=text_scores(alone.texts, references, tokenizer),
+        pema=text_scores(adapted.texts, references, tokenizer),
         perplexity=perplexity,
         plm_texts=alone.texts,
         pema_texts=adapted.texts,

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from data_owner_client.data.scoring_settings import DEFAULT_SCORING, ScoringSettings
 from data_owner_client.data.tasks import Task
-from data_owner_client.data.text_metrics import text_scores
+from data_owner_client.data.text_metrics import bleu_tokenizer, text_scores
 from data_owner_client.evaluation.comparison.results import RESAMPLES, ComparisonRow, SystemResult, comparison_rows
 from data_owner_client.evaluation.comparison.runner import ComparisonRunner, Connect, Splits
 from data_owner_client.evaluation.comparison.systems import SYSTEMS
@@ -43,6 +44,7 @@ def compare(
     *,
     only: Sequence[str] = (),
     settings: TrainingSettings | None = None,
+    scoring: ScoringSettings = DEFAULT_SCORING,
     reporter: Reporter | None = None,
 ) -> Comparison:
     """Measure every system that has no row yet, and return the rows of all.
@@ -57,13 +59,16 @@ def compare(
         folder: folder for memories, adapters and rows.
         only: names of the systems to measure; empty for all.
         settings: training settings of PEMA's own systems; None for the defaults. Those of baselines are fixed or tuned.
+        scoring: settings of the scores.
         reporter: shows the progress.
 
     Raises:
-        InvalidData: a name is not that of a system, or a file is damaged.
+        InvalidData: a name is not that of a system, a file is damaged, or the tokenizer of BLEU is not installed.
         PemaError: a call to the PLM failed.
     """
     reporter = reporter or Reporter()
+    references = [pair.target or "" for pair in splits.test]
+    tokenizer = bleu_tokenizer(references, scoring)
     with connect() as plm:
         runner = ComparisonRunner(connect, plm, task, splits, folder, settings or TrainingSettings(), reporter)
         unknown = set(only) - set(SYSTEMS)
@@ -76,9 +81,10 @@ def compare(
         order = {name: number for number, name in enumerate(SYSTEMS)}
         rows = comparison_rows(
             sorted(results.values(), key=lambda result: order.get(result.name, len(order))),
-            [pair.target or "" for pair in splits.test],
+            references,
+            tokenizer,
         )
         sizes = {name: len(part) for name, part in vars(splits).items()}
-        scores = text_scores(["a"], ["a"])
+        scores = text_scores(["a"], ["a"], tokenizer)
         signatures = [f"{signature}|bs:{RESAMPLES}" for signature in (scores.bleu_signature, scores.chrf_signature)]
         return Comparison(task=task.name, model=plm.card.name, pairs=sizes, signatures=signatures, rows=rows)

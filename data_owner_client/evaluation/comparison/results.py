@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from data_owner_client.data.scoring_settings import BleuTokenizer
 from data_owner_client.data.text_metrics import text_scores
 from data_owner_client.runtime.atomic_files import write_atomically
 from protocol.errors import InvalidData
@@ -112,8 +113,15 @@ class ComparisonRow(BaseModel):
     details: dict[str, Any]
 
 
-def comparison_rows(results: Sequence[SystemResult], references: Sequence[str]) -> list[ComparisonRow]:
+def comparison_rows(
+    results: Sequence[SystemResult], references: Sequence[str], tokenizer: BleuTokenizer
+) -> list[ComparisonRow]:
     """Scores of all systems, with the significance of their differences from the PLM and from PEMA as published.
+
+    Args:
+        results: texts of the systems.
+        references: references of the texts.
+        tokenizer: tokenizer of BLEU.
 
     Raises:
         InvalidData: a system does not have one text for each reference.
@@ -124,11 +132,11 @@ def comparison_rows(results: Sequence[SystemResult], references: Sequence[str]) 
                 f"{result.name} has {len(result.texts)} answers to {len(references)} texts.",
                 hint="It belongs to another test set: delete its row and measure it again.",
             )
-    p_values = {base: _p_values(base, results, references) for base in (PLM, PUBLISHED)}
+    p_values = {base: _p_values(base, results, references, tokenizer) for base in (PLM, PUBLISHED)}
     shared = set(SystemResult.model_fields) & set(ComparisonRow.model_fields)
     rows = []
     for result in results:
-        scores = text_scores(result.texts, references)
+        scores = text_scores(result.texts, references, tokenizer)
         against_plm, against_published = (p_values[base].get(result.name, {}) for base in (PLM, PUBLISHED))
         rows.append(
             ComparisonRow(
@@ -145,7 +153,7 @@ def comparison_rows(results: Sequence[SystemResult], references: Sequence[str]) 
 
 
 def _p_values(
-    baseline: str, results: Sequence[SystemResult], references: Sequence[str]
+    baseline: str, results: Sequence[SystemResult], references: Sequence[str], tokenizer: BleuTokenizer
 ) -> dict[str, dict[str, float | None]]:
     """The p-values of every system's difference from the baseline, by metric; empty without the baseline."""
     import sacrebleu  # slow to import
@@ -155,7 +163,7 @@ def _p_values(
     if not systems or systems[0].name != baseline or len(systems) < 2:
         return {}
     metrics = {
-        "BLEU": sacrebleu.BLEU(references=[list(references)]),
+        "BLEU": sacrebleu.BLEU(references=[list(references)], tokenize=tokenizer),
         "chrF2": sacrebleu.CHRF(references=[list(references)]),
     }
     test = PairedTest(
