@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from data_owner_client.adapter.interpolation import Interpolation
     from data_owner_client.adapter.trained import TrainedAdapter
     from data_owner_client.data.pairs import Pair, read_pairs, read_parallel
+    from data_owner_client.data.scoring_settings import ScoringSettings
     from data_owner_client.data.tasks import Task, load_task
     from data_owner_client.decoding.generation import Generation, generate, translate
     from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
@@ -79,6 +80,7 @@ _HOMES = {
     "RemotePlm": "data_owner_client.plm.remote_plm",
     "RequestTimeout": "protocol.errors",
     "SamplingSettings": "data_owner_client.decoding.settings",
+    "ScoringSettings": "data_owner_client.data.scoring_settings",
     "ServerFault": "protocol.errors",
     "Task": "data_owner_client.data.tasks",
     "TrainedAdapter": "data_owner_client.adapter.trained",
@@ -128,6 +130,7 @@ __all__ = [
     "RemotePlm",
     "RequestTimeout",
     "SamplingSettings",
+    "ScoringSettings",
     "ServerFault",
     "Task",
     "TrainedAdapter",

@@ -11,6 +11,7 @@ from cyclopts import Group, Parameter
 
 from data_owner_client.adapter.types import Schedule
 from data_owner_client.data.pairs import Format
+from data_owner_client.data.scoring_settings import ScoringSettings
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
 from data_owner_client.plm.connection.settings import ConnectionSettings
 from data_owner_client.training.settings import TrainingSettings
@@ -44,6 +45,7 @@ Connection = Annotated[ConnectionSettings, Parameter(name="*", group=CONNECTION)
 Training = Annotated[TrainingSettings, Parameter(name="*", group=TRAINING, negative_bool="no-")]
 Decoding = Annotated[DecodingSettings, Parameter(name="*", group=DECODING)]
 Sampling = Annotated[SamplingSettings, Parameter(name="*", group=SAMPLING)]
+Scoring = Annotated[ScoringSettings, Parameter(name="*", group=OUTPUT)]
 
 AsJson = Annotated[bool, Parameter(name="--json", help="Print the result as JSON on standard output.", group=OUTPUT)]
 Dtype = Annotated[
