@@ -25,6 +25,7 @@ from data_owner_client.training.validation import target_logprobs
 from harness import report
 from harness.datasets import home_assistant
 from harness.processes import server
+from protocol import standard_streams
 
 _WORK = report.FOLDER / "ablations"
 _USUAL = TrainingSettings(form="residual")
@@ -44,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="500 pairs and two epochs")
     quick = parser.parse_args().quick
+    standard_streams.use_utf8()
     torch.set_num_threads(os.cpu_count() or 1)
     home_assistant.prepare(_WORK / "data")
     task = load_task(_WORK / "data" / "task.toml")

@@ -20,10 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from data_owner_client.runtime.atomic_files import write_atomically
+from data_owner_client.runtime.console import PlainConsole, print_table
 from demo import picture
 from harness.datasets import home_assistant
 from harness.processes import (
@@ -35,12 +35,13 @@ from harness.processes import (
     stop_server,
     wait_until_ready,
 )
+from protocol import standard_streams
 
 _READY_WITHIN_SECONDS = 600.0
 _EXAMPLES_SHOWN = 6
 _TENANT = "data-owner"
 
-console = Console()
+console = PlainConsole()
 
 
 def main() -> None:
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument(
         "--published", action="store_true", help="also translate with the paper's interpolation (takes some minutes)"
     )
+    standard_streams.use_utf8()
     arguments = parser.parse_args()
     # So that a terminated demo still stops its server.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -127,7 +129,7 @@ class Client:
             result: dict[str, Any] = record["result"]
             return result
         command = client_command(self._url, verb, "--json", *texts)
-        console.print(f"$ pema-client {verb} {' '.join(texts)}", highlight=False)
+        console.print(f"$ pema-client {verb} {' '.join(texts)}")
         done = subprocess.run(command, stdout=subprocess.PIPE, env=self._environment, check=False)
         if done.returncode:
             sys.exit(
@@ -145,7 +147,7 @@ def _tenant_key(folder: Path) -> str:
     path.touch(mode=0o600)
     if not path.read_text():
         console.rule("The PLM owner adds the data owner as a tenant")
-        console.print(f"$ pema-server tenants add {_TENANT}", highlight=False)
+        console.print(f"$ pema-server tenants add {_TENANT}")
         # If the tenant exists, an earlier run was stopped before it stored the key.
         added = _tenants(folder, "add")
         key = added if added.returncode == 0 else _tenants(folder, "rotate-key")
@@ -233,14 +235,13 @@ def _show(report: dict[str, Any], test: Path, evaluated: dict[str, Any]) -> None
     for name, row in rows.items():
         perplexity = f"{row['ppl']:.2f}" if "ppl" in row else "–"
         table.add_row(name, f"{row['bleu']:.1f}", f"{row['chrf']:.1f}", perplexity)
-    console.print(table)
+    print_table(table)
     examples = Table("source", "PLM", "PEMA", "reference", title="Side by side", show_lines=True)
     pairs = [json.loads(line) for line in test.read_text(encoding="utf-8").split("\n") if line]
     shown = [i for i, pair in enumerate(pairs) if len(pair["source"]) <= 70][:_EXAMPLES_SHOWN]
     for i in shown:
-        texts = (pairs[i]["source"], evaluated["plm_texts"][i], evaluated["pema_texts"][i], pairs[i]["target"])
-        examples.add_row(*(text.replace("[", r"\[") for text in texts))
-    console.print(examples)
+        examples.add_row(pairs[i]["source"], evaluated["plm_texts"][i], evaluated["pema_texts"][i], pairs[i]["target"])
+    print_table(examples)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from data_owner_client.runtime.console import print_table
+from protocol import standard_streams
 
 FOLDER = Path("runs/bench")
 
 
 def write(name: str, figures: dict[str, Any]) -> None:
-    """Print a table of the figures and write them, with command, commit, date, machine and versions."""
-    table = Table("figure", "value", title=name)
-    for key, value in _flat(figures):
-        table.add_row(key, f"{value:,.3f}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    """Write the figures, with command, commit, date, machine and versions, and print them as a table."""
     record = figures | {
         "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip(),
         "commit": commit(),
@@ -34,7 +32,11 @@ def write(name: str, figures: dict[str, Any]) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    Console().print(f"{path} written")
+    table = Table("figure", "value", title=name)
+    for key, value in _flat(figures):
+        table.add_row(key, f"{value:,.3f}" if isinstance(value, float) else str(value))
+    standard_streams.use_utf8()
+    print_table(table, f"{path} written")
 
 
 def commit() -> str | None:
