@@ -58,7 +58,7 @@ def main() -> None:
             folder, adapter = _WORK / dtype, _WORK / "adapter"
             shutil.rmtree(folder, ignore_errors=True)
             bytes_per_row = sum(_converted(exact / part, folder / part, dtype) for part in _PARTS) / len(_PARTS)
-            quick = TrainingSettings(retrieved_examples=0, selection_texts=0, search_minutes=0)
+            quick = TrainingSettings(retrieved_examples=0, selection_texts=0, minutes=0)
             reports = [train(plm, folder, adapter, settings=replace(quick, seed=seed))[1] for seed in range(seeds)]
             cards = [each.card for each in reports]
             figures[dtype] = {

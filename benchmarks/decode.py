@@ -177,7 +177,7 @@ def prepare() -> Path:
                 plm,
                 memory,
                 adapter,
-                settings=TrainingSettings(retrieved_examples=0, selection_texts=0, search_minutes=0),
+                settings=TrainingSettings(retrieved_examples=0, selection_texts=0, minutes=0),
             )
     return adapter
 

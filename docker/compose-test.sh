@@ -110,7 +110,7 @@ client "$key" "$rest" build-memory --task data/task.toml --input data/train.json
   --memory memory --share-targets
 
 say 'trains an adapter'
-client "$key" "$grpc" train --memory memory --adapter adapter --search-minutes 0 --retrieved-examples 0 --no-gate --selection-texts 0
+client "$key" "$grpc" train --memory memory --adapter adapter --minutes 0 --retrieved-examples 0 --no-gate --selection-texts 0
 
 say 'and translates'
 client "$key" "$grpc" evaluate --adapter adapter --input data/test.jsonl --share-targets --json \

@@ -15,8 +15,8 @@ RENAMED_FLAGS = {
     "--distributions": "--head-contexts",
     "--give-up-after": "--retry-for",
     "--known-only": "--candidates-only",
-    "--minutes": "--search-minutes",
     "--nearest": "--retrieved-examples",
+    "--search-minutes": "--minutes",
 }
 """Flags, old name to new name."""
 RENAMED_VALUES: dict[str, dict[str, str]] = {"--pairing": {**OLD_PAIRINGS}}

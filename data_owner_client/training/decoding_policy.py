@@ -13,25 +13,28 @@ from data_owner_client.adapter.gate import Gate, cross_validated_nll
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.data.example_retrieval import ExampleRetriever, with_retrieved_examples
-from data_owner_client.data.text_metrics import sentence_chrf, text_scores
 from data_owner_client.decoding.generation import translate
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.memory.encode import encode_all, tokenize_pairs
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
+from data_owner_client.training.decoded_policies import DecodedPolicies, TextStore
 from data_owner_client.training.inputs import Memories, TrainingInput
 from data_owner_client.training.likelihood import pema_logprobs_and_gate_features
+from data_owner_client.training.policy_choice import clearly_better, smoothed_maximum
 from data_owner_client.training.settings import TrainingSettings
+from data_owner_client.training.time_budget import TimeBudget, WorkPlan
 from data_owner_client.training.validation import ValidationData, likeliest_interpolations
 from protocol.errors import InvalidData
 
 # Retrieved examples in a prompt that are tried if the user names no number.
 DEFAULT_RETRIEVED_EXAMPLES = 8
-# Values of λ_max that are decoded besides the likeliest interpolation, with the first reward; then the best with all.
-_LAMBDAS = (0.3, 0.5, 0.7, 0.85)
-_REWARDS = (1.0, 0.0, 0.5, 2.0)
-_ROUNDING = 1e-6
+# Constant values of λ that are decoded, and length rewards that are tried with the best one.
+_LAMBDAS = (0.3, 0.45, 0.6, 0.8)
+_REWARDS = (0.5, 1.0)
+MAX_POLICIES = len(_LAMBDAS) + 2 + len(_REWARDS)
+"""Decoding policies that held-out texts are decoded with, at most."""
 
 
 class DecodingPolicy(BaseModel):
@@ -107,6 +110,10 @@ def select_decoding_policy(
     settings: TrainingSettings,
     with_policy: Callable[[DecodingPolicy], TrainedAdapter],
     reporter: Reporter,
+    *,
+    plan: WorkPlan,
+    budget: TimeBudget,
+    store: TextStore,
 ) -> list[DecodingPolicy]:
     """Return every policy that was tried, best first: by likelihood, or by chrF if held-out texts are decoded.
 
@@ -119,6 +126,9 @@ def select_decoding_policy(
         settings: settings that say which policies to try.
         with_policy: gives the trained adapter with a policy on its card.
         reporter: shows what is tried.
+        plan: says which prompts are tried.
+        budget: time for everything.
+        store: texts that an interrupted call decoded.
 
     Raises:
         InvalidData: prompts with retrieved examples change the tokens of the targets.
@@ -128,88 +138,110 @@ def select_decoding_policy(
     variants: dict[int, PromptVariant] = {}
     if not settings.retrieved_examples:
         variants[0] = PromptVariant.from_rows(0, inputs.validation, plain, inputs.held_out)
-    if settings.retrieved_examples != 0 and memories.plan.context_mode == "teacher-forced":
+    if plan.retrieval:
         count = settings.retrieved_examples or DEFAULT_RETRIEVED_EXAMPLES
         rows = _encode_with_retrieved_examples(plm, memories, count, reporter)
         data = replace(inputs.validation, plm_logprob_N=inputs.targets.plm_logprobs(rows))
         variants[count] = PromptVariant.from_rows(count, data, plain, rows)
     policies = [policy for variant in variants.values() for policy in variant.likeliest(gate=settings.gate)]
     policies.sort(key=lambda policy: policy.nll)
-    if not settings.selection_texts:
+    likeliest = policies[0]
+    wishes = plan.wishes.of_decoding(retrieval=likeliest.nearest > 0)
+    plan = WorkPlan.within(budget.left, wishes, replace(plan.costs, retrieval=0.0))
+    if not plan.texts:
         return policies
-    best = policies[0]
-    decoded = _rank_by_chrf(
-        plm, memories, settings.selection_texts, best, variants[best.nearest], with_policy, reporter
-    )
-    return [*decoded, *policies]
+    trials = _Trials.of(plm, memories, plan.texts, with_policy(likeliest), budget, store, reporter)
+    return [*_by_chrf(likeliest, variants[likeliest.nearest], trials), *policies]
 
 
-def _rank_by_chrf(
-    plm: RemotePlm,
-    memories: Memories,
-    max_texts: int,
-    likeliest: DecodingPolicy,
-    variant: PromptVariant,
-    with_policy: Callable[[DecodingPolicy], TrainedAdapter],
-    reporter: Reporter,
-) -> list[DecodingPolicy]:
-    """Policies with their scores on held-out texts, the chosen one first: λ is chosen, then the length reward, then λ.
+@dataclass
+class _Trials:
+    """Policies that are tried on held-out texts, and what is said about them."""
 
-    BLEU is not used: on few texts it depends on the one or two that do not end. A length reward must be clearly better:
-    chrF weighs recall twice as much as precision, so it hardly sees the superfluous words that a reward brings.
-    """
-    pairs, adapter = memories.held_out_pairs[:max_texts], with_policy(likeliest)
-    sources, references = [pair.source for pair in pairs], [pair.target or "" for pair in pairs]
-    # Twice the longest target: a longer text is wrong in any case.
-    decoding = DecodingSettings(max_new_tokens=2 * int(memories.held_out.rows_E.max()))
-    scored: dict[Interpolation, DecodingPolicy] = {}
-    chrf_E: dict[Interpolation, Tensor] = {}
+    decoded: DecodedPolicies
+    policies: dict[Interpolation, DecodingPolicy]
+    reporter: Reporter
 
-    def decode(policy: DecodingPolicy) -> None:
+    @classmethod
+    def of(
+        cls,
+        plm: RemotePlm,
+        memories: Memories,
+        texts: int,
+        adapter: TrainedAdapter,
+        budget: TimeBudget,
+        store: TextStore,
+        reporter: Reporter,
+    ) -> _Trials:
+        pairs = memories.held_out_pairs[:texts]
+        # Twice the longest target: a longer text is wrong in any case.
+        decoding = DecodingSettings(max_new_tokens=2 * int(memories.held_out.rows_E.max()))
+
+        def decode(interpolation: Interpolation, count: int) -> list[str]:
+            sources = [pair.source for pair in pairs[:count]]
+            return translate(
+                plm, sources, adapter=adapter, interpolation=interpolation, decoding=decoding, reporter=reporter
+            ).texts
+
+        references = [pair.target or "" for pair in pairs]
+        decoded = DecodedPolicies(decode, references, policies=MAX_POLICIES, budget=budget, store=store)
+        return cls(decoded, {}, reporter)
+
+    def add(self, policy: DecodingPolicy) -> bool:
+        """Decode the texts with a policy; return False if there is no time for it."""
         interpolation = policy.interpolation
-        if interpolation in scored:
-            return
-        texts = translate(
-            plm, sources, adapter=adapter, interpolation=interpolation, decoding=decoding, reporter=reporter
-        ).texts
-        scores = text_scores(texts, references)
-        reporter.say(f"{policy}: BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f} on {len(pairs)} validation texts.")
-        scored[interpolation] = policy.model_copy(update={"bleu": scores.bleu, "chrf": scores.chrf})
-        chrf_E[interpolation] = sentence_chrf(texts, references)
+        if interpolation in self.policies:
+            return True
+        if not self.decoded.add(interpolation):
+            return False
+        scores = self.decoded.scores(interpolation)
+        self.policies[interpolation] = policy
+        self.reporter.say(
+            f"{policy}: BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f} on {self.decoded.texts} validation texts."
+        )
+        return True
 
-    def best(reward: float | None = None) -> DecodingPolicy:
-        policies = [each for each in scored.values() if reward in (None, each.interpolation.length_reward)]
-        return max(policies, key=lambda policy: policy.chrf or 0.0)
+    def score_E(self, policy: DecodingPolicy) -> Tensor:
+        """Sentence-level chrF of each text."""
+        return self.decoded.chrf_E(policy.interpolation)
 
-    def constant(lambda_max: float) -> DecodingPolicy:
-        return variant.policy(Interpolation(schedule="constant", lambda_max=lambda_max))
-
-    for policy in [likeliest, *map(constant, _LAMBDAS)]:
-        decode(policy.with_length_reward(_REWARDS[0]))
-    plain = best().with_length_reward(0.0)
-    for reward in _REWARDS:
-        decode(plain.with_length_reward(reward))
-    chosen = best()
-    if not clearly_better(chrf_E[chosen.interpolation], chrf_E[plain.interpolation]):
-        chosen = plain
-    interpolation = chosen.interpolation
-    if interpolation.gate is None and interpolation.schedule == "constant":
-        for step in (-0.1, 0.1):
-            lambda_max = min(1.0, max(0.0, round(interpolation.lambda_max + step, 3)))
-            decode(constant(lambda_max).with_length_reward(interpolation.length_reward))
-    chosen = best(interpolation.length_reward)
-    return [chosen, *sorted((each for each in scored.values() if each != chosen), key=lambda each: -(each.chrf or 0.0))]
+    def scored(self, policy: DecodingPolicy) -> DecodingPolicy:
+        """The policy with its corpus scores."""
+        scores = self.decoded.scores(policy.interpolation)
+        return policy.model_copy(update={"bleu": scores.bleu, "chrf": scores.chrf})
 
 
-def clearly_better(score_E: Tensor, other_E: Tensor) -> bool:
-    """Return True if the mean score of the same texts is higher by more than the standard error of the difference.
+def _by_chrf(likeliest: DecodingPolicy, variant: PromptVariant, trials: _Trials) -> list[DecodingPolicy]:
+    """Policies with their scores on held-out texts, the chosen one first.
 
-    The rule of one standard error prefers the simpler of two nearly equal choices (Breiman et al. 1984, section 3.4.3).
+    BLEU is not used: on few texts it depends on one or two of them. Neither is the highest chrF as such, as its noise
+    is larger than most differences:
+
+    1. The constant λ is that of the maximum of a parabola through a few of them (`smoothed_maximum`).
+    2. The likeliest policy, if its λ is not constant, must be clearly better than that.
+    3. So must a length reward be: chrF weighs recall twice as much as precision, so it hardly sees the superfluous
+       words that a reward brings.
     """
-    difference_E = score_E - other_E
-    error = difference_E.std(correction=0) / max(1, len(difference_E) - 1) ** 0.5
-    # If a single text differs, the mean equals the error, and rounding must not decide which of them is larger.
-    return bool(difference_E.mean() > (1 + _ROUNDING) * error)
+    grid = [variant.policy(Interpolation(schedule="constant", lambda_max=value)) for value in _LAMBDAS]
+    grid = [policy for policy in grid if trials.add(policy)]
+    chosen = likeliest
+    if len(grid) == len(_LAMBDAS):
+        score_P_E = torch.stack([trials.score_E(policy) for policy in grid])
+        lambda_max = round(smoothed_maximum(torch.tensor(_LAMBDAS, dtype=torch.float64), score_P_E), 2)
+        chosen = variant.policy(Interpolation(schedule="constant", lambda_max=lambda_max))
+        rivals = [chosen.with_length_reward(reward) for reward in _REWARDS]
+        if likeliest.interpolation.gate is not None or likeliest.interpolation.schedule != "constant":
+            rivals.insert(0, likeliest)
+        if trials.add(chosen):
+            for rival in rivals:
+                if trials.add(rival) and clearly_better(trials.score_E(rival), trials.score_E(chosen)):
+                    chosen = rival
+    if trials.decoded.refused:
+        trials.reporter.say("Left out for lack of time: some decoding policies.")
+    others = sorted(map(trials.scored, trials.policies.values()), key=lambda policy: -(policy.chrf or 0.0))
+    if chosen.interpolation in trials.policies:
+        chosen = trials.scored(chosen)
+    return [chosen, *(each for each in others if each.interpolation != chosen.interpolation)]
 
 
 def _encode_with_retrieved_examples(plm: RemotePlm, memories: Memories, count: int, reporter: Reporter) -> MemoryRows:

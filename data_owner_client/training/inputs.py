@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +25,7 @@ from data_owner_client.training.batches import FirstExamples, MemoryStats, Relia
 from data_owner_client.training.head_distributions import fetch_distributions
 from data_owner_client.training.likelihood import plm_target_logprobs
 from data_owner_client.training.settings import Pairing, TrainingSettings
-from data_owner_client.training.trainer import Trained, train_adapter
+from data_owner_client.training.trainer import Trained, estimate_seconds, train_adapter
 from data_owner_client.training.validation import ValidationData
 from protocol.errors import InvalidData
 from protocol.head import LMHead
@@ -197,7 +199,17 @@ class TrainingInput:
         """Loss of the held-out targets under the PLM alone, in nats per token."""
         return -self.validation.plm_logprob_N.mean().item()
 
-    def fit(self, settings: TrainingSettings, checkpoint: Path, reporter: Reporter) -> Trained:
+    def estimate_seconds(self, settings: TrainingSettings, clock: Callable[[], float]) -> float:
+        """The duration of a training with all its epochs on this machine, in seconds."""
+        return estimate_seconds(self.rows, self.stats, self.targets.candidates, self.validation, settings, clock=clock)
+
+    def fit(
+        self,
+        settings: TrainingSettings,
+        checkpoint: Path,
+        reporter: Reporter,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Trained:
         """Train an adapter; resume from the checkpoint if there is one of this training."""
         return train_adapter(
             self._reliable_rows if settings.pairing == "reliable" else self.rows,
@@ -208,6 +220,7 @@ class TrainingInput:
             checkpoint=checkpoint,
             identity=self.identity,
             reporter=reporter,
+            clock=clock,
         )
 
 

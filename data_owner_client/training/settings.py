@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Unit
@@ -13,6 +13,7 @@ from data_owner_client.runtime.declared_settings import VARIED, require_in_bound
 Pairing = Literal["aligned", "reliable", "by_position"]
 OLD_PAIRINGS: dict[str, Pairing] = {"sure": "reliable", "position": "by_position"}
 """Words of earlier versions, which flags accept and adapter cards may hold."""
+_OF_CHOICE = frozenset({"retrieved_examples", "gate", "search", "minutes", "selection_texts"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +38,11 @@ class TrainingSettings:
         retrieved_examples: Pairs of the memory, most similar to the text, that the PLM sees as examples. Default:
             chosen on the validation memory; none if the targets are private.
         gate: A learned gate, which predicts λ at each position, may replace a schedule of λ.
-        search_minutes: Minutes to search for better settings by whole trainings, one change at a time; settings that
-            you set yourself stay. 0 trains once.
-        selection_texts: Held-out texts that are decoded to choose λ by chrF; 0 chooses by likelihood alone.
+        search: Whole trainings with one changed setting at a time may replace the first one, while there is time;
+            settings that you set yourself stay.
+        minutes: Minutes for all that is done: training, search, retrieved examples and decoded texts. What does not fit
+            is left out and named. 0 for nothing but the training itself.
+        selection_texts: Held-out texts that are decoded at most to choose λ by chrF; 0 chooses by likelihood alone.
         head_contexts: Contexts whose full distributions the LM head's rows are recovered from, if the owner's policy
             gives no rows. Default: enough to make the rows exact (a tenth more than the hidden size); fewer estimate.
         full_vocabulary: Softmax over all tokens, not only those of the targets; the adapter then holds the whole LM
@@ -62,7 +65,8 @@ class TrainingSettings:
     pairing: Pairing | None = None
     retrieved_examples: Annotated[int, Ge(0), Unit("pairs")] | None = None
     gate: bool = True
-    search_minutes: Annotated[float, Ge(0), Unit("minutes")] = 5.0
+    search: bool = True
+    minutes: Annotated[float, Ge(0), Unit("minutes")] = 15.0
     selection_texts: Annotated[int, Ge(0), Unit("texts")] = 100
     head_contexts: Annotated[int, Ge(2), Unit("contexts")] | None = None
     full_vocabulary: bool = False
@@ -71,6 +75,11 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         require_in_bounds(self)
+
+    @property
+    def of_network(self) -> dict[str, bool | int | float | str | None]:
+        """The settings of a single training, by name; the others say what else is tried, and how long."""
+        return {name: value for name, value in asdict(self).items() if name not in _OF_CHOICE}
 
     @property
     def makes_sense(self) -> bool:

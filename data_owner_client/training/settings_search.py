@@ -1,8 +1,7 @@
-"""Search for training settings by whole trainings with one change at a time, within a time limit."""
+"""Search for training settings by whole trainings with one change at a time."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,33 +33,33 @@ def search_settings(
     *,
     forms: Sequence[AdapterForm],
     on_trial: Callable[[TrainingSettings, float], None],
+    has_time_for: Callable[[float], bool],
 ) -> tuple[TrainingSettings, Trained]:
     """Train with every candidate, then change the best one step by step, and return the best settings and adapter.
 
     A change is kept if it lowers the validation loss. Settings that the user changed from their defaults stay.
 
     Args:
-        candidates: settings to begin with; each is trained, whatever the time. After them, a training is begun only if
-            all trainings together should end within `search_minutes`.
+        candidates: settings to begin with; each is trained, whatever the time.
         fit: trains an adapter with the settings.
         forms: forms of the adapter that may be tried.
         on_trial: called after each training with its settings and validation loss.
+        has_time_for: tells whether another training may begin, given the seconds of the longest one so far.
     """
-    started, longest, tried = time.monotonic(), 0.0, set[TrainingSettings]()
+    longest, tried = 0.0, set[TrainingSettings]()
 
     def attempt(candidate: TrainingSettings) -> Trained:
         nonlocal longest
-        begin = time.monotonic()
         trained = fit(candidate)
         on_trial(candidate, trained.best_nll)
         tried.add(candidate)
-        longest = max(longest, time.monotonic() - begin)
+        longest = max(longest, trained.seconds)
         return trained
 
     results = [(candidate, attempt(candidate)) for candidate in candidates]
     best, trained = min(results, key=lambda result: result[1].best_nll)
     for change in _changes(best, forms):
-        if time.monotonic() - started + longest > 60 * best.search_minutes:
+        if not has_time_for(longest):
             break
         candidate = replace(best, **change)
         if candidate in tried or not candidate.makes_sense:

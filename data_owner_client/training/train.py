@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,15 +21,23 @@ from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.atomic_files import write_atomically
 from data_owner_client.runtime.memory_usage import peak_rss_mb
 from data_owner_client.runtime.progress import Reporter
-from data_owner_client.training.decoding_policy import DecodingPolicy, select_decoding_policy
+from data_owner_client.training.decoded_policies import TextStore
+from data_owner_client.training.decoding_policy import (
+    DEFAULT_RETRIEVED_EXAMPLES,
+    MAX_POLICIES,
+    DecodingPolicy,
+    select_decoding_policy,
+)
 from data_owner_client.training.inputs import Memories, TrainingInput, resolve_settings
 from data_owner_client.training.plots import plot_training
 from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.settings_search import search_settings
+from data_owner_client.training.time_budget import TimeBudget, Wish, WorkCosts, WorkPlan, WorkWishes
 from data_owner_client.training.trainer import Trained
+from data_owner_client.training.work_costs import estimate_costs
 from protocol.errors import InvalidData
 
-# Prefix of the checkpoints in the adapter's folder, which are deleted at the end.
+# Prefix of checkpoints and decoded texts in the adapter's folder, which are deleted at the end.
 _CHECKPOINTS = ".training-"
 REPORT = "training.json"
 
@@ -69,18 +78,32 @@ def train(
     *,
     settings: TrainingSettings | None = None,
     reporter: Reporter | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[TrainedAdapter, TrainingReport]:
     """Train an adapter on the memories that `build_memories` made; write it, its report and a plot into `folder`.
 
     The server sends the LM-head rows of the candidates only, unless the settings ask for the full vocabulary.
 
     The decoding policy is chosen on the validation memory, first by likelihood: schedule and λ_max, or a learned gate.
-    If the targets were shared, prompts with retrieved examples are tried, too. Then some texts are decoded with the
-    likeliest policy and with constant values of λ, and the highest chrF wins. A length reward must be clearly better.
+    If the targets were shared, prompts with retrieved examples are tried, too. Then some texts are decoded with
+    constant values of λ. Their chrF, smoothed over λ, decides. The likeliest policy or a length reward must be clearly
+    better than that.
+
+    All of it takes at most `settings.minutes`, as far as estimates hold; the training itself is done in any case. The
+    reporter says before the start what fits and what is left out.
 
     The memory is read from disk as needed, so it may be larger than RAM. After an interruption, the same call goes on
-    where it was, to the same adapter, bit for bit. A gate for prompts with retrieved examples is the exception: the
-    server computes its inputs again, so it is equal up to their rounding.
+    where it was, with the minutes that are left, to the same adapter, bit for bit, if the same work fits. A gate for
+    prompts with retrieved examples is the exception: the server computes its inputs again, so it is equal up to their
+    rounding.
+
+    Args:
+        plm: the PLM.
+        memory: folder of both memories.
+        folder: folder of the adapter; created if it is missing.
+        settings: settings; None for the defaults.
+        reporter: receives the plan and the progress; None for no reports.
+        clock: seconds of a monotonic clock, for the minutes.
 
     Raises:
         InvalidData: a memory is missing, incomplete or damaged, or does not allow these settings.
@@ -89,11 +112,11 @@ def train(
         NumericalFault: the loss is not finite.
         PemaError: a call to the PLM failed.
     """
-    started = time.perf_counter()
     reporter = reporter or Reporter()
+    settings = settings or TrainingSettings()
+    began, budget = clock(), TimeBudget(60 * settings.minutes, clock)
     memories = Memories.open(memory, plm)
     plan = memories.plan
-    settings = settings or TrainingSettings()
     forms: list[AdapterForm] = [] if settings.form else ["paper"]
     if forms and plan.model.cr_kind == "last_hidden_state":
         forms += ["residual", "recent"]
@@ -101,25 +124,52 @@ def train(
     _require_shared(settings, plan)
     inputs = TrainingInput.from_memories(plm, memories, settings, reporter)
 
+    work = _plan_work(plm, memories, inputs, candidate_settings, budget)
+    if settings.minutes:
+        _say_plan(work, settings.minutes, reporter)
+
+    def checkpoint(tried: TrainingSettings) -> Path:
+        name = hashlib.sha256(json.dumps(tried.of_network).encode()).hexdigest()[:16]
+        return folder / f"{_CHECKPOINTS}{name}.safetensors"
+
     def fit(tried: TrainingSettings) -> Trained:
         # Trainings that ended before an interruption resume at their end.
-        name = hashlib.sha256(json.dumps(asdict(tried)).encode()).hexdigest()[:16]
-        return inputs.fit(tried, folder / f"{_CHECKPOINTS}{name}.safetensors", reporter)
+        begin = clock()
+        trained = inputs.fit(tried, checkpoint(tried), reporter, clock)
+        budget.charge(max(0.0, trained.seconds - (clock() - begin)))
+        return trained
 
     trials: list[Trial] = []
 
     def on_trial(tried: TrainingSettings, nll: float) -> None:
         trials.append(Trial(settings=asdict(tried), nll=nll))
-        if tried.search_minutes or len(candidate_settings) > 1:
+        if work.search_seconds or len(candidate_settings) > 1:
             words = f"{tried.form}, rank {tried.rank}, κ {tried.kappa}, learning rate {tried.learning_rate}"
             words += f", dropout {tried.dropout}"
             words += f", pairing {tried.pairing}" if len(candidate_settings) > 1 else ""
             reporter.say(f"Tried {words}: {nll:.4f} nats per token.")
 
-    settings, trained = search_settings(candidate_settings, fit, forms=forms, on_trial=on_trial)
+    def has_time_for(longest: float) -> bool:
+        wishes, costs = replace(work.wishes, trainings=0), replace(work.costs, training=longest)
+        return WorkPlan.within(budget.left, wishes, costs).search_seconds > 0
 
+    settings, trained = search_settings(
+        candidate_settings, fit, forms=forms, on_trial=on_trial, has_time_for=has_time_for
+    )
+    wishes = replace(work.wishes, trainings=0, search=False)
+    work = WorkPlan.within(budget.left, wishes, work.costs)
     with_policy = partial(_with_policy, memories, inputs, settings, trained)
-    policies = select_decoding_policy(plm, memories, inputs, settings, with_policy, reporter)
+    policies = select_decoding_policy(
+        plm,
+        memories,
+        inputs,
+        settings,
+        with_policy,
+        reporter,
+        plan=work,
+        budget=budget,
+        store=TextStore(folder / _CHECKPOINTS, [inputs.identity, checkpoint(settings).name]),
+    )
     best = policies[0]
     why = f"{best}: {best.nll:.3f} nats per token of the validation examples (the PLM alone: {inputs.plm_nll:.3f})"
     if best.chrf is not None:
@@ -134,7 +184,7 @@ def train(
         history=[asdict(epoch) for epoch in trained.history],
         trials=trials,
         options=policies,
-        seconds=time.perf_counter() - started,
+        seconds=clock() - began,
         peak_rss_mb=peak_rss_mb(),
     )
     write_atomically(folder / REPORT, report.model_dump_json(indent=1).encode())
@@ -142,6 +192,38 @@ def train(
     for path in [*folder.glob(f"{_CHECKPOINTS}*"), *folder.glob(f".{_CHECKPOINTS}*.partial")]:
         path.unlink(missing_ok=True)
     return adapter, report
+
+
+def _plan_work(
+    plm: RemotePlm,
+    memories: Memories,
+    inputs: TrainingInput,
+    candidate_settings: list[TrainingSettings],
+    budget: TimeBudget,
+) -> WorkPlan:
+    """The work that fits into the budget, by estimates of its costs."""
+    settings = candidate_settings[0]
+    retrieval: Wish = "always" if settings.retrieved_examples else "if it fits"
+    if settings.retrieved_examples == 0 or memories.plan.context_mode == "private":
+        retrieval = "no"
+    wishes = WorkWishes(
+        trainings=len(candidate_settings),
+        search=settings.search,
+        retrieval=retrieval,
+        texts=min(settings.selection_texts, len(memories.held_out_pairs)),
+        policies=MAX_POLICIES,
+    )
+    if not settings.minutes:  # nothing else fits, whatever it costs
+        return WorkPlan.within(0.0, wishes, WorkCosts(training=1.0, retrieval=1.0, text=1.0, retrieved_text=1.0))
+    count = 0 if retrieval == "no" else settings.retrieved_examples or DEFAULT_RETRIEVED_EXAMPLES
+    costs = estimate_costs(plm, memories, inputs, settings, retrieved_examples=count, clock=budget.clock)
+    return WorkPlan.within(budget.seconds, wishes, costs, used=budget.seconds - budget.left)
+
+
+def _say_plan(work: WorkPlan, minutes: float, reporter: Reporter) -> None:
+    reporter.say(f"Within {minutes:g} minutes: {', then '.join(work.steps)}.")
+    if work.left_out:
+        reporter.say(f"Left out for lack of time: {'; '.join(work.left_out)}.")
 
 
 def _with_policy(

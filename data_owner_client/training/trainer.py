@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -34,7 +34,9 @@ from protocol.head import LMHead
 
 _CHECKPOINT_EVERY_SECONDS = 60.0
 # Version of the checkpoint layout.
-_FORMAT = 3
+_FORMAT = 4
+# Steps that are timed for an estimate, after a first one.
+_TIMED_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,19 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Trained:
-    """The adapter of the best validation epoch, all epochs, and its validation loss in nats per token."""
+    """Result of a training.
+
+    Attributes:
+        adapter: the adapter of the best validation epoch.
+        history: all epochs.
+        best_nll: validation loss of that adapter, in nats per token.
+        seconds: duration of the training, the time before an interruption included.
+    """
 
     adapter: Adapter
     history: list[Epoch]
     best_nll: float
+    seconds: float = 0.0
 
 
 @dataclass
@@ -76,6 +86,7 @@ class _Progress:
         prediction: sum of the prediction losses of these batches.
         best_nll: validation loss of the best epoch so far.
         since_best: number of epochs since the best one.
+        seconds: duration so far.
         history: the finished epochs.
     """
 
@@ -85,6 +96,7 @@ class _Progress:
     prediction: float = 0.0
     best_nll: float = math.inf
     since_best: int = 0
+    seconds: float = 0.0
     history: list[Epoch] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -107,6 +119,7 @@ def train_adapter(
     checkpoint: Path | None = None,
     identity: object = None,
     reporter: Reporter | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Trained:
     """Train an adapter. The same data, settings and thread count give the same adapter, interrupted or not.
 
@@ -119,6 +132,7 @@ def train_adapter(
         checkpoint: file for the state of the training, from which the same call resumes; None for no checkpoint.
         identity: digests of everything that decides the result besides `settings`; other checkpoints are ignored.
         reporter: shows the progress and the losses.
+        clock: seconds of a monotonic clock, for the duration.
 
     Raises:
         InvalidData: a shard is damaged, or the disk is full.
@@ -130,18 +144,39 @@ def train_adapter(
     store = None
     if checkpoint is not None:
         hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads()
-        result_identity = [_FORMAT, identity, asdict(settings), str(device), hardware, torch.__version__]
+        result_identity = [_FORMAT, identity, settings.of_network, str(device), hardware, torch.__version__]
         store = Checkpoint(checkpoint, result_identity, device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         try:
             training = _Training(stream, head, validation, settings, device, stats, store)
-            training.run(reporter or Reporter())
+            training.run(reporter or Reporter(), clock)
         except torch.cuda.OutOfMemoryError as error:
             raise InvalidRequest(
                 f"The memory of {device} does not suffice for this training.", hint="Use --device cpu."
             ) from error
     return training.result()
+
+
+def estimate_seconds(
+    memory: ShardSource,
+    stats: MemoryStats,
+    head: LMHead,
+    validation: ValidationData,
+    settings: TrainingSettings,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+) -> float:
+    """The duration of a training with all its epochs, in seconds, from that of a few steps on this machine.
+
+    See `train_adapter` for the arguments and errors.
+    """
+    stream = RowStream(memory, stats.candidate_ids_C, batch_rows=settings.batch_rows, seed=settings.seed)
+    device, joint = _device(settings.device), replace(settings, reconstruction_epochs=0)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        training = _Training(stream, head, validation, joint, device, stats, None)
+        seconds = training.step_seconds(_TIMED_STEPS, clock)
+    return seconds * stream.steps * (settings.reconstruction_epochs + settings.epochs)
 
 
 class _Training:
@@ -188,9 +223,10 @@ class _Training:
             groups = self._optimiser.state_dict()["param_groups"]
             self._optimiser.load_state_dict({"state": state.optimiser, "param_groups": groups})
 
-    def run(self, reporter: Reporter) -> None:
+    def run(self, reporter: Reporter, clock: Callable[[], float]) -> None:
         """Train until the last epoch, or until `patience` epochs have brought no improvement."""
         settings, progress = self._settings, self._progress
+        began = clock() - progress.seconds
         total = settings.reconstruction_epochs + settings.epochs
         if progress.epoch or progress.step:
             reporter.say(f"Going on from the checkpoint: epoch {progress.epoch + 1}, step {progress.step + 1}.")
@@ -200,17 +236,29 @@ class _Training:
                 saved_at = time.monotonic()
                 for batch in self._batches():
                     bar.advance(1, self._step(batch))
+                    progress.seconds = clock() - began
                     if time.monotonic() - saved_at > _CHECKPOINT_EVERY_SECONDS:
                         self._save()
                         saved_at = time.monotonic()
                 self._end_epoch()
+                progress.seconds = clock() - began
                 self._save()
+
+    def step_seconds(self, steps: int, clock: Callable[[], float]) -> float:
+        """Mean duration of a step of joint training, in seconds, after a first one that may take longer."""
+        batch = next(self._batches())
+        self._step(batch)
+        began = clock()
+        for _ in range(steps):
+            self._step(batch)
+        return (clock() - began) / steps
 
     def result(self) -> Trained:
         """The adapter of the best epoch, on the CPU and in the axes of the representations."""
         self._adapter.load_state_dict(self._best)
         self._adapter.rotate_back(self._axes_D_D)
-        return Trained(self._adapter.cpu().eval(), self._progress.history, self._progress.best_nll)
+        progress = self._progress
+        return Trained(self._adapter.cpu().eval(), progress.history, progress.best_nll, progress.seconds)
 
     @property
     def _joint(self) -> bool:

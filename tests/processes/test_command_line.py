@@ -119,8 +119,7 @@ def test_a_killed_training_is_resumed_by_the_same_command(
             8,
             "--learning-rate",
             3e-4,
-            "--search-minutes",
-            0,
+            "--no-search",
             # A gate behind examples of their own is fitted to what the server computes, and rounds, anew.
             "--retrieved-examples",
             0,
@@ -205,8 +204,7 @@ def test_compare(url: str, task: Path, tmp_path: Path) -> None:
         task,
         "--folder",
         tmp_path / "compare",
-        "--search-minutes",
-        0,
+        "--no-search",
         "--selection-texts",
         1,
     ]

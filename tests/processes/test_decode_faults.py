@@ -50,7 +50,7 @@ def setting(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -
         built = ["--task", folder / "task.toml", "--input", pairs, "--memory", folder / "memory", "--share-targets"]
         client_json(url, "build-memory", *built)
         trained = ["--memory", folder / "memory", "--adapter", folder / "adapter", "--epochs", 3, "--rank", 8]
-        trained += ["--retrieved-examples", 0, "--selection-texts", 0, "--search-minutes", 0]
+        trained += ["--retrieved-examples", 0, "--selection-texts", 0, "--minutes", 0]
         client_json(url, "train", *trained)
         rng = random.Random(3)
         texts = folder / "texts.txt"

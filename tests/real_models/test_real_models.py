@@ -151,7 +151,7 @@ def test_the_whole_of_pema_is_the_slow_reference(real: Real, tmp_path: Path) -> 
         share_targets=True,
     )
     settings = TrainingSettings(
-        epochs=3, batch_rows=16, rank=64, ema_decay=0.0, retrieved_examples=0, selection_texts=0, search_minutes=0
+        epochs=3, batch_rows=16, rank=64, ema_decay=0.0, retrieved_examples=0, selection_texts=0, minutes=0
     )
     adapter, _ = train(real.plm, tmp_path, tmp_path / "adapter", settings=settings)
     tokenizer = real.plm.tokenizer

@@ -66,7 +66,7 @@ class Case:
             ema_decay=0.0,
             retrieved_examples=0,
             selection_texts=0,
-            search_minutes=0,
+            minutes=0,
         )
         self.adapter: TrainedAdapter = train(self.plm, memory, memory / "adapter", settings=training)[0]
         self.memory = ExternalMemory(memory / "train").load()

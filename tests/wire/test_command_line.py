@@ -49,7 +49,7 @@ def adapter(url: str, pairs: Path, task: Path, tmp_path_factory: pytest.TempPath
     assert built["context_mode"] == "teacher-forced"
     trained = client_json(
         url, "train", "--memory", folder / "memory", "--adapter", folder / "adapter",
-        "--epochs", 3, "--rank", 8, "--retrieved-examples", 0, "--selection-texts", 0, "--search-minutes", 0,
+        "--epochs", 3, "--rank", 8, "--retrieved-examples", 0, "--selection-texts", 0, "--minutes", 0,
     )  # fmt: skip
     assert trained["card"]["form"] == "residual"
     assert len([epoch for epoch in trained["history"] if epoch["phase"] == "joint"]) == 3
@@ -142,14 +142,12 @@ def test_examples_for_each_text(url: str, adapter: Path, tmp_path: Path) -> None
         2,
         "--selection-texts",
         3,
-        "--search-minutes",
-        0.05,
+        "--no-search",
     )
     assert trained["card"]["nearest"] == 2
     decoded = [option for option in trained["options"] if option["chrf"] is not None]
-    assert {option["interpolation"]["length_reward"] for option in decoded} == {0.0, 0.5, 1.0, 2.0}
-    assert len(decoded) >= 8
-    assert decoded[0]["chrf"] == max(option["chrf"] for option in decoded)
+    assert {option["interpolation"]["length_reward"] for option in decoded} == {0.0, 0.5, 1.0}
+    assert len(decoded) >= 6
     assert trained["options"][0] == decoded[0]
     assert trained["card"]["interpolation"] == trained["options"][0]["interpolation"]
     texts = ["the thin", "die Tür"]
@@ -344,8 +342,7 @@ def test_the_full_vocabulary(url: str, adapter: Path, tmp_path: Path) -> None:
         1,
         "--rank",
         8,
-        "--search-minutes",
-        0,
+        "--no-search",
         "--selection-texts",
         2,
     ]

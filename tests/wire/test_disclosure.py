@@ -137,7 +137,7 @@ def test_a_memory_of_one_view_meets_no_other(plms: Plms, tmp_path: Path) -> None
     pairs = [Pair("the thin", "die"), Pair("an", "on the")]
     build_memories(plms["acme"], task, pairs, tmp_path, validation=pairs)
     settings = TrainingSettings(
-        form="paper", rank=4, epochs=1, selection_texts=0, search_minutes=0, retrieved_examples=0
+        form="paper", rank=4, epochs=1, selection_texts=0, minutes=0, retrieved_examples=0
     )
     for name in ("beta", "plain", "ourselves", "nothing"):
         with pytest.raises(IdentityMismatch, match="the server"):

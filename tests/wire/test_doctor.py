@@ -34,7 +34,7 @@ PAIRS = [Pair(f"the {i}", f"die {i}") for i in range(12)]
 def work(tiny_server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A memory and an adapter of the tiny Llama."""
     folder = tmp_path_factory.mktemp("work")
-    settings = TrainingSettings(rank=4, epochs=1, retrieved_examples=0, selection_texts=0, search_minutes=0)
+    settings = TrainingSettings(rank=4, epochs=1, retrieved_examples=0, selection_texts=0, minutes=0)
     with RemotePlm(guard.connection(tiny_server), cache=None) as plm:
         build_memories(plm, TASK, PAIRS, folder / "memory", validation=PAIRS[:4])
         train(plm, folder / "memory", folder / "adapter", settings=settings)

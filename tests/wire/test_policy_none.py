@@ -40,7 +40,7 @@ TASK = Task(name="t", source_label="In", target_label="Out")
 WORDS = ["the", "thin", "die", "Tür", "an", "on", "shine", "reden", "her"]
 PAIRS = [Pair(" ".join(WORDS[i % 9 :][: 2 + i % 4]), " ".join(WORDS[(3 * i) % 7 :][: 1 + i % 3])) for i in range(24)]
 UNSEEN = [Pair("thin on her", "Öl, her"), Pair("the die", "Quark")]
-SETTINGS = TrainingSettings(rank=8, epochs=2, batch_rows=16, retrieved_examples=0, selection_texts=0, search_minutes=0)
+SETTINGS = TrainingSettings(rank=8, epochs=2, batch_rows=16, retrieved_examples=0, selection_texts=0, minutes=0)
 NONE = Disclosure("none")
 ALL_TOKENS = torch.arange(VOCAB_SIZE)
 

@@ -68,7 +68,7 @@ def test_a_memory_is_built_trained_and_used_as_the_reference_says(
     plm = RemotePlm(connection, dtype="float32", cache=None)
     build_memories(plm, TASK, PAIRS, tmp_path, validation=PAIRS[:3], context_mode="teacher-forced", share_targets=True)
     settings = TrainingSettings(
-        rank=8, epochs=1, batch_rows=8, learning_rate=0.02, retrieved_examples=0, selection_texts=0, search_minutes=0
+        rank=8, epochs=1, batch_rows=8, learning_rate=0.02, retrieved_examples=0, selection_texts=0, minutes=0
     )
     adapter = train(plm, tmp_path, tmp_path / "adapter", settings=settings)[0]
     interpolation = Interpolation(schedule="gradual", lambda_max=0.9)

@@ -18,7 +18,7 @@ from protocol.errors import InvalidData
 
 TASK = Task(name="t", source_label="In", target_label="Out")
 PAIRS = [Pair(f"the thin {number}", "die Tür " * (1 + number % 3) + str(number)) for number in range(20)]
-QUICK = TrainingSettings(rank=4, epochs=2, search_minutes=0, selection_texts=0)
+QUICK = TrainingSettings(rank=4, epochs=2, minutes=0, selection_texts=0)
 
 
 def make_plan(mode: Any, cr_kind: Any = "last_hidden_state") -> MemoryPlan:

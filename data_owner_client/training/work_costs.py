@@ -1,0 +1,77 @@
+"""Durations of the parts of `train` on this machine and this server, estimated from a few steps and small calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from data_owner_client.data.example_retrieval import ExampleRetriever, with_retrieved_examples
+from data_owner_client.data.pairs import Pair
+from data_owner_client.data.tasks import Task
+from data_owner_client.decoding.settings import DEFAULT_DECODING
+from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.training.inputs import Memories, TrainingInput
+from data_owner_client.training.settings import TrainingSettings
+from data_owner_client.training.time_budget import WorkCosts
+
+# Prompts with retrieved examples are long, so that a few of them tell the rate.
+_RETRIEVED_PROMPTS = 4
+# Drafts of a round, and tokens that one brings (docs/results.md, number of drafts).
+_LOOK_AHEAD = 2
+_TOKENS_PER_ROUND = 2.0
+
+
+def estimate_costs(
+    plm: RemotePlm,
+    memories: Memories,
+    inputs: TrainingInput,
+    settings: TrainingSettings,
+    *,
+    retrieved_examples: int,
+    clock: Callable[[], float],
+) -> WorkCosts:
+    """Seconds of each kind of work.
+
+    Args:
+        plm: the PLM. It sees prompts of held-out texts, as when the memory was built.
+        memories: both memories.
+        inputs: inputs of the training.
+        settings: settings of the training.
+        retrieved_examples: examples in each prompt with retrieved examples; 0 if there are to be none.
+        clock: seconds of a monotonic clock.
+
+    Raises:
+        PemaError: a call to the PLM failed.
+    """
+    pairs, task, limits = memories.held_out_pairs, memories.plan.task, plm.card.limits
+    rows_E = memories.held_out.rows_E
+    look_ahead = min(_LOOK_AHEAD, limits.max_look_ahead)
+    texts = min(DEFAULT_DECODING.batch_size, limits.max_sequences, limits.max_rows // (1 + look_ahead), len(pairs))
+    prompts = _prompts(plm, [task] * texts, pairs[:texts])
+    first = _call_seconds(plm, prompts, look_ahead, clock)
+    round_seconds = _call_seconds(plm, prompts, look_ahead, clock)  # the server now has their attention states
+    rounds = float(rows_E.float().mean()) / _TOKENS_PER_ROUND
+    text = (max(0.0, first - round_seconds) + rounds * round_seconds) / texts
+    retrieval = retrieved_text = 0.0
+    if retrieved_examples:
+        few = pairs[: min(_RETRIEVED_PROMPTS, limits.max_sequences)]
+        retriever = ExampleRetriever(memories.train_pairs, retrieved_examples)
+        tasks = with_retrieved_examples(plm, task, [pair.source for pair in few], retriever)
+        each = _call_seconds(plm, _prompts(plm, tasks, few), 0, clock) / len(few)
+        # Behind such prompts a round is two calls.
+        retrieval, retrieved_text = each * len(pairs), each + 2 * text
+    return WorkCosts(inputs.estimate_seconds(settings, clock), retrieval, text, retrieved_text)
+
+
+def _prompts(plm: RemotePlm, tasks: Sequence[Task], pairs: Sequence[Pair]) -> list[list[int]]:
+    tokenizer = plm.tokenizer
+    return [
+        tokenizer.encode_prompt(task.prompt(pair.source, tokenizer)) for task, pair in zip(tasks, pairs, strict=True)
+    ]
+
+
+def _call_seconds(
+    plm: RemotePlm, prompts: Sequence[Sequence[int]], look_ahead: int, clock: Callable[[], float]
+) -> float:
+    began = clock()
+    plm.decode(prompts, [look_ahead] * len(prompts))
+    return clock() - began
