@@ -14,6 +14,7 @@ from data_owner_client.memory.build import build_memory
 from data_owner_client.memory.store import TRAIN, VALIDATION
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.runtime.path_text import PathText
 from data_owner_client.runtime.progress import Reporter
 
 
@@ -31,7 +32,7 @@ class MemoryReport(BaseModel):
         seconds: duration of the build.
     """
 
-    folder: str
+    folder: PathText
     examples: int
     rows: int
     validation_examples: int

@@ -20,6 +20,7 @@ from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.atomic_files import write_atomically
 from data_owner_client.runtime.memory_usage import peak_rss_mb
+from data_owner_client.runtime.path_text import PathText
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.training.decoded_policies import TextStore
 from data_owner_client.training.decoding_policy import (
@@ -62,7 +63,7 @@ class TrainingReport(BaseModel):
         peak_rss_mb: largest resident memory of this process so far.
     """
 
-    folder: str
+    folder: PathText
     card: AdapterCard
     history: list[dict[str, float | int | str | None]]
     trials: list[Trial]

@@ -150,7 +150,7 @@ class ComparisonRunner:
             or not wanted_settings.items() <= report.trials[0].settings.items()
         ):
             run_in_subprocess(_train, self.connect, memory, folder, settings)
-            report = TrainingReport.model_validate_json((folder / REPORT).read_bytes())
+            report = _read_report(folder)
         return TrainedAdapter.load(folder), report
 
     @cached_property
@@ -277,6 +277,12 @@ def _train(connect: Connect, memory: Path, folder: Path, settings: TrainingSetti
 def _report(folder: Path) -> TrainingReport | None:
     """The report of a folder's training; None if no training has ended there."""
     try:
-        return TrainingReport.model_validate_json((folder / REPORT).read_bytes())
+        return _read_report(folder)
     except (OSError, ValidationError):
         return None
+
+
+def _read_report(folder: Path) -> TrainingReport:
+    # Where it lies now: it may have been moved, and JSON holds no path with bytes that are not UTF-8.
+    report = TrainingReport.model_validate_json((folder / REPORT).read_bytes())
+    return report.model_copy(update={"folder": str(folder)})
