@@ -66,7 +66,7 @@ class TextTokenizer:
         for anchor in map(MarkedText, _ANCHORS):
             before = self.encode(anchor, with_special_tokens=False)
             joint = self.encode(anchor + text, with_special_tokens=False)
-            if before and joint[: len(before)] == before:
+            if joint[: len(before)] == before and self.decode(before) == anchor.text:
                 return joint[len(before) :]
         return self.encode(text, with_special_tokens=False)
 
@@ -96,13 +96,14 @@ class TextTokenizer:
         """Text of one token; a special token's spelling."""
         return self._spellings.get(token_id) or self.decode_continuation([token_id])
 
-    def names_from(self, size: int) -> list[str]:
-        """Names of the tokens whose ids are `size` or more."""
-        return [self.name(token_id) for token_id in sorted(self._ids) if token_id >= size]
+    def added_ids_from(self, size: int) -> list[int]:
+        """Ids of the added tokens, from `size` on. Only texts that spell these tokens have them, or templates."""
+        return sorted(token_id for token_id in self._private.added_ids if token_id >= size)
 
-    def text_ids_from(self, size: int) -> list[int]:
-        """Ids of the model's own text tokens, from `size` on. Any text may have them."""
-        return sorted(token_id for token_id in self._ids - self._private.added_ids if token_id >= size)
+    def own_ids_from(self, size: int) -> list[int]:
+        """Ids of the model's own tokens, from `size` on. Any text may have them."""
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        return sorted(token_id for token_id in {*ids} - self._private.added_ids if token_id >= size)
 
     def _private_name(self, spelling: str) -> str:
         if len(spelling) == 1:
@@ -113,17 +114,14 @@ class TextTokenizer:
             raise ValueError(f"{spelling!r} is marked, but is not a special token") from None
 
     @cached_property
-    def _ids(self) -> frozenset[int]:
-        return frozenset(self._tokenizer.get_vocab(with_added_tokens=True).values())
-
-    @cached_property
     def _spellings(self) -> dict[int, str]:
         return {token_id: spelling for spelling, token_id in self.special_ids.items()}
 
     @cached_property
     def _decoding_anchor(self) -> tuple[list[int], str]:
-        ids = self.encode(MarkedText(_ANCHORS[0]), with_special_tokens=False)
-        return ids, self.decode(ids)
+        anchor = _ANCHORS[0]
+        ids = self.encode(MarkedText(anchor), with_special_tokens=False)
+        return (ids, anchor) if self.decode(ids) == anchor else ([], "")
 
     def _stand_in(self, text: str) -> str:
         """A character that is tokenised in the place of the space symbol; the symbol itself if there is no need."""
