@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from data_owner_client.data.pairs import Pair, read_pairs
+from data_owner_client.data.pairs import Pair
+from data_owner_client.data.reading.reader import read_pairs
 from data_owner_client.data.tasks import Task, load_task
 from data_owner_client.runtime.memory_usage import peak_rss_mb
 from plm_owner_server.engines.model_files.sources import resolve

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data_owner_client.adapter.interpolation import Interpolation
     from data_owner_client.adapter.trained import TrainedAdapter
-    from data_owner_client.data.pairs import Pair, read_pairs, read_parallel
+    from data_owner_client.data.pairs import Pair
+    from data_owner_client.data.reading.reader import read_pairs, read_parallel
     from data_owner_client.data.scoring_settings import ScoringSettings
     from data_owner_client.data.tasks import Task, load_task
     from data_owner_client.decoding.generation import Generation, generate, translate
@@ -95,8 +96,8 @@ _HOMES = {
     "evaluate": "data_owner_client.evaluation.evaluate",
     "generate": "data_owner_client.decoding.generation",
     "load_task": "data_owner_client.data.tasks",
-    "read_pairs": "data_owner_client.data.pairs",
-    "read_parallel": "data_owner_client.data.pairs",
+    "read_pairs": "data_owner_client.data.reading.reader",
+    "read_parallel": "data_owner_client.data.reading.reader",
     "train": "data_owner_client.training.train",
     "translate": "data_owner_client.decoding.generation",
 }

@@ -24,7 +24,8 @@ from data_owner_client.adapter.candidates import index_of
 from data_owner_client.adapter.card import AdapterCard
 from data_owner_client.adapter.network import RECENT_TOKENS, Adapter
 from data_owner_client.data.example_retrieval import ExampleRetriever
-from data_owner_client.data.pairs import Pair, digest_pairs, read_stored_pairs, write_pairs
+from data_owner_client.data.pair_files import read_stored_pairs, write_pairs
+from data_owner_client.data.pairs import Pair
 from data_owner_client.runtime.atomic_files import write_atomically
 from protocol.codec import load_tensors
 from protocol.errors import InvalidData
@@ -117,8 +118,8 @@ class TrainedAdapter:
             raise damaged from error
         if not all(value.isfinite().all() for value in (*tensors.values(), *head.parts())):
             raise damaged
-        pairs = read_stored_pairs(folder / _PAIRS) if card.nearest else []
-        if card.nearest and digest_pairs(pairs) != card.pairs_digest:
+        pairs = read_stored_pairs(folder / _PAIRS, card.pairs_digest) if card.nearest else []
+        if pairs is None:
             raise damaged
         return cls(card, adapter.eval(), candidate_ids_C, head, pairs)
 

@@ -34,7 +34,6 @@ from data_owner_client.cli.options import (
     Training,
     connected,
 )
-from data_owner_client.data.reading.reader import read_hypotheses, spool_pairs
 from data_owner_client.data.reading.settings import DEFAULT_READING
 from data_owner_client.data.scoring_settings import DEFAULT_SCORING
 from data_owner_client.decoding.settings import DEFAULT_DECODING
@@ -77,15 +76,15 @@ def evaluate(
     """
     from data_owner_client.adapter.trained import TrainedAdapter
     from data_owner_client.cli.output import print_evaluation, print_record
+    from data_owner_client.data.reading.reader import read_hypotheses
     from data_owner_client.data.text_metrics import bleu_tokenizer, text_scores
     from data_owner_client.evaluation.evaluate import evaluate as evaluate_systems
     from data_owner_client.runtime.progress_display import stderr_reporter
 
     set_threads(threads)
-    # Hypotheses belong to the lines of the references, so none may be left out.
-    pairs = pairs_of(
-        input_file, sources, targets, reading if hypotheses is None else replace(reading, skip_invalid=False)
-    )
+    if hypotheses is not None:
+        reading = replace(reading, skip_invalid=False)  # hypotheses belong to references by their order
+    pairs = pairs_of(input_file, sources, targets, reading)
     if hypotheses is not None:
         lines = read_hypotheses(hypotheses)
         if len(lines) != len(pairs):
@@ -150,6 +149,7 @@ def compare(
     - `pema-client compare --input a.jsonl --validation b.jsonl --test c.jsonl --share-targets --only plm --only best`
     """
     from data_owner_client.cli.output import print_comparison, print_record
+    from data_owner_client.data.reading.reader import spool_pairs
     from data_owner_client.data.tasks import load_task
     from data_owner_client.evaluation.comparison import report
     from data_owner_client.evaluation.comparison.compare import compare as compare_systems

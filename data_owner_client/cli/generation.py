@@ -20,20 +20,20 @@ from data_owner_client.cli.options import (
     Decoding,
     Dtype,
     Explain,
-    FileFormat,
     InputFile,
     MoreDecoding,
     OptionalAdapter,
     OutputFile,
+    Reading,
     Samples,
     Sampling,
     Server,
-    SourceField,
     Stream,
     Threads,
     connected,
     sampling_of,
 )
+from data_owner_client.data.reading.settings import DEFAULT_READING
 from data_owner_client.decoding.settings import DEFAULT_DECODING, DEFAULT_SAMPLING
 from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION
 from protocol.errors import InvalidData
@@ -49,8 +49,7 @@ class _Options:
 
     adapter_folder: OptionalAdapter = None
     input_file: InputFile = None
-    file_format: FileFormat = None
-    source_field: SourceField = "source"
+    reading: Reading = DEFAULT_READING
     more: MoreDecoding = DEFAULT_OPTIONS
     decoding: Decoding = DEFAULT_DECODING
     sampling: Sampling = DEFAULT_SAMPLING
@@ -170,7 +169,7 @@ def _answer(texts: list[str] | None, options: _Options, run: partial[Generation]
     from data_owner_client.data.tasks import Task
 
     set_threads(options.threads)
-    inputs = sources_of(texts, options.input_file, options.file_format, options.source_field)
+    inputs = sources_of(texts, options.input_file, options.reading, trim=run.func.__name__ == "translate")
     adapter = options.adapter()
     arguments, task = options.arguments(adapter), run.keywords["task"]
     with connected(options.server, options.connection, options.dtype) as plm:

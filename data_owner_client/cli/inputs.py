@@ -2,45 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data_owner_client.data.pairs import Format, Pair, read_pairs, read_parallel
+from data_owner_client.data.reading.settings import ReadingSettings
 from protocol.errors import InvalidData
 
+if TYPE_CHECKING:
+    from data_owner_client.data.pair_files import PairFile
 
-def pairs_of(
-    input_file: Path | None,
-    sources: Path | None,
-    targets: Path | None,
-    file_format: Format | None,
-    *,
-    source_field: str,
-    target_field: str,
-) -> list[Pair]:
+
+def pairs_of(input_file: Path | None, sources: Path | None, targets: Path | None, reading: ReadingSettings) -> PairFile:
     """The pairs of a file, or of two parallel ones.
 
     Raises:
-        InvalidData: they were given in two ways, or only half.
+        InvalidData: they were given in two ways, or only half, or cannot be read.
     """
+    from data_owner_client.data.reading.reader import spool_pairs, spool_parallel
+
     if sources is not None and targets is not None and input_file is None:
-        return read_parallel(sources, targets)
+        return spool_parallel(sources, targets, reading)
     if sources is not None or targets is not None:
         raise InvalidData("Texts were given in two ways, or only half.", hint="--input, or --sources with --targets.")
-    return read_pairs(input_file or Path("-"), format=file_format, source_field=source_field, target_field=target_field)
+    return spool_pairs(input_file or Path("-"), reading)
 
 
 def sources_of(
-    texts: list[str] | None, input_file: Path | None, file_format: Format | None, source_field: str
-) -> list[str]:
-    """The source texts of the command line, or of a file.
+    texts: list[str] | None, input_file: Path | None, reading: ReadingSettings, *, trim: bool
+) -> Sequence[str]:
+    """The source texts of the command line, or of a file, of which an invalid or blank record is an empty text.
+
+    Args:
+        texts: texts of the command line, if any.
+        input_file: the file; None for standard input.
+        reading: settings of reading.
+        trim: remove spaces, tabs and line ends around a text of a file.
 
     Raises:
-        InvalidData: they were given in two ways.
+        InvalidData: they were given in two ways, or cannot be read.
     """
+    from data_owner_client.data.pair_files import SourceTexts
+    from data_owner_client.data.reading.reader import spool_sources
+
     if texts and input_file is not None:
         raise InvalidData("Texts were given in two ways.", hint="Give them as arguments or with --input.")
-    if texts:
-        return texts
-    path = input_file or Path("-")
-    kind = file_format or ("text" if str(path) == "-" else None)
-    return [pair.source for pair in read_pairs(path, format=kind, source_field=source_field, need_targets=False)]
+    return texts or SourceTexts(spool_sources(input_file or Path("-"), reading, trim=trim))

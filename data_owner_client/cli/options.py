@@ -10,7 +10,7 @@ from annotated_types import Ge, Le
 from cyclopts import Group, Parameter
 
 from data_owner_client.adapter.types import Schedule
-from data_owner_client.data.pairs import Format
+from data_owner_client.data.reading.settings import ReadingSettings
 from data_owner_client.data.scoring_settings import ScoringSettings
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
 from data_owner_client.plm.connection.settings import ConnectionSettings
@@ -63,15 +63,13 @@ OptionalAdapter = Annotated[
 TaskName = Annotated[str, Parameter(help="Name of a built-in task, or a TOML file.", group=DATA, validator=None)]
 InputFile = Annotated[
     Path | None,
-    Parameter(name="--input", help="JSONL, TSV, CSV or text with one source a line; - is standard input.", group=DATA),
+    Parameter(
+        name="--input", help="JSONL, JSON, CSV, TSV or text with one source a line; - is standard input.", group=DATA
+    ),
 ]
 Sources = Annotated[Path | None, Parameter(help="Text file with one source a line; goes with --targets.", group=DATA)]
 Targets = Annotated[Path | None, Parameter(help="Text file with one target a line; goes with --sources.", group=DATA)]
-FileFormat = Annotated[
-    Format | None, Parameter(name="--format", help="Format of the input. Default: from its suffix.", group=DATA)
-]
-SourceField = Annotated[str, Parameter(help="Name of the source field or column.", group=DATA)]
-TargetField = Annotated[str, Parameter(help="Name of the target field or column.", group=DATA)]
+Reading = Annotated[ReadingSettings, Parameter(name="*", group=DATA)]
 ShareTargets = Annotated[
     bool, Parameter(help="Allow target texts to be shown to the owner of the PLM.", group=CONNECTION)
 ]

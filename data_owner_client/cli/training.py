@@ -24,21 +24,19 @@ from data_owner_client.cli.options import (
     AsJson,
     Connection,
     Dtype,
-    FileFormat,
     InputFile,
     MemoryFolder,
+    Reading,
     Server,
     ShareTargets,
-    SourceField,
     Sources,
-    TargetField,
     Targets,
     TaskName,
     Threads,
     Training,
     connected,
 )
-from data_owner_client.data.pairs import read_pairs
+from data_owner_client.data.reading.settings import DEFAULT_READING
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION
 from data_owner_client.runtime.declared_settings import declared_setting, varied_names
@@ -63,9 +61,7 @@ def build_memory(
         ContextMode | None,
         Parameter(help="Contexts of the memory. Default: private, or teacher-forced with --share-targets.", group=DATA),
     ] = None,
-    file_format: FileFormat = None,
-    source_field: SourceField = "source",
-    target_field: TargetField = "target",
+    reading: Reading = DEFAULT_READING,
     overwrite: Annotated[bool, Parameter(help="Delete the contents of the folder first.", group=DATA)] = False,
     as_json: AsJson = False,
     server: Server = DEFAULT_SERVER,
@@ -96,13 +92,14 @@ def build_memory(
         target = "Stop."
     """
     from data_owner_client.cli.output import print_record
+    from data_owner_client.data.reading.reader import spool_pairs
     from data_owner_client.data.tasks import load_task
     from data_owner_client.memory.build_splits import build_memories
     from data_owner_client.runtime.progress_display import stderr_reporter
 
     mode: ContextMode = context or ("teacher-forced" if share_targets else "private")
-    pairs = pairs_of(input_file, sources, targets, file_format, source_field=source_field, target_field=target_field)
-    held_out = read_pairs(validation, source_field=source_field, target_field=target_field) if validation else None
+    pairs = pairs_of(input_file, sources, targets, reading)
+    held_out = spool_pairs(validation, reading) if validation else None
     with connected(server, connection, dtype) as plm:
         report = build_memories(
             plm,

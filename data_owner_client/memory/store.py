@@ -13,7 +13,8 @@ from typing import Self
 
 from pydantic import ValidationError
 
-from data_owner_client.data.pairs import Pair, digest_pairs, read_stored_pairs, write_pairs
+from data_owner_client.data.pair_files import read_stored_pairs, write_pairs
+from data_owner_client.data.pairs import Pair
 from data_owner_client.memory.manifest import Manifest, MemoryPlan, ShardRecord
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.validation import is_valid
@@ -78,15 +79,15 @@ class ExternalMemory:
         if not (self.folder / _PAIRS).exists():
             write_pairs(self.folder / _PAIRS, pairs)
 
-    def pairs(self) -> list[Pair]:
-        """The pairs that the memory was built from.
+    def pairs(self) -> Sequence[Pair]:
+        """The pairs that the memory was built from, read from disk as they are needed.
 
         Raises:
             InvalidData: the file with the texts is missing or holds other texts.
         """
         path = self.folder / _PAIRS
-        pairs = read_stored_pairs(path)
-        if digest_pairs(pairs) != self.manifest.plan.data_digest:
+        pairs = read_stored_pairs(path, self.manifest.plan.data_digest)
+        if pairs is None:
             raise InvalidData(
                 f"{path} does not hold the texts that the memory was built from.",
                 hint="Delete the file, and run the same build-memory command again.",

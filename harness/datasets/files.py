@@ -9,7 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_owner_client.data.pairs import Pair, write_pairs
+from data_owner_client.data.pair_files import write_pairs
+from data_owner_client.data.pairs import Pair
 
 SourceAndTarget = tuple[str, str]
 

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_owner_client.adapter.trained import TrainedAdapter
-from data_owner_client.data.pairs import Pair, digest_pairs, read_pairs, read_stored_pairs, write_pairs
+from data_owner_client.data.pair_files import read_stored_pairs, write_pairs
+from data_owner_client.data.pairs import Pair, digest_pairs
+from data_owner_client.data.reading.reader import read_pairs
 from data_owner_client.data.tasks import Task, load_task
 from data_owner_client.evaluation.comparison.results import SystemResult
 from data_owner_client.memory.manifest import MemoryPlan
@@ -205,11 +207,11 @@ def test_texts(tmp_path: Path) -> None:
     pairs = [Pair("a", "b"), Pair("ü", "\u2028")]
     path, kept = tmp_path / "pairs.jsonl", tmp_path / "kept.jsonl"
     write_pairs(path, pairs)
-    good = path.read_bytes()
+    good, digest = path.read_bytes(), digest_pairs(pairs)
 
     @given(
         content=damaged(good) | st.just(DEEP.encode()) | st.binary(max_size=60),
-        suffix=st.sampled_from(["jsonl", "tsv", "csv"]),
+        suffix=st.sampled_from(["jsonl", "json", "tsv", "csv", "txt", "dat"]),
     )
     @settings(max_examples=scaled(200), database=None)
     def reads(content: bytes, suffix: str) -> None:
@@ -217,7 +219,8 @@ def test_texts(tmp_path: Path) -> None:
         mine.write_bytes(content)
         refused(lambda: read_pairs(mine))
         kept.write_bytes(content)
-        assert isinstance(read_stored_pairs(kept), list)
+        stored = read_stored_pairs(kept, digest)
+        assert stored is None or list(stored) == pairs
 
     reads()
 

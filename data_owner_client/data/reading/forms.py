@@ -1,0 +1,163 @@
+"""Forms of records, which are recognised by their keys: one form a file.
+
+A new form is one more entry of `FORMS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from data_owner_client.data.reading.json_values import RepeatedKeys
+from data_owner_client.data.reading.problems import InvalidText
+from data_owner_client.data.reading.settings import ReadingSettings
+from protocol.errors import InvalidData
+
+Texts = tuple[object, object]
+"""The values for source and target; they need not be texts. The target is None if it is not asked for."""
+_NAMES_SHOWN = 12
+_NAME_CHARACTERS = 40
+_FIELDS_HINT = "Name the fields with --source-field and --target-field."
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of records.
+
+    Attributes:
+        keys: keys by which it is recognised; the source is under the first.
+        read: reads source and target of a record; the second argument says if the target is needed.
+    """
+
+    keys: tuple[str, ...]
+    read: Callable[[Mapping[str, Any], bool], Texts]
+
+    def __str__(self) -> str:
+        return " and ".join(map(repr, self.keys))
+
+
+def fields(source: str, target: str) -> Form:
+    """The form of records with two named fields."""
+
+    def read(record: Mapping[str, Any], need_target: bool) -> Texts:
+        return look_up(record, source), look_up(record, target) if need_target else None
+
+    return Form((source, target), read)
+
+
+def look_up(record: Mapping[str, Any], name: str) -> object:
+    """The value under a name: a key, keys joined by dots (`translation.en`), or a key of the field `translation`.
+
+    Raises:
+        InvalidText: there is none.
+    """
+    for path in ([name], name.split("."), [_TRANSLATION, name]):
+        value: Any = record
+        for key in path:
+            _require_unique(value)
+            if not isinstance(value, Mapping) or key not in value:
+                break
+            value = value[key]
+        else:
+            return value
+    raise InvalidText(f"no field {shown([name])}", hint=f"It has {shown(record)}. {_FIELDS_HINT}")
+
+
+def recognise(names: Collection[str], settings: ReadingSettings, *, need_targets: bool) -> Form | None:
+    """The form of a record with these keys, or the one that the settings name; None if there is none.
+
+    Raises:
+        InvalidData: there are several.
+    """
+    if settings.source_field or settings.target_field:
+        return fields(settings.source_field or "source", settings.target_field or "target")
+    whole = [form for form in FORMS if set(form.keys if need_targets else form.keys[:1]) <= set(names)]
+    # A record that lacks its target does not make another form of the file.
+    forms = whole or [form for form in FORMS if form.keys[0] in names]
+    if len(forms) > 1:
+        raise InvalidData(
+            f"There are fields of several forms: {'; '.join(map(str, forms))}.",
+            hint=f"The fields are {shown(names)}. {_FIELDS_HINT}",
+        )
+    return forms[0] if forms else None
+
+
+def unknown_form(place: str, names: Iterable[str], *, table: bool = False) -> InvalidData:
+    """The error for fields of no known form.
+
+    Args:
+        place: file and line.
+        names: names of the fields.
+        table: whether the names are those of a header.
+    """
+    noun, advice = ("columns", ", or say --no-header if it is a pair itself") if table else ("fields", "")
+    return InvalidData(
+        f"{place} has the {noun} {shown(names)}, and none is known as the source.",
+        hint=f"{_FIELDS_HINT[:-1]}{advice}.",
+    )
+
+
+def shown(names: Iterable[str]) -> str:
+    """Names of fields for a message: quoted, and cut if they are long or many."""
+    names = [repr(name[:_NAME_CHARACTERS]) for name in names]
+    more = ", …" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more or "none"
+
+
+def _conversation(record: Mapping[str, Any], need_target: bool) -> Texts:
+    """The user's turn and the assistant's. A system turn comes before the user's, with an empty line between."""
+    turns = record["messages"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise InvalidText("no list of turns in 'messages'", hint='For example [{"role": "user", "content": "…"}].')
+    for turn in turns:
+        _require_unique(turn)
+    roles, texts = [turn.get("role") for turn in turns], [_content(turn.get("content")) for turn in turns]
+    system = texts.pop(0) if roles[:1] in (["system"], ["developer"]) else None
+    roles = roles[-len(texts) :] if texts else []
+    if roles != ["user", "assistant"] and (need_target or roles != ["user"]):
+        raise InvalidText(
+            "a conversation that is not one question of the user and one answer of the assistant",
+            hint="Give one question and one answer in each record; a system turn may come first.",
+        )
+    question = texts[0]
+    if isinstance(system, str) and system.strip() and isinstance(question, str):
+        question = f"{system}\n\n{question}"
+    return question, texts[1] if need_target else None
+
+
+def _content(content: object) -> object:
+    """The content of a turn; the joined texts if it is a list of parts that are all texts."""
+    if not isinstance(content, list):
+        return content
+    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+        raise InvalidText("a turn with parts that are no texts", hint="Only texts can be learned.")
+    return "".join(map(str, texts))
+
+
+_TRANSLATION = "translation"
+
+
+def _translation(record: Mapping[str, Any], need_target: bool) -> Texts:
+    texts = record[_TRANSLATION]
+    names = texts if isinstance(texts, Mapping) else ()
+    example = " --target-field ".join(list(names)[:2]) if need_target else "".join(list(names)[:1])
+    raise InvalidData(
+        f"There are texts in the languages {shown(names)}, and nothing says which is the source.",
+        hint=f"Say, for example, --source-field {example[:_NAME_CHARACTERS]}." if names else _FIELDS_HINT,
+    )
+
+
+def _require_unique(value: object) -> None:
+    if isinstance(value, RepeatedKeys):
+        raise InvalidText("a key twice", hint="Give every key once.")
+
+
+FORMS = (
+    fields("source", "target"),
+    Form(("messages",), _conversation),
+    fields("prompt", "completion"),
+    Form((_TRANSLATION,), _translation),
+)
+"""All forms that are recognised by their keys."""

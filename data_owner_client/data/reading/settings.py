@@ -1,0 +1,34 @@
+"""Settings of reading files with texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+Format = Literal["jsonl", "json", "csv", "tsv", "text"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingSettings:
+    """Settings of reading files with texts. They hold for all files of a command.
+
+    Attributes:
+        format: Format of the files. Default: from their names, or from their content where the name does not tell.
+        source_field: Field or column of the source, such as en or translation.en; a number with --no-header. Default:
+            from the form of the records.
+        target_field: Field or column of the target. Default: from the form of the records.
+        header: Tables begin with a line of column names.
+        skip_invalid: Leave out texts that cannot be used, and say how many there are. Where every text has its line of
+            output, that line is then empty.
+    """
+
+    format: Format | None = None
+    source_field: str | None = None
+    target_field: str | None = None
+    header: Annotated[bool, Parameter(negative="--no-header")] = True
+    skip_invalid: bool = False
+
+
+DEFAULT_READING = ReadingSettings()
