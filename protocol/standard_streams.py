@@ -18,6 +18,14 @@ def use_utf8() -> None:
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
 
 
+def say(line: str) -> None:
+    """Print a line to standard error. If nobody reads it any longer, the work goes on without."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        flush()
+
+
 def flush() -> None:
     """Flush both streams. If the reader of one, such as `head`, has gone, send the rest nowhere."""
     for stream in (sys.stdout, sys.stderr):

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -142,8 +142,7 @@ def set_threads(threads: int) -> None:
 
 def _failed(message: str, *, status: int) -> int:
     standard_streams.flush()
-    with suppress(BrokenPipeError):
-        print(f"pema-client: {message}", file=sys.stderr, flush=True)
+    standard_streams.say(f"pema-client: {message}")
     return status
 
 
@@ -159,12 +158,19 @@ def _usage_error(error: CycloptsError) -> str:
     return " ".join(str(error).split())
 
 
+class _StderrHandler(logging.Handler):
+    """Prints to standard error as it is at that time: while a bar is drawn, lines appear above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        standard_streams.say(self.format(record))
+
+
 @contextmanager
 def _warnings_on_stderr() -> Iterator[None]:
     """Show warnings of this package on the standard error stream, and nothing of gRPC's."""
     ours, grpc = logging.getLogger("data_owner_client"), logging.getLogger("grpc")
     levels = ours.level, grpc.level
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours.addHandler(handler)
     ours.setLevel(logging.WARNING)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -29,7 +28,7 @@ def stderr_reporter() -> Reporter:
     # A variable such as FORCE_COLOR makes rich draw bars into files.
     if sys.stderr.isatty() and console.is_interactive:
         return BarReporter(console)
-    return LineReporter(sys.stderr)
+    return LineReporter(standard_streams.say)
 
 
 class BarReporter(Reporter):
@@ -79,15 +78,19 @@ class LineReporter(Reporter):
     """Writes a line a minute while work lasts, also where it hangs, and one at the end.
 
     Args:
-        stream: stream of the lines.
+        write: writes a line.
         interval_s: seconds between two lines of the same work.
         clock: a clock in seconds, for rates and times.
     """
 
     def __init__(
-        self, stream: TextIO, *, interval_s: float = _INTERVAL_SECONDS, clock: Callable[[], float] = time.monotonic
+        self,
+        write: Callable[[str], None],
+        *,
+        interval_s: float = _INTERVAL_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stream = stream
+        self._write = write
         self._interval_s = interval_s
         self._clock = clock
         self._depth = 0
@@ -118,12 +121,6 @@ class LineReporter(Reporter):
             with self._lock:
                 if not ended.is_set():
                     self._write(bar.line())
-
-    def _write(self, line: str) -> None:
-        try:
-            print(line, file=self._stream, flush=True)
-        except BrokenPipeError:  # nobody reads the log any longer, which is no reason to end the work
-            standard_streams.flush()
 
 
 class _ProgressBar:
