@@ -16,6 +16,7 @@ from data_owner_client.runtime.atomic_files import write_atomically
 from data_owner_client.runtime.console import print_table
 from data_owner_client.runtime.progress_display import stderr_reporter
 from data_owner_client.runtime.resumable_output import ResumableOutput, one_line
+from protocol import standard_streams
 from protocol.errors import InvalidData, PemaError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def write_texts(
 
             def on_failure(at: int, error: PemaError) -> None:
                 failed.add(at)
-                print(f"pema-client: text {numbers[at] + 1}: {error}", file=sys.stderr)
+                standard_streams.say(f"pema-client: text {numbers[at] + 1}: {error}")
 
             result = run([inputs[number] for number in numbers], on_failure=on_failure, reporter=reporter)
             usage += result.stats
@@ -62,7 +63,7 @@ def write_texts(
 
         before = ResumableOutput(output, identity).write(inputs, work, reporter)
         done_before = f" ({before} of them done before)" if before else ""
-        print(f"{len(inputs)} texts{done_before}: {usage}.", file=sys.stderr)
+        standard_streams.say(f"{len(inputs)} texts{done_before}: {usage}.")
         return
     result = run(inputs, reporter=stderr_reporter())
     if explain is not None:
@@ -82,7 +83,7 @@ def write_texts(
     else:
         write_atomically(output, body.encode())
     if not as_json:
-        print(f"{len(inputs)} texts: {result.stats}.", file=sys.stderr)
+        standard_streams.say(f"{len(inputs)} texts: {result.stats}.")
 
 
 def json_line(record: dict[str, Any]) -> str:
