@@ -72,8 +72,6 @@ class _Options:
 
     def arguments(self, adapter: TrainedAdapter | None) -> dict[str, Any]:
         """The arguments that `translate` and `generate` of the library have in common."""
-        from data_owner_client.runtime.progress_display import stderr_reporter
-
         consensus = self.more.consensus
         return {
             "adapter": adapter,
@@ -84,7 +82,6 @@ class _Options:
             "samples": self.samples,
             "best": self.best,
             "consensus": consensus,
-            "reporter": stderr_reporter(),
         }
 
     def changing(self, adapter: TrainedAdapter | None) -> list[object]:
