@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from torch import Tensor
 
+from data_owner_client.adapter.bounds import TextBounds
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.types import AdapterForm
 from data_owner_client.data.example_retrieval import ExampleRetriever
@@ -23,6 +24,7 @@ class AdapterCard(BaseModel):
         candidates: number of candidate tokens.
         length_ratio: target tokens per source token in the training memory.
         mean_length: mean target length in the training memory, in tokens.
+        bounds: bounds of a text, from the targets of the training memory; None on cards of earlier versions.
         nearest: retrieved examples in each of the PLM's prompts; 0 for the examples of the task.
         interpolation: schedule or gate of λ that training chose.
         interpolation_why: reason for that choice, in words.
@@ -46,6 +48,7 @@ class AdapterCard(BaseModel):
     candidates: int = Field(ge=1)
     length_ratio: FiniteFloat = Field(ge=0)
     mean_length: FiniteFloat = Field(ge=0)
+    bounds: TextBounds | None = None
     nearest: int = Field(default=0, ge=0)
     interpolation: Interpolation
     interpolation_why: str

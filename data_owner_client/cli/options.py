@@ -43,7 +43,7 @@ Server = Annotated[
 ]
 Connection = Annotated[ConnectionSettings, Parameter(name="*", group=CONNECTION)]
 Training = Annotated[TrainingSettings, Parameter(name="*", group=TRAINING, negative_bool="no-")]
-Decoding = Annotated[DecodingSettings, Parameter(name="*", group=DECODING)]
+Decoding = Annotated[DecodingSettings, Parameter(name="*", group=DECODING, negative_bool="no-")]
 Sampling = Annotated[SamplingSettings, Parameter(name="*", group=SAMPLING)]
 Scoring = Annotated[ScoringSettings, Parameter(name="*", group=OUTPUT)]
 
@@ -76,6 +76,15 @@ ShareTargets = Annotated[
 OutputFile = Annotated[
     Path | None,
     Parameter(name="--output", help="File for the texts, one a line. Default: standard output.", group=OUTPUT),
+]
+Stop = Annotated[
+    list[str] | None,
+    Parameter(
+        help="Text before which a text ends; may be given several times. Default: the model's own end only.",
+        negative=(),
+        allow_leading_hyphen=True,
+        group=DECODING,
+    ),
 ]
 Stream = Annotated[bool, Parameter(help="Show one text as it grows.", group=OUTPUT)]
 Explain = Annotated[

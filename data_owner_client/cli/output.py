@@ -21,7 +21,6 @@ from protocol.errors import InvalidData, PemaError
 
 if TYPE_CHECKING:
     from data_owner_client.cli.doctor import Diagnosis
-    from data_owner_client.data.tasks import Task
     from data_owner_client.decoding.generation import Generation
     from data_owner_client.decoding.token_selection import TokenChoice
     from data_owner_client.evaluation.comparison.compare import Comparison
@@ -31,15 +30,20 @@ if TYPE_CHECKING:
 
 
 def write_texts(
-    inputs: list[str],
+    inputs: Sequence[str],
     run: Callable[..., Generation],
     identity: Sequence[object],
     output: Path | None,
     as_json: bool,
     explain: Path | None,
     tokenizer: PlmTokenizer,
+    *,
+    verbatim: bool,
 ) -> None:
-    """Generate and write: to a file in parts that an interruption leaves behind, to standard output at the end."""
+    """Generate and write: to a file in parts that an interruption leaves behind, to standard output at the end.
+
+    Each text is one line. With `verbatim`, a single text on standard output has the lines that it has.
+    """
     if output is not None and not as_json and explain is None:
         from data_owner_client.decoding.speculative import GenerationStats
 
@@ -76,7 +80,8 @@ def write_texts(
         usage_record = vars(result.stats) | {"seconds": result.seconds}
         body = json.dumps({"texts": texts, "usage": usage_record}, ensure_ascii=False, indent=1) + "\n"
     else:
-        body = "".join(f"{one_line(text)}\n" for text in result.texts)
+        whole = verbatim and output is None and len(inputs) == 1
+        body = "".join(f"{text if whole else one_line(text)}\n" for text in result.texts)
     if output is None:
         sys.stdout.write(body)
         sys.stdout.flush()
@@ -92,7 +97,7 @@ def json_line(record: dict[str, Any]) -> str:
     return line.translate({ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
 
 
-def _explained(inputs: list[str], result: Generation, tokenizer: PlmTokenizer) -> str:
+def _explained(inputs: Sequence[str], result: Generation, tokenizer: PlmTokenizer) -> str:
     """A JSON object a line for every input: its tokens, the distribution that each was chosen from, who wanted it."""
 
     def token(choice: TokenChoice) -> dict[str, Any]:
@@ -114,24 +119,19 @@ def _explained(inputs: list[str], result: Generation, tokenizer: PlmTokenizer) -
     return "".join(f"{json_line(record)}\n" for record in records)
 
 
-def stream_text(inputs: list[str], run: Callable[..., Generation], task: Task, tokenizer: PlmTokenizer) -> None:
+def stream_text(inputs: Sequence[str], run: Callable[..., Generation]) -> None:
     """Show one text on standard output as it grows."""
     if len(inputs) != 1:
         raise InvalidData(f"--stream shows one text as it grows, and there are {len(inputs)}.", hint="Give one.")
-    shown, ids = "", list[int]()
+    shown = 0
 
-    def show(text: str) -> None:
+    def show(_: int, text: str) -> None:
         nonlocal shown
-        if text.startswith(shown):
-            sys.stdout.write(text[len(shown) :])
-            sys.stdout.flush()
-            shown = text
+        sys.stdout.write(text[shown:])
+        sys.stdout.flush()
+        shown = len(text)
 
-    def on_token(_: int, token_id: int) -> None:
-        ids.append(token_id)
-        show(task.answer(ids, tokenizer).rstrip("\N{REPLACEMENT CHARACTER}"))  # half of a character
-
-    show(run(inputs, on_token=on_token, reporter=None).texts[0])
+    show(0, run(inputs, on_text=show, reporter=None).texts[0])
     sys.stdout.write("\n")
     sys.stdout.flush()
 

@@ -9,16 +9,19 @@ import torch
 
 from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.data.stops import StopMatcher, Stops
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.sampling import Noise
+from data_owner_client.decoding.sequence import End, EndRules, SequenceState
 from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings, SamplingSettings
-from data_owner_client.decoding.speculative import GenerationStats, PlmOnlyCalls, SequenceState, SpeculativeDecoder
+from data_owner_client.decoding.speculative import GenerationStats, PlmOnlyCalls, SpeculativeDecoder
 from data_owner_client.decoding.token_selection import TokenChoice, TokenSelector
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Bar, Reporter
 from protocol.errors import InvalidData
 
 _PLM_ONLY = Interpolation(schedule="none")
+_NO_STOPS = Stops()
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class GenerationRequest:
         adapter_prompt: token ids behind which the adapter's representations are taken; None for `prompt`.
         sample: number of this continuation among those of the same prompt, for its noise; None for the most probable
             tokens even when sampling.
+        length_bound: longest plausible answer in tokens; None for no bound.
     """
 
     prompt: Sequence[int]
     expected_length: float | None = None
     adapter_prompt: Sequence[int] | None = None
     sample: int | None = 0
+    length_bound: int | None = None
 
     @property
     def longest_prompt(self) -> int:
@@ -49,10 +54,14 @@ class Continuation:
     """The continuation of one prompt.
 
     Attributes:
-        choices: its tokens with their scores, the stop token included.
+        choices: its tokens with their scores, those of the stop included.
+        text: its text before the stop.
+        end: reason for its end.
     """
 
     choices: list[TokenChoice]
+    text: str
+    end: End
 
     @property
     def token_ids(self) -> list[int]:
@@ -65,16 +74,38 @@ class Continuation:
         return sum(choice.logprob for choice in self.choices)
 
 
+@dataclass(frozen=True)
+class GenerationConfig:
+    """The distribution that texts are generated from, their ends, and the way there.
+
+    Attributes:
+        adapter: the data owner's adapter, trained for this PLM; None for the PLM alone.
+        interpolation: schedule or gate of λ; without an adapter it is not used.
+        stops: ends of the texts.
+        repetition_limit: repeated tokens (`data.repetition`) at which a text ends; None for any number.
+        settings: length, look-ahead and batch size.
+        sampling: settings of sampling; None for the most probable tokens. Draws from the whole vocabulary need all rows
+            of the LM head, which are fetched unless the cache has them.
+        lookup: drafter from fixed texts; None for none.
+    """
+
+    adapter: CandidateDistribution | None = None
+    interpolation: Interpolation = _PLM_ONLY
+    stops: Stops = _NO_STOPS
+    repetition_limit: int | None = None
+    settings: DecodingSettings = DEFAULT_DECODING
+    sampling: SamplingSettings | None = None
+    lookup: NgramDrafter | None = None
+
+
+DEFAULT_GENERATION = GenerationConfig()
+
+
 def generate(
     plm: RemotePlm,
     requests: Sequence[GenerationRequest],
+    config: GenerationConfig = DEFAULT_GENERATION,
     *,
-    adapter: CandidateDistribution | None = None,
-    interpolation: Interpolation = _PLM_ONLY,
-    stop_ids: frozenset[int],
-    settings: DecodingSettings = DEFAULT_DECODING,
-    sampling: SamplingSettings | None = None,
-    lookup: NgramDrafter | None = None,
     on_token: Callable[[int, int], None] | None = None,
     reporter: Reporter | None = None,
 ) -> tuple[list[Continuation], GenerationStats]:
@@ -83,14 +114,9 @@ def generate(
     Args:
         plm: the PLM.
         requests: continuations to generate.
-        adapter: the data owner's adapter, trained for this PLM; None for the PLM alone.
-        interpolation: schedule or gate of λ.
-        stop_ids: tokens that end a sequence.
-        settings: length, look-ahead and batch size.
-        sampling: settings of sampling; None for the most probable tokens. Draws from the whole vocabulary need all rows
-            of the LM head, which are fetched unless the cache has them.
-        lookup: drafter from fixed texts; None for none.
-        on_token: called with the index of the request and the id of every final token; None for no call.
+        config: distribution and ends of the texts.
+        on_token: called with the index of the request and the id of every token, as soon as it is final; None for no
+            call.
         reporter: shows the progress; None for none.
 
     Returns:
@@ -100,26 +126,32 @@ def generate(
         InvalidData: a prompt is too long for the server, an expected length is missing, or candidates shall be drawn
             without an adapter.
     """
+    adapter, sampling, settings = config.adapter, config.sampling, config.settings
     _check(plm, requests, adapter, sampling)
-    if adapter is None:
-        interpolation = _PLM_ONLY
+    interpolation = _PLM_ONLY if adapter is None else config.interpolation
     limits = plm.card.limits
+    rules = EndRules(StopMatcher(plm.tokenizer, config.stops), config.repetition_limit)
     sequences = []
     for number, request in enumerate(requests):
         room = min(settings.max_new_tokens, limits.max_sequence_tokens - request.longest_prompt)
-        sequences.append(_sequence(number, request, interpolation, room, sampling))
+        sequences.append(_sequence(number, request, interpolation, rules, room, sampling))
         if adapter is not None and request.adapter_prompt is not None:
             sequences[-1].adapter_prompt = list(request.adapter_prompt)
     head = None
     if sampling is not None and not sampling.candidates_only:
         head = plm.full_head(reporter).to(torch.float32)
-    selector = TokenSelector(adapter, head, interpolation, stop_ids, sampling)
-    decoder = SpeculativeDecoder(plm, selector, stop_ids, settings, lookup, on_token)
+    selector = TokenSelector(adapter, head, interpolation, rules.stops.ids, sampling)
+    decoder = SpeculativeDecoder(plm, selector, rules.stops.ids, settings, config.lookup, on_token)
     batch_size = max(1, min(settings.batch_size, limits.max_sequences, limits.max_rows // settings.max_new_tokens))
     with (reporter or Reporter()).bar("generating", len(sequences), "sequences") as bar:
         _run(decoder, sequences, batch_size, bar)
-    decoder.stats.tokens = sum(s.length for s in sequences)
-    return [Continuation(s.choices) for s in sequences], decoder.stats
+    stats, ends = decoder.stats, [s.end or End.MAX_TOKENS for s in sequences]
+    stats.tokens = sum(s.length for s in sequences)
+    stats.length_bound_ends, stats.repetition_ends = ends.count(End.LENGTH_BOUND), ends.count(End.REPETITION)
+    continuations = [
+        Continuation(s.choices, rules.stops.text(s.generated), end) for s, end in zip(sequences, ends, strict=True)
+    ]
+    return continuations, stats
 
 
 def require_room(plm: RemotePlm, prompt: Sequence[int], *, label: str) -> None:
@@ -163,14 +195,18 @@ def _sequence(
     number: int,
     request: GenerationRequest,
     interpolation: Interpolation,
+    rules: EndRules,
     max_tokens: int,
     sampling: SamplingSettings | None,
 ) -> SequenceState:
     """The sequence of a request, with λ at each of its positions."""
+    end = End.MAX_TOKENS
+    if request.length_bound is not None and request.length_bound < max_tokens:
+        max_tokens, end = request.length_bound, End.LENGTH_BOUND
     length, positions_T = request.expected_length or 1.0, torch.arange(max_tokens)
     lambdas = interpolation.lambdas(positions_T, torch.full((max_tokens,), length, dtype=torch.float64)).tolist()
     plm_only_from = next((t for t in range(max_tokens) if interpolation.finished(t, length)), max_tokens)
-    sequence = SequenceState(number, list(request.prompt), lambdas, plm_only_from)
+    sequence = SequenceState(number, list(request.prompt), lambdas, plm_only_from, rules, end)
     if sampling is not None and request.sample is not None:
         sequence.noise = Noise(sampling.seed, sequence.prompt, request.sample)
         # The server drafts the most probable tokens, so it can finish alone only where these are wanted.
@@ -194,7 +230,7 @@ def _run(decoder: SpeculativeDecoder, sequences: Sequence[SequenceState], batch_
             decoder.step(active)
             extended, active = active, []
         extended += plm_only_calls.completed(wait=not extended)
-        bar.advance(sum(s.done for s in extended))
+        bar.advance(sum(s.end is not None for s in extended))
         for sequence in extended:
-            if not sequence.done:
+            if not sequence.end:
                 (active if sequence.length < sequence.plm_only_from else plm_only).append(sequence)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from data_owner_client.adapter.card import CandidateDistribution
+from data_owner_client.adapter.bounds import DEFAULT_REPETITION_LIMIT
+from data_owner_client.adapter.card import AdapterCard, CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.example_retrieval import with_retrieved_examples
+from data_owner_client.data.stops import StopMatcher, Stops
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.client_drafts import NgramDrafter
-from data_owner_client.decoding.decode_loop import Continuation, GenerationRequest, require_room
+from data_owner_client.decoding.decode_loop import Continuation, GenerationConfig, GenerationRequest, require_room
 from data_owner_client.decoding.decode_loop import generate as generate_ids
 from data_owner_client.decoding.mbr import rank_by_expected_chrf
+from data_owner_client.decoding.sequence import End
 from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings, SamplingSettings
 from data_owner_client.decoding.speculative import GenerationStats
 from data_owner_client.decoding.token_selection import TokenChoice
@@ -33,6 +37,8 @@ OnFailure = Callable[[int, PemaError], None]
 """Called with the index of a text and the reason why it cannot be answered."""
 OnToken = Callable[[int, int], None]
 """Called with the index of a text and the id of a token."""
+OnText = Callable[[int, str], None]
+"""Called with the index of a text and its beginning so far, which is final."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,10 @@ class Generation:
         """The first text of each input."""
         return [texts[0] for texts in self.best]
 
+    def stripped(self) -> Generation:
+        """A copy whose texts have no surrounding space."""
+        return replace(self, best=[[text.strip() for text in texts] for texts in self.best])
+
     @property
     def token_ids(self) -> list[list[int]]:
         """Token ids of the first text of each input."""
@@ -67,7 +77,8 @@ class GenerationOptions(TypedDict, total=False):
 
     Attributes:
         interpolation: schedule or gate of λ; None for the one that training chose.
-        decoding: length, look-ahead and batch size.
+        decoding: length, bounds, look-ahead and batch size.
+        stop: texts before which a text ends, beside the other stops.
         lookup: drafter from a memory's targets (`ngram_drafter_for`); the PLM's owner sees its drafts. None for none.
         sampling: settings of sampling; None for the most probable tokens. The text depends on the seed, not on drafts.
         samples: texts to draw for each input.
@@ -76,12 +87,15 @@ class GenerationOptions(TypedDict, total=False):
             another (`decoding.mbr`). It replaces `samples`, and uses `CONSENSUS_TEMPERATURE` without `sampling`. With
             an adapter only candidates are drawn, which needs no whole LM head. 0 for no consensus.
         on_failure: called for each text that cannot be answered, whose result is then empty. None to raise the error.
-        on_token: called for every final token; None for no call.
+        on_token: called for every token as soon as it is final; None for no call.
+        on_text: called whenever the beginning of a text may have grown that is final; None for no call. What may become
+            a stop or a repetition is left out. Of several texts for an input, this is the first one drawn.
         reporter: shows the progress; None for none.
     """
 
     interpolation: Interpolation | None
     decoding: DecodingSettings
+    stop: Sequence[str]
     lookup: NgramDrafter | None
     sampling: SamplingSettings | None
     samples: int
@@ -89,6 +103,7 @@ class GenerationOptions(TypedDict, total=False):
     consensus: int
     on_failure: OnFailure | None
     on_token: OnToken | None
+    on_text: OnText | None
     reporter: Reporter | None
 
 
@@ -98,6 +113,7 @@ class _Options:
 
     interpolation: Interpolation | None = None
     decoding: DecodingSettings = DEFAULT_DECODING
+    stop: Sequence[str] = ()
     lookup: NgramDrafter | None = None
     sampling: SamplingSettings | None = None
     samples: int = 1
@@ -105,7 +121,32 @@ class _Options:
     consensus: int = 0
     on_failure: OnFailure | None = None
     on_token: OnToken | None = None
+    on_text: OnText | None = None
     reporter: Reporter | None = None
+
+    def config(
+        self, adapter: CandidateDistribution | None, stops: Stops, sampling: SamplingSettings | None
+    ) -> GenerationConfig:
+        """The configuration of the decode loop.
+
+        Args:
+            adapter: the data owner's adapter; None for the PLM alone.
+            stops: ends of the texts, without those of the options.
+            sampling: settings of sampling, from `draws`.
+        """
+        bounds = adapter.card.bounds if adapter else None
+        limit = bounds.repetition_limit if bounds else DEFAULT_REPETITION_LIMIT
+        wanted = self.decoding.repetition_bound
+        return GenerationConfig(
+            adapter=adapter,
+            interpolation=self.interpolation or (adapter.card.interpolation if adapter else Interpolation()),
+            stops=stops.with_texts(self.stop),
+            # An old card has no bounds, and the texts of its adapter stay as they are.
+            repetition_limit=limit if wanted or (wanted is None and bounds) else None,
+            settings=self.decoding,
+            sampling=sampling,
+            lookup=self.lookup,
+        )
 
     def draws(self, adapter: CandidateDistribution | None) -> tuple[list[int | None], SamplingSettings | None]:
         """The sample numbers of each input's continuations (see `GenerationRequest.sample`), and their sampling."""
@@ -123,11 +164,19 @@ class _Input:
         prompt: prompt of the PLM.
         expected_length: SL in tokens; None without an adapter.
         adapter_prompt: prompt of the adapter; None for `prompt`.
+        length_bound: longest plausible answer in tokens; None for no bound.
     """
 
     prompt: Prompt
     expected_length: float | None = None
     adapter_prompt: Prompt | None = None
+    length_bound: int | None = None
+
+    @classmethod
+    def from_source(cls, prompt: Prompt, source_tokens: int, card: AdapterCard, *, bounded: bool) -> _Input:
+        """The input of a source text that is answered with an adapter."""
+        bound = card.bounds.max_tokens(source_tokens) if bounded and card.bounds else None
+        return cls(prompt, card.expected_length(source_tokens), length_bound=bound)
 
 
 def translate(
@@ -154,20 +203,26 @@ def translate(
     task = task or (adapter.card.task if adapter else None)
     if task is None:
         raise InvalidData("Without an adapter there is no task.", hint="Give one with --task.")
-    tokenizer = plm.tokenizer
-    inputs = [
-        _Input(
-            task.prompt(source, tokenizer), adapter.card.expected_length(tokenizer.count(source)) if adapter else None
-        )
-        for source in sources
-    ]
+    chosen, tokenizer = _Options(**options), plm.tokenizer
+    # The adapter learned prompts of the day when its memory was begun.
+    task = task.on_day(adapter.card.task.date if adapter else None, tokenizer)
+    inputs = [_Input(task.prompt(source, tokenizer)) for source in sources]
+    if adapter:
+        bounded = chosen.decoding.length_bound
+        inputs = [
+            _Input.from_source(each.prompt, tokenizer.count(source), adapter.card, bounded=bounded)
+            for each, source in zip(inputs, sources, strict=True)
+        ]
     if adapter and adapter.retriever:
         tasks = with_retrieved_examples(plm, task, sources, adapter.retriever)
         inputs = [
             replace(each, prompt=own.prompt(source, tokenizer), adapter_prompt=each.prompt)
             for each, own, source in zip(inputs, tasks, sources, strict=True)
         ]
-    return _generate(plm, inputs, task, adapter, _Options(**options))
+    stops, on_text = task.stops(tokenizer, plm.card.eos_token_ids), chosen.on_text
+    if on_text is not None:
+        chosen = replace(chosen, on_text=lambda number, text: on_text(number, text.strip()))
+    return _generate(plm, inputs, stops, adapter, chosen).stripped()
 
 
 def generate(
@@ -175,19 +230,19 @@ def generate(
     prompts: Sequence[str],
     *,
     adapter: CandidateDistribution | None = None,
-    task: Task | None = None,
     **options: Unpack[GenerationOptions],
 ) -> Generation:
-    """Continue prompts as they are, without a task's template around them.
+    """Continue prompts as they are, without a task's template around them, and return exactly what follows them.
 
-    A bare prompt has no source text to predict a length from: Gradual Unrolling then uses the mean target length of the
-    memory.
+    A text ends where the model ends it, before a text of the option `stop`, or at full length.
+
+    A bare prompt has no source text to predict a length from. Gradual Unrolling then uses the mean target length of the
+    memory, and there is no length bound.
 
     Args:
         plm: the PLM.
         prompts: texts.
         adapter: the data owner's adapter; None for the PLM alone.
-        task: says where an answer stops; None for the adapter's task, or for no stop text.
         options: see `GenerationOptions`.
 
     Raises:
@@ -196,8 +251,8 @@ def generate(
     """
     expected_length = adapter.card.mean_length if adapter else None
     inputs = [_Input(Prompt(prompt), expected_length) for prompt in prompts]
-    task = task or (adapter.card.task if adapter else Task(name="bare"))
-    return _generate(plm, inputs, task, adapter, _Options(**options))
+    stops = Stops(ids=frozenset(plm.card.eos_token_ids))
+    return _generate(plm, inputs, stops, adapter, _Options(**options))
 
 
 def ngram_drafter_for(memory: Path) -> NgramDrafter:
@@ -221,43 +276,63 @@ def ngram_drafter_for(memory: Path) -> NgramDrafter:
 def _generate(
     plm: RemotePlm,
     inputs: Sequence[_Input],
-    task: Task,
+    stops: Stops,
     adapter: CandidateDistribution | None,
     options: _Options,
 ) -> Generation:
     started = time.perf_counter()
     if adapter is not None:
         adapter.card.model.require(ModelIdentity.from_card(plm.card), "The adapter", "the server")
-    tokenizer = plm.tokenizer
     requests, numbers = _answerable(plm, inputs, options.on_failure)
     samples, sampling = options.draws(adapter)
-    on_token = options.on_token
-    stop_ids = task.stop_ids(tokenizer) | frozenset(plm.card.eos_token_ids)
+    config = options.config(adapter, stops, sampling)
+    listeners = _Listeners(numbers, len(samples), StopMatcher(plm.tokenizer, config.stops), options)
     continuations, stats = generate_ids(
         plm,
         # Samples of the same prompt one after another: they share all of its attention states.
         [replace(request, sample=sample) for request in requests for sample in samples],
-        adapter=adapter,
-        interpolation=options.interpolation
-        or (adapter.card.interpolation if adapter else Interpolation(schedule="none")),
-        stop_ids=stop_ids,
-        settings=options.decoding,
-        sampling=sampling,
-        lookup=options.lookup,
-        on_token=None if on_token is None else lambda at, token: on_token(numbers[at // len(samples)], token),
+        config,
+        on_token=listeners.on_token if options.on_token or options.on_text else None,
         reporter=options.reporter,
     )
     answers = [[""] for _ in inputs]
     choices: list[list[TokenChoice]] = [[] for _ in inputs]
     for at, number in enumerate(numbers):
         alternatives = continuations[at * len(samples) : (at + 1) * len(samples)]
-        texts = [task.answer(one.token_ids, tokenizer) for one in alternatives]
+        texts = [one.text for one in alternatives]
         order = _by_likelihood(alternatives)
         if options.consensus:
-            order = rank_by_expected_chrf(texts, [one.token_ids[-1] in stop_ids for one in alternatives])
+            order = rank_by_expected_chrf(texts, [one.end is End.STOP for one in alternatives])
         answers[number] = [texts[n] for n in order[: options.best]]
         choices[number] = alternatives[order[0]].choices
     return Generation(best=answers, choices=choices, stats=stats, seconds=time.perf_counter() - started)
+
+
+class _Listeners:
+    """Calls of `on_token` and `on_text` while texts grow.
+
+    Args:
+        numbers: index of the text behind each group of requests.
+        samples: requests of a group.
+        stops: finds the stops.
+        options: the functions to call.
+    """
+
+    def __init__(self, numbers: Sequence[int], samples: int, stops: StopMatcher, options: _Options) -> None:
+        self._numbers = numbers
+        self._samples = samples
+        self._stops = stops
+        self._options = options
+        self._ids = defaultdict[int, list[int]](list)
+
+    def on_token(self, request: int, token: int) -> None:
+        """Report a token of a request."""
+        number, sample = self._numbers[request // self._samples], request % self._samples
+        if self._options.on_token is not None:
+            self._options.on_token(number, token)
+        if self._options.on_text is not None and sample == 0:
+            self._ids[number].append(token)
+            self._options.on_text(number, self._stops.settled_text(self._ids[number]))
 
 
 def _answerable(
@@ -280,7 +355,7 @@ def _answerable(
             on_failure(number, error)
             continue
         adapter_ids = None if adapter_prompt is None else encode(adapter_prompt)
-        requests.append(GenerationRequest(ids, each.expected_length, adapter_ids))
+        requests.append(GenerationRequest(ids, each.expected_length, adapter_ids, length_bound=each.length_bound))
         numbers.append(number)
     return requests, numbers
 

@@ -13,12 +13,12 @@ def rank_by_expected_chrf(texts: Sequence[str], ended: Sequence[bool]) -> list[i
     decoding: Kumar & Byrne, NAACL 2004; with draws: Eikema & Aziz, COLING 2020, arXiv 2005.10283). The most probable
     text is often worse. Probability is spread over many good texts, and a text that stops early may have more than any.
 
-    Unfinished texts come last and are never a reference: they repeat themselves, and two of them are very alike. If
-    none ended, all are treated as finished.
+    Unfinished texts come last and are never a reference: they repeat themselves, and two of them are very alike. A text
+    that was cut by a bound is unfinished, too. If none ended, all are treated as finished.
 
     Args:
         texts: texts for one input.
-        ended: True for each text that ended by a stop token.
+        ended: True for each text that ended by a stop.
     """
     # Here, because it takes a moment that most commands need not wait for.
     import sacrebleu

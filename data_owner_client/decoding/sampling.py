@@ -47,9 +47,7 @@ def sampling_scores(
         return scores_V
     highest = scores_V.max()
     if not highest.isfinite():
-        raise NumericalFault(
-            "No token has a probability.", hint="The server or the adapter is damaged."
-        )
+        raise NumericalFault("No token has a probability.", hint="The server or the adapter is damaged.")
     # The most probable token is at zero, so that no temperature takes all of them to −∞.
     scores_V = (scores_V - highest) / settings.temperature
     if 0 < settings.top_k < len(scores_V):

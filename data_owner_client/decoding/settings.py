@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge, Le, Unit
+from annotated_types import Ge, Le, Lt, Unit
 
 from data_owner_client.runtime.declared_settings import require_in_bounds
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingSettings:
-    """Settings of decoding; only `max_new_tokens` can change a text.
+    """Settings of decoding. Only `max_new_tokens` and the two bounds can change a text.
 
     Attributes:
         max_new_tokens: Longest answer, in tokens.
+        length_bound: End an answer that is much longer than the targets of the adapter's memory are for such a source.
+        repetition_bound: End a text that repeats itself, where the repetition began. Default: with an adapter.
         look_ahead: Tokens that the server drafts per call; never changes the text. Default: two, or the client's own
             drafts where these are likelier to be accepted.
         batch_size: Sequences in one call; one that ends makes room for the next.
     """
 
     max_new_tokens: Annotated[int, Ge(1), Unit("tokens")] = 128
+    length_bound: bool = True
+    repetition_bound: bool | None = None
     look_ahead: Annotated[int, Ge(0), Unit("tokens")] | None = None
     batch_size: Annotated[int, Ge(1), Unit("sequences")] = 32
 
     def __post_init__(self) -> None:
         require_in_bounds(self)
+
+    @property
+    def bounds_of_texts(self) -> tuple[int, bool, bool | None]:
+        """The settings that can change a text."""
+        return self.max_new_tokens, self.length_bound, self.repetition_bound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +55,7 @@ class SamplingSettings:
             LM head.
     """
 
-    temperature: Annotated[float, Ge(0)] = 0.0
+    temperature: Annotated[float, Ge(0), Lt(math.inf)] = 0.0
     top_p: Annotated[float, Ge(0), Le(1)] = 1.0
     top_k: Annotated[int, Ge(0), Unit("tokens")] = 0
     repetition_penalty: Annotated[float, Ge(1)] = 1.0

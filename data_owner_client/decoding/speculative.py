@@ -18,12 +18,10 @@ from functools import partial
 from itertools import accumulate
 from operator import mul
 
-from data_owner_client.adapter.network import RECENT_TOKENS
-from data_owner_client.decoding.acceptance import AcceptanceStats
 from data_owner_client.decoding.client_drafts import Drafter, DraftToken, NgramDrafter, PromptLookupDrafter
-from data_owner_client.decoding.sampling import Noise
+from data_owner_client.decoding.sequence import SequenceState
 from data_owner_client.decoding.settings import DecodingSettings
-from data_owner_client.decoding.token_selection import DecodePosition, TokenChoice, TokenSelector
+from data_owner_client.decoding.token_selection import TokenChoice, TokenSelector
 from data_owner_client.plm.connection.base import Attempt
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.background import daemon_future
@@ -36,61 +34,35 @@ _LOOK_AHEAD = 2
 _MAX_PLM_ONLY_CALLS = 4
 # Weight of the acceptance rate over all sequences against that of the sequence itself, in drafts.
 _PRIOR_DRAFTS = 8.0
+# Before measurements: how often the PLM's top-1 differed from the mixture's in a prototype.
+_PRIOR_DISAGREEMENT = 0.45  # times λ
+_PRIOR_WEIGHT = 8.0
+_BUCKETS = 10
 
 
 @dataclass
-class SequenceState:
-    """One growing text.
+class AcceptanceStats:
+    """Acceptance rate of the server's drafts, by λ.
 
     Attributes:
-        number: index of its request.
-        prompt: token ids behind which the PLM's distribution is taken.
-        lambdas: λ_t of every token that it may have.
-        plm_only_from: position from which λ is 0 to the end.
-        adapter_prompt: token ids behind which the adapter's representations are taken; None for `prompt`.
-        noise: noise of its draws; None to take the most probable tokens.
-        choices: its tokens so far, with their scores.
-        expected_accepts: expected number of positions so far at which mixture and PLM choose the same token.
-        accepts: number of positions so far at which mixture and PLM chose the same token.
-        done: True after a stop token, or at full length.
+        drafted: drafts that the mixture checked, for λ from 0 to 1 in tenths.
+        accepted: drafts that the mixture accepted, for λ from 0 to 1 in tenths.
     """
 
-    number: int
-    prompt: list[int]
-    lambdas: list[float]
-    plm_only_from: int
-    adapter_prompt: list[int] | None = None
-    noise: Noise | None = None
-    choices: list[TokenChoice] = field(default_factory=list)
-    expected_accepts: float = 0.0
-    accepts: int = 0
-    done: bool = False
+    drafted: list[int] = field(default_factory=lambda: [0] * (_BUCKETS + 1))
+    accepted: list[int] = field(default_factory=lambda: [0] * (_BUCKETS + 1))
 
-    @property
-    def length(self) -> int:
-        """Tokens so far."""
-        return len(self.choices)
+    def observe(self, lambda_t: float, *, accepted: bool) -> None:
+        """Count one checked draft at this λ."""
+        bucket = round(lambda_t * _BUCKETS)
+        self.drafted[bucket] += 1
+        self.accepted[bucket] += accepted
 
-    @property
-    def generated(self) -> list[int]:
-        """Ids of the tokens so far."""
-        return [choice.token for choice in self.choices]
-
-    @property
-    def context(self) -> list[int]:
-        """Token ids of the prompt and the tokens so far."""
-        return self.prompt + self.generated
-
-    def position(self, t: int, drafts: Sequence[int]) -> DecodePosition:
-        """The position of token t, if the drafts before it are accepted."""
-        recent = [*(choice.token for choice in self.choices[-RECENT_TOKENS:]), *drafts]
-        # Only draws look at the whole context.
-        return DecodePosition(self.lambdas[t], t, self.noise, recent, [*self.context, *drafts] if self.noise else ())
-
-    @property
-    def max_new_drafts(self) -> int:
-        """Tokens that may still be drafted before the last one; negative at full length."""
-        return len(self.lambdas) - self.length - 1
+    def rate(self, lambda_t: float) -> float:
+        """Probability that the mixture accepts a draft at this λ."""
+        bucket = round(lambda_t * _BUCKETS)
+        prior = 1.0 - _PRIOR_DISAGREEMENT * lambda_t
+        return (self.accepted[bucket] + _PRIOR_WEIGHT * prior) / (self.drafted[bucket] + _PRIOR_WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -124,6 +96,8 @@ class GenerationStats:
         round_trips: calls, counted once for each sequence in them.
         drafted: tokens drafted by either side.
         accepted: drafts that became part of a text.
+        length_bound_ends: texts that ended at the length bound.
+        repetition_ends: texts that ended at a repetition.
         network_s: seconds waiting for the network.
         server_s: seconds waiting for the server.
         client_s: seconds of work on the client.
@@ -134,6 +108,8 @@ class GenerationStats:
     round_trips: int = 0
     drafted: int = 0
     accepted: int = 0
+    length_bound_ends: int = 0
+    repetition_ends: int = 0
     network_s: float = 0.0
     server_s: float = 0.0
     client_s: float = 0.0
@@ -146,8 +122,18 @@ class GenerationStats:
         return (
             f"{self.tokens:,} tokens, {self.round_trips / max(1, self.tokens):.2f} round trips per token, "
             f"{self.accepted:,} of {self.drafted:,} drafts accepted; {self.server_s:.1f} s waiting for the server, "
-            f"{self.network_s:.1f} s for the network, {self.client_s:.1f} s of work on this side"
+            f"{self.network_s:.1f} s for the network, {self.client_s:.1f} s of work on this side{self._bounded}"
         )
+
+    @property
+    def _bounded(self) -> str:
+        """The number of texts that ended at a bound, in words; empty if none did."""
+        ends = [
+            f"{texts:,} {'text' if texts == 1 else 'texts'} ended at {bound}"
+            for texts, bound in ((self.length_bound_ends, "the length bound"), (self.repetition_ends, "a repetition"))
+            if texts
+        ]
+        return f"; {', '.join(ends)}" if ends else ""
 
 
 class SpeculativeDecoder:
@@ -156,7 +142,7 @@ class SpeculativeDecoder:
     Args:
         plm: the remote PLM.
         selector: selects the mixture's tokens.
-        stop_ids: tokens that end a text.
+        stop_ids: tokens after which the server drafts nothing more.
         settings: number of drafts of the server.
         lookup: drafter from fixed texts; None for none.
         on_token: called with the index of the request and the id of every final token; None for no call.
@@ -279,15 +265,14 @@ class SpeculativeDecoder:
             accepted = 0
             for step, draft in enumerate(row):
                 choice = next(choices)
-                if accepted < step or sequence.done:
+                if accepted < step or sequence.end:
                     continue  # behind a difference, or the end
                 self._observe(sequence, choice)
                 if step < len(client_drafts):
                     client_drafts[step].drafter.observe(client_drafts[step], accepted=choice.token == draft)
-                sequence.choices.append(choice)
+                sequence.append(choice)
                 if self._on_token is not None:
-                    self._on_token(sequence.number, choice.token)
-                sequence.done = choice.token in self._stop_ids or sequence.max_new_drafts < 0
+                    sequence.report(self._on_token)
                 self.stats.accepted += step > 0
                 accepted += choice.token == draft
 

@@ -12,7 +12,7 @@ there teaches the adapter to skip or to repeat words. So each context is also ma
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _MAX_TOKENS_APART = 3
@@ -34,15 +34,14 @@ class AlignedContext(NamedTuple):
     reliable: bool
 
 
-def align(drafted: Sequence[int], target: Sequence[int], stop_ids: Container[int]) -> list[AlignedContext]:
+def align(drafted: Sequence[int], target: Sequence[int], stop: int | None) -> list[AlignedContext]:
     """Choose a context of the continuation for every token of the target.
 
     Args:
-        drafted: ŵ, as token ids; tokens after a stop token are ignored.
+        drafted: ŵ, as token ids; tokens after its stop are ignored.
         target: y, as token ids.
-        stop_ids: ids of the tokens that end an answer.
+        stop: index in `drafted` of the token that ends the answer; None if the continuation was cut off.
     """
-    stop = next((k for k, token in enumerate(drafted) if token in stop_ids), None)
     end = len(drafted) - 1 if stop is None else stop
     draft_index_of = {0: 0} | {i + 1: k + 1 for k, i in _common_subsequence(drafted[:end], target[:-1])}
     # After the last common word, both texts meet again at their ends, unless the continuation was cut off.

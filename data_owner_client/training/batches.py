@@ -14,8 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from data_owner_client.adapter.bounds import TextBounds
 from data_owner_client.adapter.candidates import index_of, token_set
 from data_owner_client.adapter.network import RECENT_TOKENS
+from data_owner_client.data.repetition import longest_repetition
 from data_owner_client.memory.rows import MemoryRows
 from protocol.errors import InvalidData
 from protocol.integrity import require_finite
@@ -164,11 +166,13 @@ class MemoryStats:
         axes_D_D: float32, orthogonal: the principal axes of the first representations, a row each. Adam scales each
             coordinate separately, so it learns less when the main directions are spread over all coordinates, as in a
             secret basis. Along its principal axes a memory looks the same in every basis.
+        bounds: bounds of generated texts, from the targets.
     """
 
     candidate_ids_C: Tensor
     rms: float
     axes_D_D: Tensor
+    bounds: TextBounds
 
     @classmethod
     def from_memory(cls, memory: ShardSource) -> MemoryStats:
@@ -182,10 +186,11 @@ class MemoryStats:
             NumericalFault: a representation is not finite.
         """
         ids_C, squares, count = torch.empty(0, dtype=torch.int64), 0.0, 0
-        shards, axes = len(memory.shard_rows), _PrincipalAxes()
+        shards, axes, targets = len(memory.shard_rows), _PrincipalAxes(), _TargetLengths()
         for number in range(shards):
             rows = memory.shard(number)
             ids_C = token_set([ids_C, rows.target_N])
+            targets.add(rows)
             cr_N_D = rows.representations_N_D()
             for cr_B_D in cr_N_D.split(_ROWS_AT_ONCE):
                 require_finite(cr_B_D, "the memory's representations")
@@ -194,7 +199,25 @@ class MemoryStats:
             axes.add(cr_N_D[: -(-_ROWS_PER_AXIS * cr_N_D.shape[1] // shards)].float())
         if not count:
             raise InvalidData("The memory has no rows.", hint="Build it from at least one pair.")
-        return cls(ids_C, math.sqrt(squares / count), axes.result())
+        return cls(ids_C, math.sqrt(squares / count), axes.result(), targets.bounds())
+
+
+class _TargetLengths:
+    """Lengths and repetitions of targets that arrive a shard at a time."""
+
+    def __init__(self) -> None:
+        self._rows, self._source_tokens = list[Tensor](), list[Tensor]()
+        self._longest_repetition = 0
+
+    def add(self, rows: MemoryRows) -> None:
+        self._rows.append(rows.rows_E)
+        self._source_tokens.append(rows.source_tokens_E)
+        targets = (ids_T.tolist() for ids_T in rows.target_N.split(rows.rows_E.tolist()))
+        self._longest_repetition = max(self._longest_repetition, longest_repetition(targets))
+
+    def bounds(self) -> TextBounds:
+        """Bounds of texts that are generated in the manner of these targets."""
+        return TextBounds.from_lengths(torch.cat(self._rows), torch.cat(self._source_tokens), self._longest_repetition)
 
 
 class _PrincipalAxes:

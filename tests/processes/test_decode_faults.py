@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from data_owner_client import DecodingSettings, connect
-from data_owner_client.decoding.decode_loop import GenerationRequest, generate
+from data_owner_client.data.stops import Stops
+from data_owner_client.decoding.decode_loop import GenerationConfig, GenerationRequest, generate
 from harness.tcp_proxy import Fault, faulty_proxy
 from harness.tiny_models import EOS, VOCAB_SIZE, TinyModels
 from tests import guard
@@ -97,7 +98,7 @@ def test_the_servers_memory_is_flat_through_random_traffic(setting: Setting) -> 
                 settings = DecodingSettings(
                     max_new_tokens=rng.randint(1, 20), batch_size=rng.choice([1, 7, 32]) if rng.random() < 0.1 else 32
                 )
-                generate(plm, requests, stop_ids=frozenset([EOS]), settings=settings)
+                generate(plm, requests, GenerationConfig(stops=Stops(ids=frozenset([EOS])), settings=settings))
             resident.append(process.memory_info().rss)
     # What comes first fills the cache and the allocator.
     assert resident[-1] - resident[1] < 32 * MIB, [size // MIB for size in resident]

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from data_owner_client import Pair, Task, TrainingSettings, build_memories, connect, load_task, train, translate
 from data_owner_client.adapter.interpolation import Interpolation
-from data_owner_client.decoding.decode_loop import GenerationRequest, generate
+from data_owner_client.data.stops import StopMatcher
+from data_owner_client.decoding.decode_loop import GenerationConfig, GenerationRequest, generate
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.plm.remote_plm import RemotePlm
@@ -126,7 +127,7 @@ def test_decoding_without_weight_is_generate_token_for_token(real: Real) -> None
     prompts += [real.tokenizer(text).input_ids for text in TEXTS]
     tokens = 24
     requests, settings = [GenerationRequest(prompt) for prompt in prompts], DecodingSettings(max_new_tokens=tokens)
-    ours, usage = generate(real.plm, requests, stop_ids=frozenset(), settings=settings)
+    ours, usage = generate(real.plm, requests, GenerationConfig(settings=settings))
     assert usage.calls == 1
     eos = set(real.plm.card.eos_token_ids)
     for prompt, continuation in zip(prompts, ours, strict=True):
@@ -187,7 +188,7 @@ def test_the_whole_of_pema_is_the_slow_reference(real: Real, tmp_path: Path) -> 
                     adapter.card.form,
                     adapter.candidate_ids_C.tolist(),
                     schedule(interpolation.schedule, interpolation.lambda_max, expected_length, 8),
-                    real.task.stop_ids(tokenizer) | frozenset(real.plm.card.eos_token_ids),
+                    StopMatcher(tokenizer, real.task.stops(tokenizer, real.plm.card.eos_token_ids)).ids,
                 )
                 expected.append(text)
             assert all(token_ids == expected for token_ids in ours)

@@ -20,9 +20,11 @@ from data_owner_client.adapter.gate import Gate
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.adapter.types import SCHEDULES
+from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.client_drafts import NgramDrafter
-from data_owner_client.decoding.decode_loop import GenerationRequest, generate
+from data_owner_client.decoding.decode_loop import GenerationConfig, GenerationRequest, generate
+from data_owner_client.decoding.sequence import End
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
 from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.memory.store import ExternalMemory
@@ -43,7 +45,7 @@ TASK = Task(name="t", source_label="In", target_label="Out", examples=({"source"
 WORDS = ["the", "thin", "die", "Tür", "an", "on", "shine", "reden", "her"]
 PAIRS = [Pair(" ".join(WORDS[i % 9 :][: 2 + i % 4]), " ".join(WORDS[(3 * i) % 7 :][: 1 + i % 3])) for i in range(24)]
 STEPS = 14
-BRIEF = DecodingSettings(max_new_tokens=STEPS)
+BRIEF = DecodingSettings(max_new_tokens=STEPS, length_bound=False, repetition_bound=False)
 WHOLE_HEAD = pytest.mark.unguarded("draws from the whole vocabulary, for which a client needs the whole head")
 
 
@@ -75,7 +77,8 @@ class Case:
         self.reference = Reference(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
         self.basis = self._basis()
         self.weights = self.basis.weights(self.adapter)
-        self.stop_ids = TASK.stop_ids(self.plm.tokenizer) | {EOS}
+        self.stops = TASK.stops(self.plm.tokenizer, [EOS])
+        self.stop_ids = StopMatcher(self.plm.tokenizer, self.stops).ids
 
     def prompts(self, sources: list[str]) -> list[list[int]]:
         return [self.plm.tokenizer.encode_prompt(TASK.prompt(source, self.plm.tokenizer)) for source in sources]
@@ -210,11 +213,13 @@ def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObj
     continuations, usage = generate(
         data.draw(st.sampled_from(case.plms)),
         [GenerationRequest(*each) for each in zip(prompts, lengths, adapter_prompts, strict=True)],
-        adapter=case.adapter,
-        interpolation=interpolation,
-        stop_ids=case.stop_ids,
-        settings=data.draw(DECODING),
-        lookup=data.draw(st.sampled_from([None, case.lookup])),
+        GenerationConfig(
+            adapter=case.adapter,
+            interpolation=interpolation,
+            stops=case.stops,
+            settings=data.draw(DECODING),
+            lookup=data.draw(st.sampled_from([None, case.lookup])),
+        ),
     )
     expected = [
         case.expected(prompt, interpolation, length, STEPS, adapter_prompt)
@@ -231,10 +236,12 @@ def test_both_calls_of_a_round_are_the_servers_time(case: Case) -> None:
         _, usage = generate(
             case.plm,
             [GenerationRequest(*each) for each in zip(prompts, [5.0, 5.0], adapter_prompts, strict=True)],
-            adapter=case.adapter,
-            interpolation=Interpolation(schedule="constant", lambda_max=0.6),
-            stop_ids=case.stop_ids,
-            settings=BRIEF,
+            GenerationConfig(
+                adapter=case.adapter,
+                interpolation=Interpolation(schedule="constant", lambda_max=0.6),
+                stops=case.stops,
+                settings=BRIEF,
+            ),
         )
     assert len(seen) == 2 * usage.calls
     total_ms = sum(exchange.timing.total_ms for exchange in seen if exchange.timing)
@@ -260,10 +267,12 @@ def test_clients_at_once_each_get_the_references_tokens(case: Case) -> None:
         continuations, _ = generate(
             plm,
             [GenerationRequest(*each) for each in zip(case.prompts(own), map(lengths.get, own), strict=True)],
-            adapter=case.adapter,
-            interpolation=interpolation,
-            stop_ids=case.stop_ids,
-            settings=DecodingSettings(max_new_tokens=STEPS, look_ahead=look_ahead, batch_size=batch_size),
+            GenerationConfig(
+                adapter=case.adapter,
+                interpolation=interpolation,
+                stops=case.stops,
+                settings=DecodingSettings(max_new_tokens=STEPS, look_ahead=look_ahead, batch_size=batch_size),
+            ),
         )
         ours = [continuation.token_ids for continuation in continuations]
         assert ours == [expected[source, interpolation.schedule] for source in own]
@@ -296,12 +305,14 @@ def test_the_same_seed_draws_the_same_text_with_and_without_drafts(case: Case, d
         continuations, _ = generate(
             case.plm,
             [GenerationRequest(prompt, 6.0, sample=None if prompt == last else 0) for prompt in prompts],
-            adapter=case.adapter,
-            interpolation=gradual,
-            stop_ids=case.stop_ids,
-            settings=settings,
-            sampling=sampling,
-            lookup=lookup,
+            GenerationConfig(
+                adapter=case.adapter,
+                interpolation=gradual,
+                stops=case.stops,
+                settings=settings,
+                sampling=sampling,
+                lookup=lookup,
+            ),
         )
         return [continuation.token_ids for continuation in continuations]
 
@@ -322,11 +333,13 @@ def test_draws_are_distributed_as_the_references_mixture(
     continuations, _ = generate(
         case.plm,
         [GenerationRequest(prompt, 5.0, sample=sample) for sample in range(draws)],
-        adapter=case.adapter,
-        interpolation=Interpolation(schedule="constant", lambda_max=weight, length_reward=length_reward),
-        stop_ids=case.stop_ids,
-        settings=DecodingSettings(max_new_tokens=1, batch_size=256),
-        sampling=SamplingSettings(temperature=1.0, seed=3, candidates_only=candidates_only),
+        GenerationConfig(
+            adapter=case.adapter,
+            interpolation=Interpolation(schedule="constant", lambda_max=weight, length_reward=length_reward),
+            stops=case.stops,
+            settings=DecodingSettings(max_new_tokens=1, batch_size=256),
+            sampling=SamplingSettings(temperature=1.0, seed=3, candidates_only=candidates_only),
+        ),
     )
     f_D, p_plm_V = case.reference.context(prompt)
     adapter, weights = case.adapter, case.weights
@@ -364,13 +377,15 @@ def test_a_consensus_is_that_of_the_greedy_text_and_the_draws(case: Case) -> Non
         continuations, _ = generate(
             case.plm,
             [GenerationRequest(prompt, length, sample=sample) for sample in [None, *range(5)]],
-            adapter=case.adapter,
-            interpolation=case.adapter.card.interpolation,
-            stop_ids=case.stop_ids,
-            settings=BRIEF,
-            sampling=drawing,
+            GenerationConfig(
+                adapter=case.adapter,
+                interpolation=case.adapter.card.interpolation,
+                stops=case.stops,
+                settings=BRIEF,
+                sampling=drawing,
+            ),
         )
-        ended = sum(one.token_ids[-1] in case.stop_ids for one in continuations) or 6
+        ended = sum(one.end is End.STOP for one in continuations) or 6
         whole = ordered[:ended]
         likeness = [sum(sacrebleu.sentence_chrf(one, [other]).score for other in whole) for one in ordered]
         for part in (likeness[:ended], likeness[ended:]):
@@ -380,14 +395,16 @@ def test_a_consensus_is_that_of_the_greedy_text_and_the_draws(case: Case) -> Non
 
 def test_pema_really_changes_what_is_generated(case: Case) -> None:
     requests = [GenerationRequest(prompt, 5.0) for prompt in case.prompts([pair.source for pair in PAIRS[:8]])]
-    alone, _ = generate(case.plm, requests, stop_ids=case.stop_ids, settings=BRIEF)
+    alone, _ = generate(case.plm, requests, GenerationConfig(stops=case.stops, settings=BRIEF))
     adapted, _ = generate(
         case.plm,
         requests,
-        adapter=case.adapter,
-        interpolation=Interpolation(schedule="constant", lambda_max=0.7),
-        stop_ids=case.stop_ids,
-        settings=BRIEF,
+        GenerationConfig(
+            adapter=case.adapter,
+            interpolation=Interpolation(schedule="constant", lambda_max=0.7),
+            stops=case.stops,
+            settings=BRIEF,
+        ),
     )
     assert sum(a != b for a, b in zip(alone, adapted, strict=True)) >= 4
 

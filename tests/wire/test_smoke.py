@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from data_owner_client import Pair, TrainingSettings, build_memories, train, translate
 from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.plm.connection.base import Connection
@@ -39,6 +40,7 @@ TASK = Task(name="t", source_label="In", target_label="Out", examples=({"source"
 WORDS = ["the", "thin", "die", "an", "on", "shine", "her"]
 PAIRS = [Pair(" ".join(WORDS[i % 7 :][: 2 + i % 3]), " ".join(WORDS[(3 * i) % 5 :][: 1 + i % 2])) for i in range(12)]
 STEPS = 8
+DECODING = DecodingSettings(max_new_tokens=STEPS, length_bound=False, repetition_bound=False)
 
 
 @pytest.fixture(scope="module", params=["rest", "grpc"])
@@ -73,9 +75,7 @@ def test_a_memory_is_built_trained_and_used_as_the_reference_says(
     adapter = train(plm, tmp_path, tmp_path / "adapter", settings=settings)[0]
     interpolation = Interpolation(schedule="gradual", lambda_max=0.9)
     sources = ["the thin", "her shine an"]
-    texts = translate(
-        plm, sources, adapter=adapter, interpolation=interpolation, decoding=DecodingSettings(max_new_tokens=STEPS)
-    ).texts
+    texts = translate(plm, sources, adapter=adapter, interpolation=interpolation, decoding=DECODING).texts
 
     reference = Reference(AutoModelForCausalLM.from_pretrained(tiny_models["llama"], dtype=torch.float64).eval())
     basis = Basis.own(plm.card.hidden_size)
@@ -90,6 +90,6 @@ def test_a_memory_is_built_trained_and_used_as_the_reference_says(
             adapter.card.form,
             adapter.candidate_ids_C.tolist(),
             schedule("gradual", 0.9, adapter.card.expected_length(plm.tokenizer.count(source)), STEPS),
-            stop_ids := TASK.stop_ids(plm.tokenizer) | {EOS},
+            StopMatcher(plm.tokenizer, stops := TASK.stops(plm.tokenizer, [EOS])).ids,
         )
-        assert text == plm.tokenizer.decode([token for token in expected if token not in stop_ids]).strip()
+        assert text == plm.tokenizer.decode(expected).partition(stops.texts[0])[0].strip()

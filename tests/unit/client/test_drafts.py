@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_owner_client.decoding.acceptance import AcceptanceStats
+from data_owner_client.decoding.speculative import AcceptanceStats
 from data_owner_client.decoding.client_drafts import NgramDrafter, PromptLookupDrafter
 
 

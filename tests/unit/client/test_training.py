@@ -61,7 +61,11 @@ class InMemory:
         ends = list(accumulate(self.shard_rows))
         self._shards = [
             replace(
-                rows, cr_N_D=rows.cr_N_D[end - count : end], target_N=rows.target_N[end - count : end], rows_E=rows_E
+                rows,
+                cr_N_D=rows.cr_N_D[end - count : end],
+                target_N=rows.target_N[end - count : end],
+                rows_E=rows_E,
+                source_tokens_E=rows.source_tokens_E[: len(rows_E)],
             )
             for count, end, rows_E in zip(self.shard_rows, ends, examples, strict=True)
         ]

@@ -1,0 +1,125 @@
+"""One growing text: its tokens so far, and the rules by which it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from data_owner_client.adapter.network import RECENT_TOKENS
+from data_owner_client.data.repetition import RepetitionDetector
+from data_owner_client.data.stops import StopMatcher
+from data_owner_client.decoding.sampling import Noise
+from data_owner_client.decoding.token_selection import DecodePosition, TokenChoice
+
+
+class End(StrEnum):
+    """Reasons for the end of a text."""
+
+    STOP = "stop"
+    """A stop text or a stop token."""
+    MAX_TOKENS = "max-new-tokens"
+    """The longest answer that the settings or the server allow."""
+    LENGTH_BOUND = "length-bound"
+    """The longest answer that the adapter's memory makes plausible for its source."""
+    REPETITION = "repetition"
+    """The text repeated itself, and ends where that began."""
+
+
+@dataclass(frozen=True)
+class EndRules:
+    """Rules by which all texts of a generation end, each a function of the tokens alone.
+
+    Attributes:
+        stops: finds the stops.
+        repetition_limit: repeated tokens (`data.repetition`) at which a text ends; None for any number.
+    """
+
+    stops: StopMatcher
+    repetition_limit: int | None = None
+
+
+@dataclass
+class SequenceState:
+    """One growing text.
+
+    Attributes:
+        number: index of its request.
+        prompt: token ids behind which the PLM's distribution is taken.
+        lambdas: λ_t of every token that it may have.
+        plm_only_from: position from which λ is 0 to the end.
+        rules: rules by which it ends.
+        end_at_full_length: reason for its end when it has all its tokens.
+        adapter_prompt: token ids behind which the adapter's representations are taken; None for `prompt`.
+        noise: noise of its draws; None to take the most probable tokens.
+        choices: its tokens so far, with their scores.
+        expected_accepts: expected number of positions so far at which mixture and PLM choose the same token.
+        accepts: number of positions so far at which mixture and PLM chose the same token.
+        end: reason for its end; None while it grows.
+    """
+
+    number: int
+    prompt: list[int]
+    lambdas: list[float]
+    plm_only_from: int
+    rules: EndRules
+    end_at_full_length: End = End.MAX_TOKENS
+    adapter_prompt: list[int] | None = None
+    noise: Noise | None = None
+    choices: list[TokenChoice] = field(default_factory=list)
+    expected_accepts: float = 0.0
+    accepts: int = 0
+    end: End | None = None
+    _repetition: RepetitionDetector = field(default_factory=RepetitionDetector)
+    _reported: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return len(self.choices)
+
+    @property
+    def generated(self) -> list[int]:
+        """Ids of the tokens so far."""
+        return [choice.token for choice in self.choices]
+
+    @property
+    def context(self) -> list[int]:
+        """Token ids of the prompt and the tokens so far."""
+        return self.prompt + self.generated
+
+    def position(self, t: int, drafts: Sequence[int]) -> DecodePosition:
+        """The position of token t, if the drafts before it are accepted."""
+        recent = [*(choice.token for choice in self.choices[-RECENT_TOKENS:]), *drafts]
+        # Only draws look at the whole context.
+        return DecodePosition(self.lambdas[t], t, self.noise, recent, [*self.context, *drafts] if self.noise else ())
+
+    @property
+    def max_new_drafts(self) -> int:
+        """Tokens that may still be drafted before the last one; negative at full length."""
+        return len(self.lambdas) - self.length - 1
+
+    def append(self, choice: TokenChoice) -> None:
+        """Append a token, and end the text if a rule says so. A repetition is removed up to its first occurrence."""
+        self.choices.append(choice)
+        if self.rules.stops.ends(self.generated):
+            self.end = End.STOP
+            return
+        if self.rules.repetition_limit is not None:
+            repeated = self._repetition.append(choice.token)
+            if repeated >= self.rules.repetition_limit:
+                del self.choices[-repeated:]
+                self.end = End.REPETITION
+                return
+        if self.max_new_drafts < 0:
+            self.end = self.end_at_full_length
+
+    def report(self, on_token: Callable[[int, int], None]) -> None:
+        """Call `on_token` with the index of the request and each token that has become final since the last report.
+
+        Tokens that repeat earlier ones are not final before the repetition breaks off, as they may be removed.
+        """
+        final = self.length if self.end else self.length - self._repetition.longest_run
+        for choice in self.choices[self._reported : final]:
+            on_token(self.number, choice.token)
+        self._reported = final
