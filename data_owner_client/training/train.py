@@ -247,6 +247,7 @@ def _with_policy(
         candidates=len(inputs.stats.candidate_ids_C),
         length_ratio=memories.train.length_ratio,
         mean_length=memories.train.manifest.rows / memories.train.manifest.examples,
+        bounds=inputs.stats.bounds,
         nearest=policy.nearest,
         pairs_digest=digest_pairs(pairs) if pairs else "",
         interpolation=policy.interpolation,
