@@ -74,6 +74,12 @@ class ModelCard(Message):
         gt=0,
         description="soft-cap on the logits; needed to recover head rows from distributions",
     )
+    # Not sent where there are none: older clients do not know the field.
+    scopes: list[str] = Field(
+        default=[],
+        exclude_if=lambda scopes: not scopes,
+        description="calls that the client's key allows; empty where there are no keys, as all are allowed",
+    )
 
 
 class TokenizerBundle(Message):

@@ -79,7 +79,7 @@ class Limits(_message.Message):
     def __init__(self, max_sequence_tokens: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_head_rows: _Optional[int] = ..., max_look_ahead: _Optional[int] = ..., max_rows: _Optional[int] = ..., max_body_bytes: _Optional[int] = ...) -> None: ...
 
 class ModelCard(_message.Message):
-    __slots__ = ("name", "digest", "tokenizer_digest", "cr_kind", "hidden_size", "vocab_size", "dtype", "head_dtype", "head_digest", "head_policy", "eos_token_ids", "limits", "protocol_version", "rotated", "head_bias", "softcap")
+    __slots__ = ("name", "digest", "tokenizer_digest", "cr_kind", "hidden_size", "vocab_size", "dtype", "head_dtype", "head_digest", "head_policy", "eos_token_ids", "limits", "protocol_version", "rotated", "head_bias", "softcap", "scopes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,7 @@ class ModelCard(_message.Message):
     ROTATED_FIELD_NUMBER: _ClassVar[int]
     HEAD_BIAS_FIELD_NUMBER: _ClassVar[int]
     SOFTCAP_FIELD_NUMBER: _ClassVar[int]
+    SCOPES_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     tokenizer_digest: str
@@ -112,7 +113,8 @@ class ModelCard(_message.Message):
     rotated: bool
     head_bias: bool
     softcap: float
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., cr_kind: _Optional[str] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., head_dtype: _Optional[str] = ..., head_digest: _Optional[str] = ..., head_policy: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., protocol_version: _Optional[int] = ..., rotated: _Optional[bool] = ..., head_bias: _Optional[bool] = ..., softcap: _Optional[float] = ...) -> None: ...
+    scopes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., cr_kind: _Optional[str] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., head_dtype: _Optional[str] = ..., head_digest: _Optional[str] = ..., head_policy: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., protocol_version: _Optional[int] = ..., rotated: _Optional[bool] = ..., head_bias: _Optional[bool] = ..., softcap: _Optional[float] = ..., scopes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TokenizerPiece(_message.Message):
     __slots__ = ("data",)

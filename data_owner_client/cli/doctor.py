@@ -11,6 +11,7 @@ from statistics import median
 from pydantic import BaseModel, computed_field
 
 from data_owner_client.adapter.trained import TrainedAdapter
+from data_owner_client.memory.grants import needed_scopes
 from data_owner_client.memory.store import MANIFEST, ExternalMemory
 from data_owner_client.plm.connection.base import Attempt
 from data_owner_client.plm.head_recovery.fit import contexts_needed
@@ -90,6 +91,7 @@ def diagnose(
         )
         checks: list[tuple[str, Callable[[], Finding]]] = [
             ("tokenizer", partial(_tokenizer, plm)),
+            ("grants", partial(_grants, plm)),
             ("round trip", partial(_round_trip, plm, diagnosis)),
             ("LM head", partial(_head, plm)),
             *((f"memory {path}", partial(_memory, plm, path)) for path in memories),
@@ -114,6 +116,17 @@ def _tokenizer(plm: RemotePlm) -> Finding:
     return Finding(
         check="tokenizer", ok=True, detail=f"{plm.card.tokenizer_digest[:12]}, a short sentence has {tokens}"
     )
+
+
+def _grants(plm: RemotePlm) -> Finding:
+    """Scopes and quotas; those that a private and a shared memory need alike must be there."""
+    card = plm.card
+    allowed = f"your key allows {', '.join(card.scopes)}" if card.scopes else "every call is allowed"
+    quotas = "; left: " + ", ".join(map(str, plm.rate_limits)) if plm.rate_limits else ", without quotas"
+    needed = needed_scopes(card, "private") if card.scopes else {}
+    missing = [scope for scope in needed if scope not in card.scopes]
+    advice = f"To build, train and translate, ask the owner for the scope {', '.join(missing)}." if missing else ""
+    return Finding(check="grants", ok=not missing, detail=f"{allowed}{quotas}", advice=advice)
 
 
 def _round_trip(plm: RemotePlm, diagnosis: Diagnosis) -> Finding:

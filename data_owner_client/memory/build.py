@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from data_owner_client.data.pairs import Pair, digest_pairs
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.encode import encode_private, encode_teacher_forced, require_fits, tokenize_pair
+from data_owner_client.memory.grants import Demand
 from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.memory.request_batches import ExampleSizes, split_into_requests
 from data_owner_client.memory.rows import MemoryRows
@@ -25,69 +28,117 @@ from protocol.errors import InvalidData
 _EXAMPLES_PER_SHARD = 512
 
 
-def build_memory(
-    plm: RemotePlm,
-    task: Task,
-    pairs: Sequence[Pair],
-    folder: Path,
-    *,
-    context_mode: ContextMode = "private",
-    share_targets: bool = False,
-    with_logsumexp: bool = False,
-    overwrite: bool = False,
-    reporter: Reporter | None = None,
-) -> ExternalMemory:
-    """Build a memory, or finish one whose build was interrupted.
+@dataclass(frozen=True)
+class MemoryBuild:
+    """A memory to build, of which nothing was sent yet.
 
-    Args:
+    Attributes:
         plm: the remote model that computes the representations.
-        task: template that turns source texts into prompts.
-        pairs: texts to store; each must have a target.
-        folder: the memory's folder; created if it is missing.
-        context_mode: `private` sends only prompts and pairs y_i with a context of the PLM's own greedy continuation.
-            `teacher-forced` also sends the targets and pairs y_i with its true context.
-        share_targets: consent to show the targets to the PLM's owner; `teacher-forced` requires it.
-        with_logsumexp: store the log-sum-exp of each position, too. Validation needs it; it costs the server a product
-            with the full head.
+        plan: plan of the memory.
+        pairs: texts to store, all of them checked.
+        sizes: token counts of the pairs.
+        folder: the memory's folder.
         overwrite: delete the folder's current memory first.
-        reporter: receives the progress; None for no reports.
-
-    Raises:
-        InvalidData: a pair cannot be used, the folder holds another memory or is in use, or the disk is full.
-        PemaError: a call to the PLM failed.
     """
-    if context_mode == "teacher-forced" and not share_targets:
-        raise InvalidData(
-            "Teacher-forced contexts show every target text to the owner of the PLM.",
-            hint="Say --share-targets if that is what you want, or use --context private.",
+
+    plm: RemotePlm
+    plan: MemoryPlan
+    pairs: Sequence[Pair]
+    sizes: ExampleSizes
+    folder: Path
+    overwrite: bool
+
+    @classmethod
+    def prepare(
+        cls,
+        plm: RemotePlm,
+        task: Task,
+        pairs: Sequence[Pair],
+        folder: Path,
+        *,
+        context_mode: ContextMode = "private",
+        share_targets: bool = False,
+        with_logsumexp: bool = False,
+        overwrite: bool = False,
+        demand: Demand | None = None,
+        reporter: Reporter | None = None,
+    ) -> MemoryBuild:
+        """Check all pairs, so that an unusable one does not stop a build after an hour.
+
+        Args:
+            plm: the remote model that computes the representations.
+            task: template that turns source texts into prompts.
+            pairs: texts to store; each must have a target.
+            folder: the memory's folder; created if it is missing.
+            context_mode: `private` sends only prompts and pairs y_i with a context of the PLM's own greedy
+                continuation. `teacher-forced` also sends the targets and pairs y_i with its true context.
+            share_targets: consent to show the targets to the PLM's owner; `teacher-forced` requires it.
+            with_logsumexp: store the log-sum-exp of each position, too. Validation needs it; it costs the server a
+                product with the full head.
+            overwrite: delete the folder's current memory first.
+            demand: what building asks of the owner is added to it; None if nobody needs to know.
+            reporter: receives the progress; None for no reports.
+
+        Raises:
+            InvalidData: a pair cannot be used.
+        """
+        if context_mode == "teacher-forced" and not share_targets:
+            raise InvalidData(
+                "Teacher-forced contexts show every target text to the owner of the PLM.",
+                hint="Say --share-targets if that is what you want, or use --context private.",
+            )
+        plan = MemoryPlan(
+            model=ModelIdentity.from_card(plm.card),
+            task=task,
+            context_mode=context_mode,
+            dtype=plm.dtype,
+            with_logsumexp=with_logsumexp or context_mode == "private",  # `decode` returns it anyway
+            data_digest=digest_pairs(pairs),
+            examples=len(pairs),
+            examples_per_shard=_EXAMPLES_PER_SHARD,
         )
-    plan = MemoryPlan(
-        model=ModelIdentity.from_card(plm.card),
-        task=task,
-        context_mode=context_mode,
-        dtype=plm.dtype,
-        with_logsumexp=with_logsumexp or context_mode == "private",  # `decode` returns it anyway
-        data_digest=digest_pairs(pairs),
-        examples=len(pairs),
-        examples_per_shard=_EXAMPLES_PER_SHARD,
-    )
-    # Check all pairs before anything is sent, so that an unusable one does not stop a build after an hour.
-    sizes = ExampleSizes()
-    reporter = reporter or Reporter()
-    with reporter.bar("tokenising", len(pairs), "pairs") as bar:
-        for number, pair in enumerate(pairs, 1):
-            label = f"pair {number}"
-            tokenized = tokenize_pair(plm, task, pair, label=label)
-            require_fits(plm, tokenized, label=label, drafted=context_mode == "private")
-            sizes.append(len(tokenized.prompt) + len(tokenized.target), len(tokenized.target))
-            bar.advance(1)
-    with _exclusive_build(folder):
-        if overwrite:
-            _delete_memory(folder)
-        memory = ExternalMemory.open_or_create(folder, plan)
-        memory.store_pairs(pairs)
-        _append_missing(memory, plm, pairs, sizes, reporter)
-    return memory
+        sizes, stored = ExampleSizes(), 0 if overwrite else _stored_examples(folder, plan)
+        with (reporter or Reporter()).bar("tokenising", len(pairs), "pairs") as bar:
+            for number, pair in enumerate(pairs, 1):
+                label = f"pair {number}"
+                tokenized = tokenize_pair(plm, task, pair, label=label)
+                require_fits(plm, tokenized, label=label, drafted=context_mode == "private")
+                sizes.append(len(tokenized.prompt) + len(tokenized.target), len(tokenized.target))
+                if demand is not None:
+                    demand.add(len(tokenized.prompt), tokenized.target, is_stored=number <= stored)
+                bar.advance(1)
+        return cls(plm, plan, pairs, sizes, folder, overwrite)
+
+    def run(self, reporter: Reporter | None = None) -> ExternalMemory:
+        """Build the memory, or finish it if its build was interrupted.
+
+        Raises:
+            InvalidData: the folder holds another memory or is in use, or the disk is full.
+            PemaError: a call to the PLM failed.
+        """
+        with _exclusive_build(self.folder):
+            if self.overwrite:
+                _delete_memory(self.folder)
+            memory = ExternalMemory.open_or_create(self.folder, self.plan)
+            memory.store_pairs(self.pairs)
+            _append_missing(memory, self.plm, self.pairs, self.sizes, reporter or Reporter())
+        return memory
+
+
+def build_memory(
+    plm: RemotePlm, task: Task, pairs: Sequence[Pair], folder: Path, *, reporter: Reporter | None = None, **options: Any
+) -> ExternalMemory:
+    """Build a memory, or finish one whose build was interrupted; see `MemoryBuild` for arguments and errors."""
+    return MemoryBuild.prepare(plm, task, pairs, folder, reporter=reporter, **options).run(reporter)
+
+
+def _stored_examples(folder: Path, plan: MemoryPlan) -> int:
+    """Examples of this very memory that an interrupted build has stored."""
+    try:
+        manifest = ExternalMemory(folder).manifest
+    except InvalidData:
+        return 0
+    return manifest.examples if manifest.plan == plan else 0
 
 
 def _append_missing(

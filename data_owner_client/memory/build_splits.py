@@ -10,7 +10,8 @@ from pydantic import BaseModel
 
 from data_owner_client.data.pairs import Pair, split_validation
 from data_owner_client.data.tasks import Task
-from data_owner_client.memory.build import build_memory
+from data_owner_client.memory.build import MemoryBuild
+from data_owner_client.memory.grants import Demand, require_granted
 from data_owner_client.memory.store import TRAIN, VALIDATION
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.remote_plm import RemotePlm
@@ -71,6 +72,7 @@ def build_memories(
 
     Raises:
         InvalidData: a pair cannot be used, the folder holds another memory or is in use, or the disk is full.
+        Forbidden: the owner does not grant what building and training need.
         PemaError: a call to the PLM failed.
     """
     started = time.perf_counter()
@@ -81,8 +83,9 @@ def build_memories(
     reporter = reporter or Reporter()
     if share_targets or context_mode == "private":
         reporter.say(disclosure_notice(context_mode))
-    memories = [
-        build_memory(
+    demand = Demand(context_mode)
+    builds = [
+        MemoryBuild.prepare(
             plm,
             task,
             part,
@@ -91,10 +94,13 @@ def build_memories(
             share_targets=share_targets,
             with_logsumexp=name == VALIDATION,
             overwrite=overwrite,
+            demand=demand,
             reporter=reporter,
         )
         for name, part in ((TRAIN, train_pairs), (VALIDATION, held_out))
     ]
+    require_granted(plm, demand, reporter)
+    memories = [build.run(reporter) for build in builds]
     return MemoryReport(
         folder=str(folder),
         examples=memories[0].manifest.examples,

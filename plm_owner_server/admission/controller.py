@@ -73,4 +73,5 @@ class AdmissionController:
         # Shares of the model are per tenant, and per client on a server without tenants.
         call.client = tenant.name or call.client
         call.tenant, call.disclosure, call.meter = tenant.name, tenant.disclosure, authenticator.meter(tenant)
+        call.scopes = tenant.scopes if tenant.name else frozenset()
         return service

@@ -121,7 +121,8 @@ class PlmService:
 
     def card_for(self, context: CallContext) -> ModelCard:
         """The model card that the call's tenant sees. Unlike `model_card`, this is not a call."""
-        return self._disclosed(context).card
+        card = self._disclosed(context).card
+        return card.model_copy(update={"scopes": sorted(context.scopes)}) if context.scopes else card
 
     def _disclosed(self, context: CallContext) -> DisclosedModel:
         return self._disclosed_models.for_tenant(context.tenant, context.disclosure)

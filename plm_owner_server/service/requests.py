@@ -51,6 +51,7 @@ class CallContext:
             name or address.
         tenant: name of the tenant, "" without tenants. Cached states of texts are never shared between tenants.
         disclosure: parts of the model that the tenant may see.
+        scopes: calls that the tenant may make; empty without tenants, as all may be made.
         meter: charges the call to the tenant's quotas.
         disconnected: set once the client has disconnected, so that its work is skipped.
         usage: resources used so far; the service and the scheduler add to them.
@@ -59,6 +60,7 @@ class CallContext:
     client: str = "local"
     tenant: str = ""
     disclosure: Disclosure = FULL_DISCLOSURE
+    scopes: frozenset[str] = frozenset()
     meter: Meter = UNMETERED
     disconnected: threading.Event = field(default_factory=threading.Event)
     usage: CallUsage = field(default_factory=CallUsage)

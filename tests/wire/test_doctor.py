@@ -65,7 +65,7 @@ def test_all_is_well(url: str, work: Path, tenant: tuple[Authenticator, str]) ->
     found = client_json(url, "doctor", "--api-key", key, "--memory", work / "memory", "--adapter", work / "adapter")
     assert found["healthy"]
     checks = [finding["check"].split()[0] for finding in found["findings"]]
-    assert checks == ["server", "tokenizer", "round", "LM", "memory", "adapter"]
+    assert checks == ["server", "tokenizer", "grants", "round", "LM", "memory", "adapter"]
     trip = found["round_trip"]
     parts = [trip[f"{part}_ms"] for part in ("network", "queue", "compute", "serialise")]
     assert all(part >= 0 for part in parts)
