@@ -121,13 +121,19 @@ def _covers(entry: str, address: ServerAddress) -> bool:
     entry = entry.rpartition("://")[2]
     if entry == "*":
         return True
-    ip = ip_address(address.host)
-    with suppress(ValueError):
-        return ip is not None and ip in ipaddress.ip_network(entry.strip("[]"), strict=False)
+    ip, network = ip_address(address.host), _network(entry.strip("[]"))
+    if network is not None:
+        return ip is not None and ip in network
     name, _, port = entry.rpartition(":") if re.search(r":\d+$", entry) else (entry, "", "")
     if port and int(port) != address.port:
         return False
-    if (listed := ip_address(name.strip("[]"))) is not None:
-        return ip == listed
+    if ip is not None:
+        return ip == ip_address(name.strip("[]"))
     name, host = name.removeprefix("*").strip("."), address.host.strip(".")
     return bool(name) and (host == name or host.endswith(f".{name}"))
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    with suppress(ValueError):
+        return ipaddress.ip_network(text, strict=False)
+    return None
