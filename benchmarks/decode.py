@@ -33,6 +33,7 @@ from data_owner_client import (
     train,
     translate,
 )
+from data_owner_client.data.stops import StopMatcher
 from data_owner_client.decoding.speculative import GenerationStats
 from harness import report
 from harness.datasets import home_assistant
@@ -188,8 +189,12 @@ def _translate(port: int, adapter: TrainedAdapter, sources: Sequence[str], look_
 
 def _translate_as(port: int, adapter: TrainedAdapter, sources: Sequence[str], settings: DecodingSettings) -> Generation:
     with connect(f"grpc://127.0.0.1:{port}") as plm:
-        adapter.card.task.stop_ids(plm.tokenizer)  # loaded before the clock starts
+        _stop_ids(plm, adapter.card.task)  # found before the clock starts
         return translate(plm, sources, adapter=adapter, interpolation=_GRADUAL, decoding=settings)
+
+
+def _stop_ids(plm: RemotePlm, task: Task) -> frozenset[int]:
+    return StopMatcher(plm.tokenizer, task.stops(plm.tokenizer, plm.card.eos_token_ids)).ids
 
 
 def _in_turns(
@@ -232,7 +237,7 @@ class Baseline:
         self._model: Any = load_model(folder, device="cpu", dtype="float32")
         prompts = [tokenizer.encode_prompt(task.prompt(source, tokenizer)) for source in sources]
         self._prompts = sorted(prompts, key=len, reverse=True)
-        self._stops = sorted(task.stop_ids(tokenizer) | frozenset(plm.card.eos_token_ids))
+        self._stops = sorted(_stop_ids(plm, task))
 
     @torch.inference_mode()
     def tokens_per_s(self) -> float:

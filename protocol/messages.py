@@ -88,12 +88,20 @@ class TokenizerBundle(Message):
     tokenizer_json: str = Field(description="the fast tokenizer's own file (`tokenizers.Tokenizer.from_str`)")
     chat_template: str | None = Field(description="the model's Jinja chat template, if it has one")
     special_tokens: dict[str, str] = Field(description="bos_token, eos_token, …, as the chat template expects them")
+    # Not sent where there are none: older clients do not know the field.
+    named_chat_templates: dict[str, str] = Field(
+        default={},
+        exclude_if=lambda templates: not templates,
+        description="further chat templates of the model by name, such as `tool_use`",
+    )
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all fields, in hexadecimal."""
-        special = repr(sorted(self.special_tokens.items()))
-        return hashlib.sha256("\0".join([self.tokenizer_json, self.chat_template or "", special]).encode()).hexdigest()
+        parts = [self.tokenizer_json, self.chat_template or "", repr(sorted(self.special_tokens.items()))]
+        if self.named_chat_templates:
+            parts.append(repr(sorted(self.named_chat_templates.items())))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 class HeadRequest(Message):

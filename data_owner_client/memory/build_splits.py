@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -12,11 +14,13 @@ from data_owner_client.data.pairs import Pair, split_validation
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.build import MemoryBuild
 from data_owner_client.memory.grants import Demand, require_granted
-from data_owner_client.memory.store import TRAIN, VALIDATION
+from data_owner_client.memory.store import TRAIN, VALIDATION, ExternalMemory
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.plm.tokenizer import PlmTokenizer
 from data_owner_client.runtime.path_text import PathText
 from data_owner_client.runtime.progress import Reporter
+from protocol.errors import InvalidData
 
 
 class MemoryReport(BaseModel):
@@ -76,6 +80,7 @@ def build_memories(
         PemaError: a call to the PLM failed.
     """
     started = time.perf_counter()
+    task = with_day_of_memory(task, plm.tokenizer, *([] if overwrite else [folder / TRAIN]))
     if validation is None:
         train_pairs, held_out = split_validation(pairs, validation_fraction)
     else:
@@ -111,6 +116,17 @@ def build_memories(
         length_ratio=memories[0].length_ratio,
         seconds=time.perf_counter() - started,
     )
+
+
+def with_day_of_memory(task: Task, tokenizer: PlmTokenizer, *folders: Path) -> Task:
+    """The task on the day when its memory was begun: as the first memory in `folders` has it, or else today.
+
+    Only tasks whose chat template reads the clock have a day.
+    """
+    for folder in folders:
+        with suppress(InvalidData):
+            return task.on_day(ExternalMemory(folder).manifest.plan.task.date, tokenizer)
+    return task.on_day(datetime.date.today(), tokenizer)
 
 
 def disclosure_notice(context_mode: ContextMode) -> str:

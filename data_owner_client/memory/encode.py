@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from data_owner_client.data.pairs import Pair
+from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.alignment import align
 from data_owner_client.memory.request_batches import ExampleSizes, split_into_requests
@@ -24,7 +25,7 @@ class TokenizedPair:
 
     Attributes:
         prompt: token ids of the whole prompt.
-        target: token ids of the target, of which the last is a stop.
+        target: token ids of the target, of which the last completes a stop.
         source_tokens: length of the bare source text in tokens.
     """
 
@@ -43,22 +44,25 @@ def tokenize_pair(plm: RemotePlm, task: Task, pair: Pair, *, label: str) -> Toke
         label: name of the pair in error messages, such as `pair 3`.
 
     Raises:
-        InvalidData: the pair has no target, the target holds the task's stop text, or it does not end with a stop.
+        InvalidData: the pair has no target, an answer would end before the target does, or it would not end behind it.
     """
     if pair.target is None:
         raise InvalidData(f"{label} has no target.", hint="A memory is made of pairs.")
-    if task.stop_text and task.stop_text in pair.target:
-        raise InvalidData(
-            f"The target of {label} contains the stop {task.stop_text!r}, so an answer would end in its middle.",
-            hint="Replace it in the texts, or give the task another `stop`.",
-        )
     tokenizer = plm.tokenizer
-    prompt = task.prompt(pair.source, tokenizer)
-    prompt_ids = tokenizer.encode_prompt(prompt)
-    target_ids = tokenizer.encode_target(prompt, prompt_ids, task.continuation(pair.target, tokenizer))
-    if target_ids[-1] not in task.stop_ids(tokenizer):
+    try:
+        prompt, target = task.prompt_and_target(pair.source, pair.target, tokenizer)
+        prompt_ids = tokenizer.encode_prompt(prompt)
+        target_ids = tokenizer.encode_target(prompt, prompt_ids, target)
+    except InvalidData as error:
+        raise InvalidData(f"{label}: {error.detail}", hint=error.hint) from error
+    if task.format == "chat" and tokenizer.encode_prompt(prompt + target) != prompt_ids + target_ids:
         raise InvalidData(
-            f"The target of {label} does not end with a stop token of this model.", hint="Give the task another `stop`."
+            f"{label}: a token of the whole conversation spans the end of the prompt and the target.",
+            hint="Take away space and line breaks at the beginning of the target.",
+        )
+    if not StopMatcher(tokenizer, task.stops(tokenizer, plm.card.eos_token_ids)).ends(target_ids):
+        raise InvalidData(
+            f"The target of {label} does not end with a stop of this model.", hint="Give the task another `stop`."
         )
     return TokenizedPair(prompt_ids, target_ids, tokenizer.count(pair.source))
 
@@ -105,7 +109,7 @@ def encode_all(plm: RemotePlm, pairs: Sequence[TokenizedPair], reporter: Reporte
     return MemoryRows.concatenate(parts)
 
 
-def encode_private(plm: RemotePlm, pairs: Sequence[TokenizedPair], stop_ids: frozenset[int]) -> MemoryRows:
+def encode_private(plm: RemotePlm, pairs: Sequence[TokenizedPair], stops: StopMatcher) -> MemoryRows:
     """Rows with the contexts c_i = prompt + ŵ_<i, where ŵ is the PLM's greedy continuation.
 
     The server sees only the prompts and, as `look_ahead`, the targets' lengths.
@@ -122,7 +126,7 @@ def encode_private(plm: RemotePlm, pairs: Sequence[TokenizedPair], stop_ids: fro
     contexts = [
         context
         for drafted_T, pair in zip(response.top1_N.split(lengths), pairs, strict=True)
-        for context in align(drafted_T.tolist(), pair.target, stop_ids)
+        for context in align(drafted_T.tolist(), pair.target, stops.end(drafted_T.tolist()))
     ]
     return replace(
         _rows(response, pairs),

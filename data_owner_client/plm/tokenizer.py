@@ -1,25 +1,23 @@
-"""The PLM's tokenizer and chat template, from the owner's files and without any of the owner's code."""
+"""The PLM's tokenizer, from the owner's files and without any of the owner's code."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from protocol.errors import InvalidData, ProtocolViolation, Unsupported
+from protocol.errors import InvalidData
 from protocol.marked_text import MarkedText
 from protocol.messages import TokenizerBundle
 from protocol.text_tokenizer import TextTokenizer
 
-__all__ = ["ChatMessages", "MarkedText", "PlmTokenizer", "Prompt"]
+__all__ = ["MarkedText", "PlmTokenizer", "Prompt"]
 
+DEFAULT_TEMPLATE = "default"
+"""Name of the chat template that is used where no name is given."""
 # Tokens that are decoded together in a search of the vocabulary.
 _BLOCK_TOKENS = 256
 _NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
-ChatMessages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -32,15 +30,23 @@ class Prompt(MarkedText):
 
     with_special_tokens: bool = True
 
+    def __add__(self, other: MarkedText) -> Prompt:
+        whole = super().__add__(other)
+        return Prompt(whole.text, whole.special_spans, self.with_special_tokens)
+
 
 class PlmTokenizer:
-    """The PLM's tokenizer and chat template.
+    """The PLM's tokenizer, and the sources of its chat templates.
 
     Text is text, whatever it spells: special tokens come from marked spans and from the tokenizer's post-processor.
 
     Args:
-        bundle: the tokenizer file, the chat template and the special tokens, as the server sends them.
+        bundle: the tokenizer file, the chat templates and the special tokens, as the server sends them.
         vocab_size: rows of the LM head, which may be fewer than the tokenizer has tokens; None to refuse no token.
+
+    Attributes:
+        chat_templates: Jinja source of each chat template, by name.
+        special_tokens: spelling of each special token that has a role, by role, such as `eos_token`.
 
     Raises:
         ProtocolViolation: the tokenizer file cannot be read.
@@ -49,8 +55,9 @@ class PlmTokenizer:
     def __init__(self, bundle: TokenizerBundle, vocab_size: int | None = None) -> None:
         self._tokenizer = TextTokenizer(bundle)
         self._vocab_size = vocab_size
-        self._chat_template = bundle.chat_template
-        self._special_tokens = bundle.special_tokens
+        default = {} if bundle.chat_template is None else {DEFAULT_TEMPLATE: bundle.chat_template}
+        self.chat_templates: Mapping[str, str] = default | bundle.named_chat_templates
+        self.special_tokens: Mapping[str, str] = bundle.special_tokens
         self.ids_containing = lru_cache(maxsize=8)(self._ids_containing)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
@@ -121,55 +128,10 @@ class PlmTokenizer:
         """Spellings of all special tokens."""
         return tuple(self._tokenizer.special_ids)
 
-    def special_token(self, name: str) -> str:
-        """The special token with this role, such as `eos_token`.
-
-        Raises:
-            Unsupported: the tokenizer has no such token.
-        """
-        try:
-            return self._special_tokens[name]
-        except KeyError:
-            raise Unsupported(f"The model's tokenizer has no {name}.", hint="Give the task a `stop` text.") from None
-
-    def special_token_id(self, name: str) -> int:
-        """The id of the special token with this role.
-
-        Raises:
-            Unsupported: the tokenizer has no such token.
-            ProtocolViolation: the token is not in the tokenizer's vocabulary.
-        """
-        try:
-            return self._tokenizer.special_ids[self.special_token(name)]
-        except KeyError:
-            raise ProtocolViolation(f"The server's tokenizer does not contain its own {name}.") from None
-
-    def render_chat(self, messages: ChatMessages) -> Prompt:
-        """Render a conversation with the model's chat template.
-
-        The template is untrusted code, so it runs in Jinja's sandbox.
-
-        Raises:
-            Unsupported: the model has no chat template.
-            InvalidData: the template refuses these messages.
-        """
-        if self._chat_template is None:
-            raise Unsupported("The model has no chat template.", hint='Give the task `format = "plain"`.')
-        # The environment in which transformers renders chat templates.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _raise_template_error
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        try:
-            text = environment.from_string(self._chat_template).render(
-                messages=messages, add_generation_prompt=True, **self._special_tokens
-            )
-        except Exception as error:
-            raise InvalidData(
-                f"The model's chat template refuses the task's messages: {error}", hint='Try `format = "plain"`.'
-            ) from error
-        return Prompt(text, with_special_tokens=False)
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """The id of each special token, by its spelling."""
+        return self._tokenizer.special_ids
 
     def _with_rows(self, token_ids: list[int]) -> list[int]:
         """The same ids, if the LM head has a row for each."""
@@ -181,7 +143,3 @@ class PlmTokenizer:
                 hint="Write it otherwise; the model has never learned this token.",
             )
         return token_ids
-
-
-def _raise_template_error(message: str) -> None:
-    raise TemplateError(message)

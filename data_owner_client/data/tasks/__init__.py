@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import tomllib
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from data_owner_client.plm.tokenizer import ChatMessages, MarkedText, PlmTokenizer, Prompt
-from protocol.errors import InvalidData
+from data_owner_client.data.conversations import end_of_assistant_turn, render_assistant_turn, render_prompt
+from data_owner_client.data.stops import Stops
+from data_owner_client.plm.chat_template import ChatMessage, ChatTemplate, choose_template
+from data_owner_client.plm.tokenizer import MarkedText, PlmTokenizer, Prompt
+from protocol.errors import InvalidData, Unsupported
+
+# Variables of a chat template that a task sets in other ways.
+_OWN_VARIABLES = {"messages", "tools", "add_generation_prompt"}
+_CHAT_FIELDS = ("instruction_role", "template", "template_arguments", "tools", "date")
 
 
 class Shot(BaseModel):
@@ -39,62 +50,122 @@ class Task(BaseModel):
         source_label: label of source texts in the format `plain`.
         target_label: label of targets in the format `plain`.
         format: `plain` or `chat`.
-        stop: text that ends an answer; None for a newline in `plain`, and for the end-of-sequence token in `chat`.
+        stop: text that ends an answer; None for a newline in `plain`, and in `chat` for the end of a turn.
         examples: in-context examples that every prompt shows.
+        instruction_role: in `chat`, whose turn has the instruction: the first `user` turn, or a `system` turn where
+            the template takes one. The default stays `user`, because adapters without the field learned such prompts.
+        template: in `chat`, name of the chat template; None for the model's default.
+        template_arguments: in `chat`, further variables of the template, such as `enable_thinking`.
+        tools: in `chat`, JSON schemas of tools; None for none.
+        date: in `chat`, day that the template's clock shows. None is the day when the memory is begun, if the template
+            reads the clock.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     instruction: str = ""
     source_label: str = "Source"
     target_label: str = "Target"
     format: Literal["plain", "chat"] = "plain"
-    stop: str | None = Field(default=None, description="text that ends an answer; default: a newline, in chat the eos")
+    stop: str | None = Field(
+        default=None, description="text that ends an answer; default: a newline, in chat the end of a turn"
+    )
     examples: tuple[Shot, ...] = ()
+    instruction_role: Literal["user", "system"] = "user"
+    template: str | None = None
+    template_arguments: dict[str, JsonValue] = {}
+    tools: tuple[dict[str, JsonValue], ...] | None = None
+    date: datetime.date | None = None
+
+    @model_validator(mode="after")
+    def _check_chat_fields(self) -> Self:
+        fields = type(self).model_fields
+        unused = [name for name in _CHAT_FIELDS if getattr(self, name) != fields[name].default]
+        if unused and self.format == "plain":
+            raise ValueError(f'{", ".join(unused)} needs format = "chat"')
+        if wrong := sorted(_OWN_VARIABLES.intersection(self.template_arguments)):
+            raise ValueError(f"template_arguments cannot set {', '.join(wrong)}")
+        return self
 
     @property
     def stop_text(self) -> str | None:
-        """The text that ends an answer; None if only the end-of-sequence token does."""
+        """The text that ends an answer; None if only the model or its chat template ends it."""
         return self.stop or ("\n" if self.format == "plain" else None)
 
     def prompt(self, source: str, tokenizer: PlmTokenizer) -> Prompt:
-        """The prompt for a source text, without a trailing space: the space belongs to the target."""
+        """The prompt for a source text, without a trailing space: the space belongs to the target.
+
+        Raises:
+            Unsupported: the model has no chat template.
+            InvalidData: the chat template refuses the task's messages.
+        """
         if self.format == "chat":
-            return tokenizer.render_chat(self._messages(source))
+            return render_prompt(self._messages(source), self._chat_template(tokenizer))
         lines = [f"{self.instruction}\n"] if self.instruction else []
         lines += [f"{self.source_label}: {shot.source}\n{self.target_label}: {shot.target}" for shot in self.examples]
         lines.append(f"{self.source_label}: {source}\n{self.target_label}:")
         return Prompt("\n".join(lines))
 
-    def continuation(self, target: str, tokenizer: PlmTokenizer) -> MarkedText:
-        """The target as it follows the prompt. It ends with the stop, from which the adapter learns to end answers."""
-        answer = MarkedText(f" {target}" if self.format == "plain" else target)
-        if self.stop_text is not None:
-            return answer + MarkedText(self.stop_text)
-        eos = tokenizer.special_token("eos_token")
-        return answer + MarkedText(eos, ((0, len(eos)),))
+    def prompt_and_target(self, source: str, target: str, tokenizer: PlmTokenizer) -> tuple[Prompt, MarkedText]:
+        """The prompt for a source text, and the target as it follows, with the end that the adapter learns.
 
-    def stop_ids(self, tokenizer: PlmTokenizer) -> frozenset[int]:
-        """Ids of all tokens that end an answer."""
-        if self.stop_text is None:
-            return frozenset({tokenizer.special_token_id("eos_token")})
-        return tokenizer.ids_containing(self.stop_text)
+        Raises:
+            Unsupported: the model has no chat template, or neither it nor the task has an end for an answer.
+            InvalidData: the target contains the stop, or the chat template would write another conversation.
+        """
+        if self.stop_text:
+            _require_without_end(target, self.stop_text)
+        if self.format == "plain":
+            return self.prompt(source, tokenizer), MarkedText(f" {target}{self.stop_text}")
+        template = self._chat_template(tokenizer)
+        turn = render_assistant_turn(self._messages(source), target, template)
+        if self.stop is not None:
+            return turn.prompt, turn.text + MarkedText(self.stop)
+        if turn.end != end_of_assistant_turn(template):
+            raise InvalidData(
+                "The model's chat template ends this turn in another way than others.",
+                hint="Give the task a `stop` text.",
+            )
+        if turn.end.text and not turn.end.special_spans:
+            _require_without_end(target, turn.end.text)
+        return turn.prompt, turn.text + (turn.end if turn.end.text else _eos(tokenizer))
 
-    def answer(self, token_ids: list[int], tokenizer: PlmTokenizer) -> str:
-        """The answer in generated token ids: their text up to the stop, without surrounding space."""
-        text = tokenizer.decode(token_ids)
-        return (text.split(self.stop_text)[0] if self.stop_text else text).strip()
+    def stops(self, tokenizer: PlmTokenizer, eos_ids: Iterable[int]) -> Stops:
+        """The ends of an answer: the task's stop, or what the chat template writes behind a turn; and the model's own.
 
-    def _messages(self, source: str) -> ChatMessages:
-        turns: ChatMessages = []
+        Args:
+            tokenizer: the PLM's tokenizer.
+            eos_ids: tokens after which the model itself stops.
+        """
+        if self.stop_text:
+            return Stops((self.stop_text,), frozenset(eos_ids))
+        end = end_of_assistant_turn(self._chat_template(tokenizer))
+        if end.text and not end.special_spans:
+            return Stops((end.text,), frozenset(eos_ids))
+        spelling = end.text or tokenizer.special_tokens.get("eos_token", "")
+        own = {tokenizer.special_ids[spelling]} if spelling in tokenizer.special_ids else set()
+        return Stops((), frozenset(eos_ids) | own)
+
+    def on_day(self, day: datetime.date | None, tokenizer: PlmTokenizer) -> Task:
+        """The task with a day for the clock of its chat template, if that reads the clock and the task has no day."""
+        if day is None or self.date or self.format == "plain" or not self._chat_template(tokenizer).reads_clock:
+            return self
+        return self.model_copy(update={"date": day})
+
+    def _messages(self, source: str) -> list[ChatMessage]:
+        turns: list[ChatMessage] = []
         for shot in self.examples:
-            turns += [{"role": "user", "content": shot.source}, {"role": "assistant", "content": shot.target}]
-        turns.append({"role": "user", "content": source})
+            turns += [_turn("user", shot.source), _turn("assistant", shot.target)]
+        turns.append(_turn("user", source))
+        if self.instruction and self.instruction_role == "system":
+            return [_turn("system", self.instruction), *turns]
         if self.instruction:
-            # In the first user turn, because some templates have no system role.
-            turns[0] = {"role": "user", "content": f"{self.instruction}\n\n{turns[0]['content']}"}
+            turns[0] = _turn("user", f"{self.instruction}\n\n{turns[0]['content']}")
         return turns
+
+    def _chat_template(self, tokenizer: PlmTokenizer) -> ChatTemplate:
+        return _compiled(tokenizer, self.template, json.dumps([self.tools, self.template_arguments]), self.date)
 
 
 def builtin_tasks() -> list[str]:
@@ -112,7 +183,7 @@ def load_task(name_or_path: str | Path) -> Task:
         text = files(__name__).joinpath(f"{name_or_path}.toml").read_text(encoding="utf-8")
     else:
         try:
-            text = Path(name_or_path).read_text(encoding="utf-8")
+            text = Path(name_or_path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidData(
                 f"{name_or_path} is neither a built-in task ({', '.join(builtin_tasks())}) nor a readable file.",
@@ -126,7 +197,43 @@ def load_task(name_or_path: str | Path) -> Task:
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join(map(str, first["loc"]))
+        path = ".".join(map(str, first["loc"])) or "the task"
         raise InvalidData(
             f"{name_or_path}: {path}: {first['msg']}.", hint=f"A task has: {', '.join(Task.model_fields)}."
         ) from error
+
+
+@lru_cache(maxsize=16)
+def _compiled(
+    tokenizer: PlmTokenizer, name: str | None, tools_and_arguments: str, day: datetime.date | None
+) -> ChatTemplate:
+    """A chat template of the model. Compiling it takes longer than many renderings."""
+    tools, arguments = json.loads(tools_and_arguments)
+    source = choose_template(tokenizer.chat_templates, name, with_tools=tools is not None)
+    return ChatTemplate(
+        source, tokenizer.special_tokens, tokenizer.special_ids, tools=tools, arguments=arguments, day=day
+    )
+
+
+def _require_without_end(target: str, end: str) -> None:
+    if (target + end).index(end) < len(target):
+        raise InvalidData(
+            f"The target contains the stop {end!r} or ends with a part of it, so an answer would end before it does.",
+            hint="Replace it in the texts, or give the task another `stop`.",
+        )
+
+
+def _eos(tokenizer: PlmTokenizer) -> MarkedText:
+    """The end-of-sequence token, with which the model ends turns whose end its chat template does not write.
+
+    Raises:
+        Unsupported: the tokenizer has no such token.
+    """
+    spelling = tokenizer.special_tokens.get("eos_token", "")
+    if spelling not in tokenizer.special_ids:
+        raise Unsupported("The model's tokenizer has no eos_token.", hint="Give the task a `stop` text.")
+    return MarkedText(spelling, ((0, len(spelling)),))
+
+
+def _turn(role: str, content: str) -> Mapping[str, str]:
+    return {"role": role, "content": content}

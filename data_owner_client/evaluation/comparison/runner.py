@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from pydantic import ValidationError
@@ -28,7 +28,7 @@ from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.generation import translate
 from data_owner_client.evaluation.comparison.results import BEST, PUBLISHED, SystemResult
 from data_owner_client.evaluation.perplexity import perplexities
-from data_owner_client.memory.build_splits import build_memories
+from data_owner_client.memory.build_splits import build_memories, with_day_of_memory
 from data_owner_client.memory.encode import encode_all, tokenize_pairs
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.store import TRAIN, VALIDATION, ExternalMemory
@@ -100,13 +100,15 @@ class ComparisonRunner:
     ) -> None:
         self.connect = connect
         self._plm = plm
-        self._task = task
+        self._task = with_day_of_memory(
+            task, plm.tokenizer, *(_memory_folder(folder, mode) / TRAIN for mode in get_args(ContextMode))
+        )
         self._splits = splits
         self._folder = folder
         self.settings = settings
         self._reporter = reporter
         digests = [digest_pairs(part) for part in vars(splits).values()]
-        record = json.dumps([plm.card.digest, task.model_dump(), digests], sort_keys=True)
+        record = json.dumps([plm.card.digest, self._task.model_dump(mode="json"), digests], sort_keys=True)
         self._identity = hashlib.sha256(record.encode()).hexdigest()
         # Made once for all systems.
         self.memory = cache(self._memory)
@@ -122,7 +124,7 @@ class ComparisonRunner:
 
     def _memory(self, mode: ContextMode) -> Path:
         """Build the memories of a context mode; return their folder."""
-        folder = self._folder / f"memory-{mode}"
+        folder = _memory_folder(self._folder, mode)
         build_memories(
             self._plm,
             self._task,
@@ -248,6 +250,10 @@ class ComparisonRunner:
         tasks = with_retrieved_examples(self._plm, self._task, self._test_sources, retriever)
         pairs = tokenize_pairs(self._plm, tasks, self._splits.test, label="test pair")
         return encode_all(self._plm, pairs, self._reporter)
+
+
+def _memory_folder(folder: Path, mode: ContextMode) -> Path:
+    return folder / f"memory-{mode}"
 
 
 def run_in_subprocess(work: Callable[..., _T], *arguments: Any) -> _T:

@@ -33,6 +33,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def bundle_tokenizer(tokenizer: PreTrainedTokenizerFast) -> TokenizerBundle:
     """The tokenizer in the form that clients download."""
     tokenizer_json = tokenizer.backend_tokenizer.to_str()
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    templates = tokenizer.chat_template or {}  # one text, or texts by name
+    named = {"default": templates} if isinstance(templates, str) else dict(templates)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    return TokenizerBundle(tokenizer_json=tokenizer_json, chat_template=template, special_tokens=special)
+    return TokenizerBundle(
+        tokenizer_json=tokenizer_json,
+        chat_template=named.pop("default", None),
+        special_tokens=special,
+        named_chat_templates=named,
+    )

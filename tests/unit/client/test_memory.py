@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data_owner_client.data.pairs import Pair
+from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory import build
 from data_owner_client.memory import request_batches as planning
@@ -82,10 +83,10 @@ def test_rows_are_labelled_with_their_targets(plm: RemotePlm, tmp_path: Path, co
     memory = build_memory(plm, TASK, PAIRS, tmp_path, context_mode=context_mode, share_targets=True)
     rows = memory.load()
     targets = [part.tolist() for part in rows.target_N.split(rows.rows_E.tolist())]
-    texts = [TASK.answer(ids, plm.tokenizer) for ids in targets]
+    stops = StopMatcher(plm.tokenizer, TASK.stops(plm.tokenizer, plm.card.eos_token_ids))
+    texts = [stops.text(ids).strip() for ids in targets]
     assert texts == [pair.target for pair in PAIRS]
-    stops = TASK.stop_ids(plm.tokenizer)
-    assert all(ids[-1] in stops and not stops & set(ids[:-1]) for ids in targets)
+    assert all(stops.end(ids) == len(ids) - 1 for ids in targets)
     assert rows.source_tokens_E.tolist() == [plm.tokenizer.count(pair.source) for pair in PAIRS]
     assert rows.position_N().tolist() == [i for ids in targets for i in range(len(ids))]
     assert rows.cr_N_D.shape == (len(rows.target_N), plm.card.hidden_size)
@@ -221,7 +222,7 @@ def test_unfinished_missing_and_damaged_memories_say_what_to_do(
 
 def test_unusable_pairs_are_found_before_anything_is_sent(plm: RemotePlm, recorder: Recorder, tmp_path: Path) -> None:
     for bad, message in (
-        (Pair("x", "two\nlines"), "pair 12 contains the stop"),
+        (Pair("x", "two\nlines"), "pair 12: .* contains the stop"),
         (Pair("x"), "pair 12 has no target"),
         (Pair("x" * 500, "y"), "pair 12 has .* tokens"),
     ):

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from data_owner_client.data.stops import Stops
 from data_owner_client.data.tasks import Task, builtin_tasks, load_task
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.plm.tokenizer import PlmTokenizer
-from harness.tiny_models import EOS, VOCAB_SIZE, TinyModels, tiny_tokenizer
+from harness.tiny_models import EOS, VOCAB_SIZE, TinyModels
 from plm_owner_server.engines.model_files.tokenizer import bundle_tokenizer, load_tokenizer
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidData, ProtocolViolation, Unsupported
@@ -60,7 +61,8 @@ def test_a_bad_task_file_is_explained(tmp_path: Path, text: str, message: str) -
 def test_plain_prompt(tokenizer: PlmTokenizer) -> None:
     expected = "Do it.\n\nIn: a\nOut: b\nIn: c\nOut: d\nIn: the source\nOut:"
     assert TASK.prompt("the source", tokenizer).text == expected
-    assert TASK.continuation("ja", tokenizer).text == " ja\n"
+    prompt, target = TASK.prompt_and_target("the source", "ja", tokenizer)
+    assert (prompt.text, target.text) == (expected, " ja\n")
 
 
 @pytest.mark.parametrize("source", ["the thin shine", "Grüße {name}", " odd  spaces "])
@@ -71,10 +73,9 @@ def test_prompt_and_target_tokenise_as_one_text_does(
     prompt = TASK.prompt(source, tokenizer)
     prompt_ids = tokenizer.encode_prompt(prompt)
     assert prompt_ids == owners(prompt.text).input_ids
-    target_ids = tokenizer.encode_target(prompt, prompt_ids, TASK.continuation("die Tür", tokenizer))
+    target_ids = tokenizer.encode_target(prompt, prompt_ids, TASK.prompt_and_target(source, "die Tür", tokenizer)[1])
     assert prompt_ids + target_ids == owners(prompt.text + " die Tür\n").input_ids
-    assert target_ids[-1] in TASK.stop_ids(tokenizer)
-    assert TASK.answer(target_ids, tokenizer) == "die Tür"
+    assert TASK.stops(tokenizer, [EOS]) == Stops(("\n",), frozenset({EOS}))
 
 
 def test_a_token_across_the_boundary_falls_back_to_the_target_alone(tokenizer: PlmTokenizer) -> None:
@@ -102,19 +103,7 @@ def test_chat_prompt_is_transformers_own(tiny_models: TinyModels, tokenizer: Plm
     prompt = chat.prompt("the source", tokenizer)
     assert prompt.text == expected
     assert tokenizer.encode_prompt(prompt) == owners(expected, add_special_tokens=False).input_ids
-    assert chat.stop_ids(tokenizer) == {EOS}
-    target_ids = tokenizer.encode_target(prompt, tokenizer.encode_prompt(prompt), chat.continuation("ja", tokenizer))
-    assert target_ids[-1] == EOS
-    assert chat.answer(target_ids, tokenizer) == "ja"
-
-
-def test_a_foreign_chat_template_runs_in_a_sandbox() -> None:
-    bundle = bundle_tokenizer(tiny_tokenizer(chat_template="{{ ''.__class__.__mro__ }}"))
-    with pytest.raises(InvalidData, match="chat template refuses"):
-        PlmTokenizer(bundle).render_chat([{"role": "user", "content": "x"}])
-    refusing = bundle_tokenizer(tiny_tokenizer(chat_template="{{ raise_exception('only system') }}"))
-    with pytest.raises(InvalidData, match="only system"):
-        PlmTokenizer(refusing).render_chat([{"role": "user", "content": "x"}])
+    assert chat.stops(tokenizer, []) == Stops((), frozenset({EOS}))
 
 
 def test_missing_parts_are_explained(tiny_models: TinyModels) -> None:
@@ -133,8 +122,8 @@ def test_every_token_with_a_newline_stops(tokenizer: PlmTokenizer) -> None:
     assert not any("\n" in tokenizer.decode([i]) for i in others)
 
 
-def test_tokens_that_contain_a_text_are_found_among_all(tokenizer: PlmTokenizer) -> None:
-    inner = tokenizer._tokenizer
-    texts = [inner.decode([i], skip_special_tokens=False) for i in range(inner.get_vocab_size())]
+def test_tokens_that_contain_a_text_are_found_among_all(tiny_models: TinyModels, tokenizer: PlmTokenizer) -> None:
+    owners = AutoTokenizer.from_pretrained(tiny_models["llama"])
+    texts = ["" if i in owners.all_special_ids else owners.decode([i]) for i in range(len(owners))]
     for text in sorted({text for text in texts if text}):
         assert tokenizer.ids_containing(text) == {i for i, own in enumerate(texts) if text in own}, text

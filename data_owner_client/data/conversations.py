@@ -1,0 +1,127 @@
+"""Conversations by the model's own chat template: prompts, and targets as the template writes an assistant's turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from data_owner_client.plm.chat_template import ChatMessage, ChatTemplate
+from data_owner_client.plm.tokenizer import MarkedText, Prompt
+from protocol.errors import InvalidData
+
+_NO_END = MarkedText("")
+
+
+@dataclass(frozen=True)
+class AssistantTurn:
+    """The last turn of a conversation, as the template writes it.
+
+    Attributes:
+        prompt: everything before the turn's text.
+        text: text of the turn, with the space that the template writes around it.
+        end: special token or text that the template writes behind the turn; empty if it writes none.
+    """
+
+    prompt: Prompt
+    text: MarkedText
+    end: MarkedText
+
+
+def fold_system_turn(messages: Sequence[ChatMessage], template: ChatTemplate) -> list[ChatMessage]:
+    """The messages with the text of a system turn before the first user's, if the template takes no system turn."""
+    if len(messages) < 2 or messages[0]["role"] != "system" or template.takes_system_turn:
+        return list(messages)
+    system, user, *others = messages
+    return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *others]
+
+
+def render_prompt(messages: Sequence[ChatMessage], template: ChatTemplate) -> Prompt:
+    """The prompt for the assistant's next turn. A system turn that the template refuses goes before the user's text.
+
+    Raises:
+        InvalidData: the template refuses the messages.
+    """
+    return template.render(fold_system_turn(messages, template), add_generation_prompt=True)
+
+
+def render_assistant_turn(messages: Sequence[ChatMessage], target: str, template: ChatTemplate) -> AssistantTurn:
+    """The assistant's turn behind a conversation, such that prompt and turn are the conversation as a whole.
+
+    Args:
+        messages: turns before the assistant's.
+        target: text of the assistant's turn.
+        template: the model's chat template.
+
+    Raises:
+        InvalidData: the template refuses the messages, or writes another conversation once the turn is there.
+    """
+    messages = fold_system_turn(messages, template)
+    prompt = template.render(messages, add_generation_prompt=True)
+    whole = template.render([*messages, {"role": "assistant", "content": target}], add_generation_prompt=False)
+    turn = _without_beginning(whole, prompt)
+    if turn is None:
+        raise InvalidData(
+            "The model's chat template writes another conversation before the target than in the prompt.",
+            hint="The task may need `template_arguments` that switch thoughts off, or another `instruction_role`.",
+        )
+    start = turn.text.find(target)
+    if start < 0 or turn.text[:start].strip():
+        raise InvalidData(
+            "The model's chat template does not begin the assistant's turn with the target as it is.",
+            hint="Take away space around the target. Or set `template_arguments` of the task, where a template can "
+            "leave out its thinking.",
+        )
+    end = _end_of_turn(turn, start + len(target))
+    stop = end.at if end else start + len(target)
+    return AssistantTurn(prompt, _part(turn, 0, stop), end.text if end else _NO_END)
+
+
+@lru_cache(maxsize=16)
+def end_of_assistant_turn(template: ChatTemplate) -> MarkedText:
+    """What the template writes behind an assistant's turn; empty if it writes nothing, or refuses a short conversation.
+
+    It may write something else before the turn once it is there, such as thoughts, which do not matter here.
+    """
+    answer = "Good morning."
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
+    try:
+        whole = template.render(messages, add_generation_prompt=False)
+    except InvalidData:
+        return _NO_END
+    at = whole.text.rfind(answer)
+    end = _end_of_turn(whole, at + len(answer)) if at >= 0 else None
+    return end.text if end else _NO_END
+
+
+@dataclass(frozen=True)
+class _End:
+    at: int
+    text: MarkedText
+
+
+def _end_of_turn(whole: MarkedText, at: int) -> _End | None:
+    """The end of a turn whose text ends at a character: the next special token, or else the text up to it.
+
+    Space alone is no end, because a turn's text may have the same.
+    """
+    rest = whole.text[at:]
+    begin = at + len(rest) - len(rest.lstrip())
+    special = next((span for span in whole.special_spans if span[0] >= at), (len(whole.text), len(whole.text)))
+    if special[0] <= begin:
+        return _End(special[0], _part(whole, *special)) if special[1] > special[0] else None
+    return _End(at, MarkedText(whole.text[at : special[0]].rstrip()))
+
+
+def _without_beginning(whole: MarkedText, beginning: MarkedText) -> MarkedText | None:
+    """The text behind its beginning; None if it does not begin so."""
+    at = len(beginning.text)
+    rest = _part(whole, at, len(whole.text))
+    same = MarkedText(beginning.text, beginning.special_spans) + rest
+    return rest if same == MarkedText(whole.text, whole.special_spans) else None
+
+
+def _part(whole: MarkedText, start: int, end: int) -> MarkedText:
+    """A part of a text, with the special tokens that are wholly in it."""
+    spans = tuple((a - start, b - start) for a, b in whole.special_spans if start <= a and b <= end)
+    return MarkedText(whole.text[start:end], spans)
