@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data_owner_client.plm.connection.base import Connection
-from harness.tiny_models import CHAT_TEMPLATE, VOCAB_SIZE, TinyModels, tiny_tokenizer
+from harness.tiny_models import BOS, CHAT_TEMPLATE, VOCAB_SIZE, TinyModels, tiny_tokenizer
 from plm_owner_server.engines.transformers.engine import load_model
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.service.plm_service import PlmService
@@ -250,6 +250,13 @@ def test_chat_text_goes_through_the_models_template(call: Caller) -> None:
     plain = call("/v1/next-token-distribution", {"text": "Hallo"})
     assert_equal(plain, call("/v1/next-token-distribution", {"token_ids": tiny_tokenizer()("Hallo").input_ids}))
     assert plain.tokens == [tiny_tokenizer().decode([i]) for i in plain.token_ids_K.tolist()]
+
+
+def test_a_text_that_spells_special_tokens_is_text(call: Caller) -> None:
+    pieces = ["<bos", ">a<", "eos>"]  # of which none is a special token
+    by_hand = [i for piece in pieces for i in tiny_tokenizer()(piece, add_special_tokens=False).input_ids]
+    plain = call("/v1/next-token-distribution", {"text": "".join(pieces)})
+    assert_equal(plain, call("/v1/next-token-distribution", {"token_ids": [BOS, *by_hand]}))
 
 
 def encode(**changed: Any) -> dict[str, Any]:
