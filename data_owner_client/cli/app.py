@@ -133,11 +133,12 @@ def main() -> NoReturn:
 
 
 def set_threads(threads: int) -> None:
-    """Use this many CPU threads; 0 for all cores."""
-    if threads:
-        import torch
+    """Use this many CPU threads; 0 for all cores that this process may use."""
+    import torch
 
-        torch.set_num_threads(threads)
+    from protocol.cores import torch_threads
+
+    torch.set_num_threads(torch_threads(threads))
 
 
 def _failed(message: str, *, status: int) -> int:
