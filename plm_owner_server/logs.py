@@ -10,8 +10,10 @@ import faulthandler
 import logging
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
@@ -26,6 +28,7 @@ except ImportError:  # Windows has no core files
 
 log = logging.getLogger(__name__)
 
+_REPORT_SECONDS = 60.0
 _Info = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 
@@ -60,6 +63,31 @@ def write_no_core_files() -> None:
     """Disable core files, because the memory image of a crash contains texts."""
     if resource is not None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+@contextmanager
+def logged_while(logger: logging.Logger, work: str) -> Iterator[None]:
+    """Log the beginning and the end of long work, and a line a minute between them.
+
+    Args:
+        logger: the logger of the module that does the work.
+        work: the work, as the beginning of a sentence: "converting the model".
+    """
+    started, ended = time.monotonic(), threading.Event()
+
+    def report() -> None:
+        while not ended.wait(_REPORT_SECONDS):
+            logger.info("still %s, for %.0f s", work, time.monotonic() - started)
+
+    logger.info("%s", work)
+    reporting = threading.Thread(target=report, name="progress", daemon=True)
+    reporting.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        reporting.join()
+    logger.info("%s took %.1f s", work, time.monotonic() - started)
 
 
 def redact_task_exceptions(loop: asyncio.AbstractEventLoop) -> None:

@@ -26,7 +26,7 @@ from plm_owner_server.admission.authentication import Authenticator
 from plm_owner_server.admission.controller import AdmissionController
 from plm_owner_server.engines.interface import Engine
 from plm_owner_server.engines.loading import load_engine
-from plm_owner_server.engines.model_files.sources import digest_folder
+from plm_owner_server.engines.model_files.digest import digest_folder
 from plm_owner_server.engines.model_files.tokenizer import load_tokenizer
 from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.service.plm_service import PlmService

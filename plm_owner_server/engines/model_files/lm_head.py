@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from plm_owner_server.engines.interface import EngineInfo
 from plm_owner_server.engines.model_files.config import eos_token_ids, head_from_config, linear_head
+from plm_owner_server.engines.model_files.weights import open_weights, weight_files
 from protocol.errors import Unsupported
 from protocol.head import LMHead
-
-_INDEX = "model.safetensors.index.json"
 
 
 def read_head(folder: Path, *, dtype: torch.dtype, device: str) -> tuple[LMHead, EngineInfo]:
     """Read the head and the description of a model.
 
     Args:
-        folder: folder with configuration and safetensors files, in the Hugging Face layout.
+        folder: folder with configuration and weights, in the Hugging Face layout.
         dtype: dtype that the head is converted to.
         device: device that the head is loaded on.
 
     Raises:
-        Unsupported: the folder holds no causal language model with a linear head in safetensors files.
+        Unsupported: the folder holds no causal language model with a linear head.
     """
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -45,12 +43,12 @@ def read_head(folder: Path, *, dtype: torch.dtype, device: str) -> tuple[LMHead,
     modules = [name_of[id(output)]]
     if text.tie_word_embeddings:
         modules.append(name_of[id(model.get_input_embeddings())])
-    files = _files(folder)
+    files = weight_files(folder)
     weight_V_D = _read(files, [f"{module}.weight" for module in modules])
     if weight_V_D is None or weight_V_D.shape != output.weight.shape:
         raise Unsupported(
             f"The weights in {folder} have no LM head of {tuple(output.weight.shape)}.",
-            hint="Give a folder with safetensors files that are not quantised.",
+            hint="Give a folder with weights that are not quantised.",
         )
     bias_V = None if output.bias is None else _read(files, [f"{modules[0]}.bias"])
     head = head_from_config(text, weight_V_D.to(device, dtype), None if bias_V is None else bias_V.to(device, dtype))
@@ -71,26 +69,14 @@ def caps_attention(folder: Path) -> bool:
     return getattr(config, "attn_logit_softcapping", None) is not None
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor, by the tensor's name."""
-    if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        return {name: folder / file for name, file in index["weight_map"].items()}
-    files = dict[str, Path]()
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            files |= dict.fromkeys(file.keys(), path)
-    return files
-
-
-def _read(files: dict[str, Path], names: list[str]) -> Tensor | None:
+def _read(files: Sequence[Path], names: Sequence[str]) -> Tensor | None:
     """The first of these tensors that exists. Checkpoints may omit the first part of a name, or add one."""
     for name in names:
-        for stored, path in files.items():
-            if stored == name or stored.endswith(f".{name}") or name.endswith(f".{stored}"):
-                with safe_open(path, framework="pt") as file:
-                    tensor: Tensor = file.get_tensor(stored)
-                    return tensor
+        for path in files:
+            with open_weights(path) as tensors:
+                for stored, read in tensors.items():
+                    if stored == name or stored.endswith(f".{name}") or name.endswith(f".{stored}"):
+                        return read()
     return None
 
 

@@ -1,4 +1,4 @@
-"""Resolution of a model's name to a local folder that transformers loads quickly, and the folder's digest.
+"""Resolution of a model's name to a local folder that transformers loads quickly.
 
 transformers takes most of a minute to parse and dequantise a GGUF file. It is therefore converted once, to safetensors
 with equal float32 values in the cache directory.
@@ -6,30 +6,28 @@ with equal float32 values in the cache directory.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import importlib.util
 import logging
 import os
-import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
-from protocol.errors import InvalidRequest
+from plm_owner_server.engines.model_files.weights import checkpoint_patterns
+from plm_owner_server.logs import logged_while
+from protocol.errors import InvalidRequest, Unsupported
 
 log = logging.getLogger(__name__)
 
-_SAMPLE_BYTES = 1 << 20
-_SAMPLES_PER_FILE = 64
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".gguf"}
-# Files that determine the function of the token ids that the model computes; a README does not.
-_IDENTITY_SUFFIXES = _WEIGHT_SUFFIXES | {".json", ".jinja", ".model"}
-_VERSIONED = {"config.json", "generation_config.json"}
-_IDENTITY_NAMES = {"merges.txt", "vocab.txt"}
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+# Files of a hub model beside its weights. What lies in other folders, such as the original format, is not loaded.
+_HUB_PATTERNS = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+_HUB_TEMPLATES = "additional_chat_templates/*.jinja"
+_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,28 @@ class ModelFiles:
     folder: Path
 
 
-def resolve(model: str, cache_dir: Path) -> ModelFiles:
+def resolve(model: str, cache_dir: Path, revision: str | None = None) -> ModelFiles:
     """Find a model by the name of an embedded model, `.gguf` file, local folder or hub id, in this order.
 
+    Args:
+        model: name, path or hub id.
+        cache_dir: folder for converted models.
+        revision: branch, tag or commit of a hub model; None for the newest.
+
     Raises:
-        InvalidRequest: there is no such model, or the package with the embedded model is not installed.
+        InvalidRequest: there is no such model or revision, or the package with the embedded model is not installed.
+        Unsupported: the hub's model has no weights that can be loaded.
     """
+    local = _local(model, cache_dir)
+    if local is None:
+        return _from_hub(model, revision)
+    if revision is not None:
+        raise InvalidRequest(f"--revision is for models of the hub, and {model} is on this machine.", hint="Remove it.")
+    return local
+
+
+def _local(model: str, cache_dir: Path) -> ModelFiles | None:
+    """The model of this name on this machine, if there is one."""
     if model in EMBEDDED:
         return ModelFiles(model, _converted(EMBEDDED[model](), model, cache_dir))
     path = Path(model).expanduser()
@@ -58,31 +72,7 @@ def resolve(model: str, cache_dir: Path) -> ModelFiles:
         return ModelFiles(path.stem, _converted(_gguf_file(path), path.stem, cache_dir))
     if model and path.is_dir():
         return ModelFiles(path.resolve().name, path)
-    return ModelFiles(model, _downloaded(model))
-
-
-def digest_folder(folder: Path) -> str:
-    """SHA-256 of a model folder's names, sizes, headers and sampled blocks; takes seconds even for 140 GB.
-
-    Small files are read whole. Of a weight file, up to 64 blocks of 1 MiB at fixed offsets are read. The first
-    one has the safetensors header with every tensor's name, shape and offset.
-    """
-    digest = hashlib.sha256()
-    files = sorted(p for p in folder.iterdir() if p.suffix in _IDENTITY_SUFFIXES or p.name in _IDENTITY_NAMES)
-    for path in files:
-        if path.name in _VERSIONED:
-            # The transformers version that wrote a file does not change the model.
-            config = re.sub(rb'"transformers_version": "[^"]*"', b"", path.read_bytes())
-            digest.update(b"\0".join([path.name.encode(), config, b""]))
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        step = max(_SAMPLE_BYTES, size // _SAMPLES_PER_FILE) if path.suffix in _WEIGHT_SUFFIXES else _SAMPLE_BYTES
-        with path.open("rb") as file:
-            for offset in range(0, size, step):
-                file.seek(offset)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+    return None
 
 
 @dataclass(frozen=True)
@@ -135,8 +125,10 @@ def _converted(source: _GgufSource, name: str, cache_dir: Path) -> Path:
     folder = cache_dir / f"{name}-{source.sha256[:12]}"
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            log.info("converting %s to safetensors; this is done once and takes up to a minute", name)
-            with tempfile.TemporaryDirectory(dir=cache_dir, prefix=f"{folder.name}.partial-") as scratch:
+            with (
+                logged_while(log, f"converting {name} to safetensors, which is done once"),
+                tempfile.TemporaryDirectory(dir=cache_dir, prefix=f"{folder.name}.partial-") as scratch,
+            ):
                 converted = Path(scratch) / "converted"
                 _convert(source.path(Path(scratch)), converted)
                 os.replace(converted, folder)
@@ -162,15 +154,89 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _downloaded(hub_id: str) -> Path:
+def _from_hub(hub_id: str, revision: str | None) -> ModelFiles:
+    """Download the files of a hub model that are loaded, or find them in the hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()  # they would break the lines of the log
+    try:
+        files = _hub_files(hub_id, revision)
+        # Without an answer of the hub, what was downloaded before.
+        where = "the hub's cache" if files is None else f"the hub, {_gib(files):.1f} GiB"
+        with logged_while(log, f"getting {hub_id} from {where}"):
+            folder = Path(
+                snapshot_download(
+                    hub_id,
+                    revision=revision,
+                    allow_patterns=None if files is None else sorted(files),
+                    local_files_only=files is None,
+                )
+            )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise _hub_error(hub_id, revision, error) from error
+    log.info("%s at commit %s", hub_id, folder.name)
+    return ModelFiles(hub_id if revision is None else f"{hub_id}@{revision}", folder)
+
+
+def _hub_files(hub_id: str, revision: str | None) -> dict[str, int] | None:
+    """Sizes in bytes of the files of a hub model that are loaded, by name; None if the hub cannot be reached.
+
+    Raises:
+        Unsupported: the model has no weights that can be loaded.
+        HfHubHTTPError: the hub has no such model or revision, or refuses it.
+        HFValidationError: the name is no hub id.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InvalidRequest(
-            f"{hub_id!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a local folder or .gguf file, "
-            f"and could not be downloaded from the hub ({type(error).__name__}).",
-            hint="Check the spelling. A gated model needs HF_TOKEN; an offline machine needs a local folder.",
-        ) from error
+        info = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
+    except (HfHubHTTPError, HFValidationError):
+        raise
+    except Exception as error:  # noqa: BLE001 - offline mode, or an error of whichever HTTP library the hub's client has
+        log.warning("the hub was not reached (%s)", type(error).__name__)
+        return None
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    weights = checkpoint_patterns(sizes)
+    if not weights:
+        raise Unsupported(
+            f"{hub_id} has neither model.safetensors nor pytorch_model.bin on the hub.",
+            hint="Download its .gguf file, if it has one, and serve that; or choose another model.",
+        )
+    in_root = {name: size for name, size in sizes.items() if "/" not in name}
+    wanted = {name for pattern in (*_HUB_PATTERNS, *weights) for name in fnmatch.filter(in_root, pattern)}
+    wanted |= set(fnmatch.filter(sizes, _HUB_TEMPLATES))
+    # "*.json" also finds the indices of checkpoints that are not loaded, which would be looked for first.
+    wanted -= {name for name in wanted if name.endswith(".index.json") and name not in weights}
+    return {name: sizes[name] for name in wanted}
+
+
+def _gib(files: Mapping[str, int]) -> float:
+    return sum(files.values()) / _GIB
+
+
+def _hub_error(hub_id: str, revision: str | None, error: Exception) -> InvalidRequest:
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, RevisionNotFoundError):
+        return InvalidRequest(
+            f"{hub_id} has no revision {revision!r} on the hub.", hint="Give a branch, a tag or a commit as --revision."
+        )
+    if isinstance(error, GatedRepoError):
+        return InvalidRequest(
+            f"The hub shows {hub_id} only to those who have accepted its terms.",
+            hint="Accept them on its page, and set HF_TOKEN to a token of that account.",
+        )
+    reason = f"could not be downloaded from the hub ({type(error).__name__})"
+    if isinstance(error, LocalEntryNotFoundError):
+        version = "" if revision is None else f" of revision {revision!r}"
+        reason = f"the hub was not reached, and its cache on this machine has no copy{version}"
+    elif isinstance(error, OSError) and error.strerror:  # such as a full disk
+        reason = f"could not be stored: {error.strerror}"
+    return InvalidRequest(
+        f"{hub_id!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a local folder or .gguf file, "
+        f"and {reason}.",
+        hint="Check the spelling. A private model needs HF_TOKEN; an offline machine needs a local folder.",
+    )

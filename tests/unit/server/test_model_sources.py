@@ -1,19 +1,29 @@
-"""Finding a model, and its digest."""
+"""Finding a model on this machine and on the hub."""
 
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
+import httpx
 import huggingface_hub.constants
 import pytest
-import transformers
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from harness.tiny_models import TinyModels
 from plm_owner_server.engines.model_files import sources as models
-from plm_owner_server.engines.model_files.sources import digest_folder, resolve
-from protocol.errors import InvalidRequest
+from plm_owner_server.engines.model_files.sources import resolve
+from protocol.errors import InvalidRequest, Unsupported
 
 
 @pytest.fixture(autouse=True)
@@ -47,80 +57,117 @@ def test_a_missing_package_is_named_with_its_command(tmp_path: Path, monkeypatch
         resolve("gemma-3-270m", tmp_path)
 
 
-def test_digest_changes_with_any_byte(tiny_models: TinyModels, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_models["llama"], folder)
-    original = digest_folder(folder)
-    assert digest_folder(tiny_models["llama"]) == original  # wherever it lies
-    files = {path.name for path in folder.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= files
-    for name in sorted(files):
-        data = (folder / name).read_bytes()
-        digests = set()
-        for place in (0, len(data) // 2, len(data) - 1):
-            (folder / name).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-            digests.add(digest_folder(folder))
-        (folder / name).write_bytes(data[:-1])
-        digests.add(digest_folder(folder))
-        assert len(digests) == 4, name
-        assert original not in digests, name
-        (folder / name).write_bytes(data)
-    assert digest_folder(folder) == original
+def test_a_revision_of_a_local_model_is_a_mistake(tiny_models: TinyModels, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="on this machine"):
+        resolve(str(tiny_models["gpt2"]), tmp_path, "main")
 
 
-def test_digest_does_not_depend_on_who_wrote_the_config(tiny_models: TinyModels, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_models["llama"], folder)
-    original = digest_folder(folder)
-    config = (folder / "config.json").read_text()
-    assert transformers.__version__ in config
-    (folder / "config.json").write_text(config.replace(transformers.__version__, "4.99.0"))
-    assert digest_folder(folder) == original
+class Hub:
+    """A hub with one model, at the edge of huggingface_hub."""
+
+    def __init__(self, root: Path, names: list[str], commit: str = "c0ffee") -> None:
+        self.names = names
+        self.folder = root / "snapshots" / commit
+        self.failure: Exception | None = None
+        self.downloads: list[dict[str, Any]] = []
+
+    def model_info(self, hub_id: str, *, revision: str | None, files_metadata: bool) -> SimpleNamespace:
+        assert files_metadata
+        if self.failure is not None:
+            raise self.failure
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=2**20) for name in self.names])
+
+    def snapshot_download(self, hub_id: str, **arguments: Any) -> str:
+        self.downloads.append({"hub_id": hub_id, **arguments})
+        if arguments["local_files_only"] and not self.folder.is_dir():
+            raise LocalEntryNotFoundError("not cached")
+        return str(self.folder)
 
 
-def test_digest_changes_with_a_files_name_or_absence(tiny_models: TinyModels, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_models["gpt2"], folder)
-    original = digest_folder(folder)
-    (folder / "tokenizer.json").rename(folder / "tokenizer2.json")
-    assert digest_folder(folder) != original
-    (folder / "tokenizer2.json").unlink()
-    assert digest_folder(folder) != original
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    fake = Hub(tmp_path, ["config.json", "tokenizer.json", "model.safetensors"])
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+    return fake
 
 
-def test_digest_ignores_what_is_not_the_model(tiny_models: TinyModels, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_models["gpt2"], folder)
-    original = digest_folder(folder)
-    for name in ("README.md", "LICENSE", ".gitattributes", "README.txt", "LICENSE.txt"):
-        (folder / name).write_text("words")
-    (folder / ".cache").mkdir()
-    assert digest_folder(folder) == original
+def http_error(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
+    return kind("refused", response=MagicMock(status_code=404, headers={}))
 
 
-def test_digest_samples_all_over_a_large_weight_file(tmp_path: Path) -> None:
-    """Blocks of 1 MiB at 64 places: in a file of 96 MiB two bytes of three are looked at, its beginning always."""
-    weights = tmp_path / "model.safetensors"
-    size = 96 << 20
-    with weights.open("wb") as file:
-        file.truncate(size)
-    original = digest_folder(tmp_path)
+@pytest.mark.parametrize(
+    ("names", "weights"),
+    [
+        (["model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+        (["pytorch_model.bin", "tf_model.h5", "flax_model.msgpack"], ["pytorch_model.bin"]),
+        (
+            ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"],
+            ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"],
+        ),
+        (
+            [
+                *("model.safetensors.index.json", "model-00001-of-00001.safetensors", "consolidated.safetensors"),
+                *("pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin", "onnx/model.safetensors"),
+            ],
+            ["model-00001-of-00001.safetensors", "model.safetensors.index.json"],
+        ),
+    ],
+)
+def test_only_the_weights_that_are_loaded_are_downloaded(
+    names: list[str], weights: list[str], hub: Hub, tmp_path: Path
+) -> None:
+    beside = ["additional_chat_templates/tools.jinja", "config.json", "merges.txt", "tokenizer.json"]
+    hub.names = [*names, *beside, "README.md", "original/params.json", "training_args.bin", "optimizer.bin"]
+    resolve("org/model", tmp_path)
+    assert hub.downloads[0]["allow_patterns"] == sorted([*weights, *beside])
+    assert not hub.downloads[0]["local_files_only"]
 
-    def with_byte(place: int) -> str:
-        with weights.open("r+b") as file:
-            file.seek(place)
-            file.write(b"\1")
-            file.flush()
-            digest = digest_folder(tmp_path)
-            file.seek(place)
-            file.write(b"\0")
-        return digest
 
-    step = size // 64
-    assert with_byte(0) != original
-    assert with_byte((1 << 20) - 1) != original
-    assert with_byte(63 * step + 5) != original
-    assert digest_folder(tmp_path) == original
-    with weights.open("r+b") as longer:
-        longer.truncate(size + 1)
-    assert digest_folder(tmp_path) != original
+def test_a_revision_goes_to_the_hub_and_is_shown(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        files = resolve("org/model", tmp_path, "v1.0")
+    assert (files.name, files.folder) == ("org/model@v1.0", hub.folder)
+    assert hub.downloads[0]["revision"] == "v1.0"
+    assert "org/model at commit c0ffee" in caplog.text
+    assert resolve("org/model", tmp_path).name == "org/model"
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        (http_error(RevisionNotFoundError), ["no revision 'v9'", "--revision"]),
+        (http_error(GatedRepoError), ["accepted its terms", "HF_TOKEN"]),
+        (http_error(RepositoryNotFoundError), ["spelling", "RepositoryNotFoundError"]),
+        (OfflineModeIsEnabled("offline"), ["not reached", "no copy of revision 'v9'", "offline machine"]),
+        (httpx.ConnectError("no route"), ["not reached", "no copy of revision 'v9'"]),
+    ],
+)
+def test_a_failed_download_says_why(failure: Exception, words: list[str], hub: Hub, tmp_path: Path) -> None:
+    hub.failure = failure
+    with pytest.raises(InvalidRequest) as caught:
+        resolve("org/model", tmp_path, "v9")
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_full_disk_is_named(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(InvalidRequest, match="No space left on device"):
+        resolve("org/model", tmp_path)
+
+
+def test_without_the_hub_its_cache_is_used(hub: Hub, tmp_path: Path) -> None:
+    hub.failure = OfflineModeIsEnabled("offline")
+    hub.folder.mkdir(parents=True)
+    assert resolve("org/model", tmp_path, "v1.0").folder == hub.folder
+
+
+def test_a_hub_model_without_weights_is_refused_before_the_download(hub: Hub, tmp_path: Path) -> None:
+    hub.names = ["config.json", "model-q4.gguf", "training_args.bin"]
+    with pytest.raises(Unsupported, match=r"neither model\.safetensors nor pytorch_model\.bin"):
+        resolve("org/model", tmp_path)
+    assert hub.downloads == []

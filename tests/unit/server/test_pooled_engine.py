@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from harness.tiny_models import EOS, TinyModels
 from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch
+from plm_owner_server.engines.model_files.digest import digest_folder
 from plm_owner_server.engines.model_files.lm_head import read_head
-from plm_owner_server.engines.model_files.sources import digest_folder
 from plm_owner_server.engines.model_files.tokenizer import load_tokenizer
 from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
 from plm_owner_server.engines.vllm.async_llm import VllmSettings, load_vllm_engine
@@ -125,6 +126,9 @@ def test_the_head_in_the_checkpoint_is_the_models_own(architecture: str, tiny_mo
 
 def test_a_folder_without_a_head_is_a_clear_error(tiny_models: TinyModels, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((tiny_models["llama"] / "config.json").read_bytes())
+    with pytest.raises(Unsupported, match="no weights"):
+        read_head(tmp_path, dtype=torch.float32, device="cpu")
+    save_file({"other.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(Unsupported, match="no LM head"):
         read_head(tmp_path, dtype=torch.float32, device="cpu")
     with pytest.raises(Unsupported, match="no causal language model"):
