@@ -69,6 +69,12 @@ class EngineStats:
     cached_tokens: int = 0
     cached_bytes: int = 0
 
+    def reset(self) -> None:
+        """Start the counts again from zero."""
+        self.passes = {kind: PassStats() for kind in get_args(PassKind)}
+        self.cached_tokens = 0
+        self.cached_bytes = 0
+
     def record(self, kind: PassKind, tokens: int, padded_tokens: int) -> None:
         """Count a pass."""
         passes = self.passes[kind]
@@ -207,6 +213,9 @@ class Engine(Protocol):
 
     def evict_idle(self) -> None:
         """Remove cached states that have passed the cache's time limit."""
+
+    def reset(self) -> None:
+        """Remove all cached states, and start the statistics again."""
 
     def warm_up(self) -> None:
         """Run a real forward pass and check its result."""

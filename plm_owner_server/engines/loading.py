@@ -6,8 +6,13 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
+from plm_owner_server.engines.decoding_check import check_decoding
 from plm_owner_server.engines.interface import Engine
+from plm_owner_server.engines.model_files.weights import check_weights
 from plm_owner_server.settings import ENGINES, ServerSettings
+from protocol.errors import PemaError, Unsupported
 
 
 def load_engine(folder: Path, settings: ServerSettings) -> Engine:
@@ -17,7 +22,18 @@ def load_engine(folder: Path, settings: ServerSettings) -> Engine:
         InvalidRequest: the engine is not installed.
         Unsupported: the engine cannot serve this model.
     """
+    check_weights(folder)
     load: Callable[[Path, ServerSettings], Engine] = import_module(ENGINES[settings.engine].module).load
     engine = load(folder, settings)
-    engine.warm_up()
+    try:
+        engine.warm_up()
+        check_decoding(engine)
+        engine.reset()
+    except (PemaError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise Unsupported(
+            f"This model cannot be run by --engine {settings.engine}: {type(error).__name__}: {error}.",
+            hint="Serve a decoder-only model whose layers all are attention, such as Llama, Qwen or Gemma.",
+        ) from error
     return engine

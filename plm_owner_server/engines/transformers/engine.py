@@ -25,6 +25,9 @@ from protocol.types import CrKind
 
 log = logging.getLogger(__name__)
 
+# Kinds of layers, in a configuration's `layer_types`, that keep the keys and values of each position.
+_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
 
 def load_model(folder: Path, *, device: str, dtype: str, device_map: str | None = None) -> PreTrainedModel:
     """Load a causal language model.
@@ -47,6 +50,21 @@ def load_model(folder: Path, *, device: str, dtype: str, device_map: str | None 
             hint="It must hold config.json and weights of an AutoModelForCausalLM architecture.",
         ) from error
     return (model if device_map else model.to(device)).eval()
+
+
+def _require_attention(model: PreTrainedModel) -> None:
+    """Refuse layers whose states are not the keys and values of each position, which padding would change.
+
+    Raises:
+        Unsupported: the model has such layers.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION
+    if kinds or getattr(model, "_is_stateful", False):
+        layers = ", ".join(sorted(kinds)) or "recurrent"
+        raise Unsupported(
+            f"{type(model).__name__} has layers of the kind {layers}, whose states padding would change.",
+            hint="Serve a model whose layers all are attention, such as Llama, Qwen or Gemma.",
+        )
 
 
 class TransformersEngine:
@@ -79,11 +97,7 @@ class TransformersEngine:
     ) -> None:
         config = model.config.get_text_config()
         output = linear_head(model)
-        if getattr(model, "_is_stateful", False):
-            raise Unsupported(
-                f"{type(model).__name__} has a recurrent state, which padding would change.",
-                hint="Serve an attention-based model.",
-            )
+        _require_attention(model)
         self._model = model
         self._returns_ffn_output = cr_kind == "ffn_output"
         if pack_weights:
@@ -112,6 +126,10 @@ class TransformersEngine:
     def is_alive(self) -> bool:
         """Return True: the engine runs in this process."""
         return True
+
+    def reset(self) -> None:
+        """Remove all cached states, and start the statistics again."""
+        self._runner.reset()
 
     @torch.inference_mode()
     def warm_up(self) -> None:

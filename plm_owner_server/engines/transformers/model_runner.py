@@ -172,6 +172,12 @@ class ModelRunner:
             self._prefixes.evict_idle()
             self.stats.cached_bytes = self._prefixes.size_bytes
 
+    def reset(self) -> None:
+        """Remove all cached states, and start the statistics again."""
+        if self._prefixes is not None:
+            self._prefixes.clear()
+        self.stats.reset()
+
     def load(self, cached: Sequence[Sequence[Tensor]], lengths: Sequence[int]) -> AlignedCache:
         """A cache with the first `lengths[i]` cached states of sequence i."""
         if self._layout is None or not any(lengths):

@@ -69,6 +69,12 @@ class PrefixCache:
         with self._lock:
             self._evict_idle()
 
+    def clear(self) -> None:
+        """Remove all states."""
+        with self._lock:
+            while self._nodes:
+                self._evict()
+
     def match(self, tenant: str, ids: Sequence[int]) -> list[Tensor]:
         """States of the tenant's longest cached prefix of `ids`, in pieces [T_i, F]; empty if there is none."""
         with self._lock:

@@ -23,6 +23,7 @@ from plm_owner_server.engines.vllm.engine import PooledEngine
 from plm_owner_server.engines.vllm.model_runner import HiddenStateQuery, HiddenStates, PooledRunner
 from plm_owner_server.engines.vllm.plugin import END_WITH_SERVER, LOG_FORMAT
 from plm_owner_server.logs import redact_task_exceptions
+from protocol.cores import torch_threads
 from protocol.errors import InvalidRequest, ServerFault, Unsupported
 
 # A step computes the last, incomplete block again, so that vLLM's default of 128 is slow. The CPU kernel takes
@@ -114,8 +115,6 @@ def load_vllm_engine(folder: Path, settings: VllmSettings) -> PooledEngine:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ |= {END_WITH_SERVER: str(os.getpid()), LOG_FORMAT: settings.log_format}
-    if settings.threads:
-        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
     try:
         from vllm.platforms import current_platform
     except ImportError as error:
@@ -124,6 +123,8 @@ def load_vllm_engine(folder: Path, settings: VllmSettings) -> PooledEngine:
             hint="Run: pip install -e '.[server,vllm]', or without a GPU: make .venv-vllm/ready.",
         ) from error
     on_cpu = current_platform.is_cpu()
+    if on_cpu or settings.threads:  # its processes do not know a container's quota
+        os.environ["OMP_NUM_THREADS"] = str(torch_threads(settings.threads))
     if on_cpu and caps_attention(folder):
         raise Unsupported(
             "vLLM 0.32 computes attention with soft-capped logits wrongly on a CPU.",

@@ -43,6 +43,10 @@ class PooledEngine:
         """Return whether all of the model's processes still run. Any thread may call it."""
         return self._runner.is_alive()
 
+    def reset(self) -> None:
+        """Remove all cached states, and start the statistics again."""
+        self._runner.reset()
+
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Check on real passes that states are raw, and that a position's state does not depend on the request.

@@ -158,6 +158,12 @@ class PooledRunner:
         ]
         return requested, ran
 
+    def reset(self) -> None:
+        """Remove all cached states, and start the statistics again."""
+        with self._lock:
+            self._reset_cache()
+        self.stats.reset()
+
     def is_alive(self) -> bool:
         """Return whether the model can still work. Any thread may call it."""
         return self._model.is_alive()
@@ -177,6 +183,9 @@ class PooledRunner:
         # All states, because the model does not report when each was last used.
         if self._cached_since is None or self._clock() - self._cached_since < self._prefix_cache_ttl:
             return
+        self._reset_cache()
+
+    def _reset_cache(self) -> None:
         if self._model.reset_cache():
             self._cached_since = None
         else:

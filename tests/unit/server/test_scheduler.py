@@ -42,6 +42,8 @@ class NotingEngine:
 
     def evict_idle(self) -> None: ...
 
+    def reset(self) -> None: ...
+
     def note(self, what: str, token_ids: Sequence[Sequence[int]]) -> None:
         self.running += 1
         assert self.running == 1, "one call at a time"

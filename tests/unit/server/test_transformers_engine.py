@@ -666,6 +666,3 @@ def test_models_without_a_head_on_a_decoder_are_refused() -> None:
     config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     with pytest.raises(Unsupported, match="decoder"):
         TransformersEngine(transformers.T5ForConditionalGeneration(config), cr_kind="last_hidden_state")
-    config = transformers.MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=4)
-    with pytest.raises(Unsupported, match="recurrent"):
-        TransformersEngine(transformers.MambaForCausalLM(config), cr_kind="last_hidden_state")
