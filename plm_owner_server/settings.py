@@ -6,6 +6,7 @@ the same thing. A flag wins over the environment, the environment over `.env`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,24 @@ from typing import Annotated, Any, Literal, Self, get_args
 from platformdirs import user_cache_path, user_data_path
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_core import from_json
-from pydantic_settings import BaseSettings, CliImplicitFlag, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliImplicitFlag,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from protocol.types import CrKind
 
 DEFAULT_MODEL = "gemma-3-270m"
 # Largest number that gRPC carries, or takes as an option.
 _INT32 = 2**31 - 1
+PREFIX = "PEMA_"
+"""Beginning of the environment variable of every setting."""
+# In a pod, Kubernetes sets PEMA_PORT to this for a Service named pema, and PEMA_GRPC_PORT for one named pema-grpc.
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+")
 
 
 @dataclass(frozen=True)
@@ -76,9 +88,36 @@ def _default_store() -> str:
     return f"sqlite:///{user_data_path('pema') / 'owner.db'}"
 
 
+def is_of_kubernetes(variable: str, value: str) -> bool:
+    """True if an environment variable is the address of a Service, and not our setting of the same name."""
+    return variable.upper().endswith("PORT") and _SERVICE_ADDRESS.fullmatch(value) is not None
+
+
 class _Settings(BaseSettings):
     # The title that a subclass adds is that of its flags in --help.
-    model_config = SettingsConfigDict(env_prefix="PEMA_", env_file=".env", extra="ignore", protected_namespaces=())
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", protected_namespaces=())
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The sources of settings, without variables of Kubernetes and without space around values.
+
+        A value that is taken from a file, such as a mounted secret, often ends in a newline.
+        """
+        for source in (env_settings, dotenv_settings):
+            if isinstance(source, EnvSettingsSource):
+                source.env_vars = {
+                    name: value and value.strip()
+                    for name, value in source.env_vars.items()
+                    if not is_of_kubernetes(name, value or "")
+                }
+        return init_settings, env_settings, dotenv_settings
 
 
 class ModelSettings(_Settings):
@@ -89,6 +128,11 @@ class ModelSettings(_Settings):
     model: Annotated[str, Metavar("MODEL")] = Field(
         default=DEFAULT_MODEL,
         description="Model to serve: gemma-3-270m or smollm2-135m (embedded), a hub id, a folder or a .gguf file.",
+    )
+    revision: Annotated[str | None, Metavar("REVISION")] = Field(
+        default=None,
+        description="Branch, tag or commit of a model of the hub, so that every start serves the same weights. By "
+        "default the newest.",
     )
     cr_kind: CrKind = Field(
         default="last_hidden_state",
@@ -106,7 +150,8 @@ class ModelSettings(_Settings):
     threads: Number = Field(
         default=0,
         ge=0,
-        description="CPU threads of the model; 0 takes all cores. Use fewer to leave room for a client on the machine.",
+        description="CPU threads of the model; 0 takes all cores that the process may use, by its affinity and its "
+        "container's CPU quota. Use fewer to leave room for a client on the machine.",
     )
     pack_weights: CliImplicitFlag[bool] = Field(
         default=True,
@@ -115,8 +160,8 @@ class ModelSettings(_Settings):
     )
     cache_dir: Annotated[Path, Metavar("FOLDER")] = Field(
         default_factory=lambda: user_cache_path("pema") / "models",
-        description="Folder for converted GGUF models, so that only the first start is slow. By default in the user's "
-        "cache folder.",
+        description="Folder for converted GGUF models and digests of weights, so that only the first start is slow. By "
+        "default in the user's cache folder.",
     )
 
 
@@ -194,6 +239,18 @@ class NetworkSettings(_Settings):
         description="Longest time in seconds for a TLS handshake, a request's head, and each MiB of a body or an "
         "answer. Slower clients are disconnected.",
     )
+
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode, Metavar("HOST,...")] = Field(
+        default=(),
+        description="Names by which clients may call a server without tenants and TLS, besides loopback ones, such as "
+        "gpu.example.com or *.example.com; * allows all. It refuses web pages that point their own name to this "
+        "machine. If --host is not loopback, IP addresses and names without a dot are always allowed.",
+    )
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _is_a_list(cls, value: Any) -> Any:
+        return tuple(filter(None, re.split(r"[,\s]+", value))) if isinstance(value, str) else value
 
 
 class TlsSettings(_Settings):

@@ -137,7 +137,7 @@ def _require_anonymous_allowed(settings: ServerSettings) -> None:
 
 def _key(authorization: str | None) -> Key:
     text = authorization or ""
-    key = Key.parse(text.removeprefix(_BEARER)) if text.startswith(_BEARER) else None
+    key = Key.parse(text.removeprefix(_BEARER).strip()) if text.startswith(_BEARER) else None
     if key is None:
         raise _unauthenticated(authorization)
     return key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from anyio import CapacityLimiter
 
+from plm_owner_server.admission.allowed_hosts import ANY_HOST, AllowedHosts
 from plm_owner_server.admission.authentication import Authenticator, NoAuthentication
 from plm_owner_server.admission.client_certificates import CertificateAuthenticator
 from plm_owner_server.operations.serving_state import ServingState
@@ -24,6 +25,7 @@ class AdmissionController:
         state: has the service.
         authenticator: finds the tenant of a key; without one, everybody may call.
         certificates: finds the tenant of a client's certificate; goes before `authenticator`.
+        hosts: hosts that requests may name where everybody may call; by default loopback ones.
     """
 
     def __init__(
@@ -31,15 +33,26 @@ class AdmissionController:
         state: ServingState,
         authenticator: Authenticator | None = None,
         certificates: CertificateAuthenticator | None = None,
+        hosts: AllowedHosts | None = None,
     ) -> None:
         self.state = state
         self._authenticator = authenticator or NoAuthentication()
         self._certificates = certificates
+        is_open = certificates is None and isinstance(self._authenticator, NoAuthentication)
+        self._hosts = (hosts or AllowedHosts()) if is_open else ANY_HOST
         self._lookups = CapacityLimiter(_MAX_LOOKUPS)
 
     def close(self) -> None:
         """Close the tenants' database. Call it once no call is in progress."""
         (self._certificates or self._authenticator).close()
+
+    def check_host(self, host: str | None, origin: str | None) -> None:
+        """Check the hosts that an HTTP request names; web pages know no key, so that servers with keys need no check.
+
+        Raises:
+            Misdirected: one of them is not allowed.
+        """
+        self._hosts.check(host, origin)
 
     async def admit(
         self, call: CallContext, scope: Scope, authorization: str | None, certificate: str | None = None

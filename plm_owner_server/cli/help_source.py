@@ -106,7 +106,7 @@ def _declaration(model: type[BaseModel], path: list[str]) -> tuple[type[BaseMode
 
 def _default_words(field: FieldInfo) -> str:
     default = field.default
-    if default in (None, PydanticUndefined):
+    if default in (None, PydanticUndefined, ()):
         return ""
     if isinstance(default, bool):
         return f"(default: {'yes' if default else 'no'})"

@@ -85,14 +85,15 @@ def _rename_variables() -> None:
         file = str(StoreSettings.model_config["env_file"])
         values = {name.upper(): value for name, value in dotenv_values(file).items() if value is not None}
     values |= {name.upper(): value for name, value in os.environ.items()}
-    for old, new in ((_variable(old), _variable(new)) for old, new in RENAMED_FLAGS.items()):
+    for old, new in ((variable_of(old), variable_of(new)) for old, new in RENAMED_FLAGS.items()):
         if old in values:
             _warn(old, new)
             if new not in values:
                 os.environ[new] = values[old]
 
 
-def _variable(flag: str) -> str:
+def variable_of(flag: str) -> str:
+    """The environment variable of a flag of `serve`."""
     return f"PEMA_{flag.removeprefix('--').replace('-', '_').upper()}"
 
 

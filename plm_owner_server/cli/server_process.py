@@ -15,13 +15,15 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
+from plm_owner_server.admission.allowed_hosts import allowed_hosts_for, metrics_hosts_for
 from plm_owner_server.admission.authentication import authenticator_for
 from plm_owner_server.admission.client_certificates import certificate_authenticator_for
 from plm_owner_server.admission.controller import AdmissionController
 from plm_owner_server.engines.loading import load_engine
-from plm_owner_server.engines.model_files.sources import digest_folder, resolve
+from plm_owner_server.engines.model_files.digest import digest_folder
+from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.engines.model_files.tokenizer import load_tokenizer
-from plm_owner_server.logs import redact_task_exceptions, set_up_logs, write_no_core_files
+from plm_owner_server.logs import logged_while, redact_task_exceptions, set_up_logs, write_no_core_files
 from plm_owner_server.operations.metrics import Metrics
 from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.operations.shutdown import DrainingServer
@@ -34,6 +36,7 @@ from plm_owner_server.transports.grpc_server import serve_grpc
 from plm_owner_server.transports.http_protocol import allow_open_files, bound_handshakes, bounded_http_protocol
 from plm_owner_server.transports.rest_app import create_app
 from plm_owner_server.transports.tls import Certificate
+from protocol.cores import torch_threads
 from protocol.errors import PemaError
 
 log = logging.getLogger(__name__)
@@ -61,15 +64,18 @@ def load_service(settings: ServerSettings) -> PlmService:
     Raises:
         PemaError: the model cannot be served.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    files = resolve(settings.model, settings.cache_dir)
-    engine = load_engine(files.folder, settings)
+    threads = torch_threads(settings.threads)
+    torch.set_num_threads(threads)
+    log.info("torch uses %d threads on a CPU", threads)
+    files = resolve(settings.model, settings.cache_dir, settings.revision)
+    weights_digest = digest_folder(files.folder, settings.cache_dir)
+    with logged_while(log, f"loading {files.name}"):
+        engine = load_engine(files.folder, settings)
     service = PlmService(
         engine,
         load_tokenizer(files.folder),
         name=files.name,
-        weights_digest=digest_folder(files.folder),
+        weights_digest=weights_digest,
         settings=settings,
         master_secret=lambda: master_secret(settings),
     )
@@ -101,7 +107,7 @@ class ServerProcess:
         self._state = ServingState()
         certificates = certificate_authenticator_for(settings)
         authenticator = None if certificates else authenticator_for(settings)
-        self._controller = AdmissionController(self._state, authenticator, certificates)
+        self._controller = AdmissionController(self._state, authenticator, certificates, allowed_hosts_for(settings))
         self._certificate: Certificate | None = None
         if settings.tls_certificate and settings.tls_key:
             self._certificate = Certificate(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
@@ -193,7 +199,8 @@ class ServerProcess:
         observers = self._state.recorder.observers
         if port is not None:
             observers.append(self._metrics.observe)
-            port = stack.enter_context(self._metrics.served(host, port))
+            hosts = metrics_hosts_for(self._settings)
+            port = stack.enter_context(self._metrics.served(host, port, check_host=hosts.check))
             log.info("metrics on http://%s:%d/metrics", host, port)
         if self._traces is not None:
             observers.append(self._traces.observe)

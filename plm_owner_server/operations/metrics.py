@@ -6,11 +6,13 @@ have few values: no client, no tenant, no request.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 import torch
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, make_wsgi_app, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -18,7 +20,7 @@ from plm_owner_server.engines.interface import EngineStats
 from plm_owner_server.operations.call_log import PROBE, CallRecord
 from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.service.scheduler import Scheduler
-from protocol.errors import PemaError
+from protocol.errors import PROBLEM_JSON, PemaError, to_problem
 
 # Seconds: from a decode step of a small model to the longest request.
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
@@ -65,18 +67,20 @@ class Metrics:
             self._seconds.labels(call.name, part).observe(seconds)
 
     @contextmanager
-    def served(self, host: str, port: int) -> Iterator[int]:
+    def served(self, host: str, port: int, *, check_host: Callable[[str | None, str | None], None]) -> Iterator[int]:
         """Serve the metrics over HTTP while the body runs; yields the port.
 
         Args:
             host: address to listen on.
             port: 0 takes a free one.
+            check_host: raises PemaError for values of the headers `Host` and `Origin` that are not answered.
 
         Raises:
             PemaError: the server cannot listen there.
         """
         try:
             server, thread = start_http_server(port, host, self.registry)
+            server.set_app(_with_checked_hosts(make_wsgi_app(self.registry), check_host))
         except OSError as error:
             raise PemaError(
                 f"Metrics cannot be served on port {port} of {host}: {error}.", hint="Choose another --metrics-port."
@@ -87,6 +91,23 @@ class Metrics:
             server.shutdown()
             server.server_close()
             thread.join()
+
+
+def _with_checked_hosts(app: WSGIApplication, check_host: Callable[[str | None, str | None], None]) -> WSGIApplication:
+    """The application, with a problem document for requests that name another host. HEAD is GET without the body."""
+
+    def checked(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        try:
+            check_host(environ.get("HTTP_HOST"), environ.get("HTTP_ORIGIN"))
+        except PemaError as error:
+            start_response(f"{error.http_status} {error.code}", [("Content-Type", PROBLEM_JSON)])
+            return [json.dumps(to_problem(error)).encode()]
+        if environ["REQUEST_METHOD"] != "HEAD":
+            return app(environ, start_response)
+        app(environ | {"REQUEST_METHOD": "GET"}, start_response)
+        return []
+
+    return checked
 
 
 class _StateCollector(Collector):

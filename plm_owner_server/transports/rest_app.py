@@ -9,7 +9,9 @@ from typing import Any
 
 from anyio import CapacityLimiter
 from fastapi import FastAPI, Request, Response
+from fastapi_offline import FastAPIOffline
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from plm_owner_server.admission.controller import AdmissionController
 from plm_owner_server.operations.call_log import (
@@ -51,7 +53,9 @@ def create_app(
             scheduler's queue, so that the scheduler can refuse calls.
         lifespan: context of the application's life.
     """
-    app = FastAPI(
+    app = FastAPIOffline(
+        redoc_url=None,
+        swagger_ui_parameters={"validatorUrl": None},  # else the page would ask swagger.io
         title="PEMA PLM server",
         description=openapi.DESCRIPTION,
         version="1",
@@ -62,7 +66,30 @@ def create_app(
     app.state.server = RestServer(controller, max_body_bytes, CapacityLimiter(max_calls))
     app.include_router(router)
     app.middleware("http")(_record_call)
+    app.add_middleware(_HeadAsGet)
     return app
+
+
+class _HeadAsGet:
+    """Middleware that answers HEAD as GET, without the body. FastAPI itself refuses HEAD.
+
+    Args:
+        app: the application.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request, or the application's life."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app({**scope, "method": "GET"}, receive, send_head)
 
 
 async def _record_call(request: Request, call_next: Callable[[Request], Any]) -> Response:
@@ -76,6 +103,7 @@ async def _record_call(request: Request, call_next: Callable[[Request], Any]) ->
     request.state.record, request.state.context = record, context
     with state.at_work(), state.recorder.record(record):
         try:
+            server_of(request).controller.check_host(request.headers.get("host"), request.headers.get("origin"))
             response: Response = await call_next(request)
         except (ClientDisconnect, ClientDisconnected):
             record.outcome = CLIENT_DISCONNECTED

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from data_owner_client.plm.connection.open import open_connection
 from harness.tiny_models import TinyModels
+from plm_owner_server.admission.allowed_hosts import AllowedHosts
 from plm_owner_server.engines.interface import EncodeBatch, Encoded
 from plm_owner_server.engines.transformers.engine import TransformersEngine
 from plm_owner_server.operations.metrics import Metrics
@@ -50,7 +51,7 @@ class Watched:
         self.state.recorder.observers.append(self.metrics.observe)
 
     def text(self) -> str:
-        with self.metrics.served("127.0.0.1", 0) as port:
+        with self.metrics.served("127.0.0.1", 0, check_host=AllowedHosts().check) as port:
             return httpx.get(f"http://127.0.0.1:{port}/metrics").raise_for_status().text
 
     def read(self) -> dict[Sample, float]:
@@ -186,8 +187,8 @@ def test_before_the_model_is_loaded_there_are_metrics() -> None:
 def test_a_port_that_is_taken_is_said() -> None:
     first, second = Watched(None), Watched(None)
     with (
-        first.metrics.served("127.0.0.1", 0) as port,
+        first.metrics.served("127.0.0.1", 0, check_host=AllowedHosts().check) as port,
         pytest.raises(PemaError, match="--metrics-port"),
-        second.metrics.served("127.0.0.1", port),
+        second.metrics.served("127.0.0.1", port, check_host=AllowedHosts().check),
     ):
         pass

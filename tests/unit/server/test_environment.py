@@ -1,0 +1,118 @@
+"""Environment variables: those of Kubernetes, space around values, misspelt names."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from plm_owner_server.cli.environment import variable_warnings
+from plm_owner_server.settings import ServerSettings, StoreSettings
+
+ROOT = Path(__file__).parents[3]
+# As Kubernetes sets them in a pod, for Services named pema, pema-grpc, pema-metrics and pema-server.
+KUBERNETES = {
+    "PEMA_SERVICE_HOST": "10.0.0.7",
+    "PEMA_SERVICE_PORT": "8000",
+    "PEMA_SERVICE_PORT_REST": "8000",
+    "PEMA_PORT": "tcp://10.0.0.7:8000",
+    "PEMA_PORT_8000_TCP": "tcp://10.0.0.7:8000",
+    "PEMA_PORT_8000_TCP_PROTO": "tcp",
+    "PEMA_PORT_8000_TCP_PORT": "8000",
+    "PEMA_PORT_8000_TCP_ADDR": "10.0.0.7",
+    "PEMA_GRPC_PORT": "tcp://10.0.0.8:8001",
+    "PEMA_METRICS_PORT": "udp://[fd00::7]:9100",
+    "PEMA_SERVER_PORT": "tcp://10.0.0.9:8000",
+    "PEMA_SERVER_SERVICE_HOST": "10.0.0.9",
+}
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """An environment without settings, in a folder without `.env`."""
+    monkeypatch.chdir(tmp_path)
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PEMA_")}
+    monkeypatch.setattr(os, "environ", variables)
+    return variables
+
+
+def test_addresses_of_services_are_no_ports(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("PEMA_METRICS_PORT=9101\n")
+    environment |= KUBERNETES
+    settings = ServerSettings()
+    assert (settings.port, settings.grpc_port, settings.metrics_port) == (8000, None, 9101)
+    assert ServerSettings(port=9000).port == 9000
+
+
+def test_each_ignored_address_is_reported(environment: dict[str, str]) -> None:
+    environment |= KUBERNETES
+    lines = list(variable_warnings(environment))
+    assert [line.partition("=")[0] for line in lines] == ["PEMA_PORT", "PEMA_GRPC_PORT", "PEMA_METRICS_PORT"]
+    for line, flag in zip(lines, ("--port", "--grpc-port", "--metrics-port"), strict=True):
+        assert f"Say {flag} " in line
+        assert "enableServiceLinks: false" in line
+
+
+@pytest.mark.parametrize("value", ["tcp://10.0.0.7:8000", "80 80", "port", "-1"])
+def test_a_flag_with_another_value_is_a_mistake(value: str) -> None:
+    with pytest.raises(ValidationError):
+        ServerSettings(port=value)
+
+
+@pytest.mark.parametrize("space", ["\n", " ", "\r\n", "\t"])
+def test_space_around_a_value_does_not_count(space: str, environment: dict[str, str], tmp_path: Path) -> None:
+    """As in values from mounted secrets, which end in a newline."""
+    secret, url = "0123456789abcdef" * 4, "postgresql+psycopg://owner@db/pema"
+    environment |= {
+        "PEMA_MASTER_SECRET": secret + space,
+        "PEMA_STORE": space + url + space,
+        "PEMA_PORT": f"9000{space}",
+        "PEMA_MODEL": f"smollm2-135m{space}",
+        "PEMA_TLS_CERTIFICATE": f"{tmp_path}/server.pem{space}",
+        "PEMA_TLS_KEY": f"{tmp_path}/server.key{space}",
+    }
+    settings = ServerSettings()
+    assert settings.master_secret is not None
+    assert settings.master_secret.get_secret_value() == secret
+    assert (settings.store, settings.port, settings.model) == (url, 9000, "smollm2-135m")
+    assert (settings.tls_certificate, settings.tls_key) == (tmp_path / "server.pem", tmp_path / "server.key")
+    assert StoreSettings().store == url
+
+
+@pytest.mark.parametrize(
+    ("name", "similar"),
+    [("PEMA_MAX_SEQENCES", "PEMA_MAX_SEQUENCES"), ("PEMA_ALOWED_HOSTS", "PEMA_ALLOWED_HOSTS")],
+)
+def test_a_misspelt_name_is_reported(name: str, similar: str) -> None:
+    (line,) = variable_warnings({name: "1"})
+    assert name in line
+    assert f"did you mean {similar}?" in line
+
+
+def test_names_of_others_are_not_reported() -> None:
+    others = ("PEMA_SERVER", "PEMA_API_KEY", "PEMA_CA", "PEMA_MODELS", "PEMA_FIRST_TENANT", "PEMA_PADDING_TOKENS")
+    assert list(variable_warnings(dict.fromkeys(others, "1"))) == []
+
+
+@pytest.mark.parametrize(("hosts", "expected"), [("a.example, *.b.example", ("a.example", "*.b.example")), ("", ())])
+def test_hosts_are_divided_by_commas(hosts: str, expected: tuple[str, ...], environment: dict[str, str]) -> None:
+    environment["PEMA_ALLOWED_HOSTS"] = hosts
+    assert ServerSettings().allowed_hosts == expected
+
+
+@pytest.mark.parametrize("value", ["tcp://10.0.0.7:8000", "1\n"])
+def test_the_check_of_a_container_reads_ports_alike(value: str) -> None:
+    """It reports that nothing answers there, and not a traceback."""
+    process = subprocess.run(
+        [sys.executable, ROOT / "docker/ready.py"],
+        env={"PEMA_PORT": value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode in (0, 1)
+    assert "Traceback" not in process.stderr
