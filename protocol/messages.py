@@ -82,6 +82,10 @@ class ModelCard(Message):
     )
 
 
+DEFAULT_TEMPLATE = "default"
+"""Name of the chat template that is used where no name is given."""
+
+
 class TokenizerBundle(Message):
     """Everything that a client needs to tokenise exactly as the owner does."""
 
@@ -94,6 +98,12 @@ class TokenizerBundle(Message):
         exclude_if=lambda templates: not templates,
         description="further chat templates of the model by name, such as `tool_use`",
     )
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """Sources of all chat templates, by name."""
+        default = {} if self.chat_template is None else {DEFAULT_TEMPLATE: self.chat_template}
+        return default | self.named_chat_templates
 
     @cached_property
     def digest(self) -> str:

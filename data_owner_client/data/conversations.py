@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from data_owner_client.plm.chat_template import ChatMessage, ChatTemplate
 from data_owner_client.plm.tokenizer import MarkedText, Prompt
+from protocol.chat_template import ChatMessage, ChatTemplate
 from protocol.errors import InvalidData
 
 _NO_END = MarkedText("")
@@ -42,7 +42,8 @@ def render_prompt(messages: Sequence[ChatMessage], template: ChatTemplate) -> Pr
     Raises:
         InvalidData: the template refuses the messages.
     """
-    return template.render(fold_system_turn(messages, template), add_generation_prompt=True)
+    text = template.render(fold_system_turn(messages, template), add_generation_prompt=True)
+    return Prompt(text.text, text.special_spans, with_special_tokens=False)
 
 
 def render_assistant_turn(messages: Sequence[ChatMessage], target: str, template: ChatTemplate) -> AssistantTurn:
@@ -57,7 +58,7 @@ def render_assistant_turn(messages: Sequence[ChatMessage], target: str, template
         InvalidData: the template refuses the messages, or writes another conversation once the turn is there.
     """
     messages = fold_system_turn(messages, template)
-    prompt = template.render(messages, add_generation_prompt=True)
+    prompt = render_prompt(messages, template)
     whole = template.render([*messages, {"role": "assistant", "content": target}], add_generation_prompt=False)
     turn = _without_beginning(whole, prompt)
     if turn is None:
@@ -117,8 +118,7 @@ def _without_beginning(whole: MarkedText, beginning: MarkedText) -> MarkedText |
     """The text behind its beginning; None if it does not begin so."""
     at = len(beginning.text)
     rest = _part(whole, at, len(whole.text))
-    same = MarkedText(beginning.text, beginning.special_spans) + rest
-    return rest if same == MarkedText(whole.text, whole.special_spans) else None
+    return rest if MarkedText(beginning.text, beginning.special_spans) + rest == whole else None
 
 
 def _part(whole: MarkedText, start: int, end: int) -> MarkedText:

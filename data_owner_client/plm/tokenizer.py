@@ -13,8 +13,6 @@ from protocol.text_tokenizer import TextTokenizer
 
 __all__ = ["MarkedText", "PlmTokenizer", "Prompt"]
 
-DEFAULT_TEMPLATE = "default"
-"""Name of the chat template that is used where no name is given."""
 # Tokens that are decoded together in a search of the vocabulary.
 _BLOCK_TOKENS = 256
 _NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
@@ -55,8 +53,7 @@ class PlmTokenizer:
     def __init__(self, bundle: TokenizerBundle, vocab_size: int | None = None) -> None:
         self._tokenizer = TextTokenizer(bundle)
         self._vocab_size = vocab_size
-        default = {} if bundle.chat_template is None else {DEFAULT_TEMPLATE: bundle.chat_template}
-        self.chat_templates: Mapping[str, str] = default | bundle.named_chat_templates
+        self.chat_templates: Mapping[str, str] = bundle.chat_templates
         self.special_tokens: Mapping[str, str] = bundle.special_tokens
         self.ids_containing = lru_cache(maxsize=8)(self._ids_containing)
 

@@ -72,7 +72,6 @@ class PlmService:
         master_secret: Callable[[], bytes],
     ) -> None:
         self.engine = engine
-        self._tokenizer = tokenizer
         self._bundle = bundle_tokenizer(tokenizer)
         self._texts = RequestTexts(self._bundle, engine.info.vocab_size)
         cores = torch.get_num_threads()
@@ -252,19 +251,12 @@ class PlmService:
         if request.template not in ("plain", "chat"):
             raise Unsupported("There is no template of this name.", hint="Use 'plain' or 'chat'.")
         if request.text is not None:
-            return self._text_ids(request.text, chat=request.template == "chat")
+            if request.template == "chat":
+                return self._texts.chat_token_ids(request.text)
+            return self._texts.token_ids(MarkedText(request.text))
         if request.template != "plain":
             raise InvalidRequest("A template is for text, not for token_ids.", hint="Give `text`, or no template.")
         return list(request.token_ids or [])
-
-    def _text_ids(self, text: str, *, chat: bool) -> list[int]:
-        if not chat:
-            return self._texts.token_ids(MarkedText(text))
-        if self._bundle.chat_template is None:
-            raise Unsupported(f"{self._card.name} has no chat template.", hint="Use the template 'plain'.")
-        messages = [{"role": "user", "content": text}]
-        rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return list(self._tokenizer(rendered, add_special_tokens=False).input_ids)
 
     def _check_sequences(self, sequences: Sequence[Sequence[int]], echo: list[int] | None) -> None:
         limits = self._card.limits

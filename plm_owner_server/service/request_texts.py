@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 
-from protocol.errors import InvalidRequest, Unsupported
+from protocol.chat_template import ChatTemplate, choose_template
+from protocol.errors import InvalidData, InvalidRequest, Unsupported
 from protocol.marked_text import MarkedText
 from protocol.messages import TokenizerBundle
 from protocol.text_tokenizer import TextTokenizer
@@ -27,6 +29,7 @@ class RequestTexts:
     """
 
     def __init__(self, bundle: TokenizerBundle, vocab_size: int) -> None:
+        self._bundle = bundle
         self._tokenizer = TextTokenizer(bundle)
         self._vocab_size = vocab_size
         _check_head(self._tokenizer, vocab_size)
@@ -44,6 +47,28 @@ class RequestTexts:
                 hint="Leave out texts that stand for images and the like.",
             )
         return ids
+
+    def chat_token_ids(self, text: str) -> list[int]:
+        """Token ids of a text as a user's turn of the model's chat template, up to where the answer begins.
+
+        Raises:
+            Unsupported: the model has no chat template.
+            InvalidRequest: the template refuses the text, or the LM head has no row for a token.
+        """
+        if not self._bundle.chat_templates:
+            raise Unsupported("The model has no chat template.", hint="Use the template 'plain'.")
+        try:
+            rendered = self._chat_template.render([{"role": "user", "content": text}], add_generation_prompt=True)
+        except InvalidData as error:  # its message may hold the text
+            raise InvalidRequest(
+                "The model's chat template cannot be used for this text.", hint="Use the template 'plain'."
+            ) from error
+        return self.token_ids(rendered, with_special_tokens=False)
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        source = choose_template(self._bundle.chat_templates, None, with_tools=False)
+        return ChatTemplate(source, self._bundle.special_tokens, self._tokenizer.special_ids)
 
     def names(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token; of special tokens, their spelling."""

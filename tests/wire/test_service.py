@@ -257,6 +257,11 @@ def test_a_text_that_spells_special_tokens_is_text(call: Caller) -> None:
     by_hand = [i for piece in pieces for i in tiny_tokenizer()(piece, add_special_tokens=False).input_ids]
     plain = call("/v1/next-token-distribution", {"text": "".join(pieces)})
     assert_equal(plain, call("/v1/next-token-distribution", {"token_ids": [BOS, *by_hand]}))
+    before, after = (
+        tiny_tokenizer()(part, add_special_tokens=False).input_ids for part in ("[user] ", "\n[assistant] ")
+    )
+    chat = call("/v1/next-token-distribution", {"text": "".join(pieces), "template": "chat"})
+    assert_equal(chat, call("/v1/next-token-distribution", {"token_ids": [BOS, *before, *by_hand, *after]}))
 
 
 def encode(**changed: Any) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from data_owner_client.data.conversations import end_of_assistant_turn, render_assistant_turn, render_prompt
 from data_owner_client.data.stops import Stops
-from data_owner_client.plm.chat_template import ChatMessage, ChatTemplate, choose_template
 from data_owner_client.plm.tokenizer import MarkedText, PlmTokenizer, Prompt
+from protocol.chat_template import ChatMessage, ChatTemplate, choose_template
 from protocol.errors import InvalidData, Unsupported
 
 # Variables of a chat template that a task sets in other ways.

@@ -10,10 +10,10 @@ from transformers.utils import chat_template_utils
 
 from data_owner_client.data.stops import Stops
 from data_owner_client.data.tasks import Task
-from data_owner_client.plm.chat_template import ChatTemplate
 from data_owner_client.plm.tokenizer import PlmTokenizer
 from harness.tiny_models import EOS, tiny_tokenizer
 from plm_owner_server.engines.model_files.tokenizer import bundle_tokenizer
+from protocol.chat_template import ChatTemplate
 from protocol.errors import InvalidData, Unsupported
 from tests.chat_templates import FAMILIES, TOOLS, Family
 
