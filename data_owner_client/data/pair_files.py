@@ -37,7 +37,7 @@ class PairFile(Sequence[Pair]):
         self._file = file
         self._start_N = start_N
         self._name = name
-        self._line_N = line_N or array("I")
+        self._line_N = array("I") if line_N is None else line_N
         self._lock = threading.Lock()  # a position belongs to the file, and a build reads from several threads
         weakref.finalize(self, file.close)
 

@@ -9,6 +9,7 @@ import torch
 
 from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.data.reading.problems import InvalidText, Origin, text_origin
 from data_owner_client.data.stops import StopMatcher, Stops
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.sampling import Noise
@@ -154,18 +155,18 @@ def generate(
     return continuations, stats
 
 
-def require_room(plm: RemotePlm, prompt: Sequence[int], *, label: str) -> None:
+def require_room(plm: RemotePlm, prompt: Sequence[int], origin: Origin) -> None:
     """Require a prompt that leaves room for an answer.
 
     Raises:
-        InvalidData: the prompt fills the server's limit.
+        InvalidText: the prompt fills the server's limit.
     """
     limit = plm.card.limits.max_sequence_tokens
     if len(prompt) >= limit:
-        raise InvalidData(
-            f"The prompt of {label} has {len(prompt)} tokens, with nothing left for an answer: the server takes "
-            f"{limit} for both.",
+        raise InvalidText(
+            f"a prompt of {limit} or more tokens, with nothing left for an answer: the server takes {limit} for both",
             hint="Shorten the text or use fewer examples in the task.",
+            origin=origin,
         )
 
 
@@ -188,7 +189,7 @@ def _check(
         )
     for number, request in enumerate(requests):
         for prompt in (request.prompt, request.adapter_prompt or ()):
-            require_room(plm, prompt, label=f"text {number + 1}")
+            require_room(plm, prompt, text_origin(number))
 
 
 def _sequence(

@@ -13,11 +13,13 @@ from data_owner_client.adapter.bounds import DEFAULT_REPETITION_LIMIT
 from data_owner_client.adapter.card import AdapterCard, CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.example_retrieval import with_retrieved_examples
+from data_owner_client.data.reading.problems import text_origin
 from data_owner_client.data.stops import StopMatcher, Stops
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.decode_loop import Continuation, GenerationConfig, GenerationRequest, require_room
 from data_owner_client.decoding.decode_loop import generate as generate_ids
+from data_owner_client.decoding.failures import OnFailure, TextFailures
 from data_owner_client.decoding.mbr import rank_by_expected_chrf
 from data_owner_client.decoding.sequence import End
 from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings, SamplingSettings
@@ -28,13 +30,11 @@ from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.plm.tokenizer import Prompt
 from data_owner_client.runtime.progress import Reporter
-from protocol.errors import InvalidData, PemaError
+from protocol.errors import InvalidData
 
 CONSENSUS_TEMPERATURE = 0.6
 """Temperature of a consensus's draws: sharper than the mixture, so that few draws do as well as many."""
 
-OnFailure = Callable[[int, PemaError], None]
-"""Called with the index of a text and the reason why it cannot be answered."""
 OnToken = Callable[[int, int], None]
 """Called with the index of a text and the id of a token."""
 OnText = Callable[[int, str], None]
@@ -161,22 +161,26 @@ class _Input:
     """One text to answer.
 
     Attributes:
+        number: index of the text.
         prompt: prompt of the PLM.
         expected_length: SL in tokens; None without an adapter.
         adapter_prompt: prompt of the adapter; None for `prompt`.
         length_bound: longest plausible answer in tokens; None for no bound.
     """
 
+    number: int
     prompt: Prompt
     expected_length: float | None = None
     adapter_prompt: Prompt | None = None
     length_bound: int | None = None
 
     @classmethod
-    def from_source(cls, prompt: Prompt, source_tokens: int, card: AdapterCard, *, bounded: bool) -> _Input:
+    def from_source(
+        cls, number: int, prompt: Prompt, source_tokens: int, card: AdapterCard, *, bounded: bool
+    ) -> _Input:
         """The input of a source text that is answered with an adapter."""
         bound = card.bounds.max_tokens(source_tokens) if bounded and card.bounds else None
-        return cls(prompt, card.expected_length(source_tokens), length_bound=bound)
+        return cls(number, prompt, card.expected_length(source_tokens), length_bound=bound)
 
 
 def translate(
@@ -187,7 +191,7 @@ def translate(
     task: Task | None = None,
     **options: Unpack[GenerationOptions],
 ) -> Generation:
-    """Answer source texts with a task's prompt.
+    """Answer source texts with a task's prompt. The answer of a blank text is empty, and nothing is sent for it.
 
     Args:
         plm: the PLM.
@@ -206,23 +210,27 @@ def translate(
     chosen, tokenizer = _Options(**options), plm.tokenizer
     # The adapter learned prompts of the day when its memory was begun.
     task = task.on_day(adapter.card.task.date if adapter else None, tokenizer)
-    inputs = [_Input(task.prompt(source, tokenizer)) for source in sources]
-    if adapter:
-        bounded = chosen.decoding.length_bound
-        inputs = [
-            _Input.from_source(each.prompt, tokenizer.count(source), adapter.card, bounded=bounded)
-            for each, source in zip(inputs, sources, strict=True)
-        ]
+
+    def to_input(number: int, source: str) -> _Input:
+        prompt = task.prompt(source, tokenizer)
+        if adapter is None:
+            return _Input(number, prompt)
+        source_tokens, bounded = tokenizer.count(source), chosen.decoding.length_bound
+        return _Input.from_source(number, prompt, source_tokens, adapter.card, bounded=bounded)
+
+    failures = TextFailures(chosen.on_failure)
+    inputs = failures.each(sources, to_input)
     if adapter and adapter.retriever:
-        tasks = with_retrieved_examples(plm, task, sources, adapter.retriever)
+        texts = [sources[each.number] for each in inputs]
+        tasks = with_retrieved_examples(plm, task, texts, adapter.retriever)
         inputs = [
-            replace(each, prompt=own.prompt(source, tokenizer), adapter_prompt=each.prompt)
-            for each, own, source in zip(inputs, tasks, sources, strict=True)
+            replace(each, prompt=own.prompt(text, tokenizer), adapter_prompt=each.prompt)
+            for each, own, text in zip(inputs, tasks, texts, strict=True)
         ]
     stops, on_text = task.stops(tokenizer, plm.card.eos_token_ids), chosen.on_text
     if on_text is not None:
         chosen = replace(chosen, on_text=lambda number, text: on_text(number, text.strip()))
-    return _generate(plm, inputs, stops, adapter, chosen).stripped()
+    return _generate(plm, inputs, len(sources), failures, stops, adapter, chosen).stripped()
 
 
 def generate(
@@ -234,6 +242,7 @@ def generate(
 ) -> Generation:
     """Continue prompts as they are, without a task's template around them, and return exactly what follows them.
 
+    Nothing follows a blank prompt.
     A text ends where the model ends it, before a text of the option `stop`, or at full length.
 
     A bare prompt has no source text to predict a length from. Gradual Unrolling then uses the mean target length of the
@@ -250,9 +259,10 @@ def generate(
         IdentityMismatch: the adapter belongs to another model.
     """
     expected_length = adapter.card.mean_length if adapter else None
-    inputs = [_Input(Prompt(prompt), expected_length) for prompt in prompts]
-    stops = Stops(ids=frozenset(plm.card.eos_token_ids))
-    return _generate(plm, inputs, stops, adapter, _Options(**options))
+    chosen, stops = _Options(**options), Stops(ids=frozenset(plm.card.eos_token_ids))
+    failures = TextFailures(chosen.on_failure)
+    inputs = failures.each(prompts, lambda number, prompt: _Input(number, Prompt(prompt), expected_length))
+    return _generate(plm, inputs, len(prompts), failures, stops, adapter, chosen)
 
 
 def ngram_drafter_for(memory: Path) -> NgramDrafter:
@@ -276,14 +286,18 @@ def ngram_drafter_for(memory: Path) -> NgramDrafter:
 def _generate(
     plm: RemotePlm,
     inputs: Sequence[_Input],
+    total: int,
+    failures: TextFailures,
     stops: Stops,
     adapter: CandidateDistribution | None,
     options: _Options,
 ) -> Generation:
+    """Generate for the inputs; the other texts of `total` have empty answers."""
     started = time.perf_counter()
     if adapter is not None:
         adapter.card.model.require(ModelIdentity.from_card(plm.card), "The adapter", "the server")
-    requests, numbers = _answerable(plm, inputs, options.on_failure)
+    requests, numbers = _answerable(plm, inputs, failures)
+    failures.settle(total)
     samples, sampling = options.draws(adapter)
     config = options.config(adapter, stops, sampling)
     listeners = _Listeners(numbers, len(samples), StopMatcher(plm.tokenizer, config.stops), options)
@@ -295,8 +309,8 @@ def _generate(
         on_token=listeners.on_token if options.on_token or options.on_text else None,
         reporter=options.reporter,
     )
-    answers = [[""] for _ in inputs]
-    choices: list[list[TokenChoice]] = [[] for _ in inputs]
+    answers = [[""] for _ in range(total)]
+    choices: list[list[TokenChoice]] = [[] for _ in range(total)]
     for at, number in enumerate(numbers):
         alternatives = continuations[at * len(samples) : (at + 1) * len(samples)]
         texts = [one.text for one in alternatives]
@@ -336,27 +350,18 @@ class _Listeners:
 
 
 def _answerable(
-    plm: RemotePlm, inputs: Sequence[_Input], on_failure: OnFailure | None
+    plm: RemotePlm, inputs: Sequence[_Input], failures: TextFailures
 ) -> tuple[list[GenerationRequest], list[int]]:
-    """Requests of the inputs that leave room for an answer, and the indices of these inputs.
-
-    Raises:
-        InvalidData: an input does not, and there is no `on_failure`.
-    """
+    """Requests of the inputs that leave room for an answer, and the indices of these texts."""
     requests, numbers = list[GenerationRequest](), list[int]()
     encode = plm.tokenizer.encode_prompt
-    for number, each in enumerate(inputs):
-        ids, adapter_prompt = encode(each.prompt), each.adapter_prompt
-        try:
-            require_room(plm, ids, label=f"text {number + 1}")
-        except InvalidData as error:
-            if on_failure is None:
-                raise
-            on_failure(number, error)
-            continue
-        adapter_ids = None if adapter_prompt is None else encode(adapter_prompt)
-        requests.append(GenerationRequest(ids, each.expected_length, adapter_ids, length_bound=each.length_bound))
-        numbers.append(number)
+    for each in inputs:
+        with failures.caught(each.number):
+            ids = encode(each.prompt)
+            require_room(plm, ids, text_origin(each.number))
+            adapter_ids = None if each.adapter_prompt is None else encode(each.adapter_prompt)
+            requests.append(GenerationRequest(ids, each.expected_length, adapter_ids, length_bound=each.length_bound))
+            numbers.append(each.number)
     return requests, numbers
 
 

@@ -18,15 +18,26 @@ class Origin:
     """Position of a text in the user's input.
 
     Attributes:
-        file: name of the file; "" for texts that come from no file.
-        number: line of the file; without a file, number of the text, both from 1.
+        name: name of the file; `text` or `pair` for those that come from no file.
+        number: line of the file; without a file, number of the text or pair; from 1.
+        in_file: whether `name` is that of a file.
     """
 
-    file: str
+    name: str
     number: int
+    in_file: bool = True
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.number}" if self.file else f"pair {self.number}"
+        return f"{self.name}{':' if self.in_file else ' '}{self.number}"
+
+
+def text_origin(index: int) -> Origin:
+    """Position of a text that comes from no file.
+
+    Args:
+        index: its index, from 0.
+    """
+    return Origin("text", index + 1, in_file=False)
 
 
 class InvalidText(InvalidData):
@@ -47,8 +58,9 @@ class Problems:
     """Problems of one input: counts by kind and file, and the numbers of the first ones."""
 
     def __init__(self) -> None:
-        self._counts = Counter[tuple[str, str]]()
-        self._numbers: dict[tuple[str, str], list[int]] = {}
+        # By name of the input, whether it is a file, and kind.
+        self._counts = Counter[tuple[str, bool, str]]()
+        self._numbers: dict[tuple[str, bool, str], list[int]] = {}
         self._hints: dict[str, str] = {}
         self._sentences = set[str]()  # kinds that are sentences of their own
 
@@ -60,7 +72,7 @@ class Problems:
         kind = error.kind if isinstance(error, InvalidText) else error.detail.rstrip(".")
         if not isinstance(error, InvalidText):
             self._sentences.add(kind)
-        key = (origin.file, kind)
+        key = (origin.name, origin.in_file, kind)
         self._counts[key] += 1
         numbers = self._numbers.setdefault(key, [])
         if len(numbers) < _LISTED_LINES:
@@ -90,24 +102,24 @@ class Problems:
 
     def _summary(self, total: int) -> str:
         if len(self) == 1:
-            ((file, kind),) = self._counts
-            origin = Origin(file, self._numbers[file, kind][0])
+            ((name, in_file, kind),) = self._counts
+            origin = Origin(name, self._numbers[name, in_file, kind][0], in_file)
             return f"{origin}: {kind}." if kind in self._sentences else f"{origin} has {kind}."
         return f"{len(self):,} of {total:,} texts cannot be used: {self._listed()}."
 
     def _listed(self) -> str:
         parts = [
-            f"{count:,} {'×' if kind in self._sentences else 'with'} {kind} ({self._places(file, kind)})"
-            for (file, kind), count in self._counts.most_common(_LISTED_KINDS)
+            f"{count:,} {'×' if kind in self._sentences else 'with'} {kind} ({self._places(name, in_file, kind)})"
+            for (name, in_file, kind), count in self._counts.most_common(_LISTED_KINDS)
         ]
         more = len(self._counts) - len(parts)
         return "; ".join([*parts, f"and {more} other kinds"] if more else parts)
 
-    def _places(self, file: str, kind: str) -> str:
-        numbers = self._numbers[file, kind]
-        noun = f"{file}:" if file else ("pair " if len(numbers) == 1 else "pairs ")
-        more = ", …" if self._counts[file, kind] > len(numbers) else ""
-        return noun + ", ".join(map(str, numbers)) + more
+    def _places(self, name: str, in_file: bool, kind: str) -> str:
+        numbers = self._numbers[name, in_file, kind]
+        places = f"{name}:" if in_file else f"{name}{'s' if len(numbers) > 1 else ''} "
+        more = ", …" if self._counts[name, in_file, kind] > len(numbers) else ""
+        return places + ", ".join(map(str, numbers)) + more
 
     def _first_hint(self) -> str:
         return next(iter(self._hints.values()))

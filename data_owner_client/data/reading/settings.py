@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from cyclopts import Parameter
+
+from protocol.errors import InvalidRequest
 
 Format = Literal["jsonl", "json", "csv", "tsv", "text"]
 
@@ -29,6 +31,10 @@ class ReadingSettings:
     target_field: str | None = None
     header: Annotated[bool, Parameter(negative="--no-header")] = True
     skip_invalid: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format is not None and self.format not in get_args(Format):
+            raise InvalidRequest(f"format is {self.format!r}.", hint=f"Use one of {', '.join(get_args(Format))}.")
 
 
 DEFAULT_READING = ReadingSettings()

@@ -1,0 +1,59 @@
+"""Texts that cannot be answered, reported one by one or refused at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from data_owner_client.data.reading.problems import Problems, require_unicode, text_origin
+from protocol.errors import InvalidData, PemaError
+
+OnFailure = Callable[[int, PemaError], None]
+"""Called with the index of a text and the reason why it cannot be answered."""
+
+_T = TypeVar("_T")
+
+
+class TextFailures:
+    """Failures of the texts of one call.
+
+    Args:
+        on_failure: called for each failure; None to collect them for `settle`.
+    """
+
+    def __init__(self, on_failure: OnFailure | None) -> None:
+        self._on_failure = on_failure
+        self._problems = Problems()
+
+    @contextmanager
+    def caught(self, number: int) -> Iterator[None]:
+        """Report or collect an `InvalidData` of the text with this index."""
+        try:
+            yield
+        except InvalidData as error:
+            if self._on_failure is None:
+                self._problems.add(text_origin(number), error)
+            else:
+                self._on_failure(number, error)
+
+    def each(self, texts: Sequence[str], work: Callable[[int, str], _T]) -> list[_T]:
+        """The results of `work` for the index and text of all texts that are not blank and do not fail."""
+        results = []
+        for number, text in enumerate(texts):
+            with self.caught(number):
+                require_unicode(text, "it", text_origin(number))
+                if text.strip():
+                    results.append(work(number, text))
+        return results
+
+    def settle(self, total: int) -> None:
+        """Refuse all texts if failures were collected.
+
+        Args:
+            total: number of the texts.
+
+        Raises:
+            InvalidData: some failed.
+        """
+        self._problems.settle(total, skip=False)
