@@ -1,7 +1,8 @@
 """The demo, end to end, as two parties would run it: `python -m demo.run` (or `make demo`).
 
 The owner's server is a separate process, and every step of the data owner is a `pema-client` command. Finished steps
-are reused, so that a stopped run continues where it was.
+are reused, so that a stopped run continues where it was. `--runs 3` repeats all of it with two more owners, whose
+secret bases differ, and reports the spread of the scores.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import Any
 
 from rich.table import Table
 
+from data_owner_client import connect
 from data_owner_client.runtime.atomic_files import write_atomically
 from data_owner_client.runtime.console import PlainConsole, print_table
-from demo import picture
+from demo import picture, spread
 from harness.datasets import home_assistant
 from harness.processes import (
     Ports,
@@ -53,19 +55,27 @@ def main() -> None:
         "--published", action="store_true", help="also translate with the paper's interpolation (takes some minutes)"
     )
     standard_streams.use_utf8()
+    parser.add_argument("--runs", type=int, default=1, help="runs, each in a secret basis of its own")
     arguments = parser.parse_args()
     # So that a terminated demo still stops its server.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    run(arguments.folder, arguments.port or free_port(), published=arguments.published)
-
-
-def run(folder: Path, port: int, *, published: bool) -> None:
-    """Run all steps in `folder`."""
-    data = folder / "data"
-    memory, adapter = folder / "memory", folder / "adapter"
+    folder: Path = arguments.folder
+    data, port = folder / "data", arguments.port or free_port()
     folder.mkdir(parents=True, exist_ok=True)
     console.rule("Data: the interface texts of Home Assistant, English and German")
     home_assistant.prepare(data)
+    # Each folder has a store of tenants with a master secret of its own, from which the basis follows.
+    folders = [folder, *(folder / f"run-{number}" for number in range(2, arguments.runs + 1))]
+    reports = [run(each, data, port, published=arguments.published) for each in folders]
+    if len(reports) > 1:
+        spread.write(reports, folder / "spread.json")
+        print_table(spread.table(reports))
+
+
+def run(folder: Path, data: Path, port: int, *, published: bool) -> dict[str, Any]:
+    """Run all steps in `folder`; return the report."""
+    memory, adapter = folder / "memory", folder / "adapter"
+    folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     key = _tenant_key(folder)
     with _owner_server(port, folder) as url:
@@ -78,11 +88,12 @@ def run(folder: Path, port: int, *, published: bool) -> None:
         )
         console.rule("trains an adapter")
         # Quick settings; `pema-client compare` uses all that `train` can choose by itself.
-        quick = ["--retrieved-examples", 0, "--no-gate", "--selection-texts", 60, "--search-minutes", 0]
+        quick = ["--minutes", 8, "--retrieved-examples", 0, "--no-gate", "--no-search", "--selection-texts", 60]
         trained = client.step("train", ["--memory", memory, "--adapter", adapter, *quick])
         console.rule("and translates the test set, with and without it")
         test = ["--adapter", adapter, "--input", data / "test.jsonl"]
         evaluated = client.step("evaluate", [*test, "--share-targets"])
+        excess = _excess_tokens(url, key, evaluated["pema_texts"], data / "test.jsonl")
         gradual = None
         if published:
             console.rule("and once more with the interpolation of the paper")
@@ -94,10 +105,12 @@ def run(folder: Path, port: int, *, published: bool) -> None:
 
     report = _report(built, trained, evaluated, gradual)
     report["seconds"]["this_run"] = round(seconds, 1)
+    report["excess_tokens"] = excess
     (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     picture.draw(report, trained, folder / "report.png")
     _show(report, data / "test.jsonl", evaluated)
     console.print(f"\n{folder}/report.json and report.png written; this run took {seconds:.0f} s.")
+    return report
 
 
 class Client:
@@ -183,6 +196,14 @@ def _owner_server(port: int, folder: Path) -> Iterator[str]:
             stop_server(server, log)
 
 
+def _excess_tokens(url: str, key: str, texts: list[str], test: Path) -> int:
+    """The most tokens by which a text exceeds twice its reference and ten tokens; at most 0 if none does."""
+    with connect(url, api_key=key) as plm:
+        count = plm.tokenizer.count
+        pairs = zip(texts, _pairs(test), strict=True)
+        return max(count(text) - 2 * count(pair["target"]) - 10 for text, pair in pairs)
+
+
 def _report(
     built: dict[str, Any], trained: dict[str, Any], evaluated: dict[str, Any], gradual: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -219,6 +240,10 @@ def _report(
     }
 
 
+def _pairs(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def _scores(scores: dict[str, Any]) -> dict[str, float]:
     return {"bleu": scores["bleu"], "chrf": scores["chrf"]}
 
@@ -237,7 +262,7 @@ def _show(report: dict[str, Any], test: Path, evaluated: dict[str, Any]) -> None
         table.add_row(name, f"{row['bleu']:.1f}", f"{row['chrf']:.1f}", perplexity)
     print_table(table)
     examples = Table("source", "PLM", "PEMA", "reference", title="Side by side", show_lines=True)
-    pairs = [json.loads(line) for line in test.read_text(encoding="utf-8").split("\n") if line]
+    pairs = _pairs(test)
     shown = [i for i, pair in enumerate(pairs) if len(pair["source"]) <= 70][:_EXAMPLES_SHOWN]
     for i in shown:
         examples.add_row(pairs[i]["source"], evaluated["plm_texts"][i], evaluated["pema_texts"][i], pairs[i]["target"])
