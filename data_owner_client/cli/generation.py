@@ -28,6 +28,7 @@ from data_owner_client.cli.options import (
     Samples,
     Sampling,
     Server,
+    Stop,
     Stream,
     Threads,
     connected,
@@ -89,7 +90,7 @@ class _Options:
         return [
             adapter and adapter.card,
             self.more.interpolation(adapter),
-            self.decoding.max_new_tokens,
+            self.decoding.bounds_of_texts,
             self.more.consensus,
             self.sampling,
             self.samples,
@@ -140,43 +141,49 @@ def generate(
     ] = None,
     /,
     *,
+    stop: Stop = None,
     options: _Common = _DEFAULTS,
 ) -> None:
-    """Continue prompts as they are, without a template, up to the stop of the adapter's task (else a newline).
+    r"""Continue prompts as they are, without a template, up to the model's own end, a --stop or the longest length.
+
+    The text of a single prompt is printed as it is. Of several, and in files, each becomes one line; --json has them
+    as they are.
 
     Examples:
 
     - `pema-client generate "The capital of France is"`
+    - `pema-client generate "Shopping list:" --stop $'\n\n' --stop "###" --max-new-tokens 200`
     - `pema-client generate --adapter adapter --input prompts.txt --json`
     """
     from data_owner_client.decoding import generation
 
-    _answer(prompts, options, partial(generation.generate, task=None))
+    _answer(prompts, options, partial(generation.generate, stop=stop or []), verbatim=True)
 
 
-def _answer(texts: list[str] | None, options: _Options, run: partial[Generation]) -> None:
+def _answer(texts: list[str] | None, options: _Options, run: partial[Generation], *, verbatim: bool = False) -> None:
     """Generate and print.
 
     Args:
         texts: texts of the command line, if any.
         options: options of the command.
-        run: `translate` or `generate` of the library, with the task.
+        run: `translate` or `generate` of the library, with the arguments that only it has.
+        verbatim: print a single text with its line ends.
     """
     from data_owner_client.cli.output import stream_text, write_texts
-    from data_owner_client.data.tasks import Task
 
     set_threads(options.threads)
-    inputs = sources_of(texts, options.input_file, options.reading, trim=run.func.__name__ == "translate")
+    inputs = sources_of(texts, options.input_file, options.reading, trim=not verbatim)
     adapter = options.adapter()
-    arguments, task = options.arguments(adapter), run.keywords["task"]
+    arguments, own = options.arguments(adapter), run.keywords
     with connected(options.server, options.connection, options.dtype) as plm:
         run = partial(run, plm, **arguments)
         if options.stream:
             _require_one(options)
-            stream_text(inputs, run, task or (adapter.card.task if adapter else Task(name="bare")), plm.tokenizer)
+            stream_text(inputs, run)
         else:
-            identity = [run.func.__name__, plm.card.digest, task, *options.changing(adapter)]
-            write_texts(inputs, run, identity, options.output, options.as_json, options.explain, plm.tokenizer)
+            identity = [run.func.__name__, plm.card.digest, own, *options.changing(adapter)]
+            files = options.output, options.as_json, options.explain
+            write_texts(inputs, run, identity, *files, plm.tokenizer, verbatim=verbatim)
 
 
 def _require_one(options: _Options) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from data_owner_client.data.pairs import Pair, digest_pairs
+from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.encode import encode_private, encode_teacher_forced, require_fits, tokenize_pair
 from data_owner_client.memory.grants import Demand
@@ -145,11 +146,12 @@ def _append_missing(
     memory: ExternalMemory, plm: RemotePlm, pairs: Sequence[Pair], sizes: ExampleSizes, reporter: Reporter
 ) -> None:
     plan, done = memory.manifest.plan, memory.manifest.examples
+    stops = StopMatcher(plm.tokenizer, plan.task.stops(plm.tokenizer, plm.card.eos_token_ids))
 
     def fetch(run: range) -> MemoryRows:
         chunk = [tokenize_pair(plm, plan.task, pairs[i], label=f"pair {i + 1}") for i in run]
         if plan.context_mode == "private":
-            return encode_private(plm, chunk, plan.task.stop_ids(plm.tokenizer))
+            return encode_private(plm, chunk, stops)
         return encode_teacher_forced(plm, chunk, with_logsumexp=plan.with_logsumexp)
 
     runs = list(split_into_requests(sizes, plm.card, plan.dtype, done=done, examples_per_shard=plan.examples_per_shard))
