@@ -17,7 +17,7 @@ from protocol.rate_limits import RateLimitStatus
 
 @dataclass
 class Demand:
-    """What building a memory, training on it and using the adapter will ask of the owner.
+    """Demand on the owner of building a memory, training on it and using the adapter.
 
     Attributes:
         context_mode: contexts of the memory.
@@ -31,18 +31,18 @@ class Demand:
     tokens: int = 0
     target_ids: set[int] = field(default_factory=set)
 
-    def add(self, prompt_tokens: int, target: Sequence[int], *, is_stored: bool = False) -> None:
-        """Add a pair. One call encodes its prompt and all its target but the last token, or drafts as many tokens.
+    def add(self, sizes: ExampleSizes, target_ids: Set[int], *, stored: int = 0) -> None:
+        """Add pairs. A call encodes a prompt and all its target but the last token, or drafts as many tokens.
 
         Args:
-            prompt_tokens: length of the prompt.
-            target: token ids of the target.
-            is_stored: whether the memory has the pair already.
+            sizes: token counts of the pairs.
+            target_ids: ids of the different tokens in their targets.
+            stored: number of the first pairs that the memory has already.
         """
-        self.target_ids.update(target)
-        if not is_stored:
-            self.examples += 1
-            self.tokens += prompt_tokens + len(target) - 1
+        self.target_ids.update(target_ids)
+        sequence_E = sizes.sequence[stored:]
+        self.examples += len(sequence_E)
+        self.tokens += sum(sequence_E) - len(sequence_E)
 
 
 @dataclass(frozen=True)
