@@ -102,14 +102,14 @@ def _explained(inputs: Sequence[str], result: Generation, tokenizer: PlmTokenize
 
     def token(choice: TokenChoice) -> dict[str, Any]:
         return {
-            "token": tokenizer.decode([choice.token]),
+            "token": tokenizer.name(choice.token),
             "id": choice.token,
             "lambda": choice.lambda_t,
             "p": math.exp(choice.logprob),
             "p_plm": math.exp(choice.plm_logprob),
             "p_pema": None if choice.pema_logprob is None else math.exp(choice.pema_logprob),
-            "plm_alone": tokenizer.decode([choice.plm_token]),
-            "pema_alone": None if choice.pema_token is None else tokenizer.decode([choice.pema_token]),
+            "plm_alone": tokenizer.name(choice.plm_token),
+            "pema_alone": None if choice.pema_token is None else tokenizer.name(choice.pema_token),
         }
 
     records = [

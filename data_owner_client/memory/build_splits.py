@@ -6,6 +6,7 @@ import datetime
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -15,6 +16,7 @@ from data_owner_client.data.tasks import Task
 from data_owner_client.memory.build import MemoryBuild
 from data_owner_client.memory.grants import Demand, require_granted
 from data_owner_client.memory.store import TRAIN, VALIDATION, ExternalMemory
+from data_owner_client.memory.target_changes import describe_target_changes
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.plm.tokenizer import PlmTokenizer
@@ -104,6 +106,8 @@ def build_memories(
         )
         for name, part in ((TRAIN, train_pairs), (VALIDATION, held_out))
     ]
+    if changes := describe_target_changes(plm.tokenizer, chain(train_pairs, held_out)):
+        reporter.say(changes)
     require_granted(plm, demand, reporter)
     memories = [build.run(reporter) for build in builds]
     return MemoryReport(

@@ -96,6 +96,10 @@ class PlmTokenizer:
         """Text of token ids that follow others, without special tokens. A space at its beginning is kept."""
         return self._tokenizer.decode_continuation(token_ids)
 
+    def name(self, token_id: int) -> str:
+        """Text of one token, its first space included; of a special token, its spelling."""
+        return self._tokenizer.name(token_id)
+
     def change(self, text: str) -> str | None:
         """The text that a continuation becomes, if tokenising and decoding change it; None if they do not.
 
