@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
 import threading
@@ -62,10 +63,19 @@ def http_proxy(port: int, *, refusal: bytes | None = None) -> Iterator[Record]:
             client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
             _connect(client, port, b"")
         else:
-            _connect(client, port, head)
+            _connect(client, port, _for_server(head))
 
     with _listener(handle) as record.port:
         yield record
+
+
+def _for_server(head: bytes) -> bytes:
+    """The head of a request to a proxy as a server takes it: with a path in place of a URL, and one a connection."""
+    first, _, rest = head.partition(b"\r\n")
+    method, url, version = first.split(b" ")
+    path = b"/" + url.partition(b"://")[2].partition(b"/")[2]
+    rest = re.sub(rb"(?i)\r\nconnection:[^\r]*", b"", b"\r\n" + rest)
+    return b" ".join((method, path, version)) + b"\r\nConnection: close" + rest
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from fastapi import FastAPI
 
 from harness import tiny_models
 from harness.tiny_models import ARCHITECTURES, TELLING, VOCAB_SIZE
+from plm_owner_server.admission.allowed_hosts import AllowedHosts
 from plm_owner_server.admission.authentication import Authenticator
 from plm_owner_server.admission.controller import AdmissionController
 from plm_owner_server.engines.interface import Engine
@@ -148,12 +149,14 @@ def serve_state(
     access: Authenticator | None = None,
     *,
     max_body_bytes: int | None = None,
+    hosts: AllowedHosts | None = None,
     **connections: Any,
 ) -> Iterator[str]:
     """Serve over REST and give the base URL."""
     if max_body_bytes is None:
         max_body_bytes = state.service.model_card().limits.max_body_bytes if state.service else 2**20
-    with run_app(create_app(AdmissionController(state, access), max_body_bytes=max_body_bytes), **connections) as url:
+    controller = AdmissionController(state, access, hosts=hosts)
+    with run_app(create_app(controller, max_body_bytes=max_body_bytes), **connections) as url:
         yield url
 
 
@@ -170,7 +173,12 @@ def serve_over_grpc(
 
 @contextmanager
 def serve_state_over_grpc(
-    state: ServingState, access: Authenticator | None = None, *, max_body_bytes: int = 2**24, **connections: Any
+    state: ServingState,
+    access: Authenticator | None = None,
+    *,
+    max_body_bytes: int = 2**24,
+    hosts: AllowedHosts | None = None,
+    **connections: Any,
 ) -> Iterator[str]:
     """Serve over gRPC on an event loop of its own and give the address, grpc://…."""
     ready, stop = threading.Event(), threading.Event()
@@ -179,7 +187,7 @@ def serve_state_over_grpc(
 
     async def run() -> None:
         async with serve_grpc(
-            AdmissionController(state, access),
+            AdmissionController(state, access, hosts=hosts),
             "127.0.0.1",
             0,
             max_body_bytes=max_body_bytes,

@@ -279,7 +279,7 @@ class GrpcConnection:
         if (refusal := self._route.proxy_error(details, request_id)) is not None:
             return refusal
         if (reason := _CERTIFICATE_ERROR.search(details)) is not None:
-            return self._route.untrusted(reason[1], request_id)
+            return self._route.untrusted(reason[1].removesuffix(": OK"), request_id)
         if status in _GATEWAY_REFUSALS:
             refused, detail = _GATEWAY_REFUSALS[status]
             return refused(
