@@ -12,6 +12,7 @@
 `rate_limits`       the remainder of a client's quotas, as header fields
 `timing`            the server's time for a call, as a header field
 `addresses`         loopback addresses
+`cores`             CPU cores that a process may use, for both sides
 `standard_streams`  UTF-8 in pipes and files, for both command lines
 
 `pema_pb2` and `pema_pb2_grpc` are generated from `pema.proto`. No module here imports `plm_owner_server` or

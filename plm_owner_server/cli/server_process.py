@@ -68,14 +68,13 @@ def load_service(settings: ServerSettings) -> PlmService:
     torch.set_num_threads(threads)
     log.info("torch uses %d threads on a CPU", threads)
     files = resolve(settings.model, settings.cache_dir, settings.revision)
-    weights_digest = digest_folder(files.folder, settings.cache_dir)
     with logged_while(log, f"loading {files.name}"):
         engine = load_engine(files.folder, settings)
     service = PlmService(
         engine,
         load_tokenizer(files.folder),
         name=files.name,
-        weights_digest=weights_digest,
+        weights_digest=digest_folder(files.folder, settings.cache_dir),
         settings=settings,
         master_secret=lambda: master_secret(settings),
     )

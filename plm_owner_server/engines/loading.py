@@ -10,6 +10,7 @@ import torch
 
 from plm_owner_server.engines.decoding_check import check_decoding
 from plm_owner_server.engines.interface import Engine
+from plm_owner_server.engines.model_files.config import architecture
 from plm_owner_server.engines.model_files.weights import check_weights
 from plm_owner_server.settings import ENGINES, ServerSettings
 from protocol.errors import PemaError, Unsupported
@@ -33,7 +34,7 @@ def load_engine(folder: Path, settings: ServerSettings) -> Engine:
         raise
     except Exception as error:
         raise Unsupported(
-            f"This model cannot be run by --engine {settings.engine}: {type(error).__name__}: {error}.",
+            f"{architecture(folder)} cannot be run by --engine {settings.engine}: {type(error).__name__}: {error}.",
             hint="Serve a decoder-only model whose layers all are attention, such as Llama, Qwen or Gemma.",
         ) from error
     return engine

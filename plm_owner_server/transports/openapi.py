@@ -15,6 +15,7 @@ from protocol.errors import (
     PROBLEM_JSON,
     Forbidden,
     InvalidRequest,
+    Misdirected,
     NotAcceptable,
     NotReady,
     OverLimit,
@@ -60,7 +61,7 @@ A key allows the calls of its scopes; another is 403.
 # For the page's "Authorize" button alone: the admission controller checks the key, for both transports.
 _SHOWN_KEY = Depends(HTTPBearer(auto_error=False, description="The owner's key, if one is asked for"))
 # Errors of all calls, and of calls with a key, with a choice of forms or rows, with a body, with the model's work.
-_ANY = (ServerFault,)
+_ANY = (Misdirected, ServerFault)
 _OF_KEYS = (Unauthenticated, Forbidden, NotReady)
 _OF_CHOICES = (InvalidRequest, NotAcceptable, OverLimit)
 _OF_BODIES = (RequestTimeout, PayloadTooLarge, UnsupportedMediaType)

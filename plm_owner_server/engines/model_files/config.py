@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +20,13 @@ def device_and_dtype(device: str, dtype: str, *, has_gpu: bool) -> tuple[str, st
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     return device, dtype
+
+
+def architecture(folder: Path) -> str:
+    """Name of the model's class, such as LlamaForCausalLM, for messages; the folder's name if it states none."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0])
+    return folder.name
 
 
 def linear_head(model: Any) -> nn.Linear:

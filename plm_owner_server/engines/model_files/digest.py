@@ -6,8 +6,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -31,6 +33,7 @@ _WITHOUT_EFFECT = frozenset(
         *("id2label", "label2id"),
     }
 )
+_DIGEST = re.compile("[0-9a-f]{64}")
 _GIB = 2**30
 
 
@@ -86,14 +89,23 @@ def _weights_digest(files: Sequence[Path], cache_dir: Path | None) -> str:
     # A file that is written again has another time of change, even of the same size.
     identity = [[str(path.resolve()), (stat := path.stat()).st_size, stat.st_mtime_ns, stat.st_ino] for path in files]
     record = cache_dir / f"digest-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
-    if record.is_file():
-        return record.read_text(encoding="ascii")
+    with suppress(OSError, ValueError):  # no such record, or one that cannot be read
+        if _DIGEST.fullmatch(digest := record.read_text(encoding="ascii")):
+            return digest
     digest = _read_digest(files)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", dir=cache_dir, encoding="ascii", delete=False) as file:
-        file.write(digest)
-    os.replace(file.name, record)
+    try:
+        _write(record, digest)
+    except OSError as error:  # such as a folder that is read-only: then the next start reads the files again
+        log.info("the digest is not recorded in %s: %s", cache_dir, error.strerror)
     return digest
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile("w", dir=path.parent, encoding="ascii", delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
 
 
 def _read_digest(files: Sequence[Path]) -> str:

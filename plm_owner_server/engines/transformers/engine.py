@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from plm_owner_server.engines.interface import EncodeBatch, Encoded, EngineInfo
 from plm_owner_server.engines.model_files.config import device_and_dtype, eos_token_ids, head_from_config, linear_head
@@ -39,11 +39,14 @@ def load_model(folder: Path, *, device: str, dtype: str, device_map: str | None 
         device_map: distribution of the layers over devices, as accelerate takes it; None for one device.
 
     Raises:
-        Unsupported: transformers cannot load the folder as a causal language model.
+        Unsupported: transformers cannot load the folder as a causal language model, or not all layers are attention.
     """
     device, dtype = device_and_dtype(device, dtype, has_gpu=torch.cuda.is_available())
     try:
+        _require_attention(AutoConfig.from_pretrained(folder))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map=device_map)
+    except Unsupported:
+        raise
     except (ValueError, OSError, KeyError) as error:
         raise Unsupported(
             f"transformers cannot load {folder} as a causal language model: {error}",
@@ -52,17 +55,22 @@ def load_model(folder: Path, *, device: str, dtype: str, device_map: str | None 
     return (model if device_map else model.to(device)).eval()
 
 
-def _require_attention(model: PreTrainedModel) -> None:
+def _require_attention(config: PretrainedConfig, *, stateful: bool = False) -> None:
     """Refuse layers whose states are not the keys and values of each position, which padding would change.
+
+    Args:
+        config: configuration of the model.
+        stateful: the model's class has states of its own.
 
     Raises:
         Unsupported: the model has such layers.
     """
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION
-    if kinds or getattr(model, "_is_stateful", False):
-        layers = ", ".join(sorted(kinds)) or "recurrent"
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - _ATTENTION
+    if kinds or stateful:
+        name = next(iter(config.architectures or ()), config.model_type)
         raise Unsupported(
-            f"{type(model).__name__} has layers of the kind {layers}, whose states padding would change.",
+            f"{name} has layers of the kind {', '.join(sorted(kinds)) or 'recurrent'}, whose states padding would "
+            "change.",
             hint="Serve a model whose layers all are attention, such as Llama, Qwen or Gemma.",
         )
 
@@ -97,7 +105,7 @@ class TransformersEngine:
     ) -> None:
         config = model.config.get_text_config()
         output = linear_head(model)
-        _require_attention(model)
+        _require_attention(model.config, stateful=getattr(model, "_is_stateful", False))
         self._model = model
         self._returns_ffn_output = cr_kind == "ffn_output"
         if pack_weights:

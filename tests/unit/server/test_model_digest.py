@@ -151,6 +151,17 @@ def test_unchanged_files_are_read_once(folder: Path, tmp_path: Path, monkeypatch
     assert digest_folder(folder, cache) not in {original, ""}
 
 
+def test_a_record_that_cannot_be_used_is_made_again(folder: Path, tmp_path: Path) -> None:
+    original = digest_folder(folder)
+    assert digest_folder(folder, tmp_path / "cache") == original
+    (record,) = (tmp_path / "cache").iterdir()
+    record.write_text(original[:-1])
+    assert digest_folder(folder, tmp_path / "cache") == original
+    assert record.read_text() != original[:-1]
+    (tmp_path / "file").write_text("no folder")
+    assert digest_folder(folder, tmp_path / "file" / "cache") == original
+
+
 @pytest.mark.parametrize("content", ["", "{", "\udcff"])
 def test_a_damaged_configuration_is_named(content: str, folder: Path) -> None:
     (folder / "config.json").write_text(content, errors="surrogateescape")
