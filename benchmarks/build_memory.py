@@ -102,7 +102,7 @@ def _one_client(effort: Effort, rounds: int, threads: int) -> dict[str, Any]:
     task = load_task(_DATA / "task.toml")
     pairs = read_pairs(_DATA / "train.jsonl")[: effort.single]
     with server(_LOG, "--threads", str(threads)) as (rest_port, _), connect(f"http://127.0.0.1:{rest_port}") as plm:
-        baseline = Baseline([tokenize_pair(plm, task, pair, label="a pair") for pair in pairs])
+        baseline = Baseline([tokenize_pair(plm, task, pair) for pair in pairs])
     rest, grpc, shared, generated = Figures(), Figures(), Figures(), list[float]()
     for _ in range(rounds):
         with server(_LOG, "--threads", str(threads), "--prefix-cache-mib", "0") as (rest_port, grpc_port):

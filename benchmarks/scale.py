@@ -92,7 +92,7 @@ def _prepare(model: Sequence[str], requests: int) -> dict[str, Any]:
     home_assistant.prepare(_DATA)
     task, pairs = load_task(_DATA / "task.toml"), read_pairs(_DATA / "train.jsonl")[: requests * _BATCH]
     with server(_LOG, *model) as (rest_port, _), connect(f"http://127.0.0.1:{rest_port}") as plm:
-        tokens = [tokenize_pair(plm, task, pair, label="a pair") for pair in pairs]
+        tokens = [tokenize_pair(plm, task, pair) for pair in pairs]
         max_tokens = plm.card.limits.max_sequence_tokens
         card = {"model": plm.card.name, "hidden_size": plm.card.hidden_size, "dtype": plm.card.dtype}
     prompts, texts = [pair.prompt for pair in tokens], [[*pair.prompt, *pair.target][:max_tokens] for pair in tokens]

@@ -11,15 +11,17 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from data_owner_client.data.pairs import Pair, digest_pairs
+from data_owner_client.data.reading.problems import Problems
 from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.tasks import Task
-from data_owner_client.memory.encode import encode_private, encode_teacher_forced, require_fits, tokenize_pair
+from data_owner_client.memory.encode import encode_private, encode_teacher_forced, tokenize_pair
 from data_owner_client.memory.grants import Demand
 from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.memory.request_batches import ExampleSizes, split_into_requests
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.store import MANIFEST, ExternalMemory
 from data_owner_client.memory.types import ContextMode
+from data_owner_client.memory.usable_pairs import find_usable_pairs
 from data_owner_client.plm.connection.in_flight import InFlightWindow, ordered_map
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
@@ -62,6 +64,8 @@ class MemoryBuild:
         with_logsumexp: bool = False,
         overwrite: bool = False,
         demand: Demand | None = None,
+        problems: Problems | None = None,
+        skip_invalid: bool = False,
         reporter: Reporter | None = None,
     ) -> MemoryBuild:
         """Check all pairs, so that an unusable one does not stop a build after an hour.
@@ -78,37 +82,37 @@ class MemoryBuild:
                 product with the full head.
             overwrite: delete the folder's current memory first.
             demand: what building asks of the owner is added to it; None if nobody needs to know.
+            problems: problems of pairs are added to it, which the caller settles; None to settle them here.
+            skip_invalid: leave out pairs that cannot be used, and log how many there are.
             reporter: receives the progress; None for no reports.
 
         Raises:
-            InvalidData: a pair cannot be used.
+            InvalidData: pairs cannot be used.
         """
         if context_mode == "teacher-forced" and not share_targets:
             raise InvalidData(
                 "Teacher-forced contexts show every target text to the owner of the PLM.",
                 hint="Say --share-targets if that is what you want, or use --context private.",
             )
+        found = Problems() if problems is None else problems
+        drafted, reporter = context_mode == "private", reporter or Reporter()
+        usable = find_usable_pairs(plm, task, pairs, found, drafted=drafted, reporter=reporter)
+        if problems is None:
+            found.settle(len(pairs), skip=skip_invalid)
         plan = MemoryPlan(
             model=ModelIdentity.from_card(plm.card),
             task=task,
             context_mode=context_mode,
             dtype=plm.dtype,
-            with_logsumexp=with_logsumexp or context_mode == "private",  # `decode` returns it anyway
-            data_digest=digest_pairs(pairs),
-            examples=len(pairs),
+            with_logsumexp=with_logsumexp or drafted,  # `decode` returns it anyway
+            data_digest=digest_pairs(usable.pairs),
+            examples=len(usable.pairs),
             examples_per_shard=_EXAMPLES_PER_SHARD,
         )
-        sizes, stored = ExampleSizes(), 0 if overwrite else _stored_examples(folder, plan)
-        with (reporter or Reporter()).bar("tokenising", len(pairs), "pairs") as bar:
-            for number, pair in enumerate(pairs, 1):
-                label = f"pair {number}"
-                tokenized = tokenize_pair(plm, task, pair, label=label)
-                require_fits(plm, tokenized, label=label, drafted=context_mode == "private")
-                sizes.append(len(tokenized.prompt) + len(tokenized.target), len(tokenized.target))
-                if demand is not None:
-                    demand.add(len(tokenized.prompt), tokenized.target, is_stored=number <= stored)
-                bar.advance(1)
-        return cls(plm, plan, pairs, sizes, folder, overwrite)
+        if demand is not None:
+            stored = 0 if overwrite else _stored_examples(folder, plan)
+            demand.add(usable.sizes, usable.target_ids, stored=stored)
+        return cls(plm, plan, usable.pairs, usable.sizes, folder, overwrite)
 
     def run(self, reporter: Reporter | None = None) -> ExternalMemory:
         """Build the memory, or finish it if its build was interrupted.
@@ -149,7 +153,7 @@ def _append_missing(
     stops = StopMatcher(plm.tokenizer, plan.task.stops(plm.tokenizer, plm.card.eos_token_ids))
 
     def fetch(run: range) -> MemoryRows:
-        chunk = [tokenize_pair(plm, plan.task, pairs[i], label=f"pair {i + 1}") for i in run]
+        chunk = [tokenize_pair(plm, plan.task, pairs[i]) for i in run]
         if plan.context_mode == "private":
             return encode_private(plm, chunk, stops)
         return encode_teacher_forced(plm, chunk, with_logsumexp=plan.with_logsumexp)

@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from data_owner_client.data.pairs import Pair, split_validation
+from data_owner_client.data.reading.problems import Problems
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.build import MemoryBuild
 from data_owner_client.memory.grants import Demand, require_granted
@@ -60,6 +61,7 @@ def build_memories(
     context_mode: ContextMode = "private",
     share_targets: bool = False,
     overwrite: bool = False,
+    skip_invalid: bool = False,
     reporter: Reporter | None = None,
 ) -> MemoryReport:
     """Build `folder/train` and `folder/validation`, or finish what an interrupted run began.
@@ -74,10 +76,11 @@ def build_memories(
         context_mode: `private` sends only prompts; `teacher-forced` also sends the targets (`memory.build`).
         share_targets: consent to show the targets to the PLM's owner; `teacher-forced` requires it.
         overwrite: delete the memories in `folder` first.
+        skip_invalid: leave out pairs that cannot be used, and log how many there are.
         reporter: receives the progress; None for no reports.
 
     Raises:
-        InvalidData: a pair cannot be used, the folder holds another memory or is in use, or the disk is full.
+        InvalidData: pairs cannot be used, the folder holds another memory or is in use, or the disk is full.
         Forbidden: the owner does not grant what building and training need.
         PemaError: a call to the PLM failed.
     """
@@ -86,11 +89,11 @@ def build_memories(
     if validation is None:
         train_pairs, held_out = split_validation(pairs, validation_fraction)
     else:
-        train_pairs, held_out = list(pairs), list(validation)
+        train_pairs, held_out = pairs, validation
     reporter = reporter or Reporter()
     if share_targets or context_mode == "private":
         reporter.say(disclosure_notice(context_mode))
-    demand = Demand(context_mode)
+    demand, problems = Demand(context_mode), Problems()
     builds = [
         MemoryBuild.prepare(
             plm,
@@ -102,11 +105,16 @@ def build_memories(
             with_logsumexp=name == VALIDATION,
             overwrite=overwrite,
             demand=demand,
+            problems=problems,
             reporter=reporter,
         )
         for name, part in ((TRAIN, train_pairs), (VALIDATION, held_out))
     ]
-    if changes := describe_target_changes(plm.tokenizer, chain(train_pairs, held_out)):
+    problems.settle(len(train_pairs) + len(held_out), skip=skip_invalid)
+    for build in builds:
+        if not build.pairs:
+            raise InvalidData(f"No pair is left for {build.folder}.", hint="Give more pairs.")
+    if changes := describe_target_changes(plm.tokenizer, chain(*(build.pairs for build in builds))):
         reporter.say(changes)
     require_granted(plm, demand, reporter)
     memories = [build.run(reporter) for build in builds]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from data_owner_client.data.pairs import Pair
+from data_owner_client.data.reading.problems import InvalidText, Origin, Problems
 from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.alignment import align
@@ -34,35 +35,34 @@ class TokenizedPair:
     source_tokens: int
 
 
-def tokenize_pair(plm: RemotePlm, task: Task, pair: Pair, *, label: str) -> TokenizedPair:
+def tokenize_pair(plm: RemotePlm, task: Task, pair: Pair) -> TokenizedPair:
     """Tokenise the prompt and the target of a pair.
 
     Args:
         plm: the model whose tokenizer is used.
         task: template of the prompt.
         pair: source text and target.
-        label: name of the pair in error messages, such as `pair 3`.
 
     Raises:
         InvalidData: the pair has no target, an answer would end before the target does, or it would not end behind it.
     """
     if pair.target is None:
-        raise InvalidData(f"{label} has no target.", hint="A memory is made of pairs.")
+        raise InvalidText("no target", hint="A memory is made of pairs.", origin=pair.origin)
     tokenizer = plm.tokenizer
-    try:
-        prompt, target = task.prompt_and_target(pair.source, pair.target, tokenizer)
-        prompt_ids = tokenizer.encode_prompt(prompt)
-        target_ids = tokenizer.encode_target(prompt, prompt_ids, target)
-    except InvalidData as error:
-        raise InvalidData(f"{label}: {error.detail}", hint=error.hint) from error
+    prompt, target = task.prompt_and_target(pair.source, pair.target, tokenizer)
+    prompt_ids = tokenizer.encode_prompt(prompt)
+    target_ids = tokenizer.encode_target(prompt, prompt_ids, target)
     if task.format == "chat" and tokenizer.encode_prompt(prompt + target) != prompt_ids + target_ids:
-        raise InvalidData(
-            f"{label}: a token of the whole conversation spans the end of the prompt and the target.",
+        raise InvalidText(
+            "a token of the whole conversation that spans the end of the prompt and the target",
             hint="Take away space and line breaks at the beginning of the target.",
+            origin=pair.origin,
         )
     if not StopMatcher(tokenizer, task.stops(tokenizer, plm.card.eos_token_ids)).ends(target_ids):
-        raise InvalidData(
-            f"The target of {label} does not end with a stop of this model.", hint="Give the task another `stop`."
+        raise InvalidText(
+            "a target that does not end with a stop of this model",
+            hint="Give the task another `stop`.",
+            origin=pair.origin,
         )
     return TokenizedPair(prompt_ids, target_ids, tokenizer.count(pair.source))
 
@@ -87,12 +87,17 @@ def tokenize_pairs(plm: RemotePlm, tasks: Sequence[Task], pairs: Sequence[Pair],
         label: kind of pair in error messages; the number of the pair follows it.
 
     Raises:
-        InvalidData: a pair has no usable target (`tokenize_pair`), or is too long.
+        InvalidData: pairs have no usable target (`tokenize_pair`), or are too long.
     """
-    tokenized = []
+    tokenized, problems = [], Problems()
     for number, (task, pair) in enumerate(zip(tasks, pairs, strict=True), 1):
-        tokenized.append(tokenize_pair(plm, task, pair, label=f"{label} {number}"))
-        require_fits(plm, tokenized[-1], label=f"{label} {number}")
+        try:
+            tokens = tokenize_pair(plm, task, pair)
+            require_fits(plm, tokens)
+            tokenized.append(tokens)
+        except InvalidData as error:
+            problems.add(pair.origin or Origin(label, number, in_file=False), error)
+    problems.settle(len(pairs), skip=False)
     return tokenized
 
 
@@ -149,13 +154,12 @@ def _rows(response: EncodeResponse | DecodeResponse, pairs: Sequence[TokenizedPa
     )
 
 
-def require_fits(plm: RemotePlm, pair: TokenizedPair, *, label: str, drafted: bool = False) -> None:
+def require_fits(plm: RemotePlm, pair: TokenizedPair, *, drafted: bool = False) -> None:
     """Refuse a pair that exceeds the server's limits.
 
     Args:
         plm: the model whose limits apply.
         pair: the pair as token ids.
-        label: name of the pair in error messages.
         drafted: whether the server must also draft the target's length in one call.
 
     Raises:
@@ -164,12 +168,11 @@ def require_fits(plm: RemotePlm, pair: TokenizedPair, *, label: str, drafted: bo
     limits = plm.card.limits
     tokens = len(pair.prompt) + len(pair.target)
     if tokens > limits.max_sequence_tokens or len(pair.target) > limits.max_rows:
-        raise InvalidData(
-            f"{label} has {tokens} tokens with its prompt; the server takes {limits.max_sequence_tokens}.",
-            hint="Shorten the text or use fewer examples in the task.",
+        raise InvalidText(
+            f"more than {limits.max_sequence_tokens} tokens with its prompt, or {limits.max_rows} in its target",
+            hint="Shorten the texts or use fewer examples in the task.",
         )
     if drafted and len(pair.target) - 1 > limits.max_look_ahead:
-        raise InvalidData(
-            f"The target of {label} has {len(pair.target)} tokens; the server drafts {limits.max_look_ahead}.",
-            hint="Shorten the text.",
+        raise InvalidText(
+            f"more tokens in its target than the server drafts, {limits.max_look_ahead}", hint="Shorten the texts."
         )

@@ -44,7 +44,7 @@ def sample_contexts(plm: RemotePlm, plan: MemoryPlan, pairs: Sequence[Pair]) -> 
 
     def tokenized() -> Iterator[tuple[TokenizedPair, list[int]]]:
         for index in torch.randperm(len(pairs), generator=order).tolist():
-            pair = tokenize_pair(plm, plan.task, pairs[index], label=f"pair {index + 1}")
+            pair = tokenize_pair(plm, plan.task, pairs[index])
             yield pair, torch.randperm(len(pair.target), generator=order).tolist()
 
     seen = set[Context]()

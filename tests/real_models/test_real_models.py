@@ -158,7 +158,7 @@ def test_the_whole_of_pema_is_the_slow_reference(real: Real, tmp_path: Path) -> 
     tokenizer = real.plm.tokenizer
     reference = Reference(real.model)
     try:
-        pair = tokenize_pair(real.plm, real.task, PAIRS[0], label="pair")
+        pair = tokenize_pair(real.plm, real.task, PAIRS[0])
         f_D, _ = reference.teacher_forced(pair.prompt, pair.target[:1])[0]
         first = real.basis.true(real.plm.encode([pair.prompt], [len(pair.prompt) - 1]).cr_N_D)[0]
         assert (first - f_D).abs().max() / f_D.abs().max() <= 1e-4

@@ -153,7 +153,7 @@ def case(
 def test_teacher_forced_rows(case: Case) -> None:
     rows = iter(zip(case.basis.true(case.memory.cr_N_D), case.memory.target_N.tolist(), strict=True))
     for pair in PAIRS[:6]:
-        tokens = tokenize_pair(case.plm, TASK, pair, label="pair")
+        tokens = tokenize_pair(case.plm, TASK, pair)
         for f_D, y in case.reference.teacher_forced(tokens.prompt, tokens.target):
             ours_D, ours_y = next(rows)
             assert ours_y == y
@@ -165,7 +165,7 @@ def test_private_rows(case: Case, tmp_path: Path) -> None:
     memory = ExternalMemory(tmp_path / "train").load()
     rows = iter(zip(case.basis.true(memory.cr_N_D), memory.target_N.tolist(), strict=True))
     for pair in PAIRS[:6]:
-        tokens = tokenize_pair(case.plm, TASK, pair, label="pair")
+        tokens = tokenize_pair(case.plm, TASK, pair)
         for f_D, y in case.reference.private(tokens.prompt, tokens.target):
             ours_D, ours_y = next(rows)
             assert ours_y == y
@@ -179,7 +179,7 @@ def test_aligned_private_rows_have_contexts_that_end_as_the_true_ones(case: Case
     assert 0 < rows.matches_N.sum() < len(rows.matches_N)
     at = 0
     for pair in PAIRS[:12]:
-        tokens = tokenize_pair(case.plm, TASK, pair, label="pair")
+        tokens = tokenize_pair(case.plm, TASK, pair)
         drafted = [case.plm.decode([tokens.prompt], [len(tokens.target) - 1]).top1_N.tolist()][0]
         contexts = case.reference.private(tokens.prompt, tokens.target)
         for i, y in enumerate(tokens.target):

@@ -136,7 +136,7 @@ def test_the_default_model_says_the_same_on_the_demos_test_set(tmp_path: Path) -
     for name, answers in said.items():
         service = support.make_service(folder, shared=False, engine=name, vllm_options={}, max_sequence_tokens=1024)
         with support.serve(service) as url, connect(url, dtype="float32") as plm:
-            prompts = [tokenize_pair(plm, task, pair, label="a pair").prompt for pair in pairs]
+            prompts = [tokenize_pair(plm, task, pair).prompt for pair in pairs]
             for start in range(0, len(prompts), 40):
                 some = prompts[start : start + 40]
                 response = plm.decode(some, [48] * len(some), sorted(plm.tokenizer.ids_containing("\n")))

@@ -87,7 +87,7 @@ def test_contexts_are_those_of_the_memory(shared: bool, tiny_service: PlmService
     memory = build_memory(plm, TASK, PAIRS, tmp_path, context_mode=mode, share_targets=shared)
     shown = set[Context]()
     for pair in PAIRS:
-        ids = tokenize_pair(plm, TASK, pair, label="pair")
+        ids = tokenize_pair(plm, TASK, pair)
         for position in range(len(ids.target)):
             prefix, drafted = (ids.prompt + ids.target[:position], 0) if shared else (ids.prompt, position)
             shown.add(Context(tuple(prefix), drafted))

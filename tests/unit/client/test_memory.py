@@ -224,7 +224,7 @@ def test_unusable_pairs_are_found_before_anything_is_sent(plm: RemotePlm, record
     for bad, message in (
         (Pair("x", "two\nlines"), "pair 12: .* contains the stop"),
         (Pair("x"), "pair 12 has no target"),
-        (Pair("x" * 500, "y"), "pair 12 has .* tokens"),
+        (Pair("x" * 500, "y"), "pair 12 has more than .* tokens"),
     ):
         with pytest.raises(InvalidData, match=message):
             build_memory(plm, TASK, [*PAIRS, bad], tmp_path)

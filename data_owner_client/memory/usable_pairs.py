@@ -1,0 +1,60 @@
+"""Pairs that fit the model and its server: found, and measured in tokens, before anything is sent."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data_owner_client.data.pairs import Pair, PairSelection
+from data_owner_client.data.reading.problems import Origin, Problems
+from data_owner_client.data.tasks import Task
+from data_owner_client.memory.encode import require_fits, tokenize_pair
+from data_owner_client.memory.request_batches import ExampleSizes
+from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.runtime.progress import Reporter
+from protocol.errors import InvalidData
+
+
+@dataclass(frozen=True)
+class UsablePairs:
+    """Pairs that fit the model and its server.
+
+    Attributes:
+        pairs: the pairs.
+        sizes: their token counts.
+        target_ids: ids of the different tokens in their targets.
+    """
+
+    pairs: Sequence[Pair]
+    sizes: ExampleSizes
+    target_ids: set[int]
+
+
+def find_usable_pairs(
+    plm: RemotePlm, task: Task, pairs: Sequence[Pair], problems: Problems, *, drafted: bool, reporter: Reporter
+) -> UsablePairs:
+    """Tokenise all pairs once, and leave out those that cannot be used.
+
+    Args:
+        plm: the model whose tokenizer is used and whose limits apply.
+        task: template of the prompts.
+        pairs: all pairs.
+        problems: receives the problems of the others.
+        drafted: whether the server must also draft the length of each target in one call.
+        reporter: receives the progress.
+    """
+    index_N, sizes, target_ids = array("q"), ExampleSizes(), set[int]()
+    with reporter.bar("tokenising", len(pairs), "pairs") as bar:
+        for index, pair in enumerate(pairs):
+            try:
+                tokens = tokenize_pair(plm, task, pair)
+                require_fits(plm, tokens, drafted=drafted)
+            except InvalidData as error:
+                problems.add(pair.origin or Origin("pair", index + 1, in_file=False), error)
+            else:
+                index_N.append(index)
+                sizes.append(len(tokens.prompt) + len(tokens.target), len(tokens.target))
+                target_ids.update(tokens.target)
+            bar.advance(1)
+    return UsablePairs(PairSelection(pairs, index_N), sizes, target_ids)
