@@ -111,6 +111,7 @@ def build_memory(
             context_mode=mode,
             share_targets=share_targets,
             overwrite=overwrite,
+            skip_invalid=reading.skip_invalid,
             reporter=stderr_reporter(),
         )
     print_record(report.model_dump(), as_json, title="external memory")
@@ -129,6 +130,8 @@ def train(
 ) -> None:
     """Train the adapter on this machine. The defaults need no tuning; the best validation epoch is kept.
 
+    All of it takes at most `--minutes`. What is done, what is left out, and how long it takes is said before the start.
+
     How the adapter is then used is chosen on the validation memory: schedule and λ_max or a learned gate and, where the
     targets were shared, whether the PLM sees the most similar pairs of the memory as examples.
 
@@ -138,7 +141,7 @@ def train(
     Examples:
 
     - `pema-client train --memory memory --adapter adapter`
-    - `pema-client train --search-minutes 30` (search longer for better settings; `--search-minutes 0` trains once)
+    - `pema-client train --minutes 60` (time for all that helps; `--minutes 0` trains once and does nothing else)
     - `pema-client train --form paper --seed 1 --json`
     """
     from data_owner_client.cli.output import print_record

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -65,12 +65,12 @@ class Memories:
         return [self.train.digest, self.validation.digest, self.plan.model.model_dump()]
 
     @cached_property
-    def train_pairs(self) -> list[Pair]:
+    def train_pairs(self) -> Sequence[Pair]:
         """Texts of the memory to train on."""
         return self.train.pairs()
 
     @cached_property
-    def held_out_pairs(self) -> list[Pair]:
+    def held_out_pairs(self) -> Sequence[Pair]:
         """Texts of the memory to validate on."""
         return self.validation.pairs()
 
