@@ -8,11 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import pydantic  # with it imported, cyclopts checks the bounds in annotations
-from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError, ValidationError
+from cyclopts import App, Argument, CycloptsError, Group, Parameter, UnusedCliTokensError, ValidationError
 
 from data_owner_client.cli.old_names import with_current_names
 from protocol import standard_streams
@@ -36,14 +37,16 @@ def _default_text(value: Any) -> str | None:
 
 
 def _require_utf8(_: Any, value: Any) -> None:
-    """Require a text, or a list of texts, without bytes that are not UTF-8. A path may have them.
+    """Require texts without bytes that are not UTF-8. A path may have them; a secret is checked where it is used.
 
     Raises:
-        ValueError: one has, which the parser reports with the name of the argument.
+        UnicodeEncodeError: a text has such bytes.
     """
-    for text in value if isinstance(value, list) else [value]:
-        if isinstance(text, str) and not text.isascii():
-            text.encode()
+    if isinstance(value, str):
+        value.encode()
+    parts = [getattr(value, each.name) for each in fields(value) if each.repr] if is_dataclass(value) else value
+    for part in parts if isinstance(parts, list) else []:
+        _require_utf8(None, part)
 
 
 app = App(
@@ -115,7 +118,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         again = "run the same command again (build-memory and train go on where they were, as do files of texts)"
         return _failed(f"interrupted; {again}.", status=_INTERRUPTED)
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # rich, which prints the help, ends the program where a pipe is broken
         standard_streams.flush()
         return 0
     return status or 0
@@ -154,9 +157,16 @@ def _usage_error(error: CycloptsError) -> str:
         error.exception_message = f"{error.__cause__.errors()[0]['msg']}."
     if isinstance(error, ValidationError) and isinstance(error.__cause__, UnicodeEncodeError):
         error.value, error.exception_message = error.__cause__.object, "It is not UTF-8."
+        error.argument = error.argument and _argument_with(error.argument, error.value)
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return f"Unexpected argument {error.unused_tokens[0]!r}."
     return " ".join(str(error).split())
+
+
+def _argument_with(argument: Argument, text: str) -> Argument:
+    """The argument itself, or the field of it, that has a text from the command line or the environment."""
+    parts = (argument, *argument.children_recursive)
+    return next(part for part in parts if any(token.value == text for token in part.tokens))
 
 
 class _StderrHandler(logging.Handler):

@@ -41,7 +41,7 @@ def draw(title: str, rows: list[ComparisonRow], path: Path) -> None:
     ):
         bars = part.barh(names, values, color=[_COLORS.get(name, "tab:blue") for name in names])
         part.bar_label(bars, fmt="%.1f", padding=3)
-        part.set(xlabel=metric, xlim=(0, 1.15 * max(values)))
+        part.set(xlabel=metric, xlim=(0, 1.15 * max(1.0, *values)))
     figure.suptitle(title, parse_math=False)  # names may hold dollar signs
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

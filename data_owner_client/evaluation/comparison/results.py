@@ -114,7 +114,7 @@ class ComparisonRow(BaseModel):
 
 
 def comparison_rows(
-    results: Sequence[SystemResult], references: Sequence[str], tokenizer: BleuTokenizer
+    results: Sequence[SystemResult], references: Sequence[str], tokenizer: BleuTokenizer = "13a"
 ) -> list[ComparisonRow]:
     """Scores of all systems, with the significance of their differences from the PLM and from PEMA as published.
 
