@@ -183,7 +183,15 @@ def _answer(texts: list[str] | None, options: _Options, run: partial[Generation]
         else:
             identity = [run.func.__name__, plm.card.digest, own, *options.changing(adapter)]
             files = options.output, options.as_json, options.explain
-            write_texts(inputs, run, identity, *files, plm.tokenizer, verbatim=verbatim)
+            write_texts(
+                inputs,
+                run,
+                identity,
+                *files,
+                plm.tokenizer,
+                verbatim=verbatim,
+                skip_invalid=options.reading.skip_invalid,
+            )
 
 
 def _require_one(options: _Options) -> None:

@@ -6,18 +6,20 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
+from data_owner_client.data.reading.problems import Problems, text_origin
 from data_owner_client.runtime.atomic_files import write_atomically
 from data_owner_client.runtime.console import print_table
 from data_owner_client.runtime.progress_display import stderr_reporter
 from data_owner_client.runtime.resumable_output import ResumableOutput, one_line
 from protocol import standard_streams
-from protocol.errors import InvalidData, PemaError
+from protocol.errors import InvalidData
 
 if TYPE_CHECKING:
     from data_owner_client.cli.doctor import Diagnosis
@@ -39,11 +41,14 @@ def write_texts(
     tokenizer: PlmTokenizer,
     *,
     verbatim: bool,
+    skip_invalid: bool,
 ) -> None:
     """Generate and write: to a file in parts that an interruption leaves behind, to standard output at the end.
 
-    Each text is one line. With `verbatim`, a single text on standard output has the lines that it has.
+    Each text is one line. With `verbatim`, a single text on standard output has the lines that it has. With
+    `skip_invalid`, the line of a text that cannot be answered is empty, and their number is logged.
     """
+    problems = Problems()
     if output is not None and not as_json and explain is None:
         from data_owner_client.decoding.speculative import GenerationStats
 
@@ -53,9 +58,9 @@ def write_texts(
             nonlocal usage
             failed: set[int] = set()
 
-            def on_failure(at: int, error: PemaError) -> None:
+            def on_failure(at: int, error: InvalidData) -> None:
                 failed.add(at)
-                standard_streams.say(f"pema-client: text {numbers[at] + 1}: {error}")
+                problems.add(text_origin(numbers[at]), error)
 
             result = run([inputs[number] for number in numbers], on_failure=on_failure, reporter=reporter)
             usage += result.stats
@@ -65,11 +70,19 @@ def write_texts(
                 if at not in failed
             }
 
-        before = ResumableOutput(output, identity).write(inputs, work, reporter)
+        try:
+            before = ResumableOutput(output, identity).write(inputs, work, reporter, skip_missing=skip_invalid)
+        except InvalidData:
+            problems.settle(len(inputs), skip=False)  # says more
+            raise
+        problems.settle(len(inputs), skip=True)
         done_before = f" ({before} of them done before)" if before else ""
         standard_streams.say(f"{len(inputs)} texts{done_before}: {usage}.")
         return
+    if skip_invalid:
+        run = partial(run, on_failure=lambda number, error: problems.add(text_origin(number), error))
     result = run(inputs, reporter=stderr_reporter())
+    problems.settle(len(inputs), skip=True)
     if explain is not None:
         write_atomically(explain, _explained(inputs, result, tokenizer).encode())
     if as_json:

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from data_owner_client.data.reading.problems import Problems, require_unicode, text_origin
-from protocol.errors import InvalidData, PemaError
+from protocol.errors import InvalidData
 
-OnFailure = Callable[[int, PemaError], None]
+OnFailure = Callable[[int, InvalidData], None]
 """Called with the index of a text and the reason why it cannot be answered."""
 
 _T = TypeVar("_T")

@@ -41,7 +41,12 @@ class ResumableOutput:
         self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
     def write(
-        self, texts: Sequence[str], work: Callable[[list[int]], dict[int, str]], reporter: Reporter | None = None
+        self,
+        texts: Sequence[str],
+        work: Callable[[list[int]], dict[int, str]],
+        reporter: Reporter | None = None,
+        *,
+        skip_missing: bool = False,
     ) -> int:
         """Compute the missing results and write the file.
 
@@ -52,6 +57,7 @@ class ResumableOutput:
             work: computes the results for some indices of `texts`. Indices without a result are tried again by the next
                 call of `write`.
             reporter: shows the progress; None for none.
+            skip_missing: leave the line of a text without a result empty; if False, such a text is an error.
 
         Returns:
             The number of texts that had a result before.
@@ -69,13 +75,13 @@ class ResumableOutput:
                 done |= results
                 bar.advance(len(numbers))
         missing = [number for number, key in enumerate(keys) if key not in done]
-        if missing:
+        if missing and not skip_missing:
             raise InvalidData(
                 f"{len(missing)} of {len(texts)} texts have no answer, text {missing[0] + 1} for one; the others are "
                 "stored.",
                 hint="Correct them, or run the same command again.",
             )
-        write_atomically(self._output, "".join(f"{one_line(done[key])}\n" for key in keys).encode())
+        write_atomically(self._output, "".join(f"{one_line(done.get(key, ''))}\n" for key in keys).encode())
         self._records.unlink(missing_ok=True)
         return before
 
