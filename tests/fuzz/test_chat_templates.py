@@ -24,48 +24,13 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 WORDS = ["<|im_end|>", "<eos>", "<|", "|>", "<|end", "im_end|>", "<bos", "[INST]", "<think>", "</think>", " ", "\n"]
 SPELLINGS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=5).map("".join)
 # Pieces of templates, most of which make no whole.
-PIECES = [
-    "{% for m in messages %}",
-    "{% endfor %}",
-    "{% if loop.last %}",
-    "{% endif %}",
-    "{% else %}",
-    "{% break %}",
-    "{% continue %}",
-    "\n",
-    "{{ m.content }}",
-    "{{ m['role'] }}",
-    "{{- ",
-    " -}}",
-    "{% set x = ",
-    " %}",
-    "{{ x }}",
-    "{{ loop.length }}",
-    "{{ loop.nextitem }}",
-    "namespace(a=1)\n",
-    "{% generation %}",
-    "{% endgeneration %}",
-    "{{ messages | tojson }}",
-    "{{ tools is none }}",
-    "{{ eos_token }}",
-    "{#",
-    "#}",
-    "{{ '<b>' }}",
-    "  ",
-    "\n",
-    "{{ raise_exception('no') }}",
-    "{{ messages[-1].content | trim }}",
-    "{{ 'a' * 3 ~ [1] + [2] }}",
-    "{{ dict(a=1) }}",
-    "{{ 1 // 0 }}\n",
-    "{% macro f(x) %}",
-    "{% endmacro %}",
-    "{{ f(1) }}",
-    "{{ messages | map(attribute='content') | join }}",
-    "{{ 2 ** 9 % 7 }}\n",
-    "{% for a in b recursive %}",
-]
-SOURCES = st.lists(st.one_of(st.sampled_from(PIECES), TEXTS), max_size=12).map("".join)
+PIECES = """{% for m in messages %}@{% endfor %}@{% if loop.last %}@{% endif %}@{% else %}@{% break %}@{% continue %}@
+@{{ m.content }}@{{ m['role'] }}@{{- @ -}}@{% set x = @ %}@{{ x }}@{{ loop.length }}@{{ loop.nextitem }}@namespace(a=1)
+@{% generation %}@{% endgeneration %}@{{ messages | tojson }}@{{ tools is none }}@{{ eos_token }}@{#@#}@{{ '<b>' }}@  @
+@{{ raise_exception('no') }}@{{ messages[-1].content | trim }}@{{ 'a' * 3 ~ [1] + [2] }}@{{ dict(a=1) }}@{{ 1 // 0 }}
+@{% macro f(x) %}@{% endmacro %}@{{ f(1) }}@{{ messages | map(attribute='content') | join }}@{{ 2 ** 9 % 7 }}
+@{% for a in b recursive %}"""
+SOURCES = st.lists(st.one_of(st.sampled_from(PIECES.split("@")), TEXTS), max_size=12).map("".join)
 
 
 @cache
