@@ -165,7 +165,7 @@ def _usage_error(error: CycloptsError) -> str:
 
 def _argument_with(argument: Argument, text: str) -> Argument:
     """The argument itself, or the field of it, that has a text from the command line or the environment."""
-    parts = (argument, *argument.children_recursive)
+    parts: tuple[Argument, ...] = (argument, *argument.children_recursive)
     return next(part for part in parts if any(token.value == text for token in part.tokens))
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from data_owner_client.adapter.interpolation import Interpolation
-from data_owner_client.data.text_metrics import TextScores, sentence_chrf, text_scores
+from data_owner_client.data.text_metrics import TextScores, bleu_tokenizer, sentence_chrf, text_scores
 from data_owner_client.runtime.atomic_files import write_atomically
 from data_owner_client.training.time_budget import MIN_TEXTS, TimeBudget
 
@@ -77,6 +77,7 @@ class DecodedPolicies:
     ) -> None:
         self._decode = decode
         self._references = list(references)
+        self._tokenizer = bleu_tokenizer(references)
         self._policies = policies
         self._budget = budget
         self._store = store
@@ -121,7 +122,7 @@ class DecodedPolicies:
 
     def scores(self, interpolation: Interpolation) -> TextScores:
         """Corpus scores of a decoded policy."""
-        return text_scores(self._texts[interpolation][: self.texts], self._references)
+        return text_scores(self._texts[interpolation][: self.texts], self._references, self._tokenizer)
 
     def _fit_texts(self) -> None:
         """Go on with as many texts as the other policies have time for, if these are enough to tell policies apart."""

@@ -44,7 +44,7 @@ class DecodingPolicy(BaseModel):
         nearest: retrieved examples in each prompt of the PLM; 0 for the examples of the task.
         interpolation: interpolation with the PLM.
         nll: loss of the mixture, in nats per token. A length reward only affects decoding and does not change it.
-        bleu: BLEU of decoded texts; None if this policy was not decoded.
+        bleu: BLEU of decoded texts, with the tokenizer of `bleu_tokenizer`; None if this policy was not decoded.
         chrf: chrF of decoded texts; None if this policy was not decoded.
     """
 

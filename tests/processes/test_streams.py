@@ -133,7 +133,7 @@ def test_a_reader_that_leaves_is_no_error(command: list[str], stream: str) -> No
     reading, writing = os.pipe()
     os.close(reading)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: writing}
-    process = subprocess.Popen(command, **streams)
+    process = subprocess.Popen(command, stdout=streams["stdout"], stderr=streams["stderr"])
     os.close(writing)
     output, errors = process.communicate()
     assert process.returncode == 0
