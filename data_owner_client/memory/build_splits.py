@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import date
 from itertools import chain
 from pathlib import Path
 
@@ -138,7 +138,7 @@ def with_day_of_memory(task: Task, tokenizer: PlmTokenizer, *folders: Path) -> T
     for folder in folders:
         with suppress(InvalidData):
             return task.on_day(ExternalMemory(folder).manifest.plan.task.date, tokenizer)
-    return task.on_day(datetime.date.today(), tokenizer)
+    return task.on_day(date.today(), tokenizer)
 
 
 def disclosure_notice(context_mode: ContextMode) -> str:
