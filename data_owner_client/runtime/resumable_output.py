@@ -71,7 +71,7 @@ class ResumableOutput:
         with (reporter or Reporter()).bar(self._output.name, len(texts), "texts", done=before) as bar:
             for numbers in _runs([number for number, key in enumerate(keys) if key not in done]):
                 results = {keys[number]: text for number, text in work(numbers).items()}
-                self._store(results, begin=not done)
+                self._store(results)
                 done |= results
                 bar.advance(len(numbers))
         missing = [number for number, key in enumerate(keys) if key not in done]
@@ -100,14 +100,14 @@ class ResumableOutput:
                 continue
         return done
 
-    def _store(self, results: dict[str, str], *, begin: bool) -> None:
+    def _store(self, results: dict[str, str]) -> None:
         lines = [
             json.dumps({"job": self._identity, "source": key, "text": text}, ensure_ascii=False) + "\n"
             for key, text in results.items()
         ]
         try:
             self._records.parent.mkdir(parents=True, exist_ok=True)
-            with self._records.open("w" if begin else "a", encoding="utf-8") as file:
+            with self._records.open("a", encoding="utf-8") as file:
                 # Begin a new line: a kill may have left an incomplete one.
                 file.write("\n" + "".join(lines))
                 file.flush()

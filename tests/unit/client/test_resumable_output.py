@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_owner_client.runtime import resumable_output as jobs
+from data_owner_client.runtime.progress_display import LineReporter
 from data_owner_client.runtime.resumable_output import ResumableOutput
 from protocol.errors import InvalidData
 
@@ -28,6 +29,19 @@ class Worker:
         if len(self.asked) == self.dies_at:
             raise KeyboardInterrupt
         return {number: TEXTS[number].upper() for number in numbers if number not in self.fails}
+
+
+class Answers:
+    """Answers that are the texts."""
+
+    def __init__(self, texts: list[str], *, dies_at: int = -1) -> None:
+        self.texts, self.dies_at, self.calls = texts, dies_at, 0
+
+    def __call__(self, numbers: list[int]) -> dict[int, str]:
+        self.calls += 1
+        if self.calls == self.dies_at:
+            raise KeyboardInterrupt
+        return {number: self.texts[number] for number in numbers}
 
 
 def expected() -> str:
@@ -78,9 +92,29 @@ def test_another_job_takes_nothing_over(tmp_path: Path) -> None:
     output = tmp_path / "out.txt"
     with pytest.raises(KeyboardInterrupt):
         ResumableOutput(output, {"adapter": 1}).write(TEXTS, Worker(dies_at=3))
-    worker = Worker()
-    assert ResumableOutput(output, {"adapter": 2}).write(TEXTS, worker) == 0
+    with pytest.raises(KeyboardInterrupt):
+        ResumableOutput(output, {"adapter": 2}).write(TEXTS, Worker(dies_at=2))
+    # The other way round, neither takes anything away.
+    assert ResumableOutput(output, {"adapter": 1}).write(TEXTS, Worker()) == 6
     assert output.read_text() == expected()
+
+
+def test_an_answer_of_several_lines_is_one_line_of_the_file(tmp_path: Path) -> None:
+    output, ends = tmp_path / "out.txt", "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+    texts = [f"one{end}two" for end in ends]
+    with pytest.raises(KeyboardInterrupt):
+        ResumableOutput(output, "a").write(texts, Answers(texts, dies_at=2))
+    ResumableOutput(output, "a").write(texts, Answers(texts))
+    assert output.read_text(encoding="utf-8").splitlines() == ["one two"] * len(ends)
+
+
+def test_the_progress_is_that_of_all_texts(tmp_path: Path) -> None:
+    output, lines = tmp_path / "out[b].txt", list[str]()
+    with pytest.raises(KeyboardInterrupt):
+        ResumableOutput(output, "a").write(TEXTS, Worker(dies_at=2))
+    ResumableOutput(output, "a").write(TEXTS, Worker(), LineReporter(lines.append))
+    (line,) = lines
+    assert line.startswith("out[b].txt: 10 of 10 texts in ")
 
 
 def test_a_finished_job_is_done_anew(tmp_path: Path) -> None:
