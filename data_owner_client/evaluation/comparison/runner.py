@@ -41,6 +41,7 @@ from data_owner_client.training.decoding_policy import DEFAULT_RETRIEVED_EXAMPLE
 from data_owner_client.training.likelihood import plm_target_logprobs
 from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.train import REPORT, TrainingReport, train
+from protocol import standard_streams
 from protocol.messages import DTYPES
 
 Connect = Callable[[], RemotePlm]
@@ -264,6 +265,7 @@ def run_in_subprocess(work: Callable[..., _T], *arguments: Any) -> _T:
 
 
 def _begin(threads: int) -> None:
+    standard_streams.use_utf8()
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
