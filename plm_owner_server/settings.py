@@ -244,13 +244,17 @@ class NetworkSettings(_Settings):
         default=(),
         description="Names by which clients may call a server without tenants and TLS, besides loopback ones, such as "
         "gpu.example.com or *.example.com; * allows all. It refuses web pages that point their own name to this "
-        "machine. If --host is not loopback, IP addresses and names without a dot are always allowed.",
+        "machine. If --host is not loopback, IP addresses and names without a dot or below .local, .internal and "
+        "home.arpa are always allowed.",
     )
 
     @field_validator("allowed_hosts", mode="before")
     @classmethod
     def _is_a_list(cls, value: Any) -> Any:
-        return tuple(filter(None, re.split(r"[,\s]+", value))) if isinstance(value, str) else value
+        names = tuple(filter(None, re.split(r"[,\s]+", value))) if isinstance(value, str) else value
+        if wrong := next((name for name in names if "/" in name), None):
+            raise ValueError(f"{wrong} is no host; give names as they stand in URLs, without scheme and path")
+        return names
 
 
 class TlsSettings(_Settings):

@@ -14,18 +14,21 @@ from plm_owner_server.settings import ServerSettings
 from protocol.addresses import ip_address, is_loopback
 from protocol.errors import Misdirected
 
+# Endings of names that no public web page has: RFC 6762 (also of Kubernetes' Services), RFC 8375, and ICANN's choice.
+_PRIVATE = (".local", ".home.arpa", ".internal")
+
 
 class AllowedHosts:
     """Rule for the hosts that requests may name. Loopback hosts are always allowed, with any port.
 
     Args:
         named: names that the owner allows; `*.example.com` allows all names below it, and `*` every host.
-        local_network: also allow IP addresses and names without a dot. No web page can have such a host, and probes
-            and containers use them.
+        local_network: also allow IP addresses, names without a dot and names of private networks. No page of the
+            public web has such a host, and probes, containers and clusters use them.
     """
 
     def __init__(self, named: Sequence[str] = (), *, local_network: bool = False) -> None:
-        self._named = frozenset(name.lower() for name in named)
+        self._named = frozenset(name if ip_address(name) else _host(name) for name in named)
         self._local_network = local_network
 
     def check(self, host: str | None, origin: str | None = None) -> None:
@@ -58,13 +61,9 @@ class AllowedHosts:
             return False
         if is_loopback(host) or host in self._named:
             return True
-        if self._local_network and (ip_address(host) is not None or "." not in host):
+        if self._local_network and (ip_address(host) or "." not in host or host.endswith(_PRIVATE)):
             return True
         return any(f"*.{host.split('.', level)[-1]}" in self._named for level in range(1, host.count(".") + 1))
-
-
-ANY_HOST = AllowedHosts(["*"])
-"""No restriction."""
 
 
 def allowed_hosts_for(settings: ServerSettings) -> AllowedHosts:
@@ -91,3 +90,7 @@ def _host(authority: str) -> str:
         return (urlsplit(f"//{authority}").hostname or "").removesuffix(".")
     except ValueError:
         return ""
+
+
+ANY_HOST = AllowedHosts(["*"])
+"""No restriction."""

@@ -18,7 +18,7 @@ from protocol.errors import PemaError, Unauthenticated
 
 log = logging.getLogger(__name__)
 
-_BEARER = "Bearer "
+_BEARER = "bearer"  # HTTP's schemes may have any case
 
 
 class Authenticator(Protocol):
@@ -136,8 +136,8 @@ def _require_anonymous_allowed(settings: ServerSettings) -> None:
 
 
 def _key(authorization: str | None) -> Key:
-    text = authorization or ""
-    key = Key.parse(text.removeprefix(_BEARER).strip()) if text.startswith(_BEARER) else None
+    scheme, _, text = (authorization or "").partition(" ")
+    key = Key.parse(text.strip()) if scheme.lower() == _BEARER else None
     if key is None:
         raise _unauthenticated(authorization)
     return key

@@ -38,7 +38,7 @@ def master_secret(settings: ServerSettings) -> bytes:
     try:
         if not path.exists():
             _make(path)
-        secret = path.read_bytes()
+        secret = path.read_bytes().strip()  # a file that was restored by hand may end in a newline
     except OSError as error:
         raise PemaError(
             f"The master secret in {path} cannot be used: {error.strerror}.",

@@ -45,6 +45,9 @@ def test_other_hosts_are_refused(authority: str) -> None:
         (["*.example.com"], "example.com", False),
         (["*.example.com"], "evilexample.com", False),
         (["*"], "evil.example", True),
+        (["gpu.example.com:8000"], "gpu.example.com:9000", True),
+        (["fd00::7"], "[fd00::7]:8000", True),
+        (["[fd00::7]"], "[fd00::7]:8000", True),
     ],
 )
 def test_named_hosts_are_allowed(named: list[str], authority: str, allowed: bool) -> None:
@@ -81,6 +84,9 @@ def test_web_pages_of_others_are_refused(host: str | None, origin: str | None, a
         ({"host": "0.0.0.0"}, "[fd00::7]:8000", True),  # noqa: S104
         ({"host": "0.0.0.0"}, "server:8000", True),  # noqa: S104
         ({"host": "0.0.0.0"}, "localhost:8000", True),  # noqa: S104
+        ({"host": "0.0.0.0"}, "pema.default.svc.cluster.local:8000", True),  # noqa: S104
+        ({"host": "0.0.0.0"}, "gpu.local", True),  # noqa: S104
+        ({"host": "0.0.0.0"}, "evil.local.example", False),  # noqa: S104
         ({"host": "0.0.0.0"}, "evil.example:8000", False),  # noqa: S104
         ({"host": "::"}, "evil.example:8000", False),
         ({"host": "gpu.example.com"}, "gpu.example.com:8000", True),

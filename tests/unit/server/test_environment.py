@@ -104,6 +104,12 @@ def test_hosts_are_divided_by_commas(hosts: str, expected: tuple[str, ...], envi
     assert ServerSettings().allowed_hosts == expected
 
 
+def test_hosts_are_no_urls(environment: dict[str, str]) -> None:
+    environment["PEMA_ALLOWED_HOSTS"] = "a.example,http://b.example"
+    with pytest.raises(ValidationError, match=r"http://b\.example is no host"):
+        ServerSettings()
+
+
 @pytest.mark.parametrize("value", ["tcp://10.0.0.7:8000", "1\n"])
 def test_the_check_of_a_container_reads_ports_alike(value: str) -> None:
     """It reports that nothing answers there, and not a traceback."""
