@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +25,7 @@ from harness import report
 from harness.datasets import home_assistant
 from harness.processes import server
 from protocol import standard_streams
+from protocol.cores import usable_cores
 
 _WORK = report.FOLDER / "ablations"
 _USUAL = TrainingSettings(form="residual")
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="500 pairs and two epochs")
     quick = parser.parse_args().quick
     standard_streams.use_utf8()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(usable_cores())
     home_assistant.prepare(_WORK / "data")
     task = load_task(_WORK / "data" / "task.toml")
     pairs, held_out = (read_pairs(_WORK / "data" / f"{part}.jsonl") for part in ("train", "validation"))

@@ -8,7 +8,6 @@ one client whose data set is ten times as large.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from harness import report
 from harness.datasets import home_assistant
 from harness.processes import run_together, server
 from harness.tcp_proxy import counting_proxy
+from protocol.cores import usable_cores
 
 _WORK = report.FOLDER / "build_memory"
 _DATA, _LOG, _MEMORY = _WORK / "data", _WORK / "server.log", _WORK / "memory"
@@ -88,7 +88,7 @@ def main() -> None:
     arguments = parser.parse_args()
     effort = _QUICK if arguments.quick else _FULL
     rounds = arguments.rounds or effort.rounds
-    threads = os.cpu_count() or 1
+    threads = usable_cores()
     torch.set_num_threads(threads)
     home_assistant.prepare(_DATA)
     figures = {"rounds": rounds, "threads": threads}

@@ -7,7 +7,6 @@ equal settings and seeds for all formats.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from data_owner_client.memory.rows import MemoryRows
 from harness import report
 from harness.datasets import home_assistant
 from harness.processes import server
+from protocol.cores import usable_cores
 from protocol.quantization import quantize
 from protocol.types import WireDtype
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer pairs and one seed")
     arguments = parser.parse_args()
     pair_count, seeds = (400, 1) if arguments.quick else (4000, 2)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(usable_cores())
     data = _WORK / "data"
     home_assistant.prepare(data)
     task = load_task(data / "task.toml")

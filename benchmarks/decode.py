@@ -7,7 +7,6 @@ The owner's server is a separate process. A proxy on this machine adds the round
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +41,7 @@ from harness.tcp_proxy import delaying_proxy
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.engines.transformers.engine import load_model
 from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
+from protocol.cores import usable_cores
 from protocol.errors import InvalidData
 
 _WORK = report.FOLDER / "decode"
@@ -71,7 +71,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     sentences, seconds, rounds = (48, 10, 1) if arguments.quick else (200, 30, arguments.rounds)
-    threads = os.cpu_count() or 1
+    threads = usable_cores()
     torch.set_num_threads(threads)
     adapter_folder = prepare()
     adapter = TrainedAdapter.load(adapter_folder)

@@ -8,7 +8,6 @@ both equally. Half of the turns use REST, half gRPC. Then the cost of each part 
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import shutil
 import time
@@ -32,6 +31,7 @@ from plm_owner_server.service.rotation import Rotation, RotationKey
 from plm_owner_server.settings import DEFAULT_MODEL
 from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.store import TenantStore
+from protocol.cores import usable_cores
 from protocol.integrity import token_crc32s
 from protocol.messages import EncodeRequest
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="model of both servers")
     parser.add_argument("--requests", type=int, default=4, help="requests in a turn")
     arguments = parser.parse_args()
-    pairs, threads = 4 if arguments.quick else 60, os.cpu_count() or 1
+    pairs, threads = 4 if arguments.quick else 60, usable_cores()
     torch.set_num_threads(threads)
     flags = ("--model", arguments.model, "--threads", str(threads), "--prefix-cache-mib", "0")
     shutil.rmtree(_WORK, ignore_errors=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import shutil
 import time
@@ -28,6 +27,7 @@ from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.settings import DEFAULT_MODEL
 from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.store import TenantStore
+from protocol.cores import usable_cores
 from protocol.integrity import token_crc32s
 from protocol.messages import EncodeRequest
 
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="length of a phase; a fifth of it is not counted")
     arguments = parser.parse_args()
     rounds, seconds = (1, 12.0) if arguments.quick else (3, 45.0)
-    seconds, threads = arguments.seconds or seconds, os.cpu_count() or 1
+    seconds, threads = arguments.seconds or seconds, usable_cores()
     shutil.rmtree(_WORK, ignore_errors=True)
     _WORK.mkdir(parents=True)
     store = TenantStore(f"sqlite:///{_WORK / 'owner.db'}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from statistics import median
 
@@ -14,6 +13,7 @@ from plm_owner_server.engines.interface import DraftBatch, EncodeBatch
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
 from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
+from protocol.cores import usable_cores
 
 _PROMPT_TOKENS = 80
 _STEPS = 12
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round")
     rounds = 1 if parser.parse_args().quick else 5
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(usable_cores())
     engines = {packed: _engine(packed=packed) for packed in (False, True)}
     figures: dict[str, object] = {"rounds": rounds, "prompt_tokens": _PROMPT_TOKENS}
     for sequences in (1, 8, 32):

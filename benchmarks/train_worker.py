@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from data_owner_client.training.batches import MemoryStats
 from data_owner_client.training.likelihood import plm_target_logprobs
 from data_owner_client.training.trainer import train_adapter
 from data_owner_client.training.validation import ValidationData, target_logprobs
+from protocol.cores import usable_cores
 from protocol.head import LMHead
 
 RECONSTRUCTION_EPOCHS, EPOCHS = 1, 1
@@ -35,7 +35,7 @@ _LORA_RATE, _LORA_HELD_OUT = 1e-3, 16
 
 def main(kind: str, folder: str, head: str) -> None:
     """Train on `folder`/train; `head` holds all rows of the LM head, float32 [V, D], in numpy's format."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(usable_cores())
     memory = ExternalMemory(Path(folder) / "train")
     weight_V_D = torch.from_numpy(np.load(head, mmap_mode="c"))
     work = {"ours": _ours, "reference": _reference, "large": _large, "lora": _lora}[kind]
