@@ -64,7 +64,7 @@ def look_up(record: Mapping[str, Any], name: str) -> object:
     raise InvalidText(f"no field {shown([name])}", hint=f"It has {shown(record)}. {_FIELDS_HINT}")
 
 
-def recognise(names: Collection[str], settings: ReadingSettings, *, need_targets: bool) -> Form | None:
+def recognise(names: Collection[str], settings: ReadingSettings) -> Form | None:
     """The form of a record with these keys, or the one that the settings name; None if there is none.
 
     Raises:
@@ -72,8 +72,8 @@ def recognise(names: Collection[str], settings: ReadingSettings, *, need_targets
     """
     if settings.source_field or settings.target_field:
         return fields(settings.source_field or "source", settings.target_field or "target")
-    whole = [form for form in FORMS if set(form.keys if need_targets else form.keys[:1]) <= set(names)]
-    # A record that lacks its target does not make another form of the file.
+    # All keys first: `source` beside `prompt` and `completion` says where a pair comes from. Then the source alone.
+    whole = [form for form in FORMS if set(form.keys) <= set(names)]
     forms = whole or [form for form in FORMS if form.keys[0] in names]
     if len(forms) > 1:
         raise InvalidData(

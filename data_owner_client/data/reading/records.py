@@ -139,7 +139,7 @@ class _Records:
 
     def _pair(self, record: dict[str, Any], origin: Origin) -> Pair:
         try:
-            self._form = self._form or recognise(record, self._settings, need_targets=self._need_targets)
+            self._form = self._form or recognise(record, self._settings)
             if self._form is None:
                 raise InvalidText("fields of no known form", hint=f"It has {shown(record)}.")
             source, target = self._form.read(record, self._need_targets)

@@ -170,7 +170,7 @@ def _require_columns(name: str, number: int, names: Row, settings: ReadingSettin
     """
     place = f"{name}:{number}"
     try:
-        form = recognise(names, settings, need_targets=need_targets)
+        form = recognise(names, settings)
         if form is None:
             raise unknown_form(place, names, table=settings.header)
         needed = form.keys if need_targets else form.keys[:1]
