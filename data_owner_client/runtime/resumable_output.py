@@ -70,10 +70,11 @@ class ResumableOutput:
         before = sum(key in done for key in keys)
         with (reporter or Reporter()).bar(self._output.name, len(texts), "texts", done=before) as bar:
             for numbers in _runs([number for number, key in enumerate(keys) if key not in done]):
-                results = {keys[number]: text for number, text in work(numbers).items()}
+                answers = work(numbers)
+                results = {keys[number]: text for number, text in answers.items()}
                 self._store(results)
                 done |= results
-                bar.advance(len(numbers))
+                bar.advance(len(answers))
         missing = [number for number, key in enumerate(keys) if key not in done]
         if missing and not skip_missing:
             raise InvalidData(
