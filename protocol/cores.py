@@ -56,9 +56,9 @@ def _groups(memberships: Path, root: Path) -> Iterator[Path]:
             if controllers and "cpu" not in controllers.split(","):
                 continue
             # Version 1 has a hierarchy for each set of controllers, version 2 a single one at the root.
-            base = root / controllers if controllers else root
+            bases = (root / controllers, root / "cpu") if controllers else (root,)
             group = PurePosixPath(path.lstrip("/"))
-            yield from (base / parent for parent in (group, *group.parents))
+            yield from (base / parent for base in bases for parent in (group, *group.parents))
     yield from (root, root / "cpu", root / "cpu,cpuacct")
 
 

@@ -66,7 +66,7 @@ def load_service(settings: ServerSettings) -> PlmService:
     """
     threads = torch_threads(settings.threads)
     torch.set_num_threads(threads)
-    log.info("torch uses %d threads on a CPU", threads)
+    log.info("CPU threads of torch: %d", threads)
     files = resolve(settings.model, settings.cache_dir, settings.revision)
     with logged_while(log, f"loading {files.name}"):
         engine = load_engine(files.folder, settings)

@@ -60,6 +60,12 @@ def test_version_1_counts(folder: str, group: str, tmp_path: Path) -> None:
     assert cores(tmp_path, lines) == 64
 
 
+def test_version_1_under_another_name_counts(tmp_path: Path) -> None:
+    write(tmp_path / "cgroup/cpu/docker/5f0c/cpu.cfs_quota_us", "300000")
+    write(tmp_path / "cgroup/cpu/docker/5f0c/cpu.cfs_period_us", "100000")
+    assert cores(tmp_path, "4:cpuacct,cpu:/docker/5f0c\n") == 3
+
+
 def test_affinity_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5})
     write(tmp_path / "cgroup/cpu.max", "800000 100000")

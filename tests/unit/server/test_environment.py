@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from plm_owner_server.cli import main, server_process
 from plm_owner_server.cli.environment import variable_warnings
 from plm_owner_server.settings import ServerSettings, StoreSettings
 
 ROOT = Path(__file__).parents[3]
+COMPOSE = [ROOT / "docker-compose.yml", *(ROOT / "docker").glob("*.yml")]
 # As Kubernetes sets them in a pod, for Services named pema, pema-grpc, pema-metrics and pema-server.
 KUBERNETES = {
     "PEMA_SERVICE_HOST": "10.0.0.7",
@@ -94,8 +97,24 @@ def test_a_misspelt_name_is_reported(name: str, similar: str) -> None:
 
 
 def test_names_of_others_are_not_reported() -> None:
-    others = ("PEMA_SERVER", "PEMA_API_KEY", "PEMA_CA", "PEMA_MODELS", "PEMA_FIRST_TENANT", "PEMA_PADDING_TOKENS")
-    assert list(variable_warnings(dict.fromkeys(others, "1"))) == []
+    """Of the client, of the compose files, of the servers' processes, of tests, and old names."""
+    of_compose = set(re.findall(r"\bPEMA_[A-Z_]+\b", "".join(path.read_text() for path in COMPOSE)))
+    assert len(of_compose) > 20
+    of_client = {"PEMA_SERVER", "PEMA_API_KEY", "PEMA_CA", "PEMA_CLIENT_CERTIFICATE", "PEMA_CLIENT_KEY"}
+    of_processes = {"PEMA_VLLM_ENDS_WITH", "PEMA_TEST_PROFILE", "PEMA_PADDING_TOKENS"}
+    assert list(variable_warnings(dict.fromkeys(of_compose | of_client | of_processes, "1"))) == []
+
+
+def test_a_pod_with_services_of_our_names_starts(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[ServerSettings] = []
+    monkeypatch.setattr(server_process, "serve", started.append)
+    monkeypatch.setattr(sys, "argv", ["pema-server", "serve", "--host", "127.0.0.2"])
+    environment |= KUBERNETES | {"PEMA_MODEL": "smollm2-135m\n"}
+    main()
+    assert [(s.host, s.port, s.grpc_port, s.model) for s in started] == [("127.0.0.2", 8000, None, "smollm2-135m")]
+    assert "PEMA_PORT=tcp://10.0.0.7:8000 is the address of a Service" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("hosts", "expected"), [("a.example, *.b.example", ("a.example", "*.b.example")), ("", ())])
