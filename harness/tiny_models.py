@@ -28,7 +28,7 @@ for_vllm = False
 """Models that vLLM's kernels for CPUs can run."""
 
 
-def tiny_tokenizer(*, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(*, chat_template: str | dict[str, str] | None = None) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a few merges: any text round-trips, `<bos>` is added, a newline is one token."""
     merges = [("e", "n"), ("e", "r"), ("c", "h"), ("t", "h"), ("h", "e"), ("i", "n"), ("Ġ", "d"), ("Ġ", "t")]
     merges += [("Ġ", "th"), ("Ġt", "he"), ("i", "e"), ("Ġd", "ie"), ("s", "t"), ("a", "n"), ("o", "n"), ("r", "e")]
@@ -126,7 +126,7 @@ def build_model(architecture: str) -> PreTrainedModel:
     return model.eval()
 
 
-def save_model(architecture: str, folder: Path, *, chat_template: str | None = None) -> Path:
+def save_model(architecture: str, folder: Path, *, chat_template: str | dict[str, str] | None = None) -> Path:
     """Write `build_model(architecture)` and a tokenizer into a folder, in the Hugging Face layout."""
     build_model(architecture).save_pretrained(folder)
     tiny_tokenizer(chat_template=chat_template).save_pretrained(folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import date
 from functools import cached_property
 from itertools import count
@@ -18,11 +19,12 @@ from jinja2 import nodes
 
 from protocol.errors import InvalidData, Unsupported
 from protocol.marked_text import MarkedText
-from protocol.messages import DEFAULT_TEMPLATE
+from protocol.messages import DEFAULT_TEMPLATE, TokenizerBundle
 from protocol.template_environment import TemplateEnvironment, render_within_bounds
 
 TOOL_TEMPLATE = "tool_use"
 """Name of the chat template that transformers prefers where there are tools."""
+_BRACKETED = re.compile(r"[^\w\s].*\w.*[^\w\s]")
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # The first code point of the planes for private use.
 _FIRST_PRIVATE = 0xF0000
@@ -51,6 +53,34 @@ def choose_template(templates: Mapping[str, str], name: str | None, *, with_tool
             f"The model has no chat template {name!r}.", hint=f"Set `template` of the task: {', '.join(templates)}."
         )
     return templates[name]
+
+
+class TurnTokens:
+    """Tokens that mark turns in a model's chat templates, whether or not its tokenizer calls them special.
+
+    They are those that a template writes around two turns, and does not look for in their texts.
+
+    Args:
+        bundle: the chat templates and the special tokens.
+    """
+
+    def __init__(self, bundle: TokenizerBundle) -> None:
+        self._templates = list[tuple[str, str]]()
+        messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+        for source in bundle.chat_templates.values():
+            with suppress(InvalidData):
+                template = ChatTemplate(source, bundle.special_tokens, ())
+                written = template.render(messages, add_generation_prompt=False).text
+                written += template.render(messages[:1], add_generation_prompt=True).text
+                self._templates.append((written, template.sought_text))
+
+    def __contains__(self, token: object) -> bool:
+        """True for a token in brackets of some kind that marks turns."""
+        return (
+            isinstance(token, str)
+            and _BRACKETED.fullmatch(token) is not None
+            and any(token in written and token not in sought for written, sought in self._templates)
+        )
 
 
 class ChatTemplate:
@@ -95,6 +125,13 @@ class ChatTemplate:
     def reads_clock(self) -> bool:
         """True if what the template writes may depend on the day."""
         return any(node.name == "strftime_now" for node in self._tree.find_all(nodes.Name))
+
+    @cached_property
+    def sought_text(self) -> str:
+        """All text that the template compares others with, or gives to functions, one after another."""
+        users = self._tree.find_all((nodes.Compare, nodes.Call, nodes.Filter, nodes.Test))
+        constants = (constant.value for user in users for constant in user.find_all(nodes.Const))
+        return "\0".join(value for value in constants if isinstance(value, str))
 
     @cached_property
     def takes_system_turn(self) -> bool:

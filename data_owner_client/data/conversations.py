@@ -80,7 +80,7 @@ def render_assistant_turn(messages: Sequence[ChatMessage], target: str, template
 
 @lru_cache(maxsize=16)
 def end_of_assistant_turn(template: ChatTemplate) -> MarkedText:
-    """What the template writes behind an assistant's turn; empty if it writes nothing, or refuses a short conversation.
+    """The end that the template writes behind an assistant's turn; empty if it writes none, or refuses two turns.
 
     It may write something else before the turn once it is there, such as thoughts, which do not matter here.
     """
