@@ -102,7 +102,7 @@ def wait_until_ready(
 
 def _is_ready(url: str, verify: ssl.SSLContext | bool) -> bool:
     try:
-        return httpx.get(f"{url}/readyz", verify=verify).is_success
+        return httpx.get(f"{url}/readyz", verify=verify, trust_env=False).is_success
     except httpx.TransportError:
         return False
 

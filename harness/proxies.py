@@ -96,25 +96,38 @@ def socks_proxy(port: int) -> Iterator[Record]:
 
 
 @contextmanager
-def http_gateway(url: str, *, most_bytes: int, status: int) -> Iterator[Record]:
-    """A gateway before a REST server that answers `status` to every request with a larger body."""
+def http_gateway(
+    url: str, *, most_bytes: int, status: int, location: str | None = None, prefix: str = ""
+) -> Iterator[Record]:
+    """A gateway before a REST server that answers some requests itself.
+
+    Args:
+        url: address of the server.
+        most_bytes: size of the largest body that it passes on.
+        status: its answer to larger ones, and to paths that do not begin with `prefix`.
+        location: where that answer redirects to.
+        prefix: what it takes off the paths.
+    """
     record = Record()
+    page = {"Content-Type": "text/html"} | ({} if location is None else {"Location": location})
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
             self.do_POST()
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if len(body) > most_bytes:
+            record.seen.append(self.path)
+            if len(body) > most_bytes or not self.path.startswith(prefix):
                 record.refused.append(len(body))
-                self._respond(status, {"Content-Type": "text/html"}, b"<html>")
+                self._respond(status, page, b"<html>")
                 return
             record.answered.append(len(body))
             headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
-            response = upstream.request(self.command, self.path, content=body, headers=headers)
+            response = upstream.request(self.command, self.path[len(prefix) :], content=body, headers=headers)
             kept = {name: value for name, value in response.headers.items() if name != "content-length"}
             self._respond(response.status_code, kept, response.content)
 

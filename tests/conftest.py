@@ -13,7 +13,7 @@ from tests import profiles
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny models: a second thread only waits for the first, also in child processes, and for whatever else runs here.
 os.environ["OMP_NUM_THREADS"] = "1"
-for _name in [name for name in os.environ if name.startswith("PEMA_")]:
+for _name in [name for name in os.environ if name.startswith("PEMA_") or name.lower().endswith("_proxy")]:
     del os.environ[_name]
 # Also for the servers that tests start: who runs the tests may be an owner with tenants.
 os.environ["PEMA_STORE"] = f"sqlite:///{tempfile.mkdtemp(prefix='pema-tests-')}/owner.db"

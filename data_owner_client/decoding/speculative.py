@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import astuple, dataclass, field
-from functools import partial
+from functools import partial, reduce
 from itertools import accumulate
-from operator import mul
+from operator import add, mul
 
 from data_owner_client.decoding.client_drafts import Drafter, DraftToken, NgramDrafter, PromptLookupDrafter
 from data_owner_client.decoding.sequence import SequenceState
@@ -194,10 +194,11 @@ class SpeculativeDecoder:
             drafts: drafts of the client, for each sequence.
             look_ahead: number of drafts of the server, for each sequence.
         """
-        thread, timings = threading.get_ident(), list[ServerTiming | None]()
+        thread, timings = threading.get_ident(), list[ServerTiming]()
 
         def note(attempt: Attempt) -> None:
-            if threading.get_ident() == thread:  # leave out the calls of other threads
+            # Leave out the calls of other threads, and attempts that were refused.
+            if threading.get_ident() == thread and attempt.timing is not None:
                 timings.append(attempt.timing)
 
         started = time.perf_counter()
@@ -208,10 +209,9 @@ class SpeculativeDecoder:
                 sorted(self._stop_ids),
                 from_position=[len(s.prompt) + s.length - 1 for s in batch],
             )
-            timing = timings[-1] if timings else None  # only the last attempt was answered
             adapter_response = self._behind_adapter_prompts(batch, drafts, response)
-            if adapter_response is not None and timing is not None and timings[-1] is not None:
-                timing += timings[-1]
+        # A connection may divide a call into several.
+        timing = reduce(add, timings) if timings else None
         return RoundResponse(batch, drafts, response, adapter_response, time.perf_counter() - started, timing)
 
     def _behind_adapter_prompts(

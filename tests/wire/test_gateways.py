@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,8 +16,10 @@ import torch
 from data_owner_client.plm.connection.base import Attempt, Connection
 from data_owner_client.plm.connection.open import open_connection
 from harness.proxies import Record, grpc_gateway, http_gateway
+from harness.tcp_proxy import Fault, faulty_proxy
 from plm_owner_server.service.plm_service import PlmService
 from protocol import errors, pema_pb2
+from protocol.integrity import token_crc32s
 from protocol.messages import DecodeRequest, EncodeRequest, HeadRequest
 from protocol.protobuf import to_proto
 from tests.support import random_ids, serve_over_grpc
@@ -139,3 +142,60 @@ def test_a_status_of_a_gateway_means_the_same_on_both_transports(
     with way.gateway(10, status, retry_for=0) as (_, connection), pytest.raises(kind, match=str(status)) as caught:
         connection.encode(LONGEST)
     assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize(
+    ("location", "hint"),
+    [
+        ("{other}/v1/model", "--server {other}$"),
+        ("{other}/new/v1/model", "--server {other}/new$"),
+        ("{other}/login?to=plm", "page of a login"),
+        ("/new/v1/model", "--server {self}/new$"),
+    ],
+)
+def test_a_redirect_is_not_followed_but_named(tiny_server: str, status: int, location: str, hint: str) -> None:
+    with http_gateway(tiny_server, most_bytes=10**6, status=500) as other:
+        names = {"other": f"http://127.0.0.1:{other.port}"}
+        place = location.format(**names)
+        with http_gateway(tiny_server, most_bytes=-1, status=status, location=place) as record:
+            names["self"] = f"http://127.0.0.1:{record.port}"
+            with (
+                closing(open_connection(names["self"], api_key="secret-key")) as connection,
+                pytest.raises(errors.InvalidRequest, match=f"HTTP {status}") as caught,
+            ):
+                connection.model_card()
+    assert re.search(hint.format(**names), caught.value.hint)
+    assert len(record.seen) == 1
+    assert other.seen == []
+
+
+def test_a_server_may_be_below_a_path(tiny_server: str) -> None:
+    with http_gateway(tiny_server, most_bytes=10**6, status=404, prefix="/pema") as record:
+        with closing(open_connection(f"http://127.0.0.1:{record.port}/pema/")) as connection:
+            assert connection.model_card().name == "llama"
+            assert connection.encode(ENCODE).echo == token_crc32s(IDS)
+            assert len(connection.lm_head(HeadRequest(start=3, stop=8)).weight_N_D) == 5
+        assert record.refused == []
+        with (
+            closing(open_connection(f"http://127.0.0.1:{record.port}")) as connection,
+            pytest.raises(errors.InvalidRequest, match="HTTP 404") as caught,
+        ):
+            connection.model_card()
+    assert "its path" in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", ["stall", "cut"])
+def test_requests_that_are_lost_on_the_way_are_divided(way: Way, tiny_service: PlmService, kind: str) -> None:
+    # After a stall at once; a cut may be a restart of the server, so after the second. A gRPC server speaks first.
+    faults = [Fault("stall", 100)] if kind == "stall" else [Fault("cut", 100), Fault("cut", 100)]
+    attempts = list[Attempt]()
+    with (
+        faulty_proxy(urlsplit(way.url).port or 0, faults) as port,
+        closing(open_connection(f"{way.scheme}://127.0.0.1:{port}", timeout=2)) as connection,
+    ):
+        connection.observers.append(attempts.append)
+        answer = connection.encode(ENCODE)
+    assert answer.echo == token_crc32s(IDS)
+    torch.testing.assert_close(answer.cr_N_D, tiny_service.encode(ENCODE).cr_N_D)
+    assert [attempt.refused for attempt in attempts] == [True] * (kind == "stall") + [False, False]

@@ -112,23 +112,26 @@ class _Division(Generic[_Request, _Response]):
 
     def answer(self, request: _Request) -> _Response:
         """The answer to a request, or to its two halves."""
-        divisible, size = self.count(request) > 1, self.size(request)
-        if divisible and size > self.limit.size:
-            return self._answer_of_halves(request)
+        divisible = self.count(request) > 1
+        if divisible and self.size(request) > self.limit.size:
+            return self._joined_answer(self._halves(request))
         try:
             response = self.send(request, divisible)
         except _SIGNS_OF_SIZE as error:
             if not divisible or self._is_final(error):
                 raise
-            self.limit.reduce(size, error)
-            return self._answer_of_halves(request)
+            halves = self._halves(request)
+            self.limit.reduce(max(map(self.size, halves)), error)
+            return self._joined_answer(halves)
         self.limit.count_answer()
         return response
 
-    def _answer_of_halves(self, request: _Request) -> _Response:
+    def _halves(self, request: _Request) -> tuple[_Request, _Request]:
         middle = self.count(request) // 2
-        halves = self.part(request, slice(0, middle)), self.part(request, slice(middle, None))
-        return self.join([self.answer(half) for half in halves])
+        return self.part(request, slice(0, middle)), self.part(request, slice(middle, None))
+
+    def _joined_answer(self, parts: Sequence[_Request]) -> _Response:
+        return self.join([self.answer(part) for part in parts])
 
     def _is_final(self, error: PemaError) -> bool:
         """True if the server may hang: dividing after long time-outs would take hours."""
@@ -151,10 +154,10 @@ class _SizeLimit:
         self._lock = threading.Lock()
 
     def reduce(self, size: int, error: PemaError) -> None:
-        """Divide requests of `size`, which found no answer, from now on."""
+        """Divide requests larger than `size` from now on, as `error` ended such a one."""
         with self._lock:
             self._answers = 0
-            self.size = min(self.size, max(1, size // 2))
+            self.size = min(self.size, size)
             level = logging.DEBUG if self._is_reported else logging.WARNING
             self._is_reported = True
         log.log(level, "%s Sending smaller requests: at most %d %s at once.", error, self.size, self._unit)

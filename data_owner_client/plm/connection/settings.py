@@ -38,10 +38,11 @@ class ConnectionSettings:
 
     def __post_init__(self) -> None:
         require_in_bounds(self)
-        # Editors and `$(cat file)` leave a newline behind a value.
-        for name in ("api_key", "ca", "client_certificate", "client_key"):
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, type(value)(str(value).strip()))
+        # Editors and `$(cat file)` leave a newline behind a value, and compose files set what is missing to nothing.
+        object.__setattr__(self, "api_key", (self.api_key or "").strip() or None)
+        for name in ("ca", "client_certificate", "client_key"):
+            path = Path(str(getattr(self, name) or "").strip())
+            object.__setattr__(self, name, None if path == Path() else path)
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable() and " " not in self.api_key):
             raise InvalidRequest(
                 "The key in PEMA_API_KEY or --api-key has a space, or a character that no header can carry.",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,12 +15,6 @@ from data_owner_client.plm.connection.open import open_connection
 from data_owner_client.plm.connection.settings import ConnectionSettings
 from protocol.addresses import is_loopback
 from protocol.errors import InvalidRequest
-
-
-@pytest.fixture(autouse=True)
-def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +206,18 @@ def test_loopback(host: str, loopback: bool) -> None:
 @pytest.mark.parametrize("key", [" secret-key", "secret-key\n", "\tsecret-key \r\n"])
 def test_space_around_a_key_is_left_out(key: str) -> None:
     assert ConnectionSettings(api_key=key).api_key == "secret-key"
+
+
+@pytest.mark.parametrize("name", ["ca", "client_certificate", "client_key"])
+def test_space_around_a_file_is_left_out_and_nothing_is_none(name: str) -> None:
+    def read(value: str | None) -> Path | None:
+        fields: dict[str, Any] = {name: None if value is None else Path(value)}
+        file: Path | None = getattr(ConnectionSettings(**fields), name)
+        return file
+
+    assert read("my folder/file.pem\n") == read(" my folder/file.pem") == Path("my folder/file.pem")
+    assert read("") is read("\n") is read(None) is None
+    assert ConnectionSettings(api_key=" \n").api_key is None
 
 
 @pytest.mark.parametrize("key", ["schlüssel", "two\nlines", "two words", "Bearer secret-word", "a\0b", "a\u200bb"])

@@ -108,6 +108,19 @@ def test_a_server_that_is_not_there_is_said_at_once(naps: list[float]) -> None:
     assert "pema-server serve" in caught.value.hint
 
 
+def test_a_gateway_that_fails_once_fails_no_first_call(naps: list[float]) -> None:
+    def answer(status: int) -> Answer:
+        return lambda _: httpx.Response(status, json={"message": "Endpoint request timed out"})
+
+    script = Scripted(answer(524), answer(502), refused(errors.OverLimit("No.", hint="Less.")))
+    with pytest.raises(errors.OverLimit):
+        connect(script).model_card()
+    script = Scripted(answer(521))
+    with pytest.raises(errors.GatewayFailed, match="HTTP 521"):
+        connect(script).model_card()
+    assert len(script.calls) == 3
+
+
 @pytest.mark.parametrize(
     "answer",
     [

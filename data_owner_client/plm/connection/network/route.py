@@ -28,19 +28,22 @@ from protocol.errors import (
     Untrusted,
 )
 
+_OTHER_TRANSPORT = "Another protocol is spoken there: REST and gRPC have a port each."
+_OTHER_SCHEMES = {"http": "grpc", "https": "grpcs", "grpc": "http", "grpcs": "https"}
+# Signs in the messages of libraries, and what they mean.
 _REASONS = (
-    (("http/2", "illegal request line"), "Another protocol is spoken there: REST and gRPC have a port each."),
+    (("http/2", "illegal request line"), _OTHER_TRANSPORT),
     (("service not known", "nodename nor", "name resolution", "address lookup"), "The name is not known."),
     (("connection refused",), "The machine is there, but nothing listens on this port."),
     (
         ("certificate", "ssl", "handshake"),
-        "The connection could not be encrypted as the certificate says; the server's port may not speak TLS.",
+        "The connection could not be encrypted as the certificate says, or nothing is encrypted on this port.",
     ),
     (("no route", "unreachable"), "The network has no way there."),
     (("timed out", "timeout", "deadline"), "No answer came in time: a firewall, or a server that hangs."),
     (
         ("disconnected", "reset", "closed"),
-        "Somebody took the call and hung up: is it a PEMA server, of this transport?",
+        "Somebody took the call and hung up: is it a PEMA server, of this transport, with TLS as you say?",
     ),
 )
 _GATEWAY_ERRORS: dict[int, type[PemaError]] = {
@@ -108,10 +111,11 @@ class Route:
         text = str(cause).lower()
         reason = next((words for signs, words in _REASONS if any(sign in text for sign in signs)), "")
         through = "" if self.proxy is None else f" through the {self.proxy}"
+        hint = self._hint(slow=issubclass(kind, TimedOut))
+        if reason == _OTHER_TRANSPORT:
+            hint = f"Use {_OTHER_SCHEMES[self.address.scheme]}://{self.address.authority}, or the other port."
         return kind(
-            f"No answer from {self.address.url}{through} ({name}). {reason}".rstrip(),
-            hint=self._hint(slow=issubclass(kind, TimedOut)),
-            request_id=request_id,
+            f"No answer from {self.address.url}{through} ({name}). {reason}".rstrip(), hint=hint, request_id=request_id
         )
 
     def _hint(self, *, slow: bool) -> str:
