@@ -107,6 +107,7 @@ def evaluate(
             lookup=options.drafter(),
             consensus=options.consensus,
             scoring=scoring,
+            skip_invalid=reading.skip_invalid,
             reporter=stderr_reporter(),
         )
     if as_json:
@@ -173,6 +174,7 @@ def compare(
         only=only or (),
         settings=settings,
         scoring=scoring,
+        skip_invalid=reading.skip_invalid,
         reporter=stderr_reporter(),
     )
     title = f"{result.task}, {result.model}: {result.pairs['train']:,} pairs, {result.pairs['test']} test texts"

@@ -18,6 +18,7 @@ from data_owner_client.decoding.generation import Generation, translate
 from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings
 from data_owner_client.evaluation.perplexity import Perplexities, perplexities
 from data_owner_client.memory.encode import TokenizedPair, encode_all, tokenize_pairs
+from data_owner_client.memory.usable_pairs import require_usable
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
@@ -55,6 +56,7 @@ def evaluate(
     lookup: NgramDrafter | None = None,
     consensus: int = 0,
     scoring: ScoringSettings = DEFAULT_SCORING,
+    skip_invalid: bool = False,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Translate the sources with the PLM alone and with the adapter, and score both against the targets.
@@ -73,6 +75,7 @@ def evaluate(
         consensus: number of texts drawn for each source with the adapter, of which the most typical one is returned;
             0 for the most probable text.
         scoring: settings of the scores.
+        skip_invalid: leave out pairs that cannot be used, and log how many there are.
         reporter: shows the progress.
 
     Raises:
@@ -81,6 +84,9 @@ def evaluate(
         PemaError: a call to the PLM failed.
     """
     task, interpolation = adapter.card.task, interpolation or adapter.card.interpolation
+    reporter = reporter or Reporter()
+    if skip_invalid or share_targets:
+        (pairs,) = require_usable(plm, task, [pairs], drafted=False, skip_invalid=skip_invalid, reporter=reporter)
     sources, references = [pair.source for pair in pairs], [_target(pair) for pair in pairs]
 
     def run(with_adapter: CandidateDistribution | None) -> Generation:
@@ -109,7 +115,7 @@ def evaluate(
     started = time.perf_counter()
     perplexity = None
     if share_targets:
-        rows = [encode_all(plm, part, reporter or Reporter()) for part in tokenized]
+        rows = [encode_all(plm, part, reporter) for part in tokenized]
         perplexity = perplexities(plm, adapter, rows[0], interpolation, *rows[1:])
     return Evaluation(
         plm=text_scores(alone.texts, references, tokenizer),

@@ -58,3 +58,23 @@ def find_usable_pairs(
                 target_ids.update(tokens.target)
             bar.advance(1)
     return UsablePairs(PairSelection(pairs, index_N), sizes, target_ids)
+
+
+def require_usable(
+    plm: RemotePlm,
+    task: Task,
+    parts: Sequence[Sequence[Pair]],
+    *,
+    drafted: bool,
+    skip_invalid: bool,
+    reporter: Reporter,
+) -> list[Sequence[Pair]]:
+    """The pairs of all parts, without those that cannot be used if `skip_invalid`; see `find_usable_pairs`.
+
+    Raises:
+        InvalidData: some cannot be used and `skip_invalid` is False, or none can.
+    """
+    problems = Problems()
+    usable = [find_usable_pairs(plm, task, part, problems, drafted=drafted, reporter=reporter).pairs for part in parts]
+    problems.settle(sum(map(len, parts)), skip=skip_invalid)
+    return usable

@@ -13,6 +13,7 @@ from data_owner_client.data.text_metrics import bleu_tokenizer, text_scores
 from data_owner_client.evaluation.comparison.results import RESAMPLES, ComparisonRow, SystemResult, comparison_rows
 from data_owner_client.evaluation.comparison.runner import ComparisonRunner, Connect, Splits
 from data_owner_client.evaluation.comparison.systems import SYSTEMS
+from data_owner_client.memory.usable_pairs import require_usable
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.training.settings import TrainingSettings
 from protocol.errors import InvalidData
@@ -45,6 +46,7 @@ def compare(
     only: Sequence[str] = (),
     settings: TrainingSettings | None = None,
     scoring: ScoringSettings = DEFAULT_SCORING,
+    skip_invalid: bool = False,
     reporter: Reporter | None = None,
 ) -> Comparison:
     """Measure every system that has no row yet, and return the rows of all.
@@ -60,20 +62,26 @@ def compare(
         only: names of the systems to measure; empty for all.
         settings: training settings of PEMA's own systems; None for the defaults. Those of baselines are fixed or tuned.
         scoring: settings of the scores.
+        skip_invalid: leave out pairs that cannot be used, and log how many there are.
         reporter: shows the progress.
 
     Raises:
-        InvalidData: a name is not that of a system, a file is damaged, or the tokenizer of BLEU is not installed.
+        InvalidData: pairs cannot be used, a name is not that of a system, a file is damaged, or the tokenizer of BLEU is not installed.
         PemaError: a call to the PLM failed.
     """
     reporter = reporter or Reporter()
-    references = [pair.target or "" for pair in splits.test]
-    tokenizer = bleu_tokenizer(references, scoring)
+    unknown = set(only) - set(SYSTEMS)
+    if unknown:
+        raise InvalidData(f"There is no system {min(unknown)}.", hint=f"There are {', '.join(SYSTEMS)}.")
     with connect() as plm:
+        # The last system needs its pairs after hours.
+        parts, drafted = list(vars(splits).values()), any(name.startswith("private") for name in only or SYSTEMS)
+        splits = Splits(
+            *require_usable(plm, task, parts, drafted=drafted, skip_invalid=skip_invalid, reporter=reporter)
+        )
+        references = [pair.target or "" for pair in splits.test]
+        tokenizer = bleu_tokenizer(references, scoring)
         runner = ComparisonRunner(connect, plm, task, splits, folder, settings or TrainingSettings(), reporter)
-        unknown = set(only) - set(SYSTEMS)
-        if unknown:
-            raise InvalidData(f"There is no system {min(unknown)}.", hint=f"There are {', '.join(SYSTEMS)}.")
         for name, (what, measure) in SYSTEMS.items():
             if not only or name in only:
                 runner.measure(name, what, measure)

@@ -48,7 +48,7 @@ def table(delimiter: str, rows: list[list[str]]) -> str:
 
 ROWS = [["id", "source", "target"], *([str(n), p.source, p.target or ""] for n, p in enumerate(PAIRS))]
 LINES = "".join(json.dumps(record) + "\n" for record in records())
-CONTAINERS = {
+CONTAINERS: dict[str, str | bytes] = {
     "lines.jsonl": LINES,
     "blank-lines.jsonl": LINES.replace("\n", "\n\n"),
     "lines.ndjson": json.dumps(records()[0], ensure_ascii=False) + "\r\n" + json.dumps(records()[1]),
@@ -84,7 +84,7 @@ def test_every_container_gives_the_same_pairs(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize("format_", ["jsonl", "json", "csv", "tsv"])
 def test_a_stated_format_goes_before_the_name(tmp_path: Path, format_: str) -> None:
-    contents = {
+    contents: dict[str, str | bytes] = {
         "jsonl": LINES,
         "json": json.dumps(records()),
         "csv": table(",", ROWS),
