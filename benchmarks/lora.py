@@ -53,7 +53,7 @@ class Lora:
         folder = resolve(DEFAULT_MODEL, ServerSettings(_env_file=None).cache_dir).folder
         base = load_model(folder, device="cpu", dtype="float32")
         self.task = task.model_copy(update={"examples": ()})
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left", split_special_tokens=True)
         config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
         self.model: Any = get_peft_model(base, config)
         self._untrained = self.weights()
