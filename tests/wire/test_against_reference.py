@@ -325,6 +325,27 @@ def test_the_same_seed_draws_the_same_text_with_and_without_drafts(case: Case, d
 
 
 @pytest.mark.parametrize("candidates_only", [pytest.param(False, marks=WHOLE_HEAD), True])
+@pytest.mark.parametrize("narrow", [{"top_p": 0.0}, {"top_k": 1}, {"temperature": 1e-300}], ids=str)
+def test_draws_from_the_most_probable_token_alone_are_the_most_probable_text(
+    case: Case, narrow: dict[str, Any], candidates_only: bool
+) -> None:
+    prompts, gradual = case.prompts(["the thin shine", "die Tür"]), Interpolation(schedule="gradual", lambda_max=0.9)
+    continuations, _ = generate(
+        case.plm,
+        [GenerationRequest(prompt, 6.0) for prompt in prompts],
+        GenerationConfig(
+            adapter=case.adapter,
+            interpolation=gradual,
+            stops=case.stops,
+            settings=DecodingSettings(max_new_tokens=STEPS),
+            sampling=SamplingSettings(**{"temperature": 1.0, "candidates_only": candidates_only} | narrow),
+        ),
+    )
+    expected = [case.expected(prompt, gradual, 6.0, STEPS) for prompt in prompts]
+    assert [continuation.token_ids for continuation in continuations] == expected
+
+
+@pytest.mark.parametrize("candidates_only", [pytest.param(False, marks=WHOLE_HEAD), True])
 @pytest.mark.parametrize("length_reward", [0.0, 1.5])
 def test_draws_are_distributed_as_the_references_mixture(
     case: Case, length_reward: float, candidates_only: bool
