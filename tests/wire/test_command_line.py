@@ -195,6 +195,43 @@ def test_generate(url: str, adapter: Path) -> None:
     assert len(adapted["texts"]) == 2
 
 
+def test_generate_continues_a_prompt_as_it_is(url: str, tmp_path: Path) -> None:
+    arguments = ["generate", "--max-new-tokens", 60, "def f(x):"]
+    (whole,) = client_json(url, *arguments)["texts"]
+    assert client(url, *arguments).stdout == f"{whole['text']}\n"
+    assert client(url, *arguments, "--stream").stdout == f"{whole['text']}\n"
+    stops = [whole["text"][12:15], whole["text"][20:22]]
+    expected = whole["text"][: min(map(whole["text"].index, stops))]
+    stopping = [option for stop in stops for option in ("--stop", stop)]
+    stopped = client_json(url, *arguments, *stopping)
+    assert stopped["texts"][0]["text"] == expected
+    assert stopped["usage"]["tokens"] < 60
+    assert client(url, *arguments, "--stream", *stopping).stdout == f"{expected}\n"
+    (tmp_path / "in.txt").write_text("def f(x):\n")
+    files = ["--input", tmp_path / "in.txt", "--output", tmp_path / "out.txt"]
+    assert client(url, *arguments[:-1], *files).returncode == 0
+    assert (tmp_path / "out.txt").read_text() == f"{' '.join(whole['text'].splitlines())}\n"
+
+
+@pytest.mark.parametrize("options", [["--stop", ""], ["--stop", "a", "--stop", ""]])
+def test_an_empty_stop_is_refused(url: str, options: list[str]) -> None:
+    done = client(url, "generate", *options, "the thin")
+    assert done.returncode == 1
+    assert "A stop text is empty" in done.stderr
+
+
+def test_the_bounds_of_texts_are_said_and_can_be_switched_off(url: str, adapter: Path) -> None:
+    arguments = ["--adapter", adapter, "--schedule", "constant", "--lambda-max", 0.01, "--length-reward", 20]
+    sources = ["the thin", "die Tür an", "on"]
+    usage = client_json(url, "translate", *arguments, *sources)["usage"]
+    assert usage["length_bound_ends"] + usage["repetition_ends"] > 0
+    assert "ended at" in client(url, "translate", *arguments, *sources).stderr
+    off = ["--no-length-bound", "--no-repetition-bound"]
+    longer = client_json(url, "translate", *arguments, *off, *sources)["usage"]
+    assert longer["length_bound_ends"] == longer["repetition_ends"] == 0
+    assert longer["tokens"] > usage["tokens"]
+
+
 def test_a_file_with_a_text_that_is_too_long_goes_on_once_it_is_mended(url: str, adapter: Path, tmp_path: Path) -> None:
     source, output = tmp_path / "in.txt", tmp_path / "out.txt"
     lines = ["the thin", "die " * 600, "shine on"]
@@ -202,8 +239,7 @@ def test_a_file_with_a_text_that_is_too_long_goes_on_once_it_is_mended(url: str,
     source.write_text("\n".join(lines) + "\n")
     done = client(url, "translate", *arguments)
     assert done.returncode == 1
-    assert "text 2: The prompt of text 2 has" in done.stderr
-    assert "1 of 3 texts have no answer, text 2 for one; the others are stored" in done.stderr
+    assert "text 2 has a prompt of 512 or more tokens, with nothing left for an answer" in done.stderr
     assert not output.exists()
     again = client(url, "translate", *arguments)  # the same failure, and nothing else is done again
     assert again.returncode == 1

@@ -66,7 +66,8 @@ def compare(
         reporter: shows the progress.
 
     Raises:
-        InvalidData: pairs cannot be used, a name is not that of a system, a file is damaged, or the tokenizer of BLEU is not installed.
+        InvalidData: pairs cannot be used, a name is not that of a system, a file is damaged, or the tokenizer of BLEU
+            is not installed.
         PemaError: a call to the PLM failed.
     """
     reporter = reporter or Reporter()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from data_owner_client.data.pairs import Pair
 from data_owner_client.data.reading.reader import spool_pairs
 from data_owner_client.data.tasks import Task
-from data_owner_client.decoding.generation import generate, translate
+from data_owner_client.decoding.generation import Generation, generate, translate
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.memory.build_splits import build_memories
 from data_owner_client.memory.store import ExternalMemory
@@ -95,12 +97,10 @@ def test_blank_texts_are_answered_by_blank_texts(plm: RemotePlm, recorder: Recor
 
 def test_texts_that_cannot_be_answered_are_named_together(plm: RemotePlm, recorder: Recorder) -> None:
     texts = ["the thin", "\ud800", "x" * 5000, "y\udfff", "die"]
-    for call in (
-        lambda: translate(plm, texts, task=TASK, decoding=SHORT),
-        lambda: generate(plm, texts, decoding=SHORT),
-    ):
+    runs: list[Callable[..., Generation]] = [partial(translate, task=TASK), generate]
+    for run in runs:
         with pytest.raises(InvalidData) as caught:
-            call()
+            run(plm, texts)
         message = str(caught.value)
         assert "3 of 5 texts cannot be used" in message
         assert "half of a surrogate pair" in message
