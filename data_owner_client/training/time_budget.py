@@ -42,19 +42,21 @@ class TimeBudget:
 
 @dataclass(frozen=True)
 class WorkCosts:
-    """Seconds of each kind of work on this machine and this server.
+    """Seconds of each kind of work on this machine and this server, and tokens of which the owner may have a quota.
 
     Attributes:
         training: one training.
         retrieval: the likelihoods of the held-out texts behind retrieved examples.
         text: decoding of one held-out text behind the task's own examples.
         retrieved_text: decoding of one held-out text behind retrieved examples.
+        text_tokens: tokens that the owner counts for decoding one held-out text behind the task's own examples.
     """
 
     training: float
     retrieval: float
     text: float
     retrieved_text: float
+    text_tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,13 @@ class WorkPlan:
         if wishes.texts:
             texts = min(wishes.texts, math.floor(max(0.0, left) / max(plan._texts_seconds(1), 1e-9)))
             plan = replace(plan, texts=texts if texts >= min(MIN_TEXTS, wishes.texts) else 0)
-        left -= plan._texts_seconds(plan.texts)
+        left = seconds - used - wishes.trainings * costs.training - plan.reserve
         return replace(plan, search_seconds=left if wishes.search and left >= costs.training else 0.0)
+
+    @property
+    def decoding_tokens(self) -> int:
+        """Tokens that the owner counts for the decoded texts, at most; more behind retrieved examples."""
+        return math.ceil(self.texts * self.wishes.policies * self.costs.text_tokens)
 
     @property
     def reserve(self) -> float:

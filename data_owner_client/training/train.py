@@ -127,7 +127,7 @@ def train(
 
     work = _plan_work(plm, memories, inputs, candidate_settings, budget)
     if settings.minutes:
-        _say_plan(work, settings.minutes, reporter)
+        _say_plan(plm, work, settings.minutes, reporter)
 
     def checkpoint(tried: TrainingSettings) -> Path:
         name = hashlib.sha256(json.dumps(tried.of_network).encode()).hexdigest()[:16]
@@ -221,10 +221,16 @@ def _plan_work(
     return WorkPlan.within(budget.seconds, wishes, costs, used=budget.seconds - budget.left)
 
 
-def _say_plan(work: WorkPlan, minutes: float, reporter: Reporter) -> None:
+def _say_plan(plm: RemotePlm, work: WorkPlan, minutes: float, reporter: Reporter) -> None:
     reporter.say(f"Within {minutes:g} minutes: {', then '.join(work.steps)}.")
     if work.left_out:
         reporter.say(f"Left out for lack of time: {'; '.join(work.left_out)}.")
+    for quota in plm.rate_limits:
+        if quota.name == "day" and quota.left < work.decoding_tokens:
+            reporter.say(
+                f"The decoded texts take up to {work.decoding_tokens:,} tokens, and {quota.left:,} of {quota.quota:,} "
+                "are left today. Use fewer --selection-texts, or run the same command again when it was refused."
+            )
 
 
 def _with_policy(

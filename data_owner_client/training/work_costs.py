@@ -49,7 +49,10 @@ def estimate_costs(
     prompts = _prompts(plm, [task] * texts, pairs[:texts])
     first = _call_seconds(plm, prompts, look_ahead, clock)
     round_seconds = _call_seconds(plm, prompts, look_ahead, clock)  # the server now has their attention states
-    rounds = float(rows_E.float().mean()) / _TOKENS_PER_ROUND
+    tokens = float(rows_E.float().mean())
+    rounds = tokens / _TOKENS_PER_ROUND
+    # Each round sends all that there is.
+    text_tokens = rounds * (sum(map(len, prompts)) / texts + tokens / 2 + look_ahead)
     text = (max(0.0, first - round_seconds) + rounds * round_seconds) / texts
     retrieval = retrieved_text = 0.0
     if retrieved_examples:
@@ -59,7 +62,7 @@ def estimate_costs(
         each = _call_seconds(plm, _prompts(plm, tasks, few), 0, clock) / len(few)
         # Behind such prompts a round is two calls.
         retrieval, retrieved_text = each * len(pairs), each + 2 * text
-    return WorkCosts(inputs.estimate_seconds(settings, clock), retrieval, text, retrieved_text)
+    return WorkCosts(inputs.estimate_seconds(settings, clock), retrieval, text, retrieved_text, text_tokens)
 
 
 def _prompts(plm: RemotePlm, tasks: Sequence[Task], pairs: Sequence[Pair]) -> list[list[int]]:
@@ -72,6 +75,7 @@ def _prompts(plm: RemotePlm, tasks: Sequence[Task], pairs: Sequence[Pair]) -> li
 def _call_seconds(
     plm: RemotePlm, prompts: Sequence[Sequence[int]], look_ahead: int, clock: Callable[[], float]
 ) -> float:
+    room = plm.card.limits.max_sequence_tokens
     began = clock()
-    plm.decode(prompts, [look_ahead] * len(prompts))
+    plm.decode(prompts, [min(look_ahead, room - len(prompt)) for prompt in prompts])
     return clock() - began

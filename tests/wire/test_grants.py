@@ -15,6 +15,8 @@ from data_owner_client.memory.build_splits import build_memories
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.training.inputs import Memories
+from data_owner_client.training.settings import TrainingSettings
+from data_owner_client.training.train import train
 from plm_owner_server.admission.authentication import TenantKeyAuthenticator
 from plm_owner_server.admission.ledger import Ledger
 from plm_owner_server.service.disclosure import Disclosure
@@ -23,7 +25,7 @@ from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.scopes import SCOPES, Scope
 from plm_owner_server.tenants.store import TenantStore
 from plm_owner_server.tenants.usage import read_usage
-from protocol.errors import BudgetExhausted, Forbidden
+from protocol.errors import BudgetExhausted, Forbidden, QuotaExceeded
 from tests import guard
 from tests.support import serve, serve_over_grpc
 
@@ -60,6 +62,10 @@ class Owner:
             RemotePlm(guard.connection(url, api_key=str(key)), cache=self._folder / "cache") as plm,
         ):
             yield plm
+
+    def limit(self, **quotas: int) -> None:
+        """Change the tenant's quotas."""
+        self._store.set_quotas("acme", quotas)
 
     @property
     def tokens(self) -> int:
@@ -174,6 +180,16 @@ def test_distributions_in_place_of_head_rows_are_counted(owner: Owner, tmp_path:
         with pytest.raises(Forbidden, match="neither rows of the LM head nor full distributions"):
             build(plm, tmp_path / "none")
         assert none.tokens == 0
+
+
+def test_train_names_the_tokens_that_are_not_left_today(owner: Owner, tmp_path: Path) -> None:
+    with owner.grants() as plm:
+        build(plm, tmp_path)
+        owner.limit(tokens_per_day=owner.tokens + 200)
+        lines, settings = Lines(), TrainingSettings(rank=4, epochs=1, search=False, retrieved_examples=0)
+        with pytest.raises(QuotaExceeded):
+            train(plm, tmp_path / "memory", tmp_path / "adapter", settings=settings, reporter=lines)
+    assert [line for line in lines.said if "are left today. Use fewer --selection-texts" in line]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The verb `train`: which rows of a memory are learned, and in which form."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,81 @@ def test_forms_that_do_not_suit_are_refused() -> None:
     with pytest.raises(InvalidData, match="this memory holds ffn_output"):
         resolve_settings(TrainingSettings(form="residual"), make_plan("private", "ffn_output"))
     assert resolve_settings(TrainingSettings(), make_plan("teacher-forced", "ffn_output"))[0].form == "paper"
+
+
+class TickingClock:
+    """A clock that moves a step with every reading."""
+
+    def __init__(self, seconds: float) -> None:
+        self.now, self.step = 0.0, seconds
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+TIMED = TrainingSettings(rank=4, epochs=2, selection_texts=2)
+
+
+@pytest.fixture
+def shared_memory(plm: RemotePlm, tmp_path: Path) -> Path:
+    build_memories(
+        plm,
+        TASK,
+        PAIRS,
+        tmp_path / "shared",
+        validation=PAIRS[:4],
+        context_mode="teacher-forced",
+        share_targets=True,
+    )
+    return tmp_path / "shared"
+
+
+def test_with_time_enough_all_is_done_as_it_was_said(plm: RemotePlm, shared_memory: Path, tmp_path: Path) -> None:
+    reporter = Stopping()
+    clock = TickingClock(0.001)
+    _, report = train(plm, shared_memory, tmp_path / "a", settings=TIMED, reporter=reporter, clock=clock)
+    plan = next(number for number, line in enumerate(reporter.said) if line.startswith("Within 15 minutes: a training"))
+    assert all(
+        words in reporter.said[plan] for words in ("a search for better", "retrieved examples", "2 held-out texts")
+    )
+    assert not [line for line in reporter.said[:plan] if line.startswith("Tried")]
+    assert not [line for line in reporter.said if line.startswith("Left out")]
+    assert len(report.trials) > 1, "the search"
+    assert {policy.nearest for policy in report.options} == {0, 8}
+    assert [policy for policy in report.options if policy.chrf is not None]
+
+
+def test_without_time_the_training_is_done_and_the_rest_is_named(
+    plm: RemotePlm, shared_memory: Path, tmp_path: Path
+) -> None:
+    reporter = Stopping()
+    settings, clock = replace(TIMED, minutes=1), TickingClock(20.0)
+    _, report = train(plm, shared_memory, tmp_path / "b", settings=settings, reporter=reporter, clock=clock)
+    (left_out,) = (line for line in reporter.said if line.startswith("Left out"))
+    for what in ("retrieved examples", "a choice by decoded texts", "a search for better settings"):
+        assert f"{what} (included with --minutes " in left_out
+    assert len(report.trials) == 1
+    assert {policy.nearest for policy in report.options} == {0}
+    assert all(policy.chrf is None for policy in report.options)
+
+
+def test_zero_minutes_are_the_training_alone(plm: RemotePlm, shared_memory: Path, tmp_path: Path) -> None:
+    reporter = Stopping()
+    _, report = train(plm, shared_memory, tmp_path / "c", settings=replace(TIMED, minutes=0), reporter=reporter)
+    assert not [line for line in reporter.said if line.startswith(("Within", "Left out", "Tried"))]
+    assert len(report.trials) == 1
+    assert all(policy.chrf is None and not policy.nearest for policy in report.options)
+
+
+def test_a_call_that_goes_on_decodes_no_text_again(plm: RemotePlm, memory: Path, tmp_path: Path) -> None:
+    settings = replace(TIMED, search=False)
+    whole = train(plm, memory, tmp_path / "whole", settings=settings)[1]
+    with pytest.raises(KeyboardInterrupt):
+        train(plm, memory, tmp_path / "stopped", settings=settings, reporter=Stopping("constant with λ_max 0.60"))
+    stored = set((tmp_path / "stopped").glob(".training-*.json"))
+    assert stored, "decoded texts are kept"
+    reporter = Stopping()
+    again = train(plm, memory, tmp_path / "stopped", settings=settings, reporter=reporter)[1]
+    assert again.options == whole.options
+    assert not list((tmp_path / "stopped").glob(".training-*"))
