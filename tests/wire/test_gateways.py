@@ -7,12 +7,16 @@ import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import safetensors.torch
 import torch
 
+from data_owner_client import InProcessConnection, Pair, RemotePlm, Task, build_memories
+from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.connection.base import Attempt, Connection
 from data_owner_client.plm.connection.open import open_connection
 from harness.proxies import Record, grpc_gateway, http_gateway
@@ -26,6 +30,7 @@ from tests.support import random_ids, serve_over_grpc
 
 pytestmark = pytest.mark.unguarded("a gateway that reads what passes")
 
+TASK = Task(name="t", source_label="In", target_label="Out")
 IDS = random_ids(3, [9, 30, 4, 17, 25, 8, 40, 12, 6, 21, 33])
 ENCODE = EncodeRequest(token_ids=IDS, from_position=[2] * len(IDS), dtype="float32", with_logsumexp=True)
 DECODE = DecodeRequest(token_ids=IDS, look_ahead=[i % 4 for i in range(len(IDS))], dtype="float32")
@@ -199,3 +204,25 @@ def test_requests_that_are_lost_on_the_way_are_divided(way: Way, tiny_service: P
     assert answer.echo == token_crc32s(IDS)
     torch.testing.assert_close(answer.cr_N_D, tiny_service.encode(ENCODE).cr_N_D)
     assert [attempt.refused for attempt in attempts] == [True] * (kind == "stall") + [False, False]
+
+
+@pytest.mark.parametrize("mode", ["private", "teacher-forced"])
+def test_a_memory_through_a_gateway_is_the_same(
+    way: Way, tiny_service: PlmService, tmp_path: Path, mode: ContextMode
+) -> None:
+    pairs = [Pair(f"the {i} houses", f"die {i} Häuser") for i in range(40)]
+
+    def build(plm: RemotePlm, name: str) -> None:
+        with plm:
+            memory = tmp_path / name
+            build_memories(plm, TASK, pairs, memory, validation=pairs[:4], context_mode=mode, share_targets=True)
+
+    build(RemotePlm(InProcessConnection(tiny_service), cache=None), "direct")
+    with way.gateway(2000, 504) as (record, connection):
+        build(RemotePlm(connection, cache=None), "divided")
+    assert record.refused
+    files = [path.relative_to(tmp_path / "direct") for path in (tmp_path / "direct").rglob("*.safetensors")]
+    assert files
+    for file in files:
+        direct, divided = (safetensors.torch.load_file(tmp_path / name / file) for name in ("direct", "divided"))
+        torch.testing.assert_close(divided, direct)

@@ -227,6 +227,19 @@ def test_a_proxy_that_refuses_is_named(
     assert "secret-word" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("status", "kind"), [(403, errors.Forbidden), (502, errors.GatewayFailed)])
+def test_a_proxy_may_have_answered_in_the_servers_place(
+    monkeypatch: pytest.MonkeyPatch, status: int, kind: type[errors.PemaError]
+) -> None:
+    with http_proxy(0, refusal=b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.port}")
+        with (
+            connect(f"http://{HOST}:8000") as connection,
+            pytest.raises(kind, match=r"may be the proxy .* of HTTP_PROXY"),
+        ):
+            connection.encode(REQUEST)
+
+
 @pytest.mark.parametrize("scheme", ["http", "https", "grpc", "grpcs"])
 @pytest.mark.parametrize("hangs", [True, False])
 def test_a_proxy_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch, scheme: str, hangs: bool) -> None:

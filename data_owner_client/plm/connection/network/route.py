@@ -170,8 +170,11 @@ class Route:
         hint = "Try again later, or ask the server's owner."
         if kind in (Unauthenticated, Forbidden, InvalidRequest):
             hint = "Is the address right, its path, too? Otherwise ask the server's owner."
+        # Only what is not encrypted can be answered by a proxy.
+        plain = self.proxy is not None and not self.address.is_encrypted
+        suspect = f" It may be the {self.proxy}." if plain else ""
         return kind(
-            f"Something in front of the server {self.address.url} answered HTTP {status}.",
+            f"Something in front of the server {self.address.url} answered HTTP {status}.{suspect}",
             hint=hint,
             retry_after_s=retry_after_s,
             request_id=request_id,
