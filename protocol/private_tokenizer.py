@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,70 +20,74 @@ _SPLIT_BYTE_PIECES = {
 
 
 @dataclass(frozen=True)
-class PrivateTokenizer:
-    """A tokenizer file whose special tokens have names that nobody can guess.
+class PrivateNames:
+    """Names of special tokens that nobody can guess.
 
     Attributes:
-        tokenizer_json: the file, for `tokenizers.Tokenizer.from_str`. All ids are those of the original.
         names: the private name of each special token, by its spelling.
         ids: the id of each special token, by its spelling.
         added_ids: ids of the added tokens, special or not.
     """
 
-    tokenizer_json: str
     names: dict[str, str]
     ids: dict[str, int]
     added_ids: frozenset[int]
 
 
-def make_private(tokenizer_json: str, special_tokens: Iterable[str]) -> PrivateTokenizer:
-    """Rename the special tokens of a tokenizer file.
+def make_private(
+    tokenizer_json: str, special_tokens: Iterable[str], turn_tokens: Container[str] = ()
+) -> tuple[str, PrivateNames]:
+    """The tokenizer file with private names of its special tokens, and these names. All ids stay the same.
 
-    The special tokens are the added tokens that the file marks as special, `special_tokens`, and the model's unknown
-    token. A single character is never one of them: it could not be written otherwise. Added tokens that are not
-    special keep their names, because texts spell them.
+    The special tokens are the added tokens that the file marks as special or that mark turns, `special_tokens`, and
+    the model's unknown token. A single character is never one: it could not be written otherwise. Other added tokens
+    keep their names, because texts spell them.
 
     `Tokenizer.encode_special_tokens` would not do. Models of the kinds Unigram and WordLevel, and BPE with
     `ignore_merges`, find special tokens in their vocabulary, too; and it would ignore the tokens of a chat template.
 
     Args:
-        tokenizer_json: the original file.
+        tokenizer_json: the original file, for `tokenizers.Tokenizer.from_str`.
         special_tokens: spellings of tokens with a role, such as the end of a sequence.
+        turn_tokens: spellings of tokens that mark turns. The files of some models do not mark them as special.
 
     Raises:
         KeyError, TypeError, ValueError: the file is not one of a tokenizer.
     """
     file: dict[str, Any] = json.loads(tokenizer_json)
     model, added = file["model"], file["added_tokens"]
-    file["padding"] = file["truncation"] = None
-    vocab = _vocab(model)
-    by_content = {token["content"]: token for token in added}
-    wanted = {*special_tokens, *_unknown_token(model), *(token["content"] for token in added if token["special"])}
-    ids = {
-        content: by_content[content]["id"] if content in by_content else vocab[content]
-        for content in sorted(wanted)
-        if len(content) > 1 and (content in by_content or content in vocab)
-    }
+    marked = (token["content"] for token in added if token["special"] or token["content"] in turn_tokens)
+    ids = _special_ids(model, added, [*special_tokens, *marked])
     nonce = secrets.token_hex(16)
     # The brackets keep names that stand side by side from being one word. No name begins another.
-    names = {content: f"<{nonce}{number:06x}>" for number, content in enumerate(ids)}
-    for content, token_id in ids.items():
-        if content not in by_content:
-            by_content[content] = _added_token(token_id)
-            added.append(by_content[content])
-        # A private name is looked for in the text as it is, before any normaliser runs.
-        by_content[content] |= {"content": names[content], "special": True, "normalized": False}
-    for token in added:
-        if len(token["content"]) == 1:
-            token["special"] = False
-    added.sort(key=lambda token: token["id"])
+    names = {spelling: f"<{nonce}{number:06x}>" for number, spelling in enumerate(ids)}
+    file["added_tokens"] = _privately_added(added, ids, names)
+    file["padding"] = file["truncation"] = None
+    if "dropout" in model:
+        model["dropout"] = None  # the same text always has the same tokens
     _rename(model, names)
     _unlearn_byte_pieces(file)
-    return PrivateTokenizer(json.dumps(file, ensure_ascii=False), names, ids, frozenset(token["id"] for token in added))
+    added_ids = frozenset(token["id"] for token in file["added_tokens"])
+    return json.dumps(file, ensure_ascii=False), PrivateNames(names, ids, added_ids)
 
 
-def _added_token(token_id: int) -> dict[str, Any]:
-    return {"id": token_id, "single_word": False, "lstrip": False, "rstrip": False}
+def _special_ids(model: dict[str, Any], added: list[dict[str, Any]], special_tokens: Iterable[str]) -> dict[str, int]:
+    ids = _vocab(model) | {token["content"]: token["id"] for token in added}
+    wanted = {*special_tokens, *_unknown_token(model)}
+    return {spelling: ids[spelling] for spelling in sorted(wanted) if len(spelling) > 1 and spelling in ids}
+
+
+def _privately_added(added: list[dict[str, Any]], ids: dict[str, int], names: dict[str, str]) -> list[dict[str, Any]]:
+    """The added tokens, and the special tokens that are not yet among them, with their private names.
+
+    A private name is looked for in the text as it is, before any normaliser runs.
+    """
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
+    by_spelling: dict[str, dict[str, Any]] = {spelling: {"id": token_id, **flags} for spelling, token_id in ids.items()}
+    by_spelling |= {token["content"]: {**token, "special": False} for token in added}
+    for spelling, name in names.items():
+        by_spelling[spelling] |= {"content": name, "special": True, "normalized": False}
+    return sorted(by_spelling.values(), key=lambda token: token["id"])
 
 
 def _vocab(model: dict[str, Any]) -> dict[str, int]:

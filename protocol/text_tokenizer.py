@@ -7,10 +7,11 @@ from functools import cached_property
 
 from tokenizers import Tokenizer
 
+from protocol.chat_template import TurnTokens
 from protocol.errors import ProtocolViolation
 from protocol.marked_text import MarkedText
 from protocol.messages import TokenizerBundle
-from protocol.private_tokenizer import PrivateTokenizer, make_private
+from protocol.private_tokenizer import PrivateNames, make_private
 
 # SentencePiece writes a space as this character, and reads the character back as a space.
 _SPACE_SYMBOL = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -148,10 +149,12 @@ class TextTokenizer:
         return [self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
 
 
-def _load(bundle: TokenizerBundle) -> tuple[PrivateTokenizer, Tokenizer]:
+def _load(bundle: TokenizerBundle) -> tuple[PrivateNames, Tokenizer]:
     try:
-        private = make_private(bundle.tokenizer_json, bundle.special_tokens.values())
-        tokenizer = Tokenizer.from_str(private.tokenizer_json)
+        tokenizer_json, private = make_private(
+            bundle.tokenizer_json, bundle.special_tokens.values(), TurnTokens(bundle)
+        )
+        tokenizer = Tokenizer.from_str(tokenizer_json)
     except Exception as error:  # tokenizers raises bare Exception
         raise ProtocolViolation(
             "The server's tokenizer cannot be read.", hint="Update `tokenizers`; the model may be newer than it."
