@@ -27,13 +27,17 @@ if TYPE_CHECKING:
     from data_owner_client.training.settings import TrainingSettings
     from data_owner_client.training.train import TrainingReport, train
     from protocol.errors import (
+        AnswerLost,
         BudgetExhausted,
         ConnectionFailed,
         Forbidden,
+        GatewayFailed,
+        GatewayTimeout,
         IdentityMismatch,
         InvalidData,
         InvalidRequest,
         MalformedMessage,
+        Misdirected,
         NotAcceptable,
         NotReady,
         NumericalFault,
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
         QuotaExceeded,
         RequestTimeout,
         ServerFault,
+        TimedOut,
         Unauthenticated,
         Unsupported,
         UnsupportedMediaType,
@@ -53,6 +58,7 @@ if TYPE_CHECKING:
 
 # Modules are imported when a name of theirs is used: torch alone takes seconds.
 _HOMES = {
+    "AnswerLost": "protocol.errors",
     "BudgetExhausted": "protocol.errors",
     "ConnectionFailed": "protocol.errors",
     "ConnectionSettings": "data_owner_client.plm.connection.settings",
@@ -60,6 +66,8 @@ _HOMES = {
     "Evaluation": "data_owner_client.evaluation.evaluate",
     "ExternalMemory": "data_owner_client.memory.store",
     "Forbidden": "protocol.errors",
+    "GatewayFailed": "protocol.errors",
+    "GatewayTimeout": "protocol.errors",
     "Generation": "data_owner_client.decoding.generation",
     "IdentityMismatch": "protocol.errors",
     "InProcessConnection": "data_owner_client.plm.connection.in_process",
@@ -68,6 +76,7 @@ _HOMES = {
     "InvalidRequest": "protocol.errors",
     "MalformedMessage": "protocol.errors",
     "MemoryReport": "data_owner_client.memory.build_splits",
+    "Misdirected": "protocol.errors",
     "NotAcceptable": "protocol.errors",
     "NotReady": "protocol.errors",
     "NumericalFault": "protocol.errors",
@@ -84,6 +93,7 @@ _HOMES = {
     "ScoringSettings": "data_owner_client.data.scoring_settings",
     "ServerFault": "protocol.errors",
     "Task": "data_owner_client.data.tasks",
+    "TimedOut": "protocol.errors",
     "TrainedAdapter": "data_owner_client.adapter.trained",
     "TrainingReport": "data_owner_client.training.train",
     "TrainingSettings": "data_owner_client.training.settings",
@@ -103,6 +113,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AnswerLost",
     "BudgetExhausted",
     "ConnectionFailed",
     "ConnectionSettings",
@@ -110,6 +121,8 @@ __all__ = [
     "Evaluation",
     "ExternalMemory",
     "Forbidden",
+    "GatewayFailed",
+    "GatewayTimeout",
     "Generation",
     "IdentityMismatch",
     "InProcessConnection",
@@ -118,6 +131,7 @@ __all__ = [
     "InvalidRequest",
     "MalformedMessage",
     "MemoryReport",
+    "Misdirected",
     "NotAcceptable",
     "NotReady",
     "NumericalFault",
@@ -134,6 +148,7 @@ __all__ = [
     "ScoringSettings",
     "ServerFault",
     "Task",
+    "TimedOut",
     "TrainedAdapter",
     "TrainingReport",
     "TrainingSettings",

@@ -35,7 +35,7 @@ BEGUN = {
 
 def head(line: str = "POST /v1/encode") -> bytes:
     """The beginning of a request, as far as every call's is the same."""
-    fields = guard.headers(Host="x") | {"Content-Type": JSON}
+    fields = guard.headers(Host="localhost") | {"Content-Type": JSON}
     return "\r\n".join([f"{line} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), ""]).encode()
 
 

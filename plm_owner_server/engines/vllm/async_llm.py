@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from plm_owner_server.engines.model_files.config import device_and_dtype
+from plm_owner_server.engines.model_files.config import architecture, device_and_dtype
 from plm_owner_server.engines.model_files.lm_head import caps_attention, read_head
 from plm_owner_server.engines.vllm.engine import PooledEngine
 from plm_owner_server.engines.vllm.model_runner import HiddenStateQuery, HiddenStates, PooledRunner
@@ -250,7 +250,7 @@ async def _start(arguments: dict[str, Any]) -> Any:
         return AsyncLLM.from_engine_args(options)
     except (ValueError, RuntimeError) as error:
         raise Unsupported(
-            f"vLLM cannot run this model with these settings: {error}",
+            f"vLLM cannot run {architecture(Path(options.model))} with these settings: {error}",
             hint="vLLM's log has details. If memory is short: a smaller --max-sequence-tokens, on a CPU a larger "
             """--prefix-cache-mib, on GPUs --vllm-options '{"gpu_memory_utilization": 0.8}' or more of them """
             "(--tensor-parallel-size). Or try --engine transformers.",

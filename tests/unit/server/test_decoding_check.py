@@ -66,6 +66,18 @@ REFUSED = {
 }
 """Architectures that cannot be decoded with, by a word of the reason."""
 
+ACCEPTED = {
+    "latent attention": lambda: transformers.DeepseekV3Config(**_COMMON, **_LATENT),
+    "attention sinks": lambda: transformers.GptOssConfig(
+        **_COMMON, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=8
+    ),
+    "biases by distance": lambda: transformers.BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=2, n_head=4),
+    "parallel blocks": lambda: transformers.FalconConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+    ),
+}
+"""Attention of other kinds than that of `harness.tiny_models`."""
+
 
 def save(config: PretrainedConfig, folder: Path) -> Path:
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
@@ -80,6 +92,15 @@ def test_an_architecture_that_cannot_decode_is_refused_at_the_start(word: str, t
     with pytest.raises(Unsupported, match=word) as caught:
         load_engine(folder, support.make_settings(device="cpu", dtype="float32"))
     assert "Llama" in caught.value.hint
+
+
+@pytest.mark.transformers_only("what vLLM runs, it runs differently")
+@pytest.mark.parametrize("kind", ACCEPTED)
+@pytest.mark.filterwarnings("ignore")  # of transformers, for such small models
+def test_attention_of_other_kinds_passes(kind: str, tmp_path: Path) -> None:
+    engine = load_engine(save(ACCEPTED[kind](), tmp_path), support.make_settings(device="cpu", dtype="float32"))
+    assert engine.stats.cached_tokens == engine.stats.cached_bytes == 0  # the check leaves nothing
+    assert {passes.count for passes in engine.stats.passes.values()} == {0}
 
 
 def test_states_that_come_back_wrong_from_the_cache_are_found(
