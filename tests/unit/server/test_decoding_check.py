@@ -34,21 +34,11 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": tiny_models.BOS,
     "eos_token_id": tiny_models.EOS,
 }
-_INDEXER = {
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 8,
-    "moe_intermediate_size": 16,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "index_topk": 4,
-    "index_head_dim": 8,
-    "index_n_heads": 2,
+_LATENT = {
+    **{"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
+    **{"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
 }
+_INDEXER = _LATENT | {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}
 REFUSED = {
     "conv": lambda: transformers.Lfm2Config(**_COMMON, layer_types=["conv", "full_attention"]),
     "indexed_attention": lambda: transformers.DeepseekV32Config(**_COMMON, **_INDEXER),
