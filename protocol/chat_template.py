@@ -187,18 +187,35 @@ class ChatTemplate:
 
 
 class _SpecialTexts:
-    """The spellings of special tokens, and where they stand in a text; where they overlap, the longest counts."""
+    """The spellings of special tokens, and where they stand in a text; where they overlap, the longest counts.
+
+    Some models have thousands, which one regular expression would try one after another.
+    """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        ordered = sorted(filter(None, texts), key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, ordered)) or "(?!)")
-        self._beginnings = {text[:end] for text in ordered for end in range(1, len(text))}
-        self._ends = {text[start:] for text in ordered for start in range(1, len(text))}
-        self._partial_lengths = range(1, len(ordered[0]) if ordered else 1)
+        self._texts = frozenset(filter(None, texts))
+        self._lengths = sorted({len(text) for text in self._texts}, reverse=True)
+        self._first = re.compile(
+            f"[{re.escape(''.join({text[0] for text in self._texts}))}]" if self._texts else "(?!)"
+        )
+        self._beginnings = {text[:end] for text in self._texts for end in range(1, len(text))}
+        self._ends = {text[start:] for text in self._texts for start in range(1, len(text))}
+        self._partial_lengths = range(1, max(self._lengths, default=1))
+
+    def __contains__(self, text: str) -> bool:
+        return text in self._texts
 
     def spans(self, text: str) -> tuple[tuple[int, int], ...]:
         """Start and end of each spelled token."""
-        return tuple(match.span() for match in self.pattern.finditer(text))
+        spans: list[tuple[int, int]] = []
+        at = 0
+        while first := self._first.search(text, at):
+            at = first.start()
+            candidates = (text[at : at + length] for length in self._lengths)
+            if found := next((one for one in candidates if one in self._texts), ""):
+                spans.append((at, at + len(found)))
+            at += len(found) or 1
+        return tuple(spans)
 
     def could_begin_with(self, text: str) -> bool:
         """True if a token may begin with the last characters of the text."""
@@ -220,32 +237,35 @@ class _Marks:
         self._special = special
         present = set(json.dumps(data, ensure_ascii=False))
         absent = (character for code in count(_FIRST_PRIVATE) if (character := chr(code)) not in present)
-        self._open, self._close = next(absent), next(absent)
+        self._open, self._close, self._edge = next(absent), next(absent), next(absent)
 
     def around(self, value: Any) -> Any:
         """The value with marks in each string; the keys of dictionaries stay."""
         if isinstance(value, str):
-            text = self._special.pattern.sub(rf"{self._open}\g<0>{self._close}", value)
-            before = self._open if self._special.could_end_with(text) else ""
-            return before + text + (self._close if self._special.could_begin_with(text) else "")
+            return self._around_text(value)
         if isinstance(value, Mapping):
             return {key: self.around(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(map(self.around, value))
         return value
 
+    def _around_text(self, text: str) -> str:
+        pieces = [self._edge if self._special.could_end_with(text) else ""]
+        at = 0
+        for start, end in self._special.spans(text):
+            pieces += [text[at:start], self._open, text[start:end], self._close]
+            at = end
+        return "".join([*pieces, text[at:], self._edge if self._special.could_begin_with(text) else ""])
+
     def removed(self, marked: str) -> MarkedText:
         """The text without marks, and the spans of its special tokens that no pair of marks encloses."""
-        pattern = f"{self._open}({self._special.pattern.pattern}){self._close}|[{self._open}{self._close}]"
-        pieces: list[str] = []
+        parts = re.split(f"([{self._open}{self._close}{self._edge}])", marked)
+        pieces, marks = parts[::2], ["", *parts[1::2]]
         spans: list[tuple[int, int]] = []
         length = 0
-        for number, piece in enumerate(re.split(pattern, marked)):
-            if piece is None:  # a single mark
-                continue
-            if number % 2 == 0:  # not the inside of a pair
+        for mark, piece in zip(marks, pieces, strict=True):
+            if mark != self._open or piece not in self._special:
                 spans += [(start + length, end + length) for start, end in self._special.spans(piece)]
-            pieces.append(piece)
             length += len(piece)
         return MarkedText("".join(pieces), tuple(spans))
 
