@@ -8,7 +8,7 @@ from functools import cached_property
 from tokenizers import Tokenizer
 
 from protocol.chat_template import TurnTokens
-from protocol.errors import ProtocolViolation
+from protocol.errors import InvalidRequest, ProtocolViolation
 from protocol.marked_text import MarkedText
 from protocol.messages import TokenizerBundle
 from protocol.private_tokenizer import PrivateNames, make_private
@@ -48,8 +48,10 @@ class TextTokenizer:
             with_special_tokens: whether the tokenizer adds its own, such as the start of a sequence.
 
         Raises:
+            InvalidRequest: the text has half of a surrogate pair, which is no character.
             ValueError: a marked span is not a special token.
         """
+        _require_characters(text.text)
         stand_in = self._stand_in(text.text)
         private = "".join(
             self._private_name(part) if special else part.replace(_SPACE_SYMBOL, stand_in)
@@ -67,7 +69,7 @@ class TextTokenizer:
         for anchor in map(MarkedText, _ANCHORS):
             before = self.encode(anchor, with_special_tokens=False)
             joint = self.encode(anchor + text, with_special_tokens=False)
-            if joint[: len(before)] == before and self.decode(before) == anchor.text:
+            if joint[: len(before)] == before and self._represents(before, anchor.text):
                 return joint[len(before) :]
         return self.encode(text, with_special_tokens=False)
 
@@ -120,9 +122,12 @@ class TextTokenizer:
 
     @cached_property
     def _decoding_anchor(self) -> tuple[list[int], str]:
-        anchor = _ANCHORS[0]
-        ids = self.encode(MarkedText(anchor), with_special_tokens=False)
-        return (ids, anchor) if self.decode(ids) == anchor else ([], "")
+        ids = self.encode(MarkedText(_ANCHORS[0]), with_special_tokens=False)
+        return (ids, self.decode(ids)) if self._represents(ids, _ANCHORS[0]) else ([], "")
+
+    def _represents(self, token_ids: Sequence[int], text: str) -> bool:
+        """True if the ids are those of the text, perhaps with a space that the tokenizer puts before it."""
+        return self.decode(token_ids) in (text, f" {text}")
 
     def _stand_in(self, text: str) -> str:
         """A character that is tokenised in the place of the space symbol; the symbol itself if there is no need."""
@@ -162,6 +167,13 @@ def _load(bundle: TokenizerBundle) -> tuple[PrivateNames, Tokenizer]:
     if any(tokenizer.token_to_id(private.names[spelling]) != token_id for spelling, token_id in private.ids.items()):
         raise ProtocolViolation("The server's tokenizer gives its special tokens other ids than its file says.")
     return private, tokenizer
+
+
+def _require_characters(text: str) -> None:
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("A text has half of a surrogate pair.", hint="Write the whole character.") from error
 
 
 def _parts(text: MarkedText) -> Iterator[tuple[str, bool]]:

@@ -98,17 +98,21 @@ def _t5() -> Tokenizer:
     return _finished(tokenizer, "$A </s>", ("</s>",))
 
 
-def _byte_level(*, ignore_merges: bool = False) -> Tokenizer:
+def _byte_level(*, ignore_merges: bool = False, add_prefix_space: bool = False) -> Tokenizer:
     words = ["Ġhe", "Ġhello", "ĊĊ", *_WORDS]
     vocab = _vocab(SPECIAL, sorted(pre_tokenizers.ByteLevel.alphabet()), _with_beginnings(words))
     tokenizer = Tokenizer(models.BPE(vocab, _merges(words), ignore_merges=ignore_merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def _gpt2() -> Tokenizer:
     return _finished(_byte_level())
+
+
+def _roberta() -> Tokenizer:
+    return _finished(_byte_level(add_prefix_space=True))
 
 
 def _llama3() -> Tokenizer:
@@ -146,7 +150,7 @@ def _words() -> Tokenizer:
 # Those that give every text back, from the beginning of a sequence or behind other text.
 LOSSLESS = {"gemma": _gemma, "gpt2": _gpt2, "llama3": _llama3}
 # Those that give every text back behind other text, and put a space before a whole one.
-PREFIXED = {"llama": _llama, "llama-legacy": _llama_legacy, "unigram": _unigram_bytes}
+PREFIXED = {"llama": _llama, "llama-legacy": _llama_legacy, "unigram": _unigram_bytes, "roberta": _roberta}
 # Those that have no tokens for some texts, or normalise them.
 LOSSY = {"t5": _t5, "qwen": _qwen, "bert": _bert, "words": _words}
 KINDS = LOSSLESS | PREFIXED | LOSSY

@@ -24,6 +24,7 @@ PIECES = [
     *(" ", "  ", "\n", "\t", "\u00a0", "e\u0301", "é", "ﬁ", "İ", "👩‍👩‍👧‍👦", "🇩🇪", "\ufdd0", "\ufdd1", "\ufffd", "\0"),
 ]
 TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=8).map("".join)
+SPACED = ("llama-legacy", "roberta")
 SPELLED = [*SPECIAL, "▁", "<0x"]
 
 
@@ -43,7 +44,7 @@ def text_tokenizer(kind: str) -> TextTokenizer:
 
 
 def has_symbol(text: str) -> bool:
-    """True if the text has an added token. A legacy tokenizer puts a space behind each, as if the text had it."""
+    """True if the text has an added token. Some tokenizers put a space behind each, as if the text had it."""
     return any(symbol in text for symbol in SYMBOLS)
 
 
@@ -67,12 +68,14 @@ def test_no_text_has_special_tokens(kind: str, text: str) -> None:
 @given(prompt=TEXTS, target=TEXTS)
 def test_prompt_and_target_are_decoded_to_what_they_were(kind: str, prompt: str, target: str) -> None:
     assume(prompt)  # an empty one would end before the space that decoding takes away
-    assume(kind != "llama-legacy" or not has_symbol(prompt + target))
+    assume(kind not in SPACED or not has_symbol(prompt + target))
     tokenizer = ours(kind)
     prompt_ids = tokenizer.encode_prompt(Prompt(prompt))
     target_ids = tokenizer.encode_target(Prompt(prompt), prompt_ids, MarkedText(target))
-    # SentencePiece puts a space before a text, unless it has one.
+    # A space goes before a text that has none, and decoding takes one away; not all tokenizers do both.
     start = prompt.removeprefix(" ") if kind in ("llama", "unigram") else prompt
+    if kind == "roberta" and not prompt.startswith(" "):
+        start = f" {prompt}"
     assert tokenizer.decode(prompt_ids) == start
     assert tokenizer.decode_continuation(target_ids) == target
     assert tokenizer.decode(prompt_ids + target_ids) == start + target
@@ -148,6 +151,6 @@ def test_a_normaliser_changes_a_text_and_nothing_else_does(text: str) -> None:
 @settings(max_examples=scaled(200))
 @given(text=TEXTS, cut=st.integers(0, 30))
 def test_text_that_ends_inside_a_character_is_the_beginning_of_the_text(kind: str, text: str, cut: int) -> None:
-    assume(kind != "llama-legacy" or not has_symbol(text))
+    assume(kind not in SPACED or not has_symbol(text))
     ids = text_tokenizer(kind).encode_continuation(MarkedText(text))[:cut]
     assert text.startswith(ours(kind).decode_continuation(ids).rstrip("\ufffd")) or "\ufffd" in text
