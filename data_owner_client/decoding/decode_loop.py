@@ -21,7 +21,7 @@ from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Bar, Reporter
 from protocol.errors import InvalidData
 
-_PLM_ONLY = Interpolation(schedule="none")
+PLM_ONLY = Interpolation(schedule="none")
 _NO_STOPS = Stops()
 
 
@@ -91,7 +91,7 @@ class GenerationConfig:
     """
 
     adapter: CandidateDistribution | None = None
-    interpolation: Interpolation = _PLM_ONLY
+    interpolation: Interpolation = PLM_ONLY
     stops: Stops = _NO_STOPS
     repetition_limit: int | None = None
     settings: DecodingSettings = DEFAULT_DECODING
@@ -129,7 +129,7 @@ def generate(
     """
     adapter, sampling, settings = config.adapter, config.sampling, config.settings
     _check(plm, requests, adapter, sampling)
-    interpolation = _PLM_ONLY if adapter is None else config.interpolation
+    interpolation = PLM_ONLY if adapter is None else config.interpolation
     limits = plm.card.limits
     rules = EndRules(StopMatcher(plm.tokenizer, config.stops), config.repetition_limit)
     sequences = []

@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 from data_owner_client.adapter.bounds import DEFAULT_REPETITION_LIMIT
-from data_owner_client.adapter.card import AdapterCard, CandidateDistribution
+from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.example_retrieval import with_retrieved_examples
 from data_owner_client.data.reading.problems import text_origin
 from data_owner_client.data.stops import StopMatcher, Stops
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.client_drafts import NgramDrafter
-from data_owner_client.decoding.decode_loop import Continuation, GenerationConfig, GenerationRequest, require_room
+from data_owner_client.decoding.decode_loop import (
+    PLM_ONLY,
+    Continuation,
+    GenerationConfig,
+    GenerationRequest,
+    require_room,
+)
 from data_owner_client.decoding.decode_loop import generate as generate_ids
 from data_owner_client.decoding.failures import OnFailure, TextFailures
 from data_owner_client.decoding.mbr import rank_by_expected_chrf
@@ -134,19 +140,36 @@ class _Options:
             stops: ends of the texts, without those of the options.
             sampling: settings of sampling, from `draws`.
         """
-        bounds = adapter.card.bounds if adapter else None
-        limit = bounds.repetition_limit if bounds else DEFAULT_REPETITION_LIMIT
-        wanted = self.decoding.repetition_bound
         return GenerationConfig(
             adapter=adapter,
-            interpolation=self.interpolation or (adapter.card.interpolation if adapter else Interpolation()),
+            interpolation=self._interpolation(adapter),
             stops=stops.with_texts(self.stop),
-            # An old card has no bounds, and the texts of its adapter stay as they are.
-            repetition_limit=limit if wanted or (wanted is None and bounds) else None,
+            repetition_limit=self._repetition_limit(adapter),
             settings=self.decoding,
             sampling=sampling,
             lookup=self.lookup,
         )
+
+    def length_bound(self, adapter: CandidateDistribution, source_tokens: int) -> int | None:
+        """The longest plausible answer to a source text, in tokens; None for no bound."""
+        wanted, bounds = self.decoding.length_bound, adapter.card.bounds
+        bounded = wanted or (wanted is None and self._uses(adapter))
+        return bounds.max_tokens(source_tokens) if bounded and bounds else None
+
+    def _repetition_limit(self, adapter: CandidateDistribution | None) -> int | None:
+        """Repeated tokens at which a text ends; None for any number."""
+        wanted, bounds = self.decoding.repetition_bound, adapter.card.bounds if adapter else None
+        # The texts of an old card, which has no bounds, stay as they are.
+        if wanted or (wanted is None and bounds is not None and self._uses(adapter)):
+            return bounds.repetition_limit if bounds else DEFAULT_REPETITION_LIMIT
+        return None
+
+    def _interpolation(self, adapter: CandidateDistribution | None) -> Interpolation:
+        return self.interpolation or (adapter.card.interpolation if adapter else PLM_ONLY)
+
+    def _uses(self, adapter: CandidateDistribution | None) -> bool:
+        """Return False if the PLM generates the texts alone."""
+        return adapter is not None and not self._interpolation(adapter).finished(0, 1.0)
 
     def draws(self, adapter: CandidateDistribution | None) -> tuple[list[int | None], SamplingSettings | None]:
         """The sample numbers of each input's continuations (see `GenerationRequest.sample`), and their sampling."""
@@ -173,14 +196,6 @@ class _Input:
     expected_length: float | None = None
     adapter_prompt: Prompt | None = None
     length_bound: int | None = None
-
-    @classmethod
-    def from_source(
-        cls, number: int, prompt: Prompt, source_tokens: int, card: AdapterCard, *, bounded: bool
-    ) -> _Input:
-        """The input of a source text that is answered with an adapter."""
-        bound = card.bounds.max_tokens(source_tokens) if bounded and card.bounds else None
-        return cls(number, prompt, card.expected_length(source_tokens), length_bound=bound)
 
 
 def translate(
@@ -215,8 +230,9 @@ def translate(
         prompt = task.prompt(source, tokenizer)
         if adapter is None:
             return _Input(number, prompt)
-        source_tokens, bounded = tokenizer.count(source), chosen.decoding.length_bound
-        return _Input.from_source(number, prompt, source_tokens, adapter.card, bounded=bounded)
+        tokens = tokenizer.count(source)
+        bound = chosen.length_bound(adapter, tokens)
+        return _Input(number, prompt, adapter.card.expected_length(tokens), length_bound=bound)
 
     failures = TextFailures(chosen.on_failure)
     inputs = failures.each(sources, to_input)

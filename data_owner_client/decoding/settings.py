@@ -18,14 +18,15 @@ class DecodingSettings:
     Attributes:
         max_new_tokens: Longest answer, in tokens.
         length_bound: End an answer that is much longer than the targets of the adapter's memory are for such a source.
-        repetition_bound: End a text that repeats itself, where the repetition began. Default: with an adapter.
+            Default: where an adapter is used.
+        repetition_bound: End a text that repeats itself, where the repetition began. Default: where an adapter is used.
         look_ahead: Tokens that the server drafts per call; never changes the text. Default: two, or the client's own
             drafts where these are likelier to be accepted.
         batch_size: Sequences in one call; one that ends makes room for the next.
     """
 
     max_new_tokens: Annotated[int, Ge(1), Unit("tokens")] = 128
-    length_bound: bool = True
+    length_bound: bool | None = None
     repetition_bound: bool | None = None
     look_ahead: Annotated[int, Ge(0), Unit("tokens")] | None = None
     batch_size: Annotated[int, Ge(1), Unit("sequences")] = 32
@@ -34,7 +35,7 @@ class DecodingSettings:
         require_in_bounds(self)
 
     @property
-    def bounds_of_texts(self) -> tuple[int, bool, bool | None]:
+    def bounds_of_texts(self) -> tuple[int, bool | None, bool | None]:
         """The settings that can change a text."""
         return self.max_new_tokens, self.length_bound, self.repetition_bound
 

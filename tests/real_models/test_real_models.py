@@ -14,6 +14,7 @@ from data_owner_client import Pair, Task, TrainingSettings, build_memories, conn
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.stops import StopMatcher
 from data_owner_client.decoding.decode_loop import GenerationConfig, GenerationRequest, generate
+from data_owner_client.decoding.generation import generate as continue_texts
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.plm.remote_plm import RemotePlm
@@ -138,6 +139,28 @@ def test_decoding_without_weight_is_generate_token_for_token(real: Real) -> None
         # `generate` ends at the model's own end of text, which stops nothing here.
         assert generated[: len(expected)] == expected
         assert len(expected) == tokens or expected[-1] in eos
+
+
+def test_bare_texts_end_at_a_stop_and_where_they_begin_to_repeat_themselves(real: Real) -> None:
+    """Small models loop. Behind the cut, the model's own text has the same block at least twice more."""
+    free = continue_texts(real.plm, TEXTS[:3], decoding=DecodingSettings(max_new_tokens=64))
+    bounded, without_drafts = (
+        continue_texts(
+            real.plm, TEXTS[:3], decoding=DecodingSettings(max_new_tokens=64, repetition_bound=True, **drafts)
+        )
+        for drafts in ({}, {"look_ahead": 0})
+    )
+    assert bounded.token_ids == without_drafts.token_ids
+    assert bounded.stats.repetition_ends > 0
+    for ids, all_ids in zip(bounded.token_ids, free.token_ids, strict=True):
+        assert ids == all_ids[: len(ids)]
+        behind = all_ids[len(ids) :]
+        assert not behind or any(
+            behind[: 2 * period] == ids[-period:] * 2 for period in range(1, min(len(ids), len(behind) // 2) + 1)
+        )
+    stops = [text[8:16] for text in free.texts]  # in the middle of words
+    expected = [text[: min(text.index(stop) for stop in stops if stop in text)] for text in free.texts]
+    assert continue_texts(real.plm, TEXTS[:3], stop=stops).texts == expected
 
 
 def test_the_whole_of_pema_is_the_slow_reference(real: Real, tmp_path: Path) -> None:
