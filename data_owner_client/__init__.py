@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from data_owner_client.adapter.interpolation import Interpolation
     from data_owner_client.adapter.trained import TrainedAdapter
     from data_owner_client.data.pairs import Pair
-    from data_owner_client.data.reading.reader import read_pairs, read_parallel
+    from data_owner_client.data.reading.reader import read_pairs, read_parallel, spool_pairs
+    from data_owner_client.data.reading.settings import ReadingSettings
     from data_owner_client.data.scoring_settings import ScoringSettings
     from data_owner_client.data.tasks import Task, load_task
     from data_owner_client.decoding.generation import Generation, generate, translate
@@ -87,6 +88,7 @@ _HOMES = {
     "PemaError": "protocol.errors",
     "ProtocolViolation": "protocol.errors",
     "QuotaExceeded": "protocol.errors",
+    "ReadingSettings": "data_owner_client.data.reading.settings",
     "RemotePlm": "data_owner_client.plm.remote_plm",
     "RequestTimeout": "protocol.errors",
     "SamplingSettings": "data_owner_client.decoding.settings",
@@ -108,6 +110,7 @@ _HOMES = {
     "load_task": "data_owner_client.data.tasks",
     "read_pairs": "data_owner_client.data.reading.reader",
     "read_parallel": "data_owner_client.data.reading.reader",
+    "spool_pairs": "data_owner_client.data.reading.reader",
     "train": "data_owner_client.training.train",
     "translate": "data_owner_client.decoding.generation",
 }
@@ -142,6 +145,7 @@ __all__ = [
     "PemaError",
     "ProtocolViolation",
     "QuotaExceeded",
+    "ReadingSettings",
     "RemotePlm",
     "RequestTimeout",
     "SamplingSettings",
@@ -163,6 +167,7 @@ __all__ = [
     "load_task",
     "read_pairs",
     "read_parallel",
+    "spool_pairs",
     "train",
     "translate",
 ]

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings.sources.types import _CliPositionalArg, _CliSubCommand
 
 from data_owner_client.cli import app
+from data_owner_client.data.reading.settings import ReadingSettings
 from data_owner_client.data.scoring_settings import ScoringSettings
 from data_owner_client.data.tasks import Shot, Task
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
@@ -59,6 +60,7 @@ def settings_page() -> str:
         ("Training", TrainingSettings),
         ("Decoding", DecodingSettings),
         ("Sampling", SamplingSettings),
+        ("Reading of files", ReadingSettings),
         ("Scoring", ScoringSettings),
         ("Connection", ConnectionSettings),
     ):

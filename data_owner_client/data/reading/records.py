@@ -49,7 +49,9 @@ def scan(
         if kind != "text":
             yield from _Records(source, kind, settings, problems, need_targets=need_targets, trim=trim).pairs()
         elif need_targets:
-            raise InvalidData(f"{path} has no targets.", hint="Give --sources and --targets, or a file with both.")
+            raise InvalidData(
+                f"{path} has no targets.", hint="Give --sources and --targets, or say --format tsv or csv."
+            )
         else:
             yield from lines_as_sources(source, problems, trim=trim)
 

@@ -16,6 +16,7 @@ from data_owner_client.data.reading.settings import ReadingSettings
 from protocol.errors import InvalidData
 
 Row = list[str]
+_OUT_OF_PLACE = "a quotation mark out of place"
 _NUMBER_OF_FIELDS = "another number of fields than the first line"
 _FIELDS_HINT = "Is there a tab or comma inside a text? Quotation marks keep it together in CSV, and not in TSV."
 # Every such row is read again from its second line on; a file with more of them has no quotation marks at all.
@@ -103,7 +104,7 @@ def _kind(reason: str, lines: int) -> str:
         return "a carriage return outside of quotation marks"
     if reason.startswith("field larger") and lines == 1:
         return f"a field of more than {csv.field_size_limit():,} characters"
-    return "a quotation mark that is not closed"
+    return "a quotation mark that is not closed" if lines > 1 or reason.startswith("unexpected end") else _OUT_OF_PLACE
 
 
 def _decoded(row: Row) -> Row | InvalidText:

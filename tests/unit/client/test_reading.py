@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from data_owner_client.data.pair_files import PairFile
-from data_owner_client.data.pairs import Pair
+from data_owner_client.data.pair_files import write_pairs
+from data_owner_client.data.pairs import Pair, digest_pairs, split_validation
 from data_owner_client.data.reading.reader import (
     read_hypotheses,
     read_pairs,
@@ -177,6 +177,7 @@ def test_a_system_turn_comes_before_the_question(tmp_path: Path) -> None:
         ("a.csv", b"source,target\ncaf\xe9,y\n", ":2 has bytes that are not UTF-8"),
         ("a.tsv", "source\tnote\ttarget\na\tb\tc\na\tb\tx\tc\n", ":3 has another number of fields"),
         ("a.tsv", "source\ttarget\na\n", ":2 has another number of fields"),
+        ("a.csv", 'source,target\n"a" x,b\n', ":2 has a quotation mark out of place"),
         ("a.csv", 'source,target\n"a,b\nc,d\n', ":2 has a quotation mark that is not closed"),
         ("a.csv", 'source,target\n"a,b\nc,d\n"e",f\n', ":2 has a quotation mark that is not closed"),
         ("a.csv", "source,target\n" + "x" * 140_000 + ",y\n", ":2 has a field of more than 131,072 characters"),
@@ -342,13 +343,15 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path, name: str) -> None:
                 file.write(f"source{delimiter}target\n")
                 file.writelines(f"{text}{n}{delimiter}{text}\n" for n in range(count))
         tracemalloc.start()
-        spooled = spool_pairs(path)
-        assert sum(1 for _ in spooled) == count
+        # All that a build does with the texts before it sends them.
+        train, held_out = split_validation(spool_pairs(path), 0.5)
+        assert len(train) + len(held_out) == count
+        assert len(digest_pairs(train)) == 64
+        write_pairs(tmp_path / "stored.jsonl", train)
         highest = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert isinstance(spooled, PairFile)
         return highest
 
-    few, many = peak(2_000), peak(12_000)
-    # Offset and line number of each pair, and not its 400 characters.
-    assert many - few < 10_000 * 40
+    few, many = peak(1_000), peak(5_000)
+    # Numbers for each pair, and not its 400 characters.
+    assert many - few < 4_000 * 80

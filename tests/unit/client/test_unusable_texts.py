@@ -20,7 +20,7 @@ from data_owner_client.memory.store import ExternalMemory
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.remote_plm import RemotePlm
 from plm_owner_server.service.plm_service import PlmService
-from protocol.errors import InvalidData
+from protocol.errors import InvalidData, InvalidRequest
 
 TASK = Task(name="t", source_label="In", target_label="Out")
 SHORT = DecodingSettings(max_new_tokens=4)
@@ -93,6 +93,13 @@ def test_blank_texts_are_answered_by_blank_texts(plm: RemotePlm, recorder: Recor
     recorder.calls.clear()
     assert translate(plm, ["", " "], task=TASK).texts == ["", ""]
     assert recorder.calls == []
+
+
+def test_half_a_surrogate_pair_in_a_task_is_refused(plm: RemotePlm) -> None:
+    for field in ("instruction", "source_label", "target_label"):
+        task = TASK.model_copy(update={field: "\ud800"})
+        with pytest.raises(InvalidRequest, match="half of a surrogate pair"):
+            translate(plm, ["the thin"], task=task)
 
 
 def test_texts_that_cannot_be_answered_are_named_together(plm: RemotePlm, recorder: Recorder) -> None:
