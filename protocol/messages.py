@@ -201,7 +201,9 @@ class DecodeResponse(RowsResponse):
 class DistributionRequest(Message):
     """The PLM's next-token distribution after a text or token ids, in a form that suits curl."""
 
-    text: Text | None = Field(default=None, description="text to continue; or give token_ids")
+    text: Text | None = Field(
+        default=None, description="text to continue, which is text whatever it spells; or give token_ids"
+    )
     token_ids: list[TokenId] | None = None
     template: str = Field(default="plain", description="`plain`, or `chat` for the model's own chat template")
     top_k: int = Field(default=10, ge=0, description="number of most probable tokens; 0 for all of V")

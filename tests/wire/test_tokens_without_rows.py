@@ -6,12 +6,13 @@ import logging
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 
 from data_owner_client import Pair, Task, build_memories, translate
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.memory.store import TRAIN, ExternalMemory
 from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.runtime.progress import Reporter
 from harness.tiny_models import BOS, EOS, PAD, VOCAB_SIZE, save_model
 from plm_owner_server.engines.model_files.tokenizer import load_tokenizer
 from plm_owner_server.service.plm_service import PlmService
@@ -76,6 +77,29 @@ def test_texts_that_spell_special_tokens_are_stored_and_come_back(plm: RemotePlm
     assert not {PAD, BOS, EOS} & {*stored.target_N.tolist()}
     first = stored.target_N[: stored.rows_E[0]].tolist()
     assert plm.tokenizer.decode_continuation(first) == f" {spelled.target}\n"
+
+
+class Lines(Reporter):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+
+def test_targets_that_the_tokenizer_changes_are_said_once(tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path / "llama")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(folder)
+    plm = RemotePlm(Recorder(support.make_service(folder)), dtype="float32", cache=None)
+    lines = Lines()
+    build_memories(plm, TASK, PAIRS, tmp_path / "memory", validation=PAIRS[:2], reporter=lines)
+    (line,) = (line for line in lines.said if "changes" in line)
+    assert "changes 10 of 10 targets" in line
+    assert "'die 0 Tür' becomes 'die 0 tür'" in line
 
 
 def test_such_a_text_is_named_and_the_others_are_answered(plm: RemotePlm, recorder: Recorder) -> None:
