@@ -11,9 +11,11 @@ import httpx
 import pytest
 
 from plm_owner_server.admission.allowed_hosts import AllowedHosts
+from plm_owner_server.admission.authentication import TenantKeyAuthenticator
 from plm_owner_server.operations.metrics import Metrics
 from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.service.plm_service import PlmService
+from plm_owner_server.tenants.store import TenantStore
 from protocol.errors import Misdirected, from_problem
 from tests import guard
 from tests.support import serve
@@ -48,13 +50,8 @@ def test_loopback_is_answered_by_any_name(host: str, http: httpx.Client) -> None
 
 
 def test_with_keys_any_host_is_answered(tiny_service: PlmService) -> None:
-    key = guard.Guard.__name__  # not a key: the answer is 401, and not 421
-    from plm_owner_server.admission.authentication import TenantKeyAuthenticator
-    from plm_owner_server.tenants.store import TenantStore
-
-    access = TenantKeyAuthenticator(TenantStore("sqlite://"))
-    with serve(tiny_service, access=access) as url, guard.http(url) as client:
-        headers = {"Host": "plm.example.com", "Authorization": f"Bearer {key}"}
+    with serve(tiny_service, access=TenantKeyAuthenticator(TenantStore("sqlite://"))) as url, guard.http(url) as client:
+        headers = {"Host": "plm.example.com", "Authorization": "Bearer no-key"}
         assert client.get("/v1/model", headers=headers).status_code == 401
         assert client.get("/healthz", headers=headers).status_code == 200
 
@@ -79,7 +76,7 @@ def test_head_is_get_without_the_body(path: str, http: httpx.Client) -> None:
     assert (head.status_code, head.content) == (got.status_code, b"")
     for name in ("content-type", "content-length", "etag"):
         assert head.headers.get(name) == got.headers.get(name)
-    assert (got.status_code == 200) == (path != "/nowhere")
+    assert (got.status_code == 404) == (path == "/nowhere")
     assert http.get("/healthz").json() == {"status": "alive"}  # the connection is still good
 
 

@@ -35,8 +35,16 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": tiny_models.EOS,
 }
 _LATENT = {
-    **{"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
-    **{"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
 }
 _INDEXER = _LATENT | {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}
 REFUSED = {
