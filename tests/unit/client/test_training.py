@@ -171,6 +171,21 @@ def test_the_same_adapter_comes_out_in_every_basis(form: Any) -> None:
     torch.testing.assert_close(turned.adapter.B_pd.weight, q_D_D @ plain.adapter.B_pd.weight, rtol=1e-2, atol=1e-2)
 
 
+def test_the_principal_axes_are_the_same_in_every_basis() -> None:
+    """As in real models: one direction a hundred times as long as most, eigenvalues side by side, rows in float16."""
+    size, rng = 96, torch.Generator().manual_seed(1)
+    scales_D = torch.cat([torch.logspace(-0.6, 1.1, size - 1), torch.tensor([118.0])]).double()
+    cr_N_D = (torch.randn(16 * size, size, generator=rng, dtype=torch.float64) + 0.3) * scales_D
+    q_D_D = torch.linalg.qr(torch.randn(size, size, generator=rng, dtype=torch.float64))[0]
+    rows = make_rows(3, rows=16 * size, examples=16)
+    plain_D_D, turned_D_D = (
+        MemoryStats.from_memory(InMemory(replace(rows, cr_N_D=basis_N_D.half()), 4)).axes_D_D.double()
+        for basis_N_D in (cr_N_D, cr_N_D @ q_D_D.T)
+    )
+    cosine_D = (turned_D_D @ q_D_D * plain_D_D).sum(dim=1)
+    assert cosine_D.min() > 0.99
+
+
 def test_training_learns_and_is_repeatable() -> None:
     settings = replace(SETTINGS, rank=12, epochs=20, learning_rate=1e-2, dropout=0.1)
     rows = make_rows(3, rows=900)
