@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from data_owner_client.runtime.atomic_files import write_atomically
+from data_owner_client.runtime.atomic_files import open_atomically
 from data_owner_client.runtime.progress import Reporter
 from protocol.errors import InvalidData
 
@@ -27,7 +28,8 @@ def one_line(text: str) -> str:
 class ResumableOutput:
     """A file with one line of output for each text.
 
-    Until all texts have a result, the results are stored in a file beside it, one JSON record a line.
+    Until all texts have a result, the results are stored in a file beside it, one JSON record a line. In memory are
+    numbers alone, so that the results may be larger.
 
     Args:
         output: path of the file.
@@ -65,15 +67,13 @@ class ResumableOutput:
         Raises:
             InvalidData: the disk is full, or some texts have no result, so that the file is not written.
         """
-        keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+        keys = [hashlib.sha256(text.encode()).digest() for text in texts]
         done = self._stored_results()
         before = sum(key in done for key in keys)
         with (reporter or Reporter()).bar(self._output.name, len(texts), "texts", done=before) as bar:
             for numbers in _runs([number for number, key in enumerate(keys) if key not in done]):
                 answers = work(numbers)
-                results = {keys[number]: text for number, text in answers.items()}
-                self._store(results)
-                done |= results
+                done |= self._store({keys[number]: text for number, text in answers.items()})
                 bar.advance(len(answers))
         missing = [number for number, key in enumerate(keys) if key not in done]
         if missing and not skip_missing:
@@ -82,41 +82,53 @@ class ResumableOutput:
                 "stored.",
                 hint="Correct them, or run the same command again.",
             )
-        write_atomically(self._output, "".join(f"{one_line(done.get(key, ''))}\n" for key in keys).encode())
+        with open_atomically(self._output) as file:
+            for text in self._results([done.get(key) for key in keys]):
+                file.write(f"{one_line(text)}\n".encode())
         self._records.unlink(missing_ok=True)
         return before
 
-    def _stored_results(self) -> dict[str, str]:
-        try:
-            lines = self._records.read_bytes().split(b"\n")
-        except OSError:
-            return {}
-        done: dict[str, str] = {}
-        for line in lines:  # some may be empty or incomplete
-            try:
-                record = json.loads(line)
-                if record["job"] == self._identity and isinstance(record["text"], str):
-                    done[record["source"]] = record["text"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
+    def _stored_results(self) -> dict[bytes, int]:
+        """Byte offsets of the stored records, by the digest of their text."""
+        done: dict[bytes, int] = {}
+        with suppress(OSError), self._records.open("rb") as file:
+            start = 0
+            for line in file:  # some may be empty or incomplete
+                with suppress(ValueError, KeyError, TypeError, RecursionError):
+                    record = json.loads(line)
+                    if record["job"] == self._identity and isinstance(record["text"], str):
+                        done[bytes.fromhex(record["source"])] = start
+                start += len(line)
         return done
 
-    def _store(self, results: dict[str, str]) -> None:
-        lines = [
-            json.dumps({"job": self._identity, "source": key, "text": text}, ensure_ascii=False) + "\n"
-            for key, text in results.items()
-        ]
+    def _results(self, places: Sequence[int | None]) -> Iterator[str]:
+        """The stored results at these byte offsets; an empty text for None."""
+        with self._records.open("rb") if any(place is not None for place in places) else nullcontext() as file:
+            for place in places:
+                if file is None or place is None:
+                    yield ""
+                else:
+                    file.seek(place)
+                    yield json.loads(file.readline())["text"]
+
+    def _store(self, results: dict[bytes, str]) -> dict[bytes, int]:
+        """Store results; return the byte offsets of their records."""
+        places: dict[bytes, int] = {}
         try:
             self._records.parent.mkdir(parents=True, exist_ok=True)
-            with self._records.open("a", encoding="utf-8") as file:
-                # Begin a new line: a kill may have left an incomplete one.
-                file.write("\n" + "".join(lines))
+            with self._records.open("ab") as file:
+                file.write(b"\n")  # a kill may have left an incomplete line
+                for key, text in results.items():
+                    places[key] = file.tell()
+                    record = {"job": self._identity, "source": key.hex(), "text": text}
+                    file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise InvalidData(
                 f"{self._records} cannot be written: {error.strerror}.", hint="Make room, then run this again."
             ) from error
+        return places
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,18 @@ def test_a_finished_job_is_done_anew(tmp_path: Path) -> None:
         worker = Worker()
         ResumableOutput(tmp_path / "out.txt", "a").write(TEXTS, worker)
         assert len(worker.asked) == 4
+
+
+def test_memory_does_not_hold_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_TEXTS_PER_WRITE", 100)
+    texts, answer = [str(number) for number in range(1000)], "word " * 2000
+
+    def work(numbers: list[int]) -> dict[int, str]:
+        return {number: f"{answer}{number}" for number in numbers}
+
+    tracemalloc.start()
+    ResumableOutput(tmp_path / "out.txt", "a").write(texts, work)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "out.txt").stat().st_size > 10_000_000
+    assert peak < 4_000_000
