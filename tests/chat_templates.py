@@ -387,7 +387,10 @@ FAMILIES: dict[str, Family] = {
         arguments={"documents": DOCUMENTS},
         strips=True,
     ),
-    "deepseek": Family(_DEEPSEEK, "<|end_of_sentence|>", ("<|User|>", "<|Assistant|>", "<|end_of_sentence|>"), _THINK),
+    # Some of its tokenizers do not mark the tokens of turns as special.
+    "deepseek": Family(
+        _DEEPSEEK, "<|end_of_sentence|>", ("<|end_of_sentence|>",), ("<|User|>", "<|Assistant|>", *_THINK)
+    ),
     "granite": Family(
         _GRANITE,
         "<|end_of_text|>",
