@@ -26,21 +26,23 @@ _Response = TypeVar("_Response")
 _RowsRequest = TypeVar("_RowsRequest", EncodeRequest, DecodeRequest)
 _RowsResponse = TypeVar("_RowsResponse", EncodeResponse, DecodeResponse)
 Send = Callable[[_Request, bool], _Response]
-"""Sends a request; a divisible one (the second argument) is not repeated when no answer came in time."""
+"""Sends a request; a divisible one (the second argument) is repeated less often when there is no answer."""
 
 
 class RequestDivision:
     """Divides the requests of one connection into those that are answered; thread-safe.
 
-    A request that ends in a time-out, is too large or is cut off repeatedly is sent again as two halves, down to single
-    sequences or rows. Later requests are divided beforehand. After a hundred answers they may be twice as large again.
+    A request that ends in a gateway's time-out, is too large or repeatedly has no answer is sent again as two halves,
+    down to single sequences or rows. Later requests are divided beforehand. After a hundred answers they may be twice
+    as large again.
 
     Args:
         settings: the connection's. After its own time-outs a request is divided until `retry_for` is over.
     """
 
     def __init__(self, settings: ConnectionSettings) -> None:
-        self._patience_s = settings.timeout + settings.retry_for
+        # The call and its repetition, before it is divided.
+        self._patience_s = 2 * settings.timeout + settings.retry_for
         self._rows_limit, self._head_limit = _SizeLimit("tokens"), _SizeLimit("rows of the LM head")
 
     def rows(self, request: _RowsRequest, send: Send[_RowsRequest, _RowsResponse]) -> _RowsResponse:

@@ -18,6 +18,7 @@ from protocol.errors import (
     AnswerLost,
     ConnectionFailed,
     GatewayFailed,
+    GatewayTimeout,
     MalformedMessage,
     NotReady,
     Overloaded,
@@ -38,8 +39,9 @@ _WARN_FROM_WAIT_SECONDS = 15.0
 _MAX_GARBLED = 3
 # Attempts of a call that fails fast, where a gateway answers in the server's place.
 _MAX_GATEWAY_FAILURES = 3
-# Cut connections from which a divisible request counts as too large. A server's restart cuts one.
-_MAX_LOST = 2
+# Attempts without an answer from which a divisible request counts as too large. Restarts and faults of the network lose
+# fewer. A repeated request has the same answer to the last bit; one that is divided need not.
+_MAX_LOST = 4
 FIRST_ANSWER_SECONDS = 60.0
 """Longest wait for the answer to a call that fails fast, which needs no computing: proxies and firewalls may hang."""
 _Result = TypeVar("_Result")
@@ -83,7 +85,8 @@ class Retrier:
             attempt: makes the call once, with the request id that is its argument. Returns the result and the server's
                 timing, or None if the server sent none.
             fail_fast: give up at once if the server does not answer, or answers in another form than the protocol's.
-            divisible: give up after a time-out and after repeatedly cut connections: the caller sends smaller requests.
+            divisible: give up at a gateway's time-out, and after some attempts without an answer: the caller sends
+                smaller requests.
 
         Raises:
             PemaError: the error of the last attempt.
@@ -138,9 +141,9 @@ class _RetryPolicy:
             # If the server calls our request malformed, the request was garbled on the way.
             case ProtocolViolation() | MalformedMessage():
                 return not self._fail_fast and self._count("garbled") < _MAX_GARBLED
-            case TimedOut() | RequestTimeout() if self._divisible:
+            case GatewayTimeout() | RequestTimeout() if self._divisible:
                 return False
-            case AnswerLost() if self._divisible:
+            case TimedOut() | AnswerLost() if self._divisible:
                 return self._count("lost") < _MAX_LOST
             case GatewayFailed() if self._fail_fast:
                 return self._count("gateway") < _MAX_GATEWAY_FAILURES

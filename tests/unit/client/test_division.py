@@ -127,4 +127,4 @@ def test_a_server_that_hangs_is_not_waited_for_at_every_size(monkeypatch: pytest
 
     with pytest.raises(errors.TimedOut):
         RequestDivision(ConnectionSettings(timeout=600, retry_for=300)).head(HeadRequest(start=0, stop=64), send)
-    assert server.sizes == [64, 32]  # 900 s are over when the second one fails
+    assert server.sizes == [64, 32, 16]  # 1500 s are over when the last one fails

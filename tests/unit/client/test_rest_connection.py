@@ -108,6 +108,20 @@ def test_a_server_that_is_not_there_is_said_at_once(naps: list[float]) -> None:
     assert "pema-server serve" in caught.value.hint
 
 
+def stalled(request: httpx.Request) -> httpx.Response:
+    raise httpx.ReadTimeout("timed out", request=request)
+
+
+@pytest.mark.parametrize("lost", [stalled, cut])
+def test_a_request_without_an_answer_is_repeated_before_it_is_divided(naps: list[float], lost: Answer) -> None:
+    request = DecodeRequest(token_ids=[[5], [6], [7]], look_ahead=[0, 0, 0])
+    script = Scripted(lost, lost, lost, lost, refused(errors.OverLimit("No.", hint="Less.")))
+    with pytest.raises(errors.OverLimit):
+        connect(script).decode(request)
+    bodies = [DecodeRequest.from_bytes(call.content) for call in script.calls]
+    assert [len(body.token_ids) for body in bodies] == [3, 3, 3, 3, 1]
+
+
 def test_a_gateway_that_fails_once_fails_no_first_call(naps: list[float]) -> None:
     def answer(status: int) -> Answer:
         return lambda _: httpx.Response(status, json={"message": "Endpoint request timed out"})
