@@ -146,9 +146,11 @@ def test_bare_texts_end_at_a_stop_and_where_they_begin_to_repeat_themselves(real
     free = continue_texts(real.plm, TEXTS[:3], decoding=DecodingSettings(max_new_tokens=64))
     bounded, without_drafts = (
         continue_texts(
-            real.plm, TEXTS[:3], decoding=DecodingSettings(max_new_tokens=64, repetition_bound=True, **drafts)
+            real.plm,
+            TEXTS[:3],
+            decoding=DecodingSettings(max_new_tokens=64, repetition_bound=True, look_ahead=look_ahead),
         )
-        for drafts in ({}, {"look_ahead": 0})
+        for look_ahead in (None, 0)
     )
     assert bounded.token_ids == without_drafts.token_ids
     assert bounded.stats.repetition_ends > 0

@@ -196,7 +196,7 @@ def test_generate(url: str, adapter: Path) -> None:
 
 
 def test_generate_continues_a_prompt_as_it_is(url: str, tmp_path: Path) -> None:
-    arguments = ["generate", "--max-new-tokens", 60, "def f(x):"]
+    arguments: list[Any] = ["generate", "--max-new-tokens", 60, "def f(x):"]
     (whole,) = client_json(url, *arguments)["texts"]
     assert client(url, *arguments).stdout == f"{whole['text']}\n"
     assert client(url, *arguments, "--stream").stdout == f"{whole['text']}\n"

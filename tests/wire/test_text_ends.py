@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,15 @@ TASK = Task(name="t", source_label="In", target_label="Out", stop="###")
 WORDS = ["the", "thin", "die", "Tür", "an", "on", "shine", "reden", "her"]
 PAIRS = [Pair(" ".join(WORDS[i % 9 :][: 2 + i % 4]), " ".join(WORDS[(3 * i) % 7 :][: 1 + i % 3])) for i in range(24)]
 HALF = Interpolation(schedule="constant", lambda_max=0.5)
-UNBOUNDED = {"length_bound": False, "repetition_bound": False}
-DRAFTS = [{"look_ahead": 0}, {"look_ahead": 1}, {"look_ahead": 4, "batch_size": 2}, {}]
+DEFAULTS: dict[str, Any] = {}
+UNBOUNDED: dict[str, Any] = {"length_bound": False, "repetition_bound": False}
+DRAFTS: list[dict[str, Any]] = [{"look_ahead": 0}, {"look_ahead": 1}, {"look_ahead": 4, "batch_size": 2}, {}]
 
 
 @pytest.fixture(scope="module")
-def plm(tiny_server: str) -> RemotePlm:
-    return RemotePlm(guard.connection(tiny_server), dtype="float32", cache=None)
+def plm(tiny_server: str) -> Iterator[RemotePlm]:
+    with closing(guard.connection(tiny_server)) as connection:
+        yield RemotePlm(connection, dtype="float32", cache=None)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,16 @@ def adapter(plm: RemotePlm, memory: Path) -> TrainedAdapter:
         rank=16, epochs=3, batch_rows=16, learning_rate=0.02, retrieved_examples=0, selection_texts=0, minutes=0
     )
     return train(plm, memory, memory / "adapter", settings=settings)[0]
+
+
+class Shown:
+    """The beginnings of each text that were shown, one after another."""
+
+    def __init__(self, texts: int) -> None:
+        self.parts: list[list[str]] = [[] for _ in range(texts)]
+
+    def add(self, number: int, text: str) -> None:
+        self.parts[number].append(text)
 
 
 def test_a_bare_prompt_is_continued_as_transformers_does(plm: RemotePlm, tiny_models: TinyModels) -> None:
@@ -95,7 +109,7 @@ def test_a_text_is_the_same_whatever_is_drafted_and_what_is_shown_is_final(
     texts = set[tuple[str, ...]]()
     for lookup in (None, ngram_drafter_for(memory)):
         for drafts in DRAFTS:
-            shown: list[list[str]] = [[] for _ in sources]
+            shown = Shown(len(sources))
             result = translate(
                 plm,
                 sources,
@@ -104,10 +118,10 @@ def test_a_text_is_the_same_whatever_is_drafted_and_what_is_shown_is_final(
                 decoding=DecodingSettings(max_new_tokens=60, **drafts),
                 sampling=sampling,
                 lookup=lookup,
-                on_text=lambda number, text, shown=shown: shown[number].append(text),
+                on_text=shown.add,
             )
             texts.add(tuple(result.texts))
-            for parts, text in zip(shown, result.texts, strict=True):
+            for parts, text in zip(shown.parts, result.texts, strict=True):
                 assert all(later.startswith(earlier) for earlier, later in zip(parts, [*parts[1:], text], strict=True))
     assert len(texts) == 1
 
@@ -136,7 +150,7 @@ def test_the_plm_alone_has_no_bounds(
     sources = [pair.source for pair in PAIRS[:8]]
     free, alone = (
         translate(plm, sources, decoding=DecodingSettings(max_new_tokens=80, **flags), **options)
-        for flags in (UNBOUNDED, {})
+        for flags in (UNBOUNDED, DEFAULTS)
     )
     assert alone.token_ids == free.token_ids
 
@@ -161,6 +175,17 @@ def test_a_memory_with_a_stop_of_several_tokens_ends_its_targets_with_all_of_it(
     for ids_T, pair in zip(rows.target_N.split(rows.rows_E.tolist()), PAIRS, strict=True):
         assert plm.tokenizer.decode(ids_T.tolist()).strip() == f"{pair.target}###"
         assert stops.end(ids_T.tolist()) == len(ids_T) - 1
+
+
+def test_a_length_reward_has_no_effect_on_a_stop_that_no_token_contains(
+    plm: RemotePlm, adapter: TrainedAdapter
+) -> None:
+    """No single token decides the end, so there is none whose probability the reward could lower."""
+    plain, rewarded = (
+        translate(plm, PROMPTS, adapter=adapter, interpolation=HALF.with_length_reward(reward)).token_ids
+        for reward in (0.0, 10.0)
+    )
+    assert plain == rewarded
 
 
 @pytest.mark.parametrize("target", ["a###b", "###", "a#", "##"])

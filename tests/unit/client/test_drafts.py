@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from data_owner_client.decoding.speculative import AcceptanceStats
 from data_owner_client.decoding.client_drafts import NgramDrafter, PromptLookupDrafter
+from data_owner_client.decoding.speculative import AcceptanceStats
 
 
 def test_acceptance_starts_from_the_prior_and_follows_what_is_seen() -> None:
