@@ -35,7 +35,7 @@ class Family:
 
     Attributes:
         template: Jinja source, or sources by name.
-        end: what ends an assistant's turn; empty if only the model's eos does.
+        end: what ends an assistant's turn; for GLM-4, the beginning of the user's next one.
         special: further special tokens.
         added: further added tokens that are not special.
         takes_system: whether it renders a system turn.
@@ -398,7 +398,7 @@ FAMILIES: dict[str, Family] = {
         arguments={"documents": DOCUMENTS},
     ),
     "smollm-3": Family(_SMOLLM3, "<|im_end|>", _IM, _THINK, arguments={"reasoning_mode": "/no_think"}, strips=True),
-    "glm-4": Family(_GLM, "", ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"), tools=TOOLS),
+    "glm-4": Family(_GLM, "<|user|>", ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"), tools=TOOLS),
     "hermes": Family(
         {"default": _CHATML, "tool_use": _HERMES_TOOLS.rstrip() + _CHATML.lstrip()}, "<|im_end|>", _IM, tools=TOOLS
     ),

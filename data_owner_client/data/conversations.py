@@ -82,10 +82,19 @@ def render_assistant_turn(messages: Sequence[ChatMessage], target: str, template
 def end_of_assistant_turn(template: ChatTemplate) -> MarkedText:
     """The end that the template writes behind an assistant's turn; empty if it writes none, or refuses two turns.
 
-    It may write something else before the turn once it is there, such as thoughts, which do not matter here.
+    Some templates write no end behind the last turn. The special token that begins the next turn is the end then.
     """
     answer = "Good morning."
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
+    end = _end_behind(answer, messages, template)
+    if not end.text:
+        following = _end_behind(answer, [*messages, messages[0]], template)
+        return following if following.special_spans else _NO_END
+    return end
+
+
+def _end_behind(answer: str, messages: Sequence[ChatMessage], template: ChatTemplate) -> MarkedText:
+    """The end of the turn with the answer. The template may write thoughts before the answer."""
     try:
         whole = template.render(messages, add_generation_prompt=False)
     except InvalidData:

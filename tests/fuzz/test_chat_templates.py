@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_owner_client.data.tasks import Task
 from data_owner_client.plm.tokenizer import PlmTokenizer
-from harness.tiny_models import EOS, tiny_tokenizer
+from harness.tiny_models import tiny_tokenizer
 from protocol.chat_template import ChatTemplate
 from protocol.errors import InvalidData
 from tests.chat_templates import FAMILIES
@@ -65,7 +65,8 @@ def test_prompt_and_target_are_the_conversation_or_refused(name: str, source: st
         [*messages, {"role": "assistant", "content": target}], return_dict=False, **options
     )
     ids = tokenizer.encode_prompt(prompt + behind)
-    assert ids == (whole_ids[: len(ids)] if family.end else [*whole_ids, EOS])
+    # Behind the last turn, GLM-4 writes no end.
+    assert ids == (whole_ids[: len(ids)] if name != "glm-4" else [*whole_ids, tokenizer.special_ids[family.end]])
 
 
 @settings(max_examples=scaled(600))

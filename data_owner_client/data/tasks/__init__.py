@@ -122,14 +122,15 @@ class Task(BaseModel):
         turn = render_assistant_turn(self._messages(source), target, template)
         if self.stop is not None:
             return turn.prompt, turn.text + MarkedText(self.stop)
-        if turn.end != end_of_assistant_turn(template):
+        end = end_of_assistant_turn(template)
+        if turn.end.text and turn.end != end:
             raise InvalidData(
                 "The model's chat template ends this turn in another way than others.",
                 hint="Give the task a `stop` text.",
             )
-        if turn.end.text and not turn.end.special_spans:
-            _require_without_end(target, turn.end.text)
-        return turn.prompt, turn.text + (turn.end if turn.end.text else _eos(tokenizer))
+        if end.text and not end.special_spans:
+            _require_without_end(target, end.text)
+        return turn.prompt, turn.text + (end if end.text else _eos(tokenizer))
 
     def stops(self, tokenizer: PlmTokenizer, eos_ids: Iterable[int]) -> Stops:
         """The ends of an answer: the task's stop, or what the chat template writes behind a turn; and the model's own.
