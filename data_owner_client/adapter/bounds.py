@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 # Of the targets, this share is within the spread.
@@ -18,6 +18,9 @@ _LEAST_DEVIATIONS = 2.0
 _LEAST_REPETITION = 16
 # A text may repeat this many times what the longest repetition of the targets has.
 _REPETITION_ROOM = 2
+
+# Largest ratio and spread that a card may name: no text is a billion tokens long.
+_MOST = 1e9
 
 DEFAULT_REPETITION_LIMIT = _LEAST_REPETITION
 """Repeated tokens at which a text ends if no targets are known."""
@@ -37,8 +40,8 @@ class TextBounds(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    length_ratio: FiniteFloat = Field(ge=0)
-    length_spread: FiniteFloat
+    length_ratio: float = Field(gt=0, le=_MOST)
+    length_spread: float = Field(ge=-_MOST, le=_MOST)
     longest_repetition: int = Field(ge=0)
 
     @classmethod
