@@ -83,6 +83,17 @@ def recognise(names: Collection[str], settings: ReadingSettings) -> Form | None:
     return forms[0] if forms else None
 
 
+def has_form(record: Mapping[str, Any], settings: ReadingSettings) -> bool:
+    """Return True if a record has all keys of a form, or the fields that the settings name."""
+    if settings.source_field or settings.target_field:
+        try:
+            look_up(record, settings.source_field or "source")
+        except InvalidText:
+            return False
+        return True
+    return any(set(form.keys) <= set(record) for form in FORMS)
+
+
 def unknown_form(place: str, names: Iterable[str], *, table: bool = False) -> InvalidData:
     """The error for fields of no known form.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from data_owner_client.data.reading.files import MAX_LINE, Source
@@ -12,6 +12,8 @@ from protocol.errors import InvalidData
 
 Record = dict[str, Any]
 _CHUNK = 2**16
+# Characters of a record between other documents; longer objects hold records.
+_LONGEST_RECORD = 2**20
 _SPACE = " \t\r\n"
 _BYTE_ORDER_MARK = "\ufeff"
 
@@ -59,16 +61,22 @@ def is_json_lines(head: str) -> bool:
     return first.startswith("{") and "\n" in head.strip() and _is_json(first)
 
 
-def json_values(source: Source) -> Iterator[tuple[int, Record | InvalidText]]:
+def json_values(
+    source: Source, has_record_keys: Callable[[Record], bool]
+) -> Iterator[tuple[int, Record | InvalidText]]:
     """Line number and object of each record of a JSON document.
 
     Records are the objects of an array, or of the list of objects that an object has, or the object itself. Several
     documents may follow each other.
 
+    Args:
+        source: the file.
+        has_record_keys: tells a record that has a list of objects from an object that holds the records.
+
     Raises:
         InvalidData: the document is not well-formed, or an object has several lists of objects.
     """
-    return _Document(source).records()
+    return _Document(source, has_record_keys).records()
 
 
 class _Decoded(NamedTuple):
@@ -82,8 +90,9 @@ class _Decoded(NamedTuple):
 class _Document:
     """A JSON document, of which one record at a time is in memory."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, has_record_keys: Callable[[Record], bool]) -> None:
         self._source = source
+        self._has_record_keys = has_record_keys
         self._buffer = ""
         self._at = 0
         self._counted = 0
@@ -93,7 +102,7 @@ class _Document:
         while begin := self._next():
             if begin == "[":
                 yield from self._elements()
-            elif begin == "{":
+            elif begin == "{" and not self._begins_record():
                 yield from self._object()
             else:
                 yield self._value()
@@ -106,7 +115,7 @@ class _Document:
             closed = self._take(",]") == "]"
 
     def _object(self) -> Iterator[tuple[int, Record | InvalidText]]:
-        """The records in a list of the object, or the object itself if it has no such list."""
+        """The records in the list of the object, or the object itself if it has no list of objects."""
         number, members, lists = self._number(), list[tuple[str, Any]](), list[str]()
         self._take("{")
         closed = self._next() == "}" and self._take("}") == "}"
@@ -115,7 +124,7 @@ class _Document:
             if not isinstance(key, str):
                 raise self._malformed()
             self._take(":")
-            if self._next() == "[" and key not in _LISTS_OF_A_RECORD and self._holds_objects():
+            if self._next() == "[" and self._holds_objects():
                 lists.append(key)
                 if len(lists) > 1:
                     names = " and ".join(map(repr, lists))
@@ -128,6 +137,19 @@ class _Document:
             closed = self._take(",}") == "}"
         if not lists:
             yield number, _object(members)
+
+    def _begins_record(self) -> bool:
+        """Return True if the object that begins here is a record, and not too long to look at it."""
+        while True:
+            try:
+                record, _ = _DECODER.raw_decode(self._buffer, self._at)
+            except RecursionError:
+                return False
+            except ValueError:
+                if len(self._buffer) - self._at > _LONGEST_RECORD or not self._fill():
+                    return False
+            else:
+                return self._has_record_keys(record) or not any(map(_is_list_of_objects, record.values()))
 
     def _holds_objects(self) -> bool:
         """Return True if the list that begins here holds objects."""
@@ -200,8 +222,8 @@ class _Document:
         return InvalidData(f"{where} is not well-formed JSON.", hint="Is it JSON lines? Then say --format jsonl.")
 
 
-# Lists of objects that are a part of one record.
-_LISTS_OF_A_RECORD = ("messages",)
+def _is_list_of_objects(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _record(value: object) -> Record | InvalidText:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from data_owner_client.data.pairs import Pair
 from data_owner_client.data.reading.files import STANDARD_INPUT, Source, open_text
-from data_owner_client.data.reading.forms import Form, recognise, shown, unknown_form
+from data_owner_client.data.reading.forms import Form, has_form, recognise, shown, unknown_form
 from data_owner_client.data.reading.json_values import is_json, is_json_lines, json_lines, json_values
 from data_owner_client.data.reading.problems import InvalidText, Origin, Problems, require_decoded, require_unicode
 from data_owner_client.data.reading.settings import Format, ReadingSettings
@@ -136,7 +137,7 @@ class _Records:
         if self._kind == "jsonl":
             return json_lines(self._source)
         if self._kind == "json":
-            return json_values(self._source)
+            return json_values(self._source, partial(has_form, settings=self._settings))
         return table_records(self._source, self._kind == "tsv", self._settings, need_targets=self._need_targets)
 
     def _pair(self, record: dict[str, Any], origin: Origin) -> Pair:

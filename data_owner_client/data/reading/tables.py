@@ -23,7 +23,7 @@ _FIELDS_HINT = "Is there a tab or comma inside a text? Quotation marks keep it t
 _MOST_UNBALANCED = 100
 _DELIMITERS = ",;\t"
 # Excel writes the delimiter into a first line of its own.
-_EXCEL_DELIMITER = re.compile(r'"?sep=(.)"?\s*')
+_EXCEL_DELIMITER = re.compile(r'"?sep=([,;|\t])"?\s*')
 
 
 def tsv_rows(source: Source) -> Iterator[tuple[int, Row | InvalidText]]:

@@ -57,6 +57,7 @@ CONTAINERS: dict[str, str | bytes] = {
     "indented.json": json.dumps(records(), indent=2),
     "object-with-list.json": json.dumps({"version": 1, "data": records(), "sizes": [1, 2]}, indent=1),
     "several-documents.json": "".join(json.dumps(record, indent=1) for record in records()),
+    "documents-with-lists.json": "".join(json.dumps({"tools": [{"a": 1}]} | one, indent=1) for one in records()),
     "bom.jsonl": b"\xef\xbb\xbf" + LINES.encode(),
     "bom-inside.jsonl": LINES.replace("\n", "\n\ufeff"),
     "utf16.jsonl": LINES.encode("utf-16"),
