@@ -114,7 +114,8 @@ def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     if model["type"] == "BPE":
         prefix = len(model.get("continuing_subword_prefix") or "")
-        unspelled = {*names, *filter(_BYTE_PIECE.fullmatch, model["vocab"])} if model["byte_fallback"] else {*names}
+        pieces = filter(_BYTE_PIECE.fullmatch, model["vocab"]) if model.get("byte_fallback") else ()
+        unspelled = {*names, *pieces}
         model["merges"] = [merge for merge in model["merges"] if _keeps(merge, unspelled, prefix)]
 
 

@@ -119,15 +119,10 @@ class PlmTokenizer:
             if text in string or _NO_CHARACTER in string
             for i in block
         ]
-        spelled = {self._tokenizer.special_ids[text]} if text in self._tokenizer.special_ids else set()
-        return frozenset(spelled).union(
-            i for i, token in zip(ids, decode([[i] for i in ids]), strict=True) if text in token
-        )
-
-    @property
-    def special_texts(self) -> tuple[str, ...]:
-        """Spellings of all special tokens."""
-        return tuple(self._tokenizer.special_ids)
+        texts = decode([[i] for i in ids])
+        containing = frozenset(i for i, token in zip(ids, texts, strict=True) if text in token)
+        special_id = self.special_ids.get(text)
+        return containing if special_id is None else containing | {special_id}
 
     @property
     def special_ids(self) -> Mapping[str, int]:
