@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from data_owner_client.adapter.bounds import TextBounds
 from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.cli import generation
 from data_owner_client.data.repetition import RepetitionDetector, longest_repetition
 from data_owner_client.data.stops import Stops
 from data_owner_client.decoding.client_drafts import NgramDrafter
@@ -265,3 +267,31 @@ def test_the_usage_says_how_texts_ended() -> None:
     assert str(first + second).endswith("; 2 texts ended at the length bound, 1 text ended at a repetition")
     assert str(second).endswith("of work on this side; 1 text ended at a repetition")
     assert str(GenerationStats()).endswith("of work on this side")
+
+
+def changing(decoding: DecodingSettings) -> list[object]:
+    return generation._Options(decoding=decoding).changing(None)
+
+
+@pytest.mark.parametrize("change", [{"max_new_tokens": 9}, {"length_bound": False}, {"repetition_bound": True}])
+def test_a_file_begun_with_other_bounds_is_not_continued(change: dict[str, Any]) -> None:
+    assert changing(DecodingSettings(**change)) != changing(DecodingSettings())
+
+
+@pytest.mark.parametrize("same", [{"look_ahead": 0}, {"batch_size": 2}])
+def test_a_file_may_be_continued_with_other_drafts_and_batches(same: dict[str, Any]) -> None:
+    assert changing(DecodingSettings(**same)) == changing(DecodingSettings())
+
+
+def test_the_stops_of_a_file_belong_to_its_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def record(_inputs: list[str], _run: Any, identity: list[object], *_: object, **__: object) -> None:
+        seen.append(json.dumps(identity, default=str))
+
+    plm = SimpleNamespace(card=SimpleNamespace(digest="d"), tokenizer=None)
+    monkeypatch.setattr(generation, "connected", lambda *_: nullcontext(plm))
+    monkeypatch.setattr("data_owner_client.cli.output.write_texts", record)
+    for stop in ([], ["a"], ["a", "b"]):
+        generation.generate(["x"], stop=stop)
+    assert len(set(seen)) == 3
