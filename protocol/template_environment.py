@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import date, datetime, time
@@ -24,6 +25,10 @@ _MAX_STEPS = 200_000
 _MAX_LENGTH = 1 << 24
 """Characters or items of one value, and characters of the result."""
 _MAX_INTEGER_BITS = 10_000
+_PADDING_FILTERS = frozenset({"batch", "center", "format", "indent", "slice"})
+_LONG_NUMBER = re.compile(r"[0-9]{8,}")
+# As in "%*d" and "{:{}}".
+_WIDTH_FROM_VALUES = re.compile(r"\*|\{[^{}]*\{")
 
 
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
@@ -38,7 +43,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self, day: date | None) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, LoopControlExtension])
         self.code_generator_class = _BoundedCode
-        self.filters = {name: _with_bounded_result(function) for name, function in self.filters.items()}
+        self.filters = {name: _bounded_filter(name, function) for name, function in self.filters.items()}
         self.filters["tojson"] = _tojson
         self.globals |= {
             "raise_exception": _raise_template_error,
@@ -46,15 +51,21 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             "dict": _Dictionary(),
             "namespace": _GuardedNamespace,
         }
+        del self.globals["lipsum"]  # which makes any number of random paragraphs
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a function of the template, as one step."""
         _spend_step()
+        text = getattr(function, "__self__", None)
+        if isinstance(text, str):
+            _require_small_widths(text if function.__name__.startswith("format") else None, [*args, *kwargs.values()])
         return _bounded(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """The result of an operator, unless it would be too large."""
         _require(_fits(operator, left, right), "makes too large a value")
+        if operator == "%" and isinstance(left, str):
+            _require_small_widths(left, right if isinstance(right, tuple) else ())
         return _bounded(super().call_binop(context, operator, left, right))
 
     def bounded(self, value: Any) -> Any:
@@ -172,9 +183,18 @@ def _require_public(name: object) -> None:
     _require(not (isinstance(name, str) and name.startswith("_")), f"uses the name {name!r}")
 
 
-def _with_bounded_result(function: Callable[..., Any]) -> Callable[..., Any]:
+def _require_small_widths(form: str | None, values: Iterable[Any]) -> None:
+    """Refuse large widths of a format; without a format, large numbers, each of which may be a width."""
+    if form is None or _WIDTH_FROM_VALUES.search(form):
+        _require(not any(isinstance(value, int) and value > _MAX_LENGTH for value in values), "pads a text too far")
+    _require(form is None or _LONG_NUMBER.search(form) is None, "pads a text too far")
+
+
+def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
+        if name in _PADDING_FILTERS:
+            _require_small_widths(str(args[0]) if name == "format" else None, [*args, *kwargs.values()])
         return _bounded(function(*args, **kwargs))
 
     return bounded

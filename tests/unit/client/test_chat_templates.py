@@ -218,6 +218,16 @@ def test_named_templates_travel(family: Family) -> None:
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         "{{ 'a' * 10 ** 10 }}",
         "{{ [1] * 10 ** 10 }}",
+        "{{ 'a'.ljust(10 ** 10) }}",
+        "{{ 'a' | center(10 ** 10) }}",
+        "{{ 'a\\nb' | indent(10 ** 10) }}",
+        "{{ [1] | batch(10 ** 10, 0) | list }}",
+        "{{ '%9999999999d' % 1 }}",
+        "{{ '%9999999999d' | format(1) }}",
+        "{{ '{:>9999999999}'.format(1) }}",
+        "{{ '%*d' % (10 ** 9, 1) }}",
+        "{{ '{:>{}}'.format(1, 10 ** 9) }}",
+        "{{ lipsum(10 ** 6) }}",
         "{{ 7 ** 99999 }}",
         "{{ 7 ** 9999 * 7 ** 9999 }}",
         "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
@@ -242,6 +252,14 @@ def test_named_templates_travel(family: Family) -> None:
 def test_hostile_templates_are_refused(template: str) -> None:
     with pytest.raises(InvalidData, match=r"^The model's chat template [^\n]*$"):
         ChatTemplate(template, {}, ()).render([{"role": "user", "content": "x"}], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ '%d' % 4294967296 }}", "{{ '{}'.format(4294967296) }}", "{{ '%d' | format(4294967296) }}"]
+)
+def test_large_numbers_are_written(template: str) -> None:
+    rendered = ChatTemplate(template, {}, ()).render([{"role": "user", "content": "x"}], add_generation_prompt=True)
+    assert rendered.text == "4294967296"
 
 
 def test_bad_chat_fields_are_named() -> None:
