@@ -15,7 +15,7 @@ from typing import IO
 
 from protocol.errors import InvalidData
 
-STANDARD_INPUT = "-"
+_STANDARD_INPUT = "-"
 # Bytes that are looked at to tell compression, encoding and format.
 _HEAD_BYTES = 2**16
 # Characters of one line. A text of this length has more tokens than any model takes.
@@ -40,7 +40,7 @@ class Source:
     """A file with texts, opened.
 
     Attributes:
-        name: the path as the user gave it.
+        name: the path as the user gave it, or `standard input`.
         head: beginning of the text, of some thousand characters at most.
         text: the whole text, without its byte-order mark. Bytes that are no text of the encoding are lone surrogates.
     """
@@ -87,9 +87,9 @@ def open_text(path: str | Path) -> Iterator[Source]:
     Raises:
         InvalidData: the file cannot be opened, or is no text.
     """
-    name = str(path)
+    name = display_name(path)
     with _readable(name):
-        raw = _standard_input() if name == STANDARD_INPUT else Path(path).open("rb")  # noqa: SIM115  (closed below)
+        raw = _standard_input() if str(path) == _STANDARD_INPUT else Path(path).open("rb")  # noqa: SIM115  (closed below)
     try:
         with _readable(name):
             data = _Peekable(raw)
@@ -111,8 +111,13 @@ def open_text(path: str | Path) -> Iterator[Source]:
         finally:
             text.detach()
     finally:
-        if name != STANDARD_INPUT:
+        if str(path) != _STANDARD_INPUT:
             raw.close()
+
+
+def display_name(path: str | Path) -> str:
+    """The name of a file in messages."""
+    return "standard input" if str(path) == _STANDARD_INPUT else str(path)
 
 
 class _Peekable(io.RawIOBase):

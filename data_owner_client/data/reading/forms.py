@@ -5,6 +5,7 @@ A new form is one more entry of `FORMS`.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,10 +103,13 @@ def unknown_form(place: str, names: Iterable[str], *, table: bool = False) -> In
         names: names of the fields.
         table: whether the names are those of a header.
     """
-    noun, advice = ("columns", ", or say --no-header if it is a pair itself") if table else ("fields", "")
+    names = list(names)
+    noun, advice = ("columns", ", or say --no-header if this line is a pair") if table else ("fields", "")
+    options = zip(("--source-field", "--target-field"), names, strict=False)
+    example = " ".join(f"{option} {shlex.quote(name[:_NAME_CHARACTERS])}" for option, name in options)
     return InvalidData(
         f"{place} has the {noun} {shown(names)}, and none is known as the source.",
-        hint=f"{_FIELDS_HINT[:-1]}{advice}.",
+        hint=f"Name them, for example {example}{advice}." if example else _FIELDS_HINT,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_owner_client.data.pair_files import PairFile
 from data_owner_client.data.pairs import Pair
-from data_owner_client.data.reading.files import open_text
+from data_owner_client.data.reading.files import display_name, open_text
 from data_owner_client.data.reading.problems import InvalidText, Origin, Problems, require_decoded
 from data_owner_client.data.reading.records import lines_as_sources, scan, usable_text
 from data_owner_client.data.reading.settings import DEFAULT_READING, Format, ReadingSettings
@@ -58,7 +58,7 @@ def spool_pairs(path: str | Path, settings: ReadingSettings = DEFAULT_READING) -
     Raises:
         InvalidData: as `read_pairs`, or the disk is full.
     """
-    return PairFile.spool(_usable_pairs(path, settings, need_targets=True), str(path))
+    return PairFile.spool(_usable_pairs(path, settings, need_targets=True), display_name(path))
 
 
 def read_parallel(sources: str | Path, targets: str | Path, *, skip_invalid: bool = False) -> list[Pair]:
@@ -81,7 +81,7 @@ def spool_parallel(sources: str | Path, targets: str | Path, settings: ReadingSe
             f"Parallel files are text, and {settings.format} was asked for.",
             hint="Leave --format away, or use --input.",
         )
-    return PairFile.spool(_parallel_pairs(sources, targets, skip_invalid=settings.skip_invalid), str(sources))
+    return PairFile.spool(_parallel_pairs(sources, targets, skip_invalid=settings.skip_invalid), display_name(sources))
 
 
 def spool_sources(path: str | Path, settings: ReadingSettings = DEFAULT_READING, *, trim: bool = True) -> PairFile:
@@ -135,7 +135,7 @@ def _usable_pairs(path: str | Path, settings: ReadingSettings, *, need_targets: 
 
 def _require_some(path: str | Path, total: int) -> None:
     if not total:
-        raise InvalidData(f"{path} is empty.", hint="Give at least one pair.")
+        raise InvalidData(f"{display_name(path)} is empty.", hint="Give at least one pair.")
 
 
 def _parallel_pairs(sources: str | Path, targets: str | Path, *, skip_invalid: bool) -> Iterator[Pair]:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from data_owner_client.data.pairs import Pair
-from data_owner_client.data.reading.files import STANDARD_INPUT, Source, open_text
+from data_owner_client.data.reading.files import Source, open_text
 from data_owner_client.data.reading.forms import Form, has_form, recognise, shown, unknown_form
 from data_owner_client.data.reading.json_values import is_json, is_json_lines, json_lines, json_values
 from data_owner_client.data.reading.problems import InvalidText, Origin, Problems, require_decoded, require_unicode
@@ -51,7 +51,7 @@ def scan(
             yield from _Records(source, kind, settings, problems, need_targets=need_targets, trim=trim).pairs()
         elif need_targets:
             raise InvalidData(
-                f"{path} has no targets.", hint="Give --sources and --targets, or say --format tsv or csv."
+                f"{source.name} has no targets.", hint="Give --sources and --targets, or say --format tsv or csv."
             )
         else:
             yield from lines_as_sources(source, problems, trim=trim)
@@ -168,11 +168,13 @@ def _format(source: Source, settings: ReadingSettings, *, need_targets: bool) ->
         return "jsonl" if is_json_lines(source.head) else "json"
     if by_name is not None:
         return by_name
-    if not need_targets or not source.head.strip():
+    if not need_targets:
         return "text"
+    if not source.head.strip():
+        return "jsonl"  # any: it is empty
     if "\t" in source.head.lstrip().split("\n")[0]:
         return "tsv"
-    where = "standard input" if source.name == STANDARD_INPUT else source.name
     raise InvalidData(
-        f"The format of {where} is not clear from its name or content.", hint="Say --format jsonl, json, csv or tsv."
+        f"The format of {source.name} is not clear from its name or content.",
+        hint="Say --format jsonl, json, csv or tsv.",
     )

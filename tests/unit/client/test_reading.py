@@ -137,6 +137,7 @@ def test_a_system_turn_comes_before_the_question(tmp_path: Path) -> None:
         ("a.txt", "x\n", "has no targets"),
         ("a.dat", "x\n", "not clear from its name or content"),
         ("a.jsonl", "\n", "is empty"),
+        ("a.dat", "\n", "is empty"),
         ("a.json", "", "is empty"),
         ("a.csv", "", "is empty"),
         ("a.json", "[]", "is empty"),
