@@ -23,6 +23,8 @@ from protocol.errors import InvalidData
 
 PLM_ONLY = Interpolation(schedule="none")
 _NO_STOPS = Stops()
+# Stop tokens sent with each call. A newline is in some hundred tokens of a large vocabulary, a space in most.
+_MAX_DRAFTING_STOPS = 4096
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,9 @@ def generate(
     if sampling is not None and not sampling.candidates_only:
         head = plm.full_head(reporter).to(torch.float32)
     selector = TokenSelector(adapter, head, interpolation, rules.stops.ids, sampling)
-    decoder = SpeculativeDecoder(plm, selector, rules.stops.ids, settings, config.lookup, on_token)
+    # The server's drafts end at these; which of them it knows never changes a text.
+    drafting_stops = rules.stops.ids if len(rules.stops.ids) <= _MAX_DRAFTING_STOPS else config.stops.ids
+    decoder = SpeculativeDecoder(plm, selector, drafting_stops, settings, config.lookup, on_token)
     batch_size = max(1, min(settings.batch_size, limits.max_sequences, limits.max_rows // settings.max_new_tokens))
     with (reporter or Reporter()).bar("generating", len(sequences), "sequences") as bar:
         _run(decoder, sequences, batch_size, bar)

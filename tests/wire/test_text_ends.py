@@ -23,6 +23,7 @@ from data_owner_client import (
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.tasks import Task
+from data_owner_client.decoding import decode_loop
 from data_owner_client.decoding.generation import ngram_drafter_for
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
 from data_owner_client.memory.encode import tokenize_pair
@@ -99,6 +100,18 @@ def test_a_stop_that_spans_tokens_ends_a_text(
     assert stopped.stats.tokens < whole.stats.tokens
     for ids, all_ids in zip(stopped.token_ids, whole.token_ids, strict=True):
         assert ids == all_ids[: len(ids)]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_stop_that_too_many_tokens_contain_is_found_by_the_client_alone(
+    plm: RemotePlm, adapter: TrainedAdapter, adapted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: Any = {"adapter": adapter, "interpolation": HALF} if adapted else {}
+    known = generate(plm, PROMPTS, stop=["e"], **options)
+    monkeypatch.setattr(decode_loop, "_MAX_DRAFTING_STOPS", 1)
+    unknown = generate(plm, PROMPTS, stop=["e"], **options)
+    assert unknown.token_ids == known.token_ids
+    assert unknown.texts == known.texts
 
 
 @pytest.mark.parametrize("sampling", [None, SamplingSettings(temperature=1.5, seed=3, candidates_only=True)])
