@@ -54,7 +54,9 @@ Dtype = Annotated[
         help="Number format of representations on the wire and on disk; int8 is half of float16.", group=CONNECTION
     ),
 ]
-Threads = Annotated[int, Ge(0), Parameter(help="CPU threads of this client; 0 for all cores that it may use.", group=OUTPUT)]
+Threads = Annotated[
+    int, Ge(0), Parameter(help="CPU threads of this client; 0 for all cores that it may use.", group=OUTPUT)
+]
 MemoryFolder = Annotated[Path, Parameter(help="Folder of the external memory.", group=DATA)]
 AdapterFolder = Annotated[Path, Parameter(help="Folder of the adapter.", group=DATA)]
 OptionalAdapter = Annotated[

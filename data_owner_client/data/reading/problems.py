@@ -92,12 +92,12 @@ class Problems:
         if not self._counts:
             return
         if len(self) >= total and skip:
-            raise InvalidData(f"No text can be used: {self._listed()}.", hint=self._first_hint())
+            raise InvalidData(f"No text can be used: {self._listed()}.", hint=self._main_hint())
         if skip:
             _logger.warning("Left out %d of %d texts: %s.", len(self), total, self._listed())
             return
         advice = "Correct it" if len(self) == 1 else "Correct them"
-        hint = f"{self._first_hint()} {advice}, or say --skip-invalid to go on without.".lstrip()
+        hint = f"{self._main_hint()} {advice}, or say --skip-invalid to go on without.".lstrip()
         raise InvalidData(self._summary(total), hint=hint)
 
     def _summary(self, total: int) -> str:
@@ -121,8 +121,10 @@ class Problems:
         more = ", …" if self._counts[name, in_file, kind] > len(numbers) else ""
         return places + ", ".join(map(str, numbers)) + more
 
-    def _first_hint(self) -> str:
-        return next(iter(self._hints.values()))
+    def _main_hint(self) -> str:
+        """The hint of the most frequent kind."""
+        ((_, _, kind), _) = self._counts.most_common(1)[0]
+        return self._hints[kind]
 
 
 def require_unicode(text: object, name: str, origin: Origin | None = None) -> None:
