@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,9 @@ class DecodedPolicies:
         policies: number of policies that are to be decoded.
         budget: a policy is decoded only if it should end within it.
         store: texts of an interrupted call.
+
+    Attributes:
+        refused: number of policies for which there was no time.
     """
 
     def __init__(
@@ -94,6 +98,12 @@ class DecodedPolicies:
     def interpolations(self) -> list[Interpolation]:
         """The decoded policies, in their order."""
         return list(self._texts)
+
+    @property
+    def minutes_for_all(self) -> int:
+        """Minutes of a budget that includes the policies which were refused."""
+        used = self._budget.seconds - self._budget.left
+        return math.ceil((used + self.refused * self.texts * self._text_seconds) / 60)
 
     def add(self, interpolation: Interpolation) -> bool:
         """Decode the texts, unless that was done; return False if there is no time for it."""

@@ -30,8 +30,11 @@ from protocol.errors import InvalidData
 
 # Retrieved examples in a prompt that are tried if the user names no number.
 DEFAULT_RETRIEVED_EXAMPLES = 8
-# Constant values of λ that are decoded, and length rewards that are tried with the best one.
-_LAMBDAS = (0.3, 0.45, 0.6, 0.8)
+# Constant values of λ that are decoded, both ends among the first three.
+_LAMBDAS = (0.45, 0.3, 0.8, 0.6)
+# Values that a parabola needs.
+_PARABOLA_POINTS = 3
+# Length rewards that are tried with the best λ.
 _REWARDS = (0.5, 1.0)
 MAX_POLICIES = len(_LAMBDAS) + 2 + len(_REWARDS)
 """Decoding policies that held-out texts are decoded with, at most."""
@@ -205,6 +208,12 @@ class _Trials:
         """Sentence-level chrF of each text."""
         return self.decoded.chrf_E(policy.interpolation)
 
+    def better(self, rival: DecodingPolicy, chosen: DecodingPolicy) -> DecodingPolicy:
+        """The rival if it is clearly better, else the chosen policy, as without time for the rival."""
+        if self.add(rival) and clearly_better(self.score_E(rival), self.score_E(chosen)):
+            return rival
+        return chosen
+
     def scored(self, policy: DecodingPolicy) -> DecodingPolicy:
         """The policy with its corpus scores."""
         scores = self.decoded.scores(policy.interpolation)
@@ -225,19 +234,22 @@ def _by_chrf(likeliest: DecodingPolicy, variant: PromptVariant, trials: _Trials)
     grid = [variant.policy(Interpolation(schedule="constant", lambda_max=value)) for value in _LAMBDAS]
     grid = [policy for policy in grid if trials.add(policy)]
     chosen = likeliest
-    if len(grid) == len(_LAMBDAS):
+    if len(grid) >= _PARABOLA_POINTS:
+        lambda_P = torch.tensor([policy.interpolation.lambda_max for policy in grid], dtype=torch.float64)
         score_P_E = torch.stack([trials.score_E(policy) for policy in grid])
-        lambda_max = round(smoothed_maximum(torch.tensor(_LAMBDAS, dtype=torch.float64), score_P_E), 2)
+        lambda_max = round(smoothed_maximum(lambda_P, score_P_E), 2)
         chosen = variant.policy(Interpolation(schedule="constant", lambda_max=lambda_max))
-        rivals = [chosen.with_length_reward(reward) for reward in _REWARDS]
-        if likeliest.interpolation.gate is not None or likeliest.interpolation.schedule != "constant":
-            rivals.insert(0, likeliest)
         if trials.add(chosen):
-            for rival in rivals:
-                if trials.add(rival) and clearly_better(trials.score_E(rival), trials.score_E(chosen)):
-                    chosen = rival
+            if likeliest.interpolation.gate is not None or likeliest.interpolation.schedule != "constant":
+                chosen = trials.better(likeliest, chosen)
+            plain = chosen
+            for reward in _REWARDS:
+                chosen = trials.better(plain.with_length_reward(reward), chosen)
     if trials.decoded.refused:
-        trials.reporter.say("Left out for lack of time: some decoding policies.")
+        trials.reporter.say(
+            f"Left out for lack of time: {trials.decoded.refused} decoding policies (included with --minutes "
+            f"{trials.decoded.minutes_for_all})."
+        )
     others = sorted(map(trials.scored, trials.policies.values()), key=lambda policy: -(policy.chrf or 0.0))
     if chosen.interpolation in trials.policies:
         chosen = trials.scored(chosen)

@@ -63,6 +63,7 @@ def test_a_policy_that_would_end_too_late_is_left_out(tmp_path: Path) -> None:
     assert [server.policies.add(each) for each in POLICIES] == [True, True, *6 * [False]]
     assert server.calls == [100, 100]
     assert server.policies.refused == 6
+    assert 60 * (server.policies.minutes_for_all - 1) < 8 * 100 <= 60 * server.policies.minutes_for_all
     assert server.budget.left >= 0
 
 
