@@ -48,6 +48,9 @@ def tokenize_pair(plm: RemotePlm, task: Task, pair: Pair) -> TokenizedPair:
     """
     if pair.target is None:
         raise InvalidText("no target", hint="A memory is made of pairs.", origin=pair.origin)
+    for name, text in (("source", pair.source), ("target", pair.target)):
+        if not text.strip():
+            raise InvalidText(f"an empty {name}", hint="Every pair needs two texts.", origin=pair.origin)
     tokenizer = plm.tokenizer
     prompt, target = task.prompt_and_target(pair.source, pair.target, tokenizer)
     prompt_ids = tokenizer.encode_prompt(prompt)

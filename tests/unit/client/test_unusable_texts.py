@@ -71,6 +71,10 @@ def test_a_build_names_all_unusable_pairs_of_both_memories(
     assert list(ExternalMemory(tmp_path / "train").pairs()) == GOOD
     # The same call goes on with the same memory.
     assert build_memories(plm, TASK, GOOD, tmp_path, validation=GOOD[:2]).examples == 20
+    with pytest.raises(
+        InvalidData, match=r"2 of 24 texts .* an empty target \(pair 21\).* an empty source \(pair 22\)"
+    ):
+        build_memories(plm, TASK, [*GOOD, Pair("a", ""), Pair(" ", "b")], tmp_path, validation=GOOD[:2])
     with pytest.raises(InvalidData, match=r"No pair is left for .*validation"):
         build_memories(plm, TASK, GOOD, tmp_path / "other", validation=BAD, skip_invalid=True)
 
