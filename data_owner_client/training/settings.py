@@ -59,7 +59,7 @@ class TrainingSettings:
     dropout: Annotated[float, Ge(0), Le(0.9), VARIED] = 0.2
     reconstruction_epochs: Annotated[int, Ge(0), Unit("epochs"), VARIED] = 2
     epochs: Annotated[int, Ge(1), Unit("epochs"), VARIED] = 12
-    patience: Annotated[int, Ge(1), Unit("epochs")] = 3
+    patience: Annotated[int, Ge(1), Unit("epochs")] = 6
     batch_rows: Annotated[int, Ge(1), Unit("rows")] = 512
     ema_decay: Annotated[float, Ge(0), Le(0.9999), VARIED] = 0.99
     pairing: Pairing | None = None
