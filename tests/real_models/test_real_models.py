@@ -143,16 +143,10 @@ def test_decoding_without_weight_is_generate_token_for_token(real: Real) -> None
 
 def test_bare_texts_end_at_a_stop_and_where_they_begin_to_repeat_themselves(real: Real) -> None:
     """Small models loop. Behind the cut, the model's own text has the same block at least twice more."""
-    free = continue_texts(real.plm, TEXTS[:3], decoding=DecodingSettings(max_new_tokens=64))
-    bounded, without_drafts = (
-        continue_texts(
-            real.plm,
-            TEXTS[:3],
-            decoding=DecodingSettings(max_new_tokens=64, repetition_bound=True, look_ahead=look_ahead),
-        )
-        for look_ahead in (None, 0)
+    free, bounded = (
+        continue_texts(real.plm, TEXTS, decoding=DecodingSettings(max_new_tokens=96, repetition_bound=bound))
+        for bound in (False, True)
     )
-    assert bounded.token_ids == without_drafts.token_ids
     assert bounded.stats.repetition_ends > 0
     for ids, all_ids in zip(bounded.token_ids, free.token_ids, strict=True):
         assert ids == all_ids[: len(ids)]
@@ -162,7 +156,8 @@ def test_bare_texts_end_at_a_stop_and_where_they_begin_to_repeat_themselves(real
         )
     stops = [text[8:16] for text in free.texts]  # in the middle of words
     expected = [text[: min(text.index(stop) for stop in stops if stop in text)] for text in free.texts]
-    assert continue_texts(real.plm, TEXTS[:3], stop=stops).texts == expected
+    decoding = DecodingSettings(max_new_tokens=32)
+    assert continue_texts(real.plm, TEXTS, stop=stops, decoding=decoding).texts == expected
 
 
 def test_the_whole_of_pema_is_the_slow_reference(real: Real, tmp_path: Path) -> None:
