@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_owner_client.data.reading.json_values import RepeatedKeys
-from data_owner_client.data.reading.problems import InvalidText
+from data_owner_client.data.reading.problems import InvalidText, require_unicode
 from data_owner_client.data.reading.settings import ReadingSettings
 from protocol.errors import InvalidData
 
@@ -120,25 +120,72 @@ def shown(names: Iterable[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + more or "none"
 
 
-def _conversation(record: Mapping[str, Any], need_target: bool) -> Texts:
+_ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
+_ROLES |= dict.fromkeys(("assistant", "gpt", "model"), "assistant")
+# Parts of a turn that stand beside its text.
+_OTHER_PARTS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+
+
+def _conversation_in(key: str) -> Form:
+    """The form of records with a list of turns under a key."""
+    return Form((key,), lambda record, need_target: _conversation(look_up(record, key), need_target))
+
+
+def _conversation(turns: object, need_target: bool) -> Texts:
     """The user's turn and the assistant's. A system turn comes before the user's, with an empty line between."""
-    turns = record["messages"]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise InvalidText("no list of turns in 'messages'", hint='For example [{"role": "user", "content": "…"}].')
-    for turn in turns:
-        _require_unique(turn)
-    roles, texts = [turn.get("role") for turn in turns], [_content(turn.get("content")) for turn in turns]
-    system = texts.pop(0) if roles[:1] in (["system"], ["developer"]) else None
+        raise InvalidText("no list of turns", hint='For example [{"role": "user", "content": "…"}].')
+    roles, texts = [_role(turn) for turn in turns], [_text(turn) for turn in turns]
+    system = texts.pop(0) if roles[:1] == ["system"] else None
     roles = roles[-len(texts) :] if texts else []
     if roles != ["user", "assistant"] and (need_target or roles != ["user"]):
-        raise InvalidText(
-            "a conversation that is not one question of the user and one answer of the assistant",
-            hint="Give one question and one answer in each record; a system turn may come first.",
-        )
-    question = texts[0]
-    if isinstance(system, str) and system.strip() and isinstance(question, str):
-        question = f"{system}\n\n{question}"
-    return question, texts[1] if need_target else None
+        raise _more_than_one_question()
+    return _joined(system, texts[0]), texts[1] if need_target else None
+
+
+def _more_than_one_question() -> InvalidText:
+    return InvalidText(
+        "a conversation that is not one question of the user and one answer of the assistant",
+        hint="Give one question and one answer in each record; a system turn may come first.",
+    )
+
+
+def _role(turn: Mapping[str, Any]) -> str | None:
+    return _ROLES.get(str(turn.get("role", turn.get("from"))))
+
+
+def _text(turn: Mapping[str, Any]) -> object:
+    _require_unique(turn)
+    if any(turn.get(part) for part in _OTHER_PARTS):
+        raise InvalidText("a turn with tool calls or thoughts", hint="Leave them out: only texts can be learned.")
+    return _content(turn.get("content", turn.get("value")))
+
+
+def _joined(first: object, second: object) -> object:
+    """Two texts with an empty line between; the second alone if the first is blank or missing."""
+    if first is None or (isinstance(first, str) and not first.strip()):
+        return second
+    require_unicode(first, "system")
+    return f"{first}\n\n{second}" if isinstance(second, str) else second
+
+
+def _prompt_and_completion(record: Mapping[str, Any], need_target: bool) -> Texts:
+    """Two texts, or two lists of turns that follow each other."""
+    prompt, completion = look_up(record, "prompt"), look_up(record, "completion") if need_target else None
+    if isinstance(prompt, list) and isinstance(completion, list | None):
+        return _conversation([*prompt, *(completion or [])], need_target)
+    return prompt, completion
+
+
+def _instruction_and_output(record: Mapping[str, Any], need_target: bool) -> Texts:
+    """The instruction with its input behind it, and the output."""
+    source, target = look_up(record, "instruction"), look_up(record, "output") if need_target else None
+    if record.get("history"):
+        raise _more_than_one_question()
+    if isinstance(source, str) and record.get("input"):
+        require_unicode(record["input"], "input")
+        source = _joined(source, record["input"])
+    return _joined(record.get("system"), source), target
 
 
 def _content(content: object) -> object:
@@ -155,7 +202,7 @@ _TRANSLATION = "translation"
 
 
 def _translation(record: Mapping[str, Any], need_target: bool) -> Texts:
-    texts = record[_TRANSLATION]
+    texts = look_up(record, _TRANSLATION)
     names = texts if isinstance(texts, Mapping) else ()
     example = " --target-field ".join(list(names)[:2]) if need_target else "".join(list(names)[:1])
     raise InvalidData(
@@ -171,8 +218,10 @@ def _require_unique(value: object) -> None:
 
 FORMS = (
     fields("source", "target"),
-    Form(("messages",), _conversation),
-    fields("prompt", "completion"),
+    _conversation_in("messages"),
+    _conversation_in("conversations"),
+    Form(("prompt", "completion"), _prompt_and_completion),
+    Form(("instruction", "output"), _instruction_and_output),
     Form((_TRANSLATION,), _translation),
 )
 """All forms that are recognised by their keys."""

@@ -140,7 +140,8 @@ def require_unicode(text: object, name: str, origin: Origin | None = None) -> No
     """
     if not isinstance(text, str):
         noun = _NOUNS.get(type(text), "another value")
-        raise InvalidText(f"{noun} instead of a text in {name}", hint="Quote it, if it is a text.", origin=origin)
+        hint = "Quote it, if it is a text." if isinstance(text, int | float) else f"Give a text as {name}."
+        raise InvalidText(f"{noun} instead of a text in {name}", hint=hint, origin=origin)
     try:
         text.isascii() or text.encode()
     except UnicodeEncodeError:

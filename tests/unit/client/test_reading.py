@@ -123,6 +123,66 @@ def test_forms_are_recognised_by_their_keys(tmp_path: Path, record: dict[str, ob
         assert read_pairs(write(tmp_path / "p.json", content), **fields) == [Pair("a", "b")]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("record", "source"),
+    [
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "a"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}, "a"),
+        ({"instruction": "a", "output": "b"}, "a"),
+        ({"instruction": "a", "input": "", "output": "b", "history": []}, "a"),
+        ({"instruction": "a", "input": "x", "output": "b", "system": "s"}, "s\n\na\n\nx"),
+    ],
+)
+def test_forms_of_training_tools(tmp_path: Path, record: dict[str, object], source: str) -> None:
+    path = write(tmp_path / "p.jsonl", json.dumps(record))
+    assert read_pairs(path) == [Pair(source, "b")]
+    assert [pair.source for pair in spool_sources(path, ReadingSettings(), trim=True)] == [source]
+
+
+@pytest.mark.parametrize(
+    ("turn", "problem"),
+    [
+        ({"role": "assistant", "content": "b", "tool_calls": [{"id": "1"}]}, "tool calls or thoughts"),
+        ({"role": "assistant", "content": "b", "reasoning_content": "x"}, "tool calls or thoughts"),
+        ({"role": ["assistant"], "content": "b"}, "not one question"),
+        ({"from": "observation", "value": "b"}, "not one question"),
+    ],
+)
+def test_no_part_of_a_conversation_is_lost(tmp_path: Path, turn: dict[str, object], problem: str) -> None:
+    turns = [{"role": "user", "content": "a"}, turn]
+    with pytest.raises(InvalidData, match=f":1 has a .*{problem}"):
+        read_pairs(write(tmp_path / "p.jsonl", json.dumps({"messages": turns})))
+    system = {"role": "system", "content": 5}
+    with pytest.raises(InvalidData, match="a number instead of a text in system"):
+        read_pairs(write(tmp_path / "p.jsonl", json.dumps({"messages": [system, turns[0], CONVERSATION[1]]})))
+    alpaca = {"instruction": "a", "output": "b", "history": [["c", "d"]]}
+    with pytest.raises(InvalidData, match="not one question"):
+        read_pairs(write(tmp_path / "p.jsonl", json.dumps(alpaca)))
+
+
+CONVERSATION = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+OTHER_FORMS = [
+    {"source": "a", "target": "b"},
+    {"messages": CONVERSATION},
+    {"conversations": CONVERSATION},
+    {"prompt": "a", "completion": "b"},
+    {"instruction": "a", "output": "b"},
+    {"translation": {"en": "a", "de": "b"}},
+]
+
+
+@pytest.mark.parametrize("first", OTHER_FORMS[:-1])
+@pytest.mark.parametrize("second", OTHER_FORMS)
+def test_a_record_of_another_form_is_named(tmp_path: Path, first: dict[str, object], second: dict[str, object]) -> None:
+    path = write(tmp_path / "p.jsonl", json.dumps(first) + "\n" + json.dumps(second))
+    if first == second:
+        assert read_pairs(path) == [Pair("a", "b")] * 2
+    else:
+        with pytest.raises(InvalidData, match=":2 has no field"):
+            read_pairs(path)
+        assert read_pairs(path, skip_invalid=True) == [Pair("a", "b")]
+
+
 def test_a_system_turn_comes_before_the_question(tmp_path: Path) -> None:
     turns = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant")]
     path = write(tmp_path / "p.jsonl", json.dumps({"messages": turns}))
