@@ -11,7 +11,7 @@ import torch
 from plm_owner_server.engines.decoding_check import check_decoding
 from plm_owner_server.engines.interface import Engine
 from plm_owner_server.engines.model_files.config import architecture
-from plm_owner_server.engines.model_files.weights import check_weights
+from plm_owner_server.engines.model_files.weights import check_folder
 from plm_owner_server.settings import ENGINES, ServerSettings
 from protocol.errors import PemaError, Unsupported
 
@@ -23,7 +23,7 @@ def load_engine(folder: Path, settings: ServerSettings) -> Engine:
         InvalidRequest: the engine is not installed.
         Unsupported: the engine cannot serve this model.
     """
-    check_weights(folder)
+    check_folder(folder)
     load: Callable[[Path, ServerSettings], Engine] = import_module(ENGINES[settings.engine].module).load
     engine = load(folder, settings)
     try:

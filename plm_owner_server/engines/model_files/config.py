@@ -29,6 +29,26 @@ def architecture(folder: Path) -> str:
     return folder.name
 
 
+def unloadable(folder: Path, what: str, error: Exception, hint: str) -> Unsupported:
+    """The error, in one line, for a folder that a library cannot load.
+
+    Args:
+        folder: folder of the model.
+        what: part of the model that was to be loaded.
+        error: the library's error.
+        hint: what the folder must hold.
+    """
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return Unsupported(
+            f"The {what} in {folder} needs Python code that comes with the model, which is never run here.",
+            hint="Serve a model whose classes are part of transformers, or a version that was converted to them.",
+        )
+    return Unsupported(
+        f"The {what} in {folder} cannot be loaded: {type(error).__name__}: {reason.rstrip('.')}.", hint=hint
+    )
+
+
 def linear_head(model: Any) -> nn.Linear:
     """The LM head of a transformers causal language model.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from plm_owner_server.engines.interface import EngineInfo
-from plm_owner_server.engines.model_files.config import eos_token_ids, head_from_config, linear_head
+from plm_owner_server.engines.model_files.config import eos_token_ids, head_from_config, linear_head, unloadable
 from plm_owner_server.engines.model_files.weights import open_weights, weight_files
 from protocol.errors import Unsupported
 from protocol.head import LMHead
@@ -29,14 +29,12 @@ def read_head(folder: Path, *, dtype: torch.dtype, device: str) -> tuple[LMHead,
         Unsupported: the folder holds no causal language model with a linear head.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, OSError, KeyError) as error:
-        raise Unsupported(
-            f"{folder} holds no causal language model: {error}",
-            hint="It must hold config.json of an AutoModelForCausalLM architecture, and its weights.",
-        ) from error
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # every architecture has errors of its own
+        hint = "It must hold config.json of an AutoModelForCausalLM architecture, and its weights."
+        raise unloadable(folder, "causal language model", error, hint) from error
     output = linear_head(model)
     text = config.get_text_config()
     name_of = {id(module): name for name, module in model.named_modules()}

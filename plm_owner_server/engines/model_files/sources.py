@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from plm_owner_server.engines.model_files.weights import checkpoint_patterns
+from plm_owner_server.engines.model_files.weights import checkpoint_patterns, refuse_pointer
 from plm_owner_server.logs import logged_while
 from protocol.errors import InvalidRequest, Unsupported
 
@@ -68,7 +68,7 @@ def _local(model: str, cache_dir: Path) -> ModelFiles | None:
     if model in EMBEDDED:
         return ModelFiles(model, _converted(EMBEDDED[model](), model, cache_dir))
     path = Path(model).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix.lower() == ".gguf" and path.is_file():
         return ModelFiles(path.stem, _converted(_gguf_file(path), path.stem, cache_dir))
     if model and path.is_dir():
         return ModelFiles(path.resolve().name, path)
@@ -89,6 +89,7 @@ class _GgufSource:
 
 
 def _gguf_file(path: Path) -> _GgufSource:
+    refuse_pointer(path)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return _GgufSource(sha256, lambda scratch: path)
@@ -130,18 +131,24 @@ def _converted(source: _GgufSource, name: str, cache_dir: Path) -> Path:
                 tempfile.TemporaryDirectory(dir=cache_dir, prefix=f"{folder.name}.partial-") as scratch,
             ):
                 converted = Path(scratch) / "converted"
-                _convert(source.path(Path(scratch)), converted)
+                _convert(source.path(Path(scratch)), converted, name)
                 os.replace(converted, folder)
     return folder
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(gguf: Path, folder: Path, name: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    except Exception as error:  # every architecture has errors of its own, and a damaged file any
+        raise Unsupported(
+            f"The GGUF file of {name} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}.",
+            hint="Download it again, or serve the model's own weights (safetensors) instead.",
+        ) from error
     # A new model of equal shape, because transformers refuses to save one that it considers quantised.
     config = quantized.config
     if hasattr(config, "quantization_config"):

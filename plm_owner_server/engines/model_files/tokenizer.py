@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from plm_owner_server.engines.model_files.config import unloadable
 from protocol.errors import Unsupported
 from protocol.messages import TokenizerBundle
 
@@ -17,11 +18,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         Unsupported: the folder has no tokenizer that a client could run.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        raise Unsupported(
-            f"No tokenizer can be loaded from {folder}: {error}", hint="Put the model's tokenizer.json into it."
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # every tokenizer has errors of its own
+        raise unloadable(folder, "tokenizer", error, "Put the model's tokenizer.json into it.") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise Unsupported(
             "The model's tokenizer has no fast form, and clients run no other.",

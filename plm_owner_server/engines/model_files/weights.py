@@ -26,6 +26,9 @@ _CHECKPOINTS: dict[str, tuple[str, ...]] = {
     "pytorch_model.bin.index.json": ("pytorch_model-*.bin",),
 }
 
+# A clone without git-lfs has such texts in place of large files.
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
 Tensors = dict[str, Callable[[], Tensor]]
 """Functions that read each tensor of a file, by the tensor's name."""
 
@@ -77,15 +80,37 @@ def open_weights(path: Path) -> Iterator[Tensors]:
         raise Unsupported(f"{path} is damaged: {error}.", hint="Copy or download the model again.") from error
 
 
-def check_weights(folder: Path) -> None:
-    """Check that PyTorch files of a folder's checkpoint hold tensors only, before a library loads them.
+def check_folder(folder: Path) -> None:
+    """Check a model folder before a library loads it: its files are whole, and no weights run code.
 
     Raises:
-        Unsupported: the folder has no checkpoint, or one that is damaged or would run code when it is loaded.
+        Unsupported: the folder has no checkpoint, one that is damaged or would run code when it is loaded, or an
+            adapter, which the digest would not cover.
     """
+    for path in sorted(each for each in folder.iterdir() if each.is_file()):
+        refuse_pointer(path)
+    if (folder / "adapter_config.json").is_file():
+        raise Unsupported(
+            f"{folder} holds an adapter, such as LoRA's.",
+            hint="Merge it into its model (merge_and_unload of peft), and save and serve that.",
+        )
     for path in weight_files(folder):
-        if path.suffix != ".safetensors":
-            _load_pytorch(path)
+        with open_weights(path):  # also finds files that were cut
+            pass
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse a pointer of Git LFS in the place of a file.
+
+    Raises:
+        Unsupported: the file is such a pointer.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise Unsupported(
+                f"{path} is only a pointer of Git LFS, and not the file itself.",
+                hint=f"Run in its folder: git lfs pull --include {path.name}",
+            )
 
 
 def _load_pytorch(path: Path) -> dict[str, Tensor]:

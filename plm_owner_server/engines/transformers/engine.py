@@ -13,7 +13,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from plm_owner_server.engines.interface import EncodeBatch, Encoded, EngineInfo
-from plm_owner_server.engines.model_files.config import device_and_dtype, eos_token_ids, head_from_config, linear_head
+from plm_owner_server.engines.model_files.config import (
+    device_and_dtype,
+    eos_token_ids,
+    head_from_config,
+    linear_head,
+    unloadable,
+)
 from plm_owner_server.engines.ops.packed_linear import pack_linear_layers
 from plm_owner_server.engines.ops.to_host import to_host
 from plm_owner_server.engines.ops.vocab_reduction import VocabReduction
@@ -39,19 +45,30 @@ def load_model(folder: Path, *, device: str, dtype: str, device_map: str | None 
         device_map: distribution of the layers over devices, as accelerate takes it; None for one device.
 
     Raises:
-        Unsupported: transformers cannot load the folder as a causal language model, or not all layers are attention.
+        Unsupported: transformers cannot load the folder as a causal language model, the checkpoint has not all of its
+            tensors, or not all layers are attention.
     """
     device, dtype = device_and_dtype(device, dtype, has_gpu=torch.cuda.is_available())
     try:
-        _require_attention(AutoConfig.from_pretrained(folder))
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map=device_map)
-    except Unsupported:
+        _require_attention(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            device_map=device_map,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (Unsupported, torch.OutOfMemoryError):
         raise
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # every architecture and quantisation has errors of its own
+        hint = "It must hold config.json and weights of an AutoModelForCausalLM architecture."
+        raise unloadable(folder, "causal language model", error, hint) from error
+    if missing := sorted(report["missing_keys"]):
+        # transformers fills them with random numbers, others at every start.
         raise Unsupported(
-            f"transformers cannot load {folder} as a causal language model: {error}",
-            hint="It must hold config.json and weights of an AutoModelForCausalLM architecture.",
-        ) from error
+            f"The weights in {folder} lack {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}.",
+            hint="Copy or download the model again; config.json and the weights must be of the same model.",
+        )
     return (model if device_map else model.to(device)).eval()
 
 

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from harness.tiny_models import TinyModels
 from plm_owner_server.engines.loading import load_engine
 from plm_owner_server.engines.model_files.digest import digest_folder
 from plm_owner_server.engines.model_files.lm_head import read_head
+from plm_owner_server.engines.model_files.sources import resolve
+from plm_owner_server.engines.model_files.tokenizer import load_tokenizer
 from plm_owner_server.engines.model_files.weights import weight_files
 from protocol.errors import Unsupported
 from tests import support
@@ -122,3 +124,111 @@ def test_a_folder_without_weights_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="no weights") as caught:
         weight_files(tmp_path)
     assert "model.safetensors" in caught.value.hint
+
+
+SETTINGS = {"device": "cpu", "dtype": "float32", "engine": "transformers"}
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.fixture
+def model(tiny_models: TinyModels, tmp_path: Path) -> Path:
+    """A tiny Llama as it is saved today."""
+    return Path(shutil.copytree(tiny_models["llama"], tmp_path / "model"))
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def load(folder: Path) -> None:
+    load_engine(folder, support.make_settings(**SETTINGS))
+    load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("change", ["a tensor less", "other names", "more layers"])
+def test_a_checkpoint_without_all_tensors_is_refused(change: str, model: Path) -> None:
+    """transformers would fill the gaps with random numbers, and the digest would not tell."""
+    state = load_file(model / "model.safetensors")
+    if change == "more layers":
+        change_config(model, num_hidden_layers=9)
+    elif change == "other names":  # as torch.nn.DataParallel saves them
+        state = {f"module.{name}": tensor for name, tensor in state.items()}
+    else:
+        del state["model.layers.0.mlp.down_proj.weight"]
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Unsupported, match=r"lack \d+ tensors of LlamaForCausalLM"):
+        load(model)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_named(file: str, model: Path, tmp_path: Path) -> None:
+    (model / file).write_text(POINTER)
+    with pytest.raises(Unsupported, match=f"{file} is only a pointer of Git LFS") as caught:
+        load(model)
+    assert f"git lfs pull --include {file}" in caught.value.hint
+
+
+def test_a_safetensors_file_that_was_cut_is_damaged(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Unsupported, match=r"model\.safetensors is damaged"):
+        load(model)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "cannot be loaded"),
+        ({"vocab_size": 50}, "cannot be loaded"),
+        ({"hidden_size": 33}, "cannot be loaded"),
+        ({"model_type": "unheard-of"}, "cannot be loaded"),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "Python code .* never run"),
+    ],
+)
+def test_a_model_that_transformers_does_not_load_is_one_line(values: dict[str, Any], words: str, model: Path) -> None:
+    change_config(model, **values)
+    with pytest.raises(Unsupported, match=words) as caught:
+        load(model)
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint
+
+
+def test_code_of_a_model_is_neither_run_nor_asked_about(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # as if the owner agreed
+    mark = tmp_path / "attacked"
+    (model / "own.py").write_text(f"open({str(mark)!r}, 'w')\nConfig = Model = Tokenizer = None\n")
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    change_config(model, model_type="own", auto_map=own)
+    tokenizer = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    for read in (load, load_tokenizer, lambda folder: read_head(folder, dtype=torch.float32, device="cpu")):
+        with pytest.raises(Unsupported, match="never run"):
+            read(model)
+    assert not mark.exists()
+
+
+def test_an_adapter_is_not_loaded_beside_a_model(model: Path) -> None:
+    """The digest would not cover it."""
+    (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "a/b"}))
+    with pytest.raises(Unsupported, match="holds an adapter") as caught:
+        load(model)
+    assert "merge_and_unload" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "MODEL.GGUF"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"GGUF\x03\0\0\0" + b"\x01" * 40, "cannot be read"),
+        (b"words", "cannot be read"),
+        (POINTER.encode(), "Git LFS"),
+    ],
+)
+def test_a_gguf_file_that_is_none_is_refused(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Unsupported, match=words) as caught:
+        resolve(str(tmp_path / name), tmp_path / "cache")
+    assert "\n" not in str(caught.value)
