@@ -24,6 +24,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from protocol.addresses import ip_address
 from protocol.types import CrKind
 
 DEFAULT_MODEL = "gemma-3-270m"
@@ -31,6 +32,7 @@ DEFAULT_MODEL = "gemma-3-270m"
 _INT32 = 2**31 - 1
 PREFIX = "PEMA_"
 """Beginning of the environment variable of every setting."""
+_HOST_RULE = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*\.?(:\d+)?", re.ASCII)
 # In a pod, Kubernetes sets PEMA_PORT to this for a Service named pema, and PEMA_GRPC_PORT for one named pema-grpc.
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+")
 
@@ -93,6 +95,24 @@ def is_of_kubernetes(variable: str, value: str) -> bool:
     return variable.upper().endswith("PORT") and _SERVICE_ADDRESS.fullmatch(value) is not None
 
 
+def _is_host_rule(text: str) -> bool:
+    """True if this is `*`, a host name, `*.` before one, or an IP address; a port does not count."""
+    bare = re.sub(r"\A\[(.*)\](:\d+)?\Z", r"\1", text)
+    return _HOST_RULE.fullmatch(text) is not None or ip_address(bare) is not None
+
+
+def _listening_address(text: str) -> str:
+    """An address to listen on, without the brackets of IPv6.
+
+    Raises:
+        ValueError: it is no name and no IP address.
+    """
+    bare = re.sub(r"\A\[(.*)\]\Z", r"\1", text)
+    if ip_address(bare) is None and not re.fullmatch(r"[\w.-]+", bare):
+        raise ValueError(f"{text!r} is no address; give an IP address or a name, without scheme, port and path")
+    return bare
+
+
 class _Settings(BaseSettings):
     # The title that a subclass adds is that of its flags in --help.
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", protected_namespaces=())
@@ -106,16 +126,17 @@ class _Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The sources of settings, without variables of Kubernetes and without space around values.
+        """The sources of settings, without variables of Kubernetes, empty ones, and space around values.
 
-        A value that is taken from a file, such as a mounted secret, often ends in a newline.
+        A value that is taken from a file, such as a mounted secret, often ends in a newline. Compose files set to
+        nothing what the owner has not set (`PEMA_REVISION=${REVISION:-}`).
         """
         for source in (env_settings, dotenv_settings):
             if isinstance(source, EnvSettingsSource):
                 source.env_vars = {
-                    name: value and value.strip()
+                    name: value.strip()
                     for name, value in source.env_vars.items()
-                    if not is_of_kubernetes(name, value or "")
+                    if value and value.strip() and not is_of_kubernetes(name, value)
                 }
         return init_settings, env_settings, dotenv_settings
 
@@ -252,9 +273,17 @@ class NetworkSettings(_Settings):
     @classmethod
     def _is_a_list(cls, value: Any) -> Any:
         names = tuple(filter(None, re.split(r"[,\s]+", value))) if isinstance(value, str) else value
-        if wrong := next((name for name in names if "/" in name), None):
-            raise ValueError(f"{wrong} is no host; give names as they stand in URLs, without scheme and path")
+        if wrong := next((name for name in names if not _is_host_rule(name)), None):
+            raise ValueError(
+                f"{wrong} is no host; give names as they stand in URLs, without scheme and path, such as "
+                "gpu.example.com, *.example.com or xn--mller-kva.example"
+            )
         return names
+
+    @field_validator("host")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        return _listening_address(value)
 
 
 class TlsSettings(_Settings):
@@ -423,6 +452,12 @@ class OperationSettings(_Settings):
         description="Address of --metrics-port, which asks for no key: every client that reaches it can read the "
         "metrics.",
     )
+
+    @field_validator("metrics_host")
+    @classmethod
+    def _is_an_address_of_metrics(cls, value: str) -> str:
+        return _listening_address(value)
+
     engine_timeout: Seconds = Field(
         default=600,
         gt=0,

@@ -28,7 +28,7 @@ class AllowedHosts:
     """
 
     def __init__(self, named: Sequence[str] = (), *, local_network: bool = False) -> None:
-        self._named = frozenset(name if ip_address(name) else _host(name) for name in named)
+        self._named = frozenset(_canonical(name if ip_address(name) else _host(name)) for name in named)
         self._local_network = local_network
 
     def check(self, host: str | None, origin: str | None = None) -> None:
@@ -56,7 +56,7 @@ class AllowedHosts:
         """
         if "*" in self._named:
             return True
-        host = _host(authority)
+        host = _canonical(_host(authority))
         if not host:
             return False
         if is_loopback(host) or host in self._named:
@@ -80,6 +80,11 @@ def metrics_hosts_for(settings: ServerSettings) -> AllowedHosts:
     """The rule of the metrics' port, which has neither keys nor TLS."""
     host = settings.metrics_host
     return AllowedHosts([*settings.allowed_hosts, host], local_network=not is_loopback(host))
+
+
+def _canonical(host: str) -> str:
+    """The shortest form of an IP address; a name as it is."""
+    return str(ip_address(host) or host)
 
 
 def _host(authority: str) -> str:

@@ -35,16 +35,19 @@ class Database:
         url: an SQLAlchemy URL, such as sqlite:////var/lib/pema/owner.db or postgresql+psycopg://owner@db/pema.
 
     Raises:
-        InvalidRequest: the URL is malformed, or its driver is not installed.
+        InvalidRequest: the URL is malformed or of a database in memory, or its driver is not installed.
         PemaError: the database cannot be opened.
     """
 
     def __init__(self, url: str) -> None:
         try:
             parsed = sa.make_url(url)
+            _require_file(parsed)
             timeouts = {"timeout": _BUSY_SECONDS} if is_sqlite(parsed) else _libpq_timeouts(parsed)
             options: dict[str, Any] = {} if is_sqlite(parsed) else {"pool_timeout": _BUSY_SECONDS}
             self._engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=timeouts, **options)
+        except InvalidRequest:
+            raise
         except (sa.exc.ArgumentError, ImportError, ValueError) as error:
             # The text of a bad port is not reported: it may be a part of a password.
             reason = "its port is no number" if isinstance(error, ValueError) else error
@@ -115,6 +118,19 @@ class Database:
             yield
         finally:
             self._writing.release()
+
+
+def _require_file(url: sa.URL) -> None:
+    """Refuse a SQLite database in memory, whose tenants would be gone with the process.
+
+    Raises:
+        InvalidRequest: the URL names such a database.
+    """
+    if is_sqlite(url) and (url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"):
+        raise InvalidRequest(
+            f"The store {url} would be in memory, and its tenants gone with this process.",
+            hint="Give the path of a file, as in sqlite:////var/lib/pema/owner.db.",
+        )
 
 
 def _libpq_timeouts(url: sa.URL) -> dict[str, Any]:

@@ -55,6 +55,8 @@ def create_app(
     """
     app = FastAPIOffline(
         redoc_url=None,
+        # A redirect names http:// where a proxy speaks TLS with the client, and the key would follow it in the clear.
+        redirect_slashes=False,
         swagger_ui_parameters={"validatorUrl": None},  # else the page would ask swagger.io
         title="PEMA PLM server",
         description=openapi.DESCRIPTION,

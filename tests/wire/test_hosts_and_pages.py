@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import httpx
@@ -18,7 +19,7 @@ from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.tenants.store import TenantStore
 from protocol.errors import Misdirected, from_problem
 from tests import guard
-from tests.support import serve
+from tests.support import empty_database, serve
 from tests.wire.test_service import checked_problem
 
 PATHS = ["/healthz", "/readyz", "/docs", "/openapi.json", "/v1/model", "/v1/tokenizer", "/v1/lm-head", "/nowhere"]
@@ -49,8 +50,9 @@ def test_loopback_is_answered_by_any_name(host: str, http: httpx.Client) -> None
     assert http.get("/v1/model", headers={"Host": host}).status_code == 200
 
 
-def test_with_keys_any_host_is_answered(tiny_service: PlmService) -> None:
-    with serve(tiny_service, access=TenantKeyAuthenticator(TenantStore("sqlite://"))) as url, guard.http(url) as client:
+def test_with_keys_any_host_is_answered(tiny_service: PlmService, tmp_path: Path) -> None:
+    access = TenantKeyAuthenticator(TenantStore(empty_database(tmp_path)))
+    with serve(tiny_service, access=access) as url, guard.http(url) as client:
         headers = {"Host": "plm.example.com", "Authorization": "Bearer no-key"}
         assert client.get("/v1/model", headers=headers).status_code == 401
         assert client.get("/healthz", headers=headers).status_code == 200

@@ -105,7 +105,9 @@ def test_an_unacceptable_accept_is_406(http: httpx.Client) -> None:
         assert type(checked_problem(response)) is errors.NotAcceptable
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("GET", "/v1/encode", 405)])
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", "/v1/nothing", 404), ("GET", "/v1/model/", 404), ("GET", "/v1/encode", 405)]
+)
 def test_unknown_calls_are_problems_too(http: httpx.Client, method: str, path: str, status: int) -> None:
     response = http.request(method, path)
     assert response.status_code == status

@@ -48,6 +48,7 @@ def test_other_hosts_are_refused(authority: str) -> None:
         (["gpu.example.com:8000"], "gpu.example.com:9000", True),
         (["fd00::7"], "[fd00::7]:8000", True),
         (["[fd00::7]"], "[fd00::7]:8000", True),
+        (["2001:DB8:0::1"], "[2001:db8::1]:8000", True),
     ],
 )
 def test_named_hosts_are_allowed(named: list[str], authority: str, allowed: bool) -> None:

@@ -97,7 +97,7 @@ def test_a_misspelt_name_is_reported(name: str, similar: str) -> None:
 
 
 def test_names_of_others_are_not_reported() -> None:
-    """Of the client, of the compose files, of the servers' processes, of tests, and old names."""
+    """Names of the client, the compose files, the servers' processes and tests, and old names, are known."""
     of_compose = set(re.findall(r"\bPEMA_[A-Z_]+\b", "".join(path.read_text() for path in COMPOSE)))
     assert len(of_compose) > 20
     of_client = {"PEMA_SERVER", "PEMA_API_KEY", "PEMA_CA", "PEMA_CLIENT_CERTIFICATE", "PEMA_CLIENT_KEY"}
@@ -123,10 +123,50 @@ def test_hosts_are_divided_by_commas(hosts: str, expected: tuple[str, ...], envi
     assert ServerSettings().allowed_hosts == expected
 
 
-def test_hosts_are_no_urls(environment: dict[str, str]) -> None:
-    environment["PEMA_ALLOWED_HOSTS"] = "a.example,http://b.example"
-    with pytest.raises(ValidationError, match=r"http://b\.example is no host"):
+@pytest.mark.parametrize(
+    "host", ["http://b.example", ".b.example", "b*.example", "müller.example", '"b.example"', "b.example;c.example"]
+)
+def test_rules_that_match_no_host_are_refused(host: str, environment: dict[str, str]) -> None:
+    environment["PEMA_ALLOWED_HOSTS"] = f"a.example,{host}"
+    with pytest.raises(ValidationError, match=f"{re.escape(host)} is no host"):
         ServerSettings()
+
+
+@pytest.mark.parametrize(
+    "host", ["*", "*.b.example", "b.example.:8000", "10.0.0.7", "10.0.0.7:80", "fd00::7", "[::1]:1"]
+)
+def test_rules_for_hosts_are_taken(host: str, environment: dict[str, str]) -> None:
+    environment["PEMA_ALLOWED_HOSTS"] = host
+    assert ServerSettings().allowed_hosts == (host,)
+
+
+@pytest.mark.parametrize("setting", ["host", "metrics_host"])
+def test_an_address_to_listen_on_has_no_more_than_the_host(setting: str, environment: dict[str, str]) -> None:
+    for value, read in {"[::1]": "::1", "::": "::", "0.0.0.0": "0.0.0.0", "localhost": "localhost"}.items():  # noqa: S104
+        environment[f"PEMA_{setting.upper()}"] = value
+        assert getattr(ServerSettings(), setting) == read
+    for value in ("http://127.0.0.1", "127.0.0.1:8000", "*", "my host"):
+        environment[f"PEMA_{setting.upper()}"] = value
+        with pytest.raises(ValidationError, match="is no address"):
+            ServerSettings()
+
+
+@pytest.mark.parametrize("value", ["", " ", "\n"])
+def test_an_empty_variable_is_not_set(value: str, environment: dict[str, str], tmp_path: Path) -> None:
+    """As compose files set it, for what the owner has not set."""
+    (tmp_path / ".env").write_text(f"PEMA_REVISION={value}\nPEMA_DTYPE=\nPEMA_METRICS_PORT\n")
+    names = [f"PEMA_{name.upper()}" for name in ServerSettings.model_fields]
+    expected = ServerSettings(_env_file=None)
+    environment |= dict.fromkeys(names, value)
+    assert ServerSettings() == expected
+
+
+@pytest.mark.parametrize("value", ['"0123456789"', "'0123456789'", ' "0123456789"\n'])
+def test_quotes_around_a_value_are_reported(value: str) -> None:
+    (line,) = variable_warnings({"PEMA_MASTER_SECRET": value})
+    assert "PEMA_MASTER_SECRET" in line
+    assert "quotes" in line
+    assert "0123" not in line
 
 
 @pytest.mark.parametrize("value", ["tcp://10.0.0.7:8000", "1\n"])

@@ -103,6 +103,9 @@ def test_mistakes_are_told(store: TenantStore, url: str, tmp_path: Path) -> None
             change("nobody")
     with pytest.raises(InvalidRequest, match="URL is not usable"):
         TenantStore("owner.db")
+    for forgetful in ("sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true"):
+        with pytest.raises(InvalidRequest, match="in memory"):
+            TenantStore(forgetful)
     (tmp_path / "text.db").write_text("this is no database, but a text that is long enough to be read as one" * 20)
     with pytest.raises(PemaError, match="cannot be used: file is not a database"):
         TenantStore(f"sqlite:///{tmp_path}/text.db")
