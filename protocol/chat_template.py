@@ -26,6 +26,8 @@ TOOL_TEMPLATE = "tool_use"
 """Name of the chat template that transformers prefers where there are tools."""
 _BRACKETED = re.compile(r"[^\w\s].*\w.*[^\w\s]")
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+# A text that no template has a reason to change.
+_TEXT = "Answer in one word."
 # The first code point of the planes for private use.
 _FIRST_PRIVATE = 0xF0000
 
@@ -136,12 +138,12 @@ class ChatTemplate:
     @cached_property
     def takes_system_turn(self) -> bool:
         """False if the template refuses a system turn, or leaves its text out."""
-        text = "Answer in one word."
-        messages = [{"role": "system", "content": text}, {"role": "user", "content": "Hello"}]
-        try:
-            return text in self.render(messages, add_generation_prompt=True).text
-        except InvalidData:
-            return False
+        return self._writes_first([{"role": "system", "content": _TEXT}, {"role": "user", "content": "Hello"}])
+
+    @cached_property
+    def takes_user_turn(self) -> bool:
+        """False if the template leaves a user's text out. Some read only contents that are lists of parts."""
+        return self._writes_first([{"role": "user", "content": _TEXT}])
 
     def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> MarkedText:
         """The conversation as the template writes it, with the special tokens that the template wrote.
@@ -177,9 +179,18 @@ class ChatTemplate:
             )
         return rendered
 
+    def _writes_first(self, messages: Sequence[ChatMessage]) -> bool:
+        """True if the template writes the first text as it is."""
+        try:
+            return messages[0]["content"] in self.render(messages, add_generation_prompt=True).text
+        except InvalidData:
+            return False
+
     def _run(self, variables: Mapping[str, Any]) -> str:
         try:
-            return render_within_bounds(self._template, variables)
+            text = render_within_bounds(self._template, variables)
+            text.encode()  # half of a surrogate pair is no text
+            return text
         except Exception as error:  # the template is foreign code: it may raise anything
             raise InvalidData(
                 f"The model's chat template refuses the messages: {_one_line(error)}", hint='Try `format = "plain"`.'

@@ -40,9 +40,12 @@ def render_prompt(messages: Sequence[ChatMessage], template: ChatTemplate) -> Pr
     """The prompt for the assistant's next turn. A system turn that the template refuses goes before the user's text.
 
     Raises:
-        InvalidData: the template refuses the messages.
+        InvalidData: the template refuses the messages, or leaves their texts out.
     """
-    text = template.render(fold_system_turn(messages, template), add_generation_prompt=True)
+    messages = fold_system_turn(messages, template)
+    text = template.render(messages, add_generation_prompt=True)
+    if not template.takes_user_turn:
+        raise InvalidData("The model's chat template leaves out the user's text.", hint='Try `format = "plain"`.')
     return Prompt(text.text, text.special_spans, with_special_tokens=False)
 
 

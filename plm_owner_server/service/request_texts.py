@@ -52,17 +52,20 @@ class RequestTexts:
         """Token ids of a text as a user's turn of the model's chat template, up to where the answer begins.
 
         Raises:
-            Unsupported: the model has no chat template.
+            Unsupported: the model has no chat template, or one that leaves the text out.
             InvalidRequest: the template refuses the text, or the LM head has no row for a token.
         """
         if not self._bundle.chat_templates:
             raise Unsupported("The model has no chat template.", hint="Use the template 'plain'.")
         try:
-            rendered = self._chat_template.render([{"role": "user", "content": text}], add_generation_prompt=True)
+            template = self._chat_template
+            rendered = template.render([{"role": "user", "content": text}], add_generation_prompt=True)
         except InvalidData as error:  # its message may hold the text
             raise InvalidRequest(
                 "The model's chat template cannot be used for this text.", hint="Use the template 'plain'."
             ) from error
+        if not template.takes_user_turn:
+            raise Unsupported("The model's chat template leaves out the text.", hint="Use the template 'plain'.")
         return self.token_ids(rendered, with_special_tokens=False)
 
     @cached_property

@@ -50,7 +50,7 @@ class Task(BaseModel):
         source_label: label of source texts in the format `plain`.
         target_label: label of targets in the format `plain`.
         format: `plain` or `chat`.
-        stop: text that ends an answer; None for a newline in `plain`, and in `chat` for the end of a turn.
+        stop: text that ends an answer; None or empty for a newline in `plain`, and in `chat` for the end of a turn.
         examples: in-context examples that every prompt shows.
         instruction_role: in `chat`, whose turn has the instruction: the first `user` turn, or a `system` turn where
             the template takes one. The default stays `user`, because adapters without the field learned such prompts.
@@ -88,6 +88,15 @@ class Task(BaseModel):
             raise ValueError(f"template_arguments cannot set {', '.join(wrong)}")
         return self
 
+    @model_validator(mode="after")
+    def _check_characters(self) -> Self:
+        for name, value in self.model_dump().items():
+            try:
+                json.dumps(value, ensure_ascii=False, default=str).encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{name} has half of a surrogate pair") from error
+        return self
+
     @property
     def stop_text(self) -> str | None:
         """The text that ends an answer; None if only the model or its chat template ends it."""
@@ -120,8 +129,8 @@ class Task(BaseModel):
             return self.prompt(source, tokenizer), MarkedText(f" {target}{self.stop_text}")
         template = self._chat_template(tokenizer)
         turn = render_assistant_turn(self._messages(source), target, template)
-        if self.stop is not None:
-            return turn.prompt, turn.text + MarkedText(self.stop)
+        if self.stop_text:
+            return turn.prompt, turn.text + MarkedText(self.stop_text)
         end = end_of_assistant_turn(template)
         if turn.end.text and turn.end != end:
             raise InvalidData(

@@ -178,6 +178,26 @@ def test_a_template_that_rewrites_history_is_refused() -> None:
         task.prompt_and_target("a", "b", tokenizer)
 
 
+def test_a_template_that_leaves_texts_out_is_refused() -> None:
+    template = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    family = Family(template, "")
+    with pytest.raises(InvalidData, match="leaves out the user's text"):
+        task_for(family).prompt("a", family.tokenizer())
+
+
+def test_a_template_that_writes_no_characters_is_refused() -> None:
+    family = Family("{{ '%c' | format(0xD800) }}{{ messages[-1].content }}", "")
+    with pytest.raises(InvalidData, match="template refuses the messages"):
+        task_for(family).prompt("a", family.tokenizer())
+
+
+def test_an_empty_stop_is_none() -> None:
+    tokenizer = FAMILIES["chatml"].tokenizer()
+    empty, none = (task_for(FAMILIES["chatml"], stop=stop) for stop in ("", None))
+    assert empty.prompt_and_target("a", "b", tokenizer) == none.prompt_and_target("a", "b", tokenizer)
+    assert empty.stops(tokenizer, [EOS]) == none.stops(tokenizer, [EOS])
+
+
 def test_a_switch_of_the_template() -> None:
     family = FAMILIES["qwen-3"]
     assert not task_for(family, template_arguments={}).prompt("a", family.tokenizer()).text.endswith("</think>\n\n")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from data_owner_client.data.stops import Stops
@@ -56,6 +57,22 @@ def test_a_bad_task_file_is_explained(tmp_path: Path, text: str, message: str) -
         load_task(path)
     with pytest.raises(InvalidData, match="contemporary-english"):
         load_task("no-such-task")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"instruction": "\ud800"},
+        {"examples": [{"source": "\ud800", "target": "x"}]},
+        {"stop": "\udce9"},
+        {"format": "chat", "tools": [{"name": "\ud800"}]},
+        {"format": "chat", "template_arguments": {"a": {"\ud800": 1}}},
+    ],
+)
+def test_half_a_surrogate_pair_is_named_by_its_field(fields: dict[str, object]) -> None:
+    *_, name = fields
+    with pytest.raises(ValidationError, match=f"{name} has half of a surrogate pair"):
+        Task.model_validate({"name": "t", **fields})
 
 
 def test_plain_prompt(tokenizer: PlmTokenizer) -> None:

@@ -46,6 +46,15 @@ def test_a_head_without_rows_for_the_models_own_tokens_is_refused() -> None:
         texts(plain, highest)
 
 
+def test_a_chat_template_that_leaves_texts_out_is_refused() -> None:
+    plain = KINDS["llama"]()
+    template = "{% for part in messages[0].content %}{{ part.text }}{% endfor %}"
+    with_template = bundle(plain).model_copy(update={"chat_template": template})
+    served = RequestTexts(with_template, plain.get_vocab_size())
+    with pytest.raises(Unsupported, match="leaves out the text"):
+        served.chat_token_ids("hello")
+
+
 def test_names_show_spaces_and_special_tokens() -> None:
     plain = KINDS["llama"]()
     served = texts(plain, plain.get_vocab_size())
