@@ -66,7 +66,7 @@ class TrainingSettings:
     retrieved_examples: Annotated[int, Ge(0), Unit("pairs")] | None = None
     gate: bool = True
     search: bool = True
-    minutes: Annotated[float, Ge(0), Unit("minutes")] = 15.0
+    minutes: Annotated[float, Ge(0), Le(100_000), Unit("minutes")] = 15.0
     selection_texts: Annotated[int, Ge(0), Unit("texts")] = 100
     head_contexts: Annotated[int, Ge(2), Unit("contexts")] | None = None
     full_vocabulary: bool = False

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from annotated_types import Ge, Unit
+from annotated_types import Ge, Le, Unit
 from cyclopts import Parameter
 
 from data_owner_client.runtime.declared_settings import require_in_bounds
@@ -32,7 +32,7 @@ class ConnectionSettings:
     ca: Annotated[Path | None, Parameter(env_var="PEMA_CA")] = None
     client_certificate: Annotated[Path | None, Parameter(env_var="PEMA_CLIENT_CERTIFICATE")] = None
     client_key: Annotated[Path | None, Parameter(env_var="PEMA_CLIENT_KEY")] = None
-    timeout: Annotated[float, Ge(0.1), Unit("seconds")] = 600.0
+    timeout: Annotated[float, Ge(0.1), Le(1_000_000), Unit("seconds")] = 600.0
     # Long enough for a server to be restarted with a large model, or to work off what it has.
     retry_for: Annotated[float, Ge(0), Unit("seconds")] = 300.0
 
@@ -43,9 +43,12 @@ class ConnectionSettings:
         for name in ("ca", "client_certificate", "client_key"):
             path = Path(str(getattr(self, name) or "").strip())
             object.__setattr__(self, name, None if path == Path() else path)
-        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable() and " " not in self.api_key):
+        key = self.api_key or ""
+        # `docker --env-file` keeps the quotes around a value.
+        in_quotes = len(key) > 1 and key[0] == key[-1] and key[0] in "\"'"
+        if in_quotes or " " in key or not (key.isascii() and key.isprintable()):
             raise InvalidRequest(
-                "The key in PEMA_API_KEY or --api-key has a space, or a character that no header can carry.",
+                "The key in PEMA_API_KEY or --api-key has quotes, a space, or a character that no header can carry.",
                 hint="Copy the key again, and nothing beside it.",
             )
 

@@ -1,11 +1,16 @@
 """The command line itself: names, values, messages and exit statuses. No command here reaches a server."""
 
+import errno
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from data_owner_client.cli import app, run
 from data_owner_client.cli.old_names import REMOVED_FLAGS, RENAMED_FLAGS, with_current_names
+from data_owner_client.cli.options import DEFAULT_SERVER, connected
 from data_owner_client.plm.connection.settings import ConnectionSettings
 from data_owner_client.runtime.declared_settings import declared_settings, varied_names
 from data_owner_client.training.settings import TrainingSettings
@@ -53,6 +58,8 @@ def test_a_removed_flag_is_refused_with_the_reason(flag: str, capsys: pytest.Cap
         (["sweep", "--kappa", "0.5", "--kappa", "2"], "for --kappa. Input should be less than or equal to 1."),
         (["translate", "--length-reward", "-1", "text"], 'Invalid value "-1.0" for --length-reward.'),
         (["info", "--timeout", "0"], 'Invalid value "0.0" for --timeout.'),
+        (["info", "--timeout", "inf"], 'Invalid value "inf" for --timeout.'),
+        (["train", "--minutes", "inf"], 'Invalid value "inf" for --minutes.'),
         (["info", "--bogus"], "Unknown option: --bogus."),
         (["info", "more"], "Unexpected argument 'more'."),
         (["info", "--server"], "--server requires an argument."),
@@ -87,6 +94,49 @@ def test_an_error_of_the_work_is_one_line_and_status_1(
     assert run(arguments) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize("file", ["disk/model.txt", None])
+def test_a_fault_of_the_machine_is_one_line(
+    file: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", file)
+
+    monkeypatch.setattr("data_owner_client.cli.connection.connected", fail)
+    assert run(["info"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"pema-client: {file or 'standard output or a file'} cannot be used: No space left")
+
+
+def test_an_empty_address_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("data_owner_client.plm.connect.connect", lambda server, *_, **__: asked.append(server))
+    for value in ("", " \n"):
+        monkeypatch.setenv("PEMA_SERVER", value)
+        _, bound, _ = app.parse_args(["info"])
+        connected(bound.arguments["server"], ConnectionSettings())
+    assert asked == [DEFAULT_SERVER] * 2
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&- 0<&-"])
+@pytest.mark.parametrize("program", ["data_owner_client", "plm_owner_server"])
+def test_closed_streams_are_no_reason_to_fail(program: str, closed: str) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m {program}.cli --version {closed}"
+    process = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=False)
+    assert process.returncode == 0
+    assert b"Traceback" not in process.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("program", ["data_owner_client", "plm_owner_server"])
+def test_a_full_disk_behind_standard_output_is_one_line(program: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", f"{program}.cli", "--version"]
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert "No space left on device" in line
 
 
 def test_verbose_stands_anywhere_and_logs_requests(capsys: pytest.CaptureFixture[str]) -> None:
