@@ -121,6 +121,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     except (BrokenPipeError, SystemExit):  # rich, which prints the help, ends the program where a pipe is broken
         standard_streams.flush()
         return 0
+    except OSError as error:  # such as a full disk
+        return _failed(standard_streams.fault_of(error), status=1)
     return status or 0
 
 

@@ -160,7 +160,8 @@ def connected(server: str, connection: ConnectionSettings, dtype: WireDtype = "f
     """The PLM of a server."""
     from data_owner_client.plm.connect import connect
 
-    return connect(server, connection, dtype=dtype)
+    # Compose files set to nothing what the user has not set.
+    return connect(server.strip() or DEFAULT_SERVER, connection, dtype=dtype)
 
 
 def sampling_of(sampling: SamplingSettings, *, samples: int, best: int, consensus: int) -> SamplingSettings | None:

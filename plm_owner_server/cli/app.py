@@ -35,6 +35,7 @@ def run() -> None:
     try:
         arguments = with_current_names(sys.argv[1:])
         CliApp.run(Command, cli_args=arguments, cli_settings_source=HelpSource(Command, "pema-server"))
+        sys.stdout.flush()
     except PemaError as error:
         sys.exit(f"pema-server: {error}")
     except ValidationError as error:
@@ -47,5 +48,7 @@ def run() -> None:
         sys.exit(f"pema-server: {words}: {message}. See pema-server --help.")
     except BrokenPipeError:
         pass  # the reader of the output, such as head, has gone
+    except OSError as error:  # such as a full disk
+        sys.exit(f"pema-server: {standard_streams.fault_of(error)}")
     finally:
         standard_streams.flush()

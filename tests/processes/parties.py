@@ -109,7 +109,7 @@ def end(process: subprocess.Popen[str], *, within_s: float = 120) -> int:
     """The exit status of a client that was left to itself: 0, or 1 with one clear line."""
     _, errors = process.communicate(timeout=within_s)
     assert process.returncode in (0, 1), errors[-3000:]
-    assert "Traceback" not in errors
+    assert "Traceback" not in errors, errors[-3000:]
     if process.returncode == 1:
         line = errors.strip().splitlines()[-1]
         assert line.startswith("pema-client: "), errors[-3000:]

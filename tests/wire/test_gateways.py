@@ -175,6 +175,16 @@ def test_a_redirect_is_not_followed_but_named(tiny_server: str, status: int, loc
     assert other.seen == []
 
 
+@pytest.mark.parametrize("path", ["/v1", "/docs", "/v1/model"])
+def test_a_path_that_is_not_the_servers_is_named(tiny_server: str, path: str) -> None:
+    with (
+        closing(open_connection(f"{tiny_server}{path}")) as connection,
+        pytest.raises(errors.InvalidRequest) as caught,
+    ):
+        connection.model_card()
+    assert caught.value.hint.endswith(f"Without it: {tiny_server}")
+
+
 def test_a_server_may_be_below_a_path(tiny_server: str) -> None:
     with http_gateway(tiny_server, most_bytes=10**6, status=404, prefix="/pema") as record:
         with closing(open_connection(f"http://127.0.0.1:{record.port}/pema/")) as connection:

@@ -200,6 +200,8 @@ class RestConnection:
         if is_problem(problem):
             error = from_problem(problem, response.status_code)
             error.request_id = error.request_id or request_id
+            if response.status_code == httpx.codes.NOT_FOUND and self._route.address.path:
+                error.hint = self._route.path_hint
             return error
         after, location = response.headers.get("retry-after", ""), response.headers.get("location", "")
         return self._route.gateway_error(

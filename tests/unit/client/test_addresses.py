@@ -114,6 +114,10 @@ NO_PROXY_CASES = [
     ("https://plm.example.com", True),
     ("intern, plm.example.com ,10.0.0.0/8", True),
     ("intern plm.example.com", True),
+    ("other.example.org;plm.example.com", True),
+    ("https://plm.example.com/", True),
+    ("plm*.example.com", True),
+    ("p*.example.org", False),
     ("", False),
     ("plm.example.com:8444", False),
     ("ample.com", False),
@@ -141,6 +145,9 @@ def test_exceptions_count_on_both_transports(
         ("10.1.2.3", "10.1.2.3", True),
         ("10.1.2.3", "10.1.2.3:8443", True),
         ("10.1.2.3", "10.1.2.3:1", False),
+        ("10.1.2.3", "10.1.*", True),
+        ("10.1.2.3", "10.2.*", False),
+        ("10.1.2.3", "*", True),
         ("10.1.2.3", "2.3", False),
         ("11.1.2.3", "10.0.0.0/8", False),
         ("[2001:db8::1]", "2001:db8::/32", True),
@@ -220,7 +227,9 @@ def test_space_around_a_file_is_left_out_and_nothing_is_none(name: str) -> None:
     assert ConnectionSettings(api_key=" \n").api_key is None
 
 
-@pytest.mark.parametrize("key", ["schlüssel", "two\nlines", "two words", "Bearer secret-word", "a\0b", "a\u200bb"])
+@pytest.mark.parametrize(
+    "key", ["schlüssel", "two\nlines", "two words", "Bearer secret-word", "a\0b", "a\u200bb", '"key"', "'key'"]
+)
 def test_a_key_that_no_header_can_carry_is_refused(key: str) -> None:
     with pytest.raises(InvalidRequest, match="PEMA_API_KEY or --api-key") as caught:
         ConnectionSettings(api_key=key)

@@ -11,6 +11,7 @@ import re
 import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import httpx
 
@@ -108,25 +109,26 @@ def _parse(value: str, source: str) -> Proxy:
 
 def _is_exempt(address: ServerAddress, proxies: dict[str, str]) -> bool:
     if "no" in proxies:
-        return any(_covers(entry, address) for entry in re.split(r"[,\s]+", proxies["no"].lower()) if entry)
+        return any(_covers(entry, address) for entry in re.split(r"[,;\s]+", proxies["no"].lower()) if entry)
     return bool(urllib.request.proxy_bypass(address.authority))  # the exceptions of macOS and Windows
 
 
 def _covers(entry: str, address: ServerAddress) -> bool:
     """True if an entry of NO_PROXY covers a server.
 
-    An entry is `*`, a name that covers the names below it, too (`example.com`, `.example.com`, `*.example.com`), an IP
-    address, or a network (`10.0.0.0/8`). A name or an address may have a port. A scheme before it does not count.
+    An entry is a name that covers the names below it, too (`example.com`, `.example.com`, `*.example.com`), an IP
+    address, a network (`10.0.0.0/8`), or a pattern (`*`, `10.0.*`). A name or an address may have a port. A scheme
+    before it and a slash behind it do not count.
     """
-    entry = entry.rpartition("://")[2]
-    if entry == "*":
-        return True
+    entry = entry.rpartition("://")[2].rstrip("/")
     ip, network = ip_address(address.host), _network(entry.strip("[]"))
     if network is not None:
         return ip is not None and ip in network
     name, _, port = entry.rpartition(":") if re.search(r":\d+$", entry) else (entry, "", "")
     if port and int(port) != address.port:
         return False
+    if "*" in name and fnmatchcase(address.host, name):
+        return True
     if ip is not None:
         return ip == ip_address(name.strip("[]"))
     name, host = name.removeprefix("*").strip("."), address.host.strip(".")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from data_owner_client.plm.connection.network.address import ServerAddress
@@ -117,6 +117,11 @@ class Route:
         return kind(
             f"No answer from {self.address.url}{through} ({name}). {reason}".rstrip(), hint=hint, request_id=request_id
         )
+
+    @property
+    def path_hint(self) -> str:
+        """A hint for an address whose path is none of the server's, such as the /v1 of other servers' addresses."""
+        return f"Is the path of the address right? Without it: {replace(self.address, path='').url}"
 
     def _hint(self, *, slow: bool) -> str:
         if self.proxy is not None:
