@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -37,6 +39,7 @@ from data_owner_client.cli.options import (
 from data_owner_client.data.reading.settings import DEFAULT_READING
 from data_owner_client.decoding.settings import DEFAULT_DECODING, DEFAULT_SAMPLING
 from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION
+from data_owner_client.runtime.atomic_files import is_replaceable
 from protocol.errors import InvalidData
 
 if TYPE_CHECKING:
@@ -172,9 +175,12 @@ def _answer(texts: list[str] | None, options: _Options, run: partial[Generation]
     from data_owner_client.cli.output import stream_text, write_texts
 
     set_threads(options.threads)
+    _require_files(options)
     inputs = sources_of(texts, options.input_file, options.reading, trim=not verbatim)
     adapter = options.adapter()
     arguments, own = options.arguments(adapter), run.keywords
+    if options.best > 1 and not options.as_json:
+        raise InvalidData("Only JSON has room for several texts of each input.", hint="Say --json, or no --best.")
     with connected(options.server, options.connection, options.dtype) as plm:
         run = partial(run, plm, **arguments)
         if options.stream:
@@ -182,7 +188,8 @@ def _answer(texts: list[str] | None, options: _Options, run: partial[Generation]
             stream_text(inputs, run)
         else:
             identity = [run.func.__name__, plm.card.digest, own, *options.changing(adapter)]
-            files = options.output, options.as_json, options.explain
+            output = None if options.output == Path("-") else options.output
+            files = output, options.as_json, options.explain
             write_texts(
                 inputs,
                 run,
@@ -200,3 +207,20 @@ def _require_one(options: _Options) -> None:
             "--stream shows a text as it grows, and of several the best is known at the end.",
             hint="Leave --consensus and --samples away.",
         )
+    if options.output is not None or options.as_json or options.explain is not None:
+        raise InvalidData(
+            "--stream shows a text on standard output alone.", hint="Leave --output, --json and --explain away."
+        )
+
+
+def _require_files(options: _Options) -> None:
+    """Refuse files that would overwrite each other or the input, and folders in their place, before the work."""
+    files = {"--input": options.input_file, "--output": options.output, "--explain": options.explain}
+    places: dict[str, str] = {}
+    for name, path in files.items():
+        if path is None or path == Path("-"):
+            continue
+        if path.is_dir():
+            raise InvalidData(f"{path} is a folder.", hint=f"Give a file as {name}.")
+        if is_replaceable(path) and (other := places.setdefault(os.path.realpath(path), name)) != name:
+            raise InvalidData(f"{name} would overwrite the file of {other}.", hint=f"Give another {name}.")

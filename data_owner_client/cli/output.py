@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_owner_client.data.reading.problems import Problems, text_origin
-from data_owner_client.runtime.atomic_files import write_atomically
+from data_owner_client.runtime.atomic_files import is_replaceable, write_atomically
 from data_owner_client.runtime.console import print_table
 from data_owner_client.runtime.progress_display import stderr_reporter
 from data_owner_client.runtime.resumable_output import ResumableOutput, one_line
@@ -49,7 +49,7 @@ def write_texts(
     `skip_invalid`, the line of a text that cannot be answered is empty, and their number is logged.
     """
     problems = Problems()
-    if output is not None and not as_json and explain is None:
+    if output is not None and is_replaceable(output) and not as_json and explain is None:
         from data_owner_client.decoding.speculative import GenerationStats
 
         usage, reporter = GenerationStats(), stderr_reporter()

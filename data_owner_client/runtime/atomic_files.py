@@ -11,21 +11,33 @@ from typing import IO
 from protocol.errors import InvalidData
 
 
+def is_replaceable(path: Path) -> bool:
+    """True for a regular file or a free name; False for pipes, folders, and devices such as `/dev/null`."""
+    return path.is_file() or not path.exists()
+
+
 @contextmanager
 def open_atomically(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing under a temporary name; at the end, flush it to the disk and rename it.
 
+    A link stays, and the file that it names is replaced. A pipe or device is written to as it is.
+
     Raises:
         InvalidData: the disk is full, or the folder is not writable.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not is_replaceable(path):
+            with path.open("wb") as file:
+                yield file
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(partial, target)
     except OSError as error:
         raise InvalidData(
             f"{path} cannot be written: {error.strerror}.",

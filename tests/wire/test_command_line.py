@@ -5,6 +5,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,39 @@ def test_a_file_with_a_text_that_is_too_long_goes_on_once_it_is_mended(url: str,
     assert sorted(tmp_path.iterdir()) == [source, output]
 
 
+def test_outputs_take_no_others_place(url: str, task: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.txt", tmp_path / "out.txt"
+    source.write_text("the thin\n")
+    (tmp_path / "link.txt").symlink_to(source)
+    arguments = ["--task", task, "--input", source, "--max-new-tokens", 4]
+    for more, words in (
+        (["--output", source], "--output would overwrite the file of --input"),
+        (["--output", tmp_path / "link.txt"], "--output would overwrite the file of --input"),
+        (["--output", output, "--explain", output], "--explain would overwrite the file of --output"),
+        (["--output", tmp_path], "is a folder"),
+        (["--explain", tmp_path], "is a folder"),
+    ):
+        done = client(url, "translate", *arguments, *more)
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()  # before the work
+        assert words in line
+    assert source.read_text() == "the thin\n"
+    expected = client(url, "translate", *arguments).stdout
+    assert client(url, "translate", *arguments, "--output", "-").stdout == expected
+    # Links stay, and pipes are written to.
+    (tmp_path / "latest.txt").symlink_to(output)
+    assert client(url, "translate", *arguments, "--output", tmp_path / "latest.txt").returncode == 0
+    assert (tmp_path / "latest.txt").is_symlink()
+    assert output.read_text() == expected
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert client(url, "translate", *arguments, "--output", tmp_path / "pipe").returncode == 0
+        assert os.read(reader, 1000).decode() == expected
+    finally:
+        os.close(reader)
+
+
 def test_stream_and_explain(url: str, adapter: Path, tmp_path: Path) -> None:
     arguments = ["--adapter", adapter, "--schedule", "constant", "--lambda-max", 0.6, "--dtype", "float32"]
     (plain,) = client_json(url, "translate", *arguments, "the thin")["texts"]
@@ -285,6 +319,9 @@ def test_sampling_and_lookup(url: str, adapter: Path, task: Path, pairs: Path, t
         (["--temperature", 1, "--best", 2], "Give more --samples"),
         (["--temperature", 1, "--samples", 2, "--consensus", 4], "Give one of them"),
         (["--consensus", 4, "--stream"], "Leave --consensus"),
+        (["--temperature", 1, "--samples", 4, "--best", 2], "Say --json"),
+        (["--json", "--stream"], "--stream shows a text on standard output"),
+        (["--stream", "--output", tmp_path / "out.txt"], "--stream shows a text on standard output"),
     ):
         done = client(url, "translate", "--adapter", adapter, *arguments, "the thin")
         assert done.returncode == 1
