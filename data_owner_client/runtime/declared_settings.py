@@ -34,7 +34,7 @@ class DeclaredSetting:
         name: name of the field.
         annotation: annotation of the field, with its metadata.
         default: default value.
-        sentence: sentence about the field in the class docstring.
+        sentence: sentence about the field in the class docstring; empty where Python drops docstrings (`-OO`).
     """
 
     name: str
@@ -64,7 +64,7 @@ def declared_settings(settings: Any) -> tuple[DeclaredSetting, ...]:
     """The settings that a dataclass declares, in its order."""
     hints, sentences = get_type_hints(settings, include_extras=True), attribute_sentences(settings)
     return tuple(
-        DeclaredSetting(field.name, hints[field.name], field.default, sentences[field.name])
+        DeclaredSetting(field.name, hints[field.name], field.default, sentences.get(field.name, ""))
         for field in fields(settings)
     )
 

@@ -225,7 +225,12 @@ def _gib(files: Mapping[str, int]) -> float:
 
 
 def _hub_error(hub_id: str, revision: str | None, error: Exception) -> InvalidRequest:
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if isinstance(error, RevisionNotFoundError):
         return InvalidRequest(
@@ -242,8 +247,11 @@ def _hub_error(hub_id: str, revision: str | None, error: Exception) -> InvalidRe
         reason = f"the hub was not reached, and its cache on this machine has no copy{version}"
     elif isinstance(error, OSError) and error.strerror:  # such as a full disk
         reason = f"could not be stored: {error.strerror}"
+    spelling = "Check the spelling."
+    if isinstance(error, HFValidationError):
+        spelling = "A hub id is owner/model, without an address; a branch, tag or commit goes into --revision."
     return InvalidRequest(
         f"{hub_id!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a local folder or .gguf file, "
         f"and {reason}.",
-        hint="Check the spelling. A private model needs HF_TOKEN; an offline machine needs a local folder.",
+        hint=f"{spelling} A private model needs HF_TOKEN; an offline machine needs a local folder.",
     )

@@ -138,6 +138,18 @@ def test_exceptions_count_on_both_transports(
     assert (proxy_for(ServerAddress.parse(f"{scheme}://plm.example.com:8443")) is None) == exempt
 
 
+def test_exceptions_of_grpc_go_before_those_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://proxy.example.com:3128")
+    monkeypatch.setenv("no_proxy", "a.example")
+    monkeypatch.setenv("no_grpc_proxy", "b.example")
+    exempt = {
+        (scheme, host): proxy_for(ServerAddress.parse(f"{scheme}://{host}:8443")) is None
+        for scheme in ("https", "grpcs")
+        for host in ("a.example", "b.example")
+    }
+    assert [key for key, value in exempt.items() if value] == [("https", "a.example"), ("grpcs", "b.example")]
+
+
 @pytest.mark.parametrize(
     ("host", "value", "exempt"),
     [

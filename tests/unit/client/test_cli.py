@@ -128,6 +128,16 @@ def test_closed_streams_are_no_reason_to_fail(program: str, closed: str) -> None
     assert b"Traceback" not in process.stderr
 
 
+@pytest.mark.parametrize("program", ["data_owner_client", "plm_owner_server"])
+def test_the_programs_run_without_docstrings(program: str) -> None:
+    """As with PYTHONOPTIMIZE=2, in containers that save memory."""
+    verb = "train" if program == "data_owner_client" else "serve"
+    command = [sys.executable, "-OO", "-m", f"{program}.cli", verb, "--help"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "--" in process.stdout
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("program", ["data_owner_client", "plm_owner_server"])
 def test_a_full_disk_behind_standard_output_is_one_line(program: str) -> None:

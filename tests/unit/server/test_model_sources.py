@@ -44,7 +44,15 @@ def test_an_unknown_name_is_a_clear_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="gemma-3-270m") as caught:
         resolve(name, tmp_path)
     assert repr(name) in caught.value.detail
-    assert "spelling" in caught.value.hint
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["https://huggingface.co/org/model", "hf.co/org/model:Q4_K_M", "org/model@main"])
+def test_what_is_no_hub_id_says_how_one_looks(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        resolve(name, tmp_path)
+    assert "owner/model" in caught.value.hint
+    assert "--revision" in caught.value.hint
 
 
 def test_a_missing_package_is_named_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

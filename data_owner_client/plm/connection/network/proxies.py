@@ -60,7 +60,8 @@ def proxy_for(address: ServerAddress) -> Proxy | None:
     """The proxy for a server, from the environment, or on macOS and Windows from the system; None for none.
 
     What goes to this machine takes none. Of the variables `grpc_proxy` (gRPC only), `http_proxy` or, with TLS,
-    `https_proxy`, and `all_proxy`, the first that is set counts. Names in small letters go before those in capitals.
+    `https_proxy`, and `all_proxy`, the first that is set counts. `no_proxy` lists exceptions, or for gRPC
+    `no_grpc_proxy` if it is set. Names in small letters go before those in capitals.
 
     Raises:
         InvalidRequest: the variable holds no URL of a proxy, or gRPC cannot use this one.
@@ -108,8 +109,9 @@ def _parse(value: str, source: str) -> Proxy:
 
 
 def _is_exempt(address: ServerAddress, proxies: dict[str, str]) -> bool:
-    if "no" in proxies:
-        return any(_covers(entry, address) for entry in re.split(r"[,;\s]+", proxies["no"].lower()) if entry)
+    kind = "no_grpc" if address.is_grpc and "no_grpc" in proxies else "no"
+    if kind in proxies:
+        return any(_covers(entry, address) for entry in re.split(r"[,;\s]+", proxies[kind].lower()) if entry)
     return bool(urllib.request.proxy_bypass(address.authority))  # the exceptions of macOS and Windows
 
 
