@@ -30,7 +30,8 @@ _WITHOUT_EFFECT = frozenset(
         *("layerdrop", "resid_pdrop", "activation_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob"),
         *("bos_token_id", "eos_token_id", "use_cache", "output_attentions", "output_hidden_states", "return_dict"),
         *("dtype", "torch_dtype"),  # the server's own setting decides
-        *("id2label", "label2id"),
+        *("id2label", "label2id", "finetuning_task", "problem_type", "task_specific_params", "tokenizer_class"),
+        *("auto_map", "transformers.js_config"),  # of code that is not run here
     }
 )
 _DIGEST = re.compile("[0-9a-f]{64}")

@@ -83,6 +83,8 @@ def test_the_writing_of_the_configuration_does_not_change_it(folder: Path) -> No
     path.write_text(json.dumps(dict(reversed(config.items())), indent=7))
     assert digest_folder(folder) == original
     config |= {"theta": 10000, "transformers_version": "4.1", "_name_or_path": "elsewhere", "torch_dtype": "bfloat16"}
+    config |= {"transformers.js_config": {"dtype": "q4"}, "auto_map": {"AutoConfig": "own.Config"}}
+    config |= {"task_specific_params": {"text-generation": {"max_length": 50}}, "tokenizer_class": "LlamaTokenizer"}
     config["text_config"] = {"width": 8, "eos_token_id": [1, 2], "use_cache": False}
     path.write_text(json.dumps(config))
     assert digest_folder(folder) == original
