@@ -138,7 +138,9 @@ class _Records:
             return json_lines(self._source)
         if self._kind == "json":
             return json_values(self._source, partial(has_form, settings=self._settings))
-        return table_records(self._source, self._kind == "tsv", self._settings, need_targets=self._need_targets)
+        return table_records(
+            self._source, self._kind == "tsv", self._settings, need_targets=self._need_targets, trim=self._trim
+        )
 
     def _pair(self, record: dict[str, Any], origin: Origin) -> Pair:
         try:

@@ -32,7 +32,9 @@ def tsv_rows(source: Source) -> Iterator[tuple[int, Row | InvalidText]]:
         yield number, _decoded(line.rstrip("\r\n").split("\t"))
 
 
-def csv_rows(source: Source, knows_columns: Callable[[Row], bool]) -> Iterator[tuple[int, Row | InvalidText]]:
+def csv_rows(
+    source: Source, knows_columns: Callable[[Row], bool], *, trim: bool = True
+) -> Iterator[tuple[int, Row | InvalidText]]:
     """Number of the first line and fields of each row, or what is wrong with it.
 
     The delimiter is a comma, or the semicolon or tab that the first line needs.
@@ -40,6 +42,7 @@ def csv_rows(source: Source, knows_columns: Callable[[Row], bool]) -> Iterator[t
     Args:
         source: the file.
         knows_columns: says if the columns of a first row are those of a file with texts.
+        trim: spaces before a field do not count, also before quotation marks.
 
     Raises:
         InvalidData: quotation marks are out of place in many rows.
@@ -53,12 +56,12 @@ def csv_rows(source: Source, knows_columns: Callable[[Row], bool]) -> Iterator[t
     else:
         delimiter = _delimiter(first[1], knows_columns)
         lines = _prepended(first, lines)
-    yield from _balanced_rows(source.name, lines, delimiter)
+    yield from _balanced_rows(source.name, lines, delimiter, trim=trim)
 
 
 def _delimiter(line: str, knows_columns: Callable[[Row], bool]) -> str:
     def fit(delimiter: str) -> tuple[bool, bool]:
-        row = next(csv.reader([line], delimiter=delimiter), [])
+        row = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
         return knows_columns([name.strip() for name in row]), len(row) > 1
 
     try:
@@ -68,7 +71,7 @@ def _delimiter(line: str, knows_columns: Callable[[Row], bool]) -> str:
 
 
 def _balanced_rows(
-    name: str, lines: Iterator[tuple[int, str]], delimiter: str
+    name: str, lines: Iterator[tuple[int, str]], delimiter: str, *, trim: bool
 ) -> Iterator[tuple[int, Row | InvalidText]]:
     again, row_lines = deque[tuple[int, str]](), list[tuple[int, str]]()
 
@@ -80,7 +83,7 @@ def _balanced_rows(
     unbalanced = 0
     while True:
         try:
-            for row in csv.reader(texts(), delimiter=delimiter, strict=True):
+            for row in csv.reader(texts(), delimiter=delimiter, strict=True, skipinitialspace=trim):
                 number = row_lines[0][0]
                 row_lines.clear()
                 yield number, _decoded(row)
@@ -122,7 +125,7 @@ def _prepended(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Itera
 
 
 def table_records(
-    source: Source, is_tsv: bool, settings: ReadingSettings, *, need_targets: bool
+    source: Source, is_tsv: bool, settings: ReadingSettings, *, need_targets: bool, trim: bool = True
 ) -> Iterator[tuple[int, dict[str, Any] | InvalidText]]:
     """Yield the number of the first line and the fields by column of each row, or what is wrong with it.
 
@@ -131,6 +134,7 @@ def table_records(
         is_tsv: whether it is TSV; else it is CSV.
         settings: settings of reading. Without a header, columns have the names `1`, `2` and so on.
         need_targets: whether a column of targets is needed.
+        trim: remove spaces around texts.
 
     Raises:
         InvalidData: the header does not name the columns that are needed.
@@ -143,7 +147,7 @@ def table_records(
         return False
 
     names: Row = []
-    for number, row in tsv_rows(source) if is_tsv else csv_rows(source, knows):
+    for number, row in tsv_rows(source) if is_tsv else csv_rows(source, knows, trim=trim):
         if isinstance(row, InvalidText):
             if not names:
                 raise InvalidData(f"{source.name}:{number} has {row.kind}.", hint=row.hint)

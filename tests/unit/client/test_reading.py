@@ -72,6 +72,11 @@ CONTAINERS: dict[str, str | bytes] = {
     "bom.csv": "\ufeff" + table(",", ROWS),
     "line-feeds.csv": table(",", ROWS).replace("\r\n", "\n"),
     "carriage-returns.csv": table(",", ROWS).replace("\r\n", "\r"),
+    "spaces-before-quotes.csv": "source, target\n"
+    + "".join(
+        '"{}",  "{}"\n'.format(*(text.replace('"', '""') for text in (pair.source, pair.target or "")))
+        for pair in PAIRS
+    ),
     "spaces.csv": table(",", [[" id", " source ", "target "], *ROWS[1:]]),
     "literal.tsv": "".join("\t".join(row) + "\r\n" for row in ROWS),
     "unnamed-tabs": "".join("\t".join(row) + "\n" for row in ROWS),
