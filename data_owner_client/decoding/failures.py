@@ -38,7 +38,13 @@ class TextFailures:
                 self._on_failure(number, error)
 
     def each(self, texts: Sequence[str], work: Callable[[int, str], _T]) -> list[_T]:
-        """The results of `work` for the index and text of all texts that are not blank and do not fail."""
+        """The results of `work` for the index and text of all texts that are not blank and do not fail.
+
+        Raises:
+            InvalidData: `texts` is a single text, whose characters would be answered one by one.
+        """
+        if isinstance(texts, str):
+            raise InvalidData("One text was given in place of several.", hint="Give a list with it.")
         results = []
         for number, text in enumerate(texts):
             with self.caught(number):

@@ -84,7 +84,7 @@ class GenerationOptions(TypedDict, total=False):
     Attributes:
         interpolation: schedule or gate of λ; None for the one that training chose.
         decoding: length, bounds, look-ahead and batch size.
-        stop: texts before which a text ends, beside the other stops.
+        stop: text, or several, before which a text ends, beside the other stops.
         lookup: drafter from a memory's targets (`ngram_drafter_for`); the PLM's owner sees its drafts. None for none.
         sampling: settings of sampling; None for the most probable tokens. The text depends on the seed, not on drafts.
         samples: texts to draw for each input.
@@ -101,7 +101,7 @@ class GenerationOptions(TypedDict, total=False):
 
     interpolation: Interpolation | None
     decoding: DecodingSettings
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     lookup: NgramDrafter | None
     sampling: SamplingSettings | None
     samples: int
@@ -119,7 +119,7 @@ class _Options:
 
     interpolation: Interpolation | None = None
     decoding: DecodingSettings = DEFAULT_DECODING
-    stop: Sequence[str] = ()
+    stop: str | Sequence[str] = ()
     lookup: NgramDrafter | None = None
     sampling: SamplingSettings | None = None
     samples: int = 1
@@ -143,7 +143,7 @@ class _Options:
         return GenerationConfig(
             adapter=adapter,
             interpolation=self._interpolation(adapter),
-            stops=stops.with_texts(self.stop),
+            stops=stops.with_texts([self.stop] if isinstance(self.stop, str) else self.stop),
             repetition_limit=self._repetition_limit(adapter),
             settings=self.decoding,
             sampling=sampling,

@@ -123,14 +123,13 @@ class Task(BaseModel):
             Unsupported: the model has no chat template, or neither it nor the task has an end for an answer.
             InvalidData: the target contains the stop, or the chat template would write another conversation.
         """
-        if self.stop_text:
-            _require_without_end(target, self.stop_text)
         if self.format == "plain":
-            return self.prompt(source, tokenizer), MarkedText(f" {target}{self.stop_text}")
+            answer = _with_end(MarkedText(f" {target}"), self.stop_text or "")
+            return self.prompt(source, tokenizer), answer
         template = self._chat_template(tokenizer)
         turn = render_assistant_turn(self._messages(source), target, template)
         if self.stop_text:
-            return turn.prompt, turn.text + MarkedText(self.stop_text)
+            return turn.prompt, _with_end(turn.text, self.stop_text)
         end = end_of_assistant_turn(template)
         if turn.end.text and turn.end != end:
             raise InvalidData(
@@ -138,7 +137,7 @@ class Task(BaseModel):
                 hint="Give the task a `stop` text.",
             )
         if end.text and not end.special_spans:
-            _require_without_end(target, end.text)
+            return turn.prompt, _with_end(turn.text, end.text)
         return turn.prompt, turn.text + (end if end.text else _eos(tokenizer))
 
     def stops(self, tokenizer: PlmTokenizer, eos_ids: Iterable[int]) -> Stops:
@@ -225,12 +224,18 @@ def _compiled(
     )
 
 
-def _require_without_end(target: str, end: str) -> None:
-    if (target + end).index(end) < len(target):
+def _with_end(answer: MarkedText, end: str) -> MarkedText:
+    """The answer with the text that ends it.
+
+    Raises:
+        InvalidData: the answer contains its end, be it in the space before the target.
+    """
+    if (answer.text + end).index(end) < len(answer.text):
         raise InvalidData(
             f"The target contains the stop {end!r} or ends with a part of it, so an answer would end before it does.",
             hint="Replace it in the texts, or give the task another `stop`.",
         )
+    return answer + MarkedText(end)
 
 
 def _eos(tokenizer: PlmTokenizer) -> MarkedText:

@@ -131,6 +131,13 @@ def test_missing_parts_are_explained(tiny_models: TinyModels) -> None:
         PlmTokenizer(TokenizerBundle(tokenizer_json="{}", chat_template=None, special_tokens={}))
 
 
+def test_a_stop_in_the_space_before_the_target_is_refused(tokenizer: PlmTokenizer) -> None:
+    for stop in (" ", " b"):
+        with pytest.raises(InvalidData, match="contains the stop"):
+            Task(name="t", stop=stop).prompt_and_target("a", "b", tokenizer)
+    assert Task(name="t", stop=" c").prompt_and_target("a", "b", tokenizer)[1].text == " b c"
+
+
 def test_every_token_with_a_newline_stops(tokenizer: PlmTokenizer) -> None:
     ids = tokenizer.ids_containing("\n")
     assert ids

@@ -106,6 +106,17 @@ def test_half_a_surrogate_pair_in_a_task_is_refused(plm: RemotePlm) -> None:
             translate(plm, ["the thin"], task=task)
 
 
+def test_one_text_is_no_list_of_characters(plm: RemotePlm, recorder: Recorder) -> None:
+    for run in (partial(translate, task=TASK), generate):
+        with pytest.raises(InvalidData, match="One text was given in place of several"):
+            run(plm, "the thin")
+    assert recorder.calls == []
+    long = DecodingSettings(max_new_tokens=40)
+    (whole,) = generate(plm, ["the thin"], decoding=long).texts
+    stop = next(whole[at : at + 2] for at in range(5, 30) if whole[at : at + 2].isascii() and whole[at] in whole[:at])
+    assert generate(plm, ["the thin"], stop=stop, decoding=long).texts == [whole[: whole.index(stop)]]
+
+
 def test_texts_that_cannot_be_answered_are_named_together(plm: RemotePlm, recorder: Recorder) -> None:
     texts = ["the thin", "\ud800", "x" * 5000, "y\udfff", "die"]
     runs: list[Callable[..., Generation]] = [partial(translate, task=TASK), generate]
