@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -82,8 +81,11 @@ def evaluate(
     from data_owner_client.runtime.progress_display import stderr_reporter
 
     set_threads(threads)
-    if hypotheses is not None:
-        reading = replace(reading, skip_invalid=False)  # hypotheses belong to references by their order
+    if hypotheses is not None and reading.skip_invalid:
+        raise InvalidData(
+            "With --hypotheses no pair can be left out: they belong to the references by their order.",
+            hint="Leave --skip-invalid away.",
+        )
     pairs = pairs_of(input_file, sources, targets, reading)
     if hypotheses is not None:
         lines = read_hypotheses(hypotheses)

@@ -164,6 +164,15 @@ def test_empty_lines_are_answered_by_empty_lines(url: str, task: Path, tmp_path:
     assert [bool(text.strip()) for text in continued[1:3]] == [False, False]
 
 
+def test_hypotheses_belong_to_all_references(tmp_path: Path) -> None:
+    references, hypotheses = tmp_path / "test.jsonl", tmp_path / "hypotheses"
+    references.write_text(lines() + '{"source": "a", "target": ""}\n')
+    hypotheses.write_text("x\n" * 7)
+    arguments = ["--input", references, "--hypotheses", hypotheses]
+    assert "test.jsonl:7 has an empty target" in client(None, "evaluate", *arguments).stderr
+    assert "Leave --skip-invalid away" in client(None, "evaluate", *arguments, "--skip-invalid").stderr
+
+
 def test_texts_that_cannot_be_answered(url: str, task: Path, tmp_path: Path) -> None:
     source, output = tmp_path / "in.txt", tmp_path / "out.txt"
     source.write_bytes(b"the thin\ncaf\xe9\n" + b"die " * 600 + b"\nshine\n")
