@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,6 +27,11 @@ _CHECKPOINTS: dict[str, tuple[str, ...]] = {
 
 # A clone without git-lfs has such texts in place of large files.
 _POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+class _Index(BaseModel):
+    weight_map: dict[str, str] = Field(min_length=1)
+
 
 Tensors = dict[str, Callable[[], Tensor]]
 """Functions that read each tensor of a file, by the tensor's name."""
@@ -131,7 +135,6 @@ def _load_pytorch(path: Path) -> dict[str, Tensor]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        content: Any = json.loads(index.read_text(encoding="utf-8"))
-        return dict(content["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        return _Index.model_validate_json(index.read_bytes()).weight_map
+    except ValidationError as error:
         raise Unsupported(f"{index} is damaged.", hint="Copy or download the model again.") from error

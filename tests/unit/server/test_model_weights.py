@@ -113,6 +113,17 @@ def test_a_damaged_file_is_named(content: bytes, folder: Path) -> None:
         digest_folder(folder)
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"lm_head.weight": 5}}'],
+)
+def test_a_damaged_index_is_named(content: str, folder: Path) -> None:
+    (folder / "pytorch_model.bin").rename(folder / "pytorch_model-00001-of-00001.bin")
+    (folder / "pytorch_model.bin.index.json").write_text(content)
+    with pytest.raises(Unsupported, match=r"pytorch_model\.bin\.index\.json is damaged"):
+        digest_folder(folder)
+
+
 def test_a_missing_part_is_named(folder: Path) -> None:
     divide(folder)
     (folder / "pytorch_model-00001-of-00002.bin").unlink()
