@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ _CHUNK = 2**16
 # Characters of a record between other documents; longer objects hold records.
 _LONGEST_RECORD = 2**20
 _SPACE = " \t\r\n"
+# An object or array begins so, unlike texts as in "{name} is here" and "[1] See below".
+_BEGINNING = re.compile(r'\{\s*(["}]|$)|\[\s*([\[{"\]]|$)')
 _BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -52,7 +55,9 @@ def json_lines(source: Source) -> Iterator[tuple[int, Record | InvalidText]]:
 def is_json(head: str) -> bool:
     """Return True if a text seems to begin with a JSON object or array."""
     first = _first_line(head)
-    return first.startswith(("{", "[")) and (first in ("{", "[", "[{") or "\n" not in head.strip() or _is_json(first))
+    if _BEGINNING.match(first) is None:
+        return False
+    return first in ("{", "[", "[{") or "\n" not in head.strip() or _is_json(first)
 
 
 def is_json_lines(head: str) -> bool:
@@ -219,7 +224,9 @@ class _Document:
 
     def _malformed(self) -> InvalidData:
         where = f"{self._source.name}:{self._number()}"
-        return InvalidData(f"{where} is not well-formed JSON.", hint="Is it JSON lines? Then say --format jsonl.")
+        return InvalidData(
+            f"{where} is not well-formed JSON.", hint="Say --format jsonl for JSON lines, or text for texts."
+        )
 
 
 def _is_list_of_objects(value: object) -> bool:

@@ -100,6 +100,13 @@ def test_a_stated_format_goes_before_the_name(tmp_path: Path, format_: str) -> N
     assert list(spool_pairs(write(tmp_path / "pairs.txt", contents[format_]), settings)) == PAIRS
 
 
+@pytest.mark.parametrize("text", ["{name} is here", "[1] See below", "{{name}}", "[laughs]", "{\\n}"])
+@pytest.mark.parametrize("lines", [1, 2])
+def test_texts_in_brackets_are_no_json(tmp_path: Path, text: str, lines: int) -> None:
+    path = write(tmp_path / "sources", f"{text}\n" * lines)
+    assert [pair.source for pair in spool_sources(path, ReadingSettings(), trim=True)] == [text] * lines
+
+
 def test_standard_input_is_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
     for content in (LINES, json.dumps(records()), CONTAINERS["literal.tsv"]):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(str(content).encode())))
