@@ -13,7 +13,16 @@ from importlib.metadata import version
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import pydantic  # with it imported, cyclopts checks the bounds in annotations
-from cyclopts import App, Argument, CycloptsError, Group, Parameter, UnusedCliTokensError, ValidationError
+from cyclopts import (
+    App,
+    Argument,
+    CycloptsError,
+    Group,
+    Parameter,
+    UnknownOptionError,
+    UnusedCliTokensError,
+    ValidationError,
+)
 
 from data_owner_client.cli.old_names import with_current_names
 from protocol import standard_streams
@@ -162,7 +171,12 @@ def _usage_error(error: CycloptsError) -> str:
         error.argument = error.argument and _argument_with(error.argument, error.value)
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return f"Unexpected argument {error.unused_tokens[0]!r}."
-    return " ".join(str(error).split())
+    message = " ".join(str(error).split())
+    if isinstance(error, UnknownOptionError):
+        word = error.token.keyword or error.token.value
+        if not word.startswith("--") or " " in word:
+            return f"{message} Put -- before texts that begin with a hyphen."
+    return message
 
 
 def _argument_with(argument: Argument, text: str) -> Argument:

@@ -61,6 +61,8 @@ def test_a_removed_flag_is_refused_with_the_reason(flag: str, capsys: pytest.Cap
         (["info", "--timeout", "inf"], 'Invalid value "inf" for --timeout.'),
         (["train", "--minutes", "inf"], 'Invalid value "inf" for --minutes.'),
         (["info", "--bogus"], "Unknown option: --bogus."),
+        (["translate", "-5 °C"], "Put -- before texts that begin with a hyphen."),
+        (["generate", "- item"], "Put -- before texts that begin with a hyphen."),
         (["info", "more"], "Unexpected argument 'more'."),
         (["info", "--server"], "--server requires an argument."),
         (["compare"], "--input requires an argument."),
