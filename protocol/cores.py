@@ -66,6 +66,8 @@ def torch_threads(threads: int) -> int:
     """Number of threads that torch shall use.
 
     Args:
-        threads: the user's choice; 0 for all usable cores, or fewer if OMP_NUM_THREADS says so.
+        threads: the user's choice, of which at most the machine's cores count; 0 for all usable cores, or fewer if
+            OMP_NUM_THREADS says so.
     """
-    return threads or min(torch.get_num_threads(), usable_cores())
+    # More threads than cores are no faster. Thousands of them, and torch ends the process.
+    return min(threads, os.cpu_count() or 1) or min(torch.get_num_threads(), usable_cores())

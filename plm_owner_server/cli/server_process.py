@@ -131,7 +131,8 @@ class ServerProcess:
             self._server.run()
         except SystemExit:  # uvicorn has logged the reason
             raise PemaError(
-                f"cannot listen on port {self._settings.port} of {self._settings.host}.", hint="Choose another --port."
+                f"cannot listen on port {self._settings.port} of {self._settings.host}.",
+                hint="Choose another --port, or a --host that is an address of this machine.",
             ) from None
         self._supervisor.stop()
         if self._supervisor.loading or isinstance(self._failure, EngineStuck):

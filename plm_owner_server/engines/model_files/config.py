@@ -7,9 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from protocol.errors import Unsupported
+from protocol.errors import InvalidRequest, Unsupported
 from protocol.head import LMHead
 
 
@@ -20,6 +21,21 @@ def device_and_dtype(device: str, dtype: str, *, has_gpu: bool) -> tuple[str, st
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     return device, dtype
+
+
+def require_device(device: str) -> None:
+    """Check that torch can use a device.
+
+    Raises:
+        InvalidRequest: this machine, or its torch, has no such device.
+    """
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:  # every kind of device has errors of its own
+        raise InvalidRequest(
+            f"--device {device} cannot be used: {' '.join(str(error).split()).rstrip('.')}.",
+            hint="Use cpu, or cuda (cuda:1 for the second GPU) with a build of torch for it; auto takes what there is.",
+        ) from error
 
 
 def architecture(folder: Path) -> str:

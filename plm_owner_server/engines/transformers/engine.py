@@ -18,6 +18,7 @@ from plm_owner_server.engines.model_files.config import (
     eos_token_ids,
     head_from_config,
     linear_head,
+    require_device,
     unloadable,
 )
 from plm_owner_server.engines.ops.packed_linear import pack_linear_layers
@@ -45,10 +46,13 @@ def load_model(folder: Path, *, device: str, dtype: str, device_map: str | None 
         device_map: distribution of the layers over devices, as accelerate takes it; None for one device.
 
     Raises:
+        InvalidRequest: there is no such device.
         Unsupported: transformers cannot load the folder as a causal language model, the checkpoint has not all of its
             tensors, or not all layers are attention.
     """
     device, dtype = device_and_dtype(device, dtype, has_gpu=torch.cuda.is_available())
+    if device_map is None:
+        require_device(device)
     try:
         _require_attention(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         model, report = AutoModelForCausalLM.from_pretrained(

@@ -94,7 +94,9 @@ def test_nothing_that_a_kernel_writes_is_a_failure(
 def test_torch_gets_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 48)
     monkeypatch.setattr("protocol.cores.usable_cores", lambda: 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert torch_threads(0) == 2
     assert torch_threads(7) == 7
+    assert torch_threads(100_000) == 64  # as many would end the process
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # by OMP_NUM_THREADS
     assert torch_threads(0) == 1

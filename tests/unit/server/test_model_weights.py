@@ -21,7 +21,7 @@ from plm_owner_server.engines.model_files.lm_head import read_head
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.engines.model_files.tokenizer import load_tokenizer
 from plm_owner_server.engines.model_files.weights import weight_files
-from protocol.errors import Unsupported
+from protocol.errors import InvalidRequest, Unsupported
 from tests import support
 
 
@@ -219,6 +219,14 @@ def test_code_of_a_model_is_neither_run_nor_asked_about(
         with pytest.raises(Unsupported, match="never run"):
             read(model)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "mps:7", ""])
+def test_a_device_that_is_not_there_is_named(device: str, model: Path) -> None:
+    with pytest.raises(InvalidRequest, match=f"--device {device} cannot be used") as caught:
+        load_engine(model, support.make_settings(**SETTINGS | {"device": device}))
+    assert "auto" in caught.value.hint
+    assert "\n" not in str(caught.value)
 
 
 def test_an_adapter_is_not_loaded_beside_a_model(model: Path) -> None:
