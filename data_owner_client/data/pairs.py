@@ -92,7 +92,10 @@ def split_validation(
     hash_N = np.fromiter((_hash(pair.source) for pair in pairs), np.uint64, len(pairs))
     order = np.unique(hash_N)
     if len(order) < 2:
-        raise InvalidData(f"{len(pairs)} pairs are too few to set some aside for validation.", hint="Give more pairs.")
+        raise InvalidData(
+            f"{len(pairs)} pairs with {len(order)} different sources are too few to set some aside for validation.",
+            hint="Give pairs with other sources, or a file for --validation.",
+        )
     count = max(1, min(max_sources, round(fraction * len(pairs)), len(order) // 2))
     held_out_N = hash_N <= order[count - 1]
     train, held_out = (array("q", np.flatnonzero(mask_N).tobytes()) for mask_N in (~held_out_N, held_out_N))

@@ -140,7 +140,7 @@ def require_unicode(text: object, name: str, origin: Origin | None = None) -> No
     """
     if not isinstance(text, str):
         noun = _NOUNS.get(type(text), "another value")
-        hint = "Quote it, if it is a text." if isinstance(text, int | float) else f"Give a text as {name}."
+        hint = "Quote it, if it is a text." if isinstance(text, int | float) else "Give a text."
         raise InvalidText(f"{noun} instead of a text in {name}", hint=hint, origin=origin)
     try:
         text.isascii() or text.encode()

@@ -31,3 +31,8 @@ def test_selected_pairs_are_a_sequence() -> None:
 def test_digest_depends_on_every_text_and_their_order() -> None:
     pairs = [Pair("Hello", "Hallo"), Pair("a", "b")]
     assert len({digest_pairs(p) for p in (pairs, pairs[::-1], pairs[:1], [Pair("ab", "c")], [Pair("a", "bc")])}) == 5
+
+
+def test_one_source_is_too_few_to_set_some_aside() -> None:
+    with pytest.raises(InvalidData, match="30 pairs with 1 different sources are too few"):
+        split_validation([Pair("a", str(number)) for number in range(30)], 0.1)
