@@ -38,6 +38,8 @@ from typing import Any, ClassVar
 
 PROBLEM_JSON = "application/problem+json"
 _TYPE_PREFIX = "urn:pema:error:"
+# Characters of a text of the other side that are shown.
+_LONGEST_TEXT = 2000
 
 
 class PemaError(Exception):
@@ -238,11 +240,17 @@ def from_problem(problem: object, status: int) -> PemaError:
     if not isinstance(retry_after_s, (int, float)) or not math.isfinite(retry_after_s) or retry_after_s < 0:
         retry_after_s = None
     return cls(
-        str(fields.get("detail") or fields.get("title") or f"the server answered HTTP {status}"),
-        hint=str(fields.get("hint") or ""),
+        _line(fields.get("detail") or fields.get("title") or f"the server answered HTTP {status}"),
+        hint=_line(fields.get("hint") or ""),
         retry_after_s=retry_after_s,
-        request_id=None if request_id is None else str(request_id),
+        request_id=None if request_id is None else _line(request_id),
     )
+
+
+def _line(text: object) -> str:
+    """A text of the other side as one line, without characters that would control a terminal."""
+    printable = "".join(each if each.isprintable() else " " for each in str(text)[:_LONGEST_TEXT])
+    return " ".join(printable.split())
 
 
 def _tree(cls: type[PemaError]) -> list[type[PemaError]]:

@@ -70,6 +70,15 @@ def test_what_is_not_given_is_not_in_the_document() -> None:
     assert str(from_problem(problem, 422)) == "Too long."
 
 
+def test_a_text_of_the_other_side_is_one_line_and_controls_no_terminal() -> None:
+    document = to_problem(errors.OverLimit("a\x1b[31mb\r\nc\x9b2J\u202ed", hint="h\x07" + "i" * 10**6))
+    error = from_problem(document | {"request_id": "r\n1"}, 422)
+    assert (error.detail, error.request_id) == ("a [31mb c 2J d", "r 1")
+    assert error.hint.startswith("h i")
+    assert str(error).isprintable()
+    assert len(str(error)) < 3000
+
+
 @pytest.mark.parametrize(
     ("status", "cls"), [(404, errors.InvalidRequest), (502, errors.ServerFault), (500, errors.ServerFault)]
 )
