@@ -127,8 +127,15 @@ _OTHER_PARTS = ("tool_calls", "function_call", "reasoning_content", "reasoning",
 
 
 def _conversation_in(key: str) -> Form:
-    """The form of records with a list of turns under a key."""
-    return Form((key,), lambda record, need_target: _conversation(look_up(record, key), need_target))
+    """The form of records with a list of turns under a key, perhaps with the system's text beside it."""
+
+    def read(record: Mapping[str, Any], need_target: bool) -> Texts:
+        source, target = _conversation(look_up(record, key), need_target)
+        if record.get("tools") not in (None, [], "", "[]"):
+            raise InvalidText("tools of its own", hint="Give the tools in the task, and leave them out here.")
+        return _joined(record.get("system"), source), target
+
+    return Form((key,), read)
 
 
 def _conversation(turns: object, need_target: bool) -> Texts:

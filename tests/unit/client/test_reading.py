@@ -28,6 +28,7 @@ from data_owner_client.data.reading.settings import ReadingSettings
 from protocol.errors import InvalidData, InvalidRequest
 
 PAIRS = [Pair("Hello, “you”", 'Hallo "du"'), Pair("a\u2028b, c", "x; y")]
+CONVERSATION = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 RECORD = '{"source": "a", "target": "b"}\n'
 
 
@@ -140,6 +141,7 @@ def test_forms_are_recognised_by_their_keys(tmp_path: Path, record: dict[str, ob
     [
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "a"),
         ({"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}, "a"),
+        ({"system": "s", "tools": "[]", "conversations": CONVERSATION}, "s\n\na"),
         ({"instruction": "a", "output": "b"}, "a"),
         ({"instruction": "a", "input": "", "output": "b", "history": []}, "a"),
         ({"instruction": "a", "input": "x", "output": "b", "system": "s"}, "s\n\na\n\nx"),
@@ -167,12 +169,13 @@ def test_no_part_of_a_conversation_is_lost(tmp_path: Path, turn: dict[str, objec
     system = {"role": "system", "content": 5}
     with pytest.raises(InvalidData, match="a number instead of a text in system"):
         read_pairs(write(tmp_path / "p.jsonl", json.dumps({"messages": [system, turns[0], CONVERSATION[1]]})))
+    with pytest.raises(InvalidData, match="tools of its own"):
+        read_pairs(write(tmp_path / "p.jsonl", json.dumps({"messages": CONVERSATION, "tools": [{"name": "f"}]})))
     alpaca = {"instruction": "a", "output": "b", "history": [["c", "d"]]}
     with pytest.raises(InvalidData, match="not one question"):
         read_pairs(write(tmp_path / "p.jsonl", json.dumps(alpaca)))
 
 
-CONVERSATION = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 OTHER_FORMS = [
     {"source": "a", "target": "b"},
     {"messages": CONVERSATION},
