@@ -16,7 +16,7 @@ from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.settings import Metavar, StoreSettings
 from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.scopes import SCOPES, Scope
-from protocol.errors import InvalidRequest
+from protocol.errors import InvalidRequest, PemaError
 from protocol.types import HeadPolicy
 
 if TYPE_CHECKING:
@@ -250,8 +250,18 @@ class Tenants(BaseModel):
 
 
 def _show_key(name: str, key: Key) -> None:
-    """Print the key alone on standard output, for scripts."""
-    sys.stdout.write(f"{key}\n")
+    """Print the key alone on standard output, for scripts.
+
+    Raises:
+        PemaError: standard output takes nothing.
+    """
+    try:
+        print(key, flush=True)
+    except OSError as error:
+        raise PemaError(
+            f"The key of {name} could not be printed: {error.strerror}.",
+            hint=f"Nobody has it. Get another: pema-server tenants rotate-key {name}",
+        ) from error
     sys.stderr.write(f"That is the key of {name}. It is stored nowhere: hand it over now, as PEMA_API_KEY.\n")
 
 

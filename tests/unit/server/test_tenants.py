@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
+from unittest.mock import MagicMock
 
 import pytest
 import sqlalchemy as sa
@@ -25,6 +27,7 @@ from plm_owner_server.admission.authentication import (
 )
 from plm_owner_server.admission.controller import AdmissionController
 from plm_owner_server.cli import main
+from plm_owner_server.cli.tenants import _show_key
 from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.service.metering import CallCost
@@ -114,6 +117,15 @@ def test_mistakes_are_told(store: TenantStore, url: str, tmp_path: Path) -> None
     database.close()
     with pytest.raises(PemaError, match="Can't locate revision identified by '9999'"):  # a newer server's
         TenantStore(url)
+
+
+def test_a_key_that_nobody_has_read_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = MagicMock()
+    stream.write.side_effect = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(PemaError, match="key of acme could not be printed: No space left") as caught:
+        _show_key("acme", Key.new())
+    assert "rotate-key acme" in caught.value.hint
 
 
 def test_a_password_in_the_url_is_not_told(
