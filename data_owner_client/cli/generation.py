@@ -216,6 +216,8 @@ def _require_one(options: _Options) -> None:
 def _require_files(options: _Options) -> None:
     """Refuse files that would overwrite each other or the input, and folders in their place, before the work."""
     files = {"--input": options.input_file, "--output": options.output, "--explain": options.explain}
+    if options.explain == Path("-"):
+        raise InvalidData("Standard output has the texts alone.", hint="Give a file as --explain.")
     places: dict[str, str] = {}
     for name, path in files.items():
         if path is None or path == Path("-"):

@@ -264,6 +264,7 @@ def test_outputs_take_no_others_place(url: str, task: Path, tmp_path: Path) -> N
         (["--output", output, "--explain", output], "--explain would overwrite the file of --output"),
         (["--output", tmp_path], "is a folder"),
         (["--explain", tmp_path], "is a folder"),
+        (["--explain", "-"], "Give a file as --explain"),
     ):
         done = client(url, "translate", *arguments, *more)
         assert done.returncode == 1
