@@ -131,7 +131,7 @@ def test_a_folder_without_a_head_is_a_clear_error(tiny_models: TinyModels, tmp_p
     save_file({"other.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(Unsupported, match="no LM head"):
         read_head(tmp_path, dtype=torch.float32, device="cpu")
-    with pytest.raises(Unsupported, match="causal language model .* cannot be loaded"):
+    with pytest.raises(Unsupported, match=r"causal language model .* cannot be loaded"):
         read_head(tmp_path / "nowhere", dtype=torch.float32, device="cpu")
 
 
