@@ -56,3 +56,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     with open_atomically(path) as file:
         file.write(data)
+
+
+def require_writable(folder: Path) -> None:
+    """Create a folder if it is missing, and check that files can be written there.
+
+    Raises:
+        InvalidData: they cannot.
+    """
+    probe = folder / ".probe"
+    write_atomically(probe, b"")
+    probe.unlink()

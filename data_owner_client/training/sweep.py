@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.types import Schedule
 from data_owner_client.plm.remote_plm import RemotePlm
-from data_owner_client.runtime.atomic_files import write_atomically
+from data_owner_client.runtime.atomic_files import require_writable, write_atomically
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.training.inputs import Memories, TrainingInput, resolve_settings
 from data_owner_client.training.settings import TrainingSettings
@@ -63,10 +63,11 @@ def sweep(
     After an interruption, the same call goes on where it was. A call with another grid reuses the common trainings.
 
     Raises:
-        InvalidData: a memory is missing, incomplete or damaged, or has too few examples.
+        InvalidData: a memory is missing, incomplete or damaged, or has too few examples. Or the folder is not writable.
         IdentityMismatch: the memory was built with another model.
     """
     reporter = reporter or Reporter()
+    require_writable(folder)
     memories = Memories.open(memory, plm)
     rows: list[SweepRow] = []
     trainings = grid.trainings()

@@ -18,7 +18,7 @@ from data_owner_client.adapter.types import AdapterForm
 from data_owner_client.data.pairs import digest_pairs
 from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.plm.remote_plm import RemotePlm
-from data_owner_client.runtime.atomic_files import write_atomically
+from data_owner_client.runtime.atomic_files import require_writable, write_atomically
 from data_owner_client.runtime.memory_usage import peak_rss_mb
 from data_owner_client.runtime.path_text import PathText
 from data_owner_client.runtime.progress import Reporter
@@ -107,7 +107,8 @@ def train(
         clock: seconds of a monotonic clock, for the minutes.
 
     Raises:
-        InvalidData: a memory is missing, incomplete or damaged, or does not allow these settings.
+        InvalidData: a memory is missing, incomplete or damaged, or does not allow these settings. Or the folder is not
+            writable.
         IdentityMismatch: the memory was built with another model.
         InvalidRequest: the device does not exist, or its memory is too small.
         NumericalFault: the loss is not finite.
@@ -116,6 +117,7 @@ def train(
     reporter = reporter or Reporter()
     settings = settings or TrainingSettings()
     began, budget = clock(), TimeBudget(60 * settings.minutes, clock)
+    require_writable(folder)
     memories = Memories.open(memory, plm)
     plan = memories.plan
     forms: list[AdapterForm] = [] if settings.form else ["paper"]
