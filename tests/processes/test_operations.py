@@ -143,7 +143,8 @@ def test_what_does_not_end_in_time_is_refused(ailing: Callable[..., Ailing]) -> 
         guard.encrypted(bare) as sending,
     ):
         key = [f"{name}: {value}" for name, value in guard.headers().items()]
-        head = ["POST /v1/encode HTTP/1.1", "Host: localhost", *key, "Content-Length: 9", "Expect: 100-continue", "", ""]
+        fields = ["Host: localhost", *key, "Content-Length: 9", "Expect: 100-continue"]
+        head = ["POST /v1/encode HTTP/1.1", *fields, "", ""]
         sending.sendall("\r\n".join(head).encode())
         assert sending.recv(1000).startswith(b"HTTP/1.1 100 ")  # so its body is being waited for
         server.process.send_signal(signal.SIGINT)
