@@ -31,8 +31,8 @@ def connect(
         Untrusted: the server cannot prove its identity.
         Unauthenticated: the owner requires a key, or a certificate.
         Forbidden: the key does not allow to see the model card.
-        InvalidRequest: the URL is not one, `ca` holds no certificate, the key would travel in the clear, or a number is
-            out of its bounds.
+        InvalidRequest: the URL is not one, `ca` holds no certificate, the key would travel in the clear, a number is
+            out of its bounds, or the number format is unknown.
     """
     connection = open_connection(url, settings, **fields)
     try:

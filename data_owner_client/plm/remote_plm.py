@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Self
+from typing import Self, get_args
 
 from platformdirs import user_cache_path
 from torch import Tensor
@@ -62,6 +62,7 @@ class RemotePlm:
         card: identity, limits and policies of the model.
 
     Raises:
+        InvalidRequest: the number format is unknown.
         ProtocolViolation: the server speaks another version of the protocol.
         PemaError: the server refuses to send the model card, or does not answer.
     """
@@ -73,6 +74,8 @@ class RemotePlm:
         dtype: WireDtype = "float16",
         cache: Path | None = user_cache_path("pema"),  # noqa: B008  (a constant of the machine)
     ) -> None:
+        if not isinstance(dtype, str) or dtype not in get_args(WireDtype):
+            raise InvalidRequest(f"dtype is {dtype!r}.", hint=f"It must be one of {', '.join(get_args(WireDtype))}.")
         self._connection = connection
         self._cache = cache
         self.dtype: WireDtype = dtype

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cache
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -93,20 +94,29 @@ def require_in_bounds(settings: Any) -> None:
     """Check the numbers of a settings dataclass, as its `__post_init__`.
 
     Raises:
-        InvalidRequest: a number is out of its bounds.
+        InvalidRequest: a number is out of its bounds, or something else stands in its place.
     """
     kind: Any = type(settings)
-    for name, bounds in _bounds_of_class(kind):
+    for name, is_integer, bounds in _bounds_of_class(kind):
         value = getattr(settings, name)
+        if value is None:
+            continue
+        if not isinstance(value, Integral if is_integer else Real):
+            raise InvalidRequest(
+                f"{name} is {value!r}.", hint=f"It must be {'an integer' if is_integer else 'a number'}."
+            )
         for bound in bounds:
-            if value is not None and not _HOLDS[type(bound)](value, _limit(bound)):
+            if not _HOLDS[type(bound)](value, _limit(bound)):
                 raise InvalidRequest(f"{name} is {value!r}.", hint=f"It must be {_in_signs(bound)}.")
 
 
 @cache
-def _bounds_of_class(settings: Any) -> tuple[tuple[str, tuple[Bound, ...]], ...]:
+def _bounds_of_class(settings: Any) -> tuple[tuple[str, bool, tuple[Bound, ...]], ...]:
+    """Name, whether the type is an integer, and bounds of each field that has any."""
     hints = get_type_hints(settings, include_extras=True)
-    return tuple((field.name, _bounds(hints[field.name])) for field in fields(settings))
+    return tuple(
+        (name, int in set(_parts(hint)), bounds) for name, hint in hints.items() if (bounds := tuple(_bounds(hint)))
+    )
 
 
 def _bounds(annotation: Any) -> tuple[Bound, ...]:

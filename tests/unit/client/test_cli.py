@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_owner_client.cli import app, run
@@ -204,6 +205,11 @@ def test_settings_are_checked_in_python_too() -> None:
         TrainingSettings(rank=0)
     with pytest.raises(InvalidRequest, match="dropout is nan"):
         TrainingSettings(dropout=float("nan"))
+    with pytest.raises(InvalidRequest, match=r"rank is 2\.5\. It must be an integer\."):
+        TrainingSettings(rank=2.5)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match=r"timeout is '5'\. It must be a number\."):
+        ConnectionSettings(timeout="5")  # type: ignore[arg-type]
+    assert TrainingSettings(rank=np.int64(3), dropout=np.float32(0)).rank == 3  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="does not vary pairing"):
         Grid(varied={"pairing": ("aligned",)})
 
