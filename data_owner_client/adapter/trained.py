@@ -14,7 +14,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -26,6 +25,7 @@ from data_owner_client.adapter.network import RECENT_TOKENS, Adapter
 from data_owner_client.data.example_retrieval import ExampleRetriever
 from data_owner_client.data.pair_files import read_stored_pairs, write_pairs
 from data_owner_client.data.pairs import Pair
+from data_owner_client.runtime.arguments import AnyPath, to_path
 from data_owner_client.runtime.atomic_files import write_atomically
 from protocol.codec import load_tensors
 from protocol.errors import InvalidData
@@ -69,13 +69,13 @@ class TrainedAdapter:
         recent_N_F = adapter.recent_features(self.head, index_of(previous_N_P, self.candidate_ids_C))
         return self.head.logits(adapter.hidden(adapter.scaled(cr_N_D), recent_N_F)).log_softmax(dim=-1)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: AnyPath) -> None:
         """Write the adapter: tensors first, the card last, so that an interrupted write leaves no adapter.
 
         Raises:
             InvalidData: the disk is full.
         """
-        parameters = self.adapter.state_dict()
+        folder, parameters = to_path(folder), self.adapter.state_dict()
         tensors = {_STORED_NAMES.get(name, name): value.contiguous() for name, value in parameters.items()}
         tensors |= {"candidate_ids_C": self.candidate_ids_C, "head.weight": self.head.weight_V_D.contiguous()}
         if self.head.bias_V is not None:
@@ -88,12 +88,13 @@ class TrainedAdapter:
         write_atomically(folder / _JSON, card.model_dump_json(indent=1).encode())
 
     @classmethod
-    def load(cls, folder: Path) -> TrainedAdapter:
+    def load(cls, folder: AnyPath) -> TrainedAdapter:
         """Read an adapter.
 
         Raises:
             InvalidData: the folder has no adapter, or its files are damaged.
         """
+        folder = to_path(folder)
         damaged = InvalidData(f"The adapter in {folder} is damaged.", hint="Train it again: pema-client train.")
         try:
             card = AdapterCard.model_validate_json((folder / _JSON).read_bytes())

@@ -178,18 +178,10 @@ def sampling_of(sampling: SamplingSettings, *, samples: int, best: int, consensu
     """
     from dataclasses import replace
 
-    from data_owner_client.decoding.generation import CONSENSUS_TEMPERATURE
+    from data_owner_client.decoding.generation import CONSENSUS_TEMPERATURE, require_draws
 
-    if consensus and samples > 1:
-        raise InvalidData("--consensus and --samples both say how many texts to draw.", hint="Give one of them.")
-    texts = consensus + 1 if consensus else samples
-    if best > texts:
-        raise InvalidData(
-            f"{best} best of {texts} were asked for.", hint="Give more --samples, or a --consensus of more."
-        )
+    require_draws(sampling, samples=samples, best=best, consensus=consensus)
     temperature = sampling.temperature or (CONSENSUS_TEMPERATURE if consensus else 0.0)
-    if temperature == 0.0 and samples > 1:
-        raise InvalidData("Without a temperature all samples are the same.", hint="Give --temperature, such as 0.8.")
     if temperature == 0.0 and sampling.repetition_penalty == 1.0:
         return None
     return replace(sampling, temperature=temperature)

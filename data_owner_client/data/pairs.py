@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import overload
 
 from data_owner_client.data.reading.problems import Origin, require_unicode
+from data_owner_client.runtime.arguments import require_loaded
 from protocol.errors import InvalidData
 
 
@@ -34,6 +35,22 @@ class Pair:
         require_unicode(self.source, "the source", self.origin)
         if self.target is not None:
             require_unicode(self.target, "the target", self.origin)
+
+
+def list_of_pairs(pairs: Iterable[Pair]) -> Sequence[Pair]:
+    """The pairs of one call as a sequence.
+
+    Raises:
+        InvalidData: there is a path in their place, or something else than a pair among them.
+    """
+    require_loaded(pairs, "The list of pairs", "read_pairs(path)")
+    if isinstance(pairs, Sequence) and not isinstance(pairs, (list, tuple)):
+        return pairs  # a file of pairs, which may be larger than memory
+    pairs = list(pairs)
+    for number, pair in enumerate(pairs, start=1):
+        if not isinstance(pair, Pair):
+            raise InvalidData(f"pair {number} is a {type(pair).__name__}.", hint="Give Pair(source, target).")
+    return pairs
 
 
 class PairSelection(Sequence[Pair]):

@@ -5,10 +5,11 @@ A stop text may span tokens and stand inside one, so it is searched in the text 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from data_owner_client.data.reading.problems import require_unicode
 from data_owner_client.plm.tokenizer import PlmTokenizer
 from protocol.errors import InvalidData
 
@@ -29,10 +30,12 @@ class Stops:
     ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
+        for text in self.texts:
+            require_unicode(text, "a stop")
         if "" in self.texts:
             raise InvalidData("A stop text is empty.", hint="Leave it out.")
 
-    def with_texts(self, texts: Sequence[str]) -> Stops:
+    def with_texts(self, texts: Iterable[str]) -> Stops:
         """The stops with further texts."""
         return Stops((*self.texts, *texts), self.ids)
 

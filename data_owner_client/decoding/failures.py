@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -13,6 +13,19 @@ OnFailure = Callable[[int, InvalidData], None]
 """Called with the index of a text and the reason why it cannot be answered."""
 
 _T = TypeVar("_T")
+
+
+def list_of_texts(texts: Iterable[str]) -> Sequence[str]:
+    """The texts of one call as a sequence.
+
+    Raises:
+        InvalidData: `texts` is a single text, whose characters would be answered one by one, or has no order.
+    """
+    if isinstance(texts, (str, bytes)):
+        raise InvalidData("One text was given in place of several.", hint="Give a list with it.")
+    if isinstance(texts, (Set, Mapping)):
+        raise InvalidData(f"A {type(texts).__name__} was given in place of a list of texts.", hint="Give a list.")
+    return texts if isinstance(texts, Sequence) else list(texts)
 
 
 class TextFailures:
@@ -38,13 +51,7 @@ class TextFailures:
                 self._on_failure(number, error)
 
     def each(self, texts: Sequence[str], work: Callable[[int, str], _T]) -> list[_T]:
-        """The results of `work` for the index and text of all texts that are not blank and do not fail.
-
-        Raises:
-            InvalidData: `texts` is a single text, whose characters would be answered one by one.
-        """
-        if isinstance(texts, str):
-            raise InvalidData("One text was given in place of several.", hint="Give a list with it.")
+        """The results of `work` for the index and text of all texts that are not blank and do not fail."""
         results = []
         for number, text in enumerate(texts):
             with self.caught(number):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypedDict, Unpack
 
 from data_owner_client.adapter.bounds import DEFAULT_REPETITION_LIMIT
@@ -25,7 +24,7 @@ from data_owner_client.decoding.decode_loop import (
     require_room,
 )
 from data_owner_client.decoding.decode_loop import generate as generate_ids
-from data_owner_client.decoding.failures import OnFailure, TextFailures
+from data_owner_client.decoding.failures import OnFailure, TextFailures, list_of_texts
 from data_owner_client.decoding.mbr import rank_by_expected_chrf
 from data_owner_client.decoding.sequence import End
 from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings, SamplingSettings
@@ -35,6 +34,7 @@ from data_owner_client.memory.store import TRAIN, ExternalMemory
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.plm.tokenizer import Prompt
+from data_owner_client.runtime.arguments import AnyPath, require_loaded, to_path
 from data_owner_client.runtime.progress import Reporter
 from protocol.errors import InvalidData
 
@@ -84,7 +84,7 @@ class GenerationOptions(TypedDict, total=False):
     Attributes:
         interpolation: schedule or gate of λ; None for the one that training chose.
         decoding: length, bounds, look-ahead and batch size.
-        stop: text, or several, before which a text ends, beside the other stops.
+        stop: text, or several, before which a text ends, beside the other stops; None for no more.
         lookup: drafter from a memory's targets (`ngram_drafter_for`); the PLM's owner sees its drafts. None for none.
         sampling: settings of sampling; None for the most probable tokens. The text depends on the seed, not on drafts.
         samples: texts to draw for each input.
@@ -101,7 +101,7 @@ class GenerationOptions(TypedDict, total=False):
 
     interpolation: Interpolation | None
     decoding: DecodingSettings
-    stop: str | Sequence[str]
+    stop: str | Iterable[str] | None
     lookup: NgramDrafter | None
     sampling: SamplingSettings | None
     samples: int
@@ -113,13 +113,39 @@ class GenerationOptions(TypedDict, total=False):
     reporter: Reporter | None
 
 
+def require_draws(sampling: SamplingSettings | None, *, samples: int, best: int, consensus: int) -> None:
+    """Check the numbers of texts of each input.
+
+    Args:
+        sampling: settings of sampling; None for the most probable tokens.
+        samples: texts to draw.
+        best: texts to return.
+        consensus: texts to draw beside the most probable one; 0 for no consensus.
+
+    Raises:
+        InvalidData: a number is too small, or the options contradict each other.
+    """
+    for name, count, least in (("samples", samples, 1), ("best", best, 1), ("consensus", consensus, 0)):
+        if count < least:
+            raise InvalidData(f"{name} is {count!r}.", hint=f"It must be ≥ {least}.")
+    if consensus and samples > 1:
+        raise InvalidData("--consensus and --samples both say how many texts to draw.", hint="Give one of them.")
+    texts = consensus + 1 if consensus else samples
+    if best > texts:
+        raise InvalidData(
+            f"{best} best of {texts} were asked for.", hint="Give more --samples, or a --consensus of more."
+        )
+    if samples > 1 and not (sampling and sampling.temperature):
+        raise InvalidData("Without a temperature all samples are the same.", hint="Give --temperature, such as 0.8.")
+
+
 @dataclass(frozen=True)
 class _Options:
     """The options with their defaults."""
 
     interpolation: Interpolation | None = None
     decoding: DecodingSettings = DEFAULT_DECODING
-    stop: str | Sequence[str] = ()
+    stop: str | Iterable[str] | None = ()
     lookup: NgramDrafter | None = None
     sampling: SamplingSettings | None = None
     samples: int = 1
@@ -129,6 +155,9 @@ class _Options:
     on_token: OnToken | None = None
     on_text: OnText | None = None
     reporter: Reporter | None = None
+
+    def __post_init__(self) -> None:
+        require_draws(self.sampling, samples=self.samples, best=self.best, consensus=self.consensus)
 
     def config(
         self, adapter: CandidateDistribution | None, stops: Stops, sampling: SamplingSettings | None
@@ -143,7 +172,7 @@ class _Options:
         return GenerationConfig(
             adapter=adapter,
             interpolation=self._interpolation(adapter),
-            stops=stops.with_texts([self.stop] if isinstance(self.stop, str) else self.stop),
+            stops=stops.with_texts([self.stop] if isinstance(self.stop, str) else self.stop or ()),
             repetition_limit=self._repetition_limit(adapter),
             settings=self.decoding,
             sampling=sampling,
@@ -200,7 +229,7 @@ class _Input:
 
 def translate(
     plm: RemotePlm,
-    sources: Sequence[str],
+    sources: Iterable[str],
     *,
     adapter: CandidateDistribution | None = None,
     task: Task | None = None,
@@ -216,9 +245,12 @@ def translate(
         options: see `GenerationOptions`.
 
     Raises:
-        InvalidData: neither adapter nor task is given, or a text is too long.
+        InvalidData: neither adapter nor task is given, options contradict each other, or a text is too long.
         IdentityMismatch: the adapter belongs to another model.
     """
+    require_loaded(adapter, "The adapter", "TrainedAdapter.load(path)")
+    require_loaded(task, "The task", "load_task(name_or_path)")
+    sources = list_of_texts(sources)
     task = task or (adapter.card.task if adapter else None)
     if task is None:
         raise InvalidData("Without an adapter there is no task.", hint="Give one with --task.")
@@ -251,7 +283,7 @@ def translate(
 
 def generate(
     plm: RemotePlm,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     *,
     adapter: CandidateDistribution | None = None,
     **options: Unpack[GenerationOptions],
@@ -271,9 +303,11 @@ def generate(
         options: see `GenerationOptions`.
 
     Raises:
-        InvalidData: a text is too long.
+        InvalidData: options contradict each other, or a text is too long.
         IdentityMismatch: the adapter belongs to another model.
     """
+    require_loaded(adapter, "The adapter", "TrainedAdapter.load(path)")
+    prompts = list_of_texts(prompts)
     expected_length = adapter.card.mean_length if adapter else None
     chosen, stops = _Options(**options), Stops(ids=frozenset(plm.card.eos_token_ids))
     failures = TextFailures(chosen.on_failure)
@@ -281,7 +315,7 @@ def generate(
     return _generate(plm, inputs, len(prompts), failures, stops, adapter, chosen)
 
 
-def ngram_drafter_for(memory: Path) -> NgramDrafter:
+def ngram_drafter_for(memory: AnyPath) -> NgramDrafter:
     """A drafter from the targets of a memory.
 
     The PLM's owner sees the drafts, so it must have seen the targets before.
@@ -289,7 +323,7 @@ def ngram_drafter_for(memory: Path) -> NgramDrafter:
     Raises:
         InvalidData: the memory's targets were not shared, or the memory is missing or damaged.
     """
-    part = ExternalMemory(memory / TRAIN)
+    part = ExternalMemory(to_path(memory) / TRAIN)
     if part.manifest.plan.context_mode != "teacher-forced":
         raise InvalidData(
             f"The targets of {memory} were never shown to the PLM's owner, and drafts would be pieces of them.",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from pydantic import BaseModel
 
 from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.example_retrieval import with_retrieved_examples
-from data_owner_client.data.pairs import Pair
+from data_owner_client.data.pairs import Pair, list_of_pairs
 from data_owner_client.data.scoring_settings import DEFAULT_SCORING, ScoringSettings
 from data_owner_client.data.text_metrics import TextScores, bleu_tokenizer, text_scores
 from data_owner_client.decoding.client_drafts import NgramDrafter
@@ -21,6 +21,7 @@ from data_owner_client.memory.encode import TokenizedPair, encode_all, tokenize_
 from data_owner_client.memory.usable_pairs import require_usable
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.runtime.arguments import require_loaded
 from data_owner_client.runtime.progress import Reporter
 from protocol.errors import InvalidData
 
@@ -47,7 +48,7 @@ class Evaluation(BaseModel):
 
 def evaluate(
     plm: RemotePlm,
-    pairs: Sequence[Pair],
+    pairs: Iterable[Pair],
     adapter: CandidateDistribution,
     *,
     interpolation: Interpolation | None = None,
@@ -79,14 +80,19 @@ def evaluate(
         reporter: shows the progress.
 
     Raises:
-        InvalidData: a pair has no target, or does not fit the model, or the tokenizer of BLEU is not installed.
+        InvalidData: there is no pair, a pair has no target, or does not fit the model, or the tokenizer of BLEU is not
+            installed.
         IdentityMismatch: the adapter was trained with another model.
         PemaError: a call to the PLM failed.
     """
+    require_loaded(adapter, "The adapter", "TrainedAdapter.load(path)")
+    pairs = list_of_pairs(pairs)
     task, interpolation = adapter.card.task, interpolation or adapter.card.interpolation
     reporter = reporter or Reporter()
     if skip_invalid or share_targets:
         (pairs,) = require_usable(plm, task, [pairs], drafted=False, skip_invalid=skip_invalid, reporter=reporter)
+    if not pairs:
+        raise InvalidData("There are no pairs to evaluate on.", hint="Give at least one.")
     sources, references = [pair.source for pair in pairs], [_target(pair) for pair in pairs]
 
     def run(with_adapter: CandidateDistribution | None) -> Generation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import date
 from itertools import chain
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from data_owner_client.data.pairs import Pair, split_validation
+from data_owner_client.data.pairs import Pair, list_of_pairs, split_validation
 from data_owner_client.data.reading.problems import Problems
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.build import MemoryBuild
@@ -21,6 +21,7 @@ from data_owner_client.memory.target_changes import describe_target_changes
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.plm.tokenizer import PlmTokenizer
+from data_owner_client.runtime.arguments import AnyPath, require_loaded, to_path
 from data_owner_client.runtime.path_text import PathText
 from data_owner_client.runtime.progress import Reporter
 from protocol.errors import InvalidData
@@ -53,10 +54,10 @@ class MemoryReport(BaseModel):
 def build_memories(
     plm: RemotePlm,
     task: Task,
-    pairs: Sequence[Pair],
-    folder: Path,
+    pairs: Iterable[Pair],
+    folder: AnyPath,
     *,
-    validation: Sequence[Pair] | None = None,
+    validation: Iterable[Pair] | None = None,
     validation_fraction: float = 0.05,
     context_mode: ContextMode = "private",
     share_targets: bool = False,
@@ -85,11 +86,13 @@ def build_memories(
         PemaError: a call to the PLM failed.
     """
     started = time.perf_counter()
+    require_loaded(task, "The task", "load_task(name_or_path)")
+    folder, pairs = to_path(folder), list_of_pairs(pairs)
     task = with_day_of_memory(task, plm.tokenizer, *([] if overwrite else [folder / TRAIN]))
     if validation is None:
         train_pairs, held_out = split_validation(pairs, validation_fraction)
     else:
-        train_pairs, held_out = pairs, validation
+        train_pairs, held_out = pairs, list_of_pairs(validation)
     reporter = reporter or Reporter()
     if share_targets or context_mode == "private":
         reporter.say(disclosure_notice(context_mode))

@@ -18,6 +18,7 @@ from data_owner_client.data.pairs import Pair
 from data_owner_client.memory.manifest import Manifest, MemoryPlan, ShardRecord
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.validation import is_valid
+from data_owner_client.runtime.arguments import AnyPath, to_path
 from data_owner_client.runtime.atomic_files import write_atomically
 from protocol.codec import load_tensors
 from protocol.errors import InvalidData
@@ -41,8 +42,8 @@ class ExternalMemory:
         InvalidData: the folder holds no memory, or its manifest is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: AnyPath) -> None:
+        self.folder = folder = to_path(folder)
         path = folder / MANIFEST
         try:
             self.manifest = Manifest.model_validate_json(path.read_bytes())

@@ -18,6 +18,7 @@ from data_owner_client.adapter.types import AdapterForm
 from data_owner_client.data.pairs import digest_pairs
 from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.runtime.arguments import AnyPath, to_path
 from data_owner_client.runtime.atomic_files import require_writable, write_atomically
 from data_owner_client.runtime.memory_usage import peak_rss_mb
 from data_owner_client.runtime.path_text import PathText
@@ -74,8 +75,8 @@ class TrainingReport(BaseModel):
 
 def train(
     plm: RemotePlm,
-    memory: Path,
-    folder: Path,
+    memory: AnyPath,
+    folder: AnyPath,
     *,
     settings: TrainingSettings | None = None,
     reporter: Reporter | None = None,
@@ -114,7 +115,7 @@ def train(
         NumericalFault: the loss is not finite.
         PemaError: a call to the PLM failed.
     """
-    reporter = reporter or Reporter()
+    memory, folder, reporter = to_path(memory), to_path(folder), reporter or Reporter()
     settings = settings or TrainingSettings()
     began, budget = clock(), TimeBudget(60 * settings.minutes, clock)
     require_writable(folder)

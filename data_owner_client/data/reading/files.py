@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from data_owner_client.runtime.arguments import to_path
 from protocol.errors import InvalidData
 
 _STANDARD_INPUT = "-"
@@ -89,7 +90,7 @@ def open_text(path: str | Path) -> Iterator[Source]:
     """
     name = display_name(path)
     with _readable(name):
-        raw = _standard_input() if str(path) == _STANDARD_INPUT else Path(path).open("rb")  # noqa: SIM115  (closed below)
+        raw = _standard_input() if str(path) == _STANDARD_INPUT else to_path(path).open("rb")
     try:
         with _readable(name):
             data = _Peekable(raw)

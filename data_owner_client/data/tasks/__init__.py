@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from data_owner_client.data.conversations import end_of_assistant_turn, render_assistant_turn, render_prompt
 from data_owner_client.data.stops import Stops
 from data_owner_client.plm.tokenizer import MarkedText, PlmTokenizer, Prompt
+from data_owner_client.runtime.arguments import to_path
 from protocol.chat_template import ChatMessage, ChatTemplate, choose_template
 from protocol.errors import InvalidData, Unsupported
 
@@ -192,7 +193,7 @@ def load_task(name_or_path: str | Path) -> Task:
         text = files(__name__).joinpath(f"{name_or_path}.toml").read_text(encoding="utf-8")
     else:
         try:
-            text = Path(name_or_path).read_text(encoding="utf-8-sig")
+            text = to_path(name_or_path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidData(
                 f"{name_or_path} is neither a built-in task ({', '.join(builtin_tasks())}) nor a readable file.",
