@@ -26,7 +26,7 @@ from tests.processes.parties import Owner, client_command, end, owner_that_can_b
 EXAMPLES = 1100
 ANSWERS_BYTES = 600_000
 """About as many bytes as the server sends in a whole build."""
-IMPATIENT = ["--timeout", "1.5", "--retry-for", "20"]
+IMPATIENT = ["--timeout", "1.5", "--retry-for", "60"]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     owner: Owner, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     job, url = Job(tmp_path / "memory"), owner.url("grpc")
-    process = job.start(url, prefix="ulimit -f 16")  # no file of more than 16 KiB: a shard cannot be written
+    process = job.start(url, prefix="ulimit -f 128")  # no file of more than 128 KiB: a shard cannot be written
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "cannot be written" in errors

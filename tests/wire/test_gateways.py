@@ -17,6 +17,7 @@ import torch
 
 from data_owner_client import InProcessConnection, Pair, RemotePlm, Task, build_memories
 from data_owner_client.memory.types import ContextMode
+from data_owner_client.plm.connection import retries
 from data_owner_client.plm.connection.base import Attempt, Connection
 from data_owner_client.plm.connection.open import open_connection
 from harness.proxies import Record, grpc_gateway, http_gateway
@@ -200,7 +201,10 @@ def test_a_server_may_be_below_a_path(tiny_server: str) -> None:
     assert "its path" in caught.value.hint
 
 
-def test_requests_that_are_lost_on_the_way_are_divided(way: Way, tiny_service: PlmService) -> None:
+def test_requests_that_are_lost_on_the_way_are_divided(
+    way: Way, tiny_service: PlmService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "_MIN_LOST_SECONDS", 0.0)
     # A gRPC server speaks first.
     attempts, cuts = list[Attempt](), [Fault("cut", 100)] * 4
     with (

@@ -37,12 +37,14 @@ class RequestDivision:
     as large again.
 
     Args:
-        settings: the connection's. After its own time-outs a request is divided until `retry_for` is over.
+        settings: the connection's. After its own time-outs a request is divided until `retry_for` is over. Lost
+            requests are not divided where none are repeated.
     """
 
     def __init__(self, settings: ConnectionSettings) -> None:
         # The call and its repetition, before it is divided.
         self._patience_s = 2 * settings.timeout + settings.retry_for
+        self._divides_lost = settings.retry_for > 0
         self._rows_limit, self._head_limit = _SizeLimit("tokens"), _SizeLimit("rows of the LM head")
 
     def rows(self, request: _RowsRequest, send: Send[_RowsRequest, _RowsResponse]) -> _RowsResponse:
@@ -61,6 +63,7 @@ class RequestDivision:
             size=lambda request: sum(map(len, request.token_ids)) + sum(getattr(request, "look_ahead", ())),
             limit=self._rows_limit,
             deadline=time.monotonic() + self._patience_s,
+            divides_lost=self._divides_lost,
         ).answer(request)
 
     def head(self, request: HeadRequest, send: Send[HeadRequest, HeadRows]) -> HeadRows:
@@ -80,6 +83,7 @@ class RequestDivision:
             size=_head_rows,
             limit=self._head_limit,
             deadline=time.monotonic() + self._patience_s,
+            divides_lost=self._divides_lost,
         ).answer(request)
 
 
@@ -102,6 +106,7 @@ class _Division(Generic[_Request, _Response]):
         size: size of a request, which grows with its time and its bytes.
         limit: size from which requests are divided before they are sent.
         deadline: time (`time.monotonic`) after which the client's own time-outs are final.
+        divides_lost: whether requests that were lost are divided, too.
     """
 
     send: Send[_Request, _Response]
@@ -111,6 +116,7 @@ class _Division(Generic[_Request, _Response]):
     size: Callable[[_Request], int]
     limit: _SizeLimit
     deadline: float
+    divides_lost: bool
 
     def answer(self, request: _Request) -> _Response:
         """The answer to a request, or to its two halves."""
@@ -136,9 +142,12 @@ class _Division(Generic[_Request, _Response]):
         return self.join([self.answer(part) for part in parts])
 
     def _is_final(self, error: PemaError) -> bool:
-        """True if the server may hang: dividing after long time-outs would take hours."""
-        own_time_out = isinstance(error, TimedOut) and not isinstance(error, GatewayFailed)
-        return own_time_out and time.monotonic() > self.deadline
+        """True if a lost request is an error, or the server may hang: dividing after time-outs would take hours."""
+        if isinstance(error, GatewayFailed):
+            return False
+        if isinstance(error, AnswerLost):
+            return not self.divides_lost
+        return isinstance(error, TimedOut) and time.monotonic() > self.deadline
 
 
 class _SizeLimit:

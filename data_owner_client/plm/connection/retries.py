@@ -39,9 +39,11 @@ _WARN_FROM_WAIT_SECONDS = 15.0
 _MAX_GARBLED = 3
 # Attempts of a call that fails fast, where a gateway answers in the server's place.
 _MAX_GATEWAY_FAILURES = 3
-# Attempts without an answer from which a divisible request counts as too large. Restarts and faults of the network lose
-# fewer. A repeated request has the same answer to the last bit; one that is divided need not.
+# A divisible request counts as too large after this many attempts without an answer, over at least so many seconds.
+# Restarts and faults of the network pass sooner. A repeated request has the same answer to the last bit; one that is
+# divided need not.
 _MAX_LOST = 4
+_MIN_LOST_SECONDS = 30.0
 FIRST_ANSWER_SECONDS = 60.0
 """Longest wait for the answer to a call that fails fast, which needs no computing: proxies and firewalls may hang."""
 _Result = TypeVar("_Result")
@@ -130,13 +132,13 @@ class _RetryPolicy:
         self._closed = closed
         self._fail_fast = fail_fast
         self._divisible = divisible
-        self._ends: float | None = None  # set at the first failure
+        self._first_failure: float | None = None
         self._failures = Counter[str]()
 
     def should_retry(self, state: RetryCallState) -> bool:
         """Return True if another attempt may succeed."""
-        if self._ends is None:
-            self._ends = time.monotonic() + self._retry_for
+        if self._first_failure is None:
+            self._first_failure = time.monotonic()
         match _error(state):
             # If the server calls our request malformed, the request was garbled on the way.
             case ProtocolViolation() | MalformedMessage():
@@ -144,7 +146,8 @@ class _RetryPolicy:
             case GatewayTimeout() | RequestTimeout() if self._divisible:
                 return False
             case TimedOut() | AnswerLost() if self._divisible:
-                return self._count("lost") < _MAX_LOST
+                patience_s = min(_MIN_LOST_SECONDS, self._retry_for / 2)
+                return self._count("lost") < _MAX_LOST or time.monotonic() < self._first_failure + patience_s
             case GatewayFailed() if self._fail_fast:
                 return self._count("gateway") < _MAX_GATEWAY_FAILURES
             case ConnectionFailed():
@@ -165,7 +168,8 @@ class _RetryPolicy:
 
     def time_is_up(self, state: RetryCallState) -> bool:
         """Return True if there is no time for another attempt."""
-        return self._closed.is_set() or time.monotonic() + state.upcoming_sleep > (self._ends or 0.0)
+        ends = (self._first_failure or 0.0) + self._retry_for
+        return self._closed.is_set() or time.monotonic() + state.upcoming_sleep > ends
 
 
 def _error(state: RetryCallState) -> BaseException | None:

@@ -113,7 +113,10 @@ def stalled(request: httpx.Request) -> httpx.Response:
 
 
 @pytest.mark.parametrize("lost", [stalled, cut])
-def test_a_request_without_an_answer_is_repeated_before_it_is_divided(naps: list[float], lost: Answer) -> None:
+def test_a_request_without_an_answer_is_repeated_before_it_is_divided(
+    naps: list[float], lost: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "_MIN_LOST_SECONDS", 0.0)
     request = DecodeRequest(token_ids=[[5], [6], [7]], look_ahead=[0, 0, 0])
     script = Scripted(lost, lost, lost, lost, refused(errors.OverLimit("No.", hint="Less.")))
     with pytest.raises(errors.OverLimit):
