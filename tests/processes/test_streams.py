@@ -92,7 +92,7 @@ def test_the_client_names_an_argument_that_is_not_utf8(
 @pytest.mark.parametrize(
     ("arguments", "environment", "flag"),
     [
-        (["serve", "--host", NOT_UTF8], {}, "--host"),
+        (["serve", "--revision", NOT_UTF8], {}, "--revision"),
         (["serve"], {"PEMA_MODEL": NOT_UTF8}, "--model"),
         (["tenants", "rotate-key", NOT_UTF8], {}, "--name"),
     ],

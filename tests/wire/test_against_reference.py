@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -454,7 +455,7 @@ def test_translate_uses_nothing_but_the_source(case: Case) -> None:
         sources[::-1],
         adapter=case.adapter,
         interpolation=gradual,
-        decoding=DecodingSettings(max_new_tokens=STEPS, batch_size=2),
+        decoding=replace(BRIEF, batch_size=2),
     )
     alone = [
         translate(case.plm, [s], adapter=case.adapter, interpolation=gradual, decoding=BRIEF).texts[0] for s in sources
