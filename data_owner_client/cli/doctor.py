@@ -216,6 +216,8 @@ def _memory(plm: RemotePlm, path: Path) -> Finding:
         )
     counts = [f"{memory.folder.name}: {memory.manifest.rows:,} rows" for memory in memories]
     unfinished = [memory for memory in memories if not memory.complete]
+    for memory in memories:
+        memory.require_shards()
     return Finding(
         check=f"memory {path}",
         ok=not unfinished,

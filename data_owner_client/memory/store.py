@@ -59,7 +59,7 @@ class ExternalMemory:
         """Open a memory for appending; create it if the folder holds none.
 
         Raises:
-            InvalidData: the folder holds a memory with another plan, or the disk is full.
+            InvalidData: the folder holds a memory with another plan or without a file of it, or the disk is full.
             IdentityMismatch: the folder holds a memory of another model.
         """
         if not (folder / MANIFEST).exists():
@@ -73,6 +73,7 @@ class ExternalMemory:
                 f"{folder} holds a memory with another {', '.join(different)}.",
                 hint="Give another --memory folder, or --overwrite to build it again.",
             )
+        memory.require_shards()
         return memory
 
     def store_pairs(self, pairs: Sequence[Pair]) -> None:
@@ -94,6 +95,17 @@ class ExternalMemory:
                 hint="Delete the file, and run the same build-memory command again.",
             )
         return pairs
+
+    def require_shards(self) -> None:
+        """Check that the files of all shards are there; their contents are checked when they are read.
+
+        Raises:
+            InvalidData: a file is missing.
+        """
+        for shard in self.manifest.shards:
+            path = self.folder / shard.file
+            if not path.is_file():
+                raise InvalidData(f"{path} is missing.", hint="Build the memory again: build-memory --overwrite.")
 
     @property
     def complete(self) -> bool:

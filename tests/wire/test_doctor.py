@@ -22,6 +22,7 @@ from data_owner_client.training.settings import TrainingSettings
 from harness.tiny_models import TinyModels
 from plm_owner_server.admission.authentication import Authenticator
 from plm_owner_server.service.plm_service import PlmService
+from protocol.errors import InvalidData
 from tests import guard
 from tests.command_line import client, client_json
 from tests.support import make_service, serve, serve_over_grpc
@@ -160,6 +161,26 @@ def test_unfinished_and_missing_memories_are_said(work: Path, tiny_server: str, 
     assert found[f"memory {tmp_path / 'train'}"][0] is False
     assert "run the same build-memory command again" in found[f"memory {tmp_path / 'train'}"][1]
     assert found[f"memory {tmp_path / 'empty'}"][0] is False
+
+
+def test_a_memory_with_a_missing_file_is_said_and_can_be_mended(work: Path, tiny_server: str, tmp_path: Path) -> None:
+    shutil.copytree(work / "memory", tmp_path / "memory")
+    (shard,) = (tmp_path / "memory" / "train").glob("shard-*")
+    shard.unlink()
+
+    def finding() -> tuple[bool, str]:
+        diagnosis = diagnose(lambda: RemotePlm(guard.connection(tiny_server), cache=None), [tmp_path / "memory"])
+        return findings(diagnosis)[f"memory {tmp_path / 'memory'}"]
+
+    ok, text = finding()
+    assert not ok
+    assert f"{shard} is missing" in text
+    with RemotePlm(guard.connection(tiny_server), cache=None) as plm:
+        with pytest.raises(InvalidData, match=f"{shard.name} is missing.*--overwrite"):
+            build_memories(plm, TASK, PAIRS, tmp_path / "memory", validation=PAIRS[:4])
+        build_memories(plm, TASK, PAIRS, tmp_path / "memory", validation=PAIRS[:4], overwrite=True)
+    assert finding()[0]
+    assert shard.exists()
 
 
 def test_the_cached_head_is_checked(tiny_service: PlmService, tmp_path: Path) -> None:
