@@ -179,6 +179,11 @@ def _answer(texts: list[str] | None, options: _Options, run: partial[Generation]
     inputs = sources_of(texts, options.input_file, options.reading, trim=not verbatim)
     adapter = options.adapter()
     arguments, own = options.arguments(adapter), run.keywords
+    if options.decoding.length_bound and (adapter is None or verbatim):
+        raise InvalidData(
+            "A length bound comes from the memory of an adapter, for a source text.",
+            hint="Leave --length-bound away; --max-new-tokens is the longest length.",
+        )
     if options.best > 1 and not options.as_json:
         raise InvalidData("Only JSON has room for several texts of each input.", hint="Say --json, or no --best.")
     with connected(options.server, options.connection, options.dtype) as plm:

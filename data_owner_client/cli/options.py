@@ -12,7 +12,7 @@ from cyclopts import Group, Parameter
 from data_owner_client.adapter.types import Schedule
 from data_owner_client.data.reading.settings import ReadingSettings
 from data_owner_client.data.scoring_settings import ScoringSettings
-from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
+from data_owner_client.decoding.settings import DEFAULT_SAMPLING, DecodingSettings, SamplingSettings
 from data_owner_client.plm.connection.settings import ConnectionSettings
 from data_owner_client.training.settings import TrainingSettings
 from protocol.errors import InvalidData
@@ -183,5 +183,16 @@ def sampling_of(sampling: SamplingSettings, *, samples: int, best: int, consensu
     require_draws(sampling, samples=samples, best=best, consensus=consensus)
     temperature = sampling.temperature or (CONSENSUS_TEMPERATURE if consensus else 0.0)
     if temperature == 0.0 and sampling.repetition_penalty == 1.0:
+        _require_no_limits_of_draws(sampling)
         return None
     return replace(sampling, temperature=temperature)
+
+
+def _require_no_limits_of_draws(sampling: SamplingSettings) -> None:
+    for name in ("top_p", "top_k", "candidates_only"):
+        if getattr(sampling, name) != getattr(DEFAULT_SAMPLING, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise InvalidData(
+                f"{flag} limits what is drawn, and without a temperature nothing is drawn.",
+                hint=f"Give --temperature, such as 0.8, or leave {flag} away.",
+            )

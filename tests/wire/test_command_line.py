@@ -221,12 +221,16 @@ def test_an_empty_stop_is_refused(url: str, options: list[str]) -> None:
     assert "A stop text is empty" in done.stderr
 
 
-def test_the_bounds_of_texts_are_said_and_can_be_switched_off(url: str, adapter: Path) -> None:
+def test_the_bounds_of_texts_are_said_and_can_be_switched_off(url: str, adapter: Path, task: Path) -> None:
     arguments = ["--adapter", adapter, "--schedule", "constant", "--lambda-max", 0.01, "--length-reward", 20]
     sources = ["the thin", "die Tür an", "on"]
     usage = client_json(url, "translate", *arguments, *sources)["usage"]
     assert usage["length_bound_ends"] + usage["repetition_ends"] > 0
     assert "ended at" in client(url, "translate", *arguments, *sources).stderr
+    for verb, *bare in (("translate", "--task", task), ("generate", "--adapter", adapter)):
+        done = client(url, str(verb), *bare, "--length-bound", "the thin")
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "Leave --length-bound away" in done.stderr
     off = ["--no-length-bound", "--no-repetition-bound"]
     longer = client_json(url, "translate", *arguments, *off, *sources)["usage"]
     assert longer["length_bound_ends"] == longer["repetition_ends"] == 0
@@ -317,6 +321,9 @@ def test_sampling_and_lookup(url: str, adapter: Path, task: Path, pairs: Path, t
     assert len(set(text["best"])) > 1
     for arguments, words in (
         (["--samples", 2], "Without a temperature"),
+        (["--top-p", 0.9], "--top-p limits what is drawn"),
+        (["--top-k", 5], "leave --top-k away"),
+        (["--candidates-only"], "Give --temperature"),
         (["--temperature", 1, "--best", 2], "Give more --samples"),
         (["--temperature", 1, "--samples", 2, "--consensus", 4], "Give one of them"),
         (["--consensus", 4, "--stream"], "Leave --consensus"),
