@@ -136,9 +136,7 @@ def test_a_memory_of_one_view_meets_no_other(plms: Plms, tmp_path: Path) -> None
     task = Task(name="t", source_label="In", target_label="Out")
     pairs = [Pair("the thin", "die"), Pair("an", "on the")]
     build_memories(plms["acme"], task, pairs, tmp_path, validation=pairs)
-    settings = TrainingSettings(
-        form="paper", rank=4, epochs=1, selection_texts=0, minutes=0, retrieved_examples=0
-    )
+    settings = TrainingSettings(form="paper", rank=4, epochs=1, selection_texts=0, minutes=0, retrieved_examples=0)
     for name in ("beta", "plain", "ourselves", "nothing"):
         with pytest.raises(IdentityMismatch, match="the server"):
             train(plms[name], tmp_path, tmp_path / "adapter", settings=settings)
