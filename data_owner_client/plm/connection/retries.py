@@ -19,6 +19,7 @@ from protocol.errors import (
     ConnectionFailed,
     GatewayFailed,
     GatewayTimeout,
+    InvalidRequest,
     MalformedMessage,
     NotReady,
     Overloaded,
@@ -91,8 +92,11 @@ class Retrier:
                 smaller requests.
 
         Raises:
+            InvalidRequest: the connection is closed.
             PemaError: the error of the last attempt.
         """
+        if self._closed.is_set():
+            raise InvalidRequest("The connection is closed.", hint="Connect again.")
         policy = _RetryPolicy(self._retry_for, self._closed, fail_fast=fail_fast, divisible=divisible)
         attempts = Retrying(
             retry=policy.should_retry,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from data_owner_client.decoding.generation import generate, ngram_drafter_for, t
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.evaluation.evaluate import evaluate
 from data_owner_client.memory.build_splits import build_memories
+from data_owner_client.plm.connect import connect
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.arguments import to_path
@@ -25,6 +27,7 @@ from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.train import train
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidData, InvalidRequest
+from tests.support import serve, serve_over_grpc
 
 TASK = Task(name="t", source_label="In", target_label="Out")
 SHORT = DecodingSettings(max_new_tokens=4)
@@ -123,3 +126,12 @@ def test_options_that_cannot_be_are_refused(plm: RemotePlm, options: Any, messag
 
 def test_no_stop_is_none(plm: RemotePlm) -> None:
     assert generate(plm, ["the"], stop=None, decoding=SHORT).texts == generate(plm, ["the"], decoding=SHORT).texts
+
+
+@pytest.mark.parametrize("run", [serve, serve_over_grpc])
+def test_a_closed_connection_says_so(tiny_service: PlmService, run: Callable[..., AbstractContextManager[str]]) -> None:
+    with run(tiny_service) as url:
+        with connect(url) as plm:
+            pass
+        with pytest.raises(InvalidRequest, match=r"The connection is closed\. Connect again\."):
+            generate(plm, ["the thin"], decoding=SHORT)
