@@ -86,6 +86,8 @@ def evaluate(
             "With --hypotheses no pair can be left out: they belong to the references by their order.",
             hint="Leave --skip-invalid away.",
         )
+    if hypotheses is not None and adapter_folder is not None:
+        raise InvalidData("--hypotheses has the texts to score, so no adapter is used.", hint="Leave --adapter away.")
     pairs = pairs_of(input_file, sources, targets, reading)
     if hypotheses is not None:
         lines = read_hypotheses(hypotheses)

@@ -169,6 +169,9 @@ def test_hypotheses_belong_to_all_references(tmp_path: Path) -> None:
     references.write_text(lines() + '{"source": "a", "target": ""}\n')
     hypotheses.write_text("x\n" * 7)
     arguments = ["--input", references, "--hypotheses", hypotheses]
+    both = client(None, "evaluate", *arguments, "--adapter", tmp_path)
+    assert (both.returncode, both.stderr.count("\n")) == (1, 1)
+    assert "Leave --adapter away" in both.stderr
     assert "test.jsonl:7 has an empty target" in client(None, "evaluate", *arguments).stderr
     assert "Leave --skip-invalid away" in client(None, "evaluate", *arguments, "--skip-invalid").stderr
 
