@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO
 
 from protocol.errors import InvalidData
@@ -64,6 +65,9 @@ def require_writable(folder: Path) -> None:
     Raises:
         InvalidData: they cannot.
     """
-    probe = folder / ".probe"
-    write_atomically(probe, b"")
-    probe.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InvalidData(f"{folder} cannot be written: {error.strerror}.", hint="Give another folder.") from error

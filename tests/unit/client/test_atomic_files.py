@@ -30,5 +30,5 @@ def test_a_check_makes_the_folder_and_leaves_nothing_in_it(tmp_path: Path) -> No
 def test_a_folder_that_cannot_be_written_is_named_before_the_work(work: Callable[..., object], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     plm = Mock(spec=[])  # any use of it fails
-    with pytest.raises(InvalidData, match=r"file/adapter.* cannot be written"):
+    with pytest.raises(InvalidData, match="file/adapter cannot be written"):
         work(plm, tmp_path / "memory", tmp_path / "file" / "adapter")
