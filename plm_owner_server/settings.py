@@ -6,6 +6,7 @@ the same thing. A flag wins over the environment, the environment over `.env`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from platformdirs import user_cache_path, user_data_path
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_core import from_json
 from pydantic_settings import (
     BaseSettings,
@@ -78,12 +79,19 @@ class Metavar:
     word: str
 
 
+def _in_home(path: Path) -> Path:
+    # Path.expanduser raises an error for unknown users; this leaves their names.
+    return Path(os.path.expanduser(path))
+
+
 Port = Annotated[int, Field(ge=0, le=65535), Metavar("PORT")]
 Tokens = Annotated[int, Metavar("TOKENS")]
 Bytes = Annotated[int, Metavar("BYTES")]
 Number = Annotated[int, Metavar("N")]
 Seconds = Annotated[float, Metavar("SECONDS")]
-File = Annotated[Path, Metavar("FILE")]
+# Shells leave the `~` of `--tls-key=~/key` as it is, and so do service managers in variables.
+File = Annotated[Path, AfterValidator(_in_home), Metavar("FILE")]
+Folder = Annotated[Path, AfterValidator(_in_home), Metavar("FOLDER")]
 
 
 def _default_store() -> str:
@@ -179,7 +187,7 @@ class ModelSettings(_Settings):
         description="CPU and float32: store the weights in the layout that multiplies fastest. Decoding takes between "
         "0.44 and 0.61 of the time (1.6 to 2.3 times as fast); the LM head takes twice the memory.",
     )
-    cache_dir: Annotated[Path, Metavar("FOLDER")] = Field(
+    cache_dir: Folder = Field(
         default_factory=lambda: user_cache_path("pema") / "models",
         description="Folder for converted GGUF models and digests of weights, so that only the first start is slow. By "
         "default in the user's cache folder.",

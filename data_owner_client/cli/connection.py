@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from data_owner_client.cli.app import command
-from data_owner_client.cli.options import DATA, DEFAULT_SERVER, AsJson, Connection, Server, connected
+from data_owner_client.cli.options import DATA, DEFAULT_SERVER, AsJson, Connection, PathOption, Server, connected
 from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION
 
 _DOCTOR_WAITS_SECONDS = 10.0
@@ -37,8 +37,12 @@ def info(
 @command()
 def doctor(
     *,
-    memory: Annotated[list[Path] | None, Parameter(help="Memories to check. Default: ./memory.", group=DATA)] = None,
-    adapter: Annotated[list[Path] | None, Parameter(help="Adapters to check. Default: ./adapter.", group=DATA)] = None,
+    memory: Annotated[
+        list[PathOption] | None, Parameter(help="Memories to check. Default: ./memory.", group=DATA)
+    ] = None,
+    adapter: Annotated[
+        list[PathOption] | None, Parameter(help="Adapters to check. Default: ./adapter.", group=DATA)
+    ] = None,
     server: Server = DEFAULT_SERVER,
     connection: Connection = DEFAULT_CONNECTION,
     as_json: AsJson = False,

@@ -22,6 +22,7 @@ from data_owner_client.cli.options import (
     InputFile,
     MoreDecoding,
     OptionalAdapter,
+    PathOption,
     Reading,
     Scoring,
     Server,
@@ -49,7 +50,7 @@ def evaluate(
     sources: Sources = None,
     targets: Targets = None,
     hypotheses: Annotated[
-        Path | None,
+        PathOption | None,
         Parameter(help="Score this text file, one hypothesis a line, instead of translating.", group=DATA),
     ] = None,
     reading: Reading = DEFAULT_READING,
@@ -123,9 +124,9 @@ def evaluate(
 @command()
 def compare(
     *,
-    input_file: Annotated[Path, Parameter(name="--input", help="Pairs to train on.", group=DATA)],
-    validation: Annotated[Path, Parameter(help="Pairs held out for validation.", group=DATA)],
-    test: Annotated[Path, Parameter(help="Pairs to evaluate on.", group=DATA)],
+    input_file: Annotated[PathOption, Parameter(name="--input", help="Pairs to train on.", group=DATA)],
+    validation: Annotated[PathOption, Parameter(help="Pairs held out for validation.", group=DATA)],
+    test: Annotated[PathOption, Parameter(help="Pairs to evaluate on.", group=DATA)],
     task: TaskName = "translate-en-de",
     only: Annotated[
         list[str] | None,
@@ -135,7 +136,7 @@ def compare(
     settings: Training = DEFAULT_TRAINING,
     scoring: Scoring = DEFAULT_SCORING,
     folder: Annotated[
-        Path, Parameter(help="Folder for the results, and below it memories and adapters.", group=OUTPUT)
+        PathOption, Parameter(help="Folder for the results, and below it memories and adapters.", group=OUTPUT)
     ] = Path("runs/compare"),
     as_json: AsJson = False,
     threads: Threads = 0,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Le
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 
 from data_owner_client.adapter.types import Schedule
 from data_owner_client.data.reading.settings import ReadingSettings
 from data_owner_client.data.scoring_settings import ScoringSettings
 from data_owner_client.decoding.settings import DEFAULT_SAMPLING, DecodingSettings, SamplingSettings
 from data_owner_client.plm.connection.settings import ConnectionSettings
+from data_owner_client.runtime.arguments import to_path
 from data_owner_client.training.settings import TrainingSettings
 from protocol.errors import InvalidData
 from protocol.types import WireDtype
@@ -33,6 +35,13 @@ OUTPUT = Group("Output", sort_key=6)
 CONNECTION = Group("Connection", sort_key=7)
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 
+
+def _path(_: Any, tokens: Sequence[Token]) -> Path:
+    return to_path(tokens[0].value)
+
+
+# Shells leave the `~` of `--output=~/texts` as it is.
+PathOption = Annotated[Path, Parameter(converter=_path)]
 Server = Annotated[
     str,
     Parameter(
@@ -57,26 +66,30 @@ Dtype = Annotated[
 Threads = Annotated[
     int, Ge(0), Parameter(help="CPU threads of this client; 0 for all cores that it may use.", group=OUTPUT)
 ]
-MemoryFolder = Annotated[Path, Parameter(help="Folder of the external memory.", group=DATA)]
-AdapterFolder = Annotated[Path, Parameter(help="Folder of the adapter.", group=DATA)]
+MemoryFolder = Annotated[PathOption, Parameter(help="Folder of the external memory.", group=DATA)]
+AdapterFolder = Annotated[PathOption, Parameter(help="Folder of the adapter.", group=DATA)]
 OptionalAdapter = Annotated[
-    Path | None, Parameter(name="--adapter", help="Folder of the adapter. Default: the PLM alone.", group=DATA)
+    PathOption | None, Parameter(name="--adapter", help="Folder of the adapter. Default: the PLM alone.", group=DATA)
 ]
 TaskName = Annotated[str, Parameter(help="Name of a built-in task, or a TOML file.", group=DATA, validator=None)]
 InputFile = Annotated[
-    Path | None,
+    PathOption | None,
     Parameter(
         name="--input", help="JSONL, JSON, CSV, TSV or text with one source a line; - is standard input.", group=DATA
     ),
 ]
-Sources = Annotated[Path | None, Parameter(help="Text file with one source a line; goes with --targets.", group=DATA)]
-Targets = Annotated[Path | None, Parameter(help="Text file with one target a line; goes with --sources.", group=DATA)]
+Sources = Annotated[
+    PathOption | None, Parameter(help="Text file with one source a line; goes with --targets.", group=DATA)
+]
+Targets = Annotated[
+    PathOption | None, Parameter(help="Text file with one target a line; goes with --sources.", group=DATA)
+]
 Reading = Annotated[ReadingSettings, Parameter(name="*", group=DATA)]
 ShareTargets = Annotated[
     bool, Parameter(help="Allow target texts to be shown to the owner of the PLM.", group=CONNECTION)
 ]
 OutputFile = Annotated[
-    Path | None,
+    PathOption | None,
     Parameter(name="--output", help="File for the texts, one a line. Default: standard output.", group=OUTPUT),
 ]
 Stop = Annotated[
@@ -90,7 +103,7 @@ Stop = Annotated[
 ]
 Stream = Annotated[bool, Parameter(help="Show one text as it grows.", group=OUTPUT)]
 Explain = Annotated[
-    Path | None,
+    PathOption | None,
     Parameter(
         help="JSONL file for how every token was chosen: λ, its probabilities, the choices of PLM and adapter alone.",
         group=OUTPUT,
@@ -118,7 +131,7 @@ class DecodingOptions:
     schedule: Schedule | None = None
     lambda_max: Annotated[float, Ge(0), Le(1)] | None = None
     length_reward: Annotated[float, Ge(0), Le(20)] | None = None
-    lookup: Path | None = None
+    lookup: PathOption | None = None
     consensus: Annotated[int, Ge(0)] = 0
 
     def drafter(self) -> NgramDrafter | None:

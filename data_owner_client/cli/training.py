@@ -26,6 +26,7 @@ from data_owner_client.cli.options import (
     Dtype,
     InputFile,
     MemoryFolder,
+    PathOption,
     Reading,
     Server,
     ShareTargets,
@@ -52,7 +53,7 @@ def build_memory(
     sources: Sources = None,
     targets: Targets = None,
     validation: Annotated[
-        Path | None, Parameter(help="Pairs held out for validation. Default: a share of the input.", group=DATA)
+        PathOption | None, Parameter(help="Pairs held out for validation. Default: a share of the input.", group=DATA)
     ] = None,
     validation_fraction: Annotated[
         float, Ge(0), Le(0.5), Parameter(help="Share of the input to hold out (at most 300 pairs).", group=DATA)
@@ -204,7 +205,7 @@ def sweep(
         list[Annotated[float, Ge(0), Le(1)]] | None,
         Parameter(help="λ_max of the schedules. Default: 0.1, 0.2, … 0.9.", group=GRID),
     ] = None,
-    folder: Annotated[Path, Parameter(help="Folder for the results.", group=OUTPUT)] = Path("runs/sweep"),
+    folder: Annotated[PathOption, Parameter(help="Folder for the results.", group=OUTPUT)] = Path("runs/sweep"),
     as_json: AsJson = False,
     threads: Threads = 0,
     server: Server = DEFAULT_SERVER,

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.types import Schedule
 from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.runtime.arguments import AnyPath, to_path
 from data_owner_client.runtime.atomic_files import require_writable, write_atomically
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.training.inputs import Memories, TrainingInput, resolve_settings
@@ -56,7 +57,7 @@ class Grid:
 
 
 def sweep(
-    plm: RemotePlm, memory: Path, grid: Grid, folder: Path, *, reporter: Reporter | None = None
+    plm: RemotePlm, memory: AnyPath, grid: Grid, folder: AnyPath, *, reporter: Reporter | None = None
 ) -> list[SweepRow]:
     """Train all adapters of the grid that were not trained yet; write `sweep.csv`, `sweep.json` and `sweep.png`.
 
@@ -67,6 +68,7 @@ def sweep(
         IdentityMismatch: the memory was built with another model.
     """
     reporter = reporter or Reporter()
+    memory, folder = to_path(memory), to_path(folder)
     require_writable(folder)
     memories = Memories.open(memory, plm)
     rows: list[SweepRow] = []

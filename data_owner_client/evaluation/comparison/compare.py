@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic import BaseModel
 
@@ -14,6 +13,7 @@ from data_owner_client.evaluation.comparison.results import RESAMPLES, Compariso
 from data_owner_client.evaluation.comparison.runner import ComparisonRunner, Connect, Splits
 from data_owner_client.evaluation.comparison.systems import SYSTEMS
 from data_owner_client.memory.usable_pairs import require_usable
+from data_owner_client.runtime.arguments import AnyPath, to_path
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.training.settings import TrainingSettings
 from protocol.errors import InvalidData
@@ -41,7 +41,7 @@ def compare(
     connect: Connect,
     task: Task,
     splits: Splits,
-    folder: Path,
+    folder: AnyPath,
     *,
     only: Sequence[str] = (),
     settings: TrainingSettings | None = None,
@@ -70,7 +70,7 @@ def compare(
             is not installed.
         PemaError: a call to the PLM failed.
     """
-    reporter = reporter or Reporter()
+    folder, reporter = to_path(folder), reporter or Reporter()
     unknown = set(only) - set(SYSTEMS)
     if unknown:
         raise InvalidData(f"There is no system {min(unknown)}.", hint=f"There are {', '.join(SYSTEMS)}.")

@@ -9,6 +9,7 @@ from typing import Annotated
 from annotated_types import Ge, Le, Unit
 from cyclopts import Parameter
 
+from data_owner_client.runtime.arguments import to_path
 from data_owner_client.runtime.declared_settings import require_in_bounds
 from protocol.errors import InvalidRequest
 
@@ -41,7 +42,7 @@ class ConnectionSettings:
         # Editors and `$(cat file)` leave a newline behind a value, and compose files set what is missing to nothing.
         object.__setattr__(self, "api_key", (self.api_key or "").strip() or None)
         for name in ("ca", "client_certificate", "client_key"):
-            path = Path(str(getattr(self, name) or "").strip())
+            path = to_path(str(getattr(self, name) or "").strip())
             object.__setattr__(self, name, None if path == Path() else path)
         key = self.api_key or ""
         # `docker --env-file` keeps the quotes around a value.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cyclopts import Token
 
 from data_owner_client.cli import app, run
 from data_owner_client.cli.old_names import REMOVED_FLAGS, RENAMED_FLAGS, with_current_names
@@ -28,6 +29,23 @@ def test_an_old_flag_works_with_one_line_of_warning(old: str, new: str, capsys: 
     warned = capsys.readouterr().err.splitlines()
     assert warned == [f"pema-client: {old} is now {new}; the old name works until version 0.3."] * 2
     assert any(option in names for names in _options() for option in [new])
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave it as it is in `--output=~/texts`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = set()
+    for verb in (name for name in app if not name.startswith("-")):
+        for argument in app[verb].assemble_argument_collection():
+            if "Path" in str(argument.hint) and not argument.name.startswith(("--ca", "--client-")):
+                argument.append(Token(keyword=argument.name, value="~/x", source="cli"))
+                value = argument.convert()
+                assert value in (tmp_path / "x", [tmp_path / "x"]), (verb, argument.name)
+                seen.add(argument.name)
+    assert seen >= {"--input", "--output", "--explain", "--memory", "--adapter", "--folder", "--lookup", "--hypotheses"}
+    settings = ConnectionSettings(ca=Path("~/ca"), client_certificate=Path("~/c"), client_key=Path("~/k"))
+    assert (settings.ca, settings.client_key) == (tmp_path / "ca", tmp_path / "k")
+    assert settings.client_certificate == tmp_path / "c"
 
 
 def _options() -> list[tuple[str, ...]]:

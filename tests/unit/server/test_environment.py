@@ -66,6 +66,17 @@ def test_a_flag_with_another_value_is_a_mistake(value: str) -> None:
         ServerSettings(port=value)
 
 
+def test_a_tilde_is_the_home_folder(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a unit file of systemd, which leaves it as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    environment |= {"PEMA_CACHE_DIR": "~/models", "PEMA_TLS_CERTIFICATE": "~/server.pem"}
+    settings = ServerSettings(tls_key="~nobody-here/key")
+    assert (settings.cache_dir, settings.tls_certificate) == (tmp_path / "models", tmp_path / "server.pem")
+    assert settings.tls_key == Path("~nobody-here/key")
+
+
 @pytest.mark.parametrize("space", ["\n", " ", "\r\n", "\t"])
 def test_space_around_a_value_does_not_count(space: str, environment: dict[str, str], tmp_path: Path) -> None:
     """As in values from mounted secrets, which end in a newline."""
