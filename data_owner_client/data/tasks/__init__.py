@@ -187,7 +187,7 @@ def load_task(name_or_path: str | Path) -> Task:
     """Load a built-in task by name, or a task from a TOML file.
 
     Raises:
-        InvalidData: there is no such task, or the file does not declare one.
+        InvalidData: there is no such task, the file declares none, or an example of it cannot be an answer.
     """
     if str(name_or_path) in builtin_tasks():
         text = files(__name__).joinpath(f"{name_or_path}.toml").read_text(encoding="utf-8")
@@ -200,7 +200,7 @@ def load_task(name_or_path: str | Path) -> Task:
                 hint="A task is a small TOML file; `pema-client build-memory --help` shows one.",
             ) from error
     try:
-        return Task.model_validate(tomllib.loads(text))
+        task = Task.model_validate(tomllib.loads(text))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidData(
             f"{name_or_path} is not TOML: {error}.", hint="Quote texts; write \\n for a newline."
@@ -211,6 +211,25 @@ def load_task(name_or_path: str | Path) -> Task:
         raise InvalidData(
             f"{name_or_path}: {path}: {first['msg']}.", hint=f"A task has: {', '.join(Task.model_fields)}."
         ) from error
+    _require_usable_examples(task, name_or_path)
+    return task
+
+
+def _require_usable_examples(task: Task, name: str | Path) -> None:
+    """Check the examples of a task that is written anew. Adapters may have learned with others, and still load.
+
+    Raises:
+        InvalidData: an example has an empty text, or its target contains the stop.
+    """
+    before = " " if task.format == "plain" else ""
+    for number, shot in enumerate(task.examples, 1):
+        if not shot.source.strip() or not shot.target.strip():
+            raise InvalidData(f"{name}: example {number} has an empty text.", hint="Give it a source and a target.")
+        try:
+            if task.stop_text:
+                _with_end(MarkedText(before + shot.target), task.stop_text)
+        except InvalidData as error:
+            raise InvalidData(f"{name}: example {number}: {error.detail}", hint=error.hint) from error
 
 
 @lru_cache(maxsize=16)

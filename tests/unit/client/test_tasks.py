@@ -1,5 +1,6 @@
 """Prompts, targets and stops, against transformers' own tokenizer and chat template."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,26 @@ def test_a_bad_task_file_is_explained(tmp_path: Path, text: str, message: str) -
         load_task(path)
     with pytest.raises(InvalidData, match="contemporary-english"):
         load_task("no-such-task")
+
+
+@pytest.mark.parametrize(
+    ("head", "source", "target", "message"),
+    [
+        ("", "a", "b\\nc", r"example 2: The target contains the stop '\\n'"),
+        ('stop = "###"', "a", "b ## c #", "example 2: The target contains"),
+        ('stop = "###"\nformat = "chat"', "a", "b### c", "example 2: The target contains"),
+        ("", "", "b", "example 2 has an empty text"),
+        ('format = "chat"', "a", " \\n", "example 2 has an empty text"),
+    ],
+)
+def test_examples_of_a_task_file_are_checked(tmp_path: Path, head: str, source: str, target: str, message: str) -> None:
+    """In files alone: adapters that learned with such examples still load."""
+    path = tmp_path / "mine.toml"
+    examples = f'[[examples]]\nsource = "1"\ntarget = "2"\n[[examples]]\nsource = "{source}"\ntarget = "{target}"\n'
+    path.write_text(f'name = "mine"\n{head}\n{examples}')
+    with pytest.raises(InvalidData, match=f"mine.toml: {message}"):
+        load_task(path)
+    assert Task.model_validate(tomllib.loads(path.read_text())).examples[1].target == target.replace("\\n", "\n")
 
 
 @pytest.mark.parametrize(
