@@ -69,6 +69,7 @@ def create_app(
     app.include_router(router)
     app.middleware("http")(_record_call)
     app.add_middleware(_HeadAsGet)
+    app.add_middleware(_WithoutLastSlash)
     return app
 
 
@@ -92,6 +93,23 @@ class _HeadAsGet:
             await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
         await self._app({**scope, "method": "GET"}, receive, send_head)
+
+
+class _WithoutLastSlash:
+    """Middleware that takes `/readyz/` as `/readyz`, as balancers ask for it. A redirect would not be safe.
+
+    Args:
+        app: the application.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request, or the application's life."""
+        if scope["type"] == "http":
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        await self._app(scope, receive, send)
 
 
 async def _record_call(request: Request, call_next: Callable[[Request], Any]) -> Response:

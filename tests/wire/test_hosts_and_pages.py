@@ -82,6 +82,12 @@ def test_head_is_get_without_the_body(path: str, http: httpx.Client) -> None:
     assert http.get("/healthz").json() == {"status": "alive"}  # the connection is still good
 
 
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "/nowhere"])
+def test_a_slash_at_the_end_of_a_path_does_not_count(path: str, http: httpx.Client) -> None:
+    got, slashed = http.get(path), http.get(f"{path}/")
+    assert (slashed.status_code, slashed.content) == (got.status_code, got.content)
+
+
 def test_head_says_when_the_server_is_not_ready() -> None:
     with serve(None) as url, guard.http(url) as client:
         assert client.head("/healthz").status_code == 200
