@@ -7,6 +7,7 @@ import ssl
 import time
 import uuid
 from contextlib import closing
+from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
 import httpx
@@ -203,14 +204,34 @@ class RestConnection:
             if response.status_code == httpx.codes.NOT_FOUND and self._route.address.path:
                 error.hint = self._route.path_hint
             return error
-        after, location = response.headers.get("retry-after", ""), response.headers.get("location", "")
+        location = response.headers.get("location", "")
         return self._route.gateway_error(
             response.status_code,
             request_id,
-            retry_after_s=float(after) if after.isdecimal() else None,
+            retry_after_s=_retry_after_s(response.headers),
             location=str(response.request.url.join(location)) if location else "",
             path=path,
         )
+
+
+def _retry_after_s(headers: httpx.Headers) -> float | None:
+    """Seconds after which a gateway wants to be asked again, which it may also give as a date; None if unknown."""
+    after = headers.get("retry-after", "")
+    if after.isdecimal():
+        return float(after)
+    moment = _unix_time(after)
+    if moment is None:
+        return None
+    now = _unix_time(headers.get("date", ""))  # by the gateway's clock, which gave the other date
+    return max(0.0, moment - (time.time() if now is None else now))
+
+
+def _unix_time(date: str) -> float | None:
+    """Seconds since 1970 of a date in a header; None if it is none."""
+    try:
+        return parsedate_to_datetime(date).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
 def _http_client(route: Route, settings: ConnectionSettings, transport: httpx.BaseTransport | None) -> httpx.Client:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import astuple
+from email.utils import formatdate
 
 import httpx
 import pytest
@@ -88,6 +89,23 @@ def test_a_proxy_that_refuses_for_the_server_is_understood(naps: list[float]) ->
         connect(busy).decode(REQUEST)
     assert naps[0] >= 7
     assert len(busy.calls) == 3
+
+
+@pytest.mark.parametrize("date", ["Wed, 21 Oct 2026 07:28:00 GMT", None])
+def test_a_gateway_may_say_the_time_of_the_next_attempt(naps: list[float], date: str | None) -> None:
+    """Its own clock counts, if it shows it."""
+    after = "Wed, 21 Oct 2026 07:28:30 GMT" if date else formatdate(time.time() + 30, usegmt=True)
+    headers = {"Retry-After": after} | ({"Date": date} if date else {})
+    no_date = {"Retry-After": "Wed, 21 Oct 99999999 07:28:00", "Date": "today"}
+    script = Scripted(
+        lambda _: httpx.Response(429, headers=headers),
+        lambda _: httpx.Response(503, headers=no_date),
+        refused(errors.InvalidRequest("No.", hint="Ask otherwise.")),
+    )
+    with pytest.raises(errors.InvalidRequest):
+        connect(script).decode(REQUEST)
+    assert 25 < naps[0] < 40
+    assert naps[1] < 10
 
 
 @pytest.mark.parametrize("error", [errors.InvalidRequest, errors.OverLimit, errors.ServerFault, errors.Unsupported])
