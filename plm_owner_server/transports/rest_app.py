@@ -33,7 +33,7 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 REQUEST_ID = "X-Request-Id"
 CLIENT_HEADER = "X-Pema-Client"
 _CLIENT_CLOSED_REQUEST = 499  # nginx's status; HTTP has none
-_NAMES = {HEALTHZ: PROBE, READYZ: PROBE} | {call.path: call.name for call in CALLS}
+_NAMES = dict.fromkeys((HEALTHZ, f"{HEALTHZ}/", READYZ, f"{READYZ}/"), PROBE) | {call.path: call.name for call in CALLS}
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # FastAPI's telemetry would report paths, queries and exceptions verbatim.
 _NO_TELEMETRY: dict[str, Any] = {
@@ -69,7 +69,6 @@ def create_app(
     app.include_router(router)
     app.middleware("http")(_record_call)
     app.add_middleware(_HeadAsGet)
-    app.add_middleware(_WithoutLastSlash)
     return app
 
 
@@ -93,23 +92,6 @@ class _HeadAsGet:
             await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
         await self._app({**scope, "method": "GET"}, receive, send_head)
-
-
-class _WithoutLastSlash:
-    """Middleware that takes `/readyz/` as `/readyz`, as balancers ask for it. A redirect would not be safe.
-
-    Args:
-        app: the application.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request, or the application's life."""
-        if scope["type"] == "http":
-            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
-        await self._app(scope, receive, send)
 
 
 async def _record_call(request: Request, call_next: Callable[[Request], Any]) -> Response:

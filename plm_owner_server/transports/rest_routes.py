@@ -74,12 +74,15 @@ class _HeadRange(BaseModel):
     dtype: HeadDtype = "float16"
 
 
+# Balancers also ask with a slash, and take a redirect for a failure.
+@router.get(f"{HEALTHZ}/", include_in_schema=False)
 @router.get(HEALTHZ, tags=["probes"], summary="Is the process alive?", **openapi.HEALTHZ)
 async def healthz() -> dict[str, str]:
     """Answer while the process lives."""
     return {"status": "alive"}
 
 
+@router.get(f"{READYZ}/", include_in_schema=False)
 @router.get(READYZ, tags=["probes"], summary="Is the model loaded and warm?", **openapi.READYZ)
 async def readyz(request: Request) -> dict[str, str]:
     """Answer while calls are answered.

@@ -82,8 +82,8 @@ def test_head_is_get_without_the_body(path: str, http: httpx.Client) -> None:
     assert http.get("/healthz").json() == {"status": "alive"}  # the connection is still good
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if path != "/nowhere"])
-def test_a_slash_at_the_end_of_a_path_does_not_count(path: str, http: httpx.Client) -> None:
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+def test_a_slash_behind_a_probe_does_not_count(path: str, http: httpx.Client) -> None:
     got, slashed = http.get(path), http.get(f"{path}/")
     assert (slashed.status_code, slashed.content) == (got.status_code, got.content)
 
