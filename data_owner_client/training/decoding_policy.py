@@ -208,10 +208,10 @@ class _Trials:
         """Sentence-level chrF of each text."""
         return self.decoded.chrf_E(policy.interpolation)
 
-    def better(self, rival: DecodingPolicy, chosen: DecodingPolicy) -> DecodingPolicy:
-        """The rival if it is clearly better, else the chosen policy, as without time for the rival."""
-        if self.add(rival) and clearly_better(self.score_E(rival), self.score_E(chosen)):
-            return rival
+    def better(self, other: DecodingPolicy, chosen: DecodingPolicy) -> DecodingPolicy:
+        """The other policy if it is clearly better, else the chosen one, as without time for the other."""
+        if self.add(other) and clearly_better(self.score_E(other), self.score_E(chosen)):
+            return other
         return chosen
 
     def scored(self, policy: DecodingPolicy) -> DecodingPolicy:
