@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
 
 from protocol.errors import InvalidRequest, Unsupported
 from protocol.head import LMHead
+
+CAUSAL_LM_HINT = "It must hold config.json and weights of an AutoModelForCausalLM architecture."
+"""Hint for a folder from which no causal language model can be loaded."""
 
 
 def device_and_dtype(device: str, dtype: str, *, has_gpu: bool) -> tuple[str, str]:
@@ -63,6 +67,18 @@ def unloadable(folder: Path, what: str, error: Exception, hint: str) -> Unsuppor
     return Unsupported(
         f"The {what} in {folder} cannot be loaded: {type(error).__name__}: {reason.rstrip('.')}.", hint=hint
     )
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """Load a model's configuration, without running code of the model.
+
+    Raises:
+        Unsupported: transformers cannot load it, or it needs code of the model.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # every architecture has errors of its own
+        raise unloadable(folder, "causal language model", error, CAUSAL_LM_HINT) from error
 
 
 def linear_head(model: Any) -> nn.Linear:

@@ -8,10 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from plm_owner_server.engines.interface import EngineInfo
-from plm_owner_server.engines.model_files.config import eos_token_ids, head_from_config, linear_head, unloadable
+from plm_owner_server.engines.model_files.config import (
+    CAUSAL_LM_HINT,
+    eos_token_ids,
+    head_from_config,
+    linear_head,
+    load_config,
+    unloadable,
+)
 from plm_owner_server.engines.model_files.weights import open_weights, weight_files
 from protocol.errors import Unsupported
 from protocol.head import LMHead
@@ -28,13 +35,12 @@ def read_head(folder: Path, *, dtype: torch.dtype, device: str) -> tuple[LMHead,
     Raises:
         Unsupported: the folder holds no causal language model with a linear head.
     """
+    config = load_config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # every architecture has errors of its own
-        hint = "It must hold config.json of an AutoModelForCausalLM architecture, and its weights."
-        raise unloadable(folder, "causal language model", error, hint) from error
+        raise unloadable(folder, "causal language model", error, CAUSAL_LM_HINT) from error
     output = linear_head(model)
     text = config.get_text_config()
     name_of = {id(module): name for name, module in model.named_modules()}
@@ -62,9 +68,12 @@ def read_head(folder: Path, *, dtype: torch.dtype, device: str) -> tuple[LMHead,
 
 
 def caps_attention(folder: Path) -> bool:
-    """Return whether the model's attention has soft-capped logits (Gemma 2)."""
-    config = AutoConfig.from_pretrained(folder).get_text_config()
-    return getattr(config, "attn_logit_softcapping", None) is not None
+    """Return whether the model's attention has soft-capped logits (Gemma 2).
+
+    Raises:
+        Unsupported: the configuration cannot be loaded.
+    """
+    return getattr(load_config(folder).get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def _read(files: Sequence[Path], names: Sequence[str]) -> Tensor | None:

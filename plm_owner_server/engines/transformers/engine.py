@@ -10,14 +10,16 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from plm_owner_server.engines.interface import EncodeBatch, Encoded, EngineInfo
 from plm_owner_server.engines.model_files.config import (
+    CAUSAL_LM_HINT,
     device_and_dtype,
     eos_token_ids,
     head_from_config,
     linear_head,
+    load_config,
     require_device,
     unloadable,
 )
@@ -54,7 +56,7 @@ def load_model(folder: Path, *, device: str, dtype: str, device_map: str | None 
     if device_map is None:
         require_device(device)
     try:
-        _require_attention(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        _require_attention(load_config(folder))
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
@@ -65,8 +67,7 @@ def load_model(folder: Path, *, device: str, dtype: str, device_map: str | None 
     except (Unsupported, torch.OutOfMemoryError):
         raise
     except Exception as error:  # every architecture and quantisation has errors of its own
-        hint = "It must hold config.json and weights of an AutoModelForCausalLM architecture."
-        raise unloadable(folder, "causal language model", error, hint) from error
+        raise unloadable(folder, "causal language model", error, CAUSAL_LM_HINT) from error
     if missing := sorted(report["missing_keys"]):
         # transformers fills them with random numbers, others at every start.
         raise Unsupported(

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from harness.tiny_models import TinyModels
 from plm_owner_server.engines.loading import load_engine
 from plm_owner_server.engines.model_files.digest import digest_folder
-from plm_owner_server.engines.model_files.lm_head import read_head
+from plm_owner_server.engines.model_files.lm_head import caps_attention, read_head
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.engines.model_files.tokenizer import load_tokenizer
 from plm_owner_server.engines.model_files.weights import weight_files
@@ -215,7 +216,8 @@ def test_code_of_a_model_is_neither_run_nor_asked_about(
     change_config(model, model_type="own", auto_map=own)
     tokenizer = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}
     (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    for read in (load, load_tokenizer, lambda folder: read_head(folder, dtype=torch.float32, device="cpu")):
+    head = partial(read_head, dtype=torch.float32, device="cpu")
+    for read in (load, load_tokenizer, head, caps_attention):
         with pytest.raises(Unsupported, match="never run"):
             read(model)
     assert not mark.exists()
