@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from platformdirs import user_cache_path, user_data_path
-from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_core import from_json
 from pydantic_settings import (
     BaseSettings,
@@ -84,25 +84,6 @@ def _in_home(path: Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-Port = Annotated[int, Field(ge=0, le=65535), Metavar("PORT")]
-Tokens = Annotated[int, Metavar("TOKENS")]
-Bytes = Annotated[int, Metavar("BYTES")]
-Number = Annotated[int, Metavar("N")]
-Seconds = Annotated[float, Metavar("SECONDS")]
-# Shells leave the `~` of `--tls-key=~/key` as it is, and so do service managers in variables.
-File = Annotated[Path, AfterValidator(_in_home), Metavar("FILE")]
-Folder = Annotated[Path, AfterValidator(_in_home), Metavar("FOLDER")]
-
-
-def _default_store() -> str:
-    return f"sqlite:///{user_data_path('pema') / 'owner.db'}"
-
-
-def is_of_kubernetes(variable: str, value: str) -> bool:
-    """True if an environment variable is the address of a Service, and not our setting of the same name."""
-    return variable.upper().endswith("PORT") and _SERVICE_ADDRESS.fullmatch(value) is not None
-
-
 def _is_host_rule(text: str) -> bool:
     """True if this is `*`, a host name, `*.` before one, or an IP address; a port does not count."""
     bare = re.sub(r"\A\[(.*)\](:\d+)?\Z", r"\1", text)
@@ -119,6 +100,42 @@ def _listening_address(text: str) -> str:
     if ip_address(bare) is None and not re.fullmatch(r"[\w.-]+", bare):
         raise ValueError(f"{text!r} is no address; give an IP address or a name, without scheme, port and path")
     return bare
+
+
+def _host_rules(value: Any) -> Any:
+    """Rules for hosts, as a list or divided by commas or space.
+
+    Raises:
+        ValueError: one of them matches no host.
+    """
+    rules = tuple(filter(None, re.split(r"[,\s]+", value))) if isinstance(value, str) else value
+    if wrong := next((rule for rule in rules if not _is_host_rule(rule)), None):
+        raise ValueError(
+            f"{wrong} is no host; give names as they stand in URLs, without scheme and path, such as "
+            "gpu.example.com, *.example.com or xn--mller-kva.example"
+        )
+    return rules
+
+
+Port = Annotated[int, Field(ge=0, le=65535), Metavar("PORT")]
+Tokens = Annotated[int, Metavar("TOKENS")]
+Bytes = Annotated[int, Metavar("BYTES")]
+Number = Annotated[int, Metavar("N")]
+Seconds = Annotated[float, Metavar("SECONDS")]
+# Shells leave the `~` of `--tls-key=~/key` as it is, and so do service managers in variables.
+File = Annotated[Path, AfterValidator(_in_home), Metavar("FILE")]
+Folder = Annotated[Path, AfterValidator(_in_home), Metavar("FOLDER")]
+Address = Annotated[str, AfterValidator(_listening_address), Metavar("ADDRESS")]
+HostRules = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_host_rules), Metavar("HOST,...")]
+
+
+def _default_store() -> str:
+    return f"sqlite:///{user_data_path('pema') / 'owner.db'}"
+
+
+def is_of_kubernetes(variable: str, value: str) -> bool:
+    """True if an environment variable is the address of a Service, and not our setting of the same name."""
+    return variable.upper().endswith("PORT") and _SERVICE_ADDRESS.fullmatch(value) is not None
 
 
 class _Settings(BaseSettings):
@@ -244,7 +261,7 @@ class NetworkSettings(_Settings):
 
     model_config = SettingsConfigDict(title="Network")
 
-    host: Annotated[str, Metavar("ADDRESS")] = Field(
+    host: Address = Field(
         default="127.0.0.1",
         description="Address to listen on. Any but loopback needs tenants (pema-server tenants add) or "
         "--allow-anonymous.",
@@ -269,29 +286,13 @@ class NetworkSettings(_Settings):
         "answer. Slower clients are disconnected.",
     )
 
-    allowed_hosts: Annotated[tuple[str, ...], NoDecode, Metavar("HOST,...")] = Field(
+    allowed_hosts: HostRules = Field(
         default=(),
         description="Names by which clients may call a server without tenants and TLS, besides loopback ones, such as "
         "gpu.example.com or *.example.com; * allows all. It refuses web pages that point their own name to this "
         "machine. If --host is not loopback, IP addresses and names without a dot or below .local, .internal and "
         "home.arpa are always allowed.",
     )
-
-    @field_validator("allowed_hosts", mode="before")
-    @classmethod
-    def _is_a_list(cls, value: Any) -> Any:
-        names = tuple(filter(None, re.split(r"[,\s]+", value))) if isinstance(value, str) else value
-        if wrong := next((name for name in names if not _is_host_rule(name)), None):
-            raise ValueError(
-                f"{wrong} is no host; give names as they stand in URLs, without scheme and path, such as "
-                "gpu.example.com, *.example.com or xn--mller-kva.example"
-            )
-        return names
-
-    @field_validator("host")
-    @classmethod
-    def _is_an_address(cls, value: str) -> str:
-        return _listening_address(value)
 
 
 class TlsSettings(_Settings):
@@ -455,17 +456,11 @@ class OperationSettings(_Settings):
         default=None,
         description="TCP port of Prometheus metrics (/metrics); 0 takes a free one. No metrics by default.",
     )
-    metrics_host: Annotated[str, Metavar("ADDRESS")] = Field(
+    metrics_host: Address = Field(
         default="127.0.0.1",
         description="Address of --metrics-port, which asks for no key: every client that reaches it can read the "
         "metrics.",
     )
-
-    @field_validator("metrics_host")
-    @classmethod
-    def _is_an_address_of_metrics(cls, value: str) -> str:
-        return _listening_address(value)
-
     engine_timeout: Seconds = Field(
         default=600,
         gt=0,
