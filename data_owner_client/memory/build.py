@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -59,14 +58,13 @@ class MemoryBuild:
         pairs: Sequence[Pair],
         folder: Path,
         *,
-        context_mode: ContextMode = "private",
-        share_targets: bool = False,
-        with_logsumexp: bool = False,
-        overwrite: bool = False,
-        demand: Demand | None = None,
-        problems: Problems | None = None,
-        skip_invalid: bool = False,
-        reporter: Reporter | None = None,
+        context_mode: ContextMode,
+        share_targets: bool,
+        with_logsumexp: bool,
+        overwrite: bool,
+        demand: Demand,
+        problems: Problems,
+        reporter: Reporter,
     ) -> MemoryBuild:
         """Check all pairs, so that an unusable one does not stop a build after an hour.
 
@@ -81,24 +79,20 @@ class MemoryBuild:
             with_logsumexp: store the log-sum-exp of each position, too. Validation needs it; it costs the server a
                 product with the full head.
             overwrite: delete the folder's current memory first.
-            demand: what building asks of the owner is added to it; None if nobody needs to know.
-            problems: problems of pairs are added to it, which the caller settles; None to settle them here.
-            skip_invalid: leave out pairs that cannot be used, and log how many there are.
-            reporter: receives the progress; None for no reports.
+            demand: what building asks of the owner is added to it.
+            problems: problems of pairs are added to it; the caller settles them before `run`.
+            reporter: receives the progress.
 
         Raises:
-            InvalidData: pairs cannot be used.
+            InvalidData: the contexts show targets without consent.
         """
         if context_mode == "teacher-forced" and not share_targets:
             raise InvalidData(
                 "Teacher-forced contexts show every target text to the owner of the PLM.",
                 hint="Say --share-targets if that is what you want, or use --context private.",
             )
-        found = Problems() if problems is None else problems
-        drafted, reporter = context_mode == "private", reporter or Reporter()
-        usable = find_usable_pairs(plm, task, pairs, found, drafted=drafted, reporter=reporter)
-        if problems is None:
-            found.settle(len(pairs), skip=skip_invalid)
+        drafted = context_mode == "private"
+        usable = find_usable_pairs(plm, task, pairs, problems, drafted=drafted, reporter=reporter)
         plan = MemoryPlan(
             model=ModelIdentity.from_card(plm.card),
             task=task,
@@ -109,12 +103,11 @@ class MemoryBuild:
             examples=len(usable.pairs),
             examples_per_shard=_EXAMPLES_PER_SHARD,
         )
-        if demand is not None:
-            stored = 0 if overwrite else _stored_examples(folder, plan)
-            demand.add(usable.sizes, usable.target_ids, stored=stored)
+        stored = 0 if overwrite else _stored_examples(folder, plan)
+        demand.add(usable.sizes, usable.target_ids, stored=stored)
         return cls(plm, plan, usable.pairs, usable.sizes, folder, overwrite)
 
-    def run(self, reporter: Reporter | None = None) -> ExternalMemory:
+    def run(self, reporter: Reporter) -> ExternalMemory:
         """Build the memory, or finish it if its build was interrupted.
 
         Raises:
@@ -126,15 +119,44 @@ class MemoryBuild:
                 _delete_memory(self.folder)
             memory = ExternalMemory.open_or_create(self.folder, self.plan)
             memory.store_pairs(self.pairs)
-            _append_missing(memory, self.plm, self.pairs, self.sizes, reporter or Reporter())
+            _append_missing(memory, self.plm, self.pairs, self.sizes, reporter)
         return memory
 
 
 def build_memory(
-    plm: RemotePlm, task: Task, pairs: Sequence[Pair], folder: Path, *, reporter: Reporter | None = None, **options: Any
+    plm: RemotePlm,
+    task: Task,
+    pairs: Sequence[Pair],
+    folder: Path,
+    *,
+    context_mode: ContextMode = "private",
+    share_targets: bool = False,
+    with_logsumexp: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
 ) -> ExternalMemory:
-    """Build a memory, or finish one whose build was interrupted; see `MemoryBuild` for arguments and errors."""
-    return MemoryBuild.prepare(plm, task, pairs, folder, reporter=reporter, **options).run(reporter)
+    """Build a single memory, or finish one whose build was interrupted; see `MemoryBuild.prepare` for the arguments.
+
+    Raises:
+        InvalidData: a pair cannot be used, the folder holds another memory or is in use, or the disk is full.
+        PemaError: a call to the PLM failed.
+    """
+    problems, reporter = Problems(), reporter or Reporter()
+    build = MemoryBuild.prepare(
+        plm,
+        task,
+        pairs,
+        folder,
+        context_mode=context_mode,
+        share_targets=share_targets,
+        with_logsumexp=with_logsumexp,
+        overwrite=overwrite,
+        demand=Demand(context_mode),
+        problems=problems,
+        reporter=reporter,
+    )
+    problems.settle(len(pairs), skip=False)
+    return build.run(reporter)
 
 
 def _stored_examples(folder: Path, plan: MemoryPlan) -> int:
