@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 
 from plm_owner_server.cli.old_names import RENAMED_FLAGS, variable_of
-from plm_owner_server.settings import PREFIX, ServerSettings, is_of_kubernetes
+from plm_owner_server.setting_values import PREFIX, is_of_kubernetes
+from plm_owner_server.settings import ServerSettings
 
 # Smallest similarity of a misspelt name to the right one.
 _SIMILARITY = 0.85

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings, CliSettingsSource
 
-from plm_owner_server.settings import Metavar
+from plm_owner_server.setting_values import Metavar
 
 
 class HelpSource(CliSettingsSource[BaseSettings]):

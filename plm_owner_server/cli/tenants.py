@@ -13,7 +13,8 @@ from pydantic_settings import CliApp, CliImplicitFlag, CliPositionalArg, CliSubC
 
 from plm_owner_server.cli.utf8_texts import Utf8Texts
 from plm_owner_server.service.disclosure import Disclosure
-from plm_owner_server.settings import Metavar, StoreSettings
+from plm_owner_server.setting_values import Metavar
+from plm_owner_server.settings import StoreSettings
 from plm_owner_server.tenants.quotas import Quotas
 from plm_owner_server.tenants.scopes import SCOPES, Scope
 from protocol.errors import InvalidRequest, PemaError

@@ -17,7 +17,7 @@ BESIDE = ("tests", "benchmarks", "demo", "harness")
 ORDER = {
     "plm_owner_server": (
         *("cli", "transports", "admission", "tenants", "operations", "service", "engines"),
-        *("settings", "logs"),
+        *("settings", "setting_values", "logs"),
     ),
     "data_owner_client": (
         *("cli", "evaluation", "training", "decoding", "adapter", "memory", "data", "plm", "runtime"),
