@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,7 +30,12 @@ def check_decoding(engine: Engine) -> None:
         Unsupported: the representations differ.
     """
     prompts = [[(7 * i + length) % engine.info.vocab_size for i in range(length)] for length in _PROMPT_TOKENS]
-    plain = _PlainPasses(engine)
+
+    @cache
+    def plain(text: tuple[int, ...]) -> Tensor:
+        # From the first position on, so that no cached state is used.
+        return engine.encode(EncodeBatch([list(text)], [0])).cr_N_D
+
     error = max(_difference(prompts, _drafted(engine, prompts), plain) for _ in range(2))
     if not error <= (1e-3 if engine.info.dtype == "float32" else 0.1):
         raise Unsupported(
@@ -49,27 +55,11 @@ def _drafted(engine: Engine, prompts: Sequence[list[int]]) -> Decoded:
     return complete[0][1]
 
 
-class _PlainPasses:
-    """Representations of whole texts, each from one pass over the text alone."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._results: dict[tuple[int, ...], Tensor] = {}
-
-    def cr_T_D(self, text: Sequence[int]) -> Tensor:
-        """Representations of all positions of a text."""
-        if (key := tuple(text)) not in self._results:
-            # From the first position on, so that no cached state is used.
-            self._results[key] = self._engine.encode(EncodeBatch([list(text)], [0])).cr_N_D
-        return self._results[key]
-
-
-def _difference(prompts: Sequence[list[int]], drafted: Decoded, plain: _PlainPasses) -> float:
+def _difference(prompts: Sequence[list[int]], drafted: Decoded, plain: Callable[[tuple[int, ...]], Tensor]) -> float:
     """Largest difference of the representations to those of a pass over each text alone, relative to their size."""
     rows = zip(prompts, drafted.cr_N_D.split(drafted.rows), drafted.top1_N.split(drafted.rows), strict=True)
     return max(
-        _relative(cr_N_D, plain.cr_T_D([*prompt, *top1_N[:-1].tolist()])[len(prompt) - 1 :])
-        for prompt, cr_N_D, top1_N in rows
+        _relative(cr_N_D, plain((*prompt, *top1_N[:-1].tolist()))[len(prompt) - 1 :]) for prompt, cr_N_D, top1_N in rows
     )
 
 
