@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 
+from harness.tcp_proxy import listener, pump
+
 _CHUNK_BYTES = 2**16
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RST_STREAM = 0, 1, 3
@@ -65,7 +67,7 @@ def http_proxy(port: int, *, refusal: bytes | None = None) -> Iterator[Record]:
         else:
             _connect(client, port, _for_server(head))
 
-    with _listener(handle) as record.port:
+    with _serving(handle) as record.port:
         yield record
 
 
@@ -91,7 +93,7 @@ def socks_proxy(port: int) -> Iterator[Record]:
         client.sendall(b"\x05\x00\x00\x01" + bytes(6))
         _connect(client, port, b"")
 
-    with _listener(handle) as record.port:
+    with _serving(handle) as record.port:
         yield record
 
 
@@ -200,7 +202,7 @@ def grpc_gateway(port: int, *, most_bytes: int, status: int) -> Iterator[Record]
                 server.shutdown(socket.SHUT_RDWR)
             thread.join()
 
-    with _listener(handle) as record.port:
+    with _serving(handle) as record.port:
         yield record
 
 
@@ -241,47 +243,22 @@ def _exactly(source: socket.socket, size: int) -> bytes:
 
 
 @contextmanager
-def _listener(handle: Callable[[socket.socket], None]) -> Iterator[int]:
-    """Handle every connection to a free local port in a thread; gives the port. All are closed at the end."""
-    connections: list[socket.socket] = []
+def _serving(handle: Callable[[socket.socket], None]) -> Iterator[int]:
+    """Handle every connection to a free local port in a thread, and close it; gives the port."""
 
     def serve(client: socket.socket) -> None:
         with suppress(OSError), closing(client):
             handle(client)
 
-    def accept() -> None:
-        with suppress(OSError):  # the listener is closed
-            while True:
-                client, _ = listener.accept()
-                connections.append(client)
-                threading.Thread(target=serve, args=(client,), daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        accepting = threading.Thread(target=accept, daemon=True)
-        accepting.start()
-        yield int(listener.getsockname()[1])
-        with suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-    accepting.join()
-    for connection in connections:
-        with suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)
-        connection.close()
+    with listener(lambda client: threading.Thread(target=serve, args=(client,), daemon=True).start()) as port:
+        yield port
 
 
 def _connect(client: socket.socket, port: int, first: bytes) -> None:
     """Connect a client with a server, which receives the bytes `first` before all others."""
     with closing(socket.create_connection(("127.0.0.1", port))) as server:
         server.sendall(first)
-        back = threading.Thread(target=_pump, args=(server, client), daemon=True)
+        back = threading.Thread(target=pump, args=(server, client), daemon=True)
         back.start()
-        _pump(client, server)
+        pump(client, server)
         back.join()
-
-
-def _pump(source: socket.socket, target: socket.socket) -> None:
-    with suppress(OSError):
-        while data := source.recv(_CHUNK_BYTES):
-            target.sendall(data)
-    with suppress(OSError):
-        target.shutdown(socket.SHUT_RDWR)

@@ -10,8 +10,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 _CHUNK_BYTES = 2**16
@@ -23,52 +24,77 @@ Pumps = Callable[[], tuple[Pump, Pump]]
 
 
 @contextmanager
+def listener(handle: Callable[[socket.socket], None]) -> Iterator[int]:
+    """Call `handle` with every connection to a free local port, one after the other; gives the port.
+
+    All connections are closed at the end.
+    """
+    listening = socket.create_server(("127.0.0.1", 0))
+    connections: list[socket.socket] = []
+
+    def accept() -> None:
+        with suppress(OSError):  # the listening socket is closed
+            while True:
+                connection, _ = listening.accept()
+                connections.append(connection)
+                handle(connection)
+
+    accepting = threading.Thread(target=accept, daemon=True)
+    accepting.start()
+    try:
+        yield int(listening.getsockname()[1])
+    finally:
+        with suppress(OSError):
+            listening.shutdown(socket.SHUT_RDWR)
+        listening.close()
+        accepting.join()
+        for connection in connections:
+            _close(connection)
+
+
+@contextmanager
 def tcp_proxy(host: str, port: int, pumps: Pumps) -> Iterator[int]:
     """Forward a free local port to `host:port` through pumps; gives the local port.
 
     All connections are closed at the end. A connection that finds no server is closed at once.
     """
-    listener = socket.create_server(("127.0.0.1", 0))
-    sockets: list[socket.socket] = []
 
-    def accept() -> None:
-        with suppress(OSError):  # the listener is closed
-            while True:
-                client, _ = listener.accept()
-                try:
-                    server = socket.create_connection((host, port))
-                except OSError:  # it is down at the moment
-                    client.close()
-                    continue
-                sockets.extend((client, server))
-                for one in (client, server):
-                    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                to_server, to_client = pumps()
-                threading.Thread(target=to_server, args=(client, server), daemon=True).start()
-                threading.Thread(target=to_client, args=(server, client), daemon=True).start()
+    def forward(client: socket.socket) -> None:
+        try:
+            server = socket.create_connection((host, port))
+        except OSError:  # it is down at the moment
+            client.close()
+            return
+        servers.callback(_close, server)
+        for one in (client, server):
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        to_server, to_client = pumps()
+        threading.Thread(target=to_server, args=(client, server), daemon=True).start()
+        threading.Thread(target=to_client, args=(server, client), daemon=True).start()
 
-    accepting = threading.Thread(target=accept, daemon=True)
-    accepting.start()
-    try:
-        yield int(listener.getsockname()[1])
-    finally:
-        with suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        accepting.join()
-        for one in sockets:
-            _close(one)
+    with ExitStack() as servers, listener(forward) as local_port:
+        yield local_port
+
+
+def pump(source: socket.socket, target: socket.socket, change: Callable[[bytes], bytes] = bytes) -> None:
+    """Pass on what one socket receives to the other, until the first is at its end.
+
+    Args:
+        source: socket to read from.
+        target: socket to write to. Its stream ends with that of `source`.
+        change: makes the bytes to pass on from those received.
+    """
+    with suppress(OSError):
+        while data := source.recv(_CHUNK_BYTES):
+            target.sendall(change(data))
+    with suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
 
 
 def _close(one: socket.socket) -> None:
     with suppress(OSError):
         one.shutdown(socket.SHUT_RDWR)
     one.close()
-
-
-def _end_of_stream(target: socket.socket) -> None:
-    with suppress(OSError):
-        target.shutdown(socket.SHUT_WR)
 
 
 @dataclass
@@ -85,14 +111,11 @@ def counting_proxy(host: str, port: int) -> Iterator[tuple[int, Traffic]]:
     traffic = Traffic()
 
     def counting(direction: Literal["to_server", "to_client"]) -> Pump:
-        def pump(source: socket.socket, target: socket.socket) -> None:
-            with suppress(OSError):
-                while data := source.recv(_CHUNK_BYTES):
-                    setattr(traffic, direction, getattr(traffic, direction) + len(data))
-                    target.sendall(data)
-            _end_of_stream(target)
+        def count(data: bytes) -> bytes:
+            setattr(traffic, direction, getattr(traffic, direction) + len(data))
+            return data
 
-        return pump
+        return partial(pump, change=count)
 
     with tcp_proxy(host, port, lambda: (counting("to_server"), counting("to_client"))) as local_port:
         yield local_port, traffic
@@ -103,7 +126,7 @@ def delaying_proxy(host: str, port: int, round_trip_seconds: float) -> Iterator[
     """Forward a free local port to `host:port`, every byte half of `round_trip_seconds` later; gives the local port."""
     one_way_seconds = round_trip_seconds / 2
 
-    def pump(source: socket.socket, target: socket.socket) -> None:
+    def delay(source: socket.socket, target: socket.socket) -> None:
         on_the_way: queue.Queue[tuple[float, bytes]] = queue.Queue()
 
         def deliver() -> None:
@@ -122,7 +145,7 @@ def delaying_proxy(host: str, port: int, round_trip_seconds: float) -> Iterator[
                 on_the_way.put((time.perf_counter() + one_way_seconds, data))
         on_the_way.put((time.perf_counter() + one_way_seconds, b""))
 
-    with tcp_proxy(host, port, lambda: (pump, pump)) as local_port:
+    with tcp_proxy(host, port, lambda: (delay, delay)) as local_port:
         yield local_port
 
 
@@ -162,14 +185,8 @@ def faulty_proxy(port: int, faults: Iterable[Fault]) -> Iterator[int]:
 
 
 def _garbling_pump(garbling: threading.Event) -> Pump:
-    def pump(client: socket.socket, server: socket.socket) -> None:
-        noise = random.Random(8)
-        with suppress(OSError):
-            while data := client.recv(_CHUNK_BYTES):
-                server.sendall(noise.randbytes(len(data)) if garbling.is_set() else data)
-        _end_of_stream(server)
-
-    return pump
+    noise = random.Random(8)
+    return partial(pump, change=lambda data: noise.randbytes(len(data)) if garbling.is_set() else data)
 
 
 class _FaultyPump:
