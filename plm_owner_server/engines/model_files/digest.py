@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from plm_owner_server.engines.model_files.weights import Tensors, open_weights, weight_files
@@ -104,9 +104,10 @@ def _weights_digest(files: Sequence[Path], cache_dir: Path | None) -> str:
 def _write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", dir=path.parent, encoding="ascii", delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    with TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.partial-") as scratch:
+        file = Path(scratch) / path.name
+        file.write_text(text, encoding="ascii")
+        os.replace(file, path)
 
 
 def _read_digest(files: Sequence[Path]) -> str:

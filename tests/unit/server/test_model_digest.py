@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +163,24 @@ def test_a_record_that_cannot_be_used_is_made_again(folder: Path, tmp_path: Path
     assert record.read_text() != original[:-1]
     (tmp_path / "file").write_text("no folder")
     assert digest_folder(folder, tmp_path / "file" / "cache") == original
+
+
+def test_a_record_has_the_mode_of_other_files(folder: Path, tmp_path: Path) -> None:
+    digest_folder(folder, tmp_path / "cache")
+    (record,) = (tmp_path / "cache").iterdir()
+    (tmp_path / "other").write_text("")
+    assert record.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_record_for_which_there_is_no_space_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # bytes of a file
+    try:
+        found = digest_folder(folder, tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert found == digest_folder(folder)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 @pytest.mark.parametrize("content", ["", "{", "\udcff"])
