@@ -42,12 +42,9 @@ class Database:
     def __init__(self, url: str) -> None:
         try:
             parsed = sa.make_url(url)
-            _require_file(parsed)
             timeouts = {"timeout": _BUSY_SECONDS} if is_sqlite(parsed) else _libpq_timeouts(parsed)
             options: dict[str, Any] = {} if is_sqlite(parsed) else {"pool_timeout": _BUSY_SECONDS}
             self._engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=timeouts, **options)
-        except InvalidRequest:
-            raise
         except (sa.exc.ArgumentError, ImportError, ValueError) as error:
             # The text of a bad port is not reported: it may be a part of a password.
             reason = "its port is no number" if isinstance(error, ValueError) else error
@@ -56,6 +53,7 @@ class Database:
                 hint="Give one like sqlite:////var/lib/pema/owner.db; PostgreSQL takes the extra postgres. Passwords "
                 "are quoted as in all URLs (%40 for @).",
             ) from None
+        _require_file(parsed)
         self._writer = self._engine.execution_options(**{_WRITES: True})
         self._writing = threading.Lock()
         if is_sqlite(parsed):
