@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from dotenv import dotenv_values
 
+from plm_owner_server.setting_values import PREFIX
 from plm_owner_server.settings import StoreSettings
 from protocol.errors import InvalidRequest
 
@@ -94,7 +95,7 @@ def _rename_variables() -> None:
 
 def variable_of(flag: str) -> str:
     """The environment variable of a flag of `serve`."""
-    return f"PEMA_{flag.removeprefix('--').replace('-', '_').upper()}"
+    return f"{PREFIX}{flag.removeprefix('--').replace('-', '_').upper()}"
 
 
 def _warn(old: str, new: str) -> None:
