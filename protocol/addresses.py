@@ -1,4 +1,4 @@
-"""Facts about the network path that a host name gives away."""
+"""Names and IP addresses of hosts."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
+
+
+def authority(host: str, port: int) -> str:
+    """Host and port as in a URL, with brackets around an IPv6 address, which has none in `host`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

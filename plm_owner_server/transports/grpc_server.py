@@ -26,6 +26,7 @@ from plm_owner_server.transports import calls
 from plm_owner_server.transports.calls import Call, RequestCall
 from plm_owner_server.transports.grpc_errors import MalformedRequestInterceptor, abort, write
 from protocol import pema_pb2, pema_pb2_grpc
+from protocol.addresses import authority
 from protocol.chunks import CHUNK_BYTES, split_head, split_rows
 from protocol.errors import PemaError, to_problem
 from protocol.messages import DistributionRequest, HeadRequest, HeadRows
@@ -105,7 +106,7 @@ async def serve_grpc(
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        address = authority(host, port)
         if credentials is None:
             bound = server.add_insecure_port(address)
         else:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 
-from protocol.addresses import ip_address, is_loopback
+from protocol.addresses import authority, ip_address, is_loopback
 from protocol.errors import InvalidRequest
 
 _DEFAULT_PORTS = {"http": 80, "https": 443, "grpcs": 443}
@@ -78,17 +77,16 @@ class ServerAddress:
     @property
     def is_local(self) -> bool:
         """True if the address means this machine: a loopback address, or 0.0.0.0 or ::, which reach it, too."""
-        address: Any = ip_address(self.host)
+        address = ip_address(self.host)
         return is_loopback(self.host) or (address is not None and address.is_unspecified)
 
     @property
     def authority(self) -> str:
         """Host and port, as gRPC takes them."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return authority(self.host, self.port)
 
     @property
     def url(self) -> str:
         """The address as a URL, without a slash at its end and without the port that its scheme has anyway."""
-        is_default = _DEFAULT_PORTS.get(self.scheme) == self.port
-        authority = self.authority.removesuffix(f":{self.port}") if is_default else self.authority
-        return f"{self.scheme}://{authority}{self.path}"
+        default_port = f":{_DEFAULT_PORTS.get(self.scheme)}"
+        return f"{self.scheme}://{self.authority.removesuffix(default_port)}{self.path}"

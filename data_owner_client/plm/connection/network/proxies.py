@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 import httpx
 
 from data_owner_client.plm.connection.network.address import ServerAddress
-from protocol.addresses import ip_address
+from protocol.addresses import authority, ip_address
 from protocol.errors import InvalidRequest
 
 # httpx's names of the schemes that users write. SOCKS has no other version with names, as servers have them.
@@ -104,8 +104,7 @@ def _parse(value: str, source: str) -> Proxy:
     port = url.port or _DEFAULT_PORTS.get(url.scheme, _SOCKS_PORT)
     if scheme is None or not host or "%" in host or not 0 < port < 2**16:
         raise no_proxy
-    authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return Proxy(scheme, authority, url.userinfo.decode("ascii"), source)
+    return Proxy(scheme, authority(host, port), url.userinfo.decode("ascii"), source)
 
 
 def _is_exempt(address: ServerAddress, proxies: dict[str, str]) -> bool:
