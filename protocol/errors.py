@@ -226,24 +226,25 @@ def is_problem(document: object) -> bool:
     return isinstance(document, dict) and str(document.get("type", "")).startswith(_TYPE_PREFIX)
 
 
-def from_problem(problem: object, status: int) -> PemaError:
+def from_problem(problem: object, status: int, request_id: str | None = None) -> PemaError:
     """The error that a problem document describes. An unknown type becomes the base class of its status.
 
     Args:
         problem: the parsed document. It comes from the other side, so every field is checked.
         status: the HTTP status beside it.
+        request_id: id of the error if the document has none.
     """
     fields = problem if isinstance(problem, dict) else {}
     code = str(fields.get("type", "")).removeprefix(_TYPE_PREFIX)
     cls = _BY_CODE.get(code) or (InvalidRequest if 400 <= status < 500 else ServerFault)
-    retry_after_s, request_id = fields.get("retry_after_s"), fields.get("request_id")
+    retry_after_s = fields.get("retry_after_s")
     if not isinstance(retry_after_s, (int, float)) or not math.isfinite(retry_after_s) or retry_after_s < 0:
         retry_after_s = None
     return cls(
         _line(fields.get("detail") or fields.get("title") or f"the server answered HTTP {status}"),
         hint=_line(fields.get("hint") or ""),
         retry_after_s=retry_after_s,
-        request_id=None if request_id is None else _line(request_id),
+        request_id=_line(fields.get("request_id") or "") or request_id,
     )
 
 

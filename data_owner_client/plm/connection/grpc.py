@@ -9,13 +9,14 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
 
 from data_owner_client.plm.connection.division import RequestDivision
 from data_owner_client.plm.connection.network.route import Route
-from data_owner_client.plm.connection.retries import FIRST_ANSWER_SECONDS, Retrier
+from data_owner_client.plm.connection.retries import Retrier
 from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION, ConnectionSettings
 from protocol import pema_pb2, pema_pb2_grpc
 from protocol.chunks import join_head, join_rows
@@ -110,8 +111,7 @@ class GrpcConnection:
         settings: ConnectionSettings = DEFAULT_CONNECTION,
     ) -> None:
         self._route = Route.find(url, settings)
-        self._timeout_s = settings.timeout
-        self._retrier = Retrier(settings.retry_for)
+        self._retrier = Retrier(settings)
         self._division = RequestDivision(settings)
         self.observers = self._retrier.observers
         self.rate_limits: tuple[RateLimitStatus, ...] = ()
@@ -194,12 +194,9 @@ class GrpcConnection:
         return self._call("GetNextTokenDistribution", _untimed(fetch))
 
     def _call(self, name: str, fetch: _Fetch[_Result], *, fail_fast: bool = False, divisible: bool = False) -> _Result:
-        timeout_s = min(self._timeout_s, FIRST_ANSWER_SECONDS) if fail_fast else self._timeout_s
-
-        def attempt(request_id: str) -> tuple[_Result, ServerTiming | None]:
-            return self._attempt(fetch, request_id, timeout_s)
-
-        return self._retrier.call(f"gRPC {name}", attempt, fail_fast=fail_fast, divisible=divisible)
+        return self._retrier.call(
+            f"gRPC {name}", partial(self._attempt, fetch), fail_fast=fail_fast, divisible=divisible
+        )
 
     def _open_channel(self) -> _ChannelAndStub:
         target, proxy = self._route.address.authority, self._route.proxy
@@ -254,7 +251,7 @@ class GrpcConnection:
             if chunk.HasField("problem"):
                 self._record_rate_limits(stream)  # waits for the end of the stream, which follows
                 problem = {field.name: value for field, value in chunk.problem.ListFields()}
-                raise _problem_of(call.request_id, problem, chunk.problem.status)
+                raise from_problem(problem, chunk.problem.status, call.request_id)
             chunks.append(from_proto(chunk.rows, answer))
             if chunk.last:
                 timing = chunk.timing
@@ -272,7 +269,7 @@ class GrpcConnection:
         problem = dict(error.trailing_metadata() or ()).get(PROBLEM_METADATA)
         if problem is not None:
             with suppress(ValueError):
-                return _problem_of(request_id, json.loads(problem), 500)
+                return from_problem(json.loads(problem), 500, request_id)
         status, details = error.code(), error.details() or ""
         if (http_status := _HTTP_STATUS.search(details)) is not None:
             return self._route.gateway_error(int(http_status[1]), request_id)
@@ -298,12 +295,6 @@ def _credentials(route: Route, settings: ConnectionSettings) -> grpc.ChannelCred
     return grpc.ssl_channel_credentials(
         route.roots.pem.encode("ascii"), *(None if file is None else file.read_bytes() for file in files)
     )
-
-
-def _problem_of(request_id: str, problem: object, status: int) -> PemaError:
-    error = from_problem(problem, status)
-    error.request_id = error.request_id or request_id
-    return error
 
 
 def _untimed(fetch: Callable[[Any, _Attempt], _Result]) -> _Fetch[_Result]:

@@ -15,7 +15,7 @@ import httpx
 from data_owner_client.plm.connection.division import RequestDivision
 from data_owner_client.plm.connection.network.route import Route
 from data_owner_client.plm.connection.network.trust import client_context
-from data_owner_client.plm.connection.retries import FIRST_ANSWER_SECONDS, Retrier
+from data_owner_client.plm.connection.retries import Retrier
 from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION, ConnectionSettings
 from protocol.codec import BINARY, JSON, Message
 from protocol.errors import (
@@ -67,8 +67,7 @@ class RestConnection:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._route = Route.find(url, settings)
-        self._timeout_s = settings.timeout
-        self._retrier = Retrier(settings.retry_for)
+        self._retrier = Retrier(settings)
         self._division = RequestDivision(settings)
         self.observers = self._retrier.observers
         self.rate_limits: tuple[RateLimitStatus, ...] = ()
@@ -121,9 +120,8 @@ class RestConnection:
         divisible: bool = False,
     ) -> _Answer:
         body = None if request is None else request.to_bytes()
-        timeout_s = min(self._timeout_s, FIRST_ANSWER_SECONDS) if fail_fast else self._timeout_s
 
-        def attempt(request_id: str) -> tuple[_Answer, ServerTiming | None]:
+        def attempt(request_id: str, timeout_s: float) -> tuple[_Answer, ServerTiming | None]:
             headers = {"Accept": f"{BINARY}, {JSON};q=0.5", _REQUEST_ID: request_id}
             if body is not None:
                 headers["Content-Type"] = BINARY
@@ -199,8 +197,7 @@ class RestConnection:
         except ValueError:
             problem = None
         if is_problem(problem):
-            error = from_problem(problem, response.status_code)
-            error.request_id = error.request_id or request_id
+            error = from_problem(problem, response.status_code, request_id)
             if response.status_code == httpx.codes.NOT_FOUND and self._route.address.path:
                 error.hint = self._route.path_hint
             return error

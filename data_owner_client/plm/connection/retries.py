@@ -14,6 +14,7 @@ from tenacity import RetryCallState, Retrying, wait_random_exponential
 from tenacity.nap import sleep_using_event
 
 from data_owner_client.plm.connection.base import Attempt, Observer
+from data_owner_client.plm.connection.settings import ConnectionSettings
 from protocol.errors import (
     AnswerLost,
     ConnectionFailed,
@@ -45,9 +46,10 @@ _MAX_GATEWAY_FAILURES = 3
 # divided need not.
 _MAX_LOST = 4
 _MIN_LOST_SECONDS = 30.0
-FIRST_ANSWER_SECONDS = 60.0
-"""Longest wait for the answer to a call that fails fast, which needs no computing: proxies and firewalls may hang."""
+# Longest wait for the answer to a call that fails fast, which needs no computing: proxies and firewalls may hang.
+_FIRST_ANSWER_SECONDS = 60.0
 _Result = TypeVar("_Result")
+_AttemptOnce = Callable[[str, float], tuple[_Result, ServerTiming | None]]
 _back_off = wait_random_exponential(multiplier=0.25, max=10)
 
 
@@ -58,15 +60,15 @@ class Retrier:
     garbled. The waits grow exponentially with full jitter, and are no shorter than the server asks for.
 
     Args:
-        retry_for: longest time from the first failure of a call to its last attempt, in seconds.
+        settings: time-out and retries.
 
     Attributes:
         observers: functions that receive every attempt that was answered, refused or timed out.
     """
 
-    def __init__(self, retry_for: float) -> None:
+    def __init__(self, settings: ConnectionSettings) -> None:
         self.observers: list[Observer] = []
-        self._retry_for = retry_for
+        self._settings = settings
         self._closed = threading.Event()
 
     def close(self) -> None:
@@ -76,7 +78,7 @@ class Retrier:
     def call(
         self,
         name: str,
-        attempt: Callable[[str], tuple[_Result, ServerTiming | None]],
+        attempt: _AttemptOnce[_Result],
         *,
         fail_fast: bool = False,
         divisible: bool = False,
@@ -85,9 +87,10 @@ class Retrier:
 
         Args:
             name: name of the call, for the log.
-            attempt: makes the call once, with the request id that is its argument. Returns the result and the server's
-                timing, or None if the server sent none.
+            attempt: makes the call once, with a request id and a time-out in seconds, which are its arguments. Returns
+                the result and the server's timing, or None if the server sent none.
             fail_fast: give up at once if the server does not answer, or answers in another form than the protocol's.
+                The time-out is at most a minute.
             divisible: give up at a gateway's time-out, and after some attempts without an answer: the caller sends
                 smaller requests.
 
@@ -97,7 +100,10 @@ class Retrier:
         """
         if self._closed.is_set():
             raise InvalidRequest("The connection is closed.", hint="Connect again.")
-        policy = _RetryPolicy(self._retry_for, self._closed, fail_fast=fail_fast, divisible=divisible)
+        timeout_s = self._settings.timeout
+        if fail_fast:
+            timeout_s = min(timeout_s, _FIRST_ANSWER_SECONDS)
+        policy = _RetryPolicy(self._settings.retry_for, self._closed, fail_fast=fail_fast, divisible=divisible)
         attempts = Retrying(
             retry=policy.should_retry,
             wait=policy.wait,
@@ -106,13 +112,13 @@ class Retrier:
             before_sleep=_warn,
             reraise=True,
         )
-        result: _Result = attempts(self._once, name, attempt)
+        result: _Result = attempts(self._once, name, attempt, timeout_s)
         return result
 
-    def _once(self, name: str, attempt: Callable[[str], tuple[_Result, ServerTiming | None]]) -> _Result:
+    def _once(self, name: str, attempt: _AttemptOnce[_Result], timeout_s: float) -> _Result:
         request_id, started = uuid.uuid4().hex[:16], time.perf_counter()
         try:
-            result, timing = attempt(request_id)
+            result, timing = attempt(request_id, timeout_s)
         except PemaError as error:
             log.debug("%s %s failed: %s", request_id, name, error)
             if isinstance(error, (Overloaded, TimedOut)):
