@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch, Engine
+from plm_owner_server.engines.model_files.config import ATTENTION_HINT
 from protocol.errors import Unsupported
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def check_decoding(engine: Engine) -> None:
     if not error <= (1e-3 if engine.info.dtype == "float32" else 0.1):
         raise Unsupported(
             f"Decoding step by step differs from one pass over the text: relative difference {error:.1e}.",
-            hint="Serve a decoder-only model whose layers all are attention, such as Llama, Qwen or Gemma.",
+            hint=ATTENTION_HINT,
         )
     log.info("check: decoding step by step, with and without cached states, agrees with one pass to %.1e", error)
 

@@ -10,7 +10,7 @@ import torch
 
 from plm_owner_server.engines.decoding_check import check_decoding
 from plm_owner_server.engines.interface import Engine
-from plm_owner_server.engines.model_files.config import architecture
+from plm_owner_server.engines.model_files.config import ATTENTION_HINT, architecture
 from plm_owner_server.engines.model_files.weights import check_folder
 from plm_owner_server.settings import ENGINES, ServerSettings
 from protocol.errors import PemaError, Unsupported
@@ -35,6 +35,6 @@ def load_engine(folder: Path, settings: ServerSettings) -> Engine:
     except Exception as error:
         raise Unsupported(
             f"{architecture(folder)} cannot be run by --engine {settings.engine}: {type(error).__name__}: {error}.",
-            hint="Serve a decoder-only model whose layers all are attention, such as Llama, Qwen or Gemma.",
+            hint=ATTENTION_HINT,
         ) from error
     return engine

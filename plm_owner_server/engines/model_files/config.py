@@ -16,6 +16,8 @@ from protocol.head import LMHead
 
 CAUSAL_LM_HINT = "It must hold config.json and weights of an AutoModelForCausalLM architecture."
 """Hint for a folder from which no causal language model can be loaded."""
+ATTENTION_HINT = "Serve a decoder-only model whose layers all are attention, such as Llama, Qwen or Gemma."
+"""Hint for an architecture that cannot be decoded with."""
 
 
 def device_and_dtype(device: str, dtype: str, *, has_gpu: bool) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from plm_owner_server.engines.interface import EncodeBatch, Encoded, EngineInfo
 from plm_owner_server.engines.model_files.config import (
+    ATTENTION_HINT,
     CAUSAL_LM_HINT,
     device_and_dtype,
     eos_token_ids,
@@ -93,7 +94,7 @@ def _require_attention(config: PretrainedConfig, *, stateful: bool = False) -> N
         raise Unsupported(
             f"{name} has layers of the kind {', '.join(sorted(kinds)) or 'recurrent'}, whose states padding would "
             "change.",
-            hint="Serve a model whose layers all are attention, such as Llama, Qwen or Gemma.",
+            hint=ATTENTION_HINT,
         )
 
 
