@@ -40,20 +40,13 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        try:
+        with _url_mistakes_named():
             parsed = sa.make_url(url)
-            timeouts = {"timeout": _BUSY_SECONDS} if is_sqlite(parsed) else _libpq_timeouts(parsed)
-            options: dict[str, Any] = {} if is_sqlite(parsed) else {"pool_timeout": _BUSY_SECONDS}
-            self._engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=timeouts, **options)
-        except (sa.exc.ArgumentError, ImportError, ValueError) as error:
-            # The text of a bad port is not reported: it may be a part of a password.
-            reason = "its port is no number" if isinstance(error, ValueError) else error
-            raise InvalidRequest(
-                f"The store's URL is not usable: {reason}.",
-                hint="Give one like sqlite:////var/lib/pema/owner.db; PostgreSQL takes the extra postgres. Passwords "
-                "are quoted as in all URLs (%40 for @).",
-            ) from None
         _require_file(parsed)
+        timeouts = {"timeout": _BUSY_SECONDS} if is_sqlite(parsed) else _libpq_timeouts(parsed)
+        options: dict[str, Any] = {} if is_sqlite(parsed) else {"pool_timeout": _BUSY_SECONDS}
+        with _url_mistakes_named():
+            self._engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=timeouts, **options)
         self._writer = self._engine.execution_options(**{_WRITES: True})
         self._writing = threading.Lock()
         if is_sqlite(parsed):
@@ -152,6 +145,21 @@ def _lock_sqlite_at_begin(engine: sa.Engine) -> None:
     def begin(connection: Connection) -> None:
         writes = connection.get_execution_options().get(_WRITES)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+@contextmanager
+def _url_mistakes_named() -> Iterator[None]:
+    """Turn SQLAlchemy's refusal of a URL into an `InvalidRequest`, without the URL's password."""
+    try:
+        yield
+    except (sa.exc.ArgumentError, ImportError, ValueError) as error:
+        # The text of a bad port is not reported: it may be a part of a password.
+        reason = "its port is no number" if isinstance(error, ValueError) else error
+        raise InvalidRequest(
+            f"The store's URL is not usable: {reason}.",
+            hint="Give one like sqlite:////var/lib/pema/owner.db; PostgreSQL takes the extra postgres. Passwords "
+            "are quoted as in all URLs (%40 for @).",
+        ) from None
 
 
 @contextmanager
