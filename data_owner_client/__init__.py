@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from data_owner_client.data.pairs import Pair
     from data_owner_client.data.reading.reader import read_pairs, read_parallel, spool_pairs
     from data_owner_client.data.reading.settings import ReadingSettings
-    from data_owner_client.data.scoring_settings import ScoringSettings
     from data_owner_client.data.tasks import Task, load_task
     from data_owner_client.decoding.generation import Generation, generate, translate
     from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from data_owner_client.plm.connection.in_process import InProcessConnection
     from data_owner_client.plm.connection.settings import ConnectionSettings
     from data_owner_client.plm.remote_plm import RemotePlm
+    from data_owner_client.scoring.settings import ScoringSettings
     from data_owner_client.training.settings import TrainingSettings
     from data_owner_client.training.train import TrainingReport, train
     from protocol.errors import (
@@ -92,7 +92,7 @@ _HOMES = {
     "RemotePlm": "data_owner_client.plm.remote_plm",
     "RequestTimeout": "protocol.errors",
     "SamplingSettings": "data_owner_client.decoding.settings",
-    "ScoringSettings": "data_owner_client.data.scoring_settings",
+    "ScoringSettings": "data_owner_client.scoring.settings",
     "ServerFault": "protocol.errors",
     "Task": "data_owner_client.data.tasks",
     "TimedOut": "protocol.errors",

@@ -20,11 +20,11 @@ from pydantic_settings.sources.types import _CliPositionalArg, _CliSubCommand
 
 from data_owner_client.cli import app
 from data_owner_client.data.reading.settings import ReadingSettings
-from data_owner_client.data.scoring_settings import ScoringSettings
 from data_owner_client.data.tasks import Shot, Task
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
 from data_owner_client.plm.connection.settings import ConnectionSettings
 from data_owner_client.runtime.declared_settings import attribute_sentences, declared_settings
+from data_owner_client.scoring.settings import ScoringSettings
 from data_owner_client.training.settings import TrainingSettings
 from plm_owner_server.cli.app import Command
 from plm_owner_server.settings import ServerSettings

@@ -35,9 +35,9 @@ from data_owner_client.cli.options import (
     connected,
 )
 from data_owner_client.data.reading.settings import DEFAULT_READING
-from data_owner_client.data.scoring_settings import DEFAULT_SCORING
 from data_owner_client.decoding.settings import DEFAULT_DECODING
 from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION
+from data_owner_client.scoring.settings import DEFAULT_SCORING
 from data_owner_client.training.settings import DEFAULT_TRAINING
 from protocol.errors import InvalidData
 
@@ -77,9 +77,9 @@ def evaluate(
     from data_owner_client.adapter.trained import TrainedAdapter
     from data_owner_client.cli.output import print_evaluation, print_record
     from data_owner_client.data.reading.reader import read_hypotheses
-    from data_owner_client.data.text_metrics import bleu_tokenizer, text_scores
     from data_owner_client.evaluation.evaluate import evaluate as evaluate_systems
     from data_owner_client.runtime.progress_display import stderr_reporter
+    from data_owner_client.scoring.text_metrics import bleu_tokenizer, text_scores
 
     set_threads(threads)
     if hypotheses is not None and reading.skip_invalid:

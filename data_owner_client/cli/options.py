@@ -12,10 +12,10 @@ from cyclopts import Group, Parameter, Token
 
 from data_owner_client.adapter.types import Schedule
 from data_owner_client.data.reading.settings import ReadingSettings
-from data_owner_client.data.scoring_settings import ScoringSettings
 from data_owner_client.decoding.settings import DEFAULT_SAMPLING, DecodingSettings, SamplingSettings
 from data_owner_client.plm.connection.settings import ConnectionSettings
 from data_owner_client.runtime.arguments import to_path
+from data_owner_client.scoring.settings import ScoringSettings
 from data_owner_client.training.settings import TrainingSettings
 from protocol.errors import InvalidData
 from protocol.types import WireDtype

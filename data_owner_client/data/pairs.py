@@ -1,4 +1,4 @@
-"""Pairs of texts: their split for validation, and their digest."""
+"""Pairs of a text or conversation and its answer: their split for validation, and their digest."""
 
 from __future__ import annotations
 
@@ -11,17 +11,40 @@ from typing import overload
 
 from data_owner_client.data.reading.problems import Origin, require_unicode
 from data_owner_client.runtime.arguments import require_loaded
+from protocol.chat_template import ChatMessage
 from protocol.errors import InvalidData
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A source text and its target.
+class Conversation:
+    """A conversation up to the turn that is answered.
 
     Attributes:
-        source: the source text.
+        turns: messages with `role` and `content`, and whatever else a chat template reads; the last one is answered.
+        tools: JSON schemas of the tools that it may use; None for none.
+    """
+
+    turns: tuple[ChatMessage, ...]
+    tools: tuple[ChatMessage, ...] | None = None
+
+
+Source = str | Conversation
+"""Input of a task: a text, or a conversation."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A source and its target.
+
+    Attributes:
+        source: the source text; of a conversation, the text of the turn that is answered.
         target: the target text; None if there are only sources.
         origin: where the pair was read; None if it comes from no file. Pairs are equal whatever their origins.
+        conversation: the conversation up to the source; None where the source stands alone.
+        reply: the assistant's message, where it has more than the text in `target`, such as tool calls; else None.
+        references: further right answers beside the target.
+        group: name that all pairs of one record have in common, such as a conversation; validation takes all or none
+            of them. Empty for a pair that is alone.
 
     Raises:
         InvalidData: a text is no `str`, or cannot be encoded as UTF-8.
@@ -30,6 +53,15 @@ class Pair:
     source: str
     target: str | None = None
     origin: Origin | None = field(default=None, compare=False, repr=False)
+    conversation: Conversation | None = None
+    reply: ChatMessage | None = None
+    references: tuple[str, ...] = ()
+    group: str = ""
+
+    @property
+    def question(self) -> Source:
+        """The conversation, or else the source text."""
+        return self.conversation or self.source
 
     def __post_init__(self) -> None:
         require_unicode(self.source, "the source", self.origin)

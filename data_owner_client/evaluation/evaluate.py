@@ -11,8 +11,6 @@ from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.example_retrieval import with_retrieved_examples
 from data_owner_client.data.pairs import Pair, list_of_pairs
-from data_owner_client.data.scoring_settings import DEFAULT_SCORING, ScoringSettings
-from data_owner_client.data.text_metrics import TextScores, bleu_tokenizer, text_scores
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.generation import Generation, translate
 from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings
@@ -23,6 +21,8 @@ from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.arguments import require_loaded
 from data_owner_client.runtime.progress import Reporter
+from data_owner_client.scoring.settings import DEFAULT_SCORING, ScoringSettings
+from data_owner_client.scoring.text_metrics import TextScores, bleu_tokenizer, text_scores
 from protocol.errors import InvalidData
 
 

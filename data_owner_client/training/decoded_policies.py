@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from data_owner_client.adapter.interpolation import Interpolation
-from data_owner_client.data.text_metrics import TextScores, bleu_tokenizer, sentence_chrf, text_scores
 from data_owner_client.runtime.atomic_files import write_atomically
+from data_owner_client.scoring.text_metrics import TextScores, bleu_tokenizer, sentence_chrf, text_scores
 from data_owner_client.training.time_budget import MIN_TEXTS, TimeBudget
 
 Decode = Callable[[Interpolation, int], list[str]]

@@ -20,7 +20,7 @@ ORDER = {
         *("settings", "setting_values", "logs"),
     ),
     "data_owner_client": (
-        *("cli", "evaluation", "training", "decoding", "adapter", "memory", "data", "plm", "runtime"),
+        *("cli", "evaluation", "training", "decoding", "adapter", "memory", "scoring", "data", "plm", "runtime"),
     ),
 }
 # Which of our packages each may import from, beside itself.

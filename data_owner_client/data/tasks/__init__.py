@@ -25,6 +25,10 @@ _OWN_VARIABLES = {"messages", "tools", "add_generation_prompt"}
 _CHAT_FIELDS = ("instruction_role", "template", "template_arguments", "tools", "date")
 
 
+Kind = Literal["rewrite", "classify", "extract", "answer", "summarise", "chat"]
+"""Kinds of task, which differ in the form of their answers and in their metrics."""
+
+
 class Shot(BaseModel):
     """One in-context example of a prompt.
 
@@ -58,6 +62,10 @@ class Task(BaseModel):
         template: in `chat`, name of the chat template; None for the model's default.
         template_arguments: in `chat`, further variables of the template, such as `enable_thinking`.
         tools: in `chat`, JSON schemas of tools; None for none.
+        kind: kind of the task, which decides the form of its answers and its metrics.
+        labels: of `classify`, all labels; empty for those of the training pairs.
+        answer_schema: of `extract`, JSON schema of the answers; None for any JSON.
+        language: language of the answers, such as `de`, for metrics that depend on it; None for English.
         date: in `chat`, day that the template's clock shows. None is the day when the memory is begun, if the template
             reads the clock.
     """
@@ -65,6 +73,10 @@ class Task(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
+    kind: Kind = "rewrite"
+    labels: tuple[str, ...] = ()
+    answer_schema: dict[str, JsonValue] | None = None
+    language: str | None = None
     instruction: str = ""
     source_label: str = "Source"
     target_label: str = "Target"

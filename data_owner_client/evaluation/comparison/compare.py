@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
-from data_owner_client.data.scoring_settings import DEFAULT_SCORING, ScoringSettings
 from data_owner_client.data.tasks import Task
-from data_owner_client.data.text_metrics import bleu_tokenizer, text_scores
 from data_owner_client.evaluation.comparison.results import RESAMPLES, ComparisonRow, SystemResult, comparison_rows
 from data_owner_client.evaluation.comparison.runner import ComparisonRunner, Connect, Splits
 from data_owner_client.evaluation.comparison.systems import SYSTEMS
 from data_owner_client.memory.usable_pairs import require_usable
 from data_owner_client.runtime.arguments import AnyPath, to_path
 from data_owner_client.runtime.progress import Reporter
+from data_owner_client.scoring.settings import DEFAULT_SCORING, ScoringSettings
+from data_owner_client.scoring.text_metrics import bleu_tokenizer, text_scores
 from data_owner_client.training.settings import TrainingSettings
 from protocol.errors import InvalidData
 

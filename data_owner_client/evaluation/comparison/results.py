@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_owner_client.data.scoring_settings import BleuTokenizer
-from data_owner_client.data.text_metrics import text_scores
 from data_owner_client.runtime.atomic_files import write_atomically
+from data_owner_client.scoring.settings import BleuTokenizer
+from data_owner_client.scoring.text_metrics import text_scores
 from protocol.errors import InvalidData
 
 PLM, PUBLISHED, BEST = "plm", "pema_published", "best"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_owner_client.adapter.interpolation import Interpolation
-from data_owner_client.data.text_metrics import text_scores
+from data_owner_client.scoring.text_metrics import text_scores
 from data_owner_client.training.decoded_policies import DecodedPolicies, TextStore
 from data_owner_client.training.time_budget import MIN_TEXTS, TimeBudget
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import sacrebleu
 
-from data_owner_client.data import text_metrics
-from data_owner_client.data.scoring_settings import BleuTokenizer, ScoringSettings
-from data_owner_client.data.text_metrics import bleu_tokenizer, text_scores
 from data_owner_client.evaluation.comparison.results import SystemResult, comparison_rows
+from data_owner_client.scoring import text_metrics
+from data_owner_client.scoring.settings import BleuTokenizer, ScoringSettings
+from data_owner_client.scoring.text_metrics import bleu_tokenizer, text_scores
 from protocol.errors import InvalidData
 from tests.command_line import client, client_json
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from data_owner_client.data.scoring_settings import DEFAULT_SCORING, BleuTokenizer, ScoringSettings
+from data_owner_client.scoring.settings import DEFAULT_SCORING, BleuTokenizer, ScoringSettings
 from protocol.errors import InvalidData
 
 log = logging.getLogger(__name__)

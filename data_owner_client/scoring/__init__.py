@@ -1,0 +1,1 @@
+"""Scores of answers against references: one scorer for each kind of task."""

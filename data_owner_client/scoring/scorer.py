@@ -1,0 +1,55 @@
+"""The interface of a scorer: metrics of the answers of one task, on one set of references."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+References = tuple[str, ...]
+"""Accepted answers to one text; the first is the target."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric as tables show it.
+
+    Attributes:
+        title: name in tables.
+        digits: digits behind the decimal point.
+        percent: whether values go from 0 to 100 and more is better.
+    """
+
+    title: str
+    digits: int = 1
+    percent: bool = True
+
+
+class Scorer(Protocol):
+    """Scores answers to the texts of one test set, whose references it holds.
+
+    All methods take the answers to the first texts; fewer answers than references are scored against the first of them.
+
+    Attributes:
+        metrics: all metrics by key, in the order of tables.
+        headline: key of the metric that `train` chooses by and `compare` tests.
+        signatures: everything that decides a metric's value besides the texts, by key; may be empty.
+    """
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]: ...
+    @property
+    def headline(self) -> str: ...
+    @property
+    def signatures(self) -> Mapping[str, str]: ...
+
+    def scores(self, answers: Sequence[str]) -> dict[str, float]:
+        """Scores of all answers together, by key of the metric."""
+
+    def each(self, answers: Sequence[str]) -> Tensor:
+        """The headline metric of each answer [E], float64; more is better."""
+
+    def p_values(self, baseline: Sequence[str], systems: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+        """For each system, p-values of its difference from the baseline, by key, from paired bootstrap resampling."""
