@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, overload
 
-from data_owner_client.data.pairs import Pair, digest_pairs
+from data_owner_client.data.pairs import Pair, digest_pairs, further_fields, pair_of
 from data_owner_client.data.reading.problems import Origin
 from data_owner_client.runtime.atomic_files import open_atomically
 from protocol.errors import InvalidData
@@ -112,9 +112,8 @@ class PairFile(Sequence[Pair]):
         return [self._pair(line, number) for number, line in enumerate(lines, start)]
 
     def _pair(self, line: bytes, number: int) -> Pair:
-        record = json.loads(line)
         origin = Origin(self._name, self._line_N[number]) if self._name is not None else None
-        return Pair(record["source"], record["target"], origin)
+        return pair_of(json.loads(line), origin)
 
 
 class SourceTexts(Sequence[str]):
@@ -167,4 +166,5 @@ def read_stored_pairs(path: Path, digest: str) -> Sequence[Pair] | None:
 
 
 def _line(pair: Pair) -> bytes:
-    return json.dumps({"source": pair.source, "target": pair.target}, ensure_ascii=False).encode() + b"\n"
+    record = {"source": pair.source, "target": pair.target} | further_fields(pair)
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"

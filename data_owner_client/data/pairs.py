@@ -1,15 +1,14 @@
-"""Pairs of a text or conversation and its answer: their split for validation, and their digest."""
+"""Pairs of a text or conversation and its answer, and their digest."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any, overload
 
-from data_owner_client.data.reading.problems import Origin, require_unicode
+from data_owner_client.data.reading.problems import InvalidText, Origin, require_unicode
 from data_owner_client.runtime.arguments import require_loaded
 from protocol.chat_template import ChatMessage
 from protocol.errors import InvalidData
@@ -27,9 +26,19 @@ class Conversation:
     turns: tuple[ChatMessage, ...]
     tools: tuple[ChatMessage, ...] | None = None
 
+    @property
+    def has_answers(self) -> bool:
+        """True if a turn is the assistant's, so that a prompt shows it."""
+        return any(turn["role"] == "assistant" for turn in self.turns)
+
 
 Source = str | Conversation
 """Input of a task: a text, or a conversation."""
+
+
+def text_of(source: Source) -> str:
+    """The text that is answered: the source text, or the last turn's of a conversation."""
+    return source if isinstance(source, str) else str(source.turns[-1].get("content") or "")
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,8 @@ class Pair:
     """A source and its target.
 
     Attributes:
-        source: the source text; of a conversation, the text of the turn that is answered.
+        source: the source text. Of a conversation, the text of the turn that is answered, behind a system turn if the
+            conversation has no other turn.
         target: the target text; None if there are only sources.
         origin: where the pair was read; None if it comes from no file. Pairs are equal whatever their origins.
         conversation: the conversation up to the source; None where the source stands alone.
@@ -47,7 +57,7 @@ class Pair:
             of them. Empty for a pair that is alone.
 
     Raises:
-        InvalidData: a text is no `str`, or cannot be encoded as UTF-8.
+        InvalidData: a text is no `str`, or cannot be encoded as UTF-8; or a message is no JSON.
     """
 
     source: str
@@ -67,6 +77,41 @@ class Pair:
         require_unicode(self.source, "the source", self.origin)
         if self.target is not None:
             require_unicode(self.target, "the target", self.origin)
+        if self.conversation or self.reply or self.references or self.group:
+            _require_json(further_fields(self), self.origin)
+
+
+def further_fields(pair: Pair) -> dict[str, Any]:
+    """What a pair has beside its two texts, as JSON; empty for a pair of two texts."""
+    fields: dict[str, Any] = {}
+    if pair.conversation is not None:
+        fields["turns"] = pair.conversation.turns
+        if pair.conversation.tools is not None:
+            fields["tools"] = pair.conversation.tools
+    others = {"reply": pair.reply, "references": pair.references, "group": pair.group}
+    return fields | {name: value for name, value in others.items() if value}
+
+
+def pair_of(record: Mapping[str, Any], origin: Origin | None = None) -> Pair:
+    """The pair of a record with its two texts and its `further_fields`.
+
+    Raises:
+        KeyError: the record has no source or target.
+        InvalidData: a text cannot be encoded as UTF-8.
+    """
+    conversation = None
+    if "turns" in record:
+        tools = record.get("tools")
+        conversation = Conversation(tuple(record["turns"]), None if tools is None else tuple(tools))
+    return Pair(
+        record["source"],
+        record["target"],
+        origin,
+        conversation=conversation,
+        reply=record.get("reply"),
+        references=tuple(record.get("references", ())),
+        group=record.get("group", ""),
+    )
 
 
 def list_of_pairs(pairs: Iterable[Pair]) -> Sequence[Pair]:
@@ -119,45 +164,23 @@ class PairSelection(Sequence[Pair]):
         return self._pairs[self._index_N[index]]
 
 
-def split_validation(
-    pairs: Sequence[Pair], fraction: float, max_sources: int = 300
-) -> tuple[Sequence[Pair], Sequence[Pair]]:
-    """Set some pairs aside for validation, at least one. A hash of the source decides, so equal sources stay together.
-
-    Args:
-        pairs: all pairs.
-        fraction: share of the pairs to set aside, 0 to 1.
-        max_sources: upper bound of the distinct sources that are set aside.
-
-    Returns:
-        The pairs to train on, and the pairs set aside.
-
-    Raises:
-        InvalidData: there are fewer than two distinct sources.
-    """
-    import numpy as np  # not at the top: the command line's help need not wait for it
-
-    # Eight bytes for each pair, however long the texts are.
-    hash_N = np.fromiter((_hash(pair.source) for pair in pairs), np.uint64, len(pairs))
-    order = np.unique(hash_N)
-    if len(order) < 2:
-        raise InvalidData(
-            f"{len(pairs)} pairs with {len(order)} different sources are too few to set some aside for validation.",
-            hint="Give pairs with other sources, or a file for --validation.",
-        )
-    count = max(1, min(max_sources, round(fraction * len(pairs)), len(order) // 2))
-    held_out_N = hash_N <= order[count - 1]
-    train, held_out = (array("q", np.flatnonzero(mask_N).tobytes()) for mask_N in (~held_out_N, held_out_N))
-    return PairSelection(pairs, train), PairSelection(pairs, held_out)
-
-
 def digest_pairs(pairs: Iterable[Pair]) -> str:
     """SHA-256 over the pairs, in order."""
     digest = hashlib.sha256()
     for pair in pairs:
-        digest.update(json.dumps([pair.source, pair.target]).encode())
+        fields = further_fields(pair)
+        digest.update(json.dumps([pair.source, pair.target, *([fields] if fields else [])]).encode())
     return digest.hexdigest()
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+def _require_json(value: object, origin: Origin | None) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InvalidText(
+            "half of a surrogate pair in its conversation or references",
+            hint="Write the whole character, as Unicode text.",
+            origin=origin,
+        ) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidText("a message that is no JSON", hint="Give objects with texts.", origin=origin) from error

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from data_owner_client.data.pairs import Pair, list_of_pairs, split_validation
+from data_owner_client.data.pairs import Pair, list_of_pairs
 from data_owner_client.data.reading.problems import Problems
 from data_owner_client.data.tasks import Task
+from data_owner_client.data.validation_split import split_validation
 from data_owner_client.memory.build import MemoryBuild
 from data_owner_client.memory.grants import Demand, require_granted
 from data_owner_client.memory.store import TRAIN, VALIDATION, ExternalMemory

@@ -2,7 +2,8 @@
 
 import pytest
 
-from data_owner_client.data.pairs import Pair, digest_pairs, split_validation
+from data_owner_client.data.pairs import Pair, digest_pairs
+from data_owner_client.data.validation_split import split_validation
 from protocol.errors import InvalidData
 
 
@@ -34,5 +35,5 @@ def test_digest_depends_on_every_text_and_their_order() -> None:
 
 
 def test_one_source_is_too_few_to_set_some_aside() -> None:
-    with pytest.raises(InvalidData, match="30 pairs with 1 different sources are too few"):
+    with pytest.raises(InvalidData, match="30 pairs have 1 source, which is too few"):
         split_validation([Pair("a", str(number)) for number in range(30)], 0.1)

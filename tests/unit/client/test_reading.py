@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from data_owner_client.data.pair_files import write_pairs
-from data_owner_client.data.pairs import Pair, digest_pairs, split_validation
+from data_owner_client.data.pairs import Pair, digest_pairs
 from data_owner_client.data.reading.reader import (
     read_hypotheses,
     read_pairs,
@@ -25,6 +25,7 @@ from data_owner_client.data.reading.reader import (
     spool_sources,
 )
 from data_owner_client.data.reading.settings import ReadingSettings
+from data_owner_client.data.validation_split import split_validation
 from protocol.errors import InvalidData, InvalidRequest
 
 PAIRS = [Pair("Hello, “you”", 'Hallo "du"'), Pair("a\u2028b, c", "x; y")]
