@@ -26,6 +26,10 @@ class Metric:
     digits: int = 1
     percent: bool = True
 
+    def text(self, value: float | None) -> str:
+        """A value as tables show it; a dash for None."""
+        return "–" if value is None else f"{value:.{self.digits}f}"
+
 
 class Scorer(Protocol):
     """Scores answers to the texts of one test set, whose references it holds.
@@ -53,3 +57,8 @@ class Scorer(Protocol):
 
     def p_values(self, baseline: Sequence[str], systems: Sequence[Sequence[str]]) -> list[dict[str, float]]:
         """For each system, p-values of its difference from the baseline, by key, from paired bootstrap resampling."""
+
+
+def scores_in_words(metrics: Mapping[str, Metric], scores: Mapping[str, float]) -> str:
+    """The scores with the metrics' titles, as in "BLEU 31.4, chrF 55.2"."""
+    return ", ".join(f"{metrics[key].title} {metrics[key].text(value)}" for key, value in scores.items())

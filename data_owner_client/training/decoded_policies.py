@@ -1,31 +1,58 @@
-"""Held-out texts decoded with several policies, within a time budget, and kept on disk for a call that goes on."""
+"""Held-out texts answered with several policies, within a time budget, and stored for a call that goes on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.runtime.atomic_files import write_atomically
-from data_owner_client.scoring.text_metrics import TextScores, bleu_tokenizer, sentence_chrf, text_scores
+from data_owner_client.scoring.scorer import Scorer
 from data_owner_client.training.time_budget import MIN_TEXTS, TimeBudget
 
-Decode = Callable[[Interpolation, int], list[str]]
-"""Decodes the first so many held-out texts with an interpolation."""
 
+class Answers(BaseModel):
+    """Answers of one policy to the first held-out texts.
 
-class DecodedTexts(BaseModel):
-    """Texts of one policy, and the seconds that they took."""
+    Attributes:
+        texts: the answers.
+        utilities: number for each text that policies are compared by, more is better; None for the scorer's headline
+            metric. A task that computes the probability of the right answer has its logarithm here.
+    """
 
     texts: list[str]
+    utilities: list[float] | None = None
+
+
+Decode = Callable[[Interpolation, int], Answers]
+"""Answers the first so many held-out texts with an interpolation."""
+
+
+class DecodedAnswers(Answers):
+    """Answers of one policy, and the seconds that they took."""
+
     seconds: float
+
+
+@dataclass(frozen=True)
+class ScoredPolicy:
+    """Scores of one policy.
+
+    Attributes:
+        scores: scores of all answers together, by key of the metric.
+        utility_E: float64: number for each text that policies are compared by; more is better.
+    """
+
+    scores: dict[str, float]
+    utility_E: Tensor
 
 
 @dataclass(frozen=True)
@@ -40,14 +67,14 @@ class TextStore:
     stem: Path
     identity: object
 
-    def load(self, interpolation: Interpolation, count: int) -> DecodedTexts | None:
+    def load(self, interpolation: Interpolation, count: int) -> DecodedAnswers | None:
         """The stored texts; None if the file is missing or damaged."""
         try:
-            return DecodedTexts.model_validate_json(self._path(interpolation, count).read_bytes())
+            return DecodedAnswers.model_validate_json(self._path(interpolation, count).read_bytes())
         except (OSError, ValidationError):
             return None
 
-    def save(self, interpolation: Interpolation, decoded: DecodedTexts) -> None:
+    def save(self, interpolation: Interpolation, decoded: DecodedAnswers) -> None:
         """Store texts.
 
         Raises:
@@ -61,43 +88,35 @@ class TextStore:
 
 
 class DecodedPolicies:
-    """Scores of policies on the same held-out texts; each policy is decoded once.
+    """Scores of policies on the same held-out texts; each policy is decoded and scored once.
 
     The first policy shows how long one takes. If the others would not fit into the budget, all go on with fewer texts.
 
     Args:
-        decode: decodes held-out texts.
-        references: references of the held-out texts.
+        decode: answers held-out texts.
+        scorer: scores the answers.
+        texts: number of held-out texts.
         policies: number of policies that are to be decoded.
         budget: a policy is decoded only if it should end within it.
-        store: texts of an interrupted call.
+        store: answers of an interrupted call.
 
     Attributes:
+        texts: texts that all policies have in common.
         refused: number of policies for which there was no time.
     """
 
     def __init__(
-        self, decode: Decode, references: Sequence[str], *, policies: int, budget: TimeBudget, store: TextStore
+        self, decode: Decode, scorer: Scorer, texts: int, *, policies: int, budget: TimeBudget, store: TextStore
     ) -> None:
+        self.texts = texts
+        self.refused = 0
         self._decode = decode
-        self._references = list(references)
-        self._tokenizer = bleu_tokenizer(references)
+        self._scorer = scorer
         self._policies = policies
         self._budget = budget
         self._store = store
-        self._texts: dict[Interpolation, list[str]] = {}
+        self._scored: dict[Interpolation, ScoredPolicy] = {}
         self._text_seconds = 0.0
-        self.refused = 0
-
-    @property
-    def texts(self) -> int:
-        """Texts that all policies have in common."""
-        return len(self._references)
-
-    @property
-    def interpolations(self) -> list[Interpolation]:
-        """The decoded policies, in their order."""
-        return list(self._texts)
 
     @property
     def minutes_for_all(self) -> int:
@@ -105,38 +124,37 @@ class DecodedPolicies:
         used = self._budget.seconds - self._budget.left
         return math.ceil((used + self.refused * self.texts * self._text_seconds) / 60)
 
-    def add(self, interpolation: Interpolation) -> bool:
-        """Decode the texts, unless that was done; return False if there is no time for it."""
-        if interpolation in self._texts:
-            return True
-        stored = self._store.load(interpolation, self.texts)
-        if stored is not None:
-            self._budget.charge(stored.seconds)
+    def score(self, interpolation: Interpolation) -> ScoredPolicy | None:
+        """Decode the texts and score them, unless that was done; None if there is no time for it."""
+        if interpolation in self._scored:
+            return self._scored[interpolation]
+        decoded = self._store.load(interpolation, self.texts)
+        if decoded is not None:
+            self._budget.charge(decoded.seconds)
         elif self._text_seconds * self.texts > self._budget.left:
             self.refused += 1
-            return False
+            return None
         else:
             began = self._budget.clock()
-            texts = self._decode(interpolation, self.texts)
-            stored = DecodedTexts(texts=texts, seconds=self._budget.clock() - began)
-            self._store.save(interpolation, stored)
-        self._texts[interpolation] = stored.texts
-        self._text_seconds = max(self._text_seconds, stored.seconds / len(stored.texts))
-        if len(self._texts) == 1:
+            answers = self._decode(interpolation, self.texts)
+            decoded = DecodedAnswers(**answers.model_dump(), seconds=self._budget.clock() - began)
+            self._store.save(interpolation, decoded)
+        self._text_seconds = max(self._text_seconds, decoded.seconds / len(decoded.texts))
+        if not self._scored:
             self._fit_texts()
-        return True
+        self._scored[interpolation] = self._scores(decoded)
+        return self._scored[interpolation]
 
-    def chrf_E(self, interpolation: Interpolation) -> Tensor:
-        """Sentence-level chrF of each text with a decoded policy, float64."""
-        return sentence_chrf(self._texts[interpolation][: self.texts], self._references)
-
-    def scores(self, interpolation: Interpolation) -> TextScores:
-        """Corpus scores of a decoded policy."""
-        return text_scores(self._texts[interpolation][: self.texts], self._references, self._tokenizer)
+    def _scores(self, answers: Answers) -> ScoredPolicy:
+        texts = answers.texts[: self.texts]
+        scores = self._scorer.scores(texts)
+        if answers.utilities is None:
+            return ScoredPolicy(scores, self._scorer.each(texts))
+        return ScoredPolicy(scores, torch.tensor(answers.utilities[: self.texts], dtype=torch.float64))
 
     def _fit_texts(self) -> None:
         """Go on with as many texts as the other policies have time for, if these are enough to tell policies apart."""
         others = max(1, self._policies - 1)
         fitting = int(max(0.0, self._budget.left) / max(1e-9, others * self._text_seconds))
         if MIN_TEXTS <= fitting < self.texts:
-            self._references = self._references[:fitting]
+            self.texts = fitting

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from pydantic import BaseModel
@@ -12,14 +12,16 @@ from torch import Tensor
 from data_owner_client.adapter.gate import Gate, cross_validated_nll
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.trained import TrainedAdapter
-from data_owner_client.data.example_retrieval import ExampleRetriever, with_retrieved_examples
+from data_owner_client.data.example_retrieval import with_retrieved_examples
+from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.generation import translate
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.memory.encode import encode_all, tokenize_pairs
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
-from data_owner_client.training.decoded_policies import DecodedPolicies, TextStore
+from data_owner_client.scoring.scorer import Metric, scores_in_words
+from data_owner_client.training.decoded_policies import Answers, DecodedPolicies, TextStore
 from data_owner_client.training.inputs import Memories, TrainingInput
 from data_owner_client.training.likelihood import pema_logprobs_and_gate_features
 from data_owner_client.training.policy_choice import clearly_better, smoothed_maximum
@@ -36,8 +38,8 @@ _LAMBDAS = (0.45, 0.3, 0.8, 0.6)
 _PARABOLA_POINTS = 3
 # Length rewards that are tried with the best λ.
 _REWARDS = (0.5, 1.0)
-MAX_POLICIES = len(_LAMBDAS) + 2 + len(_REWARDS)
-"""Decoding policies that held-out texts are decoded with, at most."""
+# Kinds of task whose answers come from a fixed list, so that a reward for longer ones has no use.
+_LISTED_ANSWERS = frozenset({"classify"})
 
 
 class DecodingPolicy(BaseModel):
@@ -47,15 +49,13 @@ class DecodingPolicy(BaseModel):
         nearest: retrieved examples in each prompt of the PLM; 0 for the examples of the task.
         interpolation: interpolation with the PLM.
         nll: loss of the mixture, in nats per token. A length reward only affects decoding and does not change it.
-        bleu: BLEU of decoded texts, with the tokenizer of `bleu_tokenizer`; None if this policy was not decoded.
-        chrf: chrF of decoded texts; None if this policy was not decoded.
+        scores: scores of decoded texts, by key of the metric; None if this policy was not decoded.
     """
 
     nearest: int
     interpolation: Interpolation
     nll: float
-    bleu: float | None = None
-    chrf: float | None = None
+    scores: dict[str, float] | None = None
 
     def __str__(self) -> str:
         """The policy in words."""
@@ -106,6 +106,16 @@ class PromptVariant:
         return policies
 
 
+def length_rewards(task: Task) -> tuple[float, ...]:
+    """The length rewards that are tried, in nats; none where answers come from a fixed list."""
+    return () if task.kind in _LISTED_ANSWERS else _REWARDS
+
+
+def max_policies(task: Task) -> int:
+    """The number of decoding policies that held-out texts are decoded with, at most."""
+    return len(_LAMBDAS) + 2 + len(length_rewards(task))
+
+
 def select_decoding_policy(
     plm: RemotePlm,
     memories: Memories,
@@ -118,7 +128,7 @@ def select_decoding_policy(
     budget: TimeBudget,
     store: TextStore,
 ) -> list[DecodingPolicy]:
-    """Return every policy that was tried, best first: by likelihood, or by chrF if held-out texts are decoded.
+    """Return every policy that was tried, best first: by likelihood, or by the task's metric if texts are decoded.
 
     Likelihood scores each token after the true text, so its λ is not always the best for whole texts.
 
@@ -149,12 +159,11 @@ def select_decoding_policy(
     policies = [policy for variant in variants.values() for policy in variant.likeliest(gate=settings.gate)]
     policies.sort(key=lambda policy: policy.nll)
     likeliest = policies[0]
-    wishes = plan.wishes.of_decoding(retrieval=likeliest.nearest > 0)
-    plan = WorkPlan.within(budget.left, wishes, replace(plan.costs, retrieval=0.0))
-    if not plan.texts:
+    texts = plan.wishes.fitting_texts(budget.left, plan.costs, retrieval=likeliest.nearest > 0)
+    if not texts:
         return policies
-    trials = _Trials.of(plm, memories, plan.texts, with_policy(likeliest), budget, store, reporter)
-    return [*_by_chrf(likeliest, variants[likeliest.nearest], trials), *policies]
+    trials = _Trials.of(plm, memories, texts, with_policy(likeliest), budget, store, reporter)
+    return [*_by_answers(likeliest, variants[likeliest.nearest], trials), *policies]
 
 
 @dataclass
@@ -162,8 +171,11 @@ class _Trials:
     """Policies that are tried on held-out texts, and what is said about them."""
 
     decoded: DecodedPolicies
-    policies: dict[Interpolation, DecodingPolicy]
+    metrics: Mapping[str, Metric]
+    rewards: tuple[float, ...]
     reporter: Reporter
+    policies: dict[Interpolation, DecodingPolicy] = field(default_factory=dict)
+    utilities: dict[Interpolation, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -176,55 +188,50 @@ class _Trials:
         store: TextStore,
         reporter: Reporter,
     ) -> _Trials:
-        pairs = memories.held_out_pairs[:texts]
+        task, pairs = memories.plan.task, memories.held_out_pairs[:texts]
         # Twice the longest target: a longer text is wrong in any case.
         decoding = DecodingSettings(max_new_tokens=2 * int(memories.held_out.rows_E.max()))
 
-        def decode(interpolation: Interpolation, count: int) -> list[str]:
-            sources = [pair.source for pair in pairs[:count]]
-            return translate(
+        def decode(interpolation: Interpolation, count: int) -> Answers:
+            sources = [pair.question for pair in pairs[:count]]
+            generation = translate(
                 plm, sources, adapter=adapter, interpolation=interpolation, decoding=decoding, reporter=reporter
-            ).texts
+            )
+            return Answers(texts=generation.texts)
 
-        references = [pair.target or "" for pair in pairs]
-        decoded = DecodedPolicies(decode, references, policies=MAX_POLICIES, budget=budget, store=store)
-        return cls(decoded, {}, reporter)
+        policies = max_policies(task)
+        decoded = DecodedPolicies(decode, memories.scorer, len(pairs), policies=policies, budget=budget, store=store)
+        return cls(decoded, memories.scorer.metrics, length_rewards(task), reporter)
 
     def add(self, policy: DecodingPolicy) -> bool:
         """Decode the texts with a policy; return False if there is no time for it."""
-        interpolation = policy.interpolation
-        if interpolation in self.policies:
+        if policy.interpolation in self.policies:
             return True
-        if not self.decoded.add(interpolation):
+        scored = self.decoded.score(policy.interpolation)
+        if scored is None:
             return False
-        scores = self.decoded.scores(interpolation)
-        self.policies[interpolation] = policy
-        self.reporter.say(
-            f"{policy}: BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f} on {self.decoded.texts} validation texts."
-        )
+        self.policies[policy.interpolation] = policy.model_copy(update={"scores": scored.scores})
+        self.utilities[policy.interpolation] = scored.utility_E
+        words = scores_in_words(self.metrics, scored.scores)
+        self.reporter.say(f"{policy}: {words} on {self.decoded.texts} validation texts.")
         return True
 
-    def score_E(self, policy: DecodingPolicy) -> Tensor:
-        """Sentence-level chrF of each text."""
-        return self.decoded.chrf_E(policy.interpolation)
+    def utility_E(self, policy: DecodingPolicy) -> Tensor:
+        """The number of each text that policies are compared by; the policy must have been added."""
+        return self.utilities[policy.interpolation]
 
     def better(self, other: DecodingPolicy, chosen: DecodingPolicy) -> DecodingPolicy:
         """The other policy if it is clearly better, else the chosen one, as without time for the other."""
-        if self.add(other) and clearly_better(self.score_E(other), self.score_E(chosen)):
+        if self.add(other) and clearly_better(self.utility_E(other), self.utility_E(chosen)):
             return other
         return chosen
 
-    def scored(self, policy: DecodingPolicy) -> DecodingPolicy:
-        """The policy with its corpus scores."""
-        scores = self.decoded.scores(policy.interpolation)
-        return policy.model_copy(update={"bleu": scores.bleu, "chrf": scores.chrf})
 
-
-def _by_chrf(likeliest: DecodingPolicy, variant: PromptVariant, trials: _Trials) -> list[DecodingPolicy]:
+def _by_answers(likeliest: DecodingPolicy, variant: PromptVariant, trials: _Trials) -> list[DecodingPolicy]:
     """Policies with their scores on held-out texts, the chosen one first.
 
-    BLEU is not used: on few texts it depends on one or two of them. Neither is the highest chrF as such, as its noise
-    is larger than most differences:
+    They are compared by a number for each text: the task's headline metric. Corpus BLEU is none, as on few texts it
+    depends on one or two of them. Neither is the highest mean as such, as its noise is larger than most differences:
 
     1. The constant λ is that of the maximum of a parabola through a few of them (`smoothed_maximum`).
     2. The likeliest policy, if its λ is not constant, must be clearly better than that.
@@ -236,30 +243,31 @@ def _by_chrf(likeliest: DecodingPolicy, variant: PromptVariant, trials: _Trials)
     chosen = likeliest
     if len(grid) >= _PARABOLA_POINTS:
         lambda_P = torch.tensor([policy.interpolation.lambda_max for policy in grid], dtype=torch.float64)
-        score_P_E = torch.stack([trials.score_E(policy) for policy in grid])
-        lambda_max = round(smoothed_maximum(lambda_P, score_P_E), 2)
+        utility_P_E = torch.stack([trials.utility_E(policy) for policy in grid])
+        lambda_max = round(smoothed_maximum(lambda_P, utility_P_E), 2)
         chosen = variant.policy(Interpolation(schedule="constant", lambda_max=lambda_max))
         if trials.add(chosen):
             if likeliest.interpolation.gate is not None or likeliest.interpolation.schedule != "constant":
                 chosen = trials.better(likeliest, chosen)
             plain = chosen
-            for reward in _REWARDS:
+            for reward in trials.rewards:
                 chosen = trials.better(plain.with_length_reward(reward), chosen)
     if trials.decoded.refused:
         trials.reporter.say(
             f"Left out for lack of time: {trials.decoded.refused} decoding policies (included with --minutes "
             f"{trials.decoded.minutes_for_all})."
         )
-    others = sorted(map(trials.scored, trials.policies.values()), key=lambda policy: -(policy.chrf or 0.0))
-    if chosen.interpolation in trials.policies:
-        chosen = trials.scored(chosen)
-    return [chosen, *(each for each in others if each.interpolation != chosen.interpolation)]
+    chosen = trials.policies.get(chosen.interpolation, chosen)
+    others = [policy for policy in trials.policies.values() if policy.interpolation != chosen.interpolation]
+    others.sort(key=lambda policy: -trials.utility_E(policy).mean().item())
+    return [chosen, *others]
 
 
 def _encode_with_retrieved_examples(plm: RemotePlm, memories: Memories, count: int, reporter: Reporter) -> MemoryRows:
     """Rows of the held-out pairs behind prompts with `count` retrieved examples each."""
-    pairs, retriever = memories.held_out_pairs, ExampleRetriever(memories.train_pairs, count)
-    tasks = with_retrieved_examples(plm, memories.plan.task, [pair.source for pair in pairs], retriever)
+    pairs = memories.held_out_pairs
+    sources = [pair.question for pair in pairs]
+    tasks = with_retrieved_examples(plm, memories.plan.task, sources, memories.retriever(count))
     rows = encode_all(plm, tokenize_pairs(plm, tasks, pairs, label="validation pair"), reporter)
     if not torch.equal(rows.target_N, memories.held_out.target_N):
         raise InvalidData(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data_owner_client.adapter.candidates import index_of, token_set
 from data_owner_client.adapter.types import AdapterForm
+from data_owner_client.data.example_retrieval import ExampleRetriever
 from data_owner_client.data.pairs import Pair
 from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.memory.rows import MemoryRows
@@ -21,6 +22,8 @@ from data_owner_client.plm.head_recovery.fit import fit_rows
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
+from data_owner_client.scoring.scorer import Scorer
+from data_owner_client.scoring.scorers import references_of, scorer_for
 from data_owner_client.training.batches import FirstExamples, MemoryStats, ReliableRows, ShardSource, ShardView
 from data_owner_client.training.head_distributions import fetch_distributions
 from data_owner_client.training.likelihood import plm_target_logprobs
@@ -70,9 +73,19 @@ class Memories:
         return self.train.pairs()
 
     @cached_property
+    def retriever(self) -> Callable[[int], ExampleRetriever]:
+        """The retriever of training pairs by the number of examples for a text; each is fitted once."""
+        return cache(partial(ExampleRetriever, self.train_pairs))
+
+    @cached_property
     def held_out_pairs(self) -> Sequence[Pair]:
         """Texts of the memory to validate on."""
         return self.validation.pairs()
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """The scorer of answers to the held-out texts."""
+        return scorer_for(self.plan.task, [references_of(pair) for pair in self.held_out_pairs])
 
     @cached_property
     def held_out(self) -> MemoryRows:

@@ -42,7 +42,8 @@ class TrainingSettings:
             settings that you set yourself stay.
         minutes: Minutes for all that is done: training, search, retrieved examples and decoded texts. What does not fit
             is left out and named. 0 for nothing but the training itself.
-        selection_texts: Held-out texts that are decoded at most to choose λ by chrF; 0 chooses by likelihood alone.
+        selection_texts: Held-out texts that are decoded at most to choose λ by the task's headline metric; 0 chooses
+            by likelihood alone.
         head_contexts: Contexts whose full distributions the LM head's rows are recovered from, if the owner's policy
             gives no rows. Default: enough to make the rows exact (a tenth more than the hidden size); fewer estimate.
         full_vocabulary: Softmax over all tokens, not only those of the targets; the adapter then holds the whole LM

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 MIN_TEXTS = 20
@@ -58,6 +58,10 @@ class WorkCosts:
     retrieved_text: float
     text_tokens: float = 0.0
 
+    def decoded_text(self, *, retrieval: bool) -> float:
+        """Seconds of decoding one held-out text, behind retrieved examples or the task's own."""
+        return self.retrieved_text if retrieval else self.text
+
 
 @dataclass(frozen=True)
 class WorkWishes:
@@ -77,17 +81,25 @@ class WorkWishes:
     texts: int
     policies: int
 
-    def of_decoding(self, *, retrieval: bool) -> WorkWishes:
-        """The part that is left once the prompts are chosen: decoding, behind retrieved examples or without them."""
-        return replace(self, trainings=0, search=False, retrieval="always" if retrieval else "no")
+    def fitting_texts(self, seconds: float, costs: WorkCosts, *, retrieval: bool) -> int:
+        """Texts that can be decoded with all policies in some seconds; 0 if they would not tell policies apart.
+
+        Args:
+            seconds: time for all of them; none if negative.
+            costs: costs of the work.
+            retrieval: whether retrieved examples stand before each text.
+        """
+        text_seconds = self.policies * costs.decoded_text(retrieval=retrieval)
+        texts = min(self.texts, math.floor(max(0.0, seconds) / max(text_seconds, 1e-9)))
+        return texts if texts >= min(MIN_TEXTS, self.texts) else 0
 
 
 @dataclass(frozen=True)
 class WorkPlan:
     """The work that fits into a budget, most valuable first.
 
-    Trainings come first. Retrieved examples gained 4 chrF, and the choice of λ by decoded texts about one. The search
-    for settings gained less, so it takes what is left (docs/results.md).
+    Trainings come first. In translation, retrieved examples gained 4 chrF, and the choice of λ by decoded texts about
+    one. The search for settings gained less, so it takes what is left (docs/results.md).
 
     Attributes:
         seconds: time for everything.
@@ -119,23 +131,16 @@ class WorkPlan:
         """
         left = seconds - used - wishes.trainings * costs.training
         retrieval = wishes.retrieval == "always" or (wishes.retrieval == "if it fits" and costs.retrieval <= left)
-        plan = cls(seconds, used, wishes, costs, retrieval, 0, 0.0)
         left -= costs.retrieval * retrieval
-        if wishes.texts:
-            texts = min(wishes.texts, math.floor(max(0.0, left) / max(plan._texts_seconds(1), 1e-9)))
-            plan = replace(plan, texts=texts if texts >= min(MIN_TEXTS, wishes.texts) else 0)
-        left = seconds - used - wishes.trainings * costs.training - plan.reserve
-        return replace(plan, search_seconds=left if wishes.search and left >= costs.training else 0.0)
+        texts = wishes.fitting_texts(left, costs, retrieval=retrieval)
+        left -= texts * wishes.policies * costs.decoded_text(retrieval=retrieval)
+        search_seconds = left if wishes.search and left >= costs.training else 0.0
+        return cls(seconds, used, wishes, costs, retrieval, texts, search_seconds)
 
     @property
     def decoding_tokens(self) -> int:
         """Tokens that the owner counts for the decoded texts, at most; more behind retrieved examples."""
         return math.ceil(self.texts * self.wishes.policies * self.costs.text_tokens)
-
-    @property
-    def reserve(self) -> float:
-        """Seconds of the work behind the trainings."""
-        return self.costs.retrieval * self.retrieval + self._texts_seconds(self.texts)
 
     @property
     def steps(self) -> list[str]:
@@ -147,7 +152,7 @@ class WorkPlan:
         if self.retrieval:
             steps.append(f"likelihoods behind retrieved examples ({_minutes(costs.retrieval)})")
         if self.texts:
-            seconds = _minutes(self._texts_seconds(self.texts))
+            seconds = _minutes(self._texts_seconds)
             steps.append(f"{self.texts} held-out texts decoded with up to {wishes.policies} policies ({seconds})")
         return steps
 
@@ -173,9 +178,9 @@ class WorkPlan:
             minutes += 1
         return f"{what} (included with --minutes {minutes})"
 
-    def _texts_seconds(self, texts: int) -> float:
-        each = self.costs.retrieved_text if self.retrieval else self.costs.text
-        return texts * self.wishes.policies * each
+    @property
+    def _texts_seconds(self) -> float:
+        return self.texts * self.wishes.policies * self.costs.decoded_text(retrieval=self.retrieval)
 
 
 def _trainings(count: int) -> str:

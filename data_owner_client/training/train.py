@@ -23,11 +23,12 @@ from data_owner_client.runtime.atomic_files import require_writable, write_atomi
 from data_owner_client.runtime.memory_usage import peak_rss_mb
 from data_owner_client.runtime.path_text import PathText
 from data_owner_client.runtime.progress import Reporter
+from data_owner_client.scoring.scorer import scores_in_words
 from data_owner_client.training.decoded_policies import TextStore
 from data_owner_client.training.decoding_policy import (
     DEFAULT_RETRIEVED_EXAMPLES,
-    MAX_POLICIES,
     DecodingPolicy,
+    max_policies,
     select_decoding_policy,
 )
 from data_owner_client.training.inputs import Memories, TrainingInput, resolve_settings
@@ -88,8 +89,8 @@ def train(
 
     The decoding policy is chosen on the validation memory, first by likelihood: schedule and λ_max, or a learned gate.
     If the targets were shared, prompts with retrieved examples are tried, too. Then some texts are decoded with
-    constant values of λ. Their chrF, smoothed over λ, decides. The likeliest policy or a length reward must be clearly
-    better than that.
+    constant values of λ. The headline metric of the task's kind, smoothed over λ, decides. The likeliest policy or a
+    length reward must be clearly better than that.
 
     All of it takes at most `settings.minutes`, as far as estimates hold; the training itself is done in any case. The
     reporter says before the start what fits and what is left out.
@@ -176,8 +177,8 @@ def train(
     )
     best = policies[0]
     why = f"{best}: {best.nll:.3f} nats per token of the validation examples (the PLM alone: {inputs.plm_nll:.3f})"
-    if best.chrf is not None:
-        why += f", chrF {best.chrf:.1f} on the decoded ones"
+    if best.scores is not None:
+        why += f", {scores_in_words(memories.scorer.metrics, best.scores)} on the decoded ones"
     reporter.say(f"Chosen: {why}.")
     adapter = with_policy(best, why)
     adapter.save(folder)
@@ -215,7 +216,7 @@ def _plan_work(
         search=settings.search,
         retrieval=retrieval,
         texts=min(settings.selection_texts, len(memories.held_out_pairs)),
-        policies=MAX_POLICIES,
+        policies=max_policies(memories.plan.task),
     )
     if not settings.minutes:  # nothing else fits, whatever it costs
         return WorkPlan.within(0.0, wishes, WorkCosts(training=1.0, retrieval=1.0, text=1.0, retrieved_text=1.0))

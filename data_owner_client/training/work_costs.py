@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from data_owner_client.data.example_retrieval import ExampleRetriever, with_retrieved_examples
+from data_owner_client.data.example_retrieval import with_retrieved_examples
 from data_owner_client.data.pairs import Pair
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.settings import DEFAULT_DECODING
@@ -57,8 +57,8 @@ def estimate_costs(
     retrieval = retrieved_text = 0.0
     if retrieved_examples:
         few = pairs[: min(_RETRIEVED_PROMPTS, limits.max_sequences)]
-        retriever = ExampleRetriever(memories.train_pairs, retrieved_examples)
-        tasks = with_retrieved_examples(plm, task, [pair.source for pair in few], retriever)
+        retriever = memories.retriever(retrieved_examples)
+        tasks = with_retrieved_examples(plm, task, [pair.question for pair in few], retriever)
         each = _call_seconds(plm, _prompts(plm, tasks, few), 0, clock) / len(few)
         # Behind such prompts a round is two calls.
         retrieval, retrieved_text = each * len(pairs), each + 2 * text
@@ -68,7 +68,7 @@ def estimate_costs(
 def _prompts(plm: RemotePlm, tasks: Sequence[Task], pairs: Sequence[Pair]) -> list[list[int]]:
     tokenizer = plm.tokenizer
     return [
-        tokenizer.encode_prompt(task.prompt(pair.source, tokenizer)) for task, pair in zip(tasks, pairs, strict=True)
+        tokenizer.encode_prompt(task.prompt(pair.question, tokenizer)) for task, pair in zip(tasks, pairs, strict=True)
     ]
 
 

@@ -146,7 +146,7 @@ def test_examples_for_each_text(url: str, adapter: Path, tmp_path: Path) -> None
         "--no-search",
     )
     assert trained["card"]["nearest"] == 2
-    decoded = [option for option in trained["options"] if option["chrf"] is not None]
+    decoded = [option for option in trained["options"] if option["scores"] is not None]
     assert {option["interpolation"]["length_reward"] for option in decoded} == {0.0, 0.5, 1.0}
     assert len(decoded) >= 6
     assert trained["options"][0] == decoded[0]

@@ -151,7 +151,7 @@ def test_with_time_enough_all_is_done_as_it_was_said(plm: RemotePlm, shared_memo
     assert not [line for line in reporter.said if line.startswith("Left out")]
     assert len(report.trials) > 1, "the search"
     assert {policy.nearest for policy in report.options} == {0, 8}
-    assert [policy for policy in report.options if policy.chrf is not None]
+    assert [policy for policy in report.options if policy.scores is not None]
 
 
 def test_without_time_the_training_is_done_and_the_rest_is_named(
@@ -165,7 +165,7 @@ def test_without_time_the_training_is_done_and_the_rest_is_named(
         assert f"{what} (included with --minutes " in left_out
     assert len(report.trials) == 1
     assert {policy.nearest for policy in report.options} == {0}
-    assert all(policy.chrf is None for policy in report.options)
+    assert all(policy.scores is None for policy in report.options)
 
 
 def test_zero_minutes_are_the_training_alone(plm: RemotePlm, shared_memory: Path, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_zero_minutes_are_the_training_alone(plm: RemotePlm, shared_memory: Path
     _, report = train(plm, shared_memory, tmp_path / "c", settings=replace(TIMED, minutes=0), reporter=reporter)
     assert not [line for line in reporter.said if line.startswith(("Within", "Left out", "Tried"))]
     assert len(report.trials) == 1
-    assert all(policy.chrf is None and not policy.nearest for policy in report.options)
+    assert all(policy.scores is None and not policy.nearest for policy in report.options)
 
 
 def test_a_call_that_goes_on_decodes_no_text_again(plm: RemotePlm, memory: Path, tmp_path: Path) -> None:

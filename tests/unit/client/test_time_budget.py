@@ -58,7 +58,9 @@ def test_wishes_of_the_user_are_done_whatever_the_time() -> None:
 @settings(max_examples=scaled(200))
 def test_all_planned_work_fits(seconds: float, trainings: int, retrieval: Any) -> None:
     planned = WorkPlan.within(seconds, replace(WISHES, trainings=trainings, retrieval=retrieval), COSTS)
-    work = trainings * COSTS.training + planned.reserve + planned.search_seconds
+    text = COSTS.retrieved_text if planned.retrieval else COSTS.text
+    work = trainings * COSTS.training + planned.search_seconds
+    work += COSTS.retrieval * planned.retrieval + planned.texts * WISHES.policies * text
     assert work <= max(seconds, trainings * COSTS.training) + 1e-6
     assert planned.texts == 0 or planned.texts >= MIN_TEXTS
     assert planned.search_seconds == 0.0 or planned.search_seconds >= COSTS.training
