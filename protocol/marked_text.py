@@ -21,3 +21,9 @@ class MarkedText:
         shift = len(self.text)
         spans = tuple((start + shift, end + shift) for start, end in other.special_spans)
         return MarkedText(self.text + other.text, self.special_spans + spans)
+
+    def without_special_tokens(self) -> str:
+        """The plain text alone."""
+        starts = [0, *(end for _, end in self.special_spans)]
+        ends = [*(start for start, _ in self.special_spans), len(self.text)]
+        return "".join(self.text[start:end] for start, end in zip(starts, ends, strict=True))

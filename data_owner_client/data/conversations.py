@@ -11,6 +11,7 @@ from protocol.chat_template import ChatMessage, ChatTemplate
 from protocol.errors import InvalidData
 
 _NO_END = MarkedText("")
+_TOOL_RESULT = "Done."
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,11 @@ class AssistantTurn:
 
 def fold_system_turn(messages: Sequence[ChatMessage], template: ChatTemplate) -> list[ChatMessage]:
     """The messages with the text of a system turn before the first user's, if the template takes no system turn."""
-    if len(messages) < 2 or messages[0]["role"] != "system" or template.takes_system_turn:
+    user = next((at for at, message in enumerate(messages) if message["role"] == "user"), None)
+    if messages[0]["role"] != "system" or user is None or template.takes_system_turn:
         return list(messages)
-    system, user, *others = messages
-    return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *others]
+    content = f"{messages[0]['content']}\n\n{messages[user]['content']}"
+    return [*messages[1:user], {**messages[user], "content": content}, *messages[user + 1 :]]
 
 
 def render_prompt(messages: Sequence[ChatMessage], template: ChatTemplate) -> Prompt:
@@ -49,51 +51,61 @@ def render_prompt(messages: Sequence[ChatMessage], template: ChatTemplate) -> Pr
     return Prompt(text.text, text.special_spans, with_special_tokens=False)
 
 
-def render_assistant_turn(messages: Sequence[ChatMessage], target: str, template: ChatTemplate) -> AssistantTurn:
+def render_assistant_turn(messages: Sequence[ChatMessage], reply: ChatMessage, template: ChatTemplate) -> AssistantTurn:
     """The assistant's turn behind a conversation, such that prompt and turn are the conversation as a whole.
 
     Args:
         messages: turns before the assistant's.
-        target: text of the assistant's turn.
+        reply: the assistant's message; beside `content` it may have tool calls, or whatever else the template writes.
         template: the model's chat template.
 
     Raises:
-        InvalidData: the template refuses the messages, or writes another conversation once the turn is there.
+        InvalidData: the template refuses the messages, writes another conversation once the turn is there, or leaves
+            a part of the turn out.
     """
     messages = fold_system_turn(messages, template)
     prompt = render_prompt(messages, template)
-    whole = template.render([*messages, {"role": "assistant", "content": target}], add_generation_prompt=False)
+    whole = template.render([*messages, reply], add_generation_prompt=False)
     turn = _without_beginning(whole, prompt)
     if turn is None:
         raise InvalidData(
             "The model's chat template writes another conversation before the target than in the prompt.",
             hint="The task may need `template_arguments` that switch thoughts off, or another `instruction_role`.",
         )
-    start = turn.text.find(target)
-    if start < 0 or turn.text[:start].strip():
-        raise InvalidData(
-            "The model's chat template does not begin the assistant's turn with the target as it is.",
-            hint="Take away space around the target. Or set `template_arguments` of the task, where a template can "
-            "leave out its thinking.",
-        )
-    end = _end_of_turn(turn, start + len(target))
-    stop = end.at if end else start + len(target)
+    if set(reply) <= {"role", "content"}:
+        text_end = _end_of_target(turn, reply["content"])
+        end = _end_of_turn(turn, text_end)
+        stop = end.at if end else text_end
+    else:
+        _require_tool_calls(turn, reply)
+        end = _end_of_reply(turn, [*messages, reply], whole, template)
+        stop = end.at if end else len(turn.text.rstrip())
     return AssistantTurn(prompt, _part(turn, 0, stop), end.text if end else _NO_END)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def end_of_assistant_turn(template: ChatTemplate) -> MarkedText:
     """The end that the template writes behind an assistant's turn; empty if it writes none, or refuses two turns.
 
     Some templates write no end behind the last turn. The special token that begins the next turn is the end then.
     """
-    answer = "Good morning."
-    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
-    end = _end_behind(answer, messages, template)
+    end = _end_of_last_turn(template)
     if not end.text:
-        following = _end_behind(answer, [*messages, messages[0]], template)
+        following = _end_behind(_ANSWER, [*_TURNS, _TURNS[0]], template)
         return following if following.special_spans else _NO_END
     return end
+
+
+_ANSWER = "Good morning."
+_TURNS: Sequence[ChatMessage] = (
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": _ANSWER},
+)
+
+
+@lru_cache(maxsize=64)
+def _end_of_last_turn(template: ChatTemplate) -> MarkedText:
+    return _end_behind(_ANSWER, _TURNS, template)
 
 
 def _end_behind(answer: str, messages: Sequence[ChatMessage], template: ChatTemplate) -> MarkedText:
@@ -113,6 +125,22 @@ class _End:
     text: MarkedText
 
 
+def _end_of_target(turn: MarkedText, target: str) -> int:
+    """The end of the target's text in its turn, in characters.
+
+    Raises:
+        InvalidData: the turn does not begin with the target.
+    """
+    start = turn.text.find(target)
+    if start < 0 or turn.text[:start].strip():
+        raise InvalidData(
+            "The model's chat template does not begin the assistant's turn with the target as it is.",
+            hint="Take away space around the target. Or set `template_arguments` of the task, where a template can "
+            "leave out its thinking.",
+        )
+    return start + len(target)
+
+
 def _end_of_turn(whole: MarkedText, at: int) -> _End | None:
     """The end of a turn whose text ends at a character: the next special token, or else the text up to it.
 
@@ -124,6 +152,52 @@ def _end_of_turn(whole: MarkedText, at: int) -> _End | None:
     if special[0] <= begin:
         return _End(special[0], _part(whole, *special)) if special[1] > special[0] else None
     return _End(at, MarkedText(whole.text[at : special[0]].rstrip()))
+
+
+def _end_of_reply(
+    turn: MarkedText, messages: Sequence[ChatMessage], whole: MarkedText, template: ChatTemplate
+) -> _End | None:
+    """The end of a turn that has more than text: the usual end of turns, or the special token that stands last.
+
+    Some models end a call of tools in another way than an answer.
+    """
+    usual = _end_of_last_turn(template)
+    if not usual.text:
+        return _beginning_of_result(turn, messages, whole, template)
+    if not usual.special_spans:
+        at = turn.text.find(usual.text)
+        return _End(at, usual) if at >= 0 else None
+    parts = [_End(start, _part(turn, start, end)) for start, end in turn.special_spans]
+    return next((part for part in parts if part.text == usual), parts[-1] if parts else None)
+
+
+def _beginning_of_result(
+    turn: MarkedText, messages: Sequence[ChatMessage], whole: MarkedText, template: ChatTemplate
+) -> _End | None:
+    """The special token that begins the tool's turn behind a call; None if there is none."""
+    result = {"role": "tool", "content": _TOOL_RESULT}
+    try:
+        following = _without_beginning(template.render([*messages, result], add_generation_prompt=False), whole)
+    except InvalidData:
+        return None
+    end = _end_of_turn(following, 0) if following else None
+    return _End(len(turn.text.rstrip()), end.text) if end and end.text.special_spans else None
+
+
+def _require_tool_calls(turn: MarkedText, reply: ChatMessage) -> None:
+    """Refuse a turn without the tools that the reply calls, or without its text.
+
+    Raises:
+        InvalidData: a name or the text is missing.
+    """
+    calls = reply.get("tool_calls") or ()
+    names = [(call.get("function") or call).get("name") for call in calls]
+    parts = [*names, (reply.get("content") or "").strip()]
+    if missing := [part for part in parts if not isinstance(part, str) or part not in turn.text]:
+        raise InvalidData(
+            f"The model's chat template leaves out a part of the assistant's turn: {missing[0]!r:.60}.",
+            hint="Use a model whose template writes tool calls, or leave such turns out.",
+        )
 
 
 def _without_beginning(whole: MarkedText, beginning: MarkedText) -> MarkedText | None:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_owner_client.data.pairs import Pair
+from data_owner_client.data.chat_turns import is_single_question
+from data_owner_client.data.pairs import Pair, Source, text_of
 from data_owner_client.data.tasks import Shot, Task
 from data_owner_client.plm.remote_plm import RemotePlm
 
@@ -17,12 +18,20 @@ _BATCH_TEXTS = 256
 
 
 def with_retrieved_examples(
-    plm: RemotePlm, task: Task, sources: Sequence[str], retriever: ExampleRetriever | None
+    plm: RemotePlm, task: Task, sources: Sequence[Source], retriever: ExampleRetriever | None
 ) -> list[Task]:
-    """A task for each text, with the examples retrieved for it; the unchanged task if `retriever` is None."""
+    """A task for each source, with the examples retrieved for it; the unchanged task if `retriever` is None.
+
+    A conversation of several turns gets the unchanged task, because examples would read as turns of it.
+    """
+    tasks = [task] * len(sources)
     if retriever is None:
-        return [task] * len(sources)
-    return [_with_examples(plm, task, *each) for each in zip(sources, retriever.retrieve(sources), strict=True)]
+        return tasks
+    numbers = [number for number, source in enumerate(sources) if is_single_question(source)]
+    retrieved = retriever.retrieve([text_of(sources[number]) for number in numbers])
+    for number, examples in zip(numbers, retrieved, strict=True):
+        tasks[number] = _with_examples(plm, task, sources[number], examples)
+    return tasks
 
 
 class ExampleRetriever:
@@ -33,7 +42,8 @@ class ExampleRetriever:
     normalisation, Singhal et al., SIGIR 1996.
 
     Args:
-        pairs: pairs to search; each must have a target.
+        pairs: pairs to search; each must have a target. Those that depend on earlier turns or on tools are left out, so
+            that no answer of a conversation becomes an example for the same conversation.
         count: number of pairs to retrieve for a text; all pairs if there are fewer.
     """
 
@@ -41,8 +51,10 @@ class ExampleRetriever:
         # Imported here because it takes a second, and most commands do not need it.
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        self._pairs = list(pairs)
+        self._pairs = [pair for pair in pairs if is_single_question(pair.question) and pair.reply is None]
         self._count = min(count, len(self._pairs))
+        if not self._pairs:
+            return
         self._vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, norm=None)
         weights_N_F = self._vectorizer.fit_transform([pair.source for pair in self._pairs])
         norm_N = np.sqrt(np.asarray(weights_N_F.multiply(weights_N_F).sum(axis=1)).ravel())
@@ -51,6 +63,8 @@ class ExampleRetriever:
     def retrieve(self, sources: Sequence[str]) -> list[tuple[Shot, ...]]:
         """The most similar pairs for each text, the most similar last. Pairs with the same source are left out."""
         retrieved: list[tuple[Shot, ...]] = []
+        if not self._pairs:
+            return [()] * len(sources)
         for start in range(0, len(sources), _BATCH_TEXTS):
             batch = sources[start : start + _BATCH_TEXTS]
             score_B_N = (self._vectorizer.transform(batch) @ self._weights).toarray()
@@ -62,7 +76,7 @@ class ExampleRetriever:
         return retrieved
 
 
-def _with_examples(plm: RemotePlm, task: Task, source: str, examples: Sequence[Shot]) -> Task:
+def _with_examples(plm: RemotePlm, task: Task, source: Source, examples: Sequence[Shot]) -> Task:
     """The task with other examples: as many of the last ones as leave half of the server's token limit free."""
     tokenizer, max_tokens = plm.tokenizer, plm.card.limits.max_sequence_tokens // 2
     for first in range(len(examples)):

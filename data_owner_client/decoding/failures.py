@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import TypeVar
 
+from data_owner_client.data.pairs import Conversation, Source
 from data_owner_client.data.reading.problems import Problems, require_unicode, text_origin
 from protocol.errors import InvalidData
 
 OnFailure = Callable[[int, InvalidData], None]
 """Called with the index of a text and the reason why it cannot be answered."""
 
+_S = TypeVar("_S", str, Source)
 _T = TypeVar("_T")
 
 
-def list_of_texts(texts: Iterable[str]) -> Sequence[str]:
+def list_of_texts(texts: Iterable[_S]) -> Sequence[_S]:
     """The texts of one call as a sequence.
 
     Raises:
@@ -50,11 +52,14 @@ class TextFailures:
             else:
                 self._on_failure(number, error)
 
-    def each(self, texts: Sequence[str], work: Callable[[int, str], _T]) -> list[_T]:
+    def each(self, texts: Sequence[_S], work: Callable[[int, _S], _T]) -> list[_T]:
         """The results of `work` for the index and text of all texts that are not blank and do not fail."""
         results = []
         for number, text in enumerate(texts):
             with self.caught(number):
+                if isinstance(text, Conversation):
+                    results.append(work(number, text))
+                    continue
                 require_unicode(text, "it", text_origin(number))
                 if text.strip():
                     results.append(work(number, text))

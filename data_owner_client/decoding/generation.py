@@ -12,6 +12,7 @@ from data_owner_client.adapter.bounds import DEFAULT_REPETITION_LIMIT
 from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.example_retrieval import with_retrieved_examples
+from data_owner_client.data.pairs import Source, text_of
 from data_owner_client.data.reading.problems import text_origin
 from data_owner_client.data.stops import StopMatcher, Stops
 from data_owner_client.data.tasks import Task
@@ -229,17 +230,17 @@ class _Input:
 
 def translate(
     plm: RemotePlm,
-    sources: Iterable[str],
+    sources: Iterable[Source],
     *,
     adapter: CandidateDistribution | None = None,
     task: Task | None = None,
     **options: Unpack[GenerationOptions],
 ) -> Generation:
-    """Answer source texts with a task's prompt. The answer of a blank text is empty, and nothing is sent for it.
+    """Answer texts or conversations with a task's prompt. The answer of a blank text is empty, and nothing is sent.
 
     Args:
         plm: the PLM.
-        sources: texts.
+        sources: texts, or conversations whose last turn is answered.
         adapter: the data owner's adapter; None for the PLM alone.
         task: task of the prompt; None for the adapter's task.
         options: see `GenerationOptions`.
@@ -258,22 +259,22 @@ def translate(
     # The adapter learned prompts of the day when its memory was begun.
     task = task.on_day(adapter.card.task.date if adapter else None, tokenizer)
 
-    def to_input(number: int, source: str) -> _Input:
+    def to_input(number: int, source: Source) -> _Input:
         prompt = task.prompt(source, tokenizer)
         if adapter is None:
             return _Input(number, prompt)
-        tokens = tokenizer.count(source)
+        tokens = tokenizer.count(text_of(source))
         bound = chosen.length_bound(adapter, tokens)
         return _Input(number, prompt, adapter.card.expected_length(tokens), length_bound=bound)
 
     failures = TextFailures(chosen.on_failure)
     inputs = failures.each(sources, to_input)
     if adapter and adapter.retriever:
-        texts = [sources[each.number] for each in inputs]
-        tasks = with_retrieved_examples(plm, task, texts, adapter.retriever)
+        questions = [sources[each.number] for each in inputs]
+        tasks = with_retrieved_examples(plm, task, questions, adapter.retriever)
         inputs = [
-            replace(each, prompt=own.prompt(text, tokenizer), adapter_prompt=each.prompt)
-            for each, own, text in zip(inputs, tasks, texts, strict=True)
+            replace(each, prompt=own.prompt(question, tokenizer), adapter_prompt=each.prompt)
+            for each, own, question in zip(inputs, tasks, questions, strict=True)
         ]
     stops, on_text = task.stops(tokenizer, plm.card.eos_token_ids), chosen.on_text
     if on_text is not None:

@@ -93,7 +93,7 @@ def evaluate(
         (pairs,) = require_usable(plm, task, [pairs], drafted=False, skip_invalid=skip_invalid, reporter=reporter)
     if not pairs:
         raise InvalidData("There are no pairs to evaluate on.", hint="Give at least one.")
-    sources, references = [pair.source for pair in pairs], [_target(pair) for pair in pairs]
+    sources, references = [pair.question for pair in pairs], [_target(pair) for pair in pairs]
 
     def run(with_adapter: CandidateDistribution | None) -> Generation:
         return translate(

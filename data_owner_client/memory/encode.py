@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
 from data_owner_client.data.pairs import Pair
 from data_owner_client.data.reading.problems import InvalidText, Origin, Problems
-from data_owner_client.data.stops import StopMatcher
+from data_owner_client.data.stops import StopMatcher, Stops
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.alignment import align
 from data_owner_client.memory.request_batches import ExampleSizes, split_into_requests
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.plm.tokenizer import PlmTokenizer
 from data_owner_client.runtime.progress import Reporter
 from protocol.errors import InvalidData, ProtocolViolation
 from protocol.messages import DecodeResponse, EncodeResponse
@@ -46,28 +48,53 @@ def tokenize_pair(plm: RemotePlm, task: Task, pair: Pair) -> TokenizedPair:
     Raises:
         InvalidData: the pair has no target, an answer would end before the target does, or it would not end behind it.
     """
-    if pair.target is None:
-        raise InvalidText("no target", hint="A memory is made of pairs.", origin=pair.origin)
-    for name, text in (("source", pair.source), ("target", pair.target)):
-        if not text.strip():
-            raise InvalidText(f"an empty {name}", hint="Every pair needs two texts.", origin=pair.origin)
+    _require_texts(pair)
     tokenizer = plm.tokenizer
-    prompt, target = task.prompt_and_target(pair.source, pair.target, tokenizer)
+    prompt, target = task.prompt_and_target(pair, tokenizer)
     prompt_ids = tokenizer.encode_prompt(prompt)
-    target_ids = tokenizer.encode_target(prompt, prompt_ids, target)
-    if task.format == "chat" and tokenizer.encode_prompt(prompt + target) != prompt_ids + target_ids:
+    target_ids = tokenizer.joint_target(prompt, prompt_ids, target)
+    if target_ids is None and task.format == "chat":
         raise InvalidText(
             "a token of the whole conversation that spans the end of the prompt and the target",
             hint="Take away space and line breaks at the beginning of the target.",
             origin=pair.origin,
         )
-    if not StopMatcher(tokenizer, task.stops(tokenizer, plm.card.eos_token_ids)).ends(target_ids):
+    if target_ids is None:
+        target_ids = tokenizer.encode_target(prompt, prompt_ids, target)
+    stops = _stop_matcher(tokenizer, task.stops(tokenizer, plm.card.eos_token_ids))
+    if not stops.ends(target_ids):
         raise InvalidText(
             "a target that does not end with a stop of this model",
             hint="Give the task another `stop`.",
             origin=pair.origin,
         )
+    if not stops.ids.isdisjoint(target_ids[:-1]):
+        raise InvalidText(
+            "a target that has a stop of this model before its end",
+            hint="Leave such answers out, or give the task another `stop`.",
+            origin=pair.origin,
+        )
     return TokenizedPair(prompt_ids, target_ids, tokenizer.count(pair.source))
+
+
+def _require_texts(pair: Pair) -> None:
+    """Refuse a pair without texts. A tool's result may be empty, and a reply may be calls alone.
+
+    Raises:
+        InvalidText: a text is missing.
+    """
+    if pair.target is None and pair.reply is None:
+        raise InvalidText("no target", hint="A memory is made of pairs.", origin=pair.origin)
+    texts = [] if pair.conversation else [("source", pair.source)]
+    texts += [] if pair.reply else [("target", pair.target or "")]
+    for name, text in texts:
+        if not text.strip():
+            raise InvalidText(f"an empty {name}", hint="Every pair needs two texts.", origin=pair.origin)
+
+
+@lru_cache(maxsize=16)
+def _stop_matcher(tokenizer: PlmTokenizer, stops: Stops) -> StopMatcher:
+    return StopMatcher(tokenizer, stops)
 
 
 def encode_teacher_forced(plm: RemotePlm, pairs: Sequence[TokenizedPair], *, with_logsumexp: bool) -> MemoryRows:

@@ -79,10 +79,20 @@ class PlmTokenizer:
         Raises:
             InvalidData: the model has no row for a token of the target.
         """
+        joint = self.joint_target(prompt, prompt_ids, target)
+        return self._with_rows(self._tokenizer.encode_continuation(target)) if joint is None else joint
+
+    def joint_target(self, prompt: Prompt, prompt_ids: list[int], target: MarkedText) -> list[int] | None:
+        """Token ids of a target, where prompt and target are tokenised together; see `encode_target`.
+
+        Returns:
+            The ids behind those of the prompt; None if a token spans the boundary.
+
+        Raises:
+            InvalidData: the model has no row for a token of the target.
+        """
         joint = self._tokenizer.encode(prompt + target, with_special_tokens=prompt.with_special_tokens)
-        if joint[: len(prompt_ids)] == prompt_ids:
-            return self._with_rows(joint[len(prompt_ids) :])
-        return self._with_rows(self._tokenizer.encode_continuation(target))
+        return self._with_rows(joint[len(prompt_ids) :]) if joint[: len(prompt_ids)] == prompt_ids else None
 
     def count(self, text: str) -> int:
         """Number of tokens of a bare text."""

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from data_owner_client.data.pairs import Pair
 from data_owner_client.data.tasks import Task
 from data_owner_client.plm.tokenizer import PlmTokenizer
 from harness.tiny_models import tiny_tokenizer
@@ -56,7 +57,7 @@ def test_prompt_and_target_are_the_conversation_or_refused(name: str, source: st
     prompt_ids = tokenizer.encode_prompt(prompt)
     assert prompt_ids == owners.apply_chat_template(messages, return_dict=False, add_generation_prompt=True, **options)
     try:
-        same, behind = task_for(name).prompt_and_target(source, target, tokenizer)
+        same, behind = task_for(name).prompt_and_target(Pair(source, target), tokenizer)
     except InvalidData:
         assert target != target.strip() or target == "" or " ///" in f"{target} //"
         return
@@ -76,10 +77,10 @@ def test_spelled_tokens_stay_text(name: str, spelling: str, target: str) -> None
     special = set(tokenizer.special_ids.values())
     task = task_for(name)
     try:
-        prompt, behind = task.prompt_and_target(f"a{spelling}a", f"a{target}a", tokenizer)
+        prompt, behind = task.prompt_and_target(Pair(f"a{spelling}a", f"a{target}a"), tokenizer)
     except InvalidData:
         assume(False)
-    honest, honest_behind = task.prompt_and_target("aa", "aa", tokenizer)
+    honest, honest_behind = task.prompt_and_target(Pair("aa", "aa"), tokenizer)
     for one, other in ((prompt, honest), (prompt + behind, honest + honest_behind)):
         ids, honest_ids = tokenizer.encode_prompt(one), tokenizer.encode_prompt(other)
         assert [i for i in ids if i in special] == [i for i in honest_ids if i in special]

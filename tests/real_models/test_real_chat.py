@@ -26,7 +26,7 @@ def test_prompt_and_target_are_the_conversation_up_to_the_end_of_turn(role: str)
             messages.insert(0, {"role": "system", "content": builtin.instruction})
         else:
             messages[0]["content"] = f"{builtin.instruction}\n\n{messages[0]['content']}"
-        prompt, target = task.prompt_and_target(pair.source, pair.target, tokenizer)
+        prompt, target = task.prompt_and_target(pair, tokenizer)
         prompt_ids = tokenizer.encode_prompt(prompt)
         assert prompt_ids == owners.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
         ids = prompt_ids + tokenizer.encode_target(prompt, prompt_ids, target)

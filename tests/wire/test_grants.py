@@ -98,7 +98,7 @@ def distinct_target_tokens(plm: RemotePlm) -> int:
     """By the formula of the guide: the tokens of all targets with their stops."""
     tokenizer, ids = plm.tokenizer, set[int]()
     for pair in PAIRS:
-        prompt, target = TASK.prompt_and_target(pair.source, pair.target or "", tokenizer)
+        prompt, target = TASK.prompt_and_target(pair, tokenizer)
         ids.update(tokenizer.encode_target(prompt, tokenizer.encode_prompt(prompt), target))
     return len(ids)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +13,15 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from data_owner_client.data.conversations import end_of_assistant_turn, render_assistant_turn, render_prompt
+from data_owner_client.data.chat_turns import CHAT_HINT, chat_turns, single_text, with_parsed_arguments
+from data_owner_client.data.conversations import (
+    AssistantTurn,
+    end_of_assistant_turn,
+    render_assistant_turn,
+    render_prompt,
+)
+from data_owner_client.data.pairs import Conversation, Pair, Source
+from data_owner_client.data.reading.problems import InvalidText
 from data_owner_client.data.stops import Stops
 from data_owner_client.plm.tokenizer import MarkedText, PlmTokenizer, Prompt
 from data_owner_client.runtime.arguments import to_path
@@ -91,6 +99,16 @@ class Task(BaseModel):
     tools: tuple[dict[str, JsonValue], ...] | None = None
     date: datetime.date | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _imply_format(cls, fields: object) -> object:
+        """Conversations have turns, which the format `plain` does not write."""
+        if not isinstance(fields, dict) or fields.get("kind") != "chat":
+            return fields
+        if fields.get("format", "chat") == "plain":
+            raise ValueError('kind = "chat" needs format = "chat"; leave the format away')
+        return {"format": "chat", **fields}
+
     @model_validator(mode="after")
     def _check_chat_fields(self) -> Self:
         fields = type(self).model_fields
@@ -115,35 +133,38 @@ class Task(BaseModel):
         """The text that ends an answer; None if only the model or its chat template ends it."""
         return self.stop or ("\n" if self.format == "plain" else None)
 
-    def prompt(self, source: str, tokenizer: PlmTokenizer) -> Prompt:
-        """The prompt for a source text, without a trailing space: the space belongs to the target.
+    def prompt(self, source: Source, tokenizer: PlmTokenizer) -> Prompt:
+        """The prompt for a text or conversation, without a trailing space: the space belongs to the target.
 
         Raises:
             Unsupported: the model has no chat template.
-            InvalidData: the chat template refuses the task's messages.
+            InvalidData: the chat template refuses the task's messages, or the task shows no conversations.
         """
         if self.format == "chat":
-            return render_prompt(self._messages(source), self._chat_template(tokenizer))
+            return render_prompt(self._messages(source), self._chat_template(tokenizer, source))
         lines = [f"{self.instruction}\n"] if self.instruction else []
         lines += [f"{self.source_label}: {shot.source}\n{self.target_label}: {shot.target}" for shot in self.examples]
-        lines.append(f"{self.source_label}: {source}\n{self.target_label}:")
+        lines.append(f"{self.source_label}: {single_text(source)}\n{self.target_label}:")
         return Prompt("\n".join(lines))
 
-    def prompt_and_target(self, source: str, target: str, tokenizer: PlmTokenizer) -> tuple[Prompt, MarkedText]:
-        """The prompt for a source text, and the target as it follows, with the end that the adapter learns.
+    def prompt_and_target(self, pair: Pair, tokenizer: PlmTokenizer) -> tuple[Prompt, MarkedText]:
+        """The prompt for a pair's question, and the target as it follows, with the end that the adapter learns.
 
         Raises:
             Unsupported: the model has no chat template, or neither it nor the task has an end for an answer.
-            InvalidData: the target contains the stop, or the chat template would write another conversation.
+            InvalidData: the target contains the stop, the chat template would write another conversation, or the task
+                shows no conversations.
         """
         if self.format == "plain":
-            answer = _with_end(MarkedText(f" {target}"), self.stop_text or "")
-            return self.prompt(source, tokenizer), answer
-        template = self._chat_template(tokenizer)
-        turn = render_assistant_turn(self._messages(source), target, template)
+            if pair.reply is not None:
+                raise InvalidText("an answer that is more than text", hint=CHAT_HINT, origin=pair.origin)
+            answer = _with_end(MarkedText(f" {pair.target or ''}"), self.stop_text or "")
+            return self.prompt(pair.question, tokenizer), answer
+        template = self._chat_template(tokenizer, pair.question)
+        turn = self._turn_of(pair, tokenizer)
         if self.stop_text:
             return turn.prompt, _with_end(turn.text, self.stop_text)
-        end = end_of_assistant_turn(template)
+        end = turn.end if pair.reply and turn.end.text else end_of_assistant_turn(template)
         if turn.end.text and turn.end != end:
             raise InvalidData(
                 "The model's chat template ends this turn in another way than others.",
@@ -152,6 +173,16 @@ class Task(BaseModel):
         if end.text and not end.special_spans:
             return turn.prompt, _with_end(turn.text, end.text)
         return turn.prompt, turn.text + (end if end.text else _eos(tokenizer))
+
+    def reference(self, pair: Pair, tokenizer: PlmTokenizer) -> str:
+        """The text of the pair's answer when it is decoded: the target, or tool calls as the template writes them.
+
+        Raises:
+            InvalidData: as `prompt_and_target`.
+        """
+        if pair.reply is None or self.format == "plain":
+            return pair.target or ""
+        return self._turn_of(pair, tokenizer).text.without_special_tokens().strip()
 
     def stops(self, tokenizer: PlmTokenizer, eos_ids: Iterable[int]) -> Stops:
         """The ends of an answer: the task's stop, or what the chat template writes behind a turn; and the model's own.
@@ -175,19 +206,23 @@ class Task(BaseModel):
             return self
         return self.model_copy(update={"date": day})
 
-    def _messages(self, source: str) -> list[ChatMessage]:
-        turns: list[ChatMessage] = []
-        for shot in self.examples:
-            turns += [_turn("user", shot.source), _turn("assistant", shot.target)]
-        turns.append(_turn("user", source))
-        if self.instruction and self.instruction_role == "system":
-            return [_turn("system", self.instruction), *turns]
-        if self.instruction:
-            turns[0] = _turn("user", f"{self.instruction}\n\n{turns[0]['content']}")
-        return turns
+    def _messages(self, source: Source) -> list[ChatMessage]:
+        return chat_turns(
+            source,
+            instruction=self.instruction,
+            instruction_role=self.instruction_role,
+            examples=[(shot.source, shot.target) for shot in self.examples],
+        )
 
-    def _chat_template(self, tokenizer: PlmTokenizer) -> ChatTemplate:
-        return _compiled(tokenizer, self.template, json.dumps([self.tools, self.template_arguments]), self.date)
+    def _turn_of(self, pair: Pair, tokenizer: PlmTokenizer) -> AssistantTurn:
+        reply = pair.reply or {"role": "assistant", "content": pair.target or ""}
+        template = self._chat_template(tokenizer, pair.question)
+        return render_assistant_turn(self._messages(pair.question), with_parsed_arguments(reply), template)
+
+    def _chat_template(self, tokenizer: PlmTokenizer, source: Source = "") -> ChatTemplate:
+        """The model's template, with the conversation's own tools or else the task's."""
+        tools = (source.tools if isinstance(source, Conversation) else None) or self.tools
+        return _compiled(tokenizer, self.template, json.dumps([tools, self.template_arguments]), self.date)
 
 
 def builtin_tasks() -> list[str]:
@@ -244,7 +279,7 @@ def _require_usable_examples(task: Task, name: str | Path) -> None:
             raise InvalidData(f"{name}: example {number}: {error.detail}", hint=error.hint) from error
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _compiled(
     tokenizer: PlmTokenizer, name: str | None, tools_and_arguments: str, day: datetime.date | None
 ) -> ChatTemplate:
@@ -280,7 +315,3 @@ def _eos(tokenizer: PlmTokenizer) -> MarkedText:
     if spelling not in tokenizer.special_ids:
         raise Unsupported("The model's tokenizer has no eos_token.", hint="Give the task a `stop` text.")
     return MarkedText(spelling, ((0, len(spelling)),))
-
-
-def _turn(role: str, content: str) -> Mapping[str, str]:
-    return {"role": role, "content": content}

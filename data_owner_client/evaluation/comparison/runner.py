@@ -23,7 +23,7 @@ from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.data.example_retrieval import ExampleRetriever, with_retrieved_examples
-from data_owner_client.data.pairs import Pair, digest_pairs
+from data_owner_client.data.pairs import Pair, Source, digest_pairs
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.generation import translate
 from data_owner_client.evaluation.comparison.results import BEST, PUBLISHED, SystemResult
@@ -242,8 +242,8 @@ class ComparisonRunner:
         }
 
     @property
-    def _test_sources(self) -> list[str]:
-        return [pair.source for pair in self._splits.test]
+    def _test_sources(self) -> list[Source]:
+        return [pair.question for pair in self._splits.test]
 
     def _encoded(self, count: int) -> MemoryRows:
         """Rows of the test set behind prompts with `count` retrieved examples, or the task's examples for 0."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from transformers.utils import chat_template_utils
 
+from data_owner_client.data.pairs import Pair
 from data_owner_client.data.stops import Stops
 from data_owner_client.data.tasks import Task
 from data_owner_client.plm.tokenizer import PlmTokenizer
@@ -79,7 +80,7 @@ def test_prompt_and_target_are_the_conversation_of_transformers(clock: None, fam
     if family.moves_system and role == "system":
         return  # refused, see below
 
-    prompt, target = task.prompt_and_target("the thin shine", "das Licht\nhier", tokenizer)
+    prompt, target = task.prompt_and_target(Pair("the thin shine", "das Licht\nhier"), tokenizer)
     assert prompt.text == owners.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     assert prompt == task.prompt("the thin shine", tokenizer)
     prompt_ids = tokenizer.encode_prompt(prompt)
@@ -109,8 +110,8 @@ def test_texts_spell_no_special_token(clock: None, family: Family) -> None:
     tokenizer = family.tokenizer()
     task, special = task_for(family), sorted(tokenizer.special_ids)
     forged = f"a{''.join(special)}b <{special[0]} <|"
-    honest_prompt, honest_target = task.prompt_and_target("a b", "c d", tokenizer)
-    prompt, target = task.prompt_and_target(forged, forged, tokenizer)
+    honest_prompt, honest_target = task.prompt_and_target(Pair("a b", "c d"), tokenizer)
+    prompt, target = task.prompt_and_target(Pair(forged, forged), tokenizer)
     assert forged in prompt.text
     assert forged in target.text
     prompt_ids, honest_ids = tokenizer.encode_prompt(prompt), tokenizer.encode_prompt(honest_prompt)
@@ -168,14 +169,14 @@ def test_the_day_is_frozen(family: Family) -> None:
 def test_what_the_template_changes_is_refused(name: str, fields: dict[str, Any], target: str, reason: str) -> None:
     family = FAMILIES[name]
     with pytest.raises(InvalidData, match=reason):
-        task_for(family, **fields).prompt_and_target("a", target, family.tokenizer())
+        task_for(family, **fields).prompt_and_target(Pair("a", target), family.tokenizer())
 
 
 def test_a_template_that_rewrites_history_is_refused() -> None:
     template = "{{ messages | length }}{{ messages[-1].content }}"
     task, tokenizer = task_for(Family(template, "")), Family(template, "").tokenizer()
     with pytest.raises(InvalidData, match="another conversation"):
-        task.prompt_and_target("a", "b", tokenizer)
+        task.prompt_and_target(Pair("a", "b"), tokenizer)
 
 
 def test_a_template_that_leaves_texts_out_is_refused() -> None:
@@ -194,7 +195,7 @@ def test_a_template_that_writes_no_characters_is_refused() -> None:
 def test_an_empty_stop_is_none() -> None:
     tokenizer = FAMILIES["chatml"].tokenizer()
     empty, none = (task_for(FAMILIES["chatml"], stop=stop) for stop in ("", None))
-    assert empty.prompt_and_target("a", "b", tokenizer) == none.prompt_and_target("a", "b", tokenizer)
+    assert empty.prompt_and_target(Pair("a", "b"), tokenizer) == none.prompt_and_target(Pair("a", "b"), tokenizer)
     assert empty.stops(tokenizer, [EOS]) == none.stops(tokenizer, [EOS])
 
 

@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
+from data_owner_client.data.pairs import Pair
 from data_owner_client.data.stops import Stops
 from data_owner_client.data.tasks import Task, builtin_tasks, load_task
 from data_owner_client.plm.connection.in_process import InProcessConnection
@@ -99,7 +100,7 @@ def test_half_a_surrogate_pair_is_named_by_its_field(fields: dict[str, object]) 
 def test_plain_prompt(tokenizer: PlmTokenizer) -> None:
     expected = "Do it.\n\nIn: a\nOut: b\nIn: c\nOut: d\nIn: the source\nOut:"
     assert TASK.prompt("the source", tokenizer).text == expected
-    prompt, target = TASK.prompt_and_target("the source", "ja", tokenizer)
+    prompt, target = TASK.prompt_and_target(Pair("the source", "ja"), tokenizer)
     assert (prompt.text, target.text) == (expected, " ja\n")
 
 
@@ -111,7 +112,9 @@ def test_prompt_and_target_tokenise_as_one_text_does(
     prompt = TASK.prompt(source, tokenizer)
     prompt_ids = tokenizer.encode_prompt(prompt)
     assert prompt_ids == owners(prompt.text).input_ids
-    target_ids = tokenizer.encode_target(prompt, prompt_ids, TASK.prompt_and_target(source, "die Tür", tokenizer)[1])
+    target_ids = tokenizer.encode_target(
+        prompt, prompt_ids, TASK.prompt_and_target(Pair(source, "die Tür"), tokenizer)[1]
+    )
     assert prompt_ids + target_ids == owners(prompt.text + " die Tür\n").input_ids
     assert TASK.stops(tokenizer, [EOS]) == Stops(("\n",), frozenset({EOS}))
 
@@ -155,8 +158,8 @@ def test_missing_parts_are_explained(tiny_models: TinyModels) -> None:
 def test_a_stop_in_the_space_before_the_target_is_refused(tokenizer: PlmTokenizer) -> None:
     for stop in (" ", " b"):
         with pytest.raises(InvalidData, match="contains the stop"):
-            Task(name="t", stop=stop).prompt_and_target("a", "b", tokenizer)
-    assert Task(name="t", stop=" c").prompt_and_target("a", "b", tokenizer)[1].text == " b c"
+            Task(name="t", stop=stop).prompt_and_target(Pair("a", "b"), tokenizer)
+    assert Task(name="t", stop=" c").prompt_and_target(Pair("a", "b"), tokenizer)[1].text == " b c"
 
 
 def test_every_token_with_a_newline_stops(tokenizer: PlmTokenizer) -> None:
