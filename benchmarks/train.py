@@ -3,7 +3,7 @@
 The baseline is the training loop that the paper describes: the paper's form and settings, rows loaded one at a time,
 softmax over the full vocabulary. Both run one epoch of each phase on one memory, in turn, in separate processes. The
 large memory is synthetic: 1,000,000 rows x 2,048 (float16), with targets among 50,272 tokens, the sizes of OPT-1.3B.
-For comparison, LoRA (`benchmarks.lora`) trains on the PLM itself for one epoch of the memory's pairs.
+For comparison, LoRA (`benchmarks.weights`) trains on the PLM itself for one epoch of the memory's pairs.
 """
 
 from __future__ import annotations

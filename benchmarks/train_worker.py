@@ -25,6 +25,7 @@ from data_owner_client.training.batches import MemoryStats
 from data_owner_client.training.likelihood import plm_target_logprobs
 from data_owner_client.training.trainer import train_adapter
 from data_owner_client.training.validation import ValidationData, target_logprobs
+from plm_owner_server.settings import DEFAULT_MODEL
 from protocol.cores import usable_cores
 from protocol.head import LMHead
 
@@ -57,13 +58,20 @@ def _ours(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str,
 
 def _lora(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str, Any]:
     """Train LoRA on the PLM itself for one epoch of the memory's pairs."""
-    from benchmarks.lora import Lora  # transformers and peft, which must not count towards the others' memory
+    # Not above: transformers and peft must not count towards the others' memory.
+    from benchmarks.in_process import model_folder, served
+    from benchmarks.weights import lora
+    from benchmarks.weights.tuning import Tuner
+    from data_owner_client.memory.encode import tokenize_pairs
 
-    lora = Lora(memory.manifest.plan.task)
-    examples = lora.tokenize(memory.pairs())
+    pairs, task = memory.pairs(), memory.manifest.plan.task.model_copy(update={"examples": ()})
+    model = model_folder(DEFAULT_MODEL)
+    with served(model) as plm:
+        examples = tokenize_pairs(plm, [task] * len(pairs), pairs, label="pair")
+    tuner = Tuner(lora.prepare(model).model, folder / "lora")
     started = time.perf_counter()
     with redirect_stdout(sys.stderr):
-        lora.train(examples, examples[:_LORA_HELD_OUT], _LORA_RATE, 1)
+        tuner.train(examples, examples[:_LORA_HELD_OUT], _LORA_RATE, 1)
     return {"seconds_per_epoch": time.perf_counter() - started, "pairs": len(examples)}
 
 
