@@ -80,6 +80,35 @@ class Reference:
         weight_V_D = self.model.get_output_embeddings().weight
         return weight_V_D[token] if token is not None and token in targets else torch.zeros_like(weight_V_D[0])
 
+    def label_logprobs(
+        self,
+        prompt: Sequence[int],
+        labels: Sequence[Sequence[int]],
+        weights: dict[str, Tensor],
+        form: str,
+        targets: Sequence[int],
+        lambdas: Sequence[float],
+        own_prompt: Sequence[int] | None = None,
+        gate: dict[str, list[float]] | None = None,
+    ) -> list[float]:
+        """log P of each label's tokens in the mixture, one after another; the arguments are those of `decode`."""
+        logprobs = []
+        for label in labels:
+            logprob = 0.0
+            for t, token in enumerate(label):
+                f_D, p_plm_V = self.context([*prompt, *label[:t]])
+                weight = lambdas[t]
+                if weight or gate is not None:
+                    if own_prompt is not None:
+                        f_D, _ = self.context([*own_prompt, *label[:t]])
+                    p_pema_V = self.pema(f_D, weights, form, targets, label[:t])
+                    if gate is not None:
+                        weight = gated(gate, p_plm_V, p_pema_V, targets, t)
+                    p_plm_V = (1 - weight) * p_plm_V + weight * p_pema_V
+                logprob += math.log(p_plm_V[token].item())
+            logprobs.append(logprob)
+        return logprobs
+
     def decode(
         self,
         prompt: Sequence[int],

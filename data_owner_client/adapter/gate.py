@@ -17,6 +17,9 @@ _DECAY = 1e-3
 _MIN_LOGPROB = -12.0
 _FOLDS = 5
 
+FEATURES = 11
+"""F, the number of features."""
+
 
 class Gate(BaseModel):
     """The gate's parameters.

@@ -23,6 +23,8 @@ class DecodingSettings:
         look_ahead: Tokens that the server drafts per call; never changes the text. Default: two, or the client's own
             drafts where these are likelier to be accepted.
         batch_size: Sequences in one call; one that ends makes room for the next.
+        label_tolerance: Of a `classify` task, largest error of a label's probability. The most probable label is exact.
+            0 sends all labels behind each text, so that the calls do not depend on the answers.
     """
 
     max_new_tokens: Annotated[int, Ge(1), Unit("tokens")] = 128
@@ -30,6 +32,7 @@ class DecodingSettings:
     repetition_bound: bool | None = None
     look_ahead: Annotated[int, Ge(0), Unit("tokens")] | None = None
     batch_size: Annotated[int, Ge(1), Unit("sequences")] = 32
+    label_tolerance: Annotated[float, Ge(0), Lt(1)] = 1e-4
 
     def __post_init__(self) -> None:
         require_in_bounds(self)

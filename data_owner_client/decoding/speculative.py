@@ -98,6 +98,8 @@ class GenerationStats:
         accepted: drafts that became part of a text.
         length_bound_ends: texts that ended at the length bound.
         repetition_ends: texts that ended at a repetition.
+        label_prefixes: prompts with a prefix of a label that were sent to score labels.
+        label_tokens: tokens of these prompts and prefixes.
         network_s: seconds waiting for the network.
         server_s: seconds waiting for the server.
         client_s: seconds of work on the client.
@@ -110,6 +112,8 @@ class GenerationStats:
     accepted: int = 0
     length_bound_ends: int = 0
     repetition_ends: int = 0
+    label_prefixes: int = 0
+    label_tokens: int = 0
     network_s: float = 0.0
     server_s: float = 0.0
     client_s: float = 0.0
@@ -119,10 +123,15 @@ class GenerationStats:
 
     def __str__(self) -> str:
         """The counts and times in words."""
-        return (
+        counts = (
             f"{self.tokens:,} tokens, {self.round_trips / max(1, self.tokens):.2f} round trips per token, "
-            f"{self.accepted:,} of {self.drafted:,} drafts accepted; {self.server_s:.1f} s waiting for the server, "
-            f"{self.network_s:.1f} s for the network, {self.client_s:.1f} s of work on this side{self._bounded}"
+            f"{self.accepted:,} of {self.drafted:,} drafts accepted"
+        )
+        if self.label_prefixes:
+            counts = f"{self.label_prefixes:,} prefixes of labels behind their prompts, {self.label_tokens:,} tokens"
+        return (
+            f"{counts}; {self.server_s:.1f} s waiting for the server, {self.network_s:.1f} s for the network, "
+            f"{self.client_s:.1f} s of work on this side{self._bounded}"
         )
 
     @property
