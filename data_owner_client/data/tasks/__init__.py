@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
@@ -23,6 +23,8 @@ from data_owner_client.data.conversations import (
 from data_owner_client.data.pairs import Conversation, Pair, Source
 from data_owner_client.data.reading.problems import InvalidText
 from data_owner_client.data.stops import Stops
+from data_owner_client.data.tasks.kinds import Kind as Kind
+from data_owner_client.data.tasks.kinds import answer_text, require_fields_of_kind, with_defaults
 from data_owner_client.plm.tokenizer import MarkedText, PlmTokenizer, Prompt
 from data_owner_client.runtime.arguments import to_path
 from protocol.chat_template import ChatMessage, ChatTemplate, choose_template
@@ -31,10 +33,6 @@ from protocol.errors import InvalidData, Unsupported
 # Variables of a chat template that a task sets in other ways.
 _OWN_VARIABLES = {"messages", "tools", "add_generation_prompt"}
 _CHAT_FIELDS = ("instruction_role", "template", "template_arguments", "tools", "date")
-
-
-Kind = Literal["rewrite", "classify", "extract", "answer", "summarise", "chat"]
-"""Kinds of task, which differ in the form of their answers and in their metrics."""
 
 
 class Shot(BaseModel):
@@ -70,7 +68,8 @@ class Task(BaseModel):
         template: in `chat`, name of the chat template; None for the model's default.
         template_arguments: in `chat`, further variables of the template, such as `enable_thinking`.
         tools: in `chat`, JSON schemas of tools; None for none.
-        kind: kind of the task, which decides the form of its answers and its metrics.
+        kind: kind of the task, which decides the form of its answers, its metrics, and the defaults of the labels
+            before texts and of the instruction.
         labels: of `classify`, all labels; empty for those of the training pairs.
         answer_schema: of `extract`, JSON schema of the answers; None for any JSON.
         language: language of the answers, such as `de`, for metrics that depend on it; None for English.
@@ -109,6 +108,16 @@ class Task(BaseModel):
             raise ValueError('kind = "chat" needs format = "chat"; leave the format away')
         return {"format": "chat", **fields}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_kind(cls, fields: object) -> object:
+        return with_defaults(fields) if isinstance(fields, dict) else fields
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        require_fields_of_kind(self.kind, self.labels, self.answer_schema, self.stop_text)
+        return self
+
     @model_validator(mode="after")
     def _check_chat_fields(self) -> Self:
         fields = type(self).model_fields
@@ -143,7 +152,7 @@ class Task(BaseModel):
         if self.format == "chat":
             return render_prompt(self._messages(source), self._chat_template(tokenizer, source))
         lines = [f"{self.instruction}\n"] if self.instruction else []
-        lines += [f"{self.source_label}: {shot.source}\n{self.target_label}: {shot.target}" for shot in self.examples]
+        lines += [f"{self.source_label}: {shot.source}\n{self.target_label}: {shot.target}" for shot in self._shots]
         lines.append(f"{self.source_label}: {single_text(source)}\n{self.target_label}:")
         return Prompt("\n".join(lines))
 
@@ -152,13 +161,13 @@ class Task(BaseModel):
 
         Raises:
             Unsupported: the model has no chat template, or neither it nor the task has an end for an answer.
-            InvalidData: the target contains the stop, the chat template would write another conversation, or the task
-                shows no conversations.
+            InvalidData: the target is no answer of the task's kind, or contains the stop; the chat template would write
+                another conversation; or the task shows no conversations.
         """
         if self.format == "plain":
             if pair.reply is not None:
                 raise InvalidText("an answer that is more than text", hint=CHAT_HINT, origin=pair.origin)
-            answer = _with_end(MarkedText(f" {pair.target or ''}"), self.stop_text or "")
+            answer = _with_end(MarkedText(f" {self._answer(pair)}"), self.stop_text or "")
             return self.prompt(pair.question, tokenizer), answer
         template = self._chat_template(tokenizer, pair.question)
         turn = self._turn_of(pair, tokenizer)
@@ -181,7 +190,7 @@ class Task(BaseModel):
             InvalidData: as `prompt_and_target`.
         """
         if pair.reply is None or self.format == "plain":
-            return pair.target or ""
+            return self._answer(pair)
         return self._turn_of(pair, tokenizer).text.without_special_tokens().strip()
 
     def stops(self, tokenizer: PlmTokenizer, eos_ids: Iterable[int]) -> Stops:
@@ -206,16 +215,26 @@ class Task(BaseModel):
             return self
         return self.model_copy(update={"date": day})
 
+    def _answer(self, pair: Pair | Shot) -> str:
+        """The pair's target in the form that the adapter learns."""
+        origin = pair.origin if isinstance(pair, Pair) else None
+        return answer_text(self.kind, self.labels, self.answer_schema, pair.target or "", origin)
+
+    @property
+    def _shots(self) -> list[Shot]:
+        """The examples, with targets in the form that the adapter learns."""
+        return [Shot(source=shot.source, target=self._answer(shot)) for shot in self.examples]
+
     def _messages(self, source: Source) -> list[ChatMessage]:
         return chat_turns(
             source,
             instruction=self.instruction,
             instruction_role=self.instruction_role,
-            examples=[(shot.source, shot.target) for shot in self.examples],
+            examples=[(shot.source, shot.target) for shot in self._shots],
         )
 
     def _turn_of(self, pair: Pair, tokenizer: PlmTokenizer) -> AssistantTurn:
-        reply = pair.reply or {"role": "assistant", "content": pair.target or ""}
+        reply = pair.reply or {"role": "assistant", "content": self._answer(pair)}
         template = self._chat_template(tokenizer, pair.question)
         return render_assistant_turn(self._messages(pair.question), with_parsed_arguments(reply), template)
 
@@ -247,7 +266,7 @@ def load_task(name_or_path: str | Path) -> Task:
                 hint="A task is a small TOML file; `pema-client build-memory --help` shows one.",
             ) from error
     try:
-        task = Task.model_validate(tomllib.loads(text))
+        task = Task.model_validate(_with_schema(tomllib.loads(text), name_or_path))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidData(
             f"{name_or_path} is not TOML: {error}.", hint="Quote texts; write \\n for a newline."
@@ -262,19 +281,39 @@ def load_task(name_or_path: str | Path) -> Task:
     return task
 
 
+def _with_schema(fields: dict[str, Any], name: str | Path) -> dict[str, Any]:
+    """The fields of a task, with the JSON schema of the file that `answer_schema` names, relative to the task's.
+
+    Raises:
+        InvalidData: the file cannot be read, or holds no JSON object.
+    """
+    if not isinstance(fields.get("answer_schema"), str):
+        return fields
+    path = Path(name).parent / fields["answer_schema"]
+    try:
+        schema = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidData(
+            f"{name}: answer_schema: {path} is no readable JSON file.",
+            hint="Name a JSON schema's file, relative to the task's file.",
+        ) from error
+    return {**fields, "answer_schema": schema}
+
+
 def _require_usable_examples(task: Task, name: str | Path) -> None:
     """Check the examples of a task that is written anew. Adapters may have learned with others, and still load.
 
     Raises:
-        InvalidData: an example has an empty text, or its target contains the stop.
+        InvalidData: an example has an empty text, or its target is no answer or contains the stop.
     """
     before = " " if task.format == "plain" else ""
     for number, shot in enumerate(task.examples, 1):
         if not shot.source.strip() or not shot.target.strip():
             raise InvalidData(f"{name}: example {number} has an empty text.", hint="Give it a source and a target.")
         try:
+            target = task._answer(shot)
             if task.stop_text:
-                _with_end(MarkedText(before + shot.target), task.stop_text)
+                _with_end(MarkedText(before + target), task.stop_text)
         except InvalidData as error:
             raise InvalidData(f"{name}: example {number}: {error.detail}", hint=error.hint) from error
 

@@ -1,0 +1,73 @@
+"""Answers with fields, as JSON or as slots, and the one form in which an adapter learns them.
+
+Slots are `key: value` or `key = value` parts, between semicolons or newlines. Their values are texts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+
+from pydantic import JsonValue
+
+ITEM_SEPARATOR, KEY_SEPARATOR = ", ", ": "
+"""What stands between items, and behind a key, in JSON that an adapter learns: one line, as in most JSON of a page."""
+
+_FENCE = re.compile(r"\s*```\w*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
+_SLOT = re.compile(r"([^:=\s{\[\"'`][^:=]*)[:=](.*)", re.DOTALL)
+
+
+def parse_json(text: str) -> JsonValue:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, has a number outside of float64, or nests too deep.
+    """
+    try:
+        value: JsonValue = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("it nests too deep") from error
+    return value
+
+
+def parse_slots(text: str) -> dict[str, JsonValue]:
+    """The fields of slots; those with several values have a list.
+
+    Raises:
+        ValueError: a part has no key, or there is no part.
+    """
+    fields: dict[str, list[JsonValue]] = {}
+    for part in filter(None, map(str.strip, re.split(r"[;\n]", text))):
+        slot = _SLOT.fullmatch(part)
+        if slot is None:
+            raise ValueError("a part has no key")
+        fields.setdefault(slot[1].strip(), []).append(slot[2].strip())
+    if not fields:
+        raise ValueError("there are no slots")
+    return {key: values[0] if len(values) == 1 else values for key, values in fields.items()}
+
+
+def without_fence(text: str) -> str:
+    """The text inside a Markdown code fence; the text itself without one."""
+    fenced = _FENCE.fullmatch(text)
+    return fenced[1] if fenced else text
+
+
+def json_line(value: JsonValue) -> str:
+    """A JSON value in the form that an adapter learns, in one line."""
+    return json.dumps(value, ensure_ascii=False, separators=(ITEM_SEPARATOR, KEY_SEPARATOR))
+
+
+def slots_line(fields: Mapping[str, JsonValue]) -> str:
+    """The fields of slots in the form that an adapter learns, in one line."""
+    parts = [(key, values if isinstance(values, list) else [values]) for key, values in fields.items()]
+    return "; ".join(f"{key}: {value}" for key, values in parts for value in values)
+
+
+def _finite(spelling: str) -> float:
+    number = float(spelling)
+    if not math.isfinite(number):
+        raise ValueError(f"{spelling} is no number of JSON, or too large")
+    return number
