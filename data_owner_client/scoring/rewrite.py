@@ -1,4 +1,4 @@
-"""Scores of rewritten and translated texts: BLEU and chrF."""
+"""Scores of free text by sacrebleu: BLEU and chrF of rewritten and translated texts, chrF of turns of a chat."""
 
 from __future__ import annotations
 
@@ -10,33 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_owner_client.scoring.bootstrap import RESAMPLES
 from data_owner_client.scoring.scorer import Metric, References
 from data_owner_client.scoring.settings import DEFAULT_SCORING, ScoringSettings
 from data_owner_client.scoring.text_metrics import bleu_tokenizer
 
-RESAMPLES = 1000
-"""Resamples of a paired bootstrap test."""
+CHRF = Metric("chrF")
 # Names that sacrebleu's test gives the metrics.
 _NAMES = {"bleu": "BLEU", "chrf": "chrF2"}
 
 
-class RewriteScorer:
-    """BLEU and chrF as sacrebleu computes them, with its paired bootstrap test.
+class ChatScorer:
+    """chrF as sacrebleu computes it, with its paired bootstrap test.
 
     Args:
         references: accepted answers to each text.
-        settings: settings of scores.
-
-    Raises:
-        InvalidData: the tokenizer that the settings name is not installed.
     """
 
-    metrics: Mapping[str, Metric] = MappingProxyType({"bleu": Metric("BLEU"), "chrf": Metric("chrF")})
+    metrics: Mapping[str, Metric] = MappingProxyType({"chrf": CHRF})
     headline = "chrf"
 
-    def __init__(self, references: Sequence[References], settings: ScoringSettings = DEFAULT_SCORING) -> None:
+    def __init__(self, references: Sequence[References]) -> None:
         self._references = references
-        self._tokenizer = bleu_tokenizer((text for texts in references for text in texts), settings)
 
     @property
     def signatures(self) -> dict[str, str]:
@@ -52,17 +47,21 @@ class RewriteScorer:
 
         chrf = sacrebleu.CHRF()
         pairs = zip(answers, self._references, strict=False)
-        return torch.tensor([chrf.sentence_score(text, list(texts)).score for text, texts in pairs]).double()
+        scores = [chrf.sentence_score(text, list(texts)).score for text, texts in pairs]
+        return torch.tensor(scores, dtype=torch.float64)
 
     def p_values(self, baseline: Sequence[str], systems: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+        """For each system, sacrebleu's p-values of its difference from the baseline; 1 for equal answers."""
         from sacrebleu.significance import PairedTest  # slow to import
 
         named = [(str(number), list(texts)) for number, texts in enumerate([baseline, *systems])]
         test = PairedTest(named, self._sacrebleu, references=None, test_type="bs", n_samples=RESAMPLES)
         _, results = test()
+        # Sacrebleu's own p-value of a system against itself is the smallest there is.
         return [
-            {key: float(results[name][number].p_value) for key, name in _NAMES.items()}
-            for number in range(1, len(named))
+            {key: 1.0 if texts == named[0][1] else float(results[_NAMES[key]][number].p_value) for key in self.metrics}
+            for number, (_, texts) in enumerate(named)
+            if number
         ]
 
     @cached_property
@@ -70,12 +69,36 @@ class RewriteScorer:
         """Sacrebleu's metrics with the references, which take answers to the first of them."""
         import sacrebleu  # slow to import
 
-        # One stream for each reference of a text; texts with fewer of them have None.
-        streams = [
+        return {"chrf": sacrebleu.CHRF(references=self._streams())}
+
+    def _streams(self) -> list[list[str | None]]:
+        """One stream for each reference of a text, as sacrebleu wants them; texts with fewer have None."""
+        return [
             [texts[place] if place < len(texts) else None for texts in self._references]
             for place in range(max(map(len, self._references), default=1))
         ]
-        return {
-            "bleu": sacrebleu.BLEU(references=streams, tokenize=self._tokenizer),
-            "chrf": sacrebleu.CHRF(references=streams),
-        }
+
+
+class RewriteScorer(ChatScorer):
+    """BLEU and chrF as sacrebleu computes them, with its paired bootstrap test.
+
+    Args:
+        references: accepted answers to each text.
+        settings: settings of scores.
+
+    Raises:
+        InvalidData: the tokenizer that the settings name is not installed.
+    """
+
+    metrics: Mapping[str, Metric] = MappingProxyType({"bleu": Metric("BLEU"), "chrf": CHRF})
+
+    def __init__(self, references: Sequence[References], settings: ScoringSettings = DEFAULT_SCORING) -> None:
+        super().__init__(references)
+        self._tokenizer = bleu_tokenizer((text for texts in references for text in texts), settings)
+
+    @cached_property
+    def _sacrebleu(self) -> dict[str, Any]:
+        import sacrebleu  # slow to import
+
+        bleu = sacrebleu.BLEU(references=self._streams(), tokenize=self._tokenizer)
+        return {"bleu": bleu, "chrf": sacrebleu.CHRF(references=self._streams())}

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from data_owner_client.data.pairs import Pair
 from data_owner_client.data.reading.problems import InvalidText
 from data_owner_client.data.tasks import Task
-from data_owner_client.scoring.rewrite import RewriteScorer
+from data_owner_client.scoring.answers import AnswerScorer
+from data_owner_client.scoring.classification import ClassificationScorer
+from data_owner_client.scoring.extraction import ExtractionScorer
+from data_owner_client.scoring.rewrite import ChatScorer, RewriteScorer
 from data_owner_client.scoring.scorer import References, Scorer
 from data_owner_client.scoring.settings import DEFAULT_SCORING, ScoringSettings
+from data_owner_client.scoring.summaries import SummaryScorer
 
 
 def scorer_for(task: Task, references: Sequence[References], settings: ScoringSettings = DEFAULT_SCORING) -> Scorer:
@@ -21,9 +25,22 @@ def scorer_for(task: Task, references: Sequence[References], settings: ScoringSe
         settings: settings of scores.
 
     Raises:
-        InvalidData: a package is missing, or a reference is no answer of the task.
+        InvalidData: the tokenizer of BLEU is not installed, or a reference of `extract` is neither JSON nor slots.
+        Unsupported: the task is `summarise`, and the package rouge-score is not installed.
     """
-    return RewriteScorer(references, settings)
+    match task.kind:
+        case "rewrite":
+            return RewriteScorer(references, settings)
+        case "classify":
+            return ClassificationScorer(references, task.labels)
+        case "extract":
+            return ExtractionScorer(references, task.answer_schema)
+        case "answer":
+            return AnswerScorer(references, task.language)
+        case "summarise":
+            return SummaryScorer(references, task.language)
+        case "chat":
+            return ChatScorer(references)
 
 
 def references_of(pair: Pair) -> References:

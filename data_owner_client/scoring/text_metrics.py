@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import logging
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cache
 from itertools import groupby
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from data_owner_client.scoring.scripts import SPACED, UNSPACED, script_of
 from data_owner_client.scoring.settings import DEFAULT_SCORING, BleuTokenizer, ScoringSettings
 from protocol.errors import InvalidData
 
 log = logging.getLogger(__name__)
 
-_SPACED = "spaced"
-_UNSPACED = "unspaced"
-# First words of the characters' Unicode names. Other letters belong to scripts that put spaces between words.
-_SCRIPTS = {
-    "CJK": "Han",
-    "IDEOGRAPHIC": "Han",
-    "HIRAGANA": "kana",
-    "KATAKANA": "kana",
-    "HALFWIDTH KATAKANA": "kana",
-    "HANGUL": "Hangul",
-    "HALFWIDTH HANGUL": "Hangul",
-    **dict.fromkeys(("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"), _UNSPACED),
-}
 _TOKENIZERS: dict[str, BleuTokenizer] = {
-    _SPACED: "13a",
+    SPACED: "13a",
     "Chinese": "zh",
     "Japanese": "ja-mecab",
     "Korean": "ko-mecab",
-    _UNSPACED: "char",
+    UNSPACED: "char",
 }
 _EXTRAS: dict[BleuTokenizer, str] = {"ja-mecab": "ja", "ko-mecab": "ko"}
 # Japanese is half kana. A Chinese text may quote some.
@@ -122,25 +108,17 @@ def _writing(texts: Iterable[str]) -> str:
     """The key in `_TOKENIZERS` of most words; a character counts as a word where words are not separated."""
     words = Counter[str]()
     for text in texts:
-        for script, run in groupby(text, _script):
-            words[script] += 1 if script == _SPACED else len([*run])
+        for script, run in groupby(text, script_of):
+            words[script] += 1 if script == SPACED else len([*run])
     han, kana = words["Han"], words["kana"]
     chinese_or_japanese = "Japanese" if kana > _LEAST_KANA * (han + kana) else "Chinese"
     counts = {
-        _SPACED: words[_SPACED],
+        SPACED: words[SPACED],
         chinese_or_japanese: han + kana,
         "Korean": words["Hangul"],
-        _UNSPACED: words[_UNSPACED],
+        UNSPACED: words[UNSPACED],
     }
     return max(counts, key=lambda writing: counts[writing])
-
-
-@cache
-def _script(character: str) -> str:
-    """The script of a character; empty for digits, punctuation and spaces."""
-    name = unicodedata.name(character, "")
-    script = next((script for prefix, script in _SCRIPTS.items() if name.startswith(prefix)), "")
-    return script or (_SPACED if character.isalpha() else "")
 
 
 def _installed(tokenizer: BleuTokenizer) -> bool:
