@@ -28,6 +28,8 @@ class AdapterCard(BaseModel):
         nearest: retrieved examples in each of the PLM's prompts; 0 for the examples of the task.
         interpolation: schedule or gate of λ that training chose.
         interpolation_why: reason for that choice, in words.
+        label_temperature: of a `classify` task, temperature of the labels' probabilities, fitted on the validation
+            texts (Guo et al. 2017, On Calibration of Modern Neural Networks); 1 changes nothing.
         logit_scale: factor of the LM head's logits.
         softcap: bound of the LM head's logits; None for no bound.
         settings: training settings that led to the adapter.
@@ -52,6 +54,7 @@ class AdapterCard(BaseModel):
     nearest: int = Field(default=0, ge=0)
     interpolation: Interpolation
     interpolation_why: str
+    label_temperature: float = Field(default=1.0, gt=0, le=1e6)
     logit_scale: FiniteFloat
     softcap: FiniteFloat | None
     settings: dict[str, bool | int | float | str | None]

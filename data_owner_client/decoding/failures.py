@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import TypeVar
 
-from data_owner_client.data.pairs import Conversation, Source
+from data_owner_client.data.pairs import Conversation, Source, text_of
 from data_owner_client.data.reading.problems import Problems, require_unicode, text_origin
 from protocol.errors import InvalidData
 
@@ -57,11 +57,9 @@ class TextFailures:
         results = []
         for number, text in enumerate(texts):
             with self.caught(number):
-                if isinstance(text, Conversation):
-                    results.append(work(number, text))
-                    continue
-                require_unicode(text, "it", text_origin(number))
-                if text.strip():
+                if not isinstance(text, Conversation):
+                    require_unicode(text, "it", text_origin(number))
+                if not _is_blank(text):
                     results.append(work(number, text))
         return results
 
@@ -75,3 +73,13 @@ class TextFailures:
             InvalidData: some failed.
         """
         self._problems.settle(total, skip=False)
+
+
+def _is_blank(source: Source) -> bool:
+    """True for a text without characters, and for a conversation whose last turn is the user's and has none.
+
+    A tool's result may be empty.
+    """
+    if isinstance(source, Conversation) and source.turns[-1]["role"] != "user":
+        return False
+    return not text_of(source).strip()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_owner_client.adapter.candidates import index_of, token_set
-from data_owner_client.data.pairs import Pair, Source
+from data_owner_client.data.pairs import Pair, Source, text_of
 from data_owner_client.data.tasks import Task
 from data_owner_client.plm.tokenizer import PlmTokenizer, Prompt
 from protocol.errors import InvalidData
@@ -170,8 +170,8 @@ class LabelTokenizer:
         Raises:
             InvalidData: a label holds the task's stop.
         """
-        text = source if isinstance(source, str) else str(source.turns[-1].get("content"))
-        tail = prompt.text.rpartition(text)[2]
+        text = text_of(source)
+        tail = prompt.text.rpartition(text)[2] if text else ""
         if tail not in self._ids_behind or not tail:
             self._ids_behind[tail] = tuple(self._ids(task, source, prompt, prompt_ids, label) for label in self.labels)
         return self._ids_behind[tail]

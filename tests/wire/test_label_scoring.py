@@ -21,14 +21,19 @@ from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.adapter.types import SCHEDULES, AdapterForm
 from data_owner_client.data.pairs import Pair
 from data_owner_client.data.tasks import Shot, Task
+from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.decode_loop import PLM_ONLY
+from data_owner_client.decoding.generation import translate
 from data_owner_client.decoding.label_scoring import LabelRequest, score_labels
-from data_owner_client.decoding.settings import DecodingSettings
+from data_owner_client.decoding.options import GenerationOptions
+from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
 from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
 from harness.tiny_models import TinyModels
+from plm_owner_server.service.plm_service import PlmService
+from protocol.errors import InvalidData
 from tests import guard, support
 from tests.basis import Basis
 from tests.profiles import scaled
@@ -231,3 +236,72 @@ def test_labels_longer_than_an_answer_of_the_server(tiny_models: TinyModels) -> 
         rtol=1e-4,
         atol=1e-3,
     )
+
+
+def test_texts_are_answered_with_their_most_probable_labels(case: Case) -> None:
+    sources = [*SOURCES, " "]
+    interpolation = case.adapter.card.interpolation
+    calibrated = replace(case.adapter, card=case.adapter.card.model_copy(update={"label_temperature": 2.0}))
+    result = translate(case.plm, sources, adapter=calibrated)
+    assert result.label_probabilities is not None
+    for number, source in enumerate(SOURCES):
+        request = case.request(source, LABELS)
+        truth_L = case.truth(request, interpolation)
+        order = truth_L.argsort(descending=True).tolist()
+        assert result.texts[number] == LABELS[order[0]]
+        expected = dict(zip(LABELS, (truth_L / 2.0).softmax(-1).tolist(), strict=True))
+        assert result.label_probabilities[number] == pytest.approx(expected, abs=2e-3)
+        assert result.best[number] == list(result.label_probabilities[number])
+        # The scores of the tokens, with which `apply --explain` explains the answer.
+        assert result.token_ids[number] == list(request.label_ids[order[0]])
+        logprob = sum(choice.logprob for choice in result.choices[number])
+        assert logprob == pytest.approx(truth_L.max().item(), abs=2e-3)
+    assert (result.texts[-1], result.choices[-1], result.label_probabilities[-1]) == ("", [], {})
+
+
+def test_the_explained_tokens_are_those_of_decoding(case: Case) -> None:
+    """Each token of the label has the favourites that decoding shows where it has written the same."""
+    adapter, task = case.adapter, TASK.model_copy(update={"kind": "rewrite", "labels": ()})
+    for source in SOURCES:
+        scored = translate(case.plm, [source], adapter=adapter).choices[0]
+        decoded = translate(case.plm, [source], adapter=adapter, task=task).choices[0]
+        for ours, theirs in zip(scored, decoded, strict=False):
+            assert (ours.plm_token, ours.pema_token) == (theirs.plm_token, theirs.pema_token)
+            if ours.token != theirs.token:
+                break
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"consensus": 4}, "--consensus"),
+        ({"sampling": SamplingSettings(temperature=0.5), "samples": 3}, "--samples and --temperature"),
+        ({"on_text": lambda *_: None}, "--stream"),
+        ({"stop": "x"}, "--stop"),
+        ({"lookup": NgramDrafter([[1, 2, 3]])}, "--lookup"),
+    ],
+)
+def test_options_of_decoded_texts_are_refused(tiny_service: PlmService, options: GenerationOptions, name: str) -> None:
+    plm = RemotePlm(InProcessConnection(tiny_service), cache=None)
+    with pytest.raises(InvalidData, match=f"{name} cannot be used with a classify task"):
+        translate(plm, ["a text"], task=TASK, **options)
+
+
+def test_a_task_without_labels_is_refused(tiny_service: PlmService) -> None:
+    plm = RemotePlm(InProcessConnection(tiny_service), cache=None)
+    with pytest.raises(InvalidData, match="The task names no labels"):
+        translate(plm, ["a text"], task=ANY)
+    with pytest.raises(InvalidData, match=r"cannot tell the labels 'a\\tb' and 'a\\tb' apart"):
+        translate(plm, ["a text"], task=ANY.model_copy(update={"labels": ("a\tb", "a\tb")}))
+
+
+def test_only_a_text_that_is_too_long_fails(tiny_service: PlmService) -> None:
+    plm = RemotePlm(InProcessConnection(tiny_service), cache=None)
+    room = plm.card.limits.max_sequence_tokens
+    failed = dict[int, InvalidData]()
+    result = translate(plm, ["an " * room, "an on"], task=TASK, on_failure=failed.__setitem__)
+    assert list(failed) == [0]
+    assert "the longest label" in str(failed[0])
+    assert result.texts[0] == ""
+    assert result.texts[1] in LABELS

@@ -1,0 +1,124 @@
+"""Answers of a `classify` task: labels with their probabilities."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from data_owner_client.adapter.card import CandidateDistribution
+from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.data.pairs import Source
+from data_owner_client.data.reading.problems import InvalidText, text_origin
+from data_owner_client.data.tasks import Task
+from data_owner_client.decoding.failures import TextFailures
+from data_owner_client.decoding.label_scoring import LabelRequest, score_labels
+from data_owner_client.decoding.label_trie import LabelTokenizer
+from data_owner_client.decoding.results import Generation, TextInput
+from data_owner_client.decoding.settings import DecodingSettings
+from data_owner_client.decoding.token_selection import TokenChoice
+from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.runtime.progress import Reporter
+
+
+def with_labels(task: Task, adapter: CandidateDistribution | None) -> Task:
+    """The task with the labels of the adapter's memory, if it is a `classify` task without its own."""
+    if task.kind != "classify" or task.labels or adapter is None:
+        return task
+    return task.model_copy(update={"labels": adapter.card.task.labels})
+
+
+def label_requests(
+    plm: RemotePlm, task: Task, sources: Sequence[Source], inputs: Sequence[TextInput], failures: TextFailures
+) -> tuple[list[LabelRequest], list[int]]:
+    """Requests of the inputs whose longest label fits the server's limit, and the indices of these texts.
+
+    Args:
+        plm: the PLM.
+        task: a `classify` task whose labels are known.
+        sources: all texts.
+        inputs: the texts to answer, with their prompts.
+        failures: receives the texts that are too long.
+
+    Raises:
+        InvalidData: a label cannot be an answer of this task, or the model cannot tell two labels apart.
+    """
+    tokenizer, limit = plm.tokenizer, plm.card.limits.max_sequence_tokens
+    labels = LabelTokenizer(tokenizer, task.labels)
+    labels.check(task)
+    requests, numbers = list[LabelRequest](), list[int]()
+    for each in inputs:
+        with failures.caught(each.number):
+            ids = tokenizer.encode_prompt(each.prompt)
+            adapter_ids = None if each.adapter_prompt is None else tokenizer.encode_prompt(each.adapter_prompt)
+            label_ids = labels.behind(task, sources[each.number], each.prompt, ids)
+            request = LabelRequest(ids, label_ids, each.expected_length, adapter_ids)
+            if request.longest_tokens > limit:
+                raise InvalidText(
+                    f"more than {limit} tokens with its prompt and the longest label",
+                    hint="Shorten the text or use fewer examples in the task.",
+                    origin=text_origin(each.number),
+                )
+            requests.append(request)
+            numbers.append(each.number)
+    return requests, numbers
+
+
+def classify(
+    plm: RemotePlm,
+    task: Task,
+    sources: Sequence[Source],
+    inputs: Sequence[TextInput],
+    failures: TextFailures,
+    *,
+    adapter: CandidateDistribution | None,
+    interpolation: Interpolation,
+    settings: DecodingSettings,
+    reporter: Reporter | None,
+) -> Generation:
+    """The labels of each text by probability. The other texts have empty answers.
+
+    A length reward does not apply: the probabilities are those of the mixture.
+
+    Args:
+        plm: the PLM.
+        task: a `classify` task whose labels are known.
+        sources: all texts.
+        inputs: the texts to answer, with their prompts.
+        failures: receives the texts that cannot be answered.
+        adapter: the data owner's adapter; None for the PLM alone.
+        interpolation: mixture of PLM and adapter.
+        settings: batch size and tolerance.
+        reporter: shows the progress; None for none.
+
+    Raises:
+        InvalidData: labels cannot be answers of this task, or a text is too long.
+        PemaError: a call to the PLM failed.
+    """
+    started = time.perf_counter()
+    requests, numbers = label_requests(plm, task, sources, inputs, failures)
+    failures.settle(len(sources))
+    temperature = adapter.card.label_temperature if adapter else 1.0
+    scored, stats = score_labels(
+        plm,
+        requests,
+        task.labels,
+        adapter=adapter,
+        interpolations=[interpolation],
+        temperature=temperature,
+        settings=settings,
+        reporter=reporter,
+    )
+    best, probabilities = [[""] for _ in sources], [dict[str, float]() for _ in sources]
+    choices = [list[TokenChoice]() for _ in sources]
+    for group in scored:
+        logprob_B_L = group.evidence.label_logprobs(interpolation)
+        # Not by the rounded probabilities, which may be equal; a stable sort takes the first of equal labels.
+        order_B_L = logprob_B_L.argsort(dim=-1, descending=True, stable=True)
+        probability_B_L = (logprob_B_L / temperature).softmax(dim=-1)
+        for text, (request, order_L) in enumerate(zip(group.numbers, order_B_L.tolist(), strict=True)):
+            number = numbers[request]
+            best[number] = [task.labels[label] for label in order_L]
+            probabilities[number] = {task.labels[label]: float(probability_B_L[text, label]) for label in order_L}
+            choices[number] = group.evidence.choices(text, order_L[0], interpolation)
+            stats.tokens += len(choices[number])
+    return Generation(best, choices, stats, time.perf_counter() - started, probabilities)

@@ -1,0 +1,178 @@
+"""Options of a generation: their defaults, their checks, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TypedDict
+
+from data_owner_client.adapter.bounds import DEFAULT_REPETITION_LIMIT
+from data_owner_client.adapter.card import CandidateDistribution
+from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.data.stops import Stops
+from data_owner_client.decoding.client_drafts import NgramDrafter
+from data_owner_client.decoding.decode_loop import PLM_ONLY, GenerationConfig
+from data_owner_client.decoding.failures import OnFailure
+from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings, SamplingSettings
+from data_owner_client.runtime.progress import Reporter
+from protocol.errors import InvalidData
+
+CONSENSUS_TEMPERATURE = 0.6
+"""Temperature of a consensus's draws: sharper than the mixture, so that few draws do as well as many."""
+
+OnToken = Callable[[int, int], None]
+"""Called with the index of a text and the id of a token."""
+OnText = Callable[[int, str], None]
+"""Called with the index of a text and its beginning so far, which is final."""
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Options of a generation; each may be omitted.
+
+    Attributes:
+        interpolation: schedule or gate of λ; None for the one that training chose.
+        decoding: length, bounds, look-ahead and batch size.
+        stop: text, or several, before which a text ends, beside the other stops; None for no more.
+        lookup: drafter from a memory's targets (`ngram_drafter_for`); the PLM's owner sees its drafts. None for none.
+        sampling: settings of sampling; None for the most probable tokens. The text depends on the seed, not on drafts.
+        samples: texts to draw for each input.
+        best: texts to return for each input, the most probable of `samples` first.
+        consensus: texts to draw for each input beside the most probable one. All are ranked by their likeness to one
+            another (`decoding.mbr`). It replaces `samples`, and uses `CONSENSUS_TEMPERATURE` without `sampling`. With
+            an adapter only candidates are drawn, which needs no whole LM head. 0 for no consensus.
+        on_failure: called for each text that cannot be answered, whose result is then empty. None to raise the error.
+        on_token: called for every token as soon as it is final; None for no call.
+        on_text: called whenever the beginning of a text may have grown that is final; None for no call. What may become
+            a stop or a repetition is left out. Of several texts for an input, this is the first one drawn.
+        reporter: shows the progress; None for none.
+    """
+
+    interpolation: Interpolation | None
+    decoding: DecodingSettings
+    stop: str | Iterable[str] | None
+    lookup: NgramDrafter | None
+    sampling: SamplingSettings | None
+    samples: int
+    best: int
+    consensus: int
+    on_failure: OnFailure | None
+    on_token: OnToken | None
+    on_text: OnText | None
+    reporter: Reporter | None
+
+
+def require_draws(sampling: SamplingSettings | None, *, samples: int, best: int, consensus: int) -> None:
+    """Check the numbers of texts of each input.
+
+    Args:
+        sampling: settings of sampling; None for the most probable tokens.
+        samples: texts to draw.
+        best: texts to return.
+        consensus: texts to draw beside the most probable one; 0 for no consensus.
+
+    Raises:
+        InvalidData: a number is too small, or the options contradict each other.
+    """
+    for name, count, least in (("samples", samples, 1), ("best", best, 1), ("consensus", consensus, 0)):
+        if count < least:
+            raise InvalidData(f"{name} is {count!r}.", hint=f"It must be ≥ {least}.")
+    if consensus and samples > 1:
+        raise InvalidData("--consensus and --samples both say how many texts to draw.", hint="Give one of them.")
+    texts = consensus + 1 if consensus else samples
+    if best > texts:
+        raise InvalidData(
+            f"{best} best of {texts} were asked for.", hint="Give more --samples, or a --consensus of more."
+        )
+    if samples > 1 and not (sampling and sampling.temperature):
+        raise InvalidData("Without a temperature all samples are the same.", hint="Give --temperature, such as 0.8.")
+
+
+@dataclass(frozen=True)
+class ChosenOptions:
+    """The options with their defaults."""
+
+    interpolation: Interpolation | None = None
+    decoding: DecodingSettings = DEFAULT_DECODING
+    stop: str | Iterable[str] | None = ()
+    lookup: NgramDrafter | None = None
+    sampling: SamplingSettings | None = None
+    samples: int = 1
+    best: int = 1
+    consensus: int = 0
+    on_failure: OnFailure | None = None
+    on_token: OnToken | None = None
+    on_text: OnText | None = None
+    reporter: Reporter | None = None
+
+    def __post_init__(self) -> None:
+        require_draws(self.sampling, samples=self.samples, best=self.best, consensus=self.consensus)
+
+    def require_scored_labels(self) -> None:
+        """Refuse options of decoded texts, for a task whose labels are scored.
+
+        Raises:
+            InvalidData: there is such an option.
+        """
+        unfit = {
+            "--consensus": self.consensus,
+            "--samples": self.samples > 1,
+            "--best": self.best > 1,
+            "--temperature": self.sampling is not None and self.sampling.temperature,
+            "--lookup": self.lookup is not None,
+            "--stream": self.on_text is not None or self.on_token is not None,
+            "--stop": self.stop,
+        }
+        if names := [name for name, value in unfit.items() if value]:
+            raise InvalidData(
+                f"{' and '.join(names)} cannot be used with a classify task: its labels are scored, not generated.",
+                hint="Leave it away; the probabilities of all labels are in --json and in `label_probabilities`.",
+            )
+
+    def config(
+        self, adapter: CandidateDistribution | None, stops: Stops, sampling: SamplingSettings | None
+    ) -> GenerationConfig:
+        """The configuration of the decode loop.
+
+        Args:
+            adapter: the data owner's adapter; None for the PLM alone.
+            stops: ends of the texts, without those of the options.
+            sampling: settings of sampling, from `draws`.
+        """
+        return GenerationConfig(
+            adapter=adapter,
+            interpolation=self.interpolation_with(adapter),
+            stops=stops.with_texts([self.stop] if isinstance(self.stop, str) else self.stop or ()),
+            repetition_limit=self._repetition_limit(adapter),
+            settings=self.decoding,
+            sampling=sampling,
+            lookup=self.lookup,
+        )
+
+    def length_bound(self, adapter: CandidateDistribution, source_tokens: int) -> int | None:
+        """The longest plausible answer to a source text, in tokens; None for no bound."""
+        wanted, bounds = self.decoding.length_bound, adapter.card.bounds
+        bounded = wanted or (wanted is None and self._uses(adapter))
+        return bounds.max_tokens(source_tokens) if bounded and bounds else None
+
+    def _repetition_limit(self, adapter: CandidateDistribution | None) -> int | None:
+        """Repeated tokens at which a text ends; None for any number."""
+        wanted, bounds = self.decoding.repetition_bound, adapter.card.bounds if adapter else None
+        # The texts of an old card, which has no bounds, stay as they are.
+        if wanted or (wanted is None and bounds is not None and self._uses(adapter)):
+            return bounds.repetition_limit if bounds else DEFAULT_REPETITION_LIMIT
+        return None
+
+    def interpolation_with(self, adapter: CandidateDistribution | None) -> Interpolation:
+        """The chosen mixture, or else the adapter's own."""
+        return self.interpolation or (adapter.card.interpolation if adapter else PLM_ONLY)
+
+    def _uses(self, adapter: CandidateDistribution | None) -> bool:
+        """Return False if the PLM generates the texts alone."""
+        return adapter is not None and not self.interpolation_with(adapter).finished(0, 1.0)
+
+    def draws(self, adapter: CandidateDistribution | None) -> tuple[list[int | None], SamplingSettings | None]:
+        """The sample numbers of each input's continuations (see `GenerationRequest.sample`), and their sampling."""
+        if not self.consensus:
+            return list(range(self.samples)), self.sampling
+        sampling = self.sampling or SamplingSettings(temperature=CONSENSUS_TEMPERATURE)
+        return [None, *range(self.consensus)], replace(sampling, candidates_only=adapter is not None)

@@ -1,0 +1,63 @@
+"""What a generation is made from and what it gives: the prompts of texts, and their answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from data_owner_client.decoding.speculative import GenerationStats
+from data_owner_client.decoding.token_selection import TokenChoice
+from data_owner_client.plm.tokenizer import Prompt
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Generated texts, in the order of the inputs.
+
+    Attributes:
+        best: for each input the requested texts, the most probable first, or by consensus the most agreed first. Of a
+            `classify` task all labels.
+        choices: tokens of the first text of each input, with their scores.
+        stats: counts and times.
+        seconds: duration of the whole.
+        label_probabilities: of a `classify` task, the probability of each label for each input, most probable first;
+            empty for inputs without an answer. None for the other tasks.
+    """
+
+    best: list[list[str]]
+    choices: list[list[TokenChoice]]
+    stats: GenerationStats
+    seconds: float
+    label_probabilities: list[dict[str, float]] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The first text of each input."""
+        return [texts[0] for texts in self.best]
+
+    def stripped(self) -> Generation:
+        """A copy whose texts have no surrounding space."""
+        return replace(self, best=[[text.strip() for text in texts] for texts in self.best])
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        """Token ids of the first text of each input."""
+        return [[choice.token for choice in choices] for choices in self.choices]
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """One text to answer.
+
+    Attributes:
+        number: index of the text.
+        prompt: prompt of the PLM.
+        expected_length: SL in tokens; None without an adapter.
+        adapter_prompt: prompt of the adapter; None for `prompt`.
+        length_bound: longest plausible answer in tokens; None for no bound.
+    """
+
+    number: int
+    prompt: Prompt
+    expected_length: float | None = None
+    adapter_prompt: Prompt | None = None
+    length_bound: int | None = None
