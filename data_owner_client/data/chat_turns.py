@@ -7,19 +7,12 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Literal
 
-from data_owner_client.data.pairs import Conversation, Source
+from data_owner_client.data.pairs import Conversation, Source, is_single_question, text_of
 from data_owner_client.data.reading.problems import InvalidText
 from protocol.chat_template import ChatMessage
 
 CHAT_HINT = 'Use a task with kind = "chat", for example --task chat.'
 """What to do about conversations that a task does not show."""
-
-
-def is_single_question(source: Source) -> bool:
-    """True for a text, and for a conversation of one user's turn behind at most a system turn, without tools."""
-    if isinstance(source, str):
-        return True
-    return not source.tools and [turn.get("role") for turn in _without_system(source)] == ["user"]
 
 
 def single_text(source: Source) -> str:
@@ -28,12 +21,10 @@ def single_text(source: Source) -> str:
     Raises:
         InvalidText: the source is a conversation of several turns, or has tools.
     """
-    if isinstance(source, str):
-        return source
-    if not is_single_question(source):
+    if isinstance(source, Conversation) and not source.is_single_question:
         what = "tools of its own" if source.tools else "earlier turns of its conversation"
         raise InvalidText(f"{what}, which the task's prompt does not show", hint=CHAT_HINT)
-    return "\n\n".join(text for turn in source.turns if (text := str(turn.get("content") or "")).strip())
+    return text_of(source)
 
 
 def chat_turns(
@@ -77,21 +68,18 @@ def chat_turns(
 
 
 def _without_system(conversation: Conversation) -> tuple[ChatMessage, ...]:
-    turns = conversation.turns
-    return turns[1:] if turns and turns[0].get("role") == "system" else turns
+    return conversation.turns[1:] if conversation.turns[0]["role"] == "system" else conversation.turns
 
 
 def _require_question(conversation: Conversation) -> None:
     """Refuse a conversation without an open question.
 
     Raises:
-        InvalidText: it has no turns, or the last one is the assistant's or the system's.
+        InvalidText: the last turn is the assistant's or the system's.
     """
-    roles = [turn.get("role") for turn in conversation.turns]
-    if not roles or roles[-1] in ("assistant", "system"):
-        raise InvalidText(
-            "a conversation whose last turn is not the user's or a tool's", hint="End it with the turn to answer."
-        )
+    role = conversation.turns[-1]["role"]
+    if role in ("assistant", "system"):
+        raise InvalidText(f"a conversation that ends with a turn of the {role}", hint="End it with the turn to answer.")
 
 
 def _turn(role: str, content: Any) -> ChatMessage:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -77,7 +77,7 @@ def render_assistant_turn(messages: Sequence[ChatMessage], reply: ChatMessage, t
         end = _end_of_turn(turn, text_end)
         stop = end.at if end else text_end
     else:
-        _require_tool_calls(turn, reply)
+        _require_parts(turn, reply)
         end = _end_of_reply(turn, [*messages, reply], whole, template)
         stop = end.at if end else len(turn.text.rstrip())
     return AssistantTurn(prompt, _part(turn, 0, stop), end.text if end else _NO_END)
@@ -160,15 +160,24 @@ def _end_of_reply(
     """The end of a turn that has more than text: the usual end of turns, or the special token that stands last.
 
     Some models end a call of tools in another way than an answer.
+
+    Raises:
+        InvalidData: the template ends other turns, and not this one.
     """
     usual = _end_of_last_turn(template)
     if not usual.text:
         return _beginning_of_result(turn, messages, whole, template)
-    if not usual.special_spans:
-        at = turn.text.find(usual.text)
-        return _End(at, usual) if at >= 0 else None
-    parts = [_End(start, _part(turn, start, end)) for start, end in turn.special_spans]
-    return next((part for part in parts if part.text == usual), parts[-1] if parts else None)
+    specials = [_End(start, _part(turn, start, end)) for start, end in turn.special_spans]
+    last = [each for each in specials if not turn.text[each.at + len(each.text.text) :].strip()]
+    at = turn.text.find(usual.text)
+    texts = [_End(at, usual)] if at >= 0 and not usual.special_spans else []
+    end = next((each for each in [*texts, *specials] if each.text == usual), next(iter(last), None))
+    if end is None:
+        raise InvalidData(
+            "The model's chat template writes no end behind the assistant's turn.",
+            hint="Leave out turns that call tools, or give the task a `template` that ends them.",
+        )
+    return end
 
 
 def _beginning_of_result(
@@ -184,20 +193,30 @@ def _beginning_of_result(
     return _End(len(turn.text.rstrip()), end.text) if end and end.text.special_spans else None
 
 
-def _require_tool_calls(turn: MarkedText, reply: ChatMessage) -> None:
-    """Refuse a turn without the tools that the reply calls, or without its text.
+def _require_parts(turn: MarkedText, reply: ChatMessage) -> None:
+    """Refuse a turn without the tools that the reply calls, or else without its text.
 
     Raises:
-        InvalidData: a name or the text is missing.
+        InvalidData: one is missing.
     """
-    calls = reply.get("tool_calls") or ()
-    names = [(call.get("function") or call).get("name") for call in calls]
-    parts = [*names, (reply.get("content") or "").strip()]
-    if missing := [part for part in parts if not isinstance(part, str) or part not in turn.text]:
+    names = [_name(call) for call in reply.get("tool_calls") or ()]
+    parts = names or [str(reply.get("content") or "").strip()]
+    if missing := [part for part in parts if part not in turn.text]:
         raise InvalidData(
-            f"The model's chat template leaves out a part of the assistant's turn: {missing[0]!r:.60}.",
+            f"The model's chat template leaves out {missing[0]!r:.60} of the assistant's turn.",
             hint="Use a model whose template writes tool calls, or leave such turns out.",
         )
+
+
+def _name(call: object) -> str:
+    """The name of the tool that is called, from OpenAI's form or the bare function."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InvalidData(
+            "A tool call has no function with a name.",
+            hint='For example {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}.',
+        )
+    return str(function["name"])
 
 
 def _without_beginning(whole: MarkedText, beginning: MarkedText) -> MarkedText | None:

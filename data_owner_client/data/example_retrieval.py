@@ -9,8 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_owner_client.data.chat_turns import is_single_question
-from data_owner_client.data.pairs import Pair, Source, text_of
+from data_owner_client.data.pairs import Pair, Source, is_single_question, text_of
 from data_owner_client.data.tasks import Shot, Task
 from data_owner_client.plm.remote_plm import RemotePlm
 
@@ -56,7 +55,7 @@ class ExampleRetriever:
         if not self._pairs:
             return
         self._vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, norm=None)
-        weights_N_F = self._vectorizer.fit_transform([pair.source for pair in self._pairs])
+        weights_N_F = self._vectorizer.fit_transform([text_of(pair.question) for pair in self._pairs])
         norm_N = np.sqrt(np.asarray(weights_N_F.multiply(weights_N_F).sum(axis=1)).ravel())
         self._weights = weights_N_F.multiply(np.maximum(norm_N, 1e-9)[:, None] ** -0.5).T.tocsr()
 

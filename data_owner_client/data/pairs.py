@@ -21,10 +21,24 @@ class Conversation:
     Attributes:
         turns: messages with `role` and `content`, and whatever else a chat template reads; the last one is answered.
         tools: JSON schemas of the tools that it may use; None for none.
+
+    Raises:
+        InvalidText: there is no turn, or one without a role.
     """
 
     turns: tuple[ChatMessage, ...]
     tools: tuple[ChatMessage, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.turns or not all(isinstance(turn, Mapping) and "role" in turn for turn in self.turns):
+            raise InvalidText(
+                "a conversation without turns that have roles", hint='For example {"role": "user", "content": "…"}.'
+            )
+
+    @property
+    def is_single_question(self) -> bool:
+        """True for one turn of the user, alone or behind a system turn, without tools."""
+        return not self.tools and [turn["role"] for turn in self.turns] in (["user"], ["system", "user"])
 
     @property
     def has_answers(self) -> bool:
@@ -36,9 +50,17 @@ Source = str | Conversation
 """Input of a task: a text, or a conversation."""
 
 
+def is_single_question(source: Source) -> bool:
+    """True for a text, and for a conversation that is one question (`Conversation.is_single_question`)."""
+    return isinstance(source, str) or source.is_single_question
+
+
 def text_of(source: Source) -> str:
-    """The text that is answered: the source text, or the last turn's of a conversation."""
-    return source if isinstance(source, str) else str(source.turns[-1].get("content") or "")
+    """The text that is answered: the last turn's, behind that of a system turn if there is no other turn."""
+    if isinstance(source, str):
+        return source
+    texts = [str(turn.get("content") or "") for turn in source.turns]
+    return "\n\n".join(filter(str.strip, texts)) if source.is_single_question else texts[-1]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from data_owner_client.data.pairs import Pair
+from data_owner_client.data.pairs import Pair, text_of
 from data_owner_client.data.reading.problems import InvalidText, Origin, Problems
 from data_owner_client.data.stops import StopMatcher, Stops
 from data_owner_client.data.tasks import Task
@@ -52,15 +52,15 @@ def tokenize_pair(plm: RemotePlm, task: Task, pair: Pair) -> TokenizedPair:
     tokenizer = plm.tokenizer
     prompt, target = task.prompt_and_target(pair, tokenizer)
     prompt_ids = tokenizer.encode_prompt(prompt)
-    target_ids = tokenizer.joint_target(prompt, prompt_ids, target)
-    if target_ids is None and task.format == "chat":
+    target_ids = (tokenizer.joint_target if task.format == "chat" else tokenizer.encode_target)(
+        prompt, prompt_ids, target
+    )
+    if target_ids is None:
         raise InvalidText(
             "a token of the whole conversation that spans the end of the prompt and the target",
             hint="Take away space and line breaks at the beginning of the target.",
             origin=pair.origin,
         )
-    if target_ids is None:
-        target_ids = tokenizer.encode_target(prompt, prompt_ids, target)
     stops = _stop_matcher(tokenizer, task.stops(tokenizer, plm.card.eos_token_ids))
     if not stops.ends(target_ids):
         raise InvalidText(
@@ -74,7 +74,7 @@ def tokenize_pair(plm: RemotePlm, task: Task, pair: Pair) -> TokenizedPair:
             hint="Leave such answers out, or give the task another `stop`.",
             origin=pair.origin,
         )
-    return TokenizedPair(prompt_ids, target_ids, tokenizer.count(pair.source))
+    return TokenizedPair(prompt_ids, target_ids, tokenizer.count(text_of(pair.question)))
 
 
 def _require_texts(pair: Pair) -> None:
