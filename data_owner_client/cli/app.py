@@ -40,7 +40,7 @@ _ORDER = (
 
 def _default_text(value: Any) -> str | None:
     """The default in the help; None to show none."""
-    if value is None or value is False:
+    if value is None or value is False or value == ():
         return None
     return "yes" if value is True else str(value)
 

@@ -22,7 +22,7 @@ from protocol.errors import InvalidRequest
 Bound = Ge | Gt | Le | Lt
 _SIGNS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
 _HOLDS = {Ge: operator.ge, Gt: operator.gt, Le: operator.le, Lt: operator.lt}
-_TYPE_NAMES = {bool: "yes or no", int: "integer", float: "number", str: "text", Path: "path"}
+_TYPE_NAMES = {bool: "yes or no", int: "integer", float: "number", str: "text", Path: "path", tuple[str, ...]: "texts"}
 VARIED = "varied"
 """Metadata of a setting of which a sweep may try several values."""
 

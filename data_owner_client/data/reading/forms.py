@@ -6,20 +6,20 @@ A new form is one more entry of `FORMS`.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-from data_owner_client.data.reading.json_values import RepeatedKeys
-from data_owner_client.data.reading.problems import InvalidText, require_unicode
+from data_owner_client.data.pairs import Pair
+from data_owner_client.data.reading.fields import FIELDS_HINT, TRANSLATION, Extraction, Record, cut, look_up, shown
+from data_owner_client.data.reading.labels import label_of
+from data_owner_client.data.reading.problems import InvalidText
+from data_owner_client.data.reading.questions import articles, question_and_answers
 from data_owner_client.data.reading.settings import ReadingSettings
+from data_owner_client.data.reading.turns import conversation_in, instruction_and_answer, prompt_and_completion
 from protocol.errors import InvalidData
 
-Texts = tuple[object, object]
-"""The values for source and target; they need not be texts. The target is None if it is not asked for."""
-_NAMES_SHOWN = 12
-_NAME_CHARACTERS = 40
-_FIELDS_HINT = "Name the fields with --source-field and --target-field."
+_PREFERENCE = {"chosen", "rejected"}
 
 
 @dataclass(frozen=True)
@@ -27,64 +27,83 @@ class Form:
     """A form of records.
 
     Attributes:
+        title: name of the form.
         keys: keys by which it is recognised; the source is under the first.
-        read: reads source and target of a record; the second argument says if the target is needed.
+        read: yields the pairs of a record, and the problems of its parts; raises those of the whole record.
+        optional: further keys that it reads.
+        records: noun for its records.
     """
 
+    title: str
     keys: tuple[str, ...]
-    read: Callable[[Mapping[str, Any], bool], Texts]
+    read: Callable[[Record, Extraction], Iterable[Pair | InvalidText]]
+    optional: tuple[str, ...] = ()
+    records: str = "records"
 
     def __str__(self) -> str:
         return " and ".join(map(repr, self.keys))
 
 
-def fields(source: str, target: str) -> Form:
-    """The form of records with two named fields."""
+def fields(source: str, target: str, title: str = "fields by name") -> Form:
+    """The form of records with two named fields. With names of labels, the target is a label."""
 
-    def read(record: Mapping[str, Any], need_target: bool) -> Texts:
-        return look_up(record, source), look_up(record, target) if need_target else None
+    def read(record: Record, extraction: Extraction) -> Iterator[Pair]:
+        value = look_up(record, target) if extraction.need_targets else None
+        named = label_of(value, extraction) if extraction.labels and extraction.need_targets else value
+        yield extraction.pair(look_up(record, source), named)
 
-    return Form((source, target), read)
-
-
-def look_up(record: Mapping[str, Any], name: str) -> object:
-    """The value under a name: a key, keys joined by dots (`translation.en`), or a key of the field `translation`.
-
-    Raises:
-        InvalidText: there is none.
-    """
-    for path in ([name], name.split("."), [_TRANSLATION, name]):
-        value: Any = record
-        for key in path:
-            _require_unique(value)
-            if not isinstance(value, Mapping) or key not in value:
-                break
-            value = value[key]
-        else:
-            return value
-    raise InvalidText(f"no field {shown([name])}", hint=f"It has {shown(record)}. {_FIELDS_HINT}")
+    return Form(title, (source, target), read)
 
 
-def recognise(names: Collection[str], settings: ReadingSettings) -> Form | None:
+def recognise(names: Collection[str], settings: ReadingSettings, *, need_targets: bool = True) -> Form | None:
     """The form of a record with these keys, or the one that the settings name; None if there is none.
 
     Raises:
-        InvalidData: there are several.
+        InvalidData: there are several, or it is one that cannot be learned.
     """
     if settings.source_field or settings.target_field:
         return fields(settings.source_field or "source", settings.target_field or "target")
+    if need_targets and set(names) >= _PREFERENCE:
+        raise InvalidData(
+            "These are preferences, `chosen` and `rejected`, which cannot be learned.",
+            hint="Learn the chosen answers: --source-field prompt --target-field chosen.",
+        )
     # All keys first: `source` beside `prompt` and `completion` says where a pair comes from. Then the source alone.
     whole = [form for form in FORMS if set(form.keys) <= set(names)]
-    forms = whole or [form for form in FORMS if form.keys[0] in names]
+    if need_targets and not whole and "text" in names:
+        raise InvalidData(
+            "There is a `text` and nothing that says which part of it is to be learned.",
+            hint=f"Part it into a source and a target. Or name its target, such as --source-field text "
+            f"--target-field {_other_name(names)}.",
+        )
+    forms = _most_specific(whole) or _most_specific([form for form in FORMS if form.keys[0] in names], sources=True)
     if len(forms) > 1:
         raise InvalidData(
             f"There are fields of several forms: {'; '.join(map(str, forms))}.",
-            hint=f"The fields are {shown(names)}. {_FIELDS_HINT}",
+            hint=f"The fields are {shown(names)}. {FIELDS_HINT}",
         )
     return forms[0] if forms else None
 
 
-def has_form(record: Mapping[str, Any], settings: ReadingSettings) -> bool:
+def _other_name(names: Collection[str]) -> str:
+    return next((shlex.quote(cut(name)) for name in names if name != "text"), "NAME")
+
+
+def _most_specific(forms: list[Form], *, sources: bool = False) -> list[Form]:
+    """The forms whose keys are no part of another form's; with `sources`, their first keys, each once."""
+
+    def keys(form: Form) -> set[str]:
+        return set(form.keys[:1] if sources else form.keys)
+
+    specific = [
+        form
+        for form in forms
+        if not any(keys(form) < keys(other) | set(other.optional) for other in forms if keys(other) != keys(form))
+    ]
+    return list({form.keys[0]: form for form in reversed(specific)}.values()) if sources else specific
+
+
+def has_form(record: Record, settings: ReadingSettings) -> bool:
     """Return True if a record has all keys of a form, or the fields that the settings name."""
     if settings.source_field or settings.target_field:
         try:
@@ -106,129 +125,75 @@ def unknown_form(place: str, names: Iterable[str], *, table: bool = False) -> In
     names = list(names)
     noun, advice = ("columns", ", or say --no-header if this line is a pair") if table else ("fields", "")
     options = zip(("--source-field", "--target-field"), names, strict=False)
-    example = " ".join(f"{option} {shlex.quote(name[:_NAME_CHARACTERS])}" for option, name in options)
+    example = " ".join(f"{option} {shlex.quote(cut(name))}" for option, name in options)
     return InvalidData(
         f"{place} has the {noun} {shown(names)}, and none is known as the source.",
-        hint=f"Name them, for example {example}{advice}." if example else _FIELDS_HINT,
+        hint=f"Name them, for example {example}{advice}." if example else FIELDS_HINT,
     )
 
 
-def shown(names: Iterable[str]) -> str:
-    """Names of fields for a message: quoted, and cut if they are long or many."""
-    names = [repr(name[:_NAME_CHARACTERS]) for name in names]
-    more = ", …" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more or "none"
+def _text_and_label(record: Record, extraction: Extraction) -> Iterator[Pair]:
+    label = label_of(look_up(record, "label"), extraction) if extraction.need_targets else None
+    yield extraction.pair(look_up(record, "text"), label)
 
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
-_ROLES |= dict.fromkeys(("assistant", "gpt", "model"), "assistant")
-# Parts of a turn that stand beside its text.
-_OTHER_PARTS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-
-
-def _conversation_in(key: str) -> Form:
-    """The form of records with a list of turns under a key, perhaps with the system's text beside it."""
-
-    def read(record: Mapping[str, Any], need_target: bool) -> Texts:
-        source, target = _conversation(look_up(record, key), need_target)
-        if record.get("tools") not in (None, [], "", "[]"):
-            raise InvalidText("tools of its own", hint="Give the tools in the task, and leave them out here.")
-        return _joined(record.get("system"), source), target
-
-    return Form((key,), read)
-
-
-def _conversation(turns: object, need_target: bool) -> Texts:
-    """The user's turn and the assistant's. A system turn comes before the user's, with an empty line between."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise InvalidText("no list of turns", hint='For example [{"role": "user", "content": "…"}].')
-    roles, texts = [_role(turn) for turn in turns], [_text(turn) for turn in turns]
-    system = texts.pop(0) if roles[:1] == ["system"] else None
-    roles = roles[-len(texts) :] if texts else []
-    if roles != ["user", "assistant"] and (need_target or roles != ["user"]):
-        raise _more_than_one_question()
-    return _joined(system, texts[0]), texts[1] if need_target else None
-
-
-def _more_than_one_question() -> InvalidText:
-    return InvalidText(
-        "a conversation that is not one question of the user and one answer of the assistant",
-        hint="Give one question and one answer in each record; a system turn may come first.",
-    )
-
-
-def _role(turn: Mapping[str, Any]) -> str | None:
-    return _ROLES.get(str(turn.get("role", turn.get("from"))))
-
-
-def _text(turn: Mapping[str, Any]) -> object:
-    _require_unique(turn)
-    if any(turn.get(part) for part in _OTHER_PARTS):
-        raise InvalidText("a turn with tool calls or thoughts", hint="Leave them out: only texts can be learned.")
-    return _content(turn.get("content", turn.get("value")))
-
-
-def _joined(first: object, second: object) -> object:
-    """Two texts with an empty line between; the second alone if the first is blank or missing."""
-    if first is None or (isinstance(first, str) and not first.strip()):
-        return second
-    require_unicode(first, "system")
-    return f"{first}\n\n{second}" if isinstance(second, str) else second
-
-
-def _prompt_and_completion(record: Mapping[str, Any], need_target: bool) -> Texts:
-    """Two texts, or two lists of turns that follow each other."""
-    prompt, completion = look_up(record, "prompt"), look_up(record, "completion") if need_target else None
-    if isinstance(prompt, list) and isinstance(completion, list | None):
-        return _conversation([*prompt, *(completion or [])], need_target)
-    return prompt, completion
-
-
-def _instruction_and_output(record: Mapping[str, Any], need_target: bool) -> Texts:
-    """The instruction with its input behind it, and the output."""
-    source, target = look_up(record, "instruction"), look_up(record, "output") if need_target else None
-    if record.get("history"):
-        raise _more_than_one_question()
-    if isinstance(source, str) and record.get("input"):
-        require_unicode(record["input"], "input")
-        source = _joined(source, record["input"])
-    return _joined(record.get("system"), source), target
-
-
-def _content(content: object) -> object:
-    """The content of a turn; the joined texts if it is a list of parts that are all texts."""
-    if not isinstance(content, list):
-        return content
-    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-    if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
-        raise InvalidText("a turn with parts that are no texts", hint="Only texts can be learned.")
-    return "".join(map(str, texts))
-
-
-_TRANSLATION = "translation"
-
-
-def _translation(record: Mapping[str, Any], need_target: bool) -> Texts:
-    texts = look_up(record, _TRANSLATION)
+def _languages(record: Record, extraction: Extraction) -> Iterator[Pair]:
+    texts = look_up(record, TRANSLATION)
     names = texts if isinstance(texts, Mapping) else ()
-    example = " --target-field ".join(list(names)[:2]) if need_target else "".join(list(names)[:1])
+    example = " --target-field ".join(list(names)[: 1 + extraction.need_targets])
     raise InvalidData(
         f"There are texts in the languages {shown(names)}, and nothing says which is the source.",
-        hint=f"Say, for example, --source-field {example[:_NAME_CHARACTERS]}." if names else _FIELDS_HINT,
+        hint=f"Say, for example, --source-field {cut(example)}." if names else FIELDS_HINT,
     )
 
 
-def _require_unique(value: object) -> None:
-    if isinstance(value, RepeatedKeys):
-        raise InvalidText("a key twice", hint="Give every key once.")
+def _conversations(title: str, key: str) -> Form:
+    read = partial(_read_conversation, key=key)
+    return Form(title, (key,), read, ("system", "tools", "functions", "chat_template_kwargs"), "conversations")
 
+
+def _read_conversation(record: Record, extraction: Extraction, key: str) -> Iterator[Pair]:
+    return conversation_in(record, key, extraction)
+
+
+def _instructions(answer: str) -> Form:
+    def read(record: Record, extraction: Extraction) -> Iterator[Pair]:
+        return instruction_and_answer(record, answer, extraction)
+
+    return Form("alpaca instructions", ("instruction", answer), read, ("input", "context", "system", "history"))
+
+
+def _questions(answers: str) -> Form:
+    def read(record: Record, extraction: Extraction) -> Iterator[Pair]:
+        return question_and_answers(record, answers, extraction)
+
+    return Form("questions and answers", ("question", answers), read, ("context", "is_impossible"), "questions")
+
+
+_SUMMARIES = [
+    fields(text, summary, "texts and summaries")
+    for text in ("article", "document", "dialogue", "text")
+    for summary in ("summary", "highlights")
+]
 
 FORMS = (
-    fields("source", "target"),
-    _conversation_in("messages"),
-    _conversation_in("conversations"),
-    Form(("prompt", "completion"), _prompt_and_completion),
-    Form(("instruction", "output"), _instruction_and_output),
-    Form((_TRANSLATION,), _translation),
+    fields("source", "target", "pairs"),
+    _conversations("OpenAI messages", "messages"),
+    _conversations("ShareGPT conversations", "conversations"),
+    Form(
+        "prompts and completions",
+        ("prompt", "completion"),
+        prompt_and_completion,
+        ("tools", "functions", "chat_template_kwargs"),
+    ),
+    _instructions("output"),
+    _instructions("response"),
+    fields("input", "output", "inputs and outputs"),
+    _questions("answer"),
+    _questions("answers"),
+    Form("SQuAD articles", ("paragraphs",), articles, records="articles"),
+    Form("texts and labels", ("text", "label"), _text_and_label),
+    *_SUMMARIES,
+    Form("translations", (TRANSLATION,), _languages),
 )
 """All forms that are recognised by their keys."""

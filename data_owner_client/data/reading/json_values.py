@@ -15,6 +15,8 @@ Record = dict[str, Any]
 _CHUNK = 2**16
 # Characters of a record between other documents; longer objects hold records.
 _LONGEST_RECORD = 2**20
+# Digits of an integer that stays one.
+_LONG_INTEGER = 1000
 _SPACE = " \t\r\n"
 # An object or array begins so, unlike texts as in "{name} is here" and "[1] See below".
 _BEGINNING = re.compile(r'\{\s*(["}]|$)|\[\s*([\[{"\]]|$)')
@@ -30,8 +32,12 @@ def _object(items: list[tuple[str, Any]]) -> Record:
     return record if len(record) == len(items) else RepeatedKeys(record)
 
 
-# Integers of thousands of digits are no error in a field that nobody reads.
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=float)
+def _integer(digits: str) -> int | float:
+    """The number. Integers of thousands of digits, which `int` refuses, are no error in a field that nobody reads."""
+    return int(digits) if len(digits) < _LONG_INTEGER else float(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
 def json_lines(source: Source) -> Iterator[tuple[int, Record | InvalidText]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
 from data_owner_client.data.pair_files import PairFile
 from data_owner_client.data.pairs import Pair
+from data_owner_client.data.reading.fields import usable_text
 from data_owner_client.data.reading.files import display_name, open_text
 from data_owner_client.data.reading.problems import InvalidText, Origin, Problems, require_decoded
-from data_owner_client.data.reading.records import lines_as_sources, scan, usable_text
+from data_owner_client.data.reading.records import Recognised, lines_as_sources, scan
 from data_owner_client.data.reading.settings import DEFAULT_READING, Format, ReadingSettings
 from protocol.errors import InvalidData
 
@@ -22,6 +23,7 @@ def read_pairs(
     source_field: str | None = None,
     target_field: str | None = None,
     header: bool = True,
+    labels: Sequence[str] = (),
     skip_invalid: bool = False,
     need_targets: bool = True,
 ) -> list[Pair]:
@@ -35,6 +37,7 @@ def read_pairs(
         source_field: field or column with the source; None to infer it from the form of the records.
         target_field: field or column with the target; None to infer it from the form of the records.
         header: tables begin with a line of column names. If False, columns have the names `1`, `2` and so on.
+        labels: names of the labels of a classification, in the order of their numbers from 0.
         skip_invalid: leave out texts that cannot be used, and log how many there are.
         need_targets: whether each pair must have a target; if False, targets are not read.
 
@@ -47,6 +50,7 @@ def read_pairs(
         source_field=source_field,
         target_field=target_field,
         header=header,
+        labels=tuple(labels),
         skip_invalid=skip_invalid,
     )
     return list(_usable_pairs(path, settings, need_targets=need_targets))
@@ -124,11 +128,13 @@ def read_hypotheses(path: str | Path) -> list[str]:
 
 def _usable_pairs(path: str | Path, settings: ReadingSettings, *, need_targets: bool) -> Iterator[Pair]:
     """The pairs of a file. At its end, its problems are reported."""
-    problems, total = Problems(), 0
-    for pair in scan(path, settings, problems, need_targets=need_targets):
+    problems, recognised, total = Problems(), Recognised(), 0
+    for pair in scan(path, settings, problems, need_targets=need_targets, recognised=recognised):
         total += 1
         if pair is not None:
             yield pair
+    if not total and recognised.unlearned:
+        raise InvalidData(f"{display_name(path)} excludes all answers from learning.", hint="Give some the weight 1.")
     _require_some(path, total)
     problems.settle(total, skip=settings.skip_invalid)
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from data_owner_client.data.pairs import Pair
-from data_owner_client.data.reading.files import Source, open_text
-from data_owner_client.data.reading.forms import Form, has_form, recognise, shown, unknown_form
+from data_owner_client.data.reading.fields import TRIMMED, Extraction, shown
+from data_owner_client.data.reading.files import Source, open_binary, text_of
+from data_owner_client.data.reading.forms import Form, has_form, recognise, unknown_form
 from data_owner_client.data.reading.json_values import is_json, is_json_lines, json_lines, json_values
-from data_owner_client.data.reading.problems import InvalidText, Origin, Problems, require_decoded, require_unicode
+from data_owner_client.data.reading.parquet import ParquetRows
+from data_owner_client.data.reading.problems import InvalidText, Origin, Problems, require_decoded
 from data_owner_client.data.reading.settings import Format, ReadingSettings
 from data_owner_client.data.reading.tables import table_records
 from protocol.errors import InvalidData
@@ -25,15 +27,45 @@ _SUFFIXES: dict[str, Format | Literal["JSON"]] = {
     ".tsv": "tsv",
     ".tab": "tsv",
     ".txt": "text",
+    ".parquet": "parquet",
 }
-# Removed around a text. Other spaces, such as U+00A0 and U+3000, are a part of it.
-_TRIMMED = " \t\r\n"
+_CONTAINERS: dict[Format, str] = {
+    "jsonl": "JSON lines",
+    "json": "JSON",
+    "csv": "CSV",
+    "tsv": "TSV",
+    "text": "text",
+    "parquet": "Parquet",
+}
+
+
+@dataclass
+class Recognised:
+    """What a file turned out to be.
+
+    Attributes:
+        container: name of its container, such as `JSON lines`.
+        form: form of its records; None if it has none, such as a text file.
+        records: number of its records.
+        unlearned: number of its answers that it excludes from learning.
+    """
+
+    container: str = ""
+    form: Form | None = None
+    records: int = 0
+    unlearned: int = 0
 
 
 def scan(
-    path: str | Path, settings: ReadingSettings, problems: Problems, *, need_targets: bool, trim: bool = True
+    path: str | Path,
+    settings: ReadingSettings,
+    problems: Problems,
+    *,
+    need_targets: bool,
+    trim: bool = True,
+    recognised: Recognised | None = None,
 ) -> Iterator[Pair | None]:
-    """Yield a pair for each record of a file; None for one whose problem was added to `problems`.
+    """Yield the pairs of each record of a file; None for each problem, which was added to `problems`.
 
     Args:
         path: path of the file; `-` is standard input.
@@ -41,20 +73,36 @@ def scan(
         problems: receives the problems of records.
         need_targets: whether each pair must have a target; if False, sources may be blank.
         trim: remove spaces, tabs and line ends around a text.
+        recognised: receives what the file is; None if nobody asks.
 
     Raises:
         InvalidData: the file as a whole cannot be read.
     """
-    with open_text(path) as source:
-        kind = _format(source, settings, need_targets=need_targets)
-        if kind != "text":
-            yield from _Records(source, kind, settings, problems, need_targets=need_targets, trim=trim).pairs()
-        elif need_targets:
-            raise InvalidData(
-                f"{source.name} has no targets.", hint="Give --sources and --targets, or say --format tsv or csv."
-            )
-        else:
-            yield from lines_as_sources(source, problems, trim=trim)
+    recognised = recognised or Recognised()
+    extraction = Extraction(need_targets, trim, settings.labels)
+    with open_binary(path) as file:
+        packed = ", gzipped" if file.gzipped else ""
+        if file.is_parquet or (settings.format or _format_by_name(file.name)) == "parquet":
+            recognised.container = _CONTAINERS["parquet"] + packed
+            with file.seekable() as data:
+                rows = ParquetRows(data, file.name)
+                extraction.labels = extraction.labels or rows.label_names(settings.target_field or "label")
+                records = rows.records(settings, need_targets=need_targets)
+                yield from _Records(file.name, records, settings, problems, extraction, recognised).pairs()
+            return
+        with text_of(file) as source:
+            kind = _format(source, settings, need_targets=need_targets)
+            recognised.container = _CONTAINERS[kind] + packed
+            if kind != "text":
+                settings = _with_numbered_columns(settings, kind)
+                records = _records(source, kind, settings, extraction)
+                yield from _Records(source.name, records, settings, problems, extraction, recognised).pairs()
+            elif need_targets:
+                raise InvalidData(
+                    f"{source.name} has no targets.", hint="Give --sources and --targets, or say --format tsv or csv."
+                )
+            else:
+                yield from lines_as_sources(source, problems, trim=trim)
 
 
 def lines_as_sources(source: Source, problems: Problems, *, trim: bool = True) -> Iterator[Pair | None]:
@@ -63,29 +111,29 @@ def lines_as_sources(source: Source, problems: Problems, *, trim: bool = True) -
         origin = Origin(source.name, number)
         try:
             require_decoded(line)
-            yield Pair(line.strip(_TRIMMED) if trim else line.rstrip("\r\n"), origin=origin)
+            yield Pair(line.strip(TRIMMED) if trim else line.rstrip("\r\n"), origin=origin)
         except InvalidText as problem:
             problems.add(origin, problem)
             yield None
 
 
-def usable_text(value: object, name: str, *, blank: bool = False, trim: bool = True) -> str:
-    """The text of a field.
+_RawRecords = Iterator[tuple[int, dict[str, Any] | InvalidText]]
 
-    Args:
-        value: value of the field.
-        name: name of the field in errors.
-        blank: whether it may be blank.
-        trim: remove spaces, tabs and line ends around it.
 
-    Raises:
-        InvalidText: it is no text, or blank.
-    """
-    require_unicode(value, name)
-    text = str(value)
-    if not blank and not text.strip():
-        raise InvalidText(f"an empty {name}", hint="Every pair needs two texts.")
-    return text.strip(_TRIMMED) if trim else text
+def _records(source: Source, kind: Format, settings: ReadingSettings, extraction: Extraction) -> _RawRecords:
+    if kind == "jsonl":
+        return json_lines(source)
+    if kind == "json":
+        return json_values(source, partial(has_form, settings=settings))
+    return table_records(source, kind == "tsv", settings, need_targets=extraction.need_targets, trim=extraction.trim)
+
+
+def _with_numbered_columns(settings: ReadingSettings, kind: Format) -> ReadingSettings:
+    """The settings, which name the first two columns of a table without a header if they name none."""
+    if kind not in ("csv", "tsv") or settings.header:
+        return settings
+    first, second = settings.source_field or "1", settings.target_field or "2"
+    return replace(settings, source_field=first, target_field=second)
 
 
 class _Records:
@@ -93,67 +141,60 @@ class _Records:
 
     def __init__(
         self,
-        source: Source,
-        kind: Format,
+        name: str,
+        records: _RawRecords,
         settings: ReadingSettings,
         problems: Problems,
-        *,
-        need_targets: bool,
-        trim: bool,
+        extraction: Extraction,
+        recognised: Recognised,
     ) -> None:
-        self._source = source
-        self._kind = kind
+        self._name = name
+        self._records = records
         self._settings = settings
-        if kind in ("csv", "tsv") and not settings.header:
-            first, second = settings.source_field or "1", settings.target_field or "2"
-            self._settings = replace(settings, source_field=first, target_field=second)
         self._problems = problems
-        self._need_targets = need_targets
-        self._trim = trim
-        self._form: Form | None = None
+        self._extraction = extraction
+        self._recognised = recognised
 
     def pairs(self) -> Iterator[Pair | None]:
-        """Yield a pair for each record; None for one that has a problem.
+        """Yield the pairs of each record; None for each problem.
 
         Raises:
             InvalidData: the file is malformed, or the form of its records is not known.
         """
         unknown: tuple[Origin, list[str]] | None = None
-        for number, record in self._records():
-            origin = Origin(self._source.name, number)
+        for number, record in self._records:
+            origin = Origin(self._name, number)
+            self._recognised.records += 1
             try:
                 if isinstance(record, InvalidText):
                     raise record
-                if unknown is None and self._form is None:
+                if unknown is None and self._recognised.form is None:
                     unknown = origin, list(record)
-                yield self._pair(record, origin)
+                found = self._pairs(record, origin)
             except InvalidText as problem:
-                self._problems.add(origin, problem)
-                yield None
-        if unknown is not None and self._form is None:
+                found = [problem]
+            for each in found:
+                if isinstance(each, InvalidText):
+                    self._problems.add(origin, each)
+                yield None if isinstance(each, InvalidText) else each
+        if unknown is not None and self._recognised.form is None:
             raise unknown_form(str(unknown[0]), unknown[1])
+        self._recognised.unlearned = self._extraction.unlearned
 
-    def _records(self) -> Iterator[tuple[int, dict[str, Any] | InvalidText]]:
-        if self._kind == "jsonl":
-            return json_lines(self._source)
-        if self._kind == "json":
-            return json_values(self._source, partial(has_form, settings=self._settings))
-        return table_records(
-            self._source, self._kind == "tsv", self._settings, need_targets=self._need_targets, trim=self._trim
-        )
-
-    def _pair(self, record: dict[str, Any], origin: Origin) -> Pair:
+    def _pairs(self, record: dict[str, Any], origin: Origin) -> list[Pair | InvalidText]:
+        self._extraction.origin = origin
         try:
-            self._form = self._form or recognise(record, self._settings)
-            if self._form is None:
+            form = self._recognised.form or recognise(
+                record, self._settings, need_targets=self._extraction.need_targets
+            )
+            if form is None:
                 raise InvalidText("fields of no known form", hint=f"It has {shown(record)}.")
-            source, target = self._form.read(record, self._need_targets)
+            self._recognised.form = form
+            return list(form.read(record, self._extraction))
         except InvalidText:
             raise
         except InvalidData as error:  # of the whole file
             raise InvalidData(f"{origin}: {error.detail}", hint=error.hint) from error
-        source_text = usable_text(source, "source", blank=not self._need_targets, trim=self._trim)
-        return Pair(source_text, usable_text(target, "target") if self._need_targets else None, origin)
 
 
 def _format(source: Source, settings: ReadingSettings, *, need_targets: bool) -> Format:
@@ -164,8 +205,7 @@ def _format(source: Source, settings: ReadingSettings, *, need_targets: bool) ->
     """
     if settings.format is not None:
         return settings.format
-    path = PurePath(source.name.lower())
-    by_name = _SUFFIXES.get((path.with_suffix("") if path.suffix == ".gz" else path).suffix)
+    by_name = _format_by_name(source.name)
     if by_name == "JSON" or (by_name is None and is_json(source.head)):
         return "jsonl" if is_json_lines(source.head) else "json"
     if by_name is not None:
@@ -180,3 +220,8 @@ def _format(source: Source, settings: ReadingSettings, *, need_targets: bool) ->
         f"The format of {source.name} is not clear from its name or content.",
         hint="Say --format jsonl, json, csv or tsv.",
     )
+
+
+def _format_by_name(name: str) -> Format | Literal["JSON"] | None:
+    path = PurePath(name.lower())
+    return _SUFFIXES.get((path.with_suffix("") if path.suffix == ".gz" else path).suffix)

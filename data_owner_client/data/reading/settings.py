@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from protocol.errors import InvalidRequest
 
-Format = Literal["jsonl", "json", "csv", "tsv", "text"]
+Format = Literal["jsonl", "json", "csv", "tsv", "text", "parquet"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,8 @@ class ReadingSettings:
             from the form of the records.
         target_field: Field or column of the target. Default: from the form of the records.
         header: Tables begin with a line of column names.
+        labels: Names of the labels of a classification, in the order of their numbers from 0, where a file has numbers.
+            Several follow one --labels.
         skip_invalid: Leave out texts that cannot be used, and say how many there are. Where every text has its line of
             output, that line is then empty.
     """
@@ -30,6 +32,7 @@ class ReadingSettings:
     source_field: str | None = None
     target_field: str | None = None
     header: Annotated[bool, Parameter(negative="--no-header")] = True
+    labels: Annotated[tuple[str, ...], Parameter(consume_multiple=True, allow_leading_hyphen=False)] = ()
     skip_invalid: bool = False
 
     def __post_init__(self) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
+from data_owner_client.data.reading.fields import look_up
 from data_owner_client.data.reading.files import Source
-from data_owner_client.data.reading.forms import look_up, recognise, unknown_form
+from data_owner_client.data.reading.forms import recognise, unknown_form
 from data_owner_client.data.reading.problems import InvalidText, require_decoded
 from data_owner_client.data.reading.settings import ReadingSettings
 from protocol.errors import InvalidData
@@ -175,7 +176,7 @@ def _require_columns(name: str, number: int, names: Row, settings: ReadingSettin
     """
     place = f"{name}:{number}"
     try:
-        form = recognise(names, settings)
+        form = recognise(names, settings, need_targets=need_targets)
         if form is None:
             raise unknown_form(place, names, table=settings.header)
         needed = form.keys if need_targets else form.keys[:1]
@@ -183,5 +184,5 @@ def _require_columns(name: str, number: int, names: Row, settings: ReadingSettin
             look_up(dict.fromkeys(names), key)
     except InvalidText as error:
         raise InvalidData(f"{place} has {error.kind.replace('field', 'column', 1)}.", hint=error.hint) from error
-    if repeated := [key for key in needed if names.count(key) > 1]:
+    if repeated := [key for key in (*needed, *form.optional) if names.count(key) > 1]:
         raise InvalidData(f"{place} has the column {repeated[0]!r} twice.", hint="Give every column its own name.")
