@@ -11,6 +11,7 @@ from protocol.errors import InvalidData
 
 if TYPE_CHECKING:
     from data_owner_client.data.pair_files import PairFile
+    from data_owner_client.data.pairs import Source
 
 
 def pairs_of(input_file: Path | None, sources: Path | None, targets: Path | None, reading: ReadingSettings) -> PairFile:
@@ -30,8 +31,10 @@ def pairs_of(input_file: Path | None, sources: Path | None, targets: Path | None
 
 def sources_of(
     texts: list[str] | None, input_file: Path | None, reading: ReadingSettings, *, trim: bool
-) -> Sequence[str]:
-    """The source texts of the command line, or of a file, of which an invalid or blank record is an empty text.
+) -> Sequence[Source]:
+    """The source texts of the command line, or those and the conversations of a file.
+
+    An invalid or blank record is an empty text.
 
     Args:
         texts: texts of the command line, if any.
@@ -42,9 +45,9 @@ def sources_of(
     Raises:
         InvalidData: they were given in two ways, or cannot be read.
     """
-    from data_owner_client.data.pair_files import SourceTexts
+    from data_owner_client.data.pair_files import Questions
     from data_owner_client.data.reading.reader import spool_sources
 
     if texts and input_file is not None:
         raise InvalidData("Texts were given in two ways.", hint="Give them as arguments or with --input.")
-    return texts or SourceTexts(spool_sources(input_file or Path("-"), reading, trim=trim))
+    return texts or Questions(spool_sources(input_file or Path("-"), reading, trim=trim))

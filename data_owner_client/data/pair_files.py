@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, overload
 
-from data_owner_client.data.pairs import Pair, digest_pairs, further_fields, pair_of
+from data_owner_client.data.pairs import Pair, Source, digest_pairs, further_fields, pair_of
 from data_owner_client.data.reading.problems import Origin
 from data_owner_client.runtime.atomic_files import open_atomically
 from protocol.errors import InvalidData
@@ -116,8 +116,8 @@ class PairFile(Sequence[Pair]):
         return pair_of(json.loads(line), origin)
 
 
-class SourceTexts(Sequence[str]):
-    """The sources of a sequence of pairs, which stay where they are."""
+class Questions(Sequence[Source]):
+    """The texts and conversations that the pairs of a sequence answer, which stay where they are."""
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._pairs = pairs
@@ -125,16 +125,16 @@ class SourceTexts(Sequence[str]):
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def __iter__(self) -> Iterator[str]:
-        return (pair.source for pair in self._pairs)
+    def __iter__(self) -> Iterator[Source]:
+        return (pair.question for pair in self._pairs)
 
     @overload
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: int) -> Source: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+    def __getitem__(self, index: slice) -> Sequence[Source]: ...
+    def __getitem__(self, index: int | slice) -> Source | Sequence[Source]:
         found = self._pairs[index]
-        return found.source if isinstance(found, Pair) else SourceTexts(found)
+        return found.question if isinstance(found, Pair) else Questions(found)
 
 
 def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:

@@ -63,6 +63,13 @@ def text_of(source: Source) -> str:
     return "\n\n".join(filter(str.strip, texts)) if source.is_single_question else texts[-1]
 
 
+def source_record(source: Source) -> str | dict[str, Any]:
+    """The source as JSON: a text, or the `messages` and `tools` of a conversation."""
+    if isinstance(source, str):
+        return source
+    return {"messages": source.turns} | ({"tools": source.tools} if source.tools else {})
+
+
 @dataclass(frozen=True)
 class Pair:
     """A source and its target.

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Unpack
 
 from data_owner_client.adapter.card import CandidateDistribution
+from data_owner_client.data.chat_turns import single_text
 from data_owner_client.data.example_retrieval import with_retrieved_examples
 from data_owner_client.data.pairs import Source, text_of
-from data_owner_client.data.reading.problems import require_unicode, text_origin
+from data_owner_client.data.reading.problems import text_origin
 from data_owner_client.data.stops import StopMatcher, Stops
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.classification import classify, with_labels
@@ -91,7 +92,7 @@ def translate(
 
 def generate(
     plm: RemotePlm,
-    prompts: Iterable[str],
+    prompts: Iterable[Source],
     *,
     adapter: CandidateDistribution | None = None,
     **options: Unpack[GenerationOptions],
@@ -106,7 +107,7 @@ def generate(
 
     Args:
         plm: the PLM.
-        prompts: texts.
+        prompts: texts. Of a conversation that is a single question, the text.
         adapter: the data owner's adapter; None for the PLM alone.
         options: see `GenerationOptions`.
 
@@ -120,9 +121,8 @@ def generate(
     chosen, stops = ChosenOptions(**options), Stops(ids=frozenset(plm.card.eos_token_ids))
     failures = TextFailures(chosen.on_failure)
 
-    def to_input(number: int, prompt: str) -> TextInput:
-        require_unicode(prompt, "it", text_origin(number))  # a conversation needs a task
-        return TextInput(number, Prompt(prompt), expected_length)
+    def to_input(number: int, prompt: Source) -> TextInput:
+        return TextInput(number, Prompt(single_text(prompt)), expected_length)
 
     inputs = failures.each(prompts, to_input)
     return _generate(plm, inputs, len(prompts), failures, stops, adapter, chosen)

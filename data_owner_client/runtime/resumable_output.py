@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class ResumableOutput:
 
     def write(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         work: Callable[[list[int]], dict[int, str]],
         reporter: Reporter | None = None,
         *,
@@ -70,7 +70,7 @@ class ResumableOutput:
         keys = [hashlib.sha256(text.encode()).digest() for text in texts]
         done = self._stored_results()
         before = sum(key in done for key in keys)
-        with (reporter or Reporter()).bar(self._output.name, len(texts), "texts", done=before) as bar:
+        with (reporter or Reporter()).bar(self._output.name, len(keys), "texts", done=before) as bar:
             for numbers in _runs([number for number, key in enumerate(keys) if key not in done]):
                 answers = work(numbers)
                 done |= self._store({keys[number]: text for number, text in answers.items()})
@@ -78,7 +78,7 @@ class ResumableOutput:
         missing = [number for number, key in enumerate(keys) if key not in done]
         if missing and not skip_missing:
             raise InvalidData(
-                f"{len(missing)} of {len(texts)} texts have no answer, text {missing[0] + 1} for one; the others are "
+                f"{len(missing)} of {len(keys)} texts have no answer, text {missing[0] + 1} for one; the others are "
                 "stored.",
                 hint="Correct them, or run the same command again.",
             )
