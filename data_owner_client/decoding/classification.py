@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.data.label_tokens import LabelTokenizer
 from data_owner_client.data.pairs import Source
 from data_owner_client.data.reading.problems import InvalidText, text_origin
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.failures import TextFailures
 from data_owner_client.decoding.label_scoring import LabelRequest, score_labels
-from data_owner_client.decoding.label_trie import LabelTokenizer
 from data_owner_client.decoding.results import Generation, TextInput
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.decoding.token_selection import TokenChoice

@@ -27,9 +27,10 @@ from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.gate import FEATURES, gate_features
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.network import RECENT_TOKENS
+from data_owner_client.data.label_tokens import LabelIds
 from data_owner_client.decoding.decode_loop import PLM_ONLY
 from data_owner_client.decoding.label_evidence import LabelEvidence
-from data_owner_client.decoding.label_trie import LabelIds, LabelTrie
+from data_owner_client.decoding.label_trie import LabelTrie
 from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings
 from data_owner_client.decoding.speculative import GenerationStats
 from data_owner_client.decoding.token_selection import plm_scores

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from data_owner_client.adapter.candidates import index_of, token_set
-from data_owner_client.data.pairs import Pair, Source, text_of
-from data_owner_client.data.tasks import Task
-from data_owner_client.plm.tokenizer import PlmTokenizer, Prompt
-from protocol.errors import InvalidData
-
-LabelIds = tuple[tuple[int, ...], ...]
-"""Token ids of each label, in the order of the task, with the end of an answer behind it."""
+from data_owner_client.data.label_tokens import LabelIds, require_distinct
 
 
 @dataclass(frozen=True)
@@ -49,6 +43,7 @@ class LabelTrie:
         Raises:
             InvalidData: the tokens of a label begin with all tokens of another one, or are the same.
         """
+        require_distinct(labels, label_ids)
         node_of = dict[tuple[int, ...], int]({(): 0})
         parent, token, depth = [0], [-1], [0]
         for length in range(1, max(map(len, label_ids)) + 1):
@@ -62,10 +57,6 @@ class LabelTrie:
         below = [0] * len(parent)
         for leaf in leaves:
             below[leaf] += 1
-        inner = set(parent)
-        for label, leaf in zip(labels, leaves, strict=True):
-            if below[leaf] > 1 or leaf in inner:
-                raise _ambiguous(labels, label_ids, label)
         for node in range(len(parent) - 1, 0, -1):
             below[parent[node]] += below[node]
         return cls(*map(torch.tensor, (parent, token, depth, below, leaves)))
@@ -127,87 +118,3 @@ class LabelTrie:
         sizes = torch.bincount(self.depth_N).tolist()
         ends = torch.tensor(sizes).cumsum(0).tolist()
         return [slice(end - size, end) for size, end in zip(sizes[1:], ends[1:], strict=True)]
-
-
-class LabelTokenizer:
-    """Tokenises the labels of a task behind prompts.
-
-    Tokens of a label depend on the end of the prompt alone. So prompts share them that have the same text behind their
-    source.
-
-    Args:
-        tokenizer: the PLM's tokenizer.
-        labels: all labels.
-
-    Raises:
-        InvalidData: there are no labels, an empty one, or the same one twice.
-    """
-
-    def __init__(self, tokenizer: PlmTokenizer, labels: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
-        self.labels = require_labels(labels)
-        self._ids_behind: dict[str, LabelIds] = {}
-
-    def check(self, task: Task) -> None:
-        """Refuse labels that cannot be answers behind any text.
-
-        Raises:
-            InvalidData: a label holds the task's stop, or has the tokens of another one.
-        """
-        source = "."
-        prompt = task.prompt(source, self._tokenizer)
-        LabelTrie.from_ids(self.labels, self.behind(task, source, prompt, self._tokenizer.encode_prompt(prompt)))
-
-    def behind(self, task: Task, source: Source, prompt: Prompt, prompt_ids: list[int]) -> LabelIds:
-        """Token ids of each label behind a prompt.
-
-        Args:
-            task: task of the prompt.
-            source: text or conversation in the prompt.
-            prompt: the prompt as text.
-            prompt_ids: the prompt as token ids.
-
-        Raises:
-            InvalidData: a label holds the task's stop.
-        """
-        text = text_of(source)
-        tail = prompt.text.rpartition(text)[2] if text else ""
-        if tail not in self._ids_behind or not tail:
-            self._ids_behind[tail] = tuple(self._ids(task, source, prompt, prompt_ids, label) for label in self.labels)
-        return self._ids_behind[tail]
-
-    def _ids(self, task: Task, source: Source, prompt: Prompt, prompt_ids: list[int], label: str) -> tuple[int, ...]:
-        pair = Pair(source, label) if isinstance(source, str) else Pair("", label, conversation=source)
-        try:
-            target = task.prompt_and_target(pair, self._tokenizer)[1]
-        except InvalidData as error:
-            raise InvalidData(f"The label {label!r} cannot be an answer: {error.detail}", hint=error.hint) from error
-        return tuple(self._tokenizer.encode_target(prompt, prompt_ids, target))
-
-
-def require_labels(labels: Sequence[str]) -> tuple[str, ...]:
-    """The labels, if they can be told apart.
-
-    Raises:
-        InvalidData: there are none, an empty one, or the same one twice.
-    """
-    if not labels:
-        raise InvalidData(
-            "The task names no labels to choose from.",
-            hint='Write them into the task file: labels = ["spam", "ham"]; or use an adapter of this task.',
-        )
-    if any(not label.strip() for label in labels):
-        raise InvalidData("A label of the task is empty.", hint="Give each label a text.")
-    if twice := [label for label, count in Counter(labels).items() if count > 1]:
-        raise InvalidData(f"The task names the label {twice[0]!r} twice.", hint="Write each label once.")
-    return tuple(labels)
-
-
-def _ambiguous(labels: Sequence[str], label_ids: LabelIds, label: str) -> InvalidData:
-    """The error for a label with all of whose tokens another one begins."""
-    own = label_ids[labels.index(label)]
-    other = next(each for each, ids in zip(labels, label_ids, strict=True) if each != label and ids[: len(own)] == own)
-    return InvalidData(
-        f"The model's tokenizer cannot tell the labels {label!r} and {other!r} apart.",
-        hint="Write one of them in another way.",
-    )

@@ -13,7 +13,7 @@ from data_owner_client.data.pairs import Pair, digest_pairs
 from data_owner_client.data.reading.problems import Problems
 from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.tasks import Task
-from data_owner_client.memory.encode import encode_private, encode_teacher_forced, tokenize_pair
+from data_owner_client.memory.encode import encode_private, encode_teacher_forced, rows_that_conceal, tokenize_pair
 from data_owner_client.memory.grants import Demand
 from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.memory.request_batches import ExampleSizes, split_into_requests
@@ -173,11 +173,12 @@ def _append_missing(
 ) -> None:
     plan, done = memory.manifest.plan, memory.manifest.examples
     stops = StopMatcher(plm.tokenizer, plan.task.stops(plm.tokenizer, plm.card.eos_token_ids))
+    least_rows = rows_that_conceal(plm, plan.task)
 
     def fetch(run: range) -> MemoryRows:
         chunk = [tokenize_pair(plm, plan.task, pairs[i]) for i in run]
         if plan.context_mode == "private":
-            return encode_private(plm, chunk, stops)
+            return encode_private(plm, chunk, stops, least_rows=least_rows)
         return encode_teacher_forced(plm, chunk, with_logsumexp=plan.with_logsumexp)
 
     runs = list(split_into_requests(sizes, plm.card, plan.dtype, done=done, examples_per_shard=plan.examples_per_shard))

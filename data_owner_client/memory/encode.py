@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 
+from data_owner_client.data.label_tokens import LabelTokenizer
 from data_owner_client.data.pairs import Pair, text_of
 from data_owner_client.data.reading.problems import InvalidText, Origin, Problems
 from data_owner_client.data.stops import StopMatcher, Stops
@@ -144,20 +145,30 @@ def encode_all(plm: RemotePlm, pairs: Sequence[TokenizedPair], reporter: Reporte
     return MemoryRows.concatenate(parts)
 
 
-def encode_private(plm: RemotePlm, pairs: Sequence[TokenizedPair], stops: StopMatcher) -> MemoryRows:
+def encode_private(
+    plm: RemotePlm, pairs: Sequence[TokenizedPair], stops: StopMatcher, *, least_rows: int = 0
+) -> MemoryRows:
     """Rows with the contexts c_i = prompt + ŵ_<i, where ŵ is the PLM's greedy continuation.
 
     The server sees only the prompts and, as `look_ahead`, the targets' lengths.
 
+    Args:
+        plm: the model.
+        pairs: pairs as token ids.
+        stops: finds the ends of continuations.
+        least_rows: rows to request of each pair at least, to conceal the lengths of shorter targets.
+
     Raises:
         ProtocolViolation: the server drafted fewer tokens than requested.
     """
-    response = plm.decode([pair.prompt for pair in pairs], [len(pair.target) - 1 for pair in pairs])
+    requested = [rows_to_request(plm, pair, least_rows) for pair in pairs]
+    response = plm.decode([pair.prompt for pair in pairs], [rows - 1 for rows in requested])
     lengths = [len(pair.target) for pair in pairs]
-    if response.rows_B.tolist() != lengths:
+    if response.rows_B.tolist() != requested:
         raise ProtocolViolation(
             "The server drafted fewer tokens than were requested.", hint="Nothing was stored; try again."
         )
+    response = _first_rows(response, lengths)
     contexts = [
         context
         for drafted_T, pair in zip(response.top1_N.split(lengths), pairs, strict=True)
@@ -182,6 +193,46 @@ def _rows(response: EncodeResponse | DecodeResponse, pairs: Sequence[TokenizedPa
         cr_scale_N=response.cr_scale_N,
         last_hidden_scale_N=response.last_hidden_scale_N,
     )
+
+
+def rows_to_request(plm: RemotePlm, pair: TokenizedPair, least_rows: int) -> int:
+    """Rows that a private memory requests of a pair: one for each token of its target, or more to conceal its length.
+
+    Args:
+        plm: the model whose limits apply.
+        pair: the pair as token ids.
+        least_rows: rows to request at least, where the server's limits allow them.
+    """
+    limits = plm.card.limits
+    most = min(limits.max_look_ahead + 1, limits.max_sequence_tokens - len(pair.prompt) + 1, limits.max_rows)
+    return max(len(pair.target), min(least_rows, most))
+
+
+def rows_that_conceal(plm: RemotePlm, task: Task) -> int:
+    """Rows that a private memory requests of each pair at least: of a `classify` task, those of its longest label.
+
+    Its labels are few, so the length of a label could tell which one it is. 0 for the other kinds of task.
+
+    Raises:
+        InvalidData: a label cannot be an answer of this task, or the model cannot tell two labels apart.
+    """
+    if task.kind != "classify":
+        return 0
+    return max(map(len, LabelTokenizer(plm.tokenizer, task.labels).check(task)))
+
+
+def _first_rows(response: DecodeResponse, rows: Sequence[int]) -> DecodeResponse:
+    """The response with the first rows of each sequence alone."""
+    if response.rows_B.tolist() == list(rows):
+        return response
+    starts = response.rows_B.cumsum(0) - response.rows_B
+    index_N = torch.cat([torch.arange(int(at), int(at) + count) for at, count in zip(starts, rows, strict=True)])
+    tensors = {
+        name: value[index_N]
+        for name, value in response
+        if isinstance(value, torch.Tensor) and name.removesuffix("_D").endswith("_N")
+    }
+    return response.model_copy(update={**tensors, "rows_B": torch.tensor(rows)})
 
 
 def require_fits(plm: RemotePlm, pair: TokenizedPair, *, drafted: bool = False) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from data_owner_client.data.pairs import Pair, PairSelection
 from data_owner_client.data.reading.problems import Origin, Problems
 from data_owner_client.data.tasks import Task
-from data_owner_client.memory.encode import require_fits, tokenize_pair
+from data_owner_client.memory.encode import (
+    TokenizedPair,
+    require_fits,
+    rows_that_conceal,
+    rows_to_request,
+    tokenize_pair,
+)
 from data_owner_client.memory.request_batches import ExampleSizes
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
@@ -45,6 +51,33 @@ def find_usable_pairs(
         reporter: receives the progress.
     """
     index_N, sizes, target_ids = array("q"), ExampleSizes(), set[int]()
+    least_rows = rows_that_conceal(plm, task) if drafted else 0
+    for index, tokens in _each_usable(plm, task, pairs, problems, drafted=drafted, reporter=reporter):
+        index_N.append(index)
+        rows = rows_to_request(plm, tokens, least_rows) if drafted else len(tokens.target)
+        sizes.append(len(tokens.prompt) + rows, rows)
+        target_ids.update(tokens.target)
+    return UsablePairs(PairSelection(pairs, index_N), sizes, target_ids)
+
+
+def tokenize_usable(
+    plm: RemotePlm, task: Task, pairs: Sequence[Pair], *, skip_invalid: bool, reporter: Reporter
+) -> tuple[Sequence[Pair], list[TokenizedPair]]:
+    """The pairs that can be used and their token ids, for pairs that need no memory on disk.
+
+    Raises:
+        InvalidData: some cannot be used and `skip_invalid` is False, or none can.
+    """
+    problems = Problems()
+    usable = [*_each_usable(plm, task, pairs, problems, drafted=False, reporter=reporter)]
+    problems.settle(len(pairs), skip=skip_invalid)
+    return PairSelection(pairs, [index for index, _ in usable]), [tokens for _, tokens in usable]
+
+
+def _each_usable(
+    plm: RemotePlm, task: Task, pairs: Sequence[Pair], problems: Problems, *, drafted: bool, reporter: Reporter
+) -> Iterator[tuple[int, TokenizedPair]]:
+    """The indices of the pairs that can be used, and their token ids."""
     with reporter.bar("tokenising", len(pairs), "pairs") as bar:
         for index, pair in enumerate(pairs):
             try:
@@ -53,11 +86,8 @@ def find_usable_pairs(
             except InvalidData as error:
                 problems.add(pair.origin or Origin("pair", index + 1, in_file=False), error)
             else:
-                index_N.append(index)
-                sizes.append(len(tokens.prompt) + len(tokens.target), len(tokens.target))
-                target_ids.update(tokens.target)
+                yield index, tokens
             bar.advance(1)
-    return UsablePairs(PairSelection(pairs, index_N), sizes, target_ids)
 
 
 def require_usable(
