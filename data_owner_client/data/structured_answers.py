@@ -15,18 +15,21 @@ from pydantic import JsonValue
 ITEM_SEPARATOR, KEY_SEPARATOR = ", ", ": "
 """What stands between items, and behind a key, in JSON that an adapter learns: one line, as in most JSON of a page."""
 
+# Up to here, every integer is a float64.
+_EXACT_INTEGERS = 2**53
+
 _FENCE = re.compile(r"\s*```\w*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 _SLOT = re.compile(r"([^:=\s{\[\"'`][^:=]*)[:=](.*)", re.DOTALL)
 
 
 def parse_json(text: str) -> JsonValue:
-    """The value of a JSON text.
+    """The value of a JSON text; whole numbers are integers, however they are written.
 
     Raises:
         ValueError: it is no JSON, has a number outside of float64, or nests too deep.
     """
     try:
-        value: JsonValue = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        value: JsonValue = json.loads(text, parse_constant=_number, parse_float=_number)
     except RecursionError as error:
         raise ValueError("it nests too deep") from error
     return value
@@ -57,7 +60,8 @@ def without_fence(text: str) -> str:
 
 def json_line(value: JsonValue) -> str:
     """A JSON value in the form that an adapter learns, in one line."""
-    return json.dumps(value, ensure_ascii=False, separators=(ITEM_SEPARATOR, KEY_SEPARATOR))
+    line = json.dumps(value, ensure_ascii=False, separators=(ITEM_SEPARATOR, KEY_SEPARATOR))
+    return line.replace("\x7f", "\\u007f")  # as decoding that is held to a schema writes it
 
 
 def slots_line(fields: Mapping[str, JsonValue]) -> str:
@@ -66,8 +70,9 @@ def slots_line(fields: Mapping[str, JsonValue]) -> str:
     return "; ".join(f"{key}: {value}" for key, values in parts for value in values)
 
 
-def _finite(spelling: str) -> float:
+def _number(spelling: str) -> float:
+    """The number; an integer where it is whole, as decoding that is held to a schema writes it."""
     number = float(spelling)
     if not math.isfinite(number):
         raise ValueError(f"{spelling} is no number of JSON, or too large")
-    return number
+    return int(number) if number.is_integer() and abs(number) < _EXACT_INTEGERS else number

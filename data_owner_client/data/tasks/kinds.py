@@ -42,8 +42,9 @@ def _instruction(kind: str, fields: Mapping[str, Any]) -> str:
     """The instruction of a task without its own."""
     match kind:
         case "classify":
-            labels = fields.get("labels") or ()
-            named = f": {', '.join(map(str, labels))}" if 0 < len(labels) <= _MOST_NAMED else ""
+            labels = fields.get("labels")
+            names = [str(label) for label in labels] if isinstance(labels, list | tuple) else []
+            named = f": {', '.join(names)}" if 0 < len(names) <= _MOST_NAMED else ""
             return f"Choose the label of the text{named}."
         case "extract":
             schema = fields.get("answer_schema")
