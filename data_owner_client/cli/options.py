@@ -75,7 +75,9 @@ TaskName = Annotated[str, Parameter(help="Name of a built-in task, or a TOML fil
 InputFile = Annotated[
     PathOption | None,
     Parameter(
-        name="--input", help="JSONL, JSON, CSV, TSV or text with one source a line; - is standard input.", group=DATA
+        name="--input",
+        help="JSONL, JSON, CSV, TSV, Parquet, or text with one source a line; - is standard input.",
+        group=DATA,
     ),
 ]
 Sources = Annotated[
@@ -87,6 +89,14 @@ Targets = Annotated[
 Reading = Annotated[ReadingSettings, Parameter(name="*", group=DATA)]
 ShareTargets = Annotated[
     bool, Parameter(help="Allow target texts to be shown to the owner of the PLM.", group=CONNECTION)
+]
+ShareEarlierAnswers = Annotated[
+    bool,
+    Parameter(
+        help="Allow earlier answers of a conversation in the prompts for its later ones, which the owner of the PLM "
+        "sees. Without it, a private memory learns the first answer of each conversation.",
+        group=CONNECTION,
+    ),
 ]
 OutputFile = Annotated[
     PathOption | None,
@@ -191,7 +201,7 @@ def sampling_of(sampling: SamplingSettings, *, samples: int, best: int, consensu
     """
     from dataclasses import replace
 
-    from data_owner_client.decoding.generation import CONSENSUS_TEMPERATURE, require_draws
+    from data_owner_client.decoding.options import CONSENSUS_TEMPERATURE, require_draws
 
     require_draws(sampling, samples=samples, best=best, consensus=consensus)
     temperature = sampling.temperature or (CONSENSUS_TEMPERATURE if consensus else 0.0)

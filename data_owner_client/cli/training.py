@@ -29,6 +29,7 @@ from data_owner_client.cli.options import (
     PathOption,
     Reading,
     Server,
+    ShareEarlierAnswers,
     ShareTargets,
     Sources,
     Targets,
@@ -69,11 +70,13 @@ def build_memory(
     connection: Connection = DEFAULT_CONNECTION,
     dtype: Dtype = "float16",
     share_targets: ShareTargets = False,
+    share_earlier_answers: ShareEarlierAnswers = False,
 ) -> None:
     """Build an external memory from pairs of texts. Interrupted, the same command goes on where it stopped.
 
     Private contexts send your source texts to the owner of the PLM, but no target. Teacher-forced ones are better
-    aligned and send the targets, too.
+    aligned and send the targets, too. Of a conversation, private contexts learn the first answer alone, because the
+    prompts for later ones show it; see --share-earlier-answers.
 
     Examples:
 
@@ -111,6 +114,7 @@ def build_memory(
             validation_fraction=validation_fraction,
             context_mode=mode,
             share_targets=share_targets,
+            share_earlier_answers=share_earlier_answers,
             overwrite=overwrite,
             skip_invalid=reading.skip_invalid,
             reporter=stderr_reporter(),

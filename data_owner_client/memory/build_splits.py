@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import date
 from itertools import chain
@@ -11,6 +11,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from data_owner_client.data.earlier_answers import first_answers, shows_earlier_answers
+from data_owner_client.data.label_tokens import LabelTokenizer, with_labels_of
 from data_owner_client.data.pairs import Pair, list_of_pairs
 from data_owner_client.data.reading.problems import Problems
 from data_owner_client.data.tasks import Task
@@ -39,6 +41,7 @@ class MemoryReport(BaseModel):
         validation_rows: target tokens in the validation memory.
         context_mode: whether the contexts are `private` or `teacher-forced`.
         length_ratio: target tokens per source token in the training memory.
+        left_out: answers that were left out because their prompts would show earlier answers.
         seconds: duration of the build.
     """
 
@@ -49,6 +52,7 @@ class MemoryReport(BaseModel):
     validation_rows: int
     context_mode: ContextMode
     length_ratio: float
+    left_out: int
     seconds: float
 
 
@@ -62,6 +66,7 @@ def build_memories(
     validation_fraction: float = 0.05,
     context_mode: ContextMode = "private",
     share_targets: bool = False,
+    share_earlier_answers: bool = False,
     overwrite: bool = False,
     skip_invalid: bool = False,
     reporter: Reporter | None = None,
@@ -77,6 +82,8 @@ def build_memories(
         validation_fraction: share of `pairs` to set aside, 0 to 1; ignored if `validation` is not None.
         context_mode: `private` sends only prompts; `teacher-forced` also sends the targets (`memory.build`).
         share_targets: consent to show the targets to the PLM's owner; `teacher-forced` requires it.
+        share_earlier_answers: consent to show earlier answers of conversations in the prompts for later ones. Without
+            it, `private` learns only answers whose prompts show none.
         overwrite: delete the memories in `folder` first.
         skip_invalid: leave out pairs that cannot be used, and log how many there are.
         reporter: receives the progress; None for no reports.
@@ -89,14 +96,17 @@ def build_memories(
     started = time.perf_counter()
     require_loaded(task, "The task", "load_task(name_or_path)")
     folder, pairs = to_path(folder), list_of_pairs(pairs)
-    task = with_day_of_memory(task, plm.tokenizer, *([] if overwrite else [folder / TRAIN]))
-    if validation is None:
-        train_pairs, held_out = split_validation(pairs, validation_fraction)
-    else:
-        train_pairs, held_out = pairs, list_of_pairs(validation)
     reporter = reporter or Reporter()
+    parts = [pairs] if validation is None else [pairs, list_of_pairs(validation)]
+    total = sum(map(len, parts))
+    if context_mode == "private" and not share_earlier_answers:
+        parts = _without_earlier_answers(parts, reporter)
+    left_out = total - sum(map(len, parts))
+    train_pairs, held_out = parts if len(parts) == 2 else split_validation(parts[0], validation_fraction)
+    task = task_of_memory(task, plm.tokenizer, [train_pairs, held_out], *([] if overwrite else [folder / TRAIN]))
     if share_targets or context_mode == "private":
-        reporter.say(disclosure_notice(context_mode))
+        shown = any(map(shows_earlier_answers, chain(train_pairs, held_out)))
+        reporter.say(disclosure_notice(context_mode, task, earlier_answers=shown))
     demand, problems = Demand(context_mode), Problems()
     builds = [
         MemoryBuild.prepare(
@@ -130,23 +140,81 @@ def build_memories(
         validation_rows=memories[1].manifest.rows,
         context_mode=context_mode,
         length_ratio=memories[0].length_ratio,
+        left_out=left_out,
         seconds=time.perf_counter() - started,
     )
 
 
-def with_day_of_memory(task: Task, tokenizer: PlmTokenizer, *folders: Path) -> Task:
-    """The task on the day when its memory was begun: as the first memory in `folders` has it, or else today.
+def task_of_memory(task: Task, tokenizer: PlmTokenizer, parts: Sequence[Sequence[Pair]], *folders: Path) -> Task:
+    """The task with all that is fixed when its memory is begun: as the first memory in `folders` has it, or else new.
 
-    Only tasks whose chat template reads the clock have a day.
+    A task whose chat template reads the clock has a day, by default today. A `classify` task has labels, by default
+    those of the pairs.
+
+    Args:
+        task: any task.
+        tokenizer: the PLM's tokenizer.
+        parts: pairs to train on, and pairs to validate on.
+        folders: folders of memories, which need not exist.
+
+    Raises:
+        InvalidData: the targets are too many to be labels, cannot be labels, or become the same tokens.
     """
+    day: date | None = date.today()
     for folder in folders:
         with suppress(InvalidData):
-            return task.on_day(ExternalMemory(folder).manifest.plan.task.date, tokenizer)
-    return task.on_day(date.today(), tokenizer)
+            begun = ExternalMemory(folder).manifest.plan.task
+            day = begun.date
+            if task.kind == begun.kind == "classify" and not task.labels:
+                task = task.model_copy(update={"labels": begun.labels})
+            break
+    task = with_labels_of(task.on_day(day, tokenizer), parts)
+    if task.kind == "classify":
+        LabelTokenizer(tokenizer, task.labels).check(task)
+    return task
 
 
-def disclosure_notice(context_mode: ContextMode) -> str:
-    """One line that says what leaves this machine while a memory is built."""
-    if context_mode == "private":
-        return "Leaves this machine: the prompts with their source texts, and the targets' lengths. No target text."
-    return "Leaves this machine: the prompts with their source texts, and every target text (--share-targets)."
+def disclosure_notice(context_mode: ContextMode, task: Task, *, earlier_answers: bool = False) -> str:
+    """One line that says what leaves this machine while a memory is built.
+
+    Args:
+        context_mode: contexts of the memory.
+        task: task of the memory.
+        earlier_answers: whether prompts show earlier answers of their conversations.
+    """
+    prompts = "the prompts with their source texts"
+    if context_mode == "teacher-forced":
+        earlier = ", and earlier answers that are not learned" if earlier_answers else ""
+        return f"Leaves this machine: {prompts}, and every target text{earlier} (--share-targets)."
+    if task.kind == "classify":
+        return (
+            f"Leaves this machine: {prompts}, and the length of the longest label. `train` and `translate` will show "
+            "the names of the labels, but not which text of this memory has which."
+        )
+    if earlier_answers:
+        return (
+            f"Leaves this machine: {prompts}, the earlier answers of conversations in them (--share-earlier-answers), "
+            "and the targets' lengths. Of each conversation, no last answer."
+        )
+    return f"Leaves this machine: {prompts}, and the targets' lengths. No target text."
+
+
+def _without_earlier_answers(parts: Sequence[Sequence[Pair]], reporter: Reporter) -> list[Sequence[Pair]]:
+    """The parts without pairs whose prompts show earlier answers.
+
+    Raises:
+        InvalidData: nothing is left of a part.
+    """
+    shortened = [first_answers(part) for part in parts]
+    before, after = sum(map(len, parts)), sum(map(len, shortened))
+    if not all(shortened):
+        raise InvalidData(
+            "Every prompt of a file would show earlier answers of its conversation to the owner of the PLM.",
+            hint="Say --share-earlier-answers if that is what you want, or give conversations from their beginning.",
+        )
+    if after < before:
+        reporter.say(
+            f"Only the first answer of each conversation is learned: {before - after:,} of {before:,} answers are left "
+            "out, as their prompts would show earlier answers. --share-earlier-answers takes all."
+        )
+    return shortened
