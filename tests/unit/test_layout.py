@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "tests": {*SHIPPED, "harness"},
 }
 # Tests of what a package beside the shipped ones does.
-ABOUT = {"tests.unit.test_soak": "benchmarks", "tests.unit.test_weights": "benchmarks"}
+ABOUT = dict.fromkeys((f"tests.unit.test_{name}" for name in ("soak", "weights", "sensitivity")), "benchmarks")
 MOST_ENTRIES = 10
 NO_ENTRIES = {"__init__.py", "py.typed", "__pycache__"}
 

@@ -1,0 +1,1 @@
+"""Sensitivity of PEMA's gain to its settings, the memory and the model, on tasks of several kinds."""

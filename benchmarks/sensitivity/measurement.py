@@ -1,0 +1,168 @@
+"""Measurement of one point: memory, training, and likelihood of held-out targets behind their true contexts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import get_args
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from benchmarks.in_process import rows_of
+from benchmarks.sensitivity.points import Point
+from data_owner_client import Pair, RemotePlm, Task, build_memories
+from data_owner_client.adapter.candidates import token_set
+from data_owner_client.adapter.interpolation import Interpolation, mix
+from data_owner_client.adapter.types import Schedule
+from data_owner_client.memory.rows import MemoryRows
+from data_owner_client.memory.types import ContextMode
+from data_owner_client.runtime.progress import Reporter
+from data_owner_client.training.inputs import Memories, TrainingInput
+from data_owner_client.training.likelihood import plm_target_logprobs
+from data_owner_client.training.trainer import Trained
+from data_owner_client.training.validation import ValidationData, target_logprobs
+
+LAMBDAS = tuple(number / 20 for number in range(1, 20))
+SCHEDULES: tuple[Schedule, ...] = tuple(name for name in get_args(Schedule) if name != "none")
+
+
+class Measurement(BaseModel):
+    """Result of one point. Losses are in nats per token of held-out targets behind their true contexts.
+
+    Attributes:
+        plm_nll: loss of the PLM alone.
+        nll: loss of the mixture by schedule, with the λ_max that is likeliest on the validation memory.
+        lambda_max: that λ_max by schedule.
+        curves: loss of the mixture by schedule with each of `LAMBDAS`.
+        standard_error: of the gain with constant λ over the choice of test texts, in nats per token.
+        rows: rows of the training memory.
+        candidates: number of candidate tokens.
+        coverage: share of the held-out tokens that are candidates.
+        epochs: passes over the memory, of both phases together.
+        seconds: duration of the training.
+    """
+
+    plm_nll: float
+    nll: dict[str, float]
+    lambda_max: dict[str, float]
+    curves: dict[str, list[float]]
+    standard_error: float
+    rows: int
+    candidates: int
+    coverage: float
+    epochs: int
+    seconds: float
+
+    @property
+    def gain(self) -> float:
+        """Gain of the mixture with constant λ over the PLM, in nats per token."""
+        return self.plm_nll - self.nll["constant"]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Pairs of a task: as many as the largest memory has, and those that are held out."""
+
+    train: Sequence[Pair]
+    validation: Sequence[Pair]
+    test: Sequence[Pair]
+
+
+class Bench:
+    """Measures points of one task and one model.
+
+    Args:
+        plm: the model.
+        task: the task, with its in-context examples.
+        splits: pairs of the task.
+        folder: folder for memories.
+        reporter: shows the progress.
+    """
+
+    def __init__(self, plm: RemotePlm, task: Task, splits: Splits, folder: Path, reporter: Reporter) -> None:
+        self._plm, self._task, self._splits, self._folder, self._reporter = plm, task, splits, folder, reporter
+        self._memories = cache(self._built)
+        self._test_rows = cache(self._encoded)
+
+    def measure(self, point: Point) -> Measurement:
+        """Train and measure a point; memories are built once."""
+        memories = self._memories(point.context_mode)
+        inputs = TrainingInput.from_memories(
+            self._plm,
+            memories,
+            point.settings,
+            self._reporter,
+            examples=min(point.pairs, memories.train.manifest.examples),
+        )
+        checkpoint = self._folder / "checkpoint.safetensors"
+        checkpoint.unlink(missing_ok=True)
+        trained = inputs.fit(point.settings, checkpoint, self._reporter)
+        checkpoint.unlink(missing_ok=True)
+        return self._measured(inputs, trained, memories.train.length_ratio)
+
+    def _measured(self, inputs: TrainingInput, trained: Trained, length_ratio: float) -> Measurement:
+        rows, plm_logprob_N = self._test_rows()
+        test = ValidationData.from_rows(rows, inputs.stats.candidate_ids_C, plm_logprob_N, length_ratio)
+        head = inputs.targets.candidates
+        held_out_N = target_logprobs(trained.adapter, head, inputs.validation.data)
+        pema_logprob_N = target_logprobs(trained.adapter, head, test.data)
+        chosen = {schedule: inputs.validation.best(held_out_N, schedule)[0] for schedule in SCHEDULES}
+        constant_N = torch.full_like(plm_logprob_N, chosen["constant"].lambda_max)
+        gain_N = mix(plm_logprob_N, pema_logprob_N, constant_N) - plm_logprob_N
+        return Measurement(
+            plm_nll=-plm_logprob_N.mean().item(),
+            nll={schedule: test.mixture_nll(pema_logprob_N, each) for schedule, each in chosen.items()},
+            lambda_max={schedule: each.lambda_max for schedule, each in chosen.items()},
+            curves={
+                schedule: [
+                    test.mixture_nll(pema_logprob_N, Interpolation(schedule=schedule, lambda_max=value))
+                    for value in LAMBDAS
+                ]
+                for schedule in SCHEDULES
+            },
+            standard_error=standard_error(gain_N, rows.rows_E),
+            rows=sum(inputs.rows.shard_rows),
+            candidates=len(inputs.stats.candidate_ids_C),
+            coverage=(test.data.label_N >= 0).double().mean().item(),
+            epochs=len(trained.history),
+            seconds=trained.seconds,
+        )
+
+    def _built(self, mode: ContextMode) -> Memories:
+        folder = self._folder / f"memory-{mode}"
+        build_memories(
+            self._plm,
+            self._task,
+            self._splits.train,
+            folder,
+            validation=self._splits.validation,
+            context_mode=mode,
+            share_targets=mode == "teacher-forced",
+            skip_invalid=True,
+            reporter=self._reporter,
+        )
+        return Memories.open(folder, self._plm)
+
+    def _encoded(self) -> tuple[MemoryRows, Tensor]:
+        """Rows of the test set, and log P_PLM of their targets."""
+        rows = rows_of(self._plm, self._task, self._splits.test)
+        ids_K = token_set([rows.target_N])
+        return rows, plm_target_logprobs(self._plm.head_rows(ids_K), ids_K, rows)
+
+
+def standard_error(value_N: Tensor, rows_E: Tensor) -> float:
+    """Standard error of the mean over tokens of texts that were drawn as a whole: that of a ratio estimator.
+
+    Args:
+        value_N: a value of each token.
+        rows_E: number of tokens of each text.
+    """
+    sum_E = torch.stack([part.sum() for part in value_N.split(rows_E.tolist())])
+    deviation_E = sum_E - value_N.mean() * rows_E
+    texts = len(rows_E)
+    return math.sqrt(deviation_E.square().sum().item() * texts / max(1, texts - 1)) / len(value_N)

@@ -1,0 +1,103 @@
+"""Points of the sensitivity study: trainings that differ from a default one in a single factor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from data_owner_client import TrainingSettings
+from data_owner_client.adapter.types import AdapterForm
+from data_owner_client.memory.types import ContextMode
+from data_owner_client.training.settings import Pairing
+
+Context = Literal["teacher-forced", "aligned", "reliable", "by position"]
+"""Contexts of a memory's rows: the true ones, or private ones by the way that targets are paired with them."""
+
+_CONTEXTS: Mapping[Context, tuple[ContextMode, Pairing, AdapterForm]] = {
+    "teacher-forced": ("teacher-forced", "aligned", "residual"),
+    "aligned": ("private", "aligned", "recent"),
+    "reliable": ("private", "reliable", "residual"),
+    "by position": ("private", "by_position", "residual"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One training.
+
+    Attributes:
+        task: name of the data set.
+        model: name of an embedded model, with `/N` for one that has only N of its layers.
+        context: contexts of the memory's rows.
+        pairs: number of training pairs.
+        rank: rank of the adapter.
+        kappa: weight of the reconstruction loss.
+        form: form of the adapter; None for the one that suits the contexts.
+        seed: seed of the training.
+    """
+
+    task: str
+    model: str = "gemma-3-270m"
+    context: Context = "teacher-forced"
+    pairs: int = 1000
+    rank: int = 512
+    kappa: float = 0.2
+    form: AdapterForm | None = None
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """The point in words."""
+        return " ".join(f"{name}={value}" for name, value in asdict(self).items() if value is not None)
+
+    @property
+    def context_mode(self) -> ContextMode:
+        """Contexts of the memory on disk."""
+        return _CONTEXTS[self.context][0]
+
+    @property
+    def settings(self) -> TrainingSettings:
+        """Settings of the training."""
+        _, pairing, form = _CONTEXTS[self.context]
+        return TrainingSettings(
+            form=self.form or form, pairing=pairing, rank=self.rank, kappa=self.kappa, seed=self.seed
+        )
+
+
+FACTORS: Mapping[str, Sequence[Any]] = {
+    "rank": (8, 32, 128, 256, 512, 640),
+    "kappa": (0.0, 0.05, 0.2, 0.5, 0.8),
+    "form": ("paper", "recent"),
+    "pairs": (60, 125, 250, 500, 1000, 2000),
+    "context": tuple(_CONTEXTS),
+    "model": (
+        "gemma-3-270m",
+        "gemma-3-270m/12",
+        "gemma-3-270m/6",
+        "smollm2-135m",
+        "smollm2-135m/20",
+        "smollm2-135m/10",
+    ),
+}
+"""Values of each factor; all other factors have their defaults."""
+
+
+def points(tasks: Sequence[str], factors: Sequence[str], seeds: int) -> Iterator[Point]:
+    """The points of a study, the default one of each task and model first.
+
+    Args:
+        tasks: names of data sets.
+        factors: names of `FACTORS`.
+        seeds: number of trainings with each setting.
+    """
+    seen = set[Point]()
+    for task in tasks:
+        default = Point(task=task)
+        changed = [replace(default, **{name: value}) for name in factors for value in FACTORS[name]]
+        for point in [default, *changed]:
+            for seed in range(seeds):
+                each = replace(point, seed=seed)
+                if each not in seen:
+                    seen.add(each)
+                    yield each

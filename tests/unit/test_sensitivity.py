@@ -1,0 +1,92 @@
+"""The sensitivity study: its points, its results on disk, its standard errors, and a point measured end to end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.in_process import served
+from benchmarks.sensitivity.measurement import Bench, Measurement, Splits, standard_error
+from benchmarks.sensitivity.points import FACTORS, Point, points
+from benchmarks.sensitivity.results import Results
+from data_owner_client import Pair, Task
+from data_owner_client.runtime.progress import Reporter
+from harness.tiny_models import TinyModels
+
+MEASUREMENT = Measurement(
+    plm_nll=2.0,
+    nll={"constant": 1.5, "linear": 1.6, "gradual": 1.7},
+    lambda_max={"constant": 0.5, "linear": 0.7, "gradual": 0.9},
+    curves={},
+    standard_error=0.1,
+    rows=10,
+    candidates=5,
+    coverage=1.0,
+    epochs=3,
+    seconds=1.0,
+)
+
+
+def test_points_differ_from_the_default_in_one_factor_and_the_seed() -> None:
+    default, drawn = asdict(Point(task="spam")), list(points(["spam"], list(FACTORS), 2))
+    assert len(drawn) == len(set(drawn))
+    for point in drawn:
+        changed = {name for name, value in asdict(point).items() if value != default[name]}
+        assert len(changed - {"seed"}) <= 1
+    for name, values in FACTORS.items():
+        assert {*values} <= {getattr(point, name) for point in drawn}
+
+
+def test_results_survive_an_interruption(tmp_path: Path) -> None:
+    path = tmp_path / "points.jsonl"
+    done, later = Point(task="spam"), Point(task="spam", seed=1)
+    Results.load(path).add(done, MEASUREMENT)
+    with path.open("a") as file:
+        file.write('{"point": {"ta')  # killed while writing
+    results = Results.load(path)
+    assert done in results
+    assert later not in results
+    results.add(later, MEASUREMENT)
+    again = Results.load(path)
+    assert [*again] == [done, later]
+    assert again[later] == MEASUREMENT
+    assert again[later].gain == 0.5
+
+
+def test_standard_error_is_that_of_redrawn_texts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows_E = torch.randint(1, 9, (200,), generator=generator)
+    # Tokens of one text go together.
+    text_N = torch.randn(200, generator=generator).repeat_interleave(rows_E)
+    value_N = text_N + torch.randn(len(text_N), generator=generator)
+    parts = value_N.split(rows_E.tolist())
+    means = []
+    for _ in range(2000):
+        drawn = torch.randint(200, (200,), generator=generator).tolist()
+        means.append(torch.cat([parts[number] for number in drawn]).mean())
+    assert standard_error(value_N, rows_E) == pytest.approx(torch.stack(means).std().item(), rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_point_of_each_context_is_measured(tiny_models: TinyModels, tmp_path: Path) -> None:
+    pairs = [Pair(f"the {number}", f"die {number % 7}") for number in range(30)]
+    splits = Splits(pairs[:20], pairs[20:25], pairs[25:])
+    with served(tiny_models["llama"]) as plm:
+        bench = Bench(plm, Task(name="tiny"), splits, tmp_path, Reporter())
+        for context in FACTORS["context"]:
+            measured = bench.measure(Point(task="tiny", context=context, pairs=12, rank=8))
+            again = bench.measure(Point(task="tiny", context=context, pairs=12, rank=8))
+            assert again.nll == measured.nll
+            for schedule, curve in measured.curves.items():
+                assert min(curve) <= measured.nll[schedule] <= max(curve)
+            assert math.isfinite(measured.standard_error)
+            assert 0 < measured.coverage <= 1
+        # A new bench finds the memories.
+        anew = Bench(plm, Task(name="tiny"), splits, tmp_path, Reporter())
+        assert anew.measure(Point(task="tiny", context="by position", pairs=12, rank=8)).nll == pytest.approx(
+            measured.nll, rel=1e-6
+        )
