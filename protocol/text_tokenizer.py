@@ -99,6 +99,11 @@ class TextTokenizer:
         """Text of one token; a special token's spelling."""
         return self._spellings.get(token_id) or self.decode_continuation([token_id])
 
+    def piece(self, token_id: int) -> str | None:
+        """A token as the vocabulary writes it; None if there is no such token."""
+        piece: str | None = self._tokenizer.id_to_token(token_id)
+        return piece
+
     def added_ids_from(self, size: int) -> list[int]:
         """Ids of the added tokens, from `size` on. Only texts that spell these tokens have them, or templates."""
         return sorted(token_id for token_id in self._private.added_ids if token_id >= size)

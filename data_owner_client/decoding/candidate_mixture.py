@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from data_owner_client.adapter.candidates import index_of
 from data_owner_client.adapter.interpolation import mix
+
+# Share of the candidates' probability that rounding may have added to it, when the rest is bounded.
+_ROUNDING = 1e-2
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,46 @@ class CandidateMixture:
         """
         index_N = self.logprob_N_K.argmax(dim=-1)
         # Where λ is 0 the PLM decides alone, also between candidates that rounding made equal.
-        take_top1_N = (self.lambda_N == 0) | (index_N == len(self.candidate_ids_C))
+        top1_logprob_N = self.logprob_N_K.gather(1, self._index_of_top1()[:, None])[:, 0]
+        plm_decides_N = (self.lambda_N == 0) & (top1_logprob_N > -math.inf)
+        take_top1_N = plm_decides_N | (index_N == len(self.candidate_ids_C))
         index_N = index_N.clamp(max=len(self.candidate_ids_C) - 1)
         return torch.where(take_top1_N, self.plm.top1_N, self.candidate_ids_C[index_N])
+
+    def held(self, allowed: Sequence[Tensor | None]) -> CandidateMixture:
+        """The mixture over the allowed tokens alone; the others have −∞.
+
+        Args:
+            allowed: True for each allowed token, bool [V], at each position; None for all.
+        """
+        if all(allowed_V is None for allowed_V in allowed):
+            return self
+        logprob_N_K = self.logprob_N_K.clone()
+        for row, allowed_V in enumerate(allowed):
+            if allowed_V is not None:
+                logprob_N_K[row, ~allowed_V[self.token_ids(row)]] = -math.inf
+        return replace(self, logprob_N_K=logprob_N_K)
+
+    def exceeds_others(self, row: int, score: float) -> bool:
+        """True if a log-probability is at least that of each token that is neither a candidate nor the PLM's top-1.
+
+        There the mixture is (1 − λ)·P_PLM. P_PLM is at most that of the top-1, and at most what the others leave of 1.
+        """
+        if score == -math.inf:
+            return False
+        weight, top1_logprob = 1.0 - float(self.lambda_N[row]), float(self.plm.top1_logprob_N[row])
+        if weight <= 0.0 or score >= math.log(weight) + top1_logprob:
+            return True
+        others = float(self.plm.logprob_N_C[row].double().exp().sum())
+        if self._index_of_top1()[row] == len(self.candidate_ids_C):
+            others += math.exp(top1_logprob)
+        rest = 1.0 - others * (1.0 - _ROUNDING)
+        return rest <= 0.0 or score >= math.log(weight) + math.log(rest)
+
+    def _index_of_top1(self) -> Tensor:
+        """Column of `logprob_N_K` that has the PLM's top-1, int64 [N]."""
+        index_N = index_of(self.plm.top1_N, self.candidate_ids_C)
+        return torch.where(index_N >= 0, index_N, len(self.candidate_ids_C))
 
     def token_ids(self, row: int) -> Tensor:
         """Token ids [K] of one row of `logprob_N_K`."""

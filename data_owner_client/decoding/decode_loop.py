@@ -11,12 +11,16 @@ from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.reading.problems import InvalidText, Origin, text_origin
 from data_owner_client.data.stops import StopMatcher, Stops
+from data_owner_client.decoding.answer_grammar import AnswerGrammar
 from data_owner_client.decoding.client_drafts import NgramDrafter
+from data_owner_client.decoding.held_selection import HeldSelection
 from data_owner_client.decoding.sampling import Noise
 from data_owner_client.decoding.sequence import End, EndRules, SequenceState
 from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings, SamplingSettings
 from data_owner_client.decoding.speculative import GenerationStats, PlmOnlyCalls, SpeculativeDecoder
-from data_owner_client.decoding.token_selection import TokenChoice, TokenSelector
+from data_owner_client.decoding.token_choice import TokenChoice
+from data_owner_client.decoding.token_search import TokenSearch
+from data_owner_client.decoding.token_selection import TokenSelector
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Bar, Reporter
 from protocol.errors import InvalidData
@@ -38,6 +42,7 @@ class GenerationRequest:
         sample: number of this continuation among those of the same prompt, for its noise; None for the most probable
             tokens even when sampling.
         length_bound: longest plausible answer in tokens; None for no bound.
+        grammar: form of the answer, with the same stops; None for a free answer.
     """
 
     prompt: Sequence[int]
@@ -45,6 +50,7 @@ class GenerationRequest:
     adapter_prompt: Sequence[int] | None = None
     sample: int | None = 0
     length_bound: int | None = None
+    grammar: AnswerGrammar | None = None
 
     @property
     def longest_prompt(self) -> int:
@@ -143,7 +149,8 @@ def generate(
     head = None
     if sampling is not None and not sampling.candidates_only:
         head = plm.full_head(reporter).to(torch.float32)
-    selector = TokenSelector(adapter, head, interpolation, rules.stops.ids, sampling)
+    held = HeldSelection(TokenSearch(plm))
+    selector = TokenSelector(adapter, head, interpolation, rules.stops.ids, sampling, held)
     # The server's drafts end at these; which of them it knows never changes a text.
     drafting_stops = rules.stops.ids if len(rules.stops.ids) <= _MAX_DRAFTING_STOPS else config.stops.ids
     decoder = SpeculativeDecoder(plm, selector, drafting_stops, settings, config.lookup, on_token)
@@ -151,7 +158,7 @@ def generate(
     with (reporter or Reporter()).bar("generating", len(sequences), "sequences") as bar:
         _run(decoder, sequences, batch_size, bar)
     stats, ends = decoder.stats, [s.end or End.MAX_TOKENS for s in sequences]
-    stats.tokens = sum(s.length for s in sequences)
+    stats.tokens, stats.unproven = sum(s.length for s in sequences), held.unproven
     stats.length_bound_ends, stats.repetition_ends = ends.count(End.LENGTH_BOUND), ends.count(End.REPETITION)
     continuations = [
         Continuation(s.choices, rules.stops.text(s.generated), end) for s, end in zip(sequences, ends, strict=True)
@@ -216,6 +223,8 @@ def _sequence(
         sequence.noise = Noise(sampling.seed, sequence.prompt, request.sample)
         # The server drafts the most probable tokens, so it can finish alone only where these are wanted.
         sequence.plm_only_from = max_tokens
+    if request.grammar is not None:
+        sequence.answer, sequence.plm_only_from = request.grammar.begin(), max_tokens
     return sequence
 
 

@@ -10,20 +10,20 @@ from typing import Unpack
 
 from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.data.chat_turns import single_text
-from data_owner_client.data.example_retrieval import with_retrieved_examples
 from data_owner_client.data.pairs import Source, text_of
 from data_owner_client.data.reading.problems import text_origin
 from data_owner_client.data.stops import StopMatcher, Stops
 from data_owner_client.data.tasks import Task
+from data_owner_client.decoding.answer_grammar import AnswerGrammar
 from data_owner_client.decoding.classification import classify, with_labels
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.decode_loop import Continuation, GenerationRequest, require_room
 from data_owner_client.decoding.decode_loop import generate as generate_ids
 from data_owner_client.decoding.failures import TextFailures, list_of_texts
+from data_owner_client.decoding.inputs import TextInput, text_inputs
 from data_owner_client.decoding.mbr import rank_by_expected_chrf
 from data_owner_client.decoding.options import ChosenOptions, GenerationOptions
 from data_owner_client.decoding.results import Generation as Generation
-from data_owner_client.decoding.results import TextInput
 from data_owner_client.decoding.sequence import End
 from data_owner_client.decoding.token_selection import TokenChoice
 from data_owner_client.memory.store import TRAIN, ExternalMemory
@@ -65,28 +65,19 @@ def translate(
     # The adapter learned prompts of the day when its memory was begun.
     task = with_labels(task.on_day(adapter.card.task.date if adapter else None, tokenizer), adapter)
 
-    def to_input(number: int, source: Source) -> TextInput:
-        prompt = task.prompt(source, tokenizer)
-        if adapter is None:
-            return TextInput(number, prompt)
-        tokens = tokenizer.count(text_of(source))
-        bound = chosen.length_bound(adapter, tokens)
-        return TextInput(number, prompt, adapter.card.expected_length(tokens), length_bound=bound)
-
     failures = TextFailures(chosen.on_failure)
-    inputs = failures.each(sources, to_input)
-    if adapter and adapter.retriever:
-        questions = [sources[each.number] for each in inputs]
-        tasks = with_retrieved_examples(plm, task, questions, adapter.retriever)
-        inputs = [
-            replace(each, prompt=own.prompt(question, tokenizer), adapter_prompt=each.prompt)
-            for each, own, question in zip(inputs, tasks, questions, strict=True)
-        ]
+    inputs = text_inputs(plm, task, sources, adapter, failures)
     if task.kind == "classify":
         return _classify(plm, task, sources, inputs, failures, adapter, chosen)
+    if adapter is not None:
+        inputs = [
+            replace(each, length_bound=chosen.length_bound(adapter, tokenizer.count(text_of(sources[each.number]))))
+            for each in inputs
+        ]
     stops, on_text = task.stops(tokenizer, plm.card.eos_token_ids), chosen.on_text
     if on_text is not None:
         chosen = replace(chosen, on_text=lambda number, text: on_text(number, text.strip()))
+    chosen = replace(chosen, form=chosen.answer_form(task))
     return _generate(plm, inputs, len(sources), failures, stops, adapter, chosen).stripped()
 
 
@@ -119,6 +110,7 @@ def generate(
     prompts = list_of_texts(prompts)
     expected_length = adapter.card.mean_length if adapter else None
     chosen, stops = ChosenOptions(**options), Stops(ids=frozenset(plm.card.eos_token_ids))
+    chosen = replace(chosen, form=chosen.answer_form(None))
     failures = TextFailures(chosen.on_failure)
 
     def to_input(number: int, prompt: Source) -> TextInput:
@@ -197,11 +189,14 @@ def _generate(
     failures.settle(total)
     samples, sampling = options.draws(adapter)
     config = options.config(adapter, stops, sampling)
+    grammar = None
+    if options.form is not None:
+        grammar = AnswerGrammar(options.form, plm.tokenizer, config.stops, plm.card.vocab_size)
     listeners = _Listeners(numbers, len(samples), StopMatcher(plm.tokenizer, config.stops), options)
     continuations, stats = generate_ids(
         plm,
         # Samples of the same prompt one after another: they share all of its attention states.
-        [replace(request, sample=sample) for request in requests for sample in samples],
+        [replace(request, sample=sample, grammar=grammar) for request in requests for sample in samples],
         config,
         on_token=listeners.on_token if options.on_token or options.on_text else None,
         reporter=options.reporter,

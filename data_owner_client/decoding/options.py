@@ -9,7 +9,9 @@ from typing import TypedDict
 from data_owner_client.adapter.bounds import DEFAULT_REPETITION_LIMIT
 from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.data.answer_form import AnswerForm
 from data_owner_client.data.stops import Stops
+from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.decode_loop import PLM_ONLY, GenerationConfig
 from data_owner_client.decoding.failures import OnFailure
@@ -32,6 +34,7 @@ class GenerationOptions(TypedDict, total=False):
     Attributes:
         interpolation: schedule or gate of λ; None for the one that training chose.
         decoding: length, bounds, look-ahead and batch size.
+        form: form that all answers are held to; None for the task's schema, as `decoding.hold` says.
         stop: text, or several, before which a text ends, beside the other stops; None for no more.
         lookup: drafter from a memory's targets (`ngram_drafter_for`); the PLM's owner sees its drafts. None for none.
         sampling: settings of sampling; None for the most probable tokens. The text depends on the seed, not on drafts.
@@ -49,6 +52,7 @@ class GenerationOptions(TypedDict, total=False):
 
     interpolation: Interpolation | None
     decoding: DecodingSettings
+    form: AnswerForm | None
     stop: str | Iterable[str] | None
     lookup: NgramDrafter | None
     sampling: SamplingSettings | None
@@ -93,6 +97,7 @@ class ChosenOptions:
 
     interpolation: Interpolation | None = None
     decoding: DecodingSettings = DEFAULT_DECODING
+    form: AnswerForm | None = None
     stop: str | Iterable[str] | None = ()
     lookup: NgramDrafter | None = None
     sampling: SamplingSettings | None = None
@@ -121,6 +126,7 @@ class ChosenOptions:
             "--lookup": self.lookup is not None,
             "--stream": self.on_text is not None or self.on_token is not None,
             "--stop": self.stop,
+            "The option form": self.form,
         }
         if names := [name for name, value in unfit.items() if value]:
             raise InvalidData(
@@ -147,6 +153,27 @@ class ChosenOptions:
             sampling=sampling,
             lookup=self.lookup,
         )
+
+    def answer_form(self, task: Task | None) -> AnswerForm | None:
+        """The form that answers are held to; None for free answers.
+
+        Args:
+            task: task of the answers; None for bare prompts.
+
+        Raises:
+            InvalidData: answers shall be held, and there is no form.
+        """
+        hold, schema = self.decoding.hold, None if task is None else task.answer_schema
+        if self.form is not None or hold is False:
+            return self.form
+        if schema is not None:
+            return AnswerForm(schema)
+        if hold:
+            raise InvalidData(
+                "--hold needs the form of the answers, and there is none.",
+                hint='Give the task kind = "extract" and an answer_schema, or leave --hold away.',
+            )
+        return None
 
     def length_bound(self, adapter: CandidateDistribution, source_tokens: int) -> int | None:
         """The longest plausible answer to a source text, in tokens; None for no bound."""

@@ -9,8 +9,9 @@ from enum import StrEnum
 from data_owner_client.adapter.network import RECENT_TOKENS
 from data_owner_client.data.repetition import RepetitionDetector
 from data_owner_client.data.stops import StopMatcher
+from data_owner_client.decoding.answer_grammar import AnswerState
 from data_owner_client.decoding.sampling import Noise
-from data_owner_client.decoding.token_selection import DecodePosition, TokenChoice
+from data_owner_client.decoding.token_choice import DecodePosition, TokenChoice
 
 
 class End(StrEnum):
@@ -52,6 +53,7 @@ class SequenceState:
         end_at_full_length: reason for its end when it has all its tokens.
         adapter_prompt: token ids behind which the adapter's representations are taken; None for `prompt`.
         noise: noise of its draws; None to take the most probable tokens.
+        answer: state of the grammar that holds it; None for a free text.
         choices: its tokens so far, with their scores.
         expected_accepts: expected number of positions so far at which mixture and PLM choose the same token.
         accepts: number of positions so far at which mixture and PLM chose the same token.
@@ -66,6 +68,7 @@ class SequenceState:
     end_at_full_length: End = End.MAX_TOKENS
     adapter_prompt: list[int] | None = None
     noise: Noise | None = None
+    answer: AnswerState | None = None
     choices: list[TokenChoice] = field(default_factory=list)
     expected_accepts: float = 0.0
     accepts: int = 0
@@ -88,11 +91,23 @@ class SequenceState:
         """Token ids of the prompt and the tokens so far."""
         return self.prompt + self.generated
 
-    def position(self, t: int, drafts: Sequence[int]) -> DecodePosition:
-        """The position of token t, if the drafts before it are accepted."""
-        recent = [*(choice.token for choice in self.choices[-RECENT_TOKENS:]), *drafts]
-        # Only draws look at the whole context.
-        return DecodePosition(self.lambdas[t], t, self.noise, recent, [*self.context, *drafts] if self.noise else ())
+    def positions(self, drafts: Sequence[int]) -> list[DecodePosition]:
+        """The positions of the next token and of those behind each draft, if the drafts are accepted."""
+        recent = [choice.token for choice in self.choices[-RECENT_TOKENS:]]
+        # Only draws and held answers look at the whole context.
+        context = self.context if self.noise or self.answer else None
+        allowed = [None] * (len(drafts) + 1) if self.answer is None else self.answer.allowed_along(drafts)
+        return [
+            DecodePosition(
+                self.lambdas[self.length + step],
+                self.length + step,
+                self.noise,
+                [*recent, *drafts[:step]],
+                () if context is None else [*context, *drafts[:step]],
+                allowed_V,
+            )
+            for step, allowed_V in enumerate(allowed)
+        ]
 
     @property
     def max_new_drafts(self) -> int:
@@ -113,6 +128,8 @@ class SequenceState:
                 return
         if self.max_new_drafts < 0:
             self.end = self.end_at_full_length
+        elif self.answer is not None:
+            self.answer.append(choice.token)
 
     def report(self, on_token: Callable[[int, int], None]) -> None:
         """Call `on_token` with the index of the request and each token that has become final since the last report.

@@ -13,7 +13,7 @@ from data_owner_client.runtime.declared_settings import require_in_bounds
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingSettings:
-    """Settings of decoding. Only `max_new_tokens` and the two bounds can change a text.
+    """Settings of decoding. Only `max_new_tokens`, the two bounds and `hold` can change a text.
 
     Attributes:
         max_new_tokens: Longest answer, in tokens.
@@ -23,6 +23,7 @@ class DecodingSettings:
         look_ahead: Tokens that the server drafts per call; never changes the text. Default: two, or the client's own
             drafts where these are likelier to be accepted.
         batch_size: Sequences in one call; one that ends makes room for the next.
+        hold: Hold answers to the task's `answer_schema`. Default: where the task has one.
         label_tolerance: Of a `classify` task, largest error of a label's probability. The most probable label is exact.
             0 sends all labels behind each text, so that the calls do not depend on the answers.
     """
@@ -32,15 +33,16 @@ class DecodingSettings:
     repetition_bound: bool | None = None
     look_ahead: Annotated[int, Ge(0), Unit("tokens")] | None = None
     batch_size: Annotated[int, Ge(1), Unit("sequences")] = 32
+    hold: bool | None = None
     label_tolerance: Annotated[float, Ge(0), Lt(1)] = 1e-4
 
     def __post_init__(self) -> None:
         require_in_bounds(self)
 
     @property
-    def bounds_of_texts(self) -> tuple[int, bool | None, bool | None]:
+    def bounds_of_texts(self) -> tuple[int, bool | None, bool | None, bool | None]:
         """The settings that can change a text."""
-        return self.max_new_tokens, self.length_bound, self.repetition_bound
+        return self.max_new_tokens, self.length_bound, self.repetition_bound, self.hold
 
 
 @dataclass(frozen=True, kw_only=True)

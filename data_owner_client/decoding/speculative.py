@@ -21,7 +21,8 @@ from operator import add, mul
 from data_owner_client.decoding.client_drafts import Drafter, DraftToken, NgramDrafter, PromptLookupDrafter
 from data_owner_client.decoding.sequence import SequenceState
 from data_owner_client.decoding.settings import DecodingSettings
-from data_owner_client.decoding.token_selection import TokenChoice, TokenSelector
+from data_owner_client.decoding.token_choice import OpenChoice, TokenChoice
+from data_owner_client.decoding.token_selection import TokenSelector
 from data_owner_client.plm.connection.base import Attempt
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.background import daemon_future
@@ -98,6 +99,7 @@ class GenerationStats:
         accepted: drafts that became part of a text.
         length_bound_ends: texts that ended at the length bound.
         repetition_ends: texts that ended at a repetition.
+        unproven: tokens of held answers that were the best of the candidates, maybe not of all tokens.
         label_prefixes: prompts with a prefix of a label that were sent to score labels.
         label_tokens: tokens of these prompts and prefixes.
         network_s: seconds waiting for the network.
@@ -112,6 +114,7 @@ class GenerationStats:
     accepted: int = 0
     length_bound_ends: int = 0
     repetition_ends: int = 0
+    unproven: int = 0
     label_prefixes: int = 0
     label_tokens: int = 0
     network_s: float = 0.0
@@ -136,13 +139,14 @@ class GenerationStats:
 
     @property
     def _bounded(self) -> str:
-        """The number of texts that ended at a bound, in words; empty if none did."""
+        """The numbers of texts that ended at a bound and of unproven tokens, in words; empty if there are none."""
+        unproven = [f"{self.unproven:,} tokens are the best of the candidates alone"] if self.unproven else []
         ends = [
             f"{texts:,} {'text' if texts == 1 else 'texts'} ended at {bound}"
             for texts, bound in ((self.length_bound_ends, "the length bound"), (self.repetition_ends, "a repetition"))
             if texts
         ]
-        return f"; {', '.join(ends)}" if ends else ""
+        return f"; {', '.join([*ends, *unproven])}" if ends or unproven else ""
 
 
 class SpeculativeDecoder:
@@ -246,6 +250,8 @@ class SpeculativeDecoder:
         options = [
             drafter.draft(sequence.prompt, sequence.generated, sequence.max_new_drafts) for drafter in self._drafters
         ]
+        if sequence.answer is not None:
+            options = [row[: sequence.answer.count_allowed([draft.token for draft in row])] for row in options]
         drafts = max(options, key=lambda row: sum(accumulate((draft.acceptance for draft in row), mul)), default=[])
         if drafts and self.max_look_ahead(sequence) and drafts[0].acceptance <= self._acceptance_at(sequence):
             return []
@@ -264,18 +270,16 @@ class SpeculativeDecoder:
         self.stats.round_trips += len(batch)
         self.stats.drafted += sum(counts) - len(batch)
         tokens = _drafted_tokens(answer.client_drafts, response)
-        positions = [
-            s.position(s.length + step, row[:step])
-            for s, row in zip(batch, tokens, strict=True)
-            for step in range(len(row))
-        ]
+        # The last token of a row follows the last draft: nothing is selected behind it.
+        positions = [position for s, row in zip(batch, tokens, strict=True) for position in s.positions(row[:-1])]
         choices = iter(self._selector.select(response, positions, answer.adapter_response or response))
         for sequence, client_drafts, row in zip(batch, answer.client_drafts, tokens, strict=True):
             accepted = 0
             for step, draft in enumerate(row):
-                choice = next(choices)
+                selected = next(choices)
                 if accepted < step or sequence.end:
                     continue  # behind a difference, or the end
+                choice = selected.resolve() if isinstance(selected, OpenChoice) else selected
                 self._observe(sequence, choice)
                 if step < len(client_drafts):
                     client_drafts[step].drafter.observe(client_drafts[step], accepted=choice.token == draft)

@@ -1,10 +1,14 @@
-"""Selection of the mixture's token at each position of a response: the most probable one, or a draw."""
+"""Selection of the mixture's token at each position of a response: the most probable one, or a draw.
+
+In a held answer it is the most probable of the allowed tokens. The candidates and the PLM's top-1 are compared at once.
+Where one of them is allowed and more probable than any other token can be, it is the choice. Elsewhere the choice stays
+open, and is resolved when the text reaches it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,62 +19,18 @@ from data_owner_client.adapter.gate import gate_features
 from data_owner_client.adapter.interpolation import Interpolation, mix
 from data_owner_client.adapter.network import RECENT_TOKENS
 from data_owner_client.decoding.candidate_mixture import CandidateMixture, PlmScores
-from data_owner_client.decoding.sampling import Noise, draw_token
+from data_owner_client.decoding.held_selection import HeldSelection
+from data_owner_client.decoding.sampling import draw_token
 from data_owner_client.decoding.settings import SamplingSettings
+from data_owner_client.decoding.token_choice import DecodePosition, OpenChoice, TokenChoice
 from protocol.head import LMHead
 from protocol.messages import DecodeResponse
 from protocol.quantization import dequantize
 
+__all__ = ["DecodePosition", "OpenChoice", "TokenChoice", "TokenSelector", "plm_scores"]
+
 # Rows of the whole vocabulary at a time.
 _ROWS_AT_ONCE = 8
-
-
-@dataclass(frozen=True)
-class DecodePosition:
-    """A position at which a token is selected.
-
-    Attributes:
-        lambda_t: λ_t.
-        t: index of the token in the continuation.
-        noise: noise of the sequence; None to take the most probable token even when sampling.
-        recent: ids of the continuation's last tokens before t, the newest last.
-        context: when sampling, token ids of prompt and continuation before t.
-    """
-
-    lambda_t: float
-    t: int
-    noise: Noise | None
-    recent: Sequence[int] = ()
-    context: Sequence[int] = ()
-
-
-@dataclass(frozen=True)
-class TokenChoice:
-    """The token selected at a position, with the scores behind it.
-
-    Attributes:
-        token: token id.
-        lambda_t: λ_t.
-        plm_logprob: log P_PLM of the token.
-        pema_logprob: log P_PEMA of the token, −∞ where it is no candidate; None where the adapter was not used.
-        plm_token: most probable token of the PLM alone.
-        pema_token: most probable token of the adapter alone; None where the adapter was not used.
-    """
-
-    token: int
-    lambda_t: float
-    plm_logprob: float
-    pema_logprob: float | None
-    plm_token: int
-    pema_token: int | None
-
-    @property
-    def logprob(self) -> float:
-        """log P of the token under the mixture."""
-        if self.pema_logprob is None:
-            return self.plm_logprob
-        parts = torch.tensor([self.plm_logprob, self.pema_logprob, self.lambda_t], dtype=torch.float64)
-        return float(mix(*parts))
 
 
 class TokenSelector:
@@ -83,6 +43,7 @@ class TokenSelector:
         stop_ids: tokens that end a text. The length reward applies to those among the candidates: the candidates' rows
             alone cannot compare others with the whole vocabulary.
         sampling: settings of sampling, used at positions with noise; None to take the most probable tokens everywhere.
+        held: proves the choices of held answers.
     """
 
     def __init__(
@@ -92,7 +53,9 @@ class TokenSelector:
         interpolation: Interpolation,
         stop_ids: frozenset[int],
         sampling: SamplingSettings | None,
+        held: HeldSelection,
     ) -> None:
+        self._held = held
         self._adapter = adapter
         self._gate = interpolation.gate
         self._head = head
@@ -104,7 +67,7 @@ class TokenSelector:
 
     def select(
         self, response: DecodeResponse, positions: Sequence[DecodePosition], adapter_response: DecodeResponse
-    ) -> list[TokenChoice]:
+    ) -> Sequence[TokenChoice | OpenChoice]:
         """The choice at each position.
 
         Args:
@@ -116,17 +79,16 @@ class TokenSelector:
         cr_N_D = dequantize(adapter_response.cr_N_D, adapter_response.cr_scale_N)
         if self._sampling is not None and self._head is not None:
             return self._draw(self._sampling, self._head, response, positions, cr_N_D)
-        if self._adapter is None or not any(position.lambda_t or position.noise for position in positions):
-            return [
-                TokenChoice(token, position.lambda_t, logprob, None, token, None)
-                for token, logprob, position in zip(
-                    response.top1_N.tolist(), response.top1_logprob_N.tolist(), positions, strict=True
-                )
-            ]
+        plm_alone = not any(position.lambda_t or position.noise for position in positions)
+        if self._adapter is None or (
+            plm_alone and all(map(DecodePosition.allows, positions, response.top1_N.tolist()))
+        ):
+            return self._of_plm(response, positions)
         ids_C, plm = self._adapter.candidate_ids_C, plm_scores(self._adapter.head, response)
         pema_logprob_N_C = self._adapter.logprobs(cr_N_D, _previous(positions))
         lambda_N = self._lambdas(positions, plm.logprob_N_C, pema_logprob_N_C)
         mixture = CandidateMixture.from_scores(plm, pema_logprob_N_C, ids_C, lambda_N, self._stop_penalty_C)
+        mixture = mixture.held([position.allowed_V for position in positions])
         token_N = mixture.most_probable()
         if self._sampling is not None:
             _redraw(token_N, positions, mixture, self._sampling)
@@ -141,7 +103,18 @@ class TokenSelector:
         )
         chosen_pema_N = pema_logprob_N_C.gather(1, index_N[:, None])[:, 0].masked_fill(~inside_N, -math.inf)
         columns = (token_N, lambda_N, chosen_plm_N, chosen_pema_N, plm.top1_N, ids_C[pema_logprob_N_C.argmax(dim=-1)])
-        return [TokenChoice(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        choices = [TokenChoice(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        return self._held.proven(choices, positions, _head_input(response), response.logsumexp_N, mixture)
+
+    def _of_plm(self, response: DecodeResponse, positions: Sequence[DecodePosition]) -> list[TokenChoice | OpenChoice]:
+        """The PLM's choice at each position."""
+        choices = [
+            TokenChoice(token, position.lambda_t, logprob, None, token, None)
+            for token, logprob, position in zip(
+                response.top1_N.tolist(), response.top1_logprob_N.tolist(), positions, strict=True
+            )
+        ]
+        return self._held.proven(choices, positions, _head_input(response), response.logsumexp_N, None)
 
     def _lambdas(self, positions: Sequence[DecodePosition], plm_N_C: Tensor, pema_N_C: Tensor) -> Tensor:
         """λ at each position, float64."""
@@ -174,9 +147,10 @@ class TokenSelector:
                     mixture_N_V[:, ids_C] -= self._stop_penalty_C * (lambda_N > 0)[:, None]
                     mixture_N_V = mixture_N_V.log_softmax(dim=-1)
             for row, position in enumerate(positions[rows]):
-                token = int(mixture_N_V[row].argmax())
+                logprob_V = _among_allowed(mixture_N_V[row], plm_N_V[row], position.allowed_V)
+                token = int(logprob_V.argmax())
                 if position.noise is not None:
-                    token = draw_token(sampling, mixture_N_V[row], position.context, position.noise, position.t)
+                    token = draw_token(sampling, logprob_V, position.context, position.noise, position.t)
                 choices.append(
                     TokenChoice(
                         token,
@@ -195,10 +169,18 @@ def _redraw(
 ) -> None:
     """Replace the token at each position with noise by a draw from the candidates and the PLM's top-1."""
     for row, position in enumerate(positions):
-        if position.noise is not None:
+        if position.noise is not None and mixture.logprob_N_K[row].max() > -math.inf:
             logprob_K, ids_K = mixture.logprob_N_K[row].log_softmax(dim=-1), mixture.token_ids(row)
             drawn = draw_token(sampling, logprob_K, position.context, position.noise, position.t, ids_V=ids_K)
             token_N[row] = ids_K[drawn]
+
+
+def _among_allowed(mixture_V: Tensor, plm_V: Tensor, allowed_V: Tensor | None) -> Tensor:
+    """The mixture over the allowed tokens; the PLM's distribution where the mixture has none of them."""
+    if allowed_V is None:
+        return mixture_V
+    held_V = mixture_V.masked_fill(~allowed_V, -math.inf)
+    return held_V if held_V.max() > -math.inf else plm_V.masked_fill(~allowed_V, -math.inf)
 
 
 def _previous(positions: Sequence[DecodePosition]) -> Tensor:

@@ -213,6 +213,19 @@ class RemotePlm:
             raise ProtocolViolation("The server's probabilities of all tokens do not add up to 1.")
         return logprob_V
 
+    def most_probable(self, token_ids: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+        """The most probable tokens after `token_ids`, int64 [K], and log P of each, float32 [K], the highest first."""
+        response = self._connection.distribution(DistributionRequest(token_ids=list(token_ids), top_k=count))
+        self._check_digest(response.digest)
+        _require_shape(response.logprob_K, (count,), "the most probable tokens")
+        if response.token_ids_K.shape != (count,) or not _within(response.token_ids_K, self.card.vocab_size):
+            raise ProtocolViolation("A probable token of the server lies outside its own vocabulary.")
+        return response.token_ids_K.long(), response.logprob_K.float()
+
+    def grants(self, scope: str) -> bool:
+        """True if the client's key allows a call."""
+        return not self.card.scopes or scope in self.card.scopes
+
     def cached_distributions(self) -> Distributions:
         """The full distributions in the cache.
 
@@ -318,7 +331,7 @@ class RemotePlm:
         if isinstance(response, DecodeResponse):
             _require_shape(response.top1_N, (rows,), "the top-1 tokens")
             _require_shape(response.top1_logprob_N, (rows,), "the top-1 probabilities")
-            if int(response.top1_N.min()) < 0 or int(response.top1_N.max()) >= self.card.vocab_size:
+            if not _within(response.top1_N, self.card.vocab_size):
                 raise ProtocolViolation("A top-1 token of the server lies outside its own vocabulary.")
 
     def _check_rows(self, values_N_D: Tensor, scale_N: Tensor | None, rows: int, label: str) -> None:
@@ -342,6 +355,10 @@ def _read_bundle(path: Path) -> TokenizerBundle | None:
         return TokenizerBundle.from_json(path.read_bytes())
     except (OSError, InvalidRequest):
         return None
+
+
+def _within(token_ids_N: Tensor, vocab_size: int) -> bool:
+    return int(token_ids_N.min()) >= 0 and int(token_ids_N.max()) < vocab_size
 
 
 def _require_shape(values: Tensor, shape: tuple[int, ...], label: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
+from data_owner_client.plm.byte_pieces import bytes_of_piece
 from protocol.errors import InvalidData
 from protocol.marked_text import MarkedText
 from protocol.messages import TokenizerBundle
@@ -109,6 +110,20 @@ class PlmTokenizer:
     def name(self, token_id: int) -> str:
         """Text of one token, its first space included; of a special token, its spelling."""
         return self._tokenizer.name(token_id)
+
+    @cached_property
+    def token_bytes(self) -> list[bytes | None]:
+        """UTF-8 bytes of each token's text, possibly of a part of a character; None for tokens without text."""
+        size, special = self._tokenizer.size, {*self.special_ids.values()}
+        texts = self._tokenizer.decode_continuations([[token_id] for token_id in range(size)])
+        return [
+            None
+            if token_id in special or not text
+            else bytes_of_piece(self._tokenizer.piece(token_id) or text)
+            if _NO_CHARACTER in text
+            else text.encode()
+            for token_id, text in enumerate(texts)
+        ]
 
     def change(self, text: str) -> str | None:
         """The text that a continuation becomes, if tokenising and decoding change it; None if they do not.

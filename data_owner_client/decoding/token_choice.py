@@ -1,0 +1,77 @@
+"""Positions at which tokens are selected, and the selected tokens with their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_owner_client.adapter.interpolation import mix
+from data_owner_client.decoding.sampling import Noise
+
+
+@dataclass(frozen=True)
+class DecodePosition:
+    """A position at which a token is selected.
+
+    Attributes:
+        lambda_t: λ_t.
+        t: index of the token in the continuation.
+        noise: noise of the sequence; None to take the most probable token even when sampling.
+        recent: ids of the continuation's last tokens before t, the newest last.
+        context: when sampling or in a held answer, token ids of prompt and continuation before t.
+        allowed_V: in a held answer, True for each token with which it can go on, bool [V]; None for all tokens.
+    """
+
+    lambda_t: float
+    t: int
+    noise: Noise | None
+    recent: Sequence[int] = ()
+    context: Sequence[int] = ()
+    allowed_V: Tensor | None = None
+
+    def allows(self, token: int) -> bool:
+        """True if the token may be selected."""
+        return self.allowed_V is None or bool(self.allowed_V[token])
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """The token selected at a position, with the scores behind it.
+
+    Attributes:
+        token: token id.
+        lambda_t: λ_t.
+        plm_logprob: log P_PLM of the token.
+        pema_logprob: log P_PEMA of the token, −∞ where it is no candidate; None where the adapter was not used.
+        plm_token: most probable token of the PLM alone.
+        pema_token: most probable token of the adapter alone; None where the adapter was not used.
+    """
+
+    token: int
+    lambda_t: float
+    plm_logprob: float
+    pema_logprob: float | None
+    plm_token: int
+    pema_token: int | None
+
+    @property
+    def logprob(self) -> float:
+        """log P of the token under the mixture."""
+        if self.pema_logprob is None:
+            return self.plm_logprob
+        parts = torch.tensor([self.plm_logprob, self.pema_logprob, self.lambda_t], dtype=torch.float64)
+        return float(mix(*parts))
+
+
+@dataclass(frozen=True)
+class OpenChoice:
+    """A choice between the best allowed token of those compared, and the tokens that are none of these.
+
+    Attributes:
+        resolve: returns the choice, which may need calls to the server.
+    """
+
+    resolve: Callable[[], TokenChoice]
