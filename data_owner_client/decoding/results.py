@@ -1,4 +1,4 @@
-"""What a generation is made from and what it gives: the prompts of texts, and their answers."""
+"""The result of a generation: answers with their scores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from data_owner_client.decoding.speculative import GenerationStats
 from data_owner_client.decoding.token_selection import TokenChoice
-from data_owner_client.plm.tokenizer import Prompt
 
 
 @dataclass(frozen=True)
@@ -42,22 +41,3 @@ class Generation:
     def token_ids(self) -> list[list[int]]:
         """Token ids of the first text of each input."""
         return [[choice.token for choice in choices] for choices in self.choices]
-
-
-@dataclass(frozen=True)
-class TextInput:
-    """One text to answer.
-
-    Attributes:
-        number: index of the text.
-        prompt: prompt of the PLM.
-        expected_length: SL in tokens; None without an adapter.
-        adapter_prompt: prompt of the adapter; None for `prompt`.
-        length_bound: longest plausible answer in tokens; None for no bound.
-    """
-
-    number: int
-    prompt: Prompt
-    expected_length: float | None = None
-    adapter_prompt: Prompt | None = None
-    length_bound: int | None = None
