@@ -35,10 +35,10 @@ class AnswerSchema:
         self.schema = schema
         kind = validator_for(schema, default=Draft202012Validator)
         try:
-            kind.check_schema(schema)
+            kind.check_schema(dict(schema))
         except SchemaError as error:
             raise ValueError(f"it is no JSON schema: {error.message} at {error.json_path}") from error
-        self._validator: Validator = kind(schema, registry=Registry())
+        self._validator: Validator = kind(dict(schema), registry=Registry())
         resource = DRAFT202012.create_resource(dict(schema))
         self._resolver = Registry().with_resource("", resource).resolver()
         for reference in _references(schema):
@@ -59,7 +59,7 @@ class AnswerSchema:
 
     def ordered(self, value: JsonValue) -> JsonValue:
         """A valid value with the keys of objects in the order of the schema's `properties`; other keys follow."""
-        return self._ordered(value, [self.schema])
+        return self._ordered(value, [dict(self.schema)])
 
     def _ordered(self, value: JsonValue, schemas: Sequence[JsonValue]) -> JsonValue:
         parts = [part for schema in schemas for part in self._parts(schema, value)]
