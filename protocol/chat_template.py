@@ -251,11 +251,11 @@ class _Marks:
         self._open, self._close, self._edge = next(absent), next(absent), next(absent)
 
     def around(self, value: Any) -> Any:
-        """The value with marks in each string; the keys of dictionaries stay."""
+        """The value with marks in each string, keys of dictionaries included: a template may write them as JSON."""
         if isinstance(value, str):
             return self._around_text(value)
         if isinstance(value, Mapping):
-            return {key: self.around(item) for key, item in value.items()}
+            return {self.around(key): self.around(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(map(self.around, value))
         return value
