@@ -213,7 +213,7 @@ def _report(
         "plm": plm | {"ppl": perplexity["plm"]},
         "pema": pema | {"ppl": perplexity["mixture"]},
         **({"pema_published_interpolation": _scores(gradual)} if gradual else {}),
-        "signatures": [evaluated["pema"]["bleu_signature"], evaluated["pema"]["chrf_signature"]],
+        "signatures": list(evaluated["signatures"].values()),
         "perplexity": perplexity,
         "validation_nll": {"plm": card["validation"]["plm_nll"], "mixture": card["validation"]["mixture_nll"]},
         "seconds": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -41,6 +41,12 @@ from data_owner_client.scoring.settings import DEFAULT_SCORING
 from data_owner_client.training.settings import DEFAULT_TRAINING
 from protocol.errors import InvalidData
 
+if TYPE_CHECKING:
+    from data_owner_client.data.pair_files import PairFile
+    from data_owner_client.data.reading.settings import ReadingSettings
+    from data_owner_client.data.tasks import Task
+    from data_owner_client.evaluation.details import Details
+
 
 @command()
 def evaluate(
@@ -53,10 +59,17 @@ def evaluate(
         PathOption | None,
         Parameter(help="Score this text file, one hypothesis a line, instead of translating.", group=DATA),
     ] = None,
+    task: Annotated[
+        str | None,
+        Parameter(help="Task of --hypotheses, whose metrics are used. Default: rewriting, with BLEU.", group=DATA),
+    ] = None,
     reading: Reading = DEFAULT_READING,
     options: MoreDecoding = DEFAULT_OPTIONS,
     decoding: Decoding = DEFAULT_DECODING,
     scoring: Scoring = DEFAULT_SCORING,
+    picture: Annotated[
+        PathOption | None, Parameter(help="PNG file for the confusions of a classify task's labels.", group=OUTPUT)
+    ] = None,
     as_json: AsJson = False,
     threads: Threads = 0,
     server: Server = DEFAULT_SERVER,
@@ -64,43 +77,45 @@ def evaluate(
     dtype: Dtype = "float16",
     share_targets: ShareTargets = False,
 ) -> None:
-    """Score the PLM alone and with the adapter: BLEU, chrF and, with --share-targets, perplexity.
+    """Score the PLM alone and with the adapter by the metrics of the task's kind, and by perplexity.
 
-    BLEU and chrF are computed on this machine. Perplexity needs the PLM's view of the references themselves, which
-    shows them to its owner: hence the flag.
+    The metrics are computed on this machine. Perplexity needs the PLM's view of the references themselves, which shows
+    them to its owner: hence --share-targets.
 
     Examples:
 
     - `pema-client evaluate --adapter adapter --input test.jsonl --share-targets`
     - `pema-client evaluate --sources test.en --targets test.de --hypotheses test.out`
+    - `pema-client evaluate --task intents.toml --input test.jsonl --hypotheses test.out --picture confusions.png`
     """
     from data_owner_client.adapter.trained import TrainedAdapter
-    from data_owner_client.cli.output import print_evaluation, print_record
-    from data_owner_client.data.reading.reader import read_hypotheses
+    from data_owner_client.cli.output import print_record
+    from data_owner_client.cli.score_tables import print_evaluation, print_scores
+    from data_owner_client.data.tasks import Task, load_task
     from data_owner_client.evaluation.evaluate import evaluate as evaluate_systems
+    from data_owner_client.evaluation.evaluate import score_answers
     from data_owner_client.runtime.progress_display import stderr_reporter
-    from data_owner_client.scoring.text_metrics import bleu_tokenizer, text_scores
 
     set_threads(threads)
-    if hypotheses is not None and reading.skip_invalid:
-        raise InvalidData(
-            "With --hypotheses no pair can be left out: they belong to the references by their order.",
-            hint="Leave --skip-invalid away.",
-        )
-    if hypotheses is not None and adapter_folder is not None:
-        raise InvalidData("--hypotheses has the texts to score, so no adapter is used.", hint="Leave --adapter away.")
-    pairs = pairs_of(input_file, sources, targets, reading)
     if hypotheses is not None:
-        lines = read_hypotheses(hypotheses)
-        if len(lines) != len(pairs):
-            raise InvalidData(f"{hypotheses} has {len(lines)} lines for {len(pairs)} references.", hint="One each.")
-        references = [pair.target or "" for pair in pairs]
-        scores = text_scores(lines, references, bleu_tokenizer(references, scoring))
-        print_record(scores.model_dump(), as_json, title=str(hypotheses))
+        _require_hypotheses_alone(adapter_folder, reading)
+        loaded = load_task(task) if task else Task(name="rewrite")
+        _require_labels(picture, loaded)
+        pairs = pairs_of(input_file, sources, targets, reading)
+        scores = score_answers(loaded, pairs, _hypotheses_for(pairs, hypotheses), scoring)
+        if as_json:
+            print_record(scores.model_dump(), as_json, title="")
+        else:
+            print_scores(scores, title=str(hypotheses))
+        _draw(picture, f"{loaded.name}, {hypotheses}", scores.details)
         return
     if adapter_folder is None:
         raise InvalidData("There is nothing to evaluate.", hint="Give --adapter, or --hypotheses to score a file.")
+    if task is not None:
+        raise InvalidData("The adapter has its own task.", hint="Leave --task away: it goes with --hypotheses.")
     adapter = TrainedAdapter.load(adapter_folder)
+    _require_labels(picture, adapter.card.task)
+    pairs = pairs_of(input_file, sources, targets, reading)
     with connected(server, connection, dtype) as plm:
         evaluation = evaluate_systems(
             plm,
@@ -115,10 +130,12 @@ def evaluate(
             skip_invalid=reading.skip_invalid,
             reporter=stderr_reporter(),
         )
+    title = f"{len(evaluation.sources)} pairs"
     if as_json:
         print_record(evaluation.model_dump(), as_json, title="")
     else:
-        print_evaluation(evaluation, title=f"{len(pairs)} pairs")
+        print_evaluation(evaluation, title=title)
+    _draw(picture, f"{adapter.card.task.name}, {title}", evaluation.pema_details)
 
 
 @command()
@@ -154,7 +171,8 @@ def compare(
     - `pema-client compare --input train.jsonl --validation dev.jsonl --test test.jsonl --share-targets`
     - `pema-client compare --input a.jsonl --validation b.jsonl --test c.jsonl --share-targets --only plm --only best`
     """
-    from data_owner_client.cli.output import print_comparison, print_record
+    from data_owner_client.cli.output import print_record
+    from data_owner_client.cli.score_tables import print_comparison
     from data_owner_client.data.reading.reader import spool_pairs
     from data_owner_client.data.tasks import load_task
     from data_owner_client.evaluation.comparison import report
@@ -182,12 +200,50 @@ def compare(
         skip_invalid=reading.skip_invalid,
         reporter=stderr_reporter(),
     )
-    title = f"{result.task}, {result.model}: {result.pairs['train']:,} pairs, {result.pairs['test']} test texts"
-    table = report.markdown(title, result.rows, result.signatures)
-    write_atomically(folder / f"{result.task}.md", table.encode())
+    write_atomically(folder / f"{result.task}.md", report.markdown(result).encode())
     write_atomically(folder / f"{result.task}.json", f"{result.model_dump_json(indent=1)}\n".encode())
-    report.draw(title, result.rows, folder / f"{result.task}.png")
+    report.draw(result, folder / f"{result.task}.png")
     if as_json:
         print_record(result.model_dump(), as_json, title="")
     else:
-        print_comparison(result, title=title)
+        print_comparison(result, title=report.title_of(result))
+
+
+def _require_hypotheses_alone(adapter_folder: Path | None, reading: ReadingSettings) -> None:
+    if reading.skip_invalid:
+        raise InvalidData(
+            "With --hypotheses no pair can be left out: they belong to the references by their order.",
+            hint="Leave --skip-invalid away.",
+        )
+    if adapter_folder is not None:
+        raise InvalidData(
+            "--hypotheses has the texts to score, so no adapter is used.",
+            hint="Leave --adapter away; --task names the task whose metrics are used.",
+        )
+
+
+def _require_labels(picture: Path | None, task: Task) -> None:
+    """Refuse a picture of labels before the long work, if the task has none."""
+    if picture is not None and task.kind != "classify":
+        raise InvalidData(
+            f"--picture draws the confusions of labels, and the task {task.name} is of the kind {task.kind}.",
+            hint="Leave --picture away.",
+        )
+
+
+def _hypotheses_for(pairs: PairFile, path: Path) -> list[str]:
+    """The hypotheses of a file, one for each pair."""
+    from data_owner_client.data.reading.reader import read_hypotheses
+
+    lines = read_hypotheses(path)
+    if len(lines) != len(pairs):
+        raise InvalidData(f"{path} has {len(lines)} lines for {len(pairs)} references.", hint="One each.")
+    return lines
+
+
+def _draw(picture: Path | None, title: str, details: Details | None) -> None:
+    from data_owner_client.evaluation.details import ClassificationDetails
+    from data_owner_client.scoring.confusion_picture import draw_confusion
+
+    if picture is not None and isinstance(details, ClassificationDetails):
+        draw_confusion(title, details.confusion, picture)

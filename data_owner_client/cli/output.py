@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from data_owner_client.data.pairs import Source, source_record
 from data_owner_client.data.reading.problems import Problems, text_origin
 from data_owner_client.runtime.atomic_files import is_replaceable, write_atomically
 from data_owner_client.runtime.console import print_table
@@ -25,14 +26,12 @@ if TYPE_CHECKING:
     from data_owner_client.cli.doctor import Diagnosis
     from data_owner_client.decoding.generation import Generation
     from data_owner_client.decoding.token_selection import TokenChoice
-    from data_owner_client.evaluation.comparison.compare import Comparison
-    from data_owner_client.evaluation.evaluate import Evaluation
     from data_owner_client.plm.tokenizer import PlmTokenizer
     from data_owner_client.training.sweep_results import SweepRow
 
 
 def write_texts(
-    inputs: Sequence[str],
+    inputs: Sequence[Source],
     run: Callable[..., Generation],
     identity: Sequence[object],
     output: Path | None,
@@ -71,7 +70,8 @@ def write_texts(
             }
 
         try:
-            before = ResumableOutput(output, identity).write(inputs, work, reporter, skip_missing=skip_invalid)
+            keys = map(_key, inputs)
+            before = ResumableOutput(output, identity).write(keys, work, reporter, skip_missing=skip_invalid)
         except InvalidData:
             problems.settle(len(inputs), skip=False)  # says more
             raise
@@ -86,10 +86,7 @@ def write_texts(
     if explain is not None:
         write_atomically(explain, _explained(inputs, result, tokenizer).encode())
     if as_json:
-        texts = [
-            {"source": source, "text": best[0]} | ({"best": best} if len(best) > 1 else {})
-            for source, best in zip(inputs, result.best, strict=True)
-        ]
+        texts = [_json_record(source, number, result) for number, source in enumerate(inputs)]
         usage_record = vars(result.stats) | {"seconds": result.seconds}
         body = json.dumps({"texts": texts, "usage": usage_record}, ensure_ascii=False, indent=1) + "\n"
     else:
@@ -104,13 +101,27 @@ def write_texts(
         standard_streams.say(f"{len(inputs)} texts: {result.stats}.")
 
 
+def _key(source: Source) -> str:
+    """A text that only this source has; of a text, itself."""
+    return source if isinstance(source, str) else json.dumps(source_record(source))
+
+
+def _json_record(source: Source, number: int, result: Generation) -> dict[str, Any]:
+    """The answer to one input: its text, and its probabilities of labels or its further texts if it has such."""
+    best = result.best[number]
+    record: dict[str, Any] = {"source": source_record(source), "text": best[0]}
+    if result.label_probabilities is not None:
+        return record | {"probabilities": result.label_probabilities[number]}
+    return record | ({"best": best} if len(best) > 1 else {})
+
+
 def json_line(record: dict[str, Any]) -> str:
     """The record as JSON on one line for every reader: line ends in its texts are escaped."""
     line = json.dumps(record, ensure_ascii=False)
     return line.translate({ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
 
 
-def _explained(inputs: Sequence[str], result: Generation, tokenizer: PlmTokenizer) -> str:
+def _explained(inputs: Sequence[Source], result: Generation, tokenizer: PlmTokenizer) -> str:
     """A JSON object a line for every input: its tokens, the distribution that each was chosen from, who wanted it."""
 
     def token(choice: TokenChoice) -> dict[str, Any]:
@@ -126,13 +137,13 @@ def _explained(inputs: Sequence[str], result: Generation, tokenizer: PlmTokenize
         }
 
     records = [
-        {"source": source, "text": text, "tokens": [token(choice) for choice in choices]}
+        {"source": source_record(source), "text": text, "tokens": [token(choice) for choice in choices]}
         for source, text, choices in zip(inputs, result.texts, result.choices, strict=True)
     ]
     return "".join(f"{json_line(record)}\n" for record in records)
 
 
-def stream_text(inputs: Sequence[str], run: Callable[..., Generation]) -> None:
+def stream_text(inputs: Sequence[Source], run: Callable[..., Generation]) -> None:
     """Show one text on standard output as it grows."""
     if len(inputs) != 1:
         raise InvalidData(f"--stream shows one text as it grows, and there are {len(inputs)}.", hint="Give one.")
@@ -168,32 +179,6 @@ def print_diagnosis(diagnosis: Diagnosis, *, title: str) -> None:
         mark = Text("✓", "green") if finding.ok else Text("✗", "red")
         table.add_row(mark, finding.check, finding.detail, finding.advice)
     print_table(table)
-
-
-def print_evaluation(evaluation: Evaluation, *, title: str) -> None:
-    """Show scores of the PLM alone and with the adapter as a table."""
-    table = Table("", "BLEU", "chrF", "perplexity", title=title)
-    perplexity = evaluation.perplexity
-    for name, scores, value in (
-        ("PLM alone", evaluation.plm, perplexity and perplexity.plm),
-        ("PLM + adapter", evaluation.pema, perplexity and perplexity.mixture),
-    ):
-        table.add_row(name, f"{scores.bleu:.1f}", f"{scores.chrf:.1f}", "–" if value is None else f"{value:.2f}")
-    if perplexity is not None and perplexity.pema_covered is not None:
-        covered = f"the {perplexity.coverage:.1%} of tokens that it covers"
-        table.caption = f"Perplexity of the adapter alone, on {covered}: {perplexity.pema_covered:.2f}."
-    print_table(table, evaluation.pema.bleu_signature, evaluation.pema.chrf_signature)
-
-
-def print_comparison(comparison: Comparison, *, title: str) -> None:
-    """Show scores of all systems as a table."""
-    table = Table("", "BLEU", "chrF", "perplexity", "p against published", "training s", title=title)
-    for row in comparison.rows:
-        perplexity = "–" if row.ppl is None else f"{row.ppl:.2f}"
-        p_value = "–" if row.p_value_chrf_vs_published is None else f"{row.p_value_chrf_vs_published:.3f}"
-        table.add_row(row.name, f"{row.bleu:.1f}", f"{row.chrf:.1f}", perplexity, p_value, f"{row.train_seconds:.0f}")
-    table.caption = "p of the difference in chrF, by paired bootstrap"
-    print_table(table, *comparison.signatures)
 
 
 def print_sweep(rows: Sequence[SweepRow], *, varied: Sequence[str]) -> None:

@@ -3,47 +3,94 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-
-from pydantic import BaseModel
+from collections.abc import Iterable, Sequence
 
 from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.example_retrieval import with_retrieved_examples
 from data_owner_client.data.pairs import Pair, list_of_pairs
+from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.client_drafts import NgramDrafter
-from data_owner_client.decoding.generation import Generation, translate
+from data_owner_client.decoding.generation import translate
+from data_owner_client.decoding.results import Generation
 from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings
+from data_owner_client.evaluation.details import Details, details_of
 from data_owner_client.evaluation.perplexity import Perplexities, perplexities
+from data_owner_client.evaluation.task_metrics import TaskMetrics
 from data_owner_client.memory.encode import TokenizedPair, encode_all, tokenize_pairs
-from data_owner_client.memory.usable_pairs import require_usable
+from data_owner_client.memory.usable_pairs import require_usable, tokenize_usable
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.arguments import require_loaded
 from data_owner_client.runtime.progress import Reporter
+from data_owner_client.scoring.scorers import references_of, scorer_for
 from data_owner_client.scoring.settings import DEFAULT_SCORING, ScoringSettings
-from data_owner_client.scoring.text_metrics import TextScores, bleu_tokenizer, text_scores
 from protocol.errors import InvalidData
 
 
-class Evaluation(BaseModel):
+class AnswerScores(TaskMetrics):
+    """Scores of answers to the texts of a test set.
+
+    Attributes:
+        scores: scores by key of the metric.
+        details: details of this kind of task; None if it has none.
+    """
+
+    scores: dict[str, float]
+    details: Details | None
+
+
+class Evaluation(TaskMetrics):
     """Scores of the PLM alone and with the adapter, on the same pairs.
 
     Attributes:
-        plm: scores of the PLM alone.
-        pema: scores with the adapter.
+        plm: scores of the PLM alone, by key of the metric.
+        pema: scores with the adapter, by key of the metric.
+        p_values: p-values of the difference between both, by key of the metric, from paired bootstrap resampling.
+        plm_details: details of the PLM's answers that this kind of task has; None if it has none.
+        pema_details: such details of the answers with the adapter.
         perplexity: perplexities of the targets; None if these were not shared with the owner.
-        plm_texts: texts of the PLM alone, in the order of the pairs.
-        pema_texts: texts with the adapter, in the order of the pairs.
+        sources: source texts, without those that were left out.
+        targets: targets of the sources.
+        plm_texts: texts of the PLM alone, in the order of the sources.
+        pema_texts: texts with the adapter, in the order of the sources.
         seconds: duration of each part, by name.
     """
 
-    plm: TextScores
-    pema: TextScores
+    plm: dict[str, float]
+    pema: dict[str, float]
+    p_values: dict[str, float]
+    plm_details: Details | None
+    pema_details: Details | None
     perplexity: Perplexities | None
+    sources: list[str]
+    targets: list[str]
     plm_texts: list[str]
     pema_texts: list[str]
     seconds: dict[str, float]
+
+
+def score_answers(
+    task: Task, pairs: Iterable[Pair], answers: Sequence[str], scoring: ScoringSettings = DEFAULT_SCORING
+) -> AnswerScores:
+    """Score answers of any system by the metrics of the task's kind.
+
+    Args:
+        task: the task.
+        pairs: sources with their targets.
+        answers: an answer to each source.
+        scoring: settings of the scores.
+
+    Raises:
+        InvalidData: a pair has no target, or is no pair of the task, or the metrics need a package that is missing.
+    """
+    references = [references_of(pair) for pair in pairs]
+    scorer = scorer_for(task, references, scoring)
+    return AnswerScores(
+        **vars(TaskMetrics.of(task, scorer)),
+        scores=scorer.scores(answers),
+        details=details_of(scorer, references, answers),
+    )
 
 
 def evaluate(
@@ -60,9 +107,9 @@ def evaluate(
     skip_invalid: bool = False,
     reporter: Reporter | None = None,
 ) -> Evaluation:
-    """Translate the sources with the PLM alone and with the adapter, and score both against the targets.
+    """Answer the sources with the PLM alone and with the adapter, and score both by the metrics of the task's kind.
 
-    The texts are scored on this machine. Perplexity shows the targets to the PLM's owner, so it is computed only with
+    The answers are scored on this machine. Perplexity shows the targets to the PLM's owner, so it is computed only with
     `share_targets`.
 
     Args:
@@ -80,20 +127,31 @@ def evaluate(
         reporter: shows the progress.
 
     Raises:
-        InvalidData: there is no pair, a pair has no target, or does not fit the model, or the tokenizer of BLEU is not
-            installed.
+        InvalidData: there is no pair, a pair has no target, or does not fit the model or the task, or the metrics need
+            a package that is missing.
         IdentityMismatch: the adapter was trained with another model.
         PemaError: a call to the PLM failed.
     """
     require_loaded(adapter, "The adapter", "TrainedAdapter.load(path)")
+    adapter.card.model.require(ModelIdentity.from_card(plm.card), "The adapter", "the server")
     pairs = list_of_pairs(pairs)
     task, interpolation = adapter.card.task, interpolation or adapter.card.interpolation
     reporter = reporter or Reporter()
-    if skip_invalid or share_targets:
-        (pairs,) = require_usable(plm, task, [pairs], drafted=False, skip_invalid=skip_invalid, reporter=reporter)
+    tokenized: list[list[TokenizedPair]] = []
+    if share_targets:
+        pairs, tokens = tokenize_usable(plm, task, pairs, skip_invalid=skip_invalid, reporter=reporter)
+        tokenized.append(tokens)
+    elif skip_invalid:
+        (pairs,) = require_usable(plm, task, [pairs], drafted=False, skip_invalid=True, reporter=reporter)
     if not pairs:
         raise InvalidData("There are no pairs to evaluate on.", hint="Give at least one.")
-    sources, references = [pair.question for pair in pairs], [_target(pair) for pair in pairs]
+    sources = [pair.question for pair in pairs]
+    # Whatever can fail should fail before the long work.
+    references = [references_of(pair) for pair in pairs]
+    scorer = scorer_for(task, references, scoring)
+    if share_targets and adapter.retriever:
+        tasks = with_retrieved_examples(plm, task, sources, adapter.retriever)
+        tokenized.append(tokenize_pairs(plm, tasks, pairs, label="pair"))
 
     def run(with_adapter: CandidateDistribution | None) -> Generation:
         return translate(
@@ -108,36 +166,29 @@ def evaluate(
             reporter=reporter,
         )
 
-    # Whatever can fail should fail before the long work.
-    adapter.card.model.require(ModelIdentity.from_card(plm.card), "The adapter", "the server")
-    tokenizer = bleu_tokenizer(references, scoring)
-    tokenized: list[list[TokenizedPair]] = []
-    if share_targets:
-        tokenized = [
-            tokenize_pairs(plm, with_retrieved_examples(plm, task, sources, retriever), pairs, label="pair")
-            for retriever in ([None, adapter.retriever] if adapter.retriever else [None])
-        ]
     alone, adapted = run(None), run(adapter)
     started = time.perf_counter()
     perplexity = None
     if share_targets:
         rows = [encode_all(plm, part, reporter) for part in tokenized]
         perplexity = perplexities(plm, adapter, rows[0], interpolation, *rows[1:])
+    seconds = {
+        "translate_plm": alone.seconds,
+        "translate": adapted.seconds,
+        "perplexity": time.perf_counter() - started,
+    }
+    (p_values,) = scorer.p_values(alone.texts, [adapted.texts])
     return Evaluation(
-        plm=text_scores(alone.texts, references, tokenizer),
-        pema=text_scores(adapted.texts, references, tokenizer),
+        **vars(TaskMetrics.of(task, scorer)),
+        plm=scorer.scores(alone.texts),
+        pema=scorer.scores(adapted.texts),
+        p_values=p_values,
+        plm_details=details_of(scorer, references, alone.texts, alone.label_probabilities),
+        pema_details=details_of(scorer, references, adapted.texts, adapted.label_probabilities),
         perplexity=perplexity,
+        sources=[pair.source for pair in pairs],
+        targets=[texts[0] for texts in references],
         plm_texts=alone.texts,
         pema_texts=adapted.texts,
-        seconds={
-            "translate_plm": alone.seconds,
-            "translate": adapted.seconds,
-            "perplexity": time.perf_counter() - started,
-        },
+        seconds=seconds,
     )
-
-
-def _target(pair: Pair) -> str:
-    if pair.target is None:
-        raise InvalidData("A pair has no target.", hint="Evaluation needs references.")
-    return pair.target

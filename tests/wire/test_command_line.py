@@ -353,8 +353,10 @@ def test_evaluate(url: str, adapter: Path, tmp_path: Path) -> None:
     test = write_pairs(tmp_path / "test.jsonl", 7, seed=2)
     scores = client_json(url, "evaluate", "--adapter", adapter, "--input", test, "--max-new-tokens", 8)
     assert scores["perplexity"] is None, "perplexity would show the references"
-    assert "nrefs:1" in scores["pema"]["bleu_signature"]
-    assert "nrefs:1" in scores["pema"]["chrf_signature"]
+    assert "nrefs:1" in scores["signatures"]["bleu"]
+    assert "nrefs:1" in scores["signatures"]["chrf"]
+    assert scores["headline"] == "chrf"
+    assert set(scores["p_values"]) == set(scores["plm"]) == {"bleu", "chrf"}
     shared = client_json(
         url, "evaluate", "--adapter", adapter, "--input", test, "--max-new-tokens", 8, "--share-targets"
     )
@@ -365,7 +367,7 @@ def test_evaluate(url: str, adapter: Path, tmp_path: Path) -> None:
     references = [json.loads(line)["target"] for line in test.read_text().splitlines()]
     (tmp_path / "hypotheses.txt").write_text("\n".join(references))
     perfect = client_json(None, "evaluate", "--input", test, "--hypotheses", tmp_path / "hypotheses.txt")
-    assert perfect["chrf"] == pytest.approx(100)
+    assert perfect["scores"]["chrf"] == pytest.approx(100)
 
 
 def test_what_leaves_the_machine_is_said(url: str, pairs: Path, task: Path, tmp_path: Path) -> None:

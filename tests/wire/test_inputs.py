@@ -77,7 +77,7 @@ def test_a_stated_format_holds_for_all_files(url: str, build: Any, tmp_path: Pat
     hypotheses = tmp_path / "hypotheses"
     hypotheses.write_text("".join(f"{target}\n" for _, target in PAIRS))
     scores = client_json(None, "evaluate", "--input", test, "--format", "jsonl", "--hypotheses", hypotheses)
-    assert scores["chrf"] == pytest.approx(100)
+    assert scores["scores"]["chrf"] == pytest.approx(100)
 
 
 def test_a_column_never_becomes_another(build: Any, tmp_path: Path) -> None:

@@ -4,52 +4,73 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_owner_client.evaluation.comparison.results import BEST, PLM, PUBLISHED, ComparisonRow
+from data_owner_client.evaluation.comparison.results import BASELINES, BEST, PLM, PUBLISHED, Comparison
 
 _COLORS = {PLM: "tab:gray", PUBLISHED: "tab:orange", BEST: "tab:green"}
 
 
-def markdown(title: str, rows: list[ComparisonRow], signatures: list[str]) -> str:
-    """The rows as a Markdown table, with p-values of chrF against the PLM and against PEMA as published."""
+def title_of(comparison: Comparison) -> str:
+    """The task, the model and the sizes of a comparison, in one line."""
+    pairs = comparison.pairs
+    return f"{comparison.task}, {comparison.model}: {pairs['train']:,} pairs, {pairs['test']:,} test texts"
+
+
+def p_value_titles(comparison: Comparison) -> dict[str, str]:
+    """Titles for the p-values against each measured baseline, by its name; each names the metric that it is of."""
+    measured = {row.name for row in comparison.rows}
+    metric = comparison.metrics[comparison.headline].title
+    return {name: f"p of {metric} against {name}" for name in BASELINES if name in measured}
+
+
+def markdown(comparison: Comparison) -> str:
+    """The comparison as a Markdown table, with p-values of the headline metric against the baselines."""
+    metrics, p_titles = comparison.metrics, p_value_titles(comparison)
+    titles = [
+        *(metric.title for metric in metrics.values()),
+        *("perplexity", *p_titles.values(), "training s", "peak MB", "adapter MB", "client shows MB", "owner shows MB"),
+    ]
     lines = [
-        f"# {title}",
+        f"# {title_of(comparison)}",
         "",
-        "| system | BLEU | chrF | perplexity | p (PLM) | p (published) | training s | peak MB | adapter MB "
-        "| client shows MB | owner shows MB |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        f"| system | {' | '.join(titles)} |",
+        f"|---|{'--:|' * len(titles)}",
     ]
-    lines += [
-        f"| **{row.name}**: {row.what} | {row.bleu:.1f} | {row.chrf:.1f} | {_number(row.ppl, 2)} "
-        f"| {_number(row.p_value_chrf_vs_plm, 3)} | {_number(row.p_value_chrf_vs_published, 3)} "
-        f"| {row.train_seconds:.0f} | {_number(row.peak_rss_mb, 0)} | {_megabytes(row.adapter_bytes, 1)} "
-        f"| {_megabytes(row.client_discloses, 2)} | {_megabytes(row.owner_discloses, 1)} |"
-        for row in rows
-    ]
-    return "\n".join([*lines, "", *signatures]) + "\n"
+    for row in comparison.rows:
+        values = [
+            *(metric.text(row.scores[key]) for key, metric in metrics.items()),
+            number(row.ppl, 2),
+            *(number(row.p_values.get(name, {}).get(comparison.headline), 3) for name in p_titles),
+            number(row.train_seconds, 0),
+            number(row.peak_rss_mb, 0),
+            _megabytes(row.adapter_bytes, 1),
+            _megabytes(row.client_discloses, 2),
+            _megabytes(row.owner_discloses, 1),
+        ]
+        lines.append(f"| **{row.name}**: {row.what} | {' | '.join(values)} |")
+    return "\n".join([*lines, "", *comparison.signatures.values()]) + "\n"
 
 
-def draw(title: str, rows: list[ComparisonRow], path: Path) -> None:
-    """Write a bar plot of BLEU and chrF of all systems."""
+def draw(comparison: Comparison, path: Path) -> None:
+    """Write a bar plot of each metric of all systems."""
     from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=(10, 1.5 + 0.4 * len(rows)), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    names = [row.name for row in reversed(rows)]
-    for part, metric, values in (
-        (axes[0], "BLEU", [row.bleu for row in reversed(rows)]),
-        (axes[1], "chrF", [row.chrf for row in reversed(rows)]),
-    ):
-        bars = part.barh(names, values, color=[_COLORS.get(name, "tab:blue") for name in names])
-        part.bar_label(bars, fmt="%.1f", padding=3)
-        part.set(xlabel=metric, xlim=(0, 1.15 * max(1.0, *values)))
-    figure.suptitle(title, parse_math=False)  # names may hold dollar signs
+    rows, metrics = comparison.rows[::-1], comparison.metrics
+    figure = Figure(figsize=(3 + 3.5 * len(metrics), 1.5 + 0.4 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for axes, (key, metric) in zip(panels, metrics.items(), strict=True):
+        values = [row.scores[key] for row in rows]
+        bars = axes.barh([row.name for row in rows], values, color=[_COLORS.get(row.name, "tab:blue") for row in rows])
+        axes.bar_label(bars, labels=[metric.text(value) for value in values], padding=3)
+        axes.set(xlabel=metric.title, xlim=(0, 1.15 * max(1.0, *values)))
+    figure.suptitle(title_of(comparison), parse_math=False)  # names may hold dollar signs
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def _megabytes(size: int | None, digits: int) -> str:
-    return _number(None if size is None else size / 1e6, digits)
-
-
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """A number as tables show it; a dash for None."""
     return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _megabytes(size: int | None, digits: int) -> str:
+    return number(None if size is None else size / 1e6, digits)

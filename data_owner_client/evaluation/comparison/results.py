@@ -8,13 +8,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from data_owner_client.evaluation.task_metrics import TaskMetrics
 from data_owner_client.runtime.atomic_files import write_atomically
-from data_owner_client.scoring.settings import BleuTokenizer
-from data_owner_client.scoring.text_metrics import text_scores
+from data_owner_client.scoring.scorer import Scorer
 from protocol.errors import InvalidData
 
-PLM, PUBLISHED, BEST = "plm", "pema_published", "best"
-RESAMPLES = 1000
+PLM, CHOSEN_EXAMPLES, PUBLISHED, BEST = "plm", "plm_nearest", "pema_published", "best"
+BASELINES = PLM, CHOSEN_EXAMPLES, PUBLISHED
+"""Systems that all others are tested against."""
 
 
 class SystemResult(BaseModel):
@@ -81,101 +82,80 @@ class SystemResult(BaseModel):
 
 
 class ComparisonRow(BaseModel):
-    """Scores of one system in the comparison, with p-values from paired bootstrap resampling of the test set.
+    """Scores of one system in the comparison.
 
     Fields without a description are those of `SystemResult`.
 
     Attributes:
-        bleu: sacrebleu's BLEU.
-        chrf: sacrebleu's chrF2.
-        p_value_bleu_vs_plm: p-value of the BLEU difference from the PLM; None for the PLM, or if it was not measured.
-        p_value_chrf_vs_plm: p-value of the chrF difference from the PLM; None for the PLM, or if it was not measured.
-        p_value_bleu_vs_published: p-value of the BLEU difference from PEMA as published; None for that system, or if it
-            was not measured.
-        p_value_chrf_vs_published: p-value of the chrF difference from PEMA as published; None for that system, or if it
-            was not measured.
+        scores: scores by key of the metric.
+        p_values: p-values of the difference from each of `BASELINES` that was measured, by name of the baseline and key
+            of the metric, from paired bootstrap resampling of the test set; a baseline has none against itself.
     """
 
     name: str
     what: str
-    bleu: float
-    chrf: float
+    scores: dict[str, float]
+    p_values: dict[str, dict[str, float]]
     ppl: float | None
     train_seconds: float
     peak_rss_mb: float | None
     adapter_bytes: int | None
     client_discloses: int | None
     owner_discloses: int | None
-    p_value_bleu_vs_plm: float | None
-    p_value_chrf_vs_plm: float | None
-    p_value_bleu_vs_published: float | None
-    p_value_chrf_vs_published: float | None
     details: dict[str, Any]
 
 
-def comparison_rows(
-    results: Sequence[SystemResult], references: Sequence[str], tokenizer: BleuTokenizer = "13a"
-) -> list[ComparisonRow]:
-    """Scores of all systems, with the significance of their differences from the PLM and from PEMA as published.
+class Comparison(TaskMetrics):
+    """Scores of all systems on one test set.
+
+    Attributes:
+        task: name of the task.
+        model: name of the PLM.
+        pairs: number of pairs of each split, by name.
+        rows: a row for each system.
+    """
+
+    task: str
+    model: str
+    pairs: dict[str, int]
+    rows: list[ComparisonRow]
+
+
+def comparison_rows(results: Sequence[SystemResult], texts: int, scorer: Scorer) -> list[ComparisonRow]:
+    """Scores of all systems, with the significance of their differences from the baselines.
 
     Args:
-        results: texts of the systems.
-        references: references of the texts.
-        tokenizer: tokenizer of BLEU.
+        results: answers of the systems.
+        texts: number of texts in the test set.
+        scorer: scores the answers to these texts.
 
     Raises:
-        InvalidData: a system does not have one text for each reference.
+        InvalidData: a system does not have one answer to each text.
     """
     for result in results:
-        if len(result.texts) != len(references):
+        if len(result.texts) != texts:
             raise InvalidData(
-                f"{result.name} has {len(result.texts)} answers to {len(references)} texts.",
+                f"{result.name} has {len(result.texts)} answers to {texts} texts.",
                 hint="It belongs to another test set: delete its row and measure it again.",
             )
-    p_values = {base: _p_values(base, results, references, tokenizer) for base in (PLM, PUBLISHED)}
+    p_values = {baseline: _p_values(baseline, results, scorer) for baseline in BASELINES}
     shared = set(SystemResult.model_fields) & set(ComparisonRow.model_fields)
-    rows = []
-    for result in results:
-        scores = text_scores(result.texts, references, tokenizer)
-        against_plm, against_published = (p_values[base].get(result.name, {}) for base in (PLM, PUBLISHED))
-        rows.append(
-            ComparisonRow(
-                **result.model_dump(include=shared),
-                bleu=scores.bleu,
-                chrf=scores.chrf,
-                p_value_bleu_vs_plm=against_plm.get("BLEU"),
-                p_value_chrf_vs_plm=against_plm.get("chrF2"),
-                p_value_bleu_vs_published=against_published.get("BLEU"),
-                p_value_chrf_vs_published=against_published.get("chrF2"),
-            )
+    return [
+        ComparisonRow(
+            **result.model_dump(include=shared),
+            scores=scorer.scores(result.texts),
+            p_values={
+                baseline: of_system[result.name] for baseline, of_system in p_values.items() if result.name in of_system
+            },
         )
-    return rows
+        for result in results
+    ]
 
 
-def _p_values(
-    baseline: str, results: Sequence[SystemResult], references: Sequence[str], tokenizer: BleuTokenizer
-) -> dict[str, dict[str, float | None]]:
-    """The p-values of every system's difference from the baseline, by metric; empty without the baseline."""
-    import sacrebleu  # slow to import
-    from sacrebleu.significance import PairedTest
-
-    systems = sorted(results, key=lambda result: result.name != baseline)
-    if not systems or systems[0].name != baseline or len(systems) < 2:
+def _p_values(baseline: str, results: Sequence[SystemResult], scorer: Scorer) -> dict[str, dict[str, float]]:
+    """The p-values of every other system's difference from the baseline, by metric; empty without the baseline."""
+    answers = {result.name: result.texts for result in results}
+    others = {name: texts for name, texts in answers.items() if name != baseline}
+    if baseline not in answers or not others:
         return {}
-    metrics = {
-        "BLEU": sacrebleu.BLEU(references=[list(references)], tokenize=tokenizer),
-        "chrF2": sacrebleu.CHRF(references=[list(references)]),
-    }
-    test = PairedTest(
-        [(system.name, system.texts) for system in systems],
-        metrics,
-        references=None,
-        test_type="bs",
-        n_samples=RESAMPLES,
-    )
-    _, scores = test()
-    return {
-        system.name: {metric: scores[metric][index].p_value for metric in metrics}
-        for index, system in enumerate(systems)
-        if index
-    }
+    return dict(zip(others, scorer.p_values(answers[baseline], list(others.values())), strict=True))

@@ -28,7 +28,7 @@ from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.generation import translate
 from data_owner_client.evaluation.comparison.results import BEST, PUBLISHED, SystemResult
 from data_owner_client.evaluation.perplexity import perplexities
-from data_owner_client.memory.build_splits import build_memories, with_day_of_memory
+from data_owner_client.memory.build_splits import build_memories, task_of_memory
 from data_owner_client.memory.encode import encode_all, tokenize_pairs
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.store import TRAIN, VALIDATION, ExternalMemory
@@ -101,15 +101,14 @@ class ComparisonRunner:
     ) -> None:
         self.connect = connect
         self._plm = plm
-        self._task = with_day_of_memory(
-            task, plm.tokenizer, *(_memory_folder(folder, mode) / TRAIN for mode in get_args(ContextMode))
-        )
+        folders = [_memory_folder(folder, mode) / TRAIN for mode in get_args(ContextMode)]
+        self.task = task_of_memory(task, plm.tokenizer, [splits.train, splits.validation], *folders)
         self._splits = splits
         self._folder = folder
         self.settings = settings
         self._reporter = reporter
         digests = [digest_pairs(part) for part in vars(splits).values()]
-        record = json.dumps([plm.card.digest, self._task.model_dump(mode="json"), digests], sort_keys=True)
+        record = json.dumps([plm.card.digest, self.task.model_dump(mode="json"), digests], sort_keys=True)
         self._identity = hashlib.sha256(record.encode()).hexdigest()
         # Made once for all systems.
         self.memory = cache(self._memory)
@@ -128,7 +127,7 @@ class ComparisonRunner:
         folder = _memory_folder(self._folder, mode)
         build_memories(
             self._plm,
-            self._task,
+            self.task,
             self._splits.train,
             folder,
             validation=self._splits.validation,
@@ -179,7 +178,7 @@ class ComparisonRunner:
             self._plm,
             self._test_sources,
             adapter=adapter,
-            task=self._task,
+            task=self.task,
             interpolation=interpolation,
             consensus=consensus,
             reporter=self._reporter,
@@ -248,7 +247,7 @@ class ComparisonRunner:
     def _encoded(self, count: int) -> MemoryRows:
         """Rows of the test set behind prompts with `count` retrieved examples, or the task's examples for 0."""
         retriever = ExampleRetriever(self._splits.train, count) if count else None
-        tasks = with_retrieved_examples(self._plm, self._task, self._test_sources, retriever)
+        tasks = with_retrieved_examples(self._plm, self.task, self._test_sources, retriever)
         pairs = tokenize_pairs(self._plm, tasks, self._splits.test, label="test pair")
         return encode_all(self._plm, pairs, self._reporter)
 

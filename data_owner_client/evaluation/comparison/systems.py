@@ -1,23 +1,25 @@
-"""The systems that are compared, each a function that measures it with a runner."""
+"""The systems that are compared, each with a function that measures it by a runner."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.data.tasks import Task
 from data_owner_client.evaluation.comparison.knn_lm import KnnLm, build_index, tune_knn
-from data_owner_client.evaluation.comparison.results import BEST, PLM, PUBLISHED, SystemResult
+from data_owner_client.evaluation.comparison.results import BEST, CHOSEN_EXAMPLES, PLM, PUBLISHED, SystemResult
 from data_owner_client.evaluation.comparison.runner import AS_PUBLISHED, ComparisonRunner, Connect, run_in_subprocess
 from data_owner_client.memory.store import TRAIN, ExternalMemory
 from data_owner_client.runtime.memory_usage import peak_rss_mb
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.training.inputs import Memories, TrainingInput
 from data_owner_client.training.train import TrainingReport
+from protocol.errors import InvalidData
 from protocol.head import LMHead
 
 PUBLISHED_INTERPOLATION = Interpolation(schedule="gradual", lambda_max=0.9)
@@ -89,34 +91,84 @@ def _most_probable(runner: ComparisonRunner) -> SystemResult:
 
 
 def _best(runner: ComparisonRunner) -> SystemResult:
-    return runner.measure_adapter(*runner.best, "teacher-forced", consensus=CONSENSUS)
+    return runner.measure_adapter(*runner.best, "teacher-forced", consensus=_draws(runner))
 
 
 def _private(runner: ComparisonRunner) -> SystemResult:
     adapter, report = runner.trained("private", "private", runner.settings)
-    return runner.measure_adapter(adapter, report, "private", consensus=CONSENSUS)
+    return runner.measure_adapter(adapter, report, "private", consensus=_draws(runner))
 
 
 def _private_by_position(runner: ComparisonRunner) -> SystemResult:
     settings = replace(runner.settings, pairing="by_position", form="residual")
     adapter, report = runner.trained("private_by_position", "private", settings)
-    return runner.measure_adapter(adapter, report, "private", consensus=CONSENSUS)
+    return runner.measure_adapter(adapter, report, "private", consensus=_draws(runner))
 
 
-SYSTEMS: dict[str, tuple[str, Callable[[ComparisonRunner], SystemResult]]] = {
-    PLM: ("the PLM alone, with the task's own examples", _plm),
-    "plm_nearest": ("the PLM alone, with examples chosen for each text", _plm_with_examples),
-    PUBLISHED: ("PEMA as published: paper's form, Gradual Unrolling, λ_max 0.9", _published),
-    "constant": ("the same adapter with the likeliest constant λ", _constant),
-    "knn_lm": ("kNN-LM on the same memory, k, temperature and λ tuned", _knn_lm),
-    "residual": ("our adapter with the likeliest constant λ, no examples chosen for each text", _residual),
-    "without_length_reward": ("all that training chose but for the length reward", _without_length_reward),
-    "most_probable": ("all that training chose, the most probable tokens", _most_probable),
-    BEST: (f"all that training chose, consensus of {CONSENSUS} draws", _best),
-    "private": ("the same on a private memory, contexts aligned", _private),
-    "private_by_position": ("a private memory paired as the paper draws it", _private_by_position),
+@dataclass(frozen=True)
+class System:
+    """A system that `compare` measures.
+
+    Attributes:
+        what: description for tables.
+        measure: measures it with a runner.
+        same_for_labels: name of the system that it equals where answers are labels, which are not drawn and whose
+            length is not rewarded; empty for a system of its own.
+    """
+
+    what: str
+    measure: Callable[[ComparisonRunner], SystemResult]
+    same_for_labels: str = ""
+
+
+SYSTEMS: dict[str, System] = {
+    PLM: System("the PLM alone, with the task's own examples", _plm),
+    CHOSEN_EXAMPLES: System("the PLM alone, with examples chosen for each text", _plm_with_examples),
+    PUBLISHED: System("PEMA as published: paper's form, Gradual Unrolling, λ_max 0.9", _published),
+    "constant": System("the same adapter with the likeliest constant λ", _constant),
+    "knn_lm": System("kNN-LM on the same memory, k, temperature and λ tuned", _knn_lm),
+    "residual": System("our adapter with the likeliest constant λ, no examples chosen for each text", _residual),
+    "without_length_reward": System(
+        "all that training chose but for the length reward", _without_length_reward, same_for_labels=BEST
+    ),
+    "most_probable": System("all that training chose, the most probable tokens", _most_probable, same_for_labels=BEST),
+    BEST: System(f"all that training chose, consensus of {CONSENSUS} draws", _best),
+    "private": System("the same on a private memory, contexts aligned", _private),
+    "private_by_position": System("a private memory paired as the paper draws it", _private_by_position),
 }
-"""Systems that `compare` measures, by name: a description and a function."""
+"""Systems that `compare` measures, by name."""
+
+
+def systems_for(task: Task, only: Sequence[str], reporter: Reporter) -> dict[str, System]:
+    """The systems to measure on a task, by name. The reporter says which are left out, as they equal others.
+
+    Args:
+        task: the task.
+        only: names of the systems to measure; empty for all.
+        reporter: receives the names that are left out.
+
+    Raises:
+        InvalidData: a name is not that of a system, or its system equals another one on this task.
+    """
+    for name in only:
+        if name not in SYSTEMS:
+            raise InvalidData(f"There is no system {name}.", hint=f"There are {', '.join(SYSTEMS)}.")
+        if task.kind == "classify" and SYSTEMS[name].same_for_labels:
+            other = SYSTEMS[name].same_for_labels
+            raise InvalidData(f"On labels {name} is the same as {other}.", hint=f"Use --only {other}.")
+    if task.kind != "classify":
+        return {name: system for name, system in SYSTEMS.items() if not only or name in only}
+    best = replace(SYSTEMS[BEST], what="all that training chose")
+    systems = {name: system for name, system in (SYSTEMS | {BEST: best}).items() if not system.same_for_labels}
+    if not only:
+        left_out = ", ".join(name for name in SYSTEMS if name not in systems)
+        reporter.say(f"Left out, as labels are not drawn and have no length reward: {left_out}. They equal {BEST}.")
+    return {name: system for name, system in systems.items() if not only or name in only}
+
+
+def _draws(runner: ComparisonRunner) -> int:
+    """Texts drawn for a consensus; none where answers are labels."""
+    return 0 if runner.task.kind == "classify" else CONSENSUS
 
 
 @dataclass(frozen=True)

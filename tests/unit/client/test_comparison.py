@@ -3,11 +3,18 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
+from data_owner_client.data.tasks import Task
 from data_owner_client.evaluation.comparison.knn_lm import KnnLm, tune_knn
-from data_owner_client.evaluation.comparison.report import markdown
-from data_owner_client.evaluation.comparison.results import SystemResult, comparison_rows
+from data_owner_client.evaluation.comparison.report import draw, markdown
+from data_owner_client.evaluation.comparison.results import Comparison, ComparisonRow, SystemResult, comparison_rows
+from data_owner_client.evaluation.comparison.systems import SYSTEMS, systems_for
+from data_owner_client.runtime.progress import Reporter
+from data_owner_client.scoring.rewrite import RewriteScorer
+from data_owner_client.scoring.scorer import Scorer
+from data_owner_client.scoring.scorers import scorer_for
 from data_owner_client.training.batches import Batch
 from data_owner_client.training.validation import ValidationData
 from protocol.errors import InvalidData
@@ -15,58 +22,122 @@ from protocol.head import LMHead
 
 faiss = pytest.importorskip("faiss")  # part of the development environment; a user's may lack it
 REFERENCES = [f"Die Tür Nummer {number} ist {word} und bleibt es." for number in range(20) for word in ("zu", "offen")]
+SCORER = RewriteScorer([(text,) for text in REFERENCES])
 N, D, C = 60, 6, 5
+
+
+class Listening(Reporter):
+    def __init__(self) -> None:
+        self.said = list[str]()
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
 
 
 def measured(name: str, texts: list[str]) -> SystemResult:
     return SystemResult(name=name, texts=texts)
 
 
+def rows_of(*systems: SystemResult, scorer: Scorer = SCORER) -> list[ComparisonRow]:
+    return comparison_rows(systems, len(REFERENCES), scorer)
+
+
+def comparison_of(*systems: SystemResult, task: str = "t") -> Comparison:
+    return Comparison(
+        task=task,
+        kind="rewrite",
+        model="m",
+        pairs={"train": 1000, "validation": 1, "test": len(REFERENCES)},
+        metrics=dict(SCORER.metrics),
+        headline=SCORER.headline,
+        signatures=SCORER.signatures,
+        rows=rows_of(*systems),
+    )
+
+
 def test_significance_is_told_from_chance() -> None:
     near, shifted = (
         [text if number % 10 != wrong else "Das Fenster." for number, text in enumerate(REFERENCES)] for wrong in (0, 5)
     )
-    rows = comparison_rows(
-        [
-            measured("plm", ["The door is open."] * len(REFERENCES)),
-            measured("pema_published", near),
-            measured("as_good", shifted),
-            measured("best", REFERENCES),
-        ],
-        REFERENCES,
+    plm, nearest, published, as_good, best = rows_of(
+        measured("plm", ["The door is open."] * len(REFERENCES)),
+        measured("plm_nearest", ["Die Tür ist offen."] * len(REFERENCES)),
+        measured("pema_published", near),
+        measured("as_good", shifted),
+        measured("best", REFERENCES),
     )
-    plm, published, as_good, best = rows
-    assert [best.bleu, best.chrf] == pytest.approx([100.0, 100.0])
-    assert plm.chrf < published.chrf < best.chrf
-    assert (best.p_value_chrf_vs_published or 0.0) < 0.05
-    assert (best.p_value_bleu_vs_plm or 0.0) < 0.05
-    assert (as_good.p_value_chrf_vs_published or 0.0) > 0.2
-    assert published.p_value_chrf_vs_published is None
-    assert plm.p_value_chrf_vs_plm is None
-    assert None not in (best.p_value_chrf_vs_published, best.p_value_bleu_vs_plm)
+    assert best.scores == pytest.approx({"bleu": 100.0, "chrf": 100.0})
+    assert plm.scores["chrf"] < published.scores["chrf"] < best.scores["chrf"]
+    assert best.p_values["pema_published"]["chrf"] < 0.05
+    assert best.p_values["plm_nearest"]["chrf"] < 0.05
+    assert best.p_values["plm"]["bleu"] < 0.05
+    assert as_good.p_values["pema_published"]["chrf"] > 0.2
+    baselines = {"plm", "plm_nearest", "pema_published"}
+    for row in (plm, nearest, published, as_good, best):
+        assert set(row.p_values) == baselines - {row.name}
+
+
+def test_labels_are_compared_by_their_own_metrics() -> None:
+    truths = ["on", "off"] * 20
+    scorer = scorer_for(Task(name="t", kind="classify"), [(label,) for label in truths])
+    plm, best = rows_of(measured("plm", ["on"] * 40), measured("best", truths), scorer=scorer)
+    assert plm.scores["accuracy"] == pytest.approx(100 * accuracy_score(truths, ["on"] * 40))
+    assert plm.scores["macro_f1"] == pytest.approx(100 * f1_score(truths, ["on"] * 40, average="macro"))
+    assert best.p_values["plm"]["accuracy"] < 0.05
 
 
 def test_without_a_baseline_there_are_no_p_values() -> None:
-    (row,) = comparison_rows([measured("best", REFERENCES)], REFERENCES)
-    assert row.p_value_chrf_vs_plm is None
-    assert row.p_value_bleu_vs_published is None
+    (row,) = rows_of(measured("best", REFERENCES))
+    assert row.p_values == {}
+    assert "p of" not in markdown(comparison_of(measured("best", REFERENCES)))
+
+
+def test_the_table_names_the_metric_of_p() -> None:
+    table = markdown(comparison_of(measured("plm", REFERENCES[::-1]), measured("best", REFERENCES)))
+    header = table.splitlines()[2]
+    assert "| BLEU | chrF | perplexity | p of chrF against plm | training s |" in header
+    assert all(line.count("|") == header.count("|") for line in table.splitlines()[3:6])
+    assert SCORER.signatures["chrf"] in table
 
 
 def test_the_table_tells_nothing_disclosed_from_nothing_said() -> None:
     alone = measured("plm", REFERENCES).model_copy(update={"client_discloses": 0, "owner_discloses": 2_500_000})
-    table = markdown("", comparison_rows([alone, measured("lora", REFERENCES)], REFERENCES), [])
+    table = markdown(comparison_of(alone, measured("lora", REFERENCES)))
     disclosed = {line.split("**")[1]: line.split("|")[-3:-1] for line in table.splitlines() if "**" in line}
     assert disclosed == {"plm": [" 0.00 ", " 2.5 "], "lora": [" – ", " – "]}
 
 
+def test_names_with_dollar_signs_can_be_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "plot.png"
+    draw(comparison_of(measured("plm", REFERENCES), task="from $x_{ to $y"), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_rows_of_another_test_set_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidData, match="lora has 1 answers to 40 texts"):
-        comparison_rows([measured("lora", ["Ja."])], REFERENCES)
+        rows_of(measured("lora", ["Ja."]))
     measured("lora", ["Ja."]).save(tmp_path)
     assert SystemResult.load_all(tmp_path) == {"lora": measured("lora", ["Ja."])}
     (tmp_path / "lora.json").write_text("{")
     with pytest.raises(InvalidData, match=r"lora\.json is damaged"):
         SystemResult.load_all(tmp_path)
+
+
+def test_on_labels_no_system_is_measured_twice() -> None:
+    reporter = Listening()
+    labels, texts = (Task(name="t", kind=kind) for kind in ("classify", "rewrite"))
+    assert set(SYSTEMS) - set(systems_for(labels, (), reporter)) == {"without_length_reward", "most_probable"}
+    assert reporter.said == [
+        "Left out, as labels are not drawn and have no length reward: without_length_reward, most_probable. "
+        "They equal best."
+    ]
+    assert "consensus" not in systems_for(labels, (), reporter)["best"].what
+    assert list(systems_for(texts, (), reporter)) == list(SYSTEMS)
+    assert list(systems_for(texts, ("best", "plm"), reporter)) == ["plm", "best"]
+    with pytest.raises(InvalidData, match="On labels most_probable is the same as best"):
+        systems_for(labels, ("most_probable",), reporter)
+    with pytest.raises(InvalidData, match="There is no system gpt"):
+        systems_for(texts, ("gpt",), reporter)
 
 
 def rows(seed: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The verb `train`: which rows of a memory are learned, and in which form."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,11 @@ import pytest
 import torch
 
 from data_owner_client import Pair, RemotePlm, TrainingSettings, build_memories, train
+from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.tasks import Task
+from data_owner_client.data.tasks.kinds import Kind
+from data_owner_client.decoding.results import Generation
+from data_owner_client.decoding.speculative import GenerationStats
 from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.identity import ModelIdentity
@@ -187,3 +192,44 @@ def test_a_call_that_goes_on_decodes_no_text_again(plm: RemotePlm, memory: Path,
     again = train(plm, memory, tmp_path / "stopped", settings=settings, reporter=reporter)[1]
     assert again.options == whole.options
     assert not list((tmp_path / "stopped").glob(".training-*"))
+
+
+NAMES = ("wohnzimmerlampean", "wohnzimmerlampeaus")
+NAMED_PAIRS = [Pair(f"the thin {number}", NAMES[number % 2]) for number in range(20)]
+
+
+def fake_translation(_: RemotePlm, sources: Sequence[str], *, interpolation: Interpolation, **__: Any) -> Generation:
+    """Wrong answers that are near the right ones with a large λ; else every second answer is right."""
+    right = [NAMES[int(source.split()[-1]) % 2] for source in sources]
+    if interpolation.lambda_max > 0.5:
+        texts = [NAMES[1 - NAMES.index(text)] for text in right]
+    else:
+        texts = [text if number % 4 < 2 else "küche" for number, text in enumerate(right)]
+    return Generation([[text] for text in texts], [[] for _ in texts], GenerationStats(), 0.0)
+
+
+@pytest.mark.parametrize(("kind", "metric", "low"), [("rewrite", "chrF", False), ("answer", "F1", True)])
+def test_the_metric_of_the_kind_chooses(
+    plm: RemotePlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, metric: str, low: bool
+) -> None:
+    monkeypatch.setattr("data_owner_client.training.decoding_policy.translate", fake_translation)
+    task = Task(name="t", kind=kind)
+    build_memories(plm, task, NAMED_PAIRS, tmp_path / "memory", validation=NAMED_PAIRS)
+    settings = replace(TIMED, epochs=1, gate=False, search=False, pairing="aligned", selection_texts=20)
+    reporter = Stopping()
+    _, report = train(plm, tmp_path / "memory", tmp_path / "a", settings=settings, reporter=reporter)
+    assert (report.card.interpolation.lambda_max < 0.5) == low
+    assert f"{metric} " in report.card.interpolation_why
+    assert report.options[0].scores is not None
+    assert [line for line in reporter.said if line.endswith("on 20 validation texts.") and f"{metric} " in line]
+
+
+def test_labels_have_no_length_reward(plm: RemotePlm, tmp_path: Path) -> None:
+    task = Task(name="t", kind="classify", labels=NAMES)
+    build_memories(plm, task, NAMED_PAIRS, tmp_path / "memory", validation=NAMED_PAIRS[:4])
+    settings = replace(TIMED, epochs=1, gate=False, search=False, pairing="aligned")
+    reporter = Stopping()
+    _, report = train(plm, tmp_path / "memory", tmp_path / "a", settings=settings, reporter=reporter)
+    assert {policy.interpolation.length_reward for policy in report.options} == {0.0}
+    assert {key for policy in report.options for key in policy.scores or {}} == {"accuracy", "macro_f1"}
+    assert "2 held-out texts decoded with up to 6 policies" in " ".join(reporter.said)

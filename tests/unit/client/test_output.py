@@ -11,8 +11,6 @@ from rich.table import Table
 
 from data_owner_client.cli.doctor import Diagnosis, Finding
 from data_owner_client.cli.output import json_line, print_diagnosis, print_record
-from data_owner_client.evaluation.comparison.report import draw
-from data_owner_client.evaluation.comparison.results import SystemResult, comparison_rows
 from data_owner_client.runtime.console import print_table
 from data_owner_client.runtime.resumable_output import one_line
 
@@ -74,10 +72,3 @@ def test_a_record_is_one_line_and_keeps_its_texts(text: str) -> None:
     line = json_line({"text": text})
     assert len(line.splitlines()) == 1
     assert json.loads(line) == {"text": text}
-
-
-def test_names_with_dollar_signs_can_be_drawn(tmp_path_factory: pytest.TempPathFactory) -> None:
-    rows = comparison_rows([SystemResult(name="plm", texts=["a"])], ["a"], "13a")
-    path = tmp_path_factory.mktemp("drawn") / "plot.png"
-    draw("from $x_{ to $y", rows, path)
-    assert path.read_bytes().startswith(b"\x89PNG")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import sacrebleu
 
-from data_owner_client.evaluation.comparison.results import SystemResult, comparison_rows
+from data_owner_client.evaluation.comparison.results import ComparisonRow, SystemResult, comparison_rows
 from data_owner_client.scoring import text_metrics
+from data_owner_client.scoring.rewrite import RewriteScorer
 from data_owner_client.scoring.settings import BleuTokenizer, ScoringSettings
 from data_owner_client.scoring.text_metrics import bleu_tokenizer, text_scores
 from protocol.errors import InvalidData
@@ -86,14 +87,16 @@ def test_chinese_is_scored_by_its_own_tokenizer_unless_said(tmp_path: Path) -> N
         (tmp_path / name).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
     files = [part for name in ("sources", "targets", "hypotheses") for part in (f"--{name}", tmp_path / name)]
     chosen = client_json(None, "evaluate", *files)
-    assert chosen["bleu"] == pytest.approx(sacrebleu.corpus_bleu(CHINESE_ANSWERS, [CHINESE], tokenize="zh").score)
-    assert "tok:zh" in chosen["bleu_signature"]
+    assert chosen["scores"]["bleu"] == pytest.approx(
+        sacrebleu.corpus_bleu(CHINESE_ANSWERS, [CHINESE], tokenize="zh").score
+    )
+    assert "tok:zh" in chosen["signatures"]["bleu"]
     said = client_json(None, "evaluate", *files, "--bleu-tokenize", "13a")
-    assert said["bleu"] == pytest.approx(sacrebleu.corpus_bleu(CHINESE_ANSWERS, [CHINESE]).score)
-    assert said["bleu"] < chosen["bleu"]
-    assert said["chrf"] == chosen["chrf"]
+    assert said["scores"]["bleu"] == pytest.approx(sacrebleu.corpus_bleu(CHINESE_ANSWERS, [CHINESE]).score)
+    assert said["scores"]["bleu"] < chosen["scores"]["bleu"]
+    assert said["scores"]["chrf"] == chosen["scores"]["chrf"]
     shown = client(None, "evaluate", *files)
-    assert chosen["bleu_signature"] in shown.stdout
+    assert chosen["signatures"]["bleu"] in shown.stdout
     assert client(None, "evaluate", *files, "--bleu-tokenize", "own").returncode == 2
 
 
@@ -102,9 +105,14 @@ def test_a_comparison_and_its_significance_use_the_same_tokenizer() -> None:
     near = [text.replace("目前", "现在") for text in references]
     far = ["设备", *("它在哪里呢" for _ in references[1:])]
     systems = [SystemResult(name=name, texts=texts) for name, texts in (("plm", far), ("best", near))]
-    plm, best = comparison_rows(systems, references, "zh")
-    assert best.bleu == pytest.approx(sacrebleu.corpus_bleu(near, [references], tokenize="zh").score)
-    assert plm.bleu < best.bleu
-    assert (best.p_value_bleu_vs_plm or 0.0) < 0.01
+
+    def rows(tokenizer: BleuTokenizer) -> list[ComparisonRow]:
+        scorer = RewriteScorer([(text,) for text in references], ScoringSettings(bleu_tokenize=tokenizer))
+        return comparison_rows(systems, len(references), scorer)
+
+    plm, best = rows("zh")
+    assert best.scores["bleu"] == pytest.approx(sacrebleu.corpus_bleu(near, [references], tokenize="zh").score)
+    assert plm.scores["bleu"] < best.scores["bleu"]
+    assert best.p_values["plm"]["bleu"] < 0.01
     # To 13a every text is one word, and all are wrong.
-    assert [row.bleu for row in comparison_rows(systems, references, "13a")] == [0.0, 0.0]
+    assert [row.scores["bleu"] for row in rows("13a")] == [0.0, 0.0]
