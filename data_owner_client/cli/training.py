@@ -87,6 +87,7 @@ def build_memory(
     A task is a TOML file such as:
 
         name = "my-task"
+        kind = "rewrite"          # or classify, extract, answer, summarise, chat
         instruction = "Rewrite the sentence in plain language."
         source_label = "Original"
         target_label = "Plain"
@@ -94,6 +95,9 @@ def build_memory(
         [[examples]]
         source = "Terminate the operation."
         target = "Stop."
+
+    The kind decides the metrics, and fills in what a task leaves open. `classify` may list its `labels`, and `extract`
+    may have an `answer_schema`: a JSON schema, or the name of its file.
     """
     from data_owner_client.cli.output import print_record
     from data_owner_client.data.reading.reader import spool_pairs
