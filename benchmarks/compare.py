@@ -1,6 +1,7 @@
-"""Comparison of all systems on both tasks: `pema-client compare`, and those that need the PLM's weights.
+"""Comparison of all systems on data sets of all kinds: `pema-client compare`, and systems that need the PLM's weights.
 
 Writes `runs/compare/TASK.json`, `TASK.md` and `TASK.png`. After an interruption, run the same command to continue.
+`python -m benchmarks.findings` gathers the tables of all tasks.
 """
 
 from __future__ import annotations
@@ -8,40 +9,56 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_owner_client import load_task
-from harness.datasets import archaic_english, home_assistant
+from data_owner_client.evaluation.comparison.results import PLM
+from data_owner_client.evaluation.comparison.systems import SYSTEMS
+from harness.datasets.catalogue import DATA_SETS
 from harness.processes import server
 
+FOLDER = Path("runs/compare")
 WEIGHT_SYSTEMS = ("lora", "full", "offsite")
-_FOLDER = Path("runs/compare")
-_TASKS: dict[str, Callable[[Path], None]] = {
-    "home-assistant": partial(home_assistant.prepare, train=6000),
-    "archaic-english": archaic_english.prepare,
-}
+"""Systems of `benchmarks.weights`, which is slow to import."""
+DEFAULT_TASKS = (
+    *("home-assistant", "archaic-english", "intent-names-en", "spam", "wordnet-classes"),
+    *("intents-en", "wordnet-hypernyms", "cwe", "chitchat"),
+)
 
 
 def main() -> None:
     """Prepare the data, train, evaluate and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", action="append", choices=_TASKS, help="only this task; default: both")
+    parser.add_argument("--task", action="append", choices=DATA_SETS, help=f"default: {', '.join(DEFAULT_TASKS)}")
+    parser.add_argument(
+        "--only", action="append", choices=[*SYSTEMS, *WEIGHT_SYSTEMS], help="measure only this system; default: all"
+    )
     parser.add_argument("--without-weights", action="store_true", help="leave out what needs the PLM's weights")
+    parser.add_argument("--train", type=int, default=1500, help="training pairs at most, when the data is prepared")
+    parser.add_argument("--minutes", type=float, default=5, help="minutes for each training (`pema-client compare`)")
     arguments = parser.parse_args()
-    for name in arguments.task or _TASKS:
-        data = _FOLDER / "data" / name
-        _TASKS[name](data)
-        rows = _FOLDER / load_task(data / "task.toml").name / "rows"
-        for system in () if arguments.without_weights else WEIGHT_SYSTEMS:
-            _run("benchmarks.weights", system, str(data), "--rows", str(rows))
-        with server(_FOLDER / "server.log") as (port, _):
-            options = {"input": "train", "validation": "validation", "test": "test"}
-            files = [text for option, part in options.items() for text in (f"--{option}", str(data / f"{part}.jsonl"))]
-            url = f"http://127.0.0.1:{port}"
-            task = str(data / "task.toml")
-            _run("data_owner_client.cli", "compare", "--server", url, *files, "--task", task, "--share-targets")
+    only = arguments.only or [*SYSTEMS, *(() if arguments.without_weights else WEIGHT_SYSTEMS)]
+    for name in arguments.task or DEFAULT_TASKS:
+        data = FOLDER / "data" / name
+        DATA_SETS[name].prepare(data, train=arguments.train)
+        rows = FOLDER / load_task(data / "task.toml").name / "rows"
+        for system in WEIGHT_SYSTEMS:
+            if system in only:
+                _run("benchmarks.weights", system, str(data), "--rows", str(rows))
+        # The PLM's row costs little, and all others are tested against it.
+        _compare(data, [system for system in only if system in SYSTEMS] or [PLM], arguments.minutes)
+
+
+def _compare(data: Path, systems: Sequence[str], minutes: float) -> None:
+    """Measure systems by `pema-client compare`, whose table has the rows of all others, too."""
+    parts = {"input": "train", "validation": "validation", "test": "test"}
+    files = [text for option, part in parts.items() for text in (f"--{option}", str(data / f"{part}.jsonl"))]
+    only = [text for system in systems for text in ("--only", system)]
+    with server(FOLDER / "server.log") as (port, _):
+        command = ["compare", "--server", f"http://127.0.0.1:{port}", *files, "--task", str(data / "task.toml")]
+        options = ["--folder", str(FOLDER), "--minutes", str(minutes), "--share-targets"]
+        _run("data_owner_client.cli", *command, *options, *only)
 
 
 def _run(module: str, *arguments: str) -> None:

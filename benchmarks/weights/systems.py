@@ -11,7 +11,6 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 
 from benchmarks.in_process import perplexity, save_model, served
@@ -21,6 +20,7 @@ from benchmarks.weights.tuning import Tuner, TuningReport, TuningSettings
 from data_owner_client import Pair, Task, load_task, read_pairs, translate
 from data_owner_client.data.pairs import digest_pairs
 from data_owner_client.evaluation.comparison.results import SystemResult
+from data_owner_client.memory.build_splits import task_of_memory
 from data_owner_client.memory.encode import TokenizedPair, tokenize_pairs
 from data_owner_client.runtime.memory_usage import peak_rss_mb
 
@@ -62,7 +62,8 @@ class Job:
         pairs = {part: list(read_pairs(data / f"{part}.jsonl")) for part in _PARTS}
         pairs["train"] = pairs["train"][:limit]
         with served(model) as plm:
-            task = load_task(data / "task.toml").model_copy(update={"examples": ()}).on_day(date.today(), plm.tokenizer)
+            task = task_of_memory(load_task(data / "task.toml"), plm.tokenizer, [pairs["train"], pairs["validation"]])
+            task = task.model_copy(update={"examples": ()})
             train, validation = (
                 tokenize_pairs(plm, [task] * len(pairs[part]), pairs[part], label=f"{part} pair")
                 for part in ("train", "validation")
@@ -107,7 +108,7 @@ def _evaluate(
         return SystemResult(
             name=name,
             what=outcome.what,
-            texts=translate(plm, [pair.source for pair in job.test], task=job.task).texts,
+            texts=translate(plm, [pair.question for pair in job.test], task=job.task).texts,
             ppl=perplexity(plm, job.task, job.test),
             train_seconds=report.seconds,
             peak_rss_mb=peak_mb,

@@ -102,7 +102,7 @@ class Tuner:
             optimiser, lambda step: min(1.0, (step + 1) / warm_up) * max(0.0, 1 - step / steps)
         )
         losses = list[float]()
-        for _ in range(epochs):
+        for epoch in range(epochs):
             self._model.train()
             for batch in _shuffled(examples):
                 optimiser.zero_grad(set_to_none=True)
@@ -113,9 +113,10 @@ class Tuner:
                 schedule.step()
             losses.append(self.loss(held_out))
             print(f"rate {rate}: validation loss {losses[-1]:.4f}", flush=True)
-            if losses[-1] == min(losses):
+            if losses[-1] == min(losses) and epoch + 1 < epochs:
                 self._save(self._best)
-        self._load(self._best)
+        if losses[-1] != min(losses):
+            self._load(self._best)
         return losses
 
     @torch.no_grad()
