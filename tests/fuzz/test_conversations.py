@@ -142,6 +142,7 @@ def test_any_call_is_written_as_transformers_does(
         assert text.removeprefix(whole) in ("<|observation|>", "<|user|>")
     else:
         assert whole.startswith(text)
+        assert not whole.removeprefix(text).strip()
     assert special_ids(tokenizer, task, messages) == special_ids(tokenizer, task, calling({}, "")[:turns])
 
 
