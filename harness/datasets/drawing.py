@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Hashable, Mapping, Sequence
-from itertools import chain, zip_longest
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import chain, islice, zip_longest
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -13,17 +13,17 @@ Key = TypeVar("Key", bound=Hashable)
 _BLOCK = 512
 
 
-def draw_evenly(classes: Mapping[Key, Sequence[Item]], count: int, rng: random.Random) -> list[Item]:
+def draw_evenly(classes: Mapping[Key, Iterable[Item]], count: int, rng: random.Random) -> list[Item]:
     """At most `count` items, the same number of each class until a class has no more, in random order.
 
     Args:
-        classes: the items of each class; the first ones are taken.
+        classes: the items of each class; the first ones are taken, and no more than needed are asked for.
         count: number of items.
         rng: source of the order.
     """
     # Each item in a tuple of its own, so that nothing stands for what a class no longer has.
-    rounds = zip_longest(*([(item,) for item in pool] for pool in classes.values()), fillvalue=())
-    drawn = list(chain.from_iterable(chain.from_iterable(rounds)))[:count]
+    rounds = zip_longest(*(((item,) for item in pool) for pool in classes.values()), fillvalue=())
+    drawn = list(islice(chain.from_iterable(chain.from_iterable(rounds)), count))
     rng.shuffle(drawn)
     return drawn
 

@@ -110,20 +110,17 @@ def draw_commands(
         counts: number of commands of each split.
         rng: source of the choices.
     """
-    sampler, seen = SentenceSampler(intents, household, rng), set[str]()
-    recogniser = _Recogniser(intents, household)
+    sampler, recogniser, seen = SentenceSampler(intents, household, rng), _Recogniser(intents, household), set[str]()
+
+    def commands(intent: str, templates: Sequence[tuple[Sentence, IntentData]]) -> Iterator[Command]:
+        for command in _draw_all(intent, templates, sampler):
+            if command.text.casefold() not in seen and recogniser.agrees(command):
+                seen.add(command.text.casefold())
+                yield command
+
     drawn: dict[str, list[Command]] = {}
     for split, templates in split_templates(intents, counts["shots"], rng).items():
-        pools: dict[str, list[Command]] = {}
-        most = counts[split] if len(templates) < 2 else 4 * counts[split] // len(templates) + 1
-        for intent, listed in templates.items():
-            pools[intent] = []
-            for command in _draw_all(intent, listed, sampler):
-                if command.text.casefold() not in seen and recogniser.agrees(command):
-                    seen.add(command.text.casefold())
-                    pools[intent].append(command)
-                if len(pools[intent]) == most:
-                    break
+        pools = {intent: commands(intent, listed) for intent, listed in templates.items()}
         drawn[split] = draw_evenly(pools, counts[split], rng)
     return drawn
 

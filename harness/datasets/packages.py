@@ -76,7 +76,7 @@ def _fetch(pattern: str, folder: Path, command: Callable[[Path], list[str]]) -> 
     if not archives:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            subprocess.run(command(Path(scratch)), check=True)
+            subprocess.run(command(Path(scratch)), check=True, stdout=subprocess.DEVNULL)
             archives = [path.rename(folder / path.name) for path in Path(scratch).glob(pattern)]
     return archives[0]
 
