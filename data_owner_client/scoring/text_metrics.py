@@ -1,15 +1,11 @@
-"""BLEU and chrF, computed by sacrebleu."""
+"""The tokenizer of BLEU that suits a script."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import groupby
-
-import torch
-from pydantic import BaseModel
-from torch import Tensor
 
 from data_owner_client.scoring.scripts import SPACED, UNSPACED, script_of
 from data_owner_client.scoring.settings import DEFAULT_SCORING, BleuTokenizer, ScoringSettings
@@ -27,45 +23,6 @@ _TOKENIZERS: dict[str, BleuTokenizer] = {
 _EXTRAS: dict[BleuTokenizer, str] = {"ja-mecab": "ja", "ko-mecab": "ko"}
 # Japanese is half kana. A Chinese text may quote some.
 _LEAST_KANA = 0.1
-
-
-class TextScores(BaseModel):
-    """Corpus scores of sacrebleu.
-
-    Attributes:
-        bleu: corpus BLEU, 0 to 100.
-        chrf: corpus chrF, 0 to 100.
-        bleu_signature: sacrebleu's signature of the BLEU settings; scores compare only under equal signatures.
-        chrf_signature: sacrebleu's signature of the chrF settings.
-    """
-
-    bleu: float
-    chrf: float
-    bleu_signature: str
-    chrf_signature: str
-
-
-def text_scores(
-    hypotheses: Sequence[str], references: Sequence[str], tokenizer: BleuTokenizer | None = None
-) -> TextScores:
-    """Corpus BLEU and chrF of hypotheses, with one reference each.
-
-    Args:
-        hypotheses: texts to score.
-        references: a reference for each of them.
-        tokenizer: tokenizer of BLEU; None for the choice of `bleu_tokenizer`.
-    """
-    import sacrebleu  # slow to import
-
-    bleu, chrf = sacrebleu.BLEU(tokenize=tokenizer or bleu_tokenizer(references)), sacrebleu.CHRF()
-    bleu_score = bleu.corpus_score(list(hypotheses), [list(references)])
-    chrf_score = chrf.corpus_score(list(hypotheses), [list(references)])
-    return TextScores(
-        bleu=bleu_score.score,
-        chrf=chrf_score.score,
-        bleu_signature=str(bleu.get_signature()),
-        chrf_signature=str(chrf.get_signature()),
-    )
 
 
 def bleu_tokenizer(references: Iterable[str], settings: ScoringSettings = DEFAULT_SCORING) -> BleuTokenizer:
@@ -94,14 +51,6 @@ def bleu_tokenizer(references: Iterable[str], settings: ScoringSettings = DEFAUL
         *(writing, tokenizer, _how_to_install(tokenizer)),
     )
     return "char"
-
-
-def sentence_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Tensor:
-    """Sentence-level chrF of each hypothesis, float64, 0 to 100."""
-    import sacrebleu  # slow to import
-
-    chrf, pairs = sacrebleu.CHRF(), zip(hypotheses, references, strict=True)
-    return torch.tensor([chrf.sentence_score(text, [reference]).score for text, reference in pairs]).double()
 
 
 def _writing(texts: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from data_owner_client.evaluation.comparison.results import ComparisonRow, Syste
 from data_owner_client.scoring import text_metrics
 from data_owner_client.scoring.rewrite import RewriteScorer
 from data_owner_client.scoring.settings import BleuTokenizer, ScoringSettings
-from data_owner_client.scoring.text_metrics import bleu_tokenizer, text_scores
+from data_owner_client.scoring.text_metrics import bleu_tokenizer
 from protocol.errors import InvalidData
 from tests.command_line import client, client_json
 
@@ -76,10 +76,12 @@ def test_without_mecab_characters_count_and_that_is_said(
 
 @pytest.mark.parametrize("tokenizer", ["13a", "intl", "zh", "char", "none"])
 def test_scores_and_signatures_are_sacrebleus(tokenizer: BleuTokenizer) -> None:
-    scores = text_scores(CHINESE_ANSWERS, CHINESE, tokenizer)
-    assert scores.bleu == sacrebleu.corpus_bleu(CHINESE_ANSWERS, [CHINESE], tokenize=tokenizer).score
-    assert f"|tok:{tokenizer}|" in scores.bleu_signature
-    assert scores.chrf == sacrebleu.corpus_chrf(CHINESE_ANSWERS, [CHINESE]).score
+    scorer = RewriteScorer([(text,) for text in CHINESE], ScoringSettings(bleu_tokenize=tokenizer))
+    assert scorer.scores(CHINESE_ANSWERS) == {
+        "bleu": sacrebleu.corpus_bleu(CHINESE_ANSWERS, [CHINESE], tokenize=tokenizer).score,
+        "chrf": sacrebleu.corpus_chrf(CHINESE_ANSWERS, [CHINESE]).score,
+    }
+    assert f"|tok:{tokenizer}|" in scorer.signatures["bleu"]
 
 
 def test_chinese_is_scored_by_its_own_tokenizer_unless_said(tmp_path: Path) -> None:
