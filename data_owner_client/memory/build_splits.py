@@ -184,7 +184,7 @@ def disclosure_notice(context_mode: ContextMode, task: Task, *, earlier_answers:
     """
     prompts = "the prompts with their source texts"
     if context_mode == "teacher-forced":
-        earlier = ", and earlier answers that are not learned" if earlier_answers else ""
+        earlier = " and earlier answers that are not learned" if earlier_answers else ""
         return f"Leaves this machine: {prompts}, and every target text{earlier} (--share-targets)."
     if task.kind == "classify":
         return (

@@ -24,7 +24,9 @@ from data_owner_client.data.reading.reader import (
     spool_sources,
 )
 from data_owner_client.data.reading.settings import Format, ReadingSettings
-from tests.hostile import damaged, refused
+from tests.forms import CONTAINERS, as_parquet
+from tests.forms import FORMS as FORMS_OF_TOOLS
+from tests.hostile import altered, damaged, refused
 from tests.profiles import scaled
 
 pytestmark = pytest.mark.unguarded("no server")
@@ -85,8 +87,10 @@ def encoded(text: str) -> Iterator[bytes]:
     | damaged(b'{"source": "a", "target": "b"}\n{"source": "c", "target": "d"}\n')
     | damaged(b'[{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]')
     | damaged(gzip.compress(b"source\ttarget\na\tb\n", mtime=0))
-    | damaged("source\ttarget\nä\tb\n".encode("utf-16")),
-    suffix=st.sampled_from(["jsonl", "json", "csv", "tsv", "txt", "en", "gz"]),
+    | damaged("source\ttarget\nä\tb\n".encode("utf-16"))
+    | damaged(as_parquet([{"source": "a", "target": "b"}] * 3))
+    | damaged(as_parquet(FORMS_OF_TOOLS["tools"][0])),
+    suffix=st.sampled_from(["jsonl", "json", "csv", "tsv", "txt", "en", "gz", "parquet"]),
     format_=st.none() | st.sampled_from(get_args(Format)),
     header=st.booleans(),
     skip_invalid=st.booleans(),
@@ -182,3 +186,23 @@ def test_stored_pairs_come_back_unchanged(tmp_path_factory: pytest.TempPathFacto
     assert stored is not None
     assert list(stored) == list(PairFile.spool(pairs)) == pairs
     assert read_stored_pairs(path, digest_pairs([*pairs, Pair("a")])) is None
+
+
+@given(data=st.data(), form=st.sampled_from(list(FORMS_OF_TOOLS)), container=st.sampled_from(["jsonl", "json", "csv"]))
+@settings(max_examples=scaled(600), database=None)
+def test_any_records_are_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, form: str, container: str
+) -> None:
+    """Records of all forms with something else in some place: whatever is read can be stored."""
+    records, _, labels = FORMS_OF_TOOLS[form]
+    changed = [records[0], data.draw(altered(records[0]))]
+    if container == "csv":
+        changed = [record for record in changed if isinstance(record, dict) and list(record) == list(records[0])]
+    path = tmp_path_factory.getbasetemp() / f"altered.{container}"
+    path.write_bytes(CONTAINERS[container](changed))
+    for need_targets in (True, False):
+        found = refused(lambda: read_pairs(path, labels=labels, skip_invalid=True, need_targets=need_targets))  # noqa: B023
+        if found is not None:
+            stored = path.with_suffix(".stored")
+            write_pairs(stored, found)
+            assert read_stored_pairs(stored, digest_pairs(found)) is not None

@@ -1,10 +1,17 @@
 """Pairs: their split for validation, and their digest."""
 
-import pytest
+import tracemalloc
+from collections import Counter
+from typing import Any
 
-from data_owner_client.data.pairs import Pair, digest_pairs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_owner_client.data.pairs import Conversation, Pair, digest_pairs
 from data_owner_client.data.validation_split import split_validation
 from protocol.errors import InvalidData
+from tests.profiles import scaled
 
 
 def test_validation_split_keeps_equal_sources_together_and_is_stable() -> None:
@@ -37,3 +44,68 @@ def test_digest_depends_on_every_text_and_their_order() -> None:
 def test_one_source_is_too_few_to_set_some_aside() -> None:
     with pytest.raises(InvalidData, match="30 pairs have 1 source, which is too few"):
         split_validation([Pair("a", str(number)) for number in range(30)], 0.1)
+
+
+def _conversation(question: str, history: str) -> Conversation | None:
+    earlier = [turn for text in history for turn in (("user", text), ("assistant", "x"))]
+    turns = [{"role": role, "content": text} for role, text in [*earlier, ("user", question)]]
+    return Conversation(tuple(turns)) if earlier else None
+
+
+SOME_PAIRS = st.lists(
+    st.builds(
+        lambda question, history, group: Pair(
+            question, "t", conversation=_conversation(question, history), group=group
+        ),
+        st.sampled_from("abcdefgh"),
+        st.sampled_from(["", "", "u", "uv"]),
+        st.sampled_from(["", "", *"ghijkl"]),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+def _keys(pair: Pair) -> set[object]:
+    """What a pair shares with others: its group, and its question with the turns before it."""
+    turns = pair.conversation.turns if pair.conversation else ()
+    return {("question", pair.source, str(turns)), *([("group", pair.group)] if pair.group else [])}
+
+
+@given(pairs=SOME_PAIRS, fraction=st.floats(0, 1), seed=st.randoms())
+@settings(max_examples=scaled(300), database=None)
+def test_pairs_of_a_group_or_question_stay_on_one_side(pairs: list[Pair], fraction: float, seed: Any) -> None:
+    try:
+        train, held_out = split_validation(pairs, fraction)
+    except InvalidData:
+        # All are connected: the keys of each pair meet those of the others.
+        reached = _keys(pairs[0])
+        for _ in pairs:
+            reached |= {key for pair in pairs if _keys(pair) & reached for key in _keys(pair)}
+        assert all(_keys(pair) <= reached for pair in pairs)
+        return
+    assert train
+    assert held_out
+    assert Counter(map(id, [*train, *held_out])) == Counter(map(id, pairs))
+    sides = [{key for pair in side for key in _keys(pair)} for side in (train, held_out)]
+    assert not sides[0] & sides[1]
+    # The order of the pairs changes nothing.
+    shuffled = list(pairs)
+    seed.shuffle(shuffled)
+    assert set(map(id, split_validation(shuffled, fraction)[1])) == set(map(id, held_out))
+
+
+def test_a_large_group_is_not_set_aside_if_another_can_be() -> None:
+    pairs = [Pair(f"text {i}", "t", group="large" if i < 90 else "") for i in range(100)]
+    _, held_out = split_validation(pairs, 0.05)
+    assert len(held_out) == 5
+    assert {pair.group for pair in held_out} == {""}
+
+
+def test_grouped_pairs_cost_some_bytes_each() -> None:
+    pairs = [Pair(f"text {i}", "t", group=str(i // 3)) for i in range(20_000)]
+    tracemalloc.start()
+    split_validation(pairs, 0.05)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * len(pairs)
