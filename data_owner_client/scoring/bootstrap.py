@@ -20,7 +20,7 @@ _RESAMPLES_AT_ONCE = 50
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a metric needs to know of each text.
+    """Sufficient statistics of a metric: numbers of each text whose sums decide it.
 
     Attributes:
         sums_E_F: numbers of each text, whose sums over texts decide the metric.
@@ -101,7 +101,7 @@ class StatisticsScorer(ABC):
 
 
 def _resamples(count: int) -> Iterator[Array]:
-    """How often each resample draws each of the texts, some resamples at a time [B, E]."""
+    """Yield the counts of each text in each resample, some resamples at a time [B, E]."""
     generator = np.random.default_rng(_SEED)
     for _ in range(RESAMPLES // _RESAMPLES_AT_ONCE):
         drawn_B_E = generator.choice(count, size=(_RESAMPLES_AT_ONCE, count), replace=True)

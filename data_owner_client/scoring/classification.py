@@ -36,7 +36,7 @@ class LabelScores(BaseModel):
 
 
 class Confusion(BaseModel):
-    """How often each label was answered with each label.
+    """Counts of the answers to each label's texts.
 
     Attributes:
         labels: the labels.
@@ -94,7 +94,7 @@ class ClassificationScorer(StatisticsScorer):
         ]
 
     def confusion(self, answers: Sequence[str]) -> Confusion:
-        """How often each label was answered with each label."""
+        """Counts of the answers to each label's texts."""
         truths_E, answers_E = self._truths_and_answers(answers)
         counts_L_A = self._one_hot(truths_E).T @ self._one_hot(answers_E, with_other=True)
         return Confusion(labels=self.labels, counts=counts_L_A.astype(int).tolist())

@@ -45,7 +45,7 @@ class SummaryScorer:
             from rouge_score.rouge_scorer import RougeScorer
         except ImportError as error:
             raise Unsupported(
-                "ROUGE needs the package rouge-score.", hint="Run: pip install 'pema[client,summaries]'"
+                "ROUGE needs the package rouge-score.", hint="Run: pip install -e '.[client,summaries]'"
             ) from error
         self._references = references
         self._stemmer = PorterStemmer() if re.split("[-_]", (language or "en").lower())[0] == "en" else None

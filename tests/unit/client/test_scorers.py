@@ -200,7 +200,7 @@ def test_summaries_say_which_package_they_need(monkeypatch: pytest.MonkeyPatch) 
         return import_module(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_rouge)
-    with pytest.raises(Unsupported, match=r"pip install 'pema\[client,summaries\]'"):
+    with pytest.raises(Unsupported, match=r"pip install -e '.\[client,summaries\]'"):
         SummaryScorer([("a",)])
 
 
