@@ -20,7 +20,7 @@ _RESAMPLES_AT_ONCE = 50
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sufficient statistics of a metric: numbers of each text whose sums decide it.
+    """Sufficient statistics of a metric.
 
     Attributes:
         sums_E_F: numbers of each text, whose sums over texts decide the metric.
@@ -67,6 +67,9 @@ def paired_p_value(baseline: Statistics, system: Statistics) -> float:
     With d the absolute difference of both scores, and d_r that of resample r of n, it is
     (1 + #{r: d_r - mean(d_r) >= d}) / (n + 1), as in sacrebleu (`_paired_bs_test`), whose resamples these are.
     Sacrebleu counts ">" where this has ">=", and so finds a system different from itself.
+
+    Where d is much larger than its spread, d_r is never negative, and this is the one-sided p-value: half the two-sided
+    one.
     """
     difference = abs(system.score - baseline.score)
     of_resample = np.concatenate(
