@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from pydantic import BaseModel
 from torch import Tensor
 
-from data_owner_client.adapter.gate import Gate, cross_validated_nll
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.data.example_retrieval import with_retrieved_examples
@@ -23,11 +21,11 @@ from data_owner_client.runtime.progress import Reporter
 from data_owner_client.scoring.scorer import Metric, scores_in_words
 from data_owner_client.training.decoded_policies import Answers, DecodedPolicies, TextStore
 from data_owner_client.training.inputs import Memories, TrainingInput
-from data_owner_client.training.likelihood import pema_logprobs_and_gate_features
+from data_owner_client.training.label_policies import select_by_labels
+from data_owner_client.training.policies import DecodingPolicy, PromptVariant
 from data_owner_client.training.policy_choice import clearly_better, smoothed_maximum
 from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.time_budget import TimeBudget, WorkPlan
-from data_owner_client.training.validation import ValidationData, likeliest_interpolations
 from protocol.errors import InvalidData
 
 # Retrieved examples in a prompt that are tried if the user names no number.
@@ -42,77 +40,15 @@ _REWARDS = (0.5, 1.0)
 _LISTED_ANSWERS = frozenset({"classify"})
 
 
-class DecodingPolicy(BaseModel):
-    """Prompts and interpolation to use an adapter with, and their scores on the held-out pairs.
-
-    Attributes:
-        nearest: retrieved examples in each prompt of the PLM; 0 for the examples of the task.
-        interpolation: interpolation with the PLM.
-        nll: loss of the mixture, in nats per token. A length reward only affects decoding and does not change it.
-        scores: scores of decoded texts, by key of the metric; None if this policy was not decoded.
-    """
-
-    nearest: int
-    interpolation: Interpolation
-    nll: float
-    scores: dict[str, float] | None = None
-
-    def __str__(self) -> str:
-        """The policy in words."""
-        prompts = f", prompts with {self.nearest} retrieved examples" if self.nearest else ""
-        return f"{self.interpolation}{prompts}"
-
-    def with_length_reward(self, length_reward: float) -> DecodingPolicy:
-        """A copy with another length reward."""
-        return self.model_copy(update={"interpolation": self.interpolation.with_length_reward(length_reward)})
-
-
-@dataclass(frozen=True)
-class PromptVariant:
-    """Held-out rows behind one kind of prompt for the PLM.
-
-    Attributes:
-        nearest: retrieved examples in each prompt of the PLM; 0 for the examples of the task.
-        data: held-out rows with the PLM's likelihood behind these prompts.
-        pema_logprob_N: log P_PEMA(y) of each row, float64.
-        features_N_F: inputs of a gate for each row.
-    """
-
-    nearest: int
-    data: ValidationData
-    pema_logprob_N: Tensor
-    features_N_F: Tensor
-
-    @classmethod
-    def from_rows(
-        cls, nearest: int, data: ValidationData, adapter: TrainedAdapter, plm_rows: MemoryRows
-    ) -> PromptVariant:
-        """Compute the adapter's side; `plm_rows` are the rows behind these prompts, with log-sum-exp."""
-        return cls(nearest, data, *pema_logprobs_and_gate_features(adapter, data, plm_rows))
-
-    def policy(self, interpolation: Interpolation) -> DecodingPolicy:
-        """The policy with an interpolation that has no gate, and its loss."""
-        nll = self.data.mixture_nll(self.pema_logprob_N, interpolation)
-        return DecodingPolicy(nearest=self.nearest, interpolation=interpolation, nll=nll)
-
-    def likeliest(self, *, gate: bool) -> list[DecodingPolicy]:
-        """The policies with the likeliest λ_max of each schedule and, if `gate` is set, with a fitted gate."""
-        policies = [self.policy(each) for each in likeliest_interpolations(self.data, self.pema_logprob_N)]
-        if gate:
-            sides = self.features_N_F, self.data.plm_logprob_N, self.pema_logprob_N
-            nll, mean_lambda = cross_validated_nll(*sides, self.data.position_N)
-            gated = Interpolation(schedule="constant", lambda_max=mean_lambda, gate=Gate.fit(*sides))
-            policies.append(DecodingPolicy(nearest=self.nearest, interpolation=gated, nll=nll))
-        return policies
-
-
 def length_rewards(task: Task) -> tuple[float, ...]:
     """The length rewards that are tried, in nats; none where answers come from a fixed list."""
     return () if task.kind in _LISTED_ANSWERS else _REWARDS
 
 
 def max_policies(task: Task) -> int:
-    """The number of decoding policies that held-out texts are decoded with, at most."""
+    """The number of times that held-out texts are decoded, at most. The labels of a text are scored only once."""
+    if task.kind == "classify":
+        return 1
     return len(_LAMBDAS) + 2 + len(length_rewards(task))
 
 
@@ -162,6 +98,10 @@ def select_decoding_policy(
     texts = plan.wishes.fitting_texts(budget.left, plan.costs, retrieval=likeliest.nearest > 0)
     if not texts:
         return policies
+    if memories.plan.task.kind == "classify":
+        variant = variants[likeliest.nearest]
+        rivals = [policy for policy in policies if policy.nearest == likeliest.nearest]
+        return [*select_by_labels(plm, memories, texts, with_policy(likeliest), variant, rivals, reporter), *policies]
     trials = _Trials.of(plm, memories, texts, with_policy(likeliest), budget, store, reporter)
     return [*_by_answers(likeliest, variants[likeliest.nearest], trials), *policies]
 

@@ -22,14 +22,29 @@ def smoothed_maximum(value_P: Tensor, score_P_E: Tensor) -> float:
         value_P: P ≥ 3 different values, float64.
         score_P_E: score of each of E texts with each value.
     """
+    maximum_S = _maximum_of_parabola(value_P.double(), _resampled_means(score_P_E))
+    return maximum_S.mean().clamp(value_P.min(), value_P.max()).item()
+
+
+def bagged_maximum(value_P: Tensor, score_P_E: Tensor) -> float:
+    """Value at which the mean score is highest, averaged over resamples of the texts; for a fine grid of values.
+
+    Args:
+        value_P: P different values, float64.
+        score_P_E: score of each of E texts with each value.
+    """
+    best_S = _resampled_means(score_P_E).argmax(dim=0)
+    return value_P[best_S].mean().item()
+
+
+def _resampled_means(score_P_E: Tensor) -> Tensor:
+    """Mean scores of resamples of the texts, float64 [P, S]."""
     texts = score_P_E.shape[1]
     rng = torch.Generator().manual_seed(_SEED)
     drawn_S_E = torch.randint(texts, (_RESAMPLES, texts), generator=rng)
     weight_S_E = torch.zeros(_RESAMPLES, texts, dtype=torch.float64)
     weight_S_E.scatter_add_(1, drawn_S_E, torch.ones_like(weight_S_E))
-    mean_P_S = score_P_E.double() @ weight_S_E.T / texts
-    maximum_S = _maximum_of_parabola(value_P.double(), mean_P_S)
-    return maximum_S.mean().clamp(value_P.min(), value_P.max()).item()
+    return score_P_E.double() @ weight_S_E.T / texts
 
 
 def _maximum_of_parabola(value_P: Tensor, score_P_S: Tensor) -> Tensor:

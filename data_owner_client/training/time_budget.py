@@ -153,7 +153,8 @@ class WorkPlan:
             steps.append(f"likelihoods behind retrieved examples ({_minutes(costs.retrieval)})")
         if self.texts:
             seconds = _minutes(self._texts_seconds)
-            steps.append(f"{self.texts} held-out texts decoded with up to {wishes.policies} policies ({seconds})")
+            policies = f" with up to {wishes.policies} policies" if wishes.policies > 1 else ""
+            steps.append(f"{self.texts} held-out texts decoded{policies} ({seconds})")
         return steps
 
     @property

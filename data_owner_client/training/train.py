@@ -25,14 +25,10 @@ from data_owner_client.runtime.path_text import PathText
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.scoring.scorer import scores_in_words
 from data_owner_client.training.decoded_policies import TextStore
-from data_owner_client.training.decoding_policy import (
-    DEFAULT_RETRIEVED_EXAMPLES,
-    DecodingPolicy,
-    max_policies,
-    select_decoding_policy,
-)
+from data_owner_client.training.decoding_policy import DEFAULT_RETRIEVED_EXAMPLES, max_policies, select_decoding_policy
 from data_owner_client.training.inputs import Memories, TrainingInput, resolve_settings
 from data_owner_client.training.plots import plot_training
+from data_owner_client.training.policies import DecodingPolicy
 from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.settings_search import search_settings
 from data_owner_client.training.time_budget import TimeBudget, Wish, WorkCosts, WorkPlan, WorkWishes
@@ -262,6 +258,7 @@ def _with_policy(
         pairs_digest=digest_pairs(pairs) if pairs else "",
         interpolation=policy.interpolation,
         interpolation_why=why,
+        label_temperature=policy.label_temperature,
         logit_scale=head.logit_scale,
         softcap=head.softcap,
         settings=asdict(settings),

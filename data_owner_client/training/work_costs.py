@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from data_owner_client.data.example_retrieval import with_retrieved_examples
+from data_owner_client.data.label_tokens import LabelTokenizer
 from data_owner_client.data.pairs import Pair
 from data_owner_client.data.tasks import Task
+from data_owner_client.decoding.label_trie import LabelTrie
 from data_owner_client.decoding.settings import DEFAULT_DECODING
+from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.training.held_out_labels import label_settings
 from data_owner_client.training.inputs import Memories, TrainingInput
 from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.time_budget import WorkCosts
@@ -50,7 +54,7 @@ def estimate_costs(
     first = _call_seconds(plm, prompts, look_ahead, clock)
     round_seconds = _call_seconds(plm, prompts, look_ahead, clock)  # the server now has their attention states
     tokens = float(rows_E.float().mean())
-    rounds = tokens / _TOKENS_PER_ROUND
+    rounds = _rounds(plm, memories.plan, tokens)
     # Each round sends all that there is.
     text_tokens = rounds * (sum(map(len, prompts)) / texts + tokens / 2 + look_ahead)
     text = (max(0.0, first - round_seconds) + rounds * round_seconds) / texts
@@ -63,6 +67,19 @@ def estimate_costs(
         # Behind such prompts a round is two calls.
         retrieval, retrieved_text = each * len(pairs), each + 2 * text
     return WorkCosts(inputs.estimate_seconds(settings, clock), retrieval, text, retrieved_text, text_tokens)
+
+
+def _rounds(plm: RemotePlm, plan: MemoryPlan, tokens: float) -> float:
+    """Calls for one text: those that decode an answer of some tokens, or those that score its labels.
+
+    Scoring takes a sequence for each token of a label, unless all labels are sent behind each text.
+    """
+    if plan.task.kind != "classify":
+        return tokens / _TOKENS_PER_ROUND
+    if label_settings(plan.context_mode).label_tolerance > 0:
+        return tokens
+    labels = plan.task.labels
+    return LabelTrie.from_ids(labels, LabelTokenizer(plm.tokenizer, labels).check(plan.task)).paths
 
 
 def _prompts(plm: RemotePlm, tasks: Sequence[Task], pairs: Sequence[Pair]) -> list[list[int]]:
