@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_owner_client.scoring.bleu_tokenizer import bleu_tokenizer
 from data_owner_client.scoring.bootstrap import RESAMPLES
 from data_owner_client.scoring.scorer import Metric, References
 from data_owner_client.scoring.settings import DEFAULT_SCORING, ScoringSettings
-from data_owner_client.scoring.text_metrics import bleu_tokenizer
 
 CHRF = Metric("chrF")
 # Names that sacrebleu's test gives the metrics.

@@ -9,10 +9,10 @@ import pytest
 import sacrebleu
 
 from data_owner_client.evaluation.comparison.results import ComparisonRow, SystemResult, comparison_rows
-from data_owner_client.scoring import text_metrics
+from data_owner_client.scoring import bleu_tokenizer as module
+from data_owner_client.scoring.bleu_tokenizer import bleu_tokenizer
 from data_owner_client.scoring.rewrite import RewriteScorer
 from data_owner_client.scoring.settings import BleuTokenizer, ScoringSettings
-from data_owner_client.scoring.text_metrics import bleu_tokenizer
 from protocol.errors import InvalidData
 from tests.command_line import client, client_json
 
@@ -35,12 +35,12 @@ SPACED = [
 
 @pytest.fixture
 def without_mecab(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_metrics, "_installed", lambda tokenizer: "mecab" not in tokenizer)
+    monkeypatch.setattr(module, "_installed", lambda tokenizer: "mecab" not in tokenizer)
 
 
 @pytest.fixture
 def with_mecab(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_metrics, "_installed", lambda tokenizer: True)
+    monkeypatch.setattr(module, "_installed", lambda tokenizer: True)
 
 
 @pytest.mark.usefixtures("with_mecab")
