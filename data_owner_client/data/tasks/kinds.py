@@ -104,7 +104,13 @@ def answer_text(
     if kind == "classify" and labels and target not in labels:
         hint = f"The task has the labels {', '.join(labels)}."
         raise InvalidText(f"the label {target!r}, which the task does not have", hint=hint, origin=origin)
-    return _structured(target, schema, origin) if kind == "extract" else target
+    if kind != "extract":
+        return target
+    try:
+        return _structured(target, schema, origin)
+    except RecursionError as error:
+        hint = "Leave it out, or flatten it."
+        raise InvalidText("a target that nests too deep", hint=hint, origin=origin) from error
 
 
 def _structured(target: str, schema: Schema | None, origin: Origin | None) -> str:

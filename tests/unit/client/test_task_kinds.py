@@ -121,6 +121,7 @@ def test_labels_may_begin_with_each_other(tokenizer: PlmTokenizer) -> None:
         ({"kind": "extract"}, '{"intent": NaN}', "a target that is neither JSON nor slots"),
         ({"kind": "extract"}, '```json\n{"intent": 1}\n```', "a target that is neither JSON nor slots"),
         ({"kind": "extract"}, r'{"intent": "\ud800"}', "half of a surrogate pair in the target"),
+        ({"kind": "extract", "answer_schema": {}}, '{"a": ' * 700 + "1" + "}" * 700, "a target that nests too deep"),
         ({"kind": "extract", "answer_schema": SCHEMA}, "intent: on", "a target that is no JSON"),
         (
             {"kind": "extract", "answer_schema": SCHEMA},
