@@ -1,4 +1,5 @@
 # make demo    the main job on real data: server, memory, adapter, translation, scores (about 10 minutes on 2 cores)
+# make demo-intents  intents and slots of sentences as JSON: the PLM and PEMA side by side (some ten minutes)
 # make bench   every claim, measured against its baseline
 # make compare baselines side by side on two tasks, LoRA included (some hours on 2 cores)
 # make check   the loop: format, lint, types, unit tests, one call of each kind, one memory (two minutes on 2 cores)
@@ -21,11 +22,14 @@ VLLM_TESTS ?= $(filter-out $(NO_ENGINE:%=tests/wire/test_%.py), $(sort $(wildcar
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo compare check quick-tests test test-guarded compose-test test-vllm bench lint style types format proto \
+.PHONY: demo demo-intents compare check quick-tests test test-guarded compose-test test-vllm bench lint style types format proto \
   reference clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo.run
+
+demo-intents: $(VENV)/ready
+	$(BIN)/python -m demo.intents
 
 compare: $(VENV)/ready
 	$(BIN)/python -m benchmarks.compare
