@@ -55,7 +55,9 @@ def test_what_every_scorer_promises(kind: str, texts: list[str], answers: Any) -
     right = [target for target, *_ in references]
     assert scorer.scores(right) == pytest.approx(dict.fromkeys(scorer.metrics, 100.0))
     assert scorer.each(right) == pytest.approx(torch.full([len(right)], 100.0, dtype=torch.float64))
-    given_answers = answers.draw(st.lists(WORDS | st.sampled_from(right), min_size=len(right), max_size=len(right)))
+    given_answers = answers.draw(
+        st.lists(WORDS | st.text(max_size=9) | st.sampled_from(right), min_size=len(right), max_size=len(right))
+    )
     scores = scorer.scores(given_answers)
     assert set(scores) == set(scorer.metrics)
     assert scorer.headline in scores
