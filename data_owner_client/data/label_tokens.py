@@ -123,6 +123,13 @@ def require_labels(labels: Sequence[str]) -> tuple[str, ...]:
     return tuple(labels)
 
 
+def longest_prefixes(label_ids: LabelIds) -> list[tuple[int, ...]]:
+    """Labels without their last token, except those that another one begins with: sent, they lead to every label."""
+    prefixes = {ids[:-1] for ids in label_ids}
+    shorter = {ids[:length] for ids in prefixes for length in range(len(ids))}
+    return sorted(prefixes - shorter)
+
+
 def require_distinct(labels: Sequence[str], label_ids: LabelIds) -> None:
     """Require token ids that tell the labels apart.
 

@@ -77,11 +77,6 @@ class LabelTrie:
         """True for the nodes that have children."""
         return torch.tensor([bool(children) for children in self.children])
 
-    @property
-    def paths(self) -> int:
-        """Sequences that together lead to all nodes with children."""
-        return sum(not any(self.children[child] for child in each) for each in self.children if each)
-
     @cached_property
     def token_ids_U(self) -> Tensor:
         """Sorted distinct token ids of all labels."""

@@ -130,6 +130,8 @@ def build_memories(
             raise InvalidData(f"No pair is left for {build.folder}.", hint="Give more pairs.")
     if changes := describe_target_changes(plm.tokenizer, chain(*(build.pairs for build in builds))):
         reporter.say(changes)
+    if task.kind == "classify":
+        demand.add_choice(builds[1].sizes, LabelTokenizer(plm.tokenizer, task.labels).check(task))
     require_granted(plm, demand, reporter)
     memories = [build.run(reporter) for build in builds]
     return MemoryReport(

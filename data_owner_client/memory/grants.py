@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 
+from data_owner_client.data.label_tokens import LabelIds, longest_prefixes
 from data_owner_client.memory.request_batches import ExampleSizes
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.head_recovery.fit import contexts_needed
@@ -14,6 +15,9 @@ from data_owner_client.runtime.progress import Reporter
 from protocol.errors import Forbidden, InvalidData
 from protocol.messages import ModelCard
 from protocol.rate_limits import RateLimitStatus
+
+CHOICE_TEXTS = 100
+"""Validation texts on which `train` chooses the mixture by default (`--selection-texts`)."""
 
 
 @dataclass
@@ -25,12 +29,14 @@ class Demand:
         examples: pairs that are still to be sent.
         tokens: tokens of the requests that send them.
         target_ids: ids of the different target tokens, whose rows of the LM head `train` requests.
+        choice_tokens: tokens of the requests with which `train` chooses the mixture of a `classify` task.
     """
 
     context_mode: ContextMode
     examples: int = 0
     tokens: int = 0
     target_ids: set[int] = field(default_factory=set)
+    choice_tokens: int = 0
 
     def add(self, sizes: ExampleSizes, target_ids: Set[int], *, stored: int = 0) -> None:
         """Add pairs. A call encodes a prompt and all its target but the last token, or drafts as many tokens.
@@ -44,6 +50,23 @@ class Demand:
         sequence_E = sizes.sequence[stored:]
         self.examples += len(sequence_E)
         self.tokens += sum(sequence_E) - len(sequence_E)
+
+    def add_choice(self, sizes: ExampleSizes, label_ids: LabelIds) -> None:
+        """Add the choice of the mixture of a `classify` task, on the default number of validation texts.
+
+        With private contexts, all labels are sent behind each text. Else only those are that matter: at least one
+        sequence for each token of a label.
+
+        Args:
+            sizes: token counts of the validation pairs.
+            label_ids: token ids of the labels.
+        """
+        self.target_ids.update(token for ids in label_ids for token in ids)
+        prompts = [whole - target for whole, target in zip(sizes.sequence, sizes.target, strict=True)][:CHOICE_TEXTS]
+        lengths = [len(prefix) for prefix in longest_prefixes(label_ids)]
+        if self.context_mode != "private":
+            lengths = list(range(max(map(len, label_ids))))
+        self.choice_tokens += sum(prompt * len(lengths) + sum(lengths) for prompt in prompts)
 
 
 @dataclass(frozen=True)
@@ -112,10 +135,21 @@ def shortfalls_of(
             yield from _of_distributions(quota, contexts_needed(card), cached)
     elif (quota := quotas.get("head-rows")) is not None:
         yield from _of_head_rows(quota, len(demand.target_ids))
-    tokens = demand.tokens + _recovery_tokens(card, demand, cached)
+    tokens = demand.tokens + demand.choice_tokens + _recovery_tokens(card, demand, cached)
     for name, unit, trivial in (("day", "days", 1), ("minute", "minutes", 10)):
         if (quota := quotas.get(name)) is not None:
             yield from _of_tokens(quota, tokens, unit, trivial)
+
+
+def tokens_needed(card: ModelCard, demand: Demand, cached: int) -> int:
+    """Tokens of the requests that build a memory and recover the LM head. What `train` decodes comes on top.
+
+    Args:
+        card: the server's model card.
+        demand: what will be asked for.
+        cached: full distributions in the cache.
+    """
+    return demand.tokens + _recovery_tokens(card, demand, cached)
 
 
 def needed_scopes(card: ModelCard, context_mode: ContextMode) -> dict[str, str]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from data_owner_client.data.example_retrieval import with_retrieved_examples
-from data_owner_client.data.label_tokens import LabelTokenizer
+from data_owner_client.data.label_tokens import LabelTokenizer, longest_prefixes
 from data_owner_client.data.pairs import Pair
 from data_owner_client.data.tasks import Task
-from data_owner_client.decoding.label_trie import LabelTrie
 from data_owner_client.decoding.settings import DEFAULT_DECODING
 from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.plm.remote_plm import RemotePlm
@@ -78,8 +77,7 @@ def _rounds(plm: RemotePlm, plan: MemoryPlan, tokens: float) -> float:
         return tokens / _TOKENS_PER_ROUND
     if label_settings(plan.context_mode).label_tolerance > 0:
         return tokens
-    labels = plan.task.labels
-    return LabelTrie.from_ids(labels, LabelTokenizer(plm.tokenizer, labels).check(plan.task)).paths
+    return len(longest_prefixes(LabelTokenizer(plm.tokenizer, plan.task.labels).check(plan.task)))
 
 
 def _prompts(plm: RemotePlm, tasks: Sequence[Task], pairs: Sequence[Pair]) -> list[list[int]]:

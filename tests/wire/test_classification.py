@@ -14,15 +14,19 @@ from hypothesis import strategies as st
 
 from data_owner_client import Pair, TrainingSettings, build_memories, train, translate
 from data_owner_client.adapter.trained import TrainedAdapter
-from data_owner_client.data.label_tokens import LabelTokenizer
+from data_owner_client.data.label_tokens import LabelTokenizer, longest_prefixes
 from data_owner_client.data.tasks import Task
+from data_owner_client.memory.grants import CHOICE_TEXTS, Demand
+from data_owner_client.memory.request_batches import ExampleSizes
 from data_owner_client.memory.store import ExternalMemory
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.runtime.progress import Reporter
 from data_owner_client.training.held_out_labels import fitted_temperature
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidData
 from protocol.messages import DecodeRequest, DecodeResponse
+from protocol.rate_limits import RateLimitStatus
 
 TASK = Task(name="t", kind="classify")
 LABELS = ["a long label of many tokens", "her", "then", "thin"]
@@ -125,8 +129,43 @@ def test_private_training_shows_the_same_labels_behind_every_text(
                 behind[number].add(tuple(ids[len(prompts[number]) :]))
     assert len(behind) == len(prompts)
     assert len({frozenset(shown) for shown in behind.values()}) == 1
-    prefixes = {ids[:length] for ids in label_ids(plm) for length in range(len(ids))}
-    assert behind[0] <= prefixes
+    assert behind[0] == set(longest_prefixes(tuple(label_ids(plm))))
+    # As many tokens as `build-memory` compares with the owner's quotas.
+    demand, sizes = Demand("private"), ExampleSizes()
+    for prompt in prompts:
+        sizes.append(len(prompt) + 9, 9)
+    demand.add_choice(sizes, tuple(label_ids(plm)))
+    assert demand.choice_tokens == sum(
+        len(ids)
+        for request in requests
+        for ids, look_ahead in zip(request.token_ids, request.look_ahead, strict=True)
+        if not look_ahead
+    )
+    assert demand.target_ids == {token for ids in label_ids(plm) for token in ids}
+
+
+def test_the_grants_assume_the_texts_that_training_takes() -> None:
+    assert TrainingSettings().selection_texts == CHOICE_TEXTS
+
+
+def test_a_quota_is_compared_with_the_choice_of_the_mixture(
+    plm: RemotePlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = list[str]()
+    monkeypatch.setattr(Reporter, "say", lambda _, line: lines.append(line))
+    monkeypatch.setattr(RemotePlm, "rate_limits", (RateLimitStatus("day", 1000, 1000, "tokens", 86_400, 100),))
+    build_memories(plm, TASK, PAIRS, tmp_path, validation=PAIRS[:20])
+    assert any("tokens; you may use 1,000 in a day" in line for line in lines)
+    assert any("`train` and `translate` will show the names of the labels" in line for line in lines)
+
+
+@given(st.lists(st.lists(st.integers(0, 3), max_size=5).map(lambda ids: (*ids, 9)), min_size=1, unique=True).map(tuple))
+def test_the_longest_prefixes_lead_to_all_labels(label_ids: tuple[tuple[int, ...], ...]) -> None:
+    prefixes = longest_prefixes(label_ids)
+    assert {each[:length] for each in prefixes for length in range(len(each) + 1)} == {
+        ids[:length] for ids in label_ids for length in range(len(ids))
+    }
+    assert not [1 for one in prefixes for other in prefixes if one != other and other[: len(one)] == one]
 
 
 @given(

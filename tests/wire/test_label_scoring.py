@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from data_owner_client.adapter.card import AdapterCard
 from data_owner_client.adapter.interpolation import Interpolation
@@ -79,6 +79,17 @@ def random_adapter(plm: RemotePlm, form: AdapterForm) -> TrainedAdapter:
     return TrainedAdapter(card, network.eval(), ids_C, head)
 
 
+class CachedReference(Reference):
+    """The reference, which computes each context once."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self._cached = cache(super().context)
+
+    def context(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._cached(tuple(token_ids))
+
+
 class Case:
     """A tiny model behind three connections, an adapter, and the reference."""
 
@@ -90,12 +101,9 @@ class Case:
         self.plms = [stack.enter_context(RemotePlm(each, dtype="float32", cache=None)) for each in connections]
         self.plm = self.plms[0]
         self.adapter = random_adapter(self.plm, form)
-        reference = Reference(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
-        plain, size = reference.context, self.plm.card.hidden_size
-        context = cache(lambda ids: plain(ids))
-        reference.context = lambda ids: context(tuple(ids))  # type: ignore[method-assign]
+        reference = CachedReference(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
         self.reference = reference
-        basis = Basis.own(size)
+        basis = Basis.own(self.plm.card.hidden_size)
         if self.plm.card.rotated:
             contexts = random_ids(3, [4] * 64)
             true_N_D = torch.stack([reference.context(ids)[0] for ids in contexts])
