@@ -75,8 +75,8 @@ def require_fields_of_kind(kind: Kind, labels: Sequence[str], schema: Schema | N
             raise ValueError(f"the label {label!r} is empty, or has spaces around it")
         if count > 1:
             raise ValueError(f"labels has {label!r} {count} times")
-        if stop and stop in label:
-            raise ValueError(f"the label {label!r} contains the stop {stop!r}")
+        if stop and (label + stop).index(stop) < len(label):
+            raise ValueError(f"the label {label!r} contains the stop {stop!r}, or ends with a part of it")
     if schema is not None:
         try:
             answer_schema(schema)

@@ -93,6 +93,7 @@ def test_a_kind_fills_in_what_a_task_leaves_open(fields: dict[str, Any], prompt:
         ({"kind": "classify", "labels": ["a", "b", "a"]}, "labels has 'a' 2 times"),
         ({"kind": "classify", "labels": ["a", "b\nc"]}, r"the label 'b\\nc' contains the stop"),
         ({"kind": "classify", "labels": ["a", "b##c"], "stop": "##"}, "contains the stop '##'"),
+        ({"kind": "classify", "labels": ["a", "b#"], "stop": "##"}, "or ends with a part of it"),
         ({"kind": "answer", "answer_schema": {}}, 'answer_schema needs kind = "extract"'),
         ({"kind": "extract", "answer_schema": {"type": "objekt"}}, "answer_schema: it is no JSON schema: 'objekt'"),
         ({"kind": "extract", "answer_schema": {"$ref": "#/$defs/x"}}, r"answer_schema: \$ref '#/\$defs/x' leads"),
