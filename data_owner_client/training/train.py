@@ -159,7 +159,7 @@ def train(
     )
     wishes = replace(work.wishes, trainings=0, search=False)
     work = WorkPlan.within(budget.left, wishes, work.costs)
-    with_policy = partial(_with_policy, memories, inputs, settings, trained)
+    with_policy = partial(assemble_adapter, memories, inputs, settings, trained)
     policies = select_decoding_policy(
         plm,
         memories,
@@ -233,7 +233,7 @@ def _say_plan(plm: RemotePlm, work: WorkPlan, minutes: float, reporter: Reporter
             )
 
 
-def _with_policy(
+def assemble_adapter(
     memories: Memories,
     inputs: TrainingInput,
     settings: TrainingSettings,
@@ -241,7 +241,16 @@ def _with_policy(
     policy: DecodingPolicy,
     why: str = "",
 ) -> TrainedAdapter:
-    """The trained adapter with a decoding policy, and the reason for it, on its card."""
+    """The trained adapter with a decoding policy, and the reason for it, on its card.
+
+    Args:
+        memories: memories that it was trained on.
+        inputs: inputs of the training.
+        settings: settings of the training.
+        trained: result of the training.
+        policy: decoding policy.
+        why: reason for the policy, in words.
+    """
     plan, head = memories.plan, inputs.targets.candidates
     pairs = memories.train_pairs if policy.nearest else []
     card = AdapterCard(
