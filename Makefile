@@ -1,7 +1,8 @@
 # make demo    the main job on real data: server, memory, adapter, translation, scores (about 10 minutes on 2 cores)
 # make demo-intents  intents and slots of sentences as JSON: the PLM and PEMA side by side (some ten minutes)
 # make bench   every claim, measured against its baseline
-# make compare baselines side by side on two tasks, LoRA included (some hours on 2 cores)
+# make compare systems side by side on tasks of every kind, LoRA and full fine-tuning included (a night on 2 cores)
+# make findings tables and pictures of docs/findings.md, from what `make compare` and `make bench` have measured
 # make check   the loop: format, lint, types, unit tests, one call of each kind, one memory (two minutes on 2 cores)
 # make test    all of it: format, lint, types and all tests, those on the real models included (15 minutes on 2 cores)
 # make test-guarded  the tests of wire, fuzz and processes again, every server with TLS, keys, candidate rows, rotation
@@ -22,8 +23,8 @@ VLLM_TESTS ?= $(filter-out $(NO_ENGINE:%=tests/wire/test_%.py), $(sort $(wildcar
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-intents compare check quick-tests test test-guarded compose-test test-vllm bench lint style types format proto \
-  reference clean
+.PHONY: demo demo-intents compare findings check quick-tests test test-guarded compose-test test-vllm bench lint \
+  style types format proto reference clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo.run
@@ -33,6 +34,9 @@ demo-intents: $(VENV)/ready
 
 compare: $(VENV)/ready
 	$(BIN)/python -m benchmarks.compare
+
+findings: $(VENV)/ready
+	$(BIN)/python -m benchmarks.findings
 
 # The types are checked beside the tests: mypy uses one core.
 check: $(VENV)/ready
@@ -63,6 +67,7 @@ bench: $(VENV)/ready $(VLLM_VENV)/ready
 	$(BIN)/python -m benchmarks.overload
 	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.scale --vllm-python $(VLLM_VENV)/bin/python
+	$(BIN)/python -m benchmarks.sensitivity --answers
 	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m benchmarks.train
 

@@ -15,7 +15,7 @@ import torch
 from benchmarks.in_process import model_folder, save_model, served
 from benchmarks.layer_drop import layers_of, uniform_choice, without_other_layers
 from benchmarks.sensitivity.measurement import Bench, Splits
-from benchmarks.sensitivity.points import FACTORS, points
+from benchmarks.sensitivity.points import FACTORS, answered_points, points
 from benchmarks.sensitivity.results import FOLDER, Results
 from data_owner_client import RemotePlm, load_task, read_pairs
 from data_owner_client.runtime.progress import Reporter
@@ -36,16 +36,16 @@ def main() -> None:
     )
     parser.add_argument("--factor", action="append", choices=FACTORS, help="only this factor; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="trainings with each setting")
+    parser.add_argument("--answers", action="store_true", help="also answer the test set at some points")
     arguments = parser.parse_args()
     standard_streams.use_utf8()
     torch.set_num_threads(usable_cores())
-    results = Results.load()
-    wanted = [
-        point
-        for point in points(arguments.task or TASKS, arguments.factor or list(FACTORS), arguments.seeds)
-        if point not in results
-    ]
-    wanted.sort(key=lambda point: point.model)  # stable: each model is loaded once
+    results, tasks = Results.load(), arguments.task or TASKS
+    wanted = list(points(tasks, arguments.factor or list(FACTORS), arguments.seeds))
+    # Stable: each model is loaded once.
+    wanted.sort(key=lambda point: point.model)
+    wanted += answered_points(tasks) if arguments.answers else ()
+    wanted = [point for point in wanted if point not in results]
     done = 0
     for model, of_model in groupby(wanted, key=lambda point: point.model):
         with served(_folder(model)) as plm:

@@ -15,15 +15,18 @@ from torch import Tensor
 
 from benchmarks.in_process import rows_of
 from benchmarks.sensitivity.points import Point
-from data_owner_client import Pair, RemotePlm, Task, build_memories
+from data_owner_client import Pair, RemotePlm, Task, TrainedAdapter, build_memories, translate
 from data_owner_client.adapter.candidates import token_set
 from data_owner_client.adapter.interpolation import Interpolation, mix
 from data_owner_client.adapter.types import Schedule
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.runtime.progress import Reporter
+from data_owner_client.scoring.scorers import references_of, scorer_for
 from data_owner_client.training.inputs import Memories, TrainingInput
 from data_owner_client.training.likelihood import plm_target_logprobs
+from data_owner_client.training.policies import DecodingPolicy
+from data_owner_client.training.train import assemble_adapter
 from data_owner_client.training.trainer import Trained
 from data_owner_client.training.validation import ValidationData, target_logprobs
 
@@ -45,6 +48,8 @@ class Measurement(BaseModel):
         coverage: share of the held-out tokens that are candidates.
         epochs: passes over the memory, of both phases together.
         seconds: duration of the training.
+        scores: metrics of the answers to the test set, by title; None if it was not answered.
+        headline: title of the metric that the task is judged by.
     """
 
     plm_nll: float
@@ -57,6 +62,8 @@ class Measurement(BaseModel):
     coverage: float
     epochs: int
     seconds: float
+    scores: dict[str, float] | None = None
+    headline: str = ""
 
     @property
     def gain(self) -> float:
@@ -103,7 +110,23 @@ class Bench:
         checkpoint.unlink(missing_ok=True)
         trained = inputs.fit(point.settings, checkpoint, self._reporter)
         checkpoint.unlink(missing_ok=True)
-        return self._measured(inputs, trained, memories.train.length_ratio)
+        measurement = self._measured(inputs, trained, memories.train.length_ratio)
+        if point.schedule is None:
+            return measurement
+        interpolation = Interpolation(
+            schedule=point.schedule, lambda_max=measurement.lambda_max.get(point.schedule, 0.0)
+        )
+        policy = DecodingPolicy(nearest=0, interpolation=interpolation, nll=0.0)
+        adapter = assemble_adapter(memories, inputs, point.settings, trained, policy)
+        return measurement.model_copy(update=self._scores(adapter))
+
+    def _scores(self, adapter: TrainedAdapter) -> dict[str, object]:
+        """Scores of the adapter's most probable answers to the test set, by field of `Measurement`."""
+        test, task = self._splits.test, adapter.card.task
+        answers = translate(self._plm, [pair.question for pair in test], adapter=adapter).texts
+        scorer = scorer_for(task, [references_of(pair) for pair in test])
+        scores = {scorer.metrics[key].title: value for key, value in scorer.scores(answers).items()}
+        return {"scores": scores, "headline": scorer.metrics[scorer.headline].title}
 
     def _measured(self, inputs: TrainingInput, trained: Trained, length_ratio: float) -> Measurement:
         rows, plm_logprob_N = self._test_rows()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from data_owner_client import TrainingSettings
-from data_owner_client.adapter.types import AdapterForm
+from data_owner_client.adapter.types import AdapterForm, Schedule
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.training.settings import Pairing
 
@@ -35,6 +35,8 @@ class Point:
         kappa: weight of the reconstruction loss.
         form: form of the adapter; None for the one that suits the contexts.
         seed: seed of the training.
+        schedule: schedule with which the test set is answered, `none` for the PLM alone; None to measure likelihood
+            alone.
     """
 
     task: str
@@ -45,6 +47,7 @@ class Point:
     kappa: float = 0.2
     form: AdapterForm | None = None
     seed: int = 0
+    schedule: Schedule | None = None
 
     @property
     def key(self) -> str:
@@ -73,14 +76,15 @@ FACTORS: Mapping[str, Sequence[Any]] = {
     "context": tuple(_CONTEXTS),
     "model": (
         "gemma-3-270m",
+        "gemma-3-270m/15",
         "gemma-3-270m/12",
-        "gemma-3-270m/6",
         "smollm2-135m",
+        "smollm2-135m/25",
         "smollm2-135m/20",
-        "smollm2-135m/10",
     ),
 }
 """Values of each factor; all other factors have their defaults."""
+_ANSWERED_PAIRS = (125, 500, 2000)
 
 
 def points(tasks: Sequence[str], factors: Sequence[str], seeds: int) -> Iterator[Point]:
@@ -101,3 +105,13 @@ def points(tasks: Sequence[str], factors: Sequence[str], seeds: int) -> Iterator
                 if each not in seen:
                     seen.add(each)
                     yield each
+
+
+def answered_points(tasks: Sequence[str]) -> Iterator[Point]:
+    """Points whose test sets are answered: each schedule of λ, and contexts and sizes of the memory with constant λ."""
+    for task in tasks:
+        default = Point(task=task, schedule="constant")
+        changed = [replace(default, schedule=schedule) for schedule in get_args(Schedule)]
+        changed += [replace(default, context=context) for context in FACTORS["context"]]
+        changed += [replace(default, pairs=pairs) for pairs in _ANSWERED_PAIRS]
+        yield from dict.fromkeys([default, *changed])

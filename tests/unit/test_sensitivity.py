@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.findings import sensitivity
+from benchmarks.findings.__main__ import with_section
 from benchmarks.in_process import served
-from benchmarks.sensitivity.measurement import Bench, Measurement, Splits, standard_error
-from benchmarks.sensitivity.points import FACTORS, Point, points
+from benchmarks.sensitivity.measurement import LAMBDAS, Bench, Measurement, Splits, standard_error
+from benchmarks.sensitivity.points import FACTORS, Point, answered_points, points
 from benchmarks.sensitivity.results import Results
 from data_owner_client import Pair, Task
 from data_owner_client.runtime.progress import Reporter
@@ -90,3 +92,43 @@ def test_a_point_of_each_context_is_measured(tiny_models: TinyModels, tmp_path: 
         assert anew.measure(Point(task="tiny", context="by position", pairs=12, rank=8)).nll == pytest.approx(
             measured.nll, rel=1e-6
         )
+        answered = anew.measure(Point(task="tiny", pairs=12, rank=8, schedule="constant"))
+        assert answered.scores is not None
+        assert {*answered.scores} == {"BLEU", "chrF"}
+        assert answered.headline == "chrF"
+        none = anew.measure(Point(task="tiny", pairs=12, rank=8, schedule="none"))
+        assert none.scores != answered.scores
+
+
+def test_answered_points_are_no_others() -> None:
+    drawn = list(answered_points(["spam"]))
+    assert len(drawn) == len(set(drawn))
+    assert not {*drawn} & {*points(["spam"], list(FACTORS), 3)}
+    assert {point.schedule for point in drawn} == {"none", "constant", "linear", "gradual"}
+
+
+def test_a_section_of_the_page_is_replaced_and_nothing_else() -> None:
+    page = "before\n\n<!-- begin a -->\nold \\1\n<!-- end a -->\n\n<!-- begin b -->\nb\n<!-- end b -->\n"
+    filled = with_section(page, "a", r"new \2")
+    assert filled == page.replace("old \\1", "\nnew \\2\n")
+    assert with_section(filled, "a", r"new \2") == filled
+    with pytest.raises(ValueError, match="no section"):
+        with_section(page, "c", "")
+
+
+def test_tables_and_pictures_hold_every_point(tmp_path: Path) -> None:
+    results = Results.load(tmp_path / "points.jsonl")
+    curves = {name: [MEASUREMENT.plm_nll - value for value in LAMBDAS] for name in MEASUREMENT.nll}
+    for point in [*points(["spam", "cwe"], list(FACTORS), 2), *answered_points(["spam"])]:
+        scores = {"accuracy": 12.3} if point.schedule else None
+        nll = MEASUREMENT.nll | {"constant": 1.5 + 0.25 * point.seed}
+        changed = {"nll": nll, "curves": curves, "scores": scores, "headline": "accuracy" if scores else ""}
+        results.add(point, MEASUREMENT.model_copy(update=changed))
+    tables = sensitivity.tables(results)
+    for factor, values in FACTORS.items():
+        text = tables[f"sensitivity-{factor}"]
+        assert text.count("0.375 ± 0.125") >= 2 * len(values)
+        assert all(f"{value}" in text for value in values)
+    assert "| 12.3 | – |" in tables["sensitivity-answers"]
+    pictures = sensitivity.draw(results, tmp_path)
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
