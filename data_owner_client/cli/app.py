@@ -33,7 +33,7 @@ _USAGE = 2
 _INTERRUPTED = 130  # the status that shells give for SIGINT
 # The order of the help: that of the work.
 _ORDER = (
-    *("info", "doctor", "build-memory", "train", "sweep"),
+    *("info", "doctor", "data", "build-memory", "train", "sweep"),
     *("apply", "generate", "evaluate", "compare", "fetch-head"),
 )
 
@@ -91,14 +91,34 @@ def _with_global_options(
     return status
 
 
-def command(name: str | tuple[str, ...] | None = None) -> Callable[[_Command], _Command]:
-    """Make a function a command, whose help is the whole docstring, examples included."""
+def command_group(name: str, sentence: str) -> App:
+    """A command that has commands of its own.
+
+    Args:
+        name: name of the command.
+        sentence: its line in the help.
+    """
+    group = App(name=name, help=sentence, help_format="markdown", version_flags=(), sort_key=_ORDER.index(name))
+    app.command(group)
+    return group
+
+
+def command(name: str | tuple[str, ...] | None = None, *, group: App | None = None) -> Callable[[_Command], _Command]:
+    """Make a function a command, whose help is the whole docstring, examples included.
+
+    Args:
+        name: name of the command; None for that of the function.
+        group: the command that it belongs to; None for none.
+    """
 
     def register(function: _Command) -> _Command:
         # As a section of its own, the parser of docstrings would leave the examples out.
         words = inspect.cleandoc(function.__doc__ or "").replace("Examples:", "**Examples**", 1)
         first = (name[0] if isinstance(name, tuple) else name) or function.__name__
-        app.command(function, name=name, help=words, sort_key=_ORDER.index(first))
+        if group is None:
+            app.command(function, name=name, help=words, sort_key=_ORDER.index(first))
+        else:
+            group.command(function, name=name, help=words)
         return function
 
     return register
@@ -120,7 +140,7 @@ def run(argv: Sequence[str] | None = None) -> int:
             status = app.meta(with_current_names(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except CycloptsError as error:
-        verb = f" {error.command_chain[0]}" if error.command_chain else ""
+        verb = "".join(f" {word}" for word in error.command_chain or ())
         return _failed(f"{_usage_error(error)} See pema-client{verb} --help.", status=_USAGE)
     except PemaError as error:
         return _failed(str(error), status=1)

@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from data_owner_client.data.reading.problems import InvalidText, Origin, require_unicode
 from data_owner_client.runtime.arguments import require_loaded
-from protocol.chat_template import ChatMessage
 from protocol.errors import InvalidData
+
+if TYPE_CHECKING:
+    from protocol.chat_template import ChatMessage  # which imports torch, and files are read without
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,13 @@ def is_single_question(source: Source) -> bool:
 
 def text_of(source: Source) -> str:
     """The text that is answered: the last turn's, behind that of a system turn if there is no other turn."""
-    if isinstance(source, str):
-        return source
-    texts = [str(turn.get("content") or "") for turn in source.turns]
-    return "\n\n".join(filter(str.strip, texts)) if source.is_single_question else texts[-1]
+    texts = texts_of(source)
+    return "\n\n".join(filter(str.strip, texts)) if is_single_question(source) and len(texts) > 1 else texts[-1]
+
+
+def texts_of(source: Source) -> list[str]:
+    """The texts of a source that a prompt shows: the text itself, or those of all turns."""
+    return [source] if isinstance(source, str) else [str(turn.get("content") or "") for turn in source.turns]
 
 
 def source_record(source: Source) -> str | dict[str, Any]:

@@ -31,14 +31,14 @@ class Form:
         keys: keys by which it is recognised; the source is under the first.
         read: yields the pairs of a record, and the problems of its parts; raises those of the whole record.
         optional: further keys that it reads.
-        records: noun for its records.
+        record: noun for one of its records.
     """
 
     title: str
     keys: tuple[str, ...]
     read: Callable[[Record, Extraction], Iterable[Pair | InvalidText]]
     optional: tuple[str, ...] = ()
-    records: str = "records"
+    record: str = "record"
 
     def __str__(self) -> str:
         return " and ".join(map(repr, self.keys))
@@ -149,7 +149,7 @@ def _languages(record: Record, extraction: Extraction) -> Iterator[Pair]:
 
 def _conversations(title: str, key: str) -> Form:
     read = partial(_read_conversation, key=key)
-    return Form(title, (key,), read, ("system", "tools", "functions", "chat_template_kwargs"), "conversations")
+    return Form(title, (key,), read, ("system", "tools", "functions", "chat_template_kwargs"), "conversation")
 
 
 def _read_conversation(record: Record, extraction: Extraction, key: str) -> Iterator[Pair]:
@@ -167,7 +167,7 @@ def _questions(answers: str) -> Form:
     def read(record: Record, extraction: Extraction) -> Iterator[Pair]:
         return question_and_answers(record, answers, extraction)
 
-    return Form("questions and answers", ("question", answers), read, ("context", "is_impossible"), "questions")
+    return Form("questions and answers", ("question", answers), read, ("context", "is_impossible"), "question")
 
 
 _SUMMARIES = [
@@ -191,7 +191,7 @@ FORMS = (
     fields("input", "output", "inputs and outputs"),
     _questions("answer"),
     _questions("answers"),
-    Form("SQuAD articles", ("paragraphs",), articles, records="articles"),
+    Form("SQuAD articles", ("paragraphs",), articles, record="article"),
     Form("texts and labels", ("text", "label"), _text_and_label),
     *_SUMMARIES,
     Form("translations", (TRANSLATION,), _languages),

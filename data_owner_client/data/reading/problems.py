@@ -54,6 +54,25 @@ class InvalidText(InvalidData):
         self.kind = kind
 
 
+@dataclass(frozen=True)
+class ProblemKind:
+    """All problems of one kind in one input.
+
+    Attributes:
+        kind: what the texts have, or a sentence about them.
+        name: name of the file; `text` or `pair` for texts that come from no file.
+        count: number of such texts.
+        numbers: numbers of the first ones.
+        hint: one sentence that says what to do.
+    """
+
+    kind: str
+    name: str
+    count: int
+    numbers: list[int]
+    hint: str
+
+
 class Problems:
     """Problems of one input: counts by kind and file, and the numbers of the first ones."""
 
@@ -78,6 +97,13 @@ class Problems:
         if len(numbers) < _LISTED_LINES:
             numbers.append(origin.number)
         self._hints.setdefault(kind, error.hint)
+
+    def by_kind(self) -> list[ProblemKind]:
+        """All problems by kind and file, the most frequent first."""
+        return [
+            ProblemKind(kind, name, count, list(self._numbers[name, in_file, kind]), self._hints[kind])
+            for (name, in_file, kind), count in self._counts.most_common()
+        ]
 
     def settle(self, total: int, *, skip: bool) -> None:
         """Refuse the input if it has problems, or report how many texts are left out.

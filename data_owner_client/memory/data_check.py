@@ -1,0 +1,127 @@
+"""Checks of files against a model: token counts, prompts as the model gets them, and the owner's quotas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+from data_owner_client.data.checking.files import Part, check_files, problems_of
+from data_owner_client.data.checking.report import Cost, DataReport, Example, Lengths, PartReport, Problem
+from data_owner_client.data.earlier_answers import first_answers
+from data_owner_client.data.pairs import Pair
+from data_owner_client.data.reading.problems import Problems
+from data_owner_client.data.tasks import Task, load_task
+from data_owner_client.memory.build_splits import task_of_memory
+from data_owner_client.memory.encode import tokenize_pair
+from data_owner_client.memory.grants import Demand, cached_distributions, shortfalls_of, tokens_needed
+from data_owner_client.memory.types import ContextMode
+from data_owner_client.memory.usable_pairs import UsablePairs, find_usable_pairs
+from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.runtime.progress import Reporter
+from protocol.errors import InvalidData
+
+_EXAMPLES = 3
+_TASKS = {
+    "OpenAI messages": "chat",
+    "ShareGPT conversations": "chat",
+    "questions and answers": "answer-question",
+    "SQuAD articles": "answer-question",
+    "texts and summaries": "summarise",
+}
+
+
+def default_task(part: PartReport) -> Task:
+    """The built-in task for files of this form, or else a task without an instruction."""
+    if part.labels:
+        return Task(name="labels", kind="classify")
+    return load_task(_TASKS[part.form]) if part.form in _TASKS else Task(name="pairs")
+
+
+def check_with_model(
+    plm: RemotePlm,
+    task: Task,
+    parts: Sequence[Part],
+    problems: Problems,
+    *,
+    memory_parts: int,
+    context_mode: ContextMode = "private",
+    share_earlier_answers: bool = False,
+    price: float | None = None,
+    reporter: Reporter | None = None,
+) -> DataReport:
+    """Report on files as `build-memory` and `train` will use them. Only the tokenizer is fetched, and nothing is sent.
+
+    Args:
+        plm: the remote model.
+        task: template of the prompts.
+        parts: the files; the first ones become memories.
+        problems: problems of reading; those of the model are added.
+        memory_parts: number of files that become memories.
+        context_mode: contexts of the memory.
+        share_earlier_answers: whether prompts may show earlier answers of their conversations.
+        price: price of a million tokens; None for no sum of money.
+        reporter: shows the progress.
+
+    Raises:
+        PemaError: a call to the PLM failed.
+    """
+    private = context_mode == "private"
+    kept: list[Sequence[Pair]] = [
+        first_answers(part.pairs) if private and not share_earlier_answers and at < memory_parts else part.pairs
+        for at, part in enumerate(parts)
+    ]
+    try:
+        task = task_of_memory(task, plm.tokenizer, kept[:memory_parts])
+    except InvalidData as error:  # such as too many labels
+        report = check_files(parts, problems)
+        name = parts[0].report.name
+        report.problems.append(Problem(kind=error.detail, count=1, name=name, lines=[], hint=error.hint))
+        return report
+    demand, usable = Demand(context_mode), list[UsablePairs]()
+    for at, (part, pairs) in enumerate(zip(parts, kept, strict=True)):
+        found = find_usable_pairs(
+            plm, task, pairs, problems, drafted=private and at < memory_parts, reporter=reporter or Reporter()
+        )
+        usable.append(found)
+        _measure(part.report, found)
+        if at < memory_parts:
+            demand.add(found.sizes, found.target_ids)
+    report = check_files(parts, problems)
+    report.problems = problems_of(problems)
+    report.task = task.name
+    report.examples = [_example(plm, task, pair) for pair in islice(usable[0].pairs, _EXAMPLES)]
+    left_out = sum(len(part.pairs) - len(pairs) for part, pairs in zip(parts, kept, strict=True))
+    report.cost = _cost(plm, demand, left_out, price)
+    return report
+
+
+def _measure(report: PartReport, found: UsablePairs) -> None:
+    """Replace the lengths in characters by those in tokens."""
+    sizes = found.sizes
+    report.unit = "tokens"
+    report.sources = Lengths.of([whole - target for whole, target in zip(sizes.sequence, sizes.target, strict=True)])
+    report.targets = Lengths.of(sizes.target)
+
+
+def _example(plm: RemotePlm, task: Task, pair: Pair) -> Example:
+    prompt, _ = task.prompt_and_target(pair, plm.tokenizer)
+    tokens = tokenize_pair(plm, task, pair)
+    return Example(prompt=prompt.text, target=[plm.tokenizer.name(token) for token in tokens.target])
+
+
+def _cost(plm: RemotePlm, demand: Demand, left_out: int, price: float | None) -> Cost:
+    cached = cached_distributions(plm)
+    tokens = tokens_needed(plm.card, demand, cached)
+    shortfalls = list(shortfalls_of(plm.card, plm.rate_limits, demand, cached=cached))
+    day = next((quota for quota in plm.rate_limits if quota.name == "day"), None)
+    return Cost(
+        context=demand.context_mode,
+        examples=demand.examples,
+        left_out=left_out,
+        tokens=tokens,
+        share_of_day=tokens / day.quota if day and day.quota else None,
+        money=None if price is None else tokens * price / 1e6,
+        target_tokens=len(demand.target_ids),
+        shortfalls=[f"{each.detail} {each.hint}" for each in shortfalls],
+        refused=any(each.is_final for each in shortfalls),
+    )
