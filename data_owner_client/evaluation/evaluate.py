@@ -147,7 +147,7 @@ def evaluate(
         raise InvalidData("There are no pairs to evaluate on.", hint="Give at least one.")
     sources = [pair.question for pair in pairs]
     # Whatever can fail should fail before the long work.
-    references = [references_of(pair) for pair in pairs]
+    references = [references_of(pair, task, plm.tokenizer) for pair in pairs]
     scorer = scorer_for(task, references, scoring)
     if share_targets and adapter.retriever:
         tasks = with_retrieved_examples(plm, task, sources, adapter.retriever)

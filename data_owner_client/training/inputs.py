@@ -21,6 +21,7 @@ from data_owner_client.memory.store import TRAIN, VALIDATION, ExternalMemory
 from data_owner_client.plm.head_recovery.fit import fit_rows
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.plm.tokenizer import PlmTokenizer
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.scoring.scorer import Scorer
 from data_owner_client.scoring.scorers import references_of, scorer_for
@@ -36,10 +37,11 @@ from protocol.head import LMHead
 
 @dataclass(frozen=True)
 class Memories:
-    """The memory to train on, and the smaller one to validate on."""
+    """The memory to train on, the smaller one to validate on, and the tokenizer of their model."""
 
     train: ExternalMemory
     validation: ExternalMemory
+    tokenizer: PlmTokenizer
 
     @classmethod
     def open(cls, folder: Path, plm: RemotePlm) -> Memories:
@@ -49,7 +51,7 @@ class Memories:
             InvalidData: a memory is missing, incomplete or damaged.
             IdentityMismatch: a memory was built with another model.
         """
-        memories = cls(ExternalMemory(folder / TRAIN), ExternalMemory(folder / VALIDATION))
+        memories = cls(ExternalMemory(folder / TRAIN), ExternalMemory(folder / VALIDATION), plm.tokenizer)
         for part in (memories.train, memories.validation):
             part.manifest.plan.model.require(
                 ModelIdentity.from_card(plm.card), f"The memory in {part.folder}", "the server"
@@ -85,7 +87,8 @@ class Memories:
     @cached_property
     def scorer(self) -> Scorer:
         """The scorer of answers to the held-out texts."""
-        return scorer_for(self.plan.task, [references_of(pair) for pair in self.held_out_pairs])
+        task = self.plan.task
+        return scorer_for(task, [references_of(pair, task, self.tokenizer) for pair in self.held_out_pairs])
 
     @cached_property
     def held_out(self) -> MemoryRows:

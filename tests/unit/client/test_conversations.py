@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from transformers.utils import chat_template_utils
 
-from data_owner_client.data.pairs import Conversation, Pair
+from data_owner_client.data.pairs import Conversation, Pair, text_of
 from data_owner_client.data.reading.problems import InvalidText
 from data_owner_client.data.tasks import Shot, Task
 from data_owner_client.plm.tokenizer import PlmTokenizer
+from data_owner_client.scoring.scorers import references_of
 from protocol.errors import InvalidData
 from tests.chat_templates import FAMILIES, TOOLS, Family
 from tests.tool_templates import TOOL_FAMILIES
@@ -275,6 +276,25 @@ def test_a_chat_task_has_the_format_of_chats() -> None:
     assert Task(name="t", kind="chat").format == "chat"
     with pytest.raises(ValueError, match='kind = "chat" needs format = "chat"; leave the format away'):
         Task(name="t", kind="chat", format="plain")
+
+
+def test_the_text_of_a_conversation_is_that_of_the_turn_to_answer() -> None:
+    assert text_of(Conversation(TALK[:3])) == "and <b>?"
+    assert text_of(Conversation((SYSTEM, *TALK[:3]))) == "and <b>?"
+    # As if it were one text.
+    assert text_of(Conversation((SYSTEM, TALK[0]))) == "Be brief & kind.\n\nthe thin shine"
+    assert text_of(Conversation(({"role": "system", "content": " "}, TALK[0]))) == text_of("the thin shine")
+
+
+def test_references_of_calls_are_as_the_model_writes_them() -> None:
+    family = TOOL_FAMILIES["hermes"]
+    task, tokenizer = chat_task(family), family.tokenizer()
+    (_, calling), (_, answer) = answers(TOOL_TALK)[2:]
+    written = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn"}}\n</tool_call>'
+    assert references_of(calling, task, tokenizer) == (written,)
+    assert references_of(answer, task, tokenizer) == references_of(answer) == ("Rain.",)
+    with pytest.raises(InvalidText, match="tool calls, whose text depends on the model"):
+        references_of(calling)
 
 
 def test_a_conversation_has_turns_with_roles() -> None:

@@ -3,7 +3,7 @@ import re
 from collections import Counter
 
 from data_owner_client.data.example_retrieval import ExampleRetriever
-from data_owner_client.data.pairs import Pair
+from data_owner_client.data.pairs import Conversation, Pair
 
 PAIRS = [
     Pair("Turn the light on", "Mach das Licht an"),
@@ -36,6 +36,26 @@ def test_a_text_never_finds_itself() -> None:
 def test_there_may_be_fewer_pairs_than_wanted() -> None:
     assert sources(ExampleRetriever(PAIRS[:1], 5), "Turn it on") == ["Turn the light on"]
     assert sources(ExampleRetriever(PAIRS[:1], 5), "Turn the light on") == []
+
+
+def test_examples_come_from_single_questions_alone() -> None:
+    """An answer that depends on earlier turns or tools tells nothing without them."""
+    turns = (
+        {"role": "user", "content": "Turn it on"},
+        {"role": "assistant", "content": "What?"},
+        {"role": "user", "content": "The light"},
+    )
+    later = Pair("The light", "Done", conversation=Conversation(turns))
+    with_tools = Pair("The light", "Done", conversation=Conversation(turns[:1], ({"type": "function"},)))
+    calling = Pair("The light", "", reply={"role": "assistant", "content": "", "tool_calls": []})
+    first = Pair(
+        "Be kind.\n\nTurn it on",
+        "What?",
+        conversation=Conversation(({"role": "system", "content": "Be kind."}, turns[0])),
+    )
+    nearest = ExampleRetriever([later, with_tools, calling, first, PAIRS[0]], 5)
+    assert set(sources(nearest, "The light")) == {"Be kind.\n\nTurn it on", "Turn the light on"}
+    assert sources(ExampleRetriever([later, calling], 5), "The light") == []
 
 
 def test_many_texts_at_once_find_what_each_finds_alone() -> None:
