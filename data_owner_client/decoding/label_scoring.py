@@ -202,9 +202,10 @@ class _TreeScorer:
     def _sequences(self, evidence: LabelEvidence, missing_B_N: Tensor) -> list[_Sequence]:
         """Paths that cover the missing nodes, the deepest first, so that no node is computed twice."""
         sequences, parent, limit = list[_Sequence](), self._trie.parent_N.tolist(), self._plm.card.limits.max_rows
+        lowest = self._lowest_nodes()
         for text, missing_N in enumerate(missing_B_N):
             done = set(evidence.is_computed_B_N[text].nonzero()[:, 0].tolist())
-            ends = {self._descend(node) for node in missing_N.nonzero()[:, 0].tolist()}
+            ends = {lowest[node] for node in missing_N.nonzero()[:, 0].tolist()}
             for end in sorted(ends, key=lambda node: (-len(self._tokens[node]), node)):
                 nodes = []
                 while end not in done:
@@ -215,14 +216,14 @@ class _TreeScorer:
                 sequences += [_Sequence(text, nodes[at : at + limit]) for at in range(0, len(nodes), limit)]
         return sequences
 
-    def _descend(self, node: int) -> int:
-        """The last inner node on the most visited way down from a node."""
-        while True:
-            visits = {child: float(self._visits_N[child]) for child in self._trie.children[node]}
-            child = max(visits, key=visits.__getitem__)
-            if not self._trie.children[child]:
-                return node
-            node = child
+    def _lowest_nodes(self) -> list[int]:
+        """For each node, the last inner node on the most visited way down from it."""
+        visits, lowest = self._visits_N.tolist(), list(range(len(self._trie)))
+        for node in reversed(range(len(self._trie))):
+            if children := self._trie.children[node]:
+                child = max(children, key=visits.__getitem__)
+                lowest[node] = lowest[child] if self._trie.children[child] else node
+        return lowest
 
     def _runs(self, requests: Sequence[LabelRequest], sequences: Sequence[_Sequence]) -> Iterable[list[_Sequence]]:
         """The sequences of each call, within the server's limits."""
