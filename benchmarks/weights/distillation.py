@@ -14,7 +14,7 @@ from benchmarks.layer_drop import layers_of
 
 _CHUNK_TOKENS = 128
 _BATCH = 8
-_RATE = 3e-4
+RATE = 3e-4
 
 
 def public_text() -> str:
@@ -45,7 +45,7 @@ def distil(full: PreTrainedModel, emulator: PreTrainedModel, ids_B_T: Tensor, *,
     layers = layers_of(emulator)
     emulator.requires_grad_(False)
     weights = [weight.requires_grad_() for layer in layers[adapter:-adapter] for weight in layer.parameters()]
-    optimiser = torch.optim.AdamW(weights, lr=_RATE, fused=True)
+    optimiser = torch.optim.AdamW(weights, lr=RATE, fused=True)
     batches = torch.randperm(len(ids_B_T), generator=torch.Generator().manual_seed(0)).split(_BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / len(batches))
     losses = []
