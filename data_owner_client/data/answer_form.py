@@ -4,7 +4,7 @@ JSON is written as `json.dumps(…, ensure_ascii=False)` writes it: `", "` and `
 characters as they are. The keys of an object come in the order of the schema's `properties`, then any others.
 
 Limits, which come from the library: whole numbers of an enumeration have no fraction (`1`, not `1.0`), integers no
-exponent, and the character U+007F in a string is written as `\u007f`.
+exponent, and the character U+007F is written as `\u007f`. `data.structured_answers.json_line` writes answers like this.
 """
 
 from __future__ import annotations
@@ -61,7 +61,12 @@ class AnswerForm:
         """
         from llguidance import LLMatcher
 
-        self._require_exact_counts()
+        for part in _parts(self.schema or {}):
+            if feature := _inexact_feature(part):
+                raise InvalidData(
+                    f"Decoding cannot be held to the answers' schema: {feature}.",
+                    hint="Leave this part out of the schema; docs/data-owner-guide.md lists what can be in it.",
+                )
         error = LLMatcher.validate_grammar(self.grammar(()))
         if error:
             detail = error.split(_LIBRARY_PREFIX)[-1].splitlines()[0].rstrip(".")
@@ -105,15 +110,25 @@ class AnswerForm:
                         hint="Give another stop.",
                     )
 
-    def _require_exact_counts(self) -> None:
-        """Refuse a least number of keys that need not be there: the library counts a key whenever it is repeated."""
-        for part in _parts(self.schema or {}):
-            least, required = part.get("minProperties"), part.get("required")
-            if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
-                raise InvalidData(
-                    f"Decoding cannot be held to the answers' schema: minProperties is {least}.",
-                    hint="List the keys that an answer needs as `required`.",
-                )
+
+def _inexact_feature(part: Mapping[str, JsonValue]) -> str | None:
+    """The feature of a schema that the library reads in another way; None if there is none."""
+    least, required = part.get("minProperties"), part.get("required")
+    # It counts a key as often as it is repeated.
+    if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
+        return f"minProperties is {least}, and fewer keys are required"
+    spelling = json.dumps([part.get("properties"), part.get("enum"), part.get("const")], ensure_ascii=False)
+    if "\x7f" in spelling:
+        return "U+007F is in a key or an enumeration"
+    if any(isinstance(each, float) and "e" in repr(each) for each in _scalars([part.get("enum"), part.get("const")])):
+        return "a number of an enumeration has an exponent"
+    return None
+
+
+def _scalars(value: JsonValue) -> list[JsonValue]:
+    if isinstance(value, dict):
+        value = [*value.values()]
+    return [scalar for part in value for scalar in _scalars(part)] if isinstance(value, list) else [value]
 
 
 def _literal(text: str) -> str:

@@ -18,9 +18,6 @@ from protocol.errors import Unsupported
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# Tokens whose common text shows that decoding puts the texts of tokens one after another.
-_SAMPLE_TOKENS = 2048
-
 
 class AnswerGrammar:
     """The answers of one form, as the tokens of one tokenizer.
@@ -33,7 +30,7 @@ class AnswerGrammar:
 
     Raises:
         InvalidData: the form has a part that decoding cannot be held to, or a stop could stand inside an answer.
-        Unsupported: the tokenizer cannot write such an answer, or changes the text of tokens by their neighbours.
+        Unsupported: the tokenizer cannot write such an answer, or the form is too large.
     """
 
     def __init__(self, form: AnswerForm, tokenizer: PlmTokenizer, stops: Stops, vocab_size: int) -> None:
@@ -143,27 +140,7 @@ def _matcher_tokens(tokenizer: PlmTokenizer, vocab_size: int) -> LLTokenizer:
     """The tokenizer for llguidance. A large vocabulary takes it a second."""
     from llguidance import LLTokenizer
 
-    _require_concatenation(tokenizer)
     return LLTokenizer(_TokenTexts(tokenizer.token_bytes[:vocab_size]))
-
-
-def _require_concatenation(tokenizer: PlmTokenizer) -> None:
-    """Refuse tokenizers such as BERT's, which remove spaces where tokens meet.
-
-    Raises:
-        Unsupported: it is one.
-    """
-    sample = list[int]()
-    texts = list[str]()
-    for token_id, text in enumerate(tokenizer.token_bytes):
-        if text is not None and text.isascii() and len(sample) < _SAMPLE_TOKENS:
-            sample.append(token_id)
-            texts.append(text.decode())
-    if tokenizer.decode_continuation(sample) != "".join(texts):
-        raise Unsupported(
-            "The model's tokenizer changes texts where tokens meet, so answers cannot be held to a form.",
-            hint="Decode with --no-hold.",
-        )
 
 
 def _require_writable(tokenizer: PlmTokenizer, characters: set[str], vocab_size: int) -> None:

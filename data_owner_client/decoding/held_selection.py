@@ -37,13 +37,12 @@ class _Compared:
 
     @property
     def others_V(self) -> Tensor:
-        """True for each allowed token that was not compared, bool [V]."""
+        """True for each allowed token that was not compared or has no probability in the mixture, bool [V]."""
         allowed_V = self.position.allowed_V
         if allowed_V is None:
             raise ValueError("the answer is free")
         others_V = allowed_V.clone()
-        others_V[self.choice.plm_token] = False
-        if self.candidate_ids_C is not None:
+        if self.candidate_ids_C is not None and self.score > -math.inf:
             others_V[self.candidate_ids_C] = False
         return others_V
 
@@ -81,22 +80,24 @@ class HeldSelection:
         """
         results = list[TokenChoice | OpenChoice](choices)
         for row, (choice, position) in enumerate(zip(choices, positions, strict=True)):
-            score = choice.plm_logprob if mixture is None else float(mixture.logprob_N_K[row].max())
-            if position.allows(choice.token) and self._decides(choice, score, position, mixture, row):
+            if position.allowed_V is None:
                 continue
-            score = score if position.allows(choice.token) else -math.inf
+            score, top1_logprob = choice.plm_logprob, choice.plm_logprob
+            if mixture is not None:
+                score, top1_logprob = float(mixture.logprob_N_K[row].max()), float(mixture.plm.top1_logprob_N[row])
+            if position.allows(choice.plm_token):
+                # Nothing that was not compared exceeds the top-1, also where λ is 1 and leaves probability to none.
+                if score == -math.inf:
+                    results[row] = _outside(choice, choice.plm_token, top1_logprob)
+                continue
+            if mixture is None:
+                score = -math.inf
+            elif score > -math.inf and (position.noise or mixture.exceeds_others(row, score)):
+                continue
             ids_C = None if mixture is None else mixture.candidate_ids_C
             compared = _Compared(choice, score, position, input_N_D[row].float(), float(logsumexp_N[row]), ids_C)
             results[row] = OpenChoice(partial(self._resolve, compared))
         return results
-
-    def _decides(
-        self, choice: TokenChoice, score: float, position: DecodePosition, mixture: CandidateMixture | None, row: int
-    ) -> bool:
-        """True if no token that was not compared is more probable."""
-        if mixture is None or position.allows(choice.plm_token) or (position.noise and score > -math.inf):
-            return True
-        return mixture.exceeds_others(row, score)
 
     def _resolve(self, compared: _Compared) -> TokenChoice:
         """The most probable allowed token.
@@ -123,5 +124,10 @@ class HeldSelection:
         rest = 1.0 - choice.lambda_t
         if compared.score > -math.inf and (rest <= 0.0 or compared.score >= math.log(rest) + logprob):
             return choice
-        pema_logprob = None if choice.pema_logprob is None else -math.inf
-        return replace(choice, token=token, plm_logprob=logprob, pema_logprob=pema_logprob)
+        return _outside(choice, token, logprob)
+
+
+def _outside(choice: TokenChoice, token: int, plm_logprob: float) -> TokenChoice:
+    """The choice with a token to which the adapter gives no probability."""
+    pema_logprob = None if choice.pema_logprob is None else -math.inf
+    return replace(choice, token=token, plm_logprob=plm_logprob, pema_logprob=pema_logprob)
