@@ -22,7 +22,7 @@ from data_owner_client.runtime.progress import Reporter
 from harness.datasets.catalogue import DATA_SETS
 from plm_owner_server.engines.transformers.engine import load_model
 from protocol import standard_streams
-from protocol.cores import usable_cores
+from protocol.cores import torch_threads
 
 TASKS = ("home-assistant", "intents-en", "spam", "cwe")
 _HELD_OUT = 200
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--answers", action="store_true", help="also answer the test set at some points")
     arguments = parser.parse_args()
     standard_streams.use_utf8()
-    torch.set_num_threads(usable_cores())
+    torch.set_num_threads(torch_threads(0))
     results, tasks = Results.load(), arguments.task or TASKS
     wanted = list(points(tasks, arguments.factor or list(FACTORS), arguments.seeds))
     # Stable: each model is loaded once.

@@ -11,7 +11,7 @@ from benchmarks.in_process import model_folder
 from benchmarks.weights.systems import SYSTEMS, Job, run
 from plm_owner_server.settings import DEFAULT_MODEL
 from protocol import standard_streams
-from protocol.cores import usable_cores
+from protocol.cores import torch_threads
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="train on this many pairs; default: all")
     arguments = parser.parse_args()
     standard_streams.use_utf8()
-    torch.set_num_threads(usable_cores())
+    torch.set_num_threads(torch_threads(0))
     arguments.rows.mkdir(parents=True, exist_ok=True)
     model = model_folder(arguments.model)
     job = Job.load(arguments.data, model, arguments.pairs)
