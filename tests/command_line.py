@@ -26,12 +26,12 @@ def client(url: str | None, verb: str, *arguments: Any, stdin: str = "") -> Comp
 
     Args:
         url: the server's; None for verbs that need none.
-        verb: the command.
+        verb: the command; with a space, one of a group, such as `data check`.
         arguments: after it.
         stdin: text on standard input.
     """
     server = ["--server", url] if url else []
-    command = [verb, *server, *map(str, arguments)]
+    command = [*verb.split(), *server, *map(str, arguments)]
     environment = guard.current.client_environment if guard.current else {}
     output, errors = io.StringIO(), io.StringIO()
     with (

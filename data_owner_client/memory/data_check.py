@@ -17,10 +17,12 @@ from data_owner_client.memory.grants import Demand, cached_distributions, shortf
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.memory.usable_pairs import UsablePairs, find_usable_pairs
 from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.plm.tokenizer import PlmTokenizer
 from data_owner_client.runtime.progress import Reporter
 from protocol.errors import InvalidData
 
 _EXAMPLES = 3
+_NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 _TASKS = {
     "OpenAI messages": "chat",
     "ShareGPT conversations": "chat",
@@ -106,7 +108,22 @@ def _measure(report: PartReport, found: UsablePairs) -> None:
 def _example(plm: RemotePlm, task: Task, pair: Pair) -> Example:
     prompt, _ = task.prompt_and_target(pair, plm.tokenizer)
     tokens = tokenize_pair(plm, task, pair)
-    return Example(prompt=prompt.text, target=[plm.tokenizer.name(token) for token in tokens.target])
+    return Example(prompt=prompt.text, target=_texts_of_tokens(plm.tokenizer, tokens.target))
+
+
+def _texts_of_tokens(tokenizer: PlmTokenizer, token_ids: list[int]) -> list[str]:
+    """The text of each token; a character of several tokens belongs to the last of them."""
+    special, texts, before = set(tokenizer.special_ids.values()), list[str](), ""
+    for end, token in enumerate(token_ids, 1):
+        text = tokenizer.decode_continuation(token_ids[:end])
+        if token in special:
+            texts.append(tokenizer.name(token))
+        elif text.endswith(_NO_CHARACTER) and end < len(token_ids):
+            texts.append("")
+        else:
+            texts.append(text[len(before) :])
+            before = text
+    return texts
 
 
 def _cost(plm: RemotePlm, demand: Demand, left_out: int, price: float | None) -> Cost:

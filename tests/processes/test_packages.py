@@ -76,6 +76,19 @@ def test_help_and_settings_import_nothing_heavy(code: str) -> None:
     assert done.stderr.strip() == ""
 
 
+def test_files_are_checked_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"source": "a", "target": "b"}')
+    program = f"""
+import sys
+from data_owner_client.cli import run
+run(["data", "check", {str(tmp_path / "a.jsonl")!r}])
+sys.exit(str([name for name in ["torch", "scipy", "sklearn", "pyarrow", "tokenizers"] if name in sys.modules] or ""))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "1 pair" in done.stdout
+    assert done.stderr.strip() == ""
+
+
 @pytest.mark.parametrize("arguments", [[], ["serve"], ["tenants"], ["tenants", "add"]], ids=" ".join)
 def test_the_servers_help_imports_nothing_heavy(arguments: list[str]) -> None:
     heavy = ["alembic", "anyio", "fastapi", "grpc", "numpy", "sqlalchemy", "torch", "transformers", "uvicorn"]
