@@ -116,7 +116,7 @@ class Pair:
 
 
 def further_fields(pair: Pair) -> dict[str, Any]:
-    """What a pair has beside its two texts, as JSON; empty for a pair of two texts."""
+    """The fields of a pair beside its two texts, as JSON; empty for a pair of two texts."""
     fields: dict[str, Any] = {}
     if pair.conversation is not None:
         fields["turns"] = pair.conversation.turns

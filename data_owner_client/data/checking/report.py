@@ -163,7 +163,7 @@ class Example(BaseModel):
 
 
 class Cost(BaseModel):
-    """What building a memory and training on it will ask of the owner.
+    """Demand on the owner of building a memory and training on it.
 
     Attributes:
         context: contexts of the memory.

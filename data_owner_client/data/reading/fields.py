@@ -24,7 +24,7 @@ Record = Mapping[str, Any]
 
 @dataclass
 class Extraction:
-    """How pairs are taken from the records of one file, and a count of the answers that the file excludes.
+    """Rules for the pairs of one file's records, and a count of the answers that the file excludes.
 
     Attributes:
         need_targets: whether each pair must have a target; if False, sources may be blank.

@@ -41,7 +41,7 @@ _CONTAINERS: dict[Format, str] = {
 
 @dataclass
 class Recognised:
-    """What a file turned out to be.
+    """Container, form and counts of a file.
 
     Attributes:
         container: name of its container, such as `JSON lines`.

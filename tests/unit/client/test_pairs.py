@@ -67,7 +67,7 @@ SOME_PAIRS = st.lists(
 
 
 def _keys(pair: Pair) -> set[object]:
-    """What a pair shares with others: its group, and its question with the turns before it."""
+    """The group of a pair, and its question with the turns before it: pairs that share one belong together."""
     turns = pair.conversation.turns if pair.conversation else ()
     return {("question", pair.source, str(turns)), *([("group", pair.group)] if pair.group else [])}
 
