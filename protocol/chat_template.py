@@ -20,6 +20,7 @@ from jinja2 import nodes
 from protocol.errors import InvalidData, Unsupported
 from protocol.marked_text import MarkedText
 from protocol.messages import DEFAULT_TEMPLATE, TokenizerBundle
+from protocol.printable import printable_line
 from protocol.template_environment import TemplateEnvironment, render_within_bounds
 
 TOOL_TEMPLATE = "tool_use"
@@ -28,6 +29,8 @@ _BRACKETED = re.compile(r"[^\w\s].*\w.*[^\w\s]")
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # A text that no template has a reason to change.
 _TEXT = "Answer in one word."
+# Characters of a template's own errors that are shown.
+_LONGEST_REASON = 300
 # The first code point of the planes for private use.
 _FIRST_PRIVATE = 0xF0000
 
@@ -67,14 +70,23 @@ class TurnTokens:
     """
 
     def __init__(self, bundle: TokenizerBundle) -> None:
-        self._templates = list[tuple[str, str]]()
+        self._bundle = bundle
+
+    @cached_property
+    def _templates(self) -> list[tuple[str, str]]:
+        """What each template writes around two empty turns, and the text that it looks for. Most models need neither.
+
+        A template that refuses such turns marks none.
+        """
+        templates = []
         messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-        for source in bundle.chat_templates.values():
+        for source in self._bundle.chat_templates.values():
             with suppress(InvalidData):
-                template = ChatTemplate(source, bundle.special_tokens, ())
+                template = ChatTemplate(source, self._bundle.special_tokens, ())
                 written = template.render(messages, add_generation_prompt=False).text
                 written += template.render(messages[:1], add_generation_prompt=True).text
-                self._templates.append((written, template.sought_text))
+                templates.append((written, template.sought_text))
+        return templates
 
     def __contains__(self, token: object) -> bool:
         """True for a token in brackets of some kind that marks turns."""
@@ -120,7 +132,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except Exception as error:  # also of Python's own compiler, behind Jinja's
             raise InvalidData(
-                f"The model's chat template cannot be read: {_one_line(error)}", hint='Try `format = "plain"`.'
+                f"The model's chat template cannot be read: {_reason(error)}", hint='Try `format = "plain"`.'
             ) from error
 
     @cached_property
@@ -193,7 +205,7 @@ class ChatTemplate:
             return text
         except Exception as error:  # the template is foreign code: it may raise anything
             raise InvalidData(
-                f"The model's chat template refuses the messages: {_one_line(error)}", hint='Try `format = "plain"`.'
+                f"The model's chat template refuses the messages: {_reason(error)}", hint='Try `format = "plain"`.'
             ) from error
 
 
@@ -288,5 +300,6 @@ def _message(message: ChatMessage) -> dict[str, Any]:
     return fields if reasoning is None else {"thinking": reasoning, **fields, "reasoning_content": reasoning}
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{error}".split())[:300] or type(error).__name__
+def _reason(error: Exception) -> str:
+    """The message of a template's error, which may hold any characters of template and texts."""
+    return printable_line(error, _LONGEST_REASON) or type(error).__name__

@@ -36,10 +36,10 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+from protocol.printable import printable_line
+
 PROBLEM_JSON = "application/problem+json"
 _TYPE_PREFIX = "urn:pema:error:"
-# Characters of a text of the other side that are shown.
-_LONGEST_TEXT = 2000
 
 
 class PemaError(Exception):
@@ -241,17 +241,11 @@ def from_problem(problem: object, status: int, request_id: str | None = None) ->
     if not isinstance(retry_after_s, (int, float)) or not math.isfinite(retry_after_s) or retry_after_s < 0:
         retry_after_s = None
     return cls(
-        _line(fields.get("detail") or fields.get("title") or f"the server answered HTTP {status}"),
-        hint=_line(fields.get("hint") or ""),
+        printable_line(fields.get("detail") or fields.get("title") or f"the server answered HTTP {status}"),
+        hint=printable_line(fields.get("hint") or ""),
         retry_after_s=retry_after_s,
-        request_id=_line(fields.get("request_id") or "") or request_id,
+        request_id=printable_line(fields.get("request_id") or "") or request_id,
     )
-
-
-def _line(text: object) -> str:
-    """A text of the other side as one line, without characters that would control a terminal."""
-    printable = "".join(each if each.isprintable() else " " for each in str(text)[:_LONGEST_TEXT])
-    return " ".join(printable.split())
 
 
 def _tree(cls: type[PemaError]) -> list[type[PemaError]]:

@@ -276,6 +276,16 @@ def test_hostile_templates_are_refused(template: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "template", ["{{ raise_exception('a\\x1b[31mb\\n\\x9b2J\\u202ec') }}", "{% a\x1b[31mb\x9b2J %}"]
+)
+def test_reasons_of_a_template_control_no_terminal(template: str) -> None:
+    with pytest.raises(InvalidData) as caught:
+        ChatTemplate(template, {}, ()).render([{"role": "user", "content": "x"}], add_generation_prompt=True)
+    assert str(caught.value).isprintable()
+    assert "\x1b" not in caught.value.detail
+
+
+@pytest.mark.parametrize(
     "template", ["{{ '%d' % 4294967296 }}", "{{ '{}'.format(4294967296) }}", "{{ '%d' | format(4294967296) }}"]
 )
 def test_large_numbers_are_written(template: str) -> None:
