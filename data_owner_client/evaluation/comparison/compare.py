@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from data_owner_client.data.tasks import Task
 from data_owner_client.evaluation.comparison.results import Comparison, SystemResult, comparison_rows
-from data_owner_client.evaluation.comparison.runner import ComparisonRunner, Connect, Splits
+from data_owner_client.evaluation.comparison.runner import ComparisonRunner, Connect, Splits, comparison_task
 from data_owner_client.evaluation.comparison.systems import SYSTEMS, systems_for
 from data_owner_client.evaluation.task_metrics import TaskMetrics
 from data_owner_client.memory.usable_pairs import require_usable
@@ -53,13 +53,14 @@ def compare(
     folder, reporter = to_path(folder), reporter or Reporter()
     systems = systems_for(task, only, reporter)
     with connect() as plm:
+        task = comparison_task(task, plm, splits, folder)
         # The last system needs its pairs after hours.
         parts, drafted = list(vars(splits).values()), any(name.startswith("private") for name in systems)
         splits = Splits(
             *require_usable(plm, task, parts, drafted=drafted, skip_invalid=skip_invalid, reporter=reporter)
         )
         runner = ComparisonRunner(connect, plm, task, splits, folder, settings or TrainingSettings(), reporter)
-        scorer = scorer_for(runner.task, [references_of(pair) for pair in splits.test], scoring)
+        scorer = scorer_for(task, [references_of(pair, task, plm.tokenizer) for pair in splits.test], scoring)
         for name, system in systems.items():
             runner.measure(name, system.what, system.measure)
         results = SystemResult.load_all(folder / "rows")
@@ -68,7 +69,7 @@ def compare(
             sorted(results.values(), key=lambda result: order.get(result.name, len(order))), len(splits.test), scorer
         )
         return Comparison(
-            **vars(TaskMetrics.of(runner.task, scorer)),
+            **vars(TaskMetrics.of(task, scorer)),
             task=task.name,
             model=plm.card.name,
             pairs={name: len(part) for name, part in vars(splits).items()},

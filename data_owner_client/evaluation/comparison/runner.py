@@ -23,7 +23,7 @@ from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.data.example_retrieval import ExampleRetriever, with_retrieved_examples
-from data_owner_client.data.pairs import Pair, Source, digest_pairs
+from data_owner_client.data.pairs import Pair, Source, digest_pairs, texts_of
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.generation import translate
 from data_owner_client.evaluation.comparison.results import BEST, PUBLISHED, SystemResult
@@ -82,7 +82,7 @@ class ComparisonRunner:
     Args:
         connect: opens further connections.
         plm: the PLM.
-        task: task of all systems.
+        task: task of all systems, from `comparison_task`.
         splits: pairs of the task.
         folder: folder for memories, adapters and rows.
         settings: training settings of PEMA's own systems.
@@ -101,8 +101,7 @@ class ComparisonRunner:
     ) -> None:
         self.connect = connect
         self._plm = plm
-        folders = [_memory_folder(folder, mode) / TRAIN for mode in get_args(ContextMode)]
-        self.task = task_of_memory(task, plm.tokenizer, [splits.train, splits.validation], *folders)
+        self.task = task
         self._splits = splits
         self._folder = folder
         self.settings = settings
@@ -228,7 +227,7 @@ class ComparisonRunner:
     def disclosed_bytes(self, mode: ContextMode, candidates: int) -> dict[str, int]:
         """Bytes that each side shows the other side to build memories and train."""
         pairs = [*self._splits.train, *self._splits.validation]
-        texts = [pair.source for pair in pairs]
+        texts = [text for pair in pairs for text in texts_of(pair.question)]
         texts += [pair.target or "" for pair in pairs] if mode == "teacher-forced" else []
         memories = [ExternalMemory(self.memory(mode) / part) for part in (TRAIN, VALIDATION)]
         rows = sum(memory.manifest.rows for memory in memories)
@@ -250,6 +249,12 @@ class ComparisonRunner:
         tasks = with_retrieved_examples(self._plm, self.task, self._test_sources, retriever)
         pairs = tokenize_pairs(self._plm, tasks, self._splits.test, label="test pair")
         return encode_all(self._plm, pairs, self._reporter)
+
+
+def comparison_task(task: Task, plm: RemotePlm, splits: Splits, folder: Path) -> Task:
+    """The task with all that is fixed when memories are begun, such as its labels; see `task_of_memory`."""
+    folders = [_memory_folder(folder, mode) / TRAIN for mode in get_args(ContextMode)]
+    return task_of_memory(task, plm.tokenizer, [splits.train, splits.validation], *folders)
 
 
 def _memory_folder(folder: Path, mode: ContextMode) -> Path:

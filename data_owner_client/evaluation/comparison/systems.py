@@ -18,6 +18,7 @@ from data_owner_client.memory.store import TRAIN, ExternalMemory
 from data_owner_client.runtime.memory_usage import peak_rss_mb
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.training.inputs import Memories, TrainingInput
+from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.train import TrainingReport
 from protocol.errors import InvalidData
 from protocol.head import LMHead
@@ -95,14 +96,19 @@ def _best(runner: ComparisonRunner) -> SystemResult:
 
 
 def _private(runner: ComparisonRunner) -> SystemResult:
-    adapter, report = runner.trained("private", "private", runner.settings)
+    adapter, report = runner.trained("private", "private", _private_settings(runner))
     return runner.measure_adapter(adapter, report, "private", consensus=_draws(runner))
 
 
 def _private_by_position(runner: ComparisonRunner) -> SystemResult:
-    settings = replace(runner.settings, pairing="by_position", form="residual")
+    settings = replace(_private_settings(runner), pairing="by_position", form="residual")
     adapter, report = runner.trained("private_by_position", "private", settings)
     return runner.measure_adapter(adapter, report, "private", consensus=_draws(runner))
+
+
+def _private_settings(runner: ComparisonRunner) -> TrainingSettings:
+    """The settings without retrieved examples, which would show the targets."""
+    return replace(runner.settings, retrieved_examples=0)
 
 
 @dataclass(frozen=True)
