@@ -26,6 +26,7 @@ from data_owner_client.cli.options import (
     Reading,
     Scoring,
     Server,
+    ShareEarlierAnswers,
     ShareTargets,
     Sources,
     Targets,
@@ -76,11 +77,13 @@ def evaluate(
     connection: Connection = DEFAULT_CONNECTION,
     dtype: Dtype = "float16",
     share_targets: ShareTargets = False,
+    share_earlier_answers: ShareEarlierAnswers = False,
 ) -> None:
     """Score the PLM alone and with the adapter by the metrics of the task's kind, and by perplexity.
 
     The metrics are computed on this machine. Perplexity needs the PLM's view of the references themselves, which shows
-    them to its owner: hence --share-targets.
+    them to its owner: hence --share-targets. Without it, the first answer of each conversation is scored, because the
+    prompts for later ones show it; see --share-earlier-answers.
 
     Examples:
 
@@ -123,6 +126,7 @@ def evaluate(
             adapter,
             interpolation=options.interpolation(adapter),
             share_targets=share_targets,
+            share_earlier_answers=share_earlier_answers,
             decoding=decoding,
             lookup=options.drafter(),
             consensus=options.consensus,

@@ -94,7 +94,7 @@ ShareEarlierAnswers = Annotated[
     bool,
     Parameter(
         help="Allow earlier answers of a conversation in the prompts for its later ones, which the owner of the PLM "
-        "sees. Without it, a private memory learns the first answer of each conversation.",
+        "sees. Without it, only the first answer of each conversation is used, unless the targets are shared.",
         group=CONNECTION,
     ),
 ]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.data.earlier_answers import without_earlier_answers
 from data_owner_client.data.example_retrieval import with_retrieved_examples
 from data_owner_client.data.pairs import Pair, list_of_pairs
 from data_owner_client.data.tasks import Task
@@ -100,6 +101,7 @@ def evaluate(
     *,
     interpolation: Interpolation | None = None,
     share_targets: bool = False,
+    share_earlier_answers: bool = False,
     decoding: DecodingSettings = DEFAULT_DECODING,
     lookup: NgramDrafter | None = None,
     consensus: int = 0,
@@ -118,6 +120,8 @@ def evaluate(
         adapter: the adapter, or a baseline in its place.
         interpolation: interpolation with the PLM; None for that of the adapter's card.
         share_targets: send the targets to the PLM's owner, for perplexities.
+        share_earlier_answers: consent to show earlier answers of conversations in the prompts for later ones. Without
+            it and without `share_targets`, only answers are scored whose prompts show none.
         decoding: settings of decoding.
         lookup: gives drafts for the adapter's texts; None for no such drafts.
         consensus: number of texts drawn for each source with the adapter, of which the most typical one is returned;
@@ -137,6 +141,8 @@ def evaluate(
     pairs = list_of_pairs(pairs)
     task, interpolation = adapter.card.task, interpolation or adapter.card.interpolation
     reporter = reporter or Reporter()
+    if not (share_targets or share_earlier_answers):
+        (pairs,) = without_earlier_answers([pairs], reporter)
     tokenized: list[list[TokenizedPair]] = []
     if share_targets:
         pairs, tokens = tokenize_usable(plm, task, pairs, skip_invalid=skip_invalid, reporter=reporter)

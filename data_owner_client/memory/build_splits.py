@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from data_owner_client.data.earlier_answers import first_answers, shows_earlier_answers
+from data_owner_client.data.earlier_answers import shows_earlier_answers, without_earlier_answers
 from data_owner_client.data.label_tokens import LabelTokenizer, with_labels_of
 from data_owner_client.data.pairs import Pair, list_of_pairs
 from data_owner_client.data.reading.problems import Problems
@@ -100,7 +100,7 @@ def build_memories(
     parts = [pairs] if validation is None else [pairs, list_of_pairs(validation)]
     total = sum(map(len, parts))
     if context_mode == "private" and not share_earlier_answers:
-        parts = _without_earlier_answers(parts, reporter)
+        parts = without_earlier_answers(parts, reporter)
     left_out = total - sum(map(len, parts))
     train_pairs, held_out = parts if len(parts) == 2 else split_validation(parts[0], validation_fraction)
     task = task_of_memory(task, plm.tokenizer, [train_pairs, held_out], *([] if overwrite else [folder / TRAIN]))
@@ -199,24 +199,3 @@ def disclosure_notice(context_mode: ContextMode, task: Task, *, earlier_answers:
             "and the targets' lengths. Of each conversation, no last answer."
         )
     return f"Leaves this machine: {prompts}, and the targets' lengths. No target text."
-
-
-def _without_earlier_answers(parts: Sequence[Sequence[Pair]], reporter: Reporter) -> list[Sequence[Pair]]:
-    """The parts without pairs whose prompts show earlier answers.
-
-    Raises:
-        InvalidData: nothing is left of a part.
-    """
-    shortened = [first_answers(part) for part in parts]
-    before, after = sum(map(len, parts)), sum(map(len, shortened))
-    if not all(shortened):
-        raise InvalidData(
-            "Every prompt of a file would show earlier answers of its conversation to the owner of the PLM.",
-            hint="Say --share-earlier-answers if that is what you want, or give conversations from their beginning.",
-        )
-    if after < before:
-        reporter.say(
-            f"Only the first answer of each conversation is learned: {before - after:,} of {before:,} answers are left "
-            "out, as their prompts would show earlier answers. --share-earlier-answers takes all."
-        )
-    return shortened

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data_owner_client import Pair, Task, build_memories
+from data_owner_client import DecodingSettings, Pair, Task, TrainingSettings, build_memories, evaluate, train
 from data_owner_client.data.pairs import Conversation
 from data_owner_client.memory.store import TRAIN, ExternalMemory
 from data_owner_client.plm.connection.base import Connection
@@ -122,3 +122,24 @@ def test_nothing_left_is_an_error_with_what_to_do(connection: Connection, tmp_pa
     with pytest.raises(InvalidData, match="Every prompt of a file would show earlier answers") as caught:
         build_memories(plm, CHAT, late, tmp_path / "m")
     assert "--share-earlier-answers" in caught.value.hint
+
+
+def test_evaluation_sends_no_earlier_answer_without_consent(
+    connection: Connection, sent: list[bytes], tmp_path: Path
+) -> None:
+    build(connection, tmp_path, ANSWERS)
+    plm = RemotePlm(connection, dtype="float32", cache=tmp_path / "cache")
+    settings = TrainingSettings(rank=4, epochs=1, retrieved_examples=0, selection_texts=0, minutes=0)
+    adapter, _ = train(plm, tmp_path / "m", tmp_path / "adapter", settings=settings)
+
+    def requests(answers: list[str], **options: Any) -> tuple[int, list[bytes]]:
+        del sent[:]
+        pairs = [pair for number in range(3) for pair in conversation(number, answers)]
+        found = evaluate(plm, pairs, adapter, decoding=DecodingSettings(max_new_tokens=4), **options)
+        return len(found.sources), list(sent)
+
+    assert requests(ANSWERS) == requests(OTHER_ANSWERS)
+    assert requests(ANSWERS)[0] == 3
+    shared = [requests(answers, share_earlier_answers=True) for answers in (ANSWERS, OTHER_ANSWERS)]
+    assert shared[0][0] == 6
+    assert shared[0][1] != shared[1][1]
