@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data_owner_client.adapter.interpolation import Interpolation
     from data_owner_client.adapter.trained import TrainedAdapter
-    from data_owner_client.data.pairs import Pair
+    from data_owner_client.data.pairs import Conversation, Pair
     from data_owner_client.data.reading.reader import read_pairs, read_parallel, spool_pairs
     from data_owner_client.data.reading.settings import ReadingSettings
     from data_owner_client.data.tasks import Task, load_task
@@ -63,6 +63,7 @@ _HOMES = {
     "BudgetExhausted": "protocol.errors",
     "ConnectionFailed": "protocol.errors",
     "ConnectionSettings": "data_owner_client.plm.connection.settings",
+    "Conversation": "data_owner_client.data.pairs",
     "DecodingSettings": "data_owner_client.decoding.settings",
     "Evaluation": "data_owner_client.evaluation.evaluate",
     "ExternalMemory": "data_owner_client.memory.store",
@@ -120,6 +121,7 @@ __all__ = [
     "BudgetExhausted",
     "ConnectionFailed",
     "ConnectionSettings",
+    "Conversation",
     "DecodingSettings",
     "Evaluation",
     "ExternalMemory",

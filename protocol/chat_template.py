@@ -74,7 +74,7 @@ class TurnTokens:
 
     @cached_property
     def _templates(self) -> list[tuple[str, str]]:
-        """What each template writes around two empty turns, and the text that it looks for. Most models need neither.
+        """For each template, its text around two empty turns, and the text that it looks for. Made when needed.
 
         A template that refuses such turns marks none.
         """

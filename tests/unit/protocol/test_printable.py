@@ -1,4 +1,4 @@
-"""What the other side's text may put on a terminal."""
+"""Text of the other side on a terminal."""
 
 from __future__ import annotations
 
