@@ -122,7 +122,7 @@ class ChosenOptions:
             "--consensus": self.consensus,
             "--samples": self.samples > 1,
             "--best": self.best > 1,
-            "--temperature": self.sampling is not None and self.sampling.temperature,
+            "--temperature": self.sampling is not None and self.sampling.temperature and not self.consensus,
             "--lookup": self.lookup is not None,
             "--stream": self.on_text is not None or self.on_token is not None,
             "--stop": self.stop,

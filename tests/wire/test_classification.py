@@ -27,6 +27,7 @@ from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidData
 from protocol.messages import DecodeRequest, DecodeResponse
 from protocol.rate_limits import RateLimitStatus
+from tests.command_line import client, client_json
 
 TASK = Task(name="t", kind="classify")
 LABELS = ["a long label of many tokens", "her", "then", "thin"]
@@ -203,3 +204,28 @@ def test_cards_without_a_temperature_load(plm: RemotePlm, tmp_path: Path) -> Non
     assert TrainedAdapter.load(tmp_path / "adapter").card == adapter.card.model_copy(
         update={"tensors_sha256": record["tensors_sha256"]}
     )
+
+
+def test_the_command_line_gives_probabilities_and_explains_labels(tiny_server: str, tmp_path: Path) -> None:
+    task = tmp_path / "task.toml"
+    task.write_text(f'name = "t"\nkind = "classify"\nlabels = {json.dumps(LABELS)}\n')
+    why = tmp_path / "why.jsonl"
+    record = client_json(tiny_server, "apply", "a text", "", "another", "--task", task, "--explain", why)
+    for answer in record["texts"]:
+        probabilities = answer["probabilities"]
+        if not answer["source"]:
+            assert (answer["text"], probabilities) == ("", {})
+            continue
+        assert sum(probabilities.values()) == pytest.approx(1.0)
+        assert sorted(probabilities, key=lambda label: -probabilities[label]) == list(probabilities)
+        assert answer["text"] == next(iter(probabilities))
+    assert record["usage"]["label_prefixes"] >= 2
+    explained = [json.loads(line) for line in why.read_text().splitlines()]
+    assert "".join(token["token"] for token in explained[0]["tokens"]).strip() == record["texts"][0]["text"]
+    done = client(tiny_server, "apply", "a text", "--task", task)
+    assert done.stdout.strip() == record["texts"][0]["text"]
+    assert "prefixes of labels behind their prompts" in done.stderr
+    for options, name in ((["--consensus", 3], "--consensus"), (["--stream"], "--stream")):
+        done = client(tiny_server, "apply", "a text", "--task", task, *options)
+        assert done.returncode == 1
+        assert f"{name} cannot be used with a classify task" in done.stderr

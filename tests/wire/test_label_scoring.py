@@ -31,7 +31,7 @@ from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
-from harness.tiny_models import TinyModels
+from harness.tiny_models import TELLING, TinyModels
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidData
 from tests import guard, support
@@ -143,7 +143,10 @@ SERVERS = (support.serve, support.serve_over_grpc)
 CASES = [("llama", "residual"), ("gemma2", "paper"), ("opt", "recent"), ("phi", "residual")]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=[name for name, _ in CASES])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, id=case[0], marks=() if case[0] in TELLING else pytest.mark.slow) for case in CASES],
+)
 def case(request: pytest.FixtureRequest, tiny_models: TinyModels) -> Iterator[Case]:
     architecture, form = request.param
     with ExitStack() as stack:
