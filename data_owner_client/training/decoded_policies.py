@@ -1,4 +1,4 @@
-"""Held-out texts answered with several policies, within a time budget, and stored for a call that goes on."""
+"""Held-out texts decoded with several policies, within a time budget, and stored for a call that goes on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
@@ -18,27 +17,14 @@ from data_owner_client.runtime.atomic_files import write_atomically
 from data_owner_client.scoring.scorer import Scorer
 from data_owner_client.training.time_budget import MIN_TEXTS, TimeBudget
 
-
-class Answers(BaseModel):
-    """Answers of one policy to the first held-out texts.
-
-    Attributes:
-        texts: the answers.
-        utilities: number for each text that policies are compared by, more is better; None for the scorer's headline
-            metric. A task that computes the probability of the right answer has its logarithm here.
-    """
-
-    texts: list[str]
-    utilities: list[float] | None = None
-
-
-Decode = Callable[[Interpolation, int], Answers]
+Decode = Callable[[Interpolation, int], list[str]]
 """Answers the first so many held-out texts with an interpolation."""
 
 
-class DecodedAnswers(Answers):
-    """Answers of one policy, and the seconds that they took."""
+class DecodedTexts(BaseModel):
+    """Texts of one policy, and the seconds that they took."""
 
+    texts: list[str]
     seconds: float
 
 
@@ -47,12 +33,12 @@ class ScoredPolicy:
     """Scores of one policy.
 
     Attributes:
-        scores: scores of all answers together, by key of the metric.
-        utility_E: float64: number for each text that policies are compared by; more is better.
+        scores: scores of all texts together, by key of the metric.
+        score_E: the scorer's headline metric of each text, float64.
     """
 
     scores: dict[str, float]
-    utility_E: Tensor
+    score_E: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,14 +53,14 @@ class TextStore:
     stem: Path
     identity: object
 
-    def load(self, interpolation: Interpolation, count: int) -> DecodedAnswers | None:
+    def load(self, interpolation: Interpolation, count: int) -> DecodedTexts | None:
         """The stored texts; None if the file is missing or damaged."""
         try:
-            return DecodedAnswers.model_validate_json(self._path(interpolation, count).read_bytes())
+            return DecodedTexts.model_validate_json(self._path(interpolation, count).read_bytes())
         except (OSError, ValidationError):
             return None
 
-    def save(self, interpolation: Interpolation, decoded: DecodedAnswers) -> None:
+    def save(self, interpolation: Interpolation, decoded: DecodedTexts) -> None:
         """Store texts.
 
         Raises:
@@ -93,12 +79,12 @@ class DecodedPolicies:
     The first policy shows how long one takes. If the others would not fit into the budget, all go on with fewer texts.
 
     Args:
-        decode: answers held-out texts.
-        scorer: scores the answers.
+        decode: decodes held-out texts.
+        scorer: scores the texts.
         texts: number of held-out texts.
         policies: number of policies that are to be decoded.
         budget: a policy is decoded only if it should end within it.
-        store: answers of an interrupted call.
+        store: texts of an interrupted call.
 
     Attributes:
         texts: texts that all policies have in common.
@@ -136,21 +122,15 @@ class DecodedPolicies:
             return None
         else:
             began = self._budget.clock()
-            answers = self._decode(interpolation, self.texts)
-            decoded = DecodedAnswers(**answers.model_dump(), seconds=self._budget.clock() - began)
+            texts = self._decode(interpolation, self.texts)
+            decoded = DecodedTexts(texts=texts, seconds=self._budget.clock() - began)
             self._store.save(interpolation, decoded)
         self._text_seconds = max(self._text_seconds, decoded.seconds / len(decoded.texts))
         if not self._scored:
             self._fit_texts()
-        self._scored[interpolation] = self._scores(decoded)
+        texts = decoded.texts[: self.texts]
+        self._scored[interpolation] = ScoredPolicy(self._scorer.scores(texts), self._scorer.each(texts))
         return self._scored[interpolation]
-
-    def _scores(self, answers: Answers) -> ScoredPolicy:
-        texts = answers.texts[: self.texts]
-        scores = self._scorer.scores(texts)
-        if answers.utilities is None:
-            return ScoredPolicy(scores, self._scorer.each(texts))
-        return ScoredPolicy(scores, torch.tensor(answers.utilities[: self.texts], dtype=torch.float64))
 
     def _fit_texts(self) -> None:
         """Go on with as many texts as the other policies have time for, if these are enough to tell policies apart."""

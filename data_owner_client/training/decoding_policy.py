@@ -19,7 +19,7 @@ from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.scoring.scorer import Metric, scores_in_words
-from data_owner_client.training.decoded_policies import Answers, DecodedPolicies, TextStore
+from data_owner_client.training.decoded_policies import DecodedPolicies, TextStore
 from data_owner_client.training.inputs import Memories, TrainingInput
 from data_owner_client.training.label_policies import select_by_labels
 from data_owner_client.training.policies import DecodingPolicy, PromptVariant
@@ -36,20 +36,13 @@ _LAMBDAS = (0.45, 0.3, 0.8, 0.6)
 _PARABOLA_POINTS = 3
 # Length rewards that are tried with the best λ.
 _REWARDS = (0.5, 1.0)
-# Kinds of task whose answers come from a fixed list, so that a reward for longer ones has no use.
-_LISTED_ANSWERS = frozenset({"classify"})
-
-
-def length_rewards(task: Task) -> tuple[float, ...]:
-    """The length rewards that are tried, in nats; none where answers come from a fixed list."""
-    return () if task.kind in _LISTED_ANSWERS else _REWARDS
 
 
 def max_policies(task: Task) -> int:
     """The number of times that held-out texts are decoded, at most. The labels of a text are scored only once."""
     if task.kind == "classify":
         return 1
-    return len(_LAMBDAS) + 2 + len(length_rewards(task))
+    return len(_LAMBDAS) + 2 + len(_REWARDS)
 
 
 def select_decoding_policy(
@@ -112,10 +105,9 @@ class _Trials:
 
     decoded: DecodedPolicies
     metrics: Mapping[str, Metric]
-    rewards: tuple[float, ...]
     reporter: Reporter
     policies: dict[Interpolation, DecodingPolicy] = field(default_factory=dict)
-    utilities: dict[Interpolation, Tensor] = field(default_factory=dict)
+    scores_E: dict[Interpolation, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -132,16 +124,15 @@ class _Trials:
         # Twice the longest target: a longer text is wrong in any case.
         decoding = DecodingSettings(max_new_tokens=2 * int(memories.held_out.rows_E.max()))
 
-        def decode(interpolation: Interpolation, count: int) -> Answers:
+        def decode(interpolation: Interpolation, count: int) -> list[str]:
             sources = [pair.question for pair in pairs[:count]]
-            generation = translate(
+            return translate(
                 plm, sources, adapter=adapter, interpolation=interpolation, decoding=decoding, reporter=reporter
-            )
-            return Answers(texts=generation.texts)
+            ).texts
 
         policies = max_policies(task)
         decoded = DecodedPolicies(decode, memories.scorer, len(pairs), policies=policies, budget=budget, store=store)
-        return cls(decoded, memories.scorer.metrics, length_rewards(task), reporter)
+        return cls(decoded, memories.scorer.metrics, reporter)
 
     def add(self, policy: DecodingPolicy) -> bool:
         """Decode the texts with a policy; return False if there is no time for it."""
@@ -151,18 +142,18 @@ class _Trials:
         if scored is None:
             return False
         self.policies[policy.interpolation] = policy.model_copy(update={"scores": scored.scores})
-        self.utilities[policy.interpolation] = scored.utility_E
+        self.scores_E[policy.interpolation] = scored.score_E
         words = scores_in_words(self.metrics, scored.scores)
         self.reporter.say(f"{policy}: {words} on {self.decoded.texts} validation texts.")
         return True
 
-    def utility_E(self, policy: DecodingPolicy) -> Tensor:
-        """The number of each text that policies are compared by; the policy must have been added."""
-        return self.utilities[policy.interpolation]
+    def score_E(self, policy: DecodingPolicy) -> Tensor:
+        """The headline metric of each text; the policy must have been added."""
+        return self.scores_E[policy.interpolation]
 
     def better(self, other: DecodingPolicy, chosen: DecodingPolicy) -> DecodingPolicy:
         """The other policy if it is clearly better, else the chosen one, as without time for the other."""
-        if self.add(other) and clearly_better(self.utility_E(other), self.utility_E(chosen)):
+        if self.add(other) and clearly_better(self.score_E(other), self.score_E(chosen)):
             return other
         return chosen
 
@@ -170,7 +161,7 @@ class _Trials:
 def _by_answers(likeliest: DecodingPolicy, variant: PromptVariant, trials: _Trials) -> list[DecodingPolicy]:
     """Policies with their scores on held-out texts, the chosen one first.
 
-    They are compared by a number for each text: the task's headline metric. Corpus BLEU is none, as on few texts it
+    They are compared by the task's headline metric, which each text has. Corpus BLEU is not used: on few texts it
     depends on one or two of them. Neither is the highest mean as such, as its noise is larger than most differences:
 
     1. The constant λ is that of the maximum of a parabola through a few of them (`smoothed_maximum`).
@@ -183,14 +174,14 @@ def _by_answers(likeliest: DecodingPolicy, variant: PromptVariant, trials: _Tria
     chosen = likeliest
     if len(grid) >= _PARABOLA_POINTS:
         lambda_P = torch.tensor([policy.interpolation.lambda_max for policy in grid], dtype=torch.float64)
-        utility_P_E = torch.stack([trials.utility_E(policy) for policy in grid])
-        lambda_max = round(smoothed_maximum(lambda_P, utility_P_E), 2)
+        score_P_E = torch.stack([trials.score_E(policy) for policy in grid])
+        lambda_max = round(smoothed_maximum(lambda_P, score_P_E), 2)
         chosen = variant.policy(Interpolation(schedule="constant", lambda_max=lambda_max))
         if trials.add(chosen):
             if likeliest.interpolation.gate is not None or likeliest.interpolation.schedule != "constant":
                 chosen = trials.better(likeliest, chosen)
             plain = chosen
-            for reward in trials.rewards:
+            for reward in _REWARDS:
                 chosen = trials.better(plain.with_length_reward(reward), chosen)
     if trials.decoded.refused:
         trials.reporter.say(
@@ -199,7 +190,7 @@ def _by_answers(likeliest: DecodingPolicy, variant: PromptVariant, trials: _Tria
         )
     chosen = trials.policies.get(chosen.interpolation, chosen)
     others = [policy for policy in trials.policies.values() if policy.interpolation != chosen.interpolation]
-    others.sort(key=lambda policy: -trials.utility_E(policy).mean().item())
+    others.sort(key=lambda policy: -trials.score_E(policy).mean().item())
     return [chosen, *others]
 
 

@@ -7,7 +7,7 @@ import sacrebleu
 
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.scoring.rewrite import RewriteScorer
-from data_owner_client.training.decoded_policies import Answers, DecodedPolicies, ScoredPolicy, TextStore
+from data_owner_client.training.decoded_policies import DecodedPolicies, ScoredPolicy, TextStore
 from data_owner_client.training.time_budget import MIN_TEXTS, TimeBudget
 
 REFERENCES = [f"die {number} Türen" for number in range(100)]
@@ -17,10 +17,8 @@ POLICIES = [Interpolation(schedule="constant", lambda_max=number / 10) for numbe
 class Server:
     """Decodes a text a second; the policy with λ = 0 gives the references."""
 
-    def __init__(
-        self, folder: Path, seconds: float, *, identity: str = "", utilities: list[float] | None = None
-    ) -> None:
-        self.now, self.calls, self.utilities = 0.0, list[int](), utilities
+    def __init__(self, folder: Path, seconds: float, *, identity: str = "") -> None:
+        self.now, self.calls = 0.0, list[int]()
         self.budget = TimeBudget(seconds, lambda: self.now)
         store = TextStore(folder / ".training-", identity)
         scorer = RewriteScorer([(text,) for text in REFERENCES])
@@ -28,11 +26,11 @@ class Server:
             self.decode, scorer, len(REFERENCES), policies=len(POLICIES), budget=self.budget, store=store
         )
 
-    def decode(self, interpolation: Interpolation, count: int) -> Answers:
+    def decode(self, interpolation: Interpolation, count: int) -> list[str]:
         self.calls.append(count)
         self.now += count
         cut = round(10 * interpolation.lambda_max)
-        return Answers(texts=[text[: len(text) - cut] for text in REFERENCES[:count]], utilities=self.utilities)
+        return [text[: len(text) - cut] for text in REFERENCES[:count]]
 
     def score(self, interpolation: Interpolation) -> ScoredPolicy:
         scored = self.policies.score(interpolation)
@@ -48,16 +46,9 @@ def test_scores_are_those_of_the_texts(tmp_path: Path) -> None:
     cut, chrf = [text[:-3] for text in REFERENCES], sacrebleu.CHRF()
     assert scored[3].scores["chrf"] == pytest.approx(sacrebleu.corpus_chrf(cut, [REFERENCES]).score)
     assert scored[3].scores["bleu"] == pytest.approx(sacrebleu.corpus_bleu(cut, [REFERENCES]).score)
-    assert scored[3].utility_E.tolist() == pytest.approx(
+    assert scored[3].score_E.tolist() == pytest.approx(
         [chrf.sentence_score(text, [reference]).score for text, reference in zip(cut, REFERENCES, strict=True)]
     )
-
-
-def test_utilities_of_the_answers_replace_the_headline_metric(tmp_path: Path) -> None:
-    server = Server(tmp_path, 100 + 7 * 40, utilities=[-number / 10 for number in range(100)])
-    for each in POLICIES[:2]:
-        assert server.score(each).utility_E.tolist() == [-number / 10 for number in range(40)]
-    assert Server(tmp_path, 1e6).score(POLICIES[0]).utility_E.min() == pytest.approx(-9.9), "as they were stored"
 
 
 def test_no_policy_is_decoded_twice(tmp_path: Path) -> None:
@@ -68,7 +59,7 @@ def test_no_policy_is_decoded_twice(tmp_path: Path) -> None:
 
 def test_the_first_policy_shows_how_many_texts_fit(tmp_path: Path) -> None:
     server = Server(tmp_path, 100 + 7 * 40)
-    lengths = [len(server.score(each).utility_E) for each in POLICIES]
+    lengths = [len(server.score(each).score_E) for each in POLICIES]
     assert server.calls == [100] + 7 * [40]
     assert server.policies.texts == 40
     assert server.budget.left == 0

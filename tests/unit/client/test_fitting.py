@@ -228,8 +228,6 @@ def test_labels_have_no_length_reward(plm: RemotePlm, tmp_path: Path) -> None:
     task = Task(name="t", kind="classify", labels=NAMES)
     build_memories(plm, task, NAMED_PAIRS, tmp_path / "memory", validation=NAMED_PAIRS[:4])
     settings = replace(TIMED, epochs=1, gate=False, search=False, pairing="aligned")
-    reporter = Stopping()
-    _, report = train(plm, tmp_path / "memory", tmp_path / "a", settings=settings, reporter=reporter)
+    _, report = train(plm, tmp_path / "memory", tmp_path / "a", settings=settings)
     assert {policy.interpolation.length_reward for policy in report.options} == {0.0}
     assert {key for policy in report.options for key in policy.scores or {}} == {"accuracy", "macro_f1"}
-    assert "2 held-out texts decoded with up to 6 policies" in " ".join(reporter.said)
