@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data_owner_client.adapter.interpolation import Interpolation
     from data_owner_client.adapter.trained import TrainedAdapter
+    from data_owner_client.data.answer_form import AnswerForm
     from data_owner_client.data.pairs import Conversation, Pair
     from data_owner_client.data.reading.reader import read_pairs, read_parallel, spool_pairs
     from data_owner_client.data.reading.settings import ReadingSettings
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 
 # Modules are imported when a name of theirs is used: torch alone takes seconds.
 _HOMES = {
+    "AnswerForm": "data_owner_client.data.answer_form",
     "AnswerLost": "protocol.errors",
     "BudgetExhausted": "protocol.errors",
     "ConnectionFailed": "protocol.errors",
@@ -117,6 +119,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AnswerForm",
     "AnswerLost",
     "BudgetExhausted",
     "ConnectionFailed",

@@ -140,17 +140,18 @@ def test_choices(kind: str, choices: tuple[str, ...]) -> None:
 )
 def test_other_forms_of_json_are_not_allowed(text: str) -> None:
     tokenizer = TOKENIZERS["gpt2"]
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}
+    schema: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}
     ids = spell(tokenizer, text, 0)
     assert grammar_of(AnswerForm(schema), tokenizer, "\n").begin().count_allowed(ids) < len(ids)
 
 
 def test_keys_come_in_the_order_of_the_schema() -> None:
     tokenizer = TOKENIZERS["gpt2"]
-    for schema in (
+    schemas: list[dict[str, Any]] = [
         {"type": "object", "properties": {"z": {}, "a": {}}, "additionalProperties": False},
         {"enum": [{"z": 1, "a": [1]}]},
-    ):
+    ]
+    for schema in schemas:
         state = grammar_of(AnswerForm(schema), tokenizer, "\n").begin()
         right, wrong = (spell(tokenizer, text, 0) for text in ('{"z": 1, "a": [1]}', '{"a": [1], "z": 1}'))
         assert state.count_allowed(right) == len(right)
