@@ -19,6 +19,7 @@ from data_owner_client import Pair, RemotePlm, Task, TrainedAdapter, build_memor
 from data_owner_client.adapter.candidates import token_set
 from data_owner_client.adapter.interpolation import Interpolation, mix
 from data_owner_client.adapter.types import Schedule
+from data_owner_client.memory.build_splits import task_of_memory
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.runtime.progress import Reporter
@@ -92,7 +93,8 @@ class Bench:
     """
 
     def __init__(self, plm: RemotePlm, task: Task, splits: Splits, folder: Path, reporter: Reporter) -> None:
-        self._plm, self._task, self._splits, self._folder, self._reporter = plm, task, splits, folder, reporter
+        self._plm, self._splits, self._folder, self._reporter = plm, splits, folder, reporter
+        self._task = task_of_memory(task, plm.tokenizer, [splits.train, splits.validation])
         self._memories = cache(self._built)
         self._test_rows = cache(self._encoded)
 
