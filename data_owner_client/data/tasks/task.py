@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Literal, Self
 
@@ -207,9 +207,11 @@ class Task(BaseModel):
 
     def on_day(self, day: datetime.date | None, tokenizer: PlmTokenizer) -> Task:
         """The task with a day for the clock of its chat template, if that reads the clock and the task has no day."""
-        if day is None or self.date or self.format == "plain" or not self._chat_template(tokenizer).reads_clock:
+        if day is None or self.date or self.format == "plain":
             return self
-        return self.model_copy(update={"date": day})
+        # A conversation may bring tools, for which the model may have another template.
+        templates = (self._template_for(tokenizer, tools) for tools in (self.tools, ()))
+        return self.model_copy(update={"date": day}) if any(each.reads_clock for each in templates) else self
 
     def require_answer(self, shot: Shot) -> None:
         """Check that the target of an example can be an answer.
@@ -246,7 +248,9 @@ class Task(BaseModel):
 
     def _chat_template(self, tokenizer: PlmTokenizer, source: Source = "") -> ChatTemplate:
         """The model's template, with the conversation's own tools or else the task's."""
-        tools = (source.tools if isinstance(source, Conversation) else None) or self.tools
+        return self._template_for(tokenizer, (isinstance(source, Conversation) and source.tools) or self.tools)
+
+    def _template_for(self, tokenizer: PlmTokenizer, tools: Sequence[ChatMessage] | None) -> ChatTemplate:
         return _compiled(tokenizer, self.template, json.dumps([tools, self.template_arguments]), self.date)
 
 

@@ -176,6 +176,13 @@ def test_own_tools_choose_the_template_for_tools() -> None:
     assert "Signatures" not in task.prompt(Conversation(TALK[:1]), tokenizer).text
 
 
+def test_the_day_is_frozen_for_the_template_of_tools_too() -> None:
+    family = Family({"default": "{{ messages[0].content }}", "tool_use": "{{ strftime_now('%d') }}"}, "")
+    tokenizer = family.tokenizer()
+    assert Task(name="t", kind="chat").on_day(NOVEMBER, tokenizer).date == NOVEMBER
+    assert Task(name="t", kind="chat", template="default").on_day(NOVEMBER, tokenizer).date is None
+
+
 def test_arguments_of_calls_may_be_json_text() -> None:
     """OpenAI's API has text where transformers' templates expect an object."""
     family = TOOL_FAMILIES["hermes"]
