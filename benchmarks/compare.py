@@ -38,20 +38,28 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=1500, help="training pairs at most, when the data is prepared")
     parser.add_argument("--minutes", type=float, default=5, help="minutes for each training (`pema-client compare`)")
     arguments = parser.parse_args()
-    only = arguments.only or [*SYSTEMS, *(() if arguments.without_weights else WEIGHT_SYSTEMS)]
+    wanted = arguments.only or [*SYSTEMS, *(() if arguments.without_weights else WEIGHT_SYSTEMS)]
+    # Without a name, the client measures all systems that differ on the task.
+    others = [system for system in arguments.only or () if system in SYSTEMS]
     for name in arguments.task or DEFAULT_TASKS:
         data = FOLDER / "data" / name
         DATA_SETS[name].prepare(data, train=arguments.train)
         rows = FOLDER / load_task(data / "task.toml").name / "rows"
         for system in WEIGHT_SYSTEMS:
-            if system in only:
+            if system in wanted:
                 _run("benchmarks.weights", system, str(data), "--rows", str(rows))
         # The PLM's row costs little, and all others are tested against it.
-        _compare(data, [system for system in only if system in SYSTEMS] or [PLM], arguments.minutes)
+        _compare(data, others or ([PLM] if arguments.only else []), arguments.minutes)
 
 
 def _compare(data: Path, systems: Sequence[str], minutes: float) -> None:
-    """Measure systems by `pema-client compare`, whose table has the rows of all others, too."""
+    """Measure systems by `pema-client compare`, whose table has the rows of all others, too.
+
+    Args:
+        data: folder of the data set.
+        systems: names of the systems; empty for all.
+        minutes: minutes for each training.
+    """
     parts = {"input": "train", "validation": "validation", "test": "test"}
     files = [text for option, part in parts.items() for text in (f"--{option}", str(data / f"{part}.jsonl"))]
     only = [text for system in systems for text in ("--only", system)]

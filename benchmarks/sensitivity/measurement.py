@@ -126,7 +126,7 @@ class Bench:
         """Scores of the adapter's most probable answers to the test set, by field of `Measurement`."""
         test, task = self._splits.test, adapter.card.task
         answers = translate(self._plm, [pair.question for pair in test], adapter=adapter).texts
-        scorer = scorer_for(task, [references_of(pair) for pair in test])
+        scorer = scorer_for(task, [references_of(pair, task, self._plm.tokenizer) for pair in test])
         scores = {scorer.metrics[key].title: value for key, value in scorer.scores(answers).items()}
         return {"scores": scores, "headline": scorer.metrics[scorer.headline].title}
 
