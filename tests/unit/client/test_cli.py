@@ -4,11 +4,12 @@ import errno
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cyclopts import Token
+from cyclopts import App, Token
 
 from data_owner_client.cli import app, run
 from data_owner_client.cli.old_names import REMOVED_FLAGS, RENAMED_FLAGS, with_current_names
@@ -35,12 +36,12 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: p
     """Shells leave it as it is in `--output=~/texts`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     seen = set()
-    for verb in (name for name in app if not name.startswith("-")):
-        for argument in app[verb].assemble_argument_collection():
+    for command in _commands(app):
+        for argument in command.assemble_argument_collection():
             if "Path" in str(argument.hint) and not argument.name.startswith(("--ca", "--client-")):
                 argument.append(Token(keyword=argument.name, value="~/x", source="cli"))
                 value = argument.convert()
-                assert value in (tmp_path / "x", [tmp_path / "x"]), (verb, argument.name)
+                assert value in (tmp_path / "x", [tmp_path / "x"]), (command.name, argument.name)
                 seen.add(argument.name)
     assert seen >= {"--input", "--output", "--explain", "--memory", "--adapter", "--folder", "--lookup", "--hypotheses"}
     settings = ConnectionSettings(ca=Path("~/ca"), client_certificate=Path("~/c"), client_key=Path("~/k"))
@@ -49,8 +50,15 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: p
 
 
 def _options() -> list[tuple[str, ...]]:
-    commands = (app[name] for name in app if not name.startswith("-"))
-    return [argument.names for command in commands for argument in command.assemble_argument_collection()]
+    return [argument.names for command in _commands(app) for argument in command.assemble_argument_collection()]
+
+
+def _commands(parent: App) -> Iterator[App]:
+    """All commands, those of groups included."""
+    for name in parent:
+        if not name.startswith("-"):
+            command = parent[name]
+            yield from [command] if command.default_command else _commands(command)
 
 
 def test_old_values_of_a_flag_work_too(capsys: pytest.CaptureFixture[str]) -> None:
