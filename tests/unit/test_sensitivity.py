@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.findings import sensitivity
+from benchmarks.findings import comparisons, sensitivity
 from benchmarks.findings.__main__ import with_section
 from benchmarks.in_process import served
 from benchmarks.sensitivity.measurement import LAMBDAS, Bench, Measurement, Splits, standard_error
 from benchmarks.sensitivity.points import FACTORS, Point, answered_points, points
 from benchmarks.sensitivity.results import Results
 from data_owner_client import Pair, Task
+from data_owner_client.evaluation.comparison.results import Comparison, SystemResult, comparison_rows
+from data_owner_client.evaluation.task_metrics import TaskMetrics
 from data_owner_client.runtime.progress import Reporter
+from data_owner_client.scoring.scorers import scorer_for
 from harness.tiny_models import TinyModels
 
 MEASUREMENT = Measurement(
@@ -132,3 +135,26 @@ def test_tables_and_pictures_hold_every_point(tmp_path: Path) -> None:
     assert "| 12.3 | – |" in tables["sensitivity-answers"]
     pictures = sensitivity.draw(results, tmp_path)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_each_comparison_has_a_row_with_its_headline_metric() -> None:
+    task, truths = Task(name="t", kind="classify"), ["on", "off"] * 20
+    scorer = scorer_for(task, [(label,) for label in truths])
+    wrong = ["off", *truths[1:]]
+    systems = {"plm": ["on"] * 40, "plm_nearest": ["on"] * 40, "best": truths, "lora": wrong}
+    results = [SystemResult(name=name, texts=texts) for name, texts in systems.items()]
+    comparison = Comparison(
+        **vars(TaskMetrics.of(task, scorer)),
+        task="t",
+        model="m",
+        pairs={"train": 1, "test": 40},
+        rows=comparison_rows(results, 40, scorer),
+    )
+    tables = comparisons.tables([comparison])
+    row = tables["comparison-headlines"].splitlines()[-1]
+    start = "| t | classify | accuracy | 50.0 | 50.0 | – | – | – | 100.0 | – | – | 97.5 | – |"
+    assert row.startswith(start)
+    against_chosen, against_published = (cell.strip() for cell in row.removeprefix(start).strip("|").split("|"))
+    assert float(against_chosen) < 0.05
+    assert against_published == "–"
+    assert "**lora**" in tables["comparison-tables"]
