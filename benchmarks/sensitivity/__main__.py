@@ -24,7 +24,7 @@ from plm_owner_server.engines.transformers.engine import load_model
 from protocol import standard_streams
 from protocol.cores import torch_threads
 
-TASKS = ("home-assistant", "intents-en", "spam", "cwe")
+TASKS = ("home-assistant", "intents-en", "wordnet-classes", "cwe")
 _HELD_OUT = 200
 
 
