@@ -17,7 +17,7 @@ class TaskMetrics(BaseModel):
     Attributes:
         kind: kind of the task, which decides the metrics.
         metrics: the metrics by key, in the order of tables.
-        headline: key of the metric that `train` chooses by and whose p-values tables show.
+        headline: key of the metric whose p-values tables show. `train` chooses by it where texts are decoded.
         signatures: everything that decides the metrics besides the texts, by key of the metric.
     """
 
