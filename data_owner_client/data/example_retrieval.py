@@ -51,11 +51,12 @@ class ExampleRetriever:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         self._pairs = [pair for pair in pairs if is_single_question(pair.question) and pair.reply is None]
+        self._sources = [text_of(pair.question) for pair in self._pairs]
         self._count = min(count, len(self._pairs))
         if not self._pairs:
             return
         self._vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, norm=None)
-        weights_N_F = self._vectorizer.fit_transform([text_of(pair.question) for pair in self._pairs])
+        weights_N_F = self._vectorizer.fit_transform(self._sources)
         norm_N = np.sqrt(np.asarray(weights_N_F.multiply(weights_N_F).sum(axis=1)).ravel())
         self._weights = weights_N_F.multiply(np.maximum(norm_N, 1e-9)[:, None] ** -0.5).T.tocsr()
 
@@ -70,9 +71,12 @@ class ExampleRetriever:
             for source, score_N in zip(batch, score_B_N, strict=True):
                 # A stable sort gives the same examples in every run, also among ties.
                 order = np.argsort(-score_N, kind="stable")[: self._count + 1]
-                nearest = [self._pairs[i] for i in order if self._pairs[i].source != source][: self._count]
-                retrieved.append(tuple(Shot(source=p.source, target=p.target or "") for p in reversed(nearest)))
+                nearest = [i for i in order if self._sources[i] != source][: self._count]
+                retrieved.append(tuple(map(self._shot, reversed(nearest))))
         return retrieved
+
+    def _shot(self, number: int) -> Shot:
+        return Shot(source=self._sources[number], target=self._pairs[number].target or "")
 
 
 def _with_examples(plm: RemotePlm, task: Task, source: Source, examples: Sequence[Shot]) -> Task:

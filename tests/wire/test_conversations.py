@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data_owner_client import Task, TrainingSettings, build_memories, read_pairs, train, translate
+from data_owner_client import (
+    ScoringSettings,
+    Task,
+    TrainingSettings,
+    build_memories,
+    evaluate,
+    read_pairs,
+    train,
+    translate,
+)
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.pairs import Conversation
 from data_owner_client.decoding.settings import DecodingSettings
@@ -127,6 +136,14 @@ def test_a_memory_of_conversations_answers_conversations(
     ]
     first = [list(map(int, ids)) for ids in decoded[0].token_ids]
     assert sorted(first) == sorted(prompts)
+
+    evaluation = evaluate(
+        plm, held_out, adapter, interpolation=certain, share_targets=True, decoding=decoding, scoring=ScoringSettings()
+    )
+    assert evaluation.pema == {"chrf": pytest.approx(100)}
+    assert evaluation.targets == ["an"] * 3
+    assert evaluation.perplexity is not None
+    assert 1 <= evaluation.perplexity.mixture < min(1.5, evaluation.perplexity.plm)
 
 
 def test_files_of_conversations_are_answered(url: str, tmp_path: Path) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from transformers.utils import chat_template_utils
 
+from data_owner_client.data.example_retrieval import ExampleRetriever, with_retrieved_examples
 from data_owner_client.data.pairs import Conversation, Pair, text_of
 from data_owner_client.data.reading.problems import InvalidText
 from data_owner_client.data.tasks import Shot, Task
+from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.plm.tokenizer import PlmTokenizer
 from data_owner_client.scoring.scorers import references_of
 from protocol.errors import InvalidData
@@ -226,6 +229,28 @@ def test_examples_come_before_a_single_question_only() -> None:
     assert turns_of(task, Conversation((SYSTEM, *TALK[:1]))) == [("system", SYSTEM["content"]), *shots, question]
     assert turns_of(task, Conversation(TALK[:3])) == [(turn["role"], turn["content"]) for turn in TALK[:3]]
     assert turns_of(task, Conversation(TALK[:1], tuple(TOOLS))) == [question]
+
+
+def test_retrieved_examples_come_before_a_single_question_only() -> None:
+    tokenizer = FAMILIES["chatml"].tokenizer()
+    limits = SimpleNamespace(max_sequence_tokens=10_000)
+    plm = cast(RemotePlm, SimpleNamespace(tokenizer=tokenizer, card=SimpleNamespace(limits=limits)))
+    retriever = ExampleRetriever([Pair("lamp", "Licht"), *(pair for _, pair in answers(TALK))], 9)
+    task = Task(name="t", kind="chat")
+    sources = [Conversation(TALK[:3]), "a lamp", Conversation((SYSTEM, TALK[0])), Conversation(TALK[:1])]
+    tasks = with_retrieved_examples(plm, task, sources, retriever)
+    assert tasks[0] is task
+    assert [[shot.source for shot in each.examples] for each in tasks[1:]] == [
+        ["the thin shine", "lamp"],
+        ["lamp", "the thin shine"],
+        ["lamp"],  # no answer of the same conversation
+    ]
+    assert turns_of(tasks[2], sources[2]) == [
+        ("system", SYSTEM["content"]),
+        *(("user", "lamp"), ("assistant", "Licht")),
+        *(("user", TALK[0]["content"]), ("assistant", TALK[1]["content"])),
+        ("user", TALK[0]["content"]),
+    ]
 
 
 def test_a_refused_system_turn_goes_before_the_first_users_text() -> None:

@@ -49,7 +49,7 @@ def test_examples_come_from_single_questions_alone() -> None:
     with_tools = Pair("The light", "Done", conversation=Conversation(turns[:1], ({"type": "function"},)))
     calling = Pair("The light", "", reply={"role": "assistant", "content": "", "tool_calls": []})
     first = Pair(
-        "Be kind.\n\nTurn it on",
+        "Turn it on",
         "What?",
         conversation=Conversation(({"role": "system", "content": "Be kind."}, turns[0])),
     )
