@@ -12,7 +12,7 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from data_owner_client.data.example_retrieval import ExampleRetriever, with_retrieved_examples
-from data_owner_client.data.pairs import Conversation, Pair, text_of
+from data_owner_client.data.pairs import Conversation, Pair, Source, text_of
 from data_owner_client.data.reading.problems import InvalidText
 from data_owner_client.data.tasks import Shot, Task
 from data_owner_client.plm.remote_plm import RemotePlm
@@ -237,7 +237,7 @@ def test_retrieved_examples_come_before_a_single_question_only() -> None:
     plm = cast(RemotePlm, SimpleNamespace(tokenizer=tokenizer, card=SimpleNamespace(limits=limits)))
     retriever = ExampleRetriever([Pair("lamp", "Licht"), *(pair for _, pair in answers(TALK))], 9)
     task = Task(name="t", kind="chat")
-    sources = [Conversation(TALK[:3]), "a lamp", Conversation((SYSTEM, TALK[0])), Conversation(TALK[:1])]
+    sources: list[Source] = [Conversation(TALK[:3]), "a lamp", Conversation((SYSTEM, TALK[0])), Conversation(TALK[:1])]
     tasks = with_retrieved_examples(plm, task, sources, retriever)
     assert tasks[0] is task
     assert [[shot.source for shot in each.examples] for each in tasks[1:]] == [
