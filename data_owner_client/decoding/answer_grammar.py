@@ -72,8 +72,9 @@ class AnswerState:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         _require_sound(self._matcher)
         tokens, rows = self._sizes
-        allowed_V = torch.zeros(rows, dtype=torch.bool)
-        allowed_V[:tokens] = torch.from_numpy(np.unpackbits(bits, count=tokens, bitorder="little")).bool()
+        # In NumPy: torch divides even such small work among threads, and waits long for them where cores are busy.
+        allowed_V = np.zeros(rows, np.bool_)
+        allowed_V[:tokens] = np.unpackbits(bits, count=tokens, bitorder="little")
         # As text, a token that ends answers would end this one before it is whole.
         allowed_V[list(self._stop_ids)] = self._matcher.is_accepting()
         if not allowed_V.any():
@@ -81,7 +82,7 @@ class AnswerState:
                 "The model's vocabulary has no token for what must follow in an answer.",
                 hint="Change the schema or the choices, or decode with --no-hold.",
             )
-        return allowed_V
+        return torch.from_numpy(allowed_V)
 
     def allowed_along(self, drafts: Sequence[int]) -> list[Tensor | None]:
         """The allowed tokens now and behind each draft; None behind the first draft that is not allowed, or a stop."""
