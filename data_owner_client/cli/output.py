@@ -25,7 +25,7 @@ from protocol.errors import InvalidData
 if TYPE_CHECKING:
     from data_owner_client.cli.doctor import Diagnosis
     from data_owner_client.decoding.generation import Generation
-    from data_owner_client.decoding.token_selection import TokenChoice
+    from data_owner_client.decoding.token_choice import TokenChoice
     from data_owner_client.plm.tokenizer import PlmTokenizer
     from data_owner_client.training.sweep_results import SweepRow
 

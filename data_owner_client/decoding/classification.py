@@ -16,7 +16,7 @@ from data_owner_client.decoding.inputs import TextInput
 from data_owner_client.decoding.label_scoring import LabelRequest, score_labels
 from data_owner_client.decoding.results import Generation
 from data_owner_client.decoding.settings import DecodingSettings
-from data_owner_client.decoding.token_selection import TokenChoice
+from data_owner_client.decoding.token_choice import TokenChoice
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
 

@@ -25,7 +25,7 @@ from data_owner_client.decoding.mbr import rank_by_expected_chrf
 from data_owner_client.decoding.options import ChosenOptions, GenerationOptions
 from data_owner_client.decoding.results import Generation as Generation
 from data_owner_client.decoding.sequence import End
-from data_owner_client.decoding.token_selection import TokenChoice
+from data_owner_client.decoding.token_choice import TokenChoice
 from data_owner_client.memory.store import TRAIN, ExternalMemory
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data_owner_client.adapter.interpolation import Interpolation, mix
 from data_owner_client.decoding.label_trie import LabelTrie
-from data_owner_client.decoding.token_selection import TokenChoice
+from data_owner_client.decoding.token_choice import TokenChoice
 
 # Log-probability in place of −∞, so that sums over paths stay finite.
 _IMPOSSIBLE = -1e6

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from data_owner_client.decoding.speculative import GenerationStats
-from data_owner_client.decoding.token_selection import TokenChoice
+from data_owner_client.decoding.token_choice import TokenChoice
 
 
 @dataclass(frozen=True)

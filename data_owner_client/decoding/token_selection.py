@@ -27,8 +27,6 @@ from protocol.head import LMHead
 from protocol.messages import DecodeResponse
 from protocol.quantization import dequantize
 
-__all__ = ["DecodePosition", "OpenChoice", "TokenChoice", "TokenSelector", "plm_scores"]
-
 # Rows of the whole vocabulary at a time.
 _ROWS_AT_ONCE = 8
 
