@@ -51,16 +51,18 @@ def print_evaluation(evaluation: Evaluation, *, title: str) -> None:
 
 def print_comparison(comparison: Comparison, *, title: str) -> None:
     """Show scores of all systems as a table."""
-    from data_owner_client.evaluation.comparison.report import number, p_value_titles
+    from data_owner_client.evaluation.comparison.report import number
 
-    metrics, p_titles = comparison.metrics, p_value_titles(comparison)
-    table = Table("", *_titles(metrics), "perplexity", *p_titles.values(), "training s", title=title)
+    metrics, baselines = comparison.metrics, comparison.baselines
+    p_titles = [f"p against {name}" for name in baselines]
+    table = Table("", *_titles(metrics), "perplexity", *p_titles, "training s", title=title)
     for row in comparison.rows:
-        p_values = (number(row.p_values.get(name, {}).get(comparison.headline), 3) for name in p_titles)
+        p_values = (number(row.p_values.get(name, {}).get(comparison.headline), 3) for name in baselines)
         table.add_row(
             row.name, *_values(metrics, row.scores), number(row.ppl, 2), *p_values, number(row.train_seconds, 0)
         )
-    table.caption = "p of the difference, by paired bootstrap"
+    headline = metrics[comparison.headline].title
+    table.caption = f"p of the difference in {headline}, by paired bootstrap"
     print_table(table, *_signatures(comparison.signatures))
 
 
@@ -96,7 +98,7 @@ def _print_details(details: Details) -> None:
 def _print_calibration(calibration: Calibration) -> None:
     table = Table("confidence", "texts", "mean confidence", "right", title="Calibration of the labels' probabilities")
     for each in calibration.bins:
-        if each.confidence is not None and each.accuracy is not None:
+        if each.count:
             interval = f"{each.above:.0%} to {each.up_to:.0%}"
             table.add_row(interval, str(each.count), f"{each.confidence:.1%}", f"{each.accuracy:.1%}")
     table.caption = (

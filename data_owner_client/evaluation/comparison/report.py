@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_owner_client.evaluation.comparison.results import BASELINES, BEST, PLM, PUBLISHED, Comparison
+from data_owner_client.evaluation.comparison.results import BEST, PLM, PUBLISHED, Comparison
 
 _COLORS = {PLM: "tab:gray", PUBLISHED: "tab:orange", BEST: "tab:green"}
 
@@ -15,19 +15,14 @@ def title_of(comparison: Comparison) -> str:
     return f"{comparison.task}, {comparison.model}: {pairs['train']:,} pairs, {pairs['test']:,} test texts"
 
 
-def p_value_titles(comparison: Comparison) -> dict[str, str]:
-    """Titles for the p-values against each measured baseline, by its name; each names the metric that it is of."""
-    measured = {row.name for row in comparison.rows}
-    metric = comparison.metrics[comparison.headline].title
-    return {name: f"p of {metric} against {name}" for name in BASELINES if name in measured}
-
-
 def markdown(comparison: Comparison) -> str:
     """The comparison as a Markdown table, with p-values of the headline metric against the baselines."""
-    metrics, p_titles = comparison.metrics, p_value_titles(comparison)
+    metrics, baselines = comparison.metrics, comparison.baselines
+    headline = metrics[comparison.headline].title
+    p_titles = [f"p of {headline} against {name}" for name in baselines]
     titles = [
         *(metric.title for metric in metrics.values()),
-        *("perplexity", *p_titles.values(), "training s", "peak MB", "adapter MB", "client shows MB", "owner shows MB"),
+        *("perplexity", *p_titles, "training s", "peak MB", "adapter MB", "client shows MB", "owner shows MB"),
     ]
     lines = [
         f"# {title_of(comparison)}",
@@ -39,7 +34,7 @@ def markdown(comparison: Comparison) -> str:
         values = [
             *(metric.text(row.scores[key]) for key, metric in metrics.items()),
             number(row.ppl, 2),
-            *(number(row.p_values.get(name, {}).get(comparison.headline), 3) for name in p_titles),
+            *(number(row.p_values.get(name, {}).get(comparison.headline), 3) for name in baselines),
             number(row.train_seconds, 0),
             number(row.peak_rss_mb, 0),
             _megabytes(row.adapter_bytes, 1),

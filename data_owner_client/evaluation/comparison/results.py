@@ -120,6 +120,12 @@ class Comparison(TaskMetrics):
     pairs: dict[str, int]
     rows: list[ComparisonRow]
 
+    @property
+    def baselines(self) -> list[str]:
+        """Names of the baselines that were measured."""
+        measured = {row.name for row in self.rows}
+        return [name for name in BASELINES if name in measured]
+
 
 def comparison_rows(results: Sequence[SystemResult], texts: int, scorer: Scorer) -> list[ComparisonRow]:
     """Scores of all systems, with the significance of their differences from the baselines.

@@ -6,17 +6,23 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
+from data_owner_client.data.pairs import Pair
 from data_owner_client.data.tasks import Task
 from data_owner_client.evaluation.comparison.knn_lm import KnnLm, tune_knn
 from data_owner_client.evaluation.comparison.report import draw, markdown
 from data_owner_client.evaluation.comparison.results import Comparison, ComparisonRow, SystemResult, comparison_rows
+from data_owner_client.evaluation.comparison.runner import ComparisonRunner, Splits
 from data_owner_client.evaluation.comparison.systems import SYSTEMS, systems_for
+from data_owner_client.plm.connection.in_process import InProcessConnection
+from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.scoring.rewrite import RewriteScorer
 from data_owner_client.scoring.scorer import Scorer
 from data_owner_client.scoring.scorers import scorer_for
 from data_owner_client.training.batches import Batch
+from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.validation import ValidationData
+from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidData
 from protocol.head import LMHead
 
@@ -121,6 +127,35 @@ def test_rows_of_another_test_set_are_refused(tmp_path: Path) -> None:
     (tmp_path / "lora.json").write_text("{")
     with pytest.raises(InvalidData, match=r"lora\.json is damaged"):
         SystemResult.load_all(tmp_path)
+
+
+@pytest.mark.parametrize("changed", ["pairs", "kind", "older version"])
+def test_rows_of_other_work_are_measured_again(tiny_service: PlmService, tmp_path: Path, changed: str) -> None:
+    plm = RemotePlm(InProcessConnection(tiny_service), cache=None)
+    calls = list[str]()
+
+    def measure(task: Task, pair: Pair) -> None:
+        runner = ComparisonRunner(
+            lambda: plm, plm, task, Splits([pair], [pair], [pair]), tmp_path, TrainingSettings(), Reporter()
+        )
+
+        def system(_: ComparisonRunner) -> SystemResult:
+            calls.append(task.kind)
+            return measured("", ["Ja."])
+
+        runner.measure("plm", "the PLM alone", system)
+
+    task, pair = Task(name="t"), Pair("a", "b")
+    measure(task, pair)
+    measure(task, pair)
+    assert len(calls) == 1
+    if changed == "older version":
+        measured("plm", ["Nein."]).save(tmp_path / "rows")  # has no identity
+    measure(
+        Task(name="t", kind="answer") if changed == "kind" else task, Pair("a", "c") if changed == "pairs" else pair
+    )
+    assert len(calls) == 2
+    assert SystemResult.load_all(tmp_path / "rows")["plm"].texts == ["Ja."]
 
 
 def test_on_labels_no_system_is_measured_twice() -> None:

@@ -194,9 +194,11 @@ def test_every_kind_is_compared_by_its_own_metrics(
     shown, table = capsys.readouterr().out, markdown(comparison)
     titles = [metric.title for metric in comparison.metrics.values()]
     headline = comparison.metrics[comparison.headline].title
-    for word in (*titles, f"p of {headline} against plm", f"p of {headline} against pema_published", "best"):
+    for word in (*titles, "against plm", "against pema_published", f" {headline}", "best"):
         assert word in shown
         assert word in table
+    assert f"p of the difference in {headline}" in shown
+    assert f"p of {headline} against plm |" in table
     assert "against plm_nearest" not in table
     draw(comparison, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
