@@ -25,7 +25,8 @@ class DecodingSettings:
         batch_size: Sequences in one call; one that ends makes room for the next.
         hold: Hold answers to the task's `answer_schema`. Default: where the task has one.
         label_tolerance: Of a `classify` task, largest error of a label's probability. The most probable label is exact.
-            0 sends all labels behind each text, so that the calls do not depend on the answers.
+            0.9 computes little besides it. 0 sends all labels behind each text, so that the calls do not depend on the
+            answers.
     """
 
     max_new_tokens: Annotated[int, Ge(1), Unit("tokens")] = 128
@@ -34,7 +35,7 @@ class DecodingSettings:
     look_ahead: Annotated[int, Ge(0), Unit("tokens")] | None = None
     batch_size: Annotated[int, Ge(1), Unit("sequences")] = 32
     hold: bool | None = None
-    label_tolerance: Annotated[float, Ge(0), Lt(1)] = 1e-4
+    label_tolerance: Annotated[float, Ge(0), Lt(1)] = 1e-3
 
     def __post_init__(self) -> None:
         require_in_bounds(self)

@@ -16,6 +16,7 @@ from data_owner_client import Pair, TrainingSettings, build_memories, train, tra
 from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.data.label_tokens import LabelTokenizer, longest_prefixes
 from data_owner_client.data.tasks import Task
+from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.memory.grants import CHOICE_TEXTS, Demand
 from data_owner_client.memory.request_batches import ExampleSizes
 from data_owner_client.memory.store import ExternalMemory
@@ -107,7 +108,8 @@ def test_training_chooses_by_the_probability_of_the_right_labels(
     assert adapter.card.label_temperature == chosen.label_temperature
     assert chosen.scores is not None
     # What was chosen is what `translate` then does, with its own calls.
-    answers = translate(plm, [pair.source for pair in PAIRS[:20]], adapter=TrainedAdapter.load(tmp_path / "adapter"))
+    adapter, exact = TrainedAdapter.load(tmp_path / "adapter"), DecodingSettings(label_tolerance=0.0)
+    answers = translate(plm, [pair.source for pair in PAIRS[:20]], adapter=adapter, decoding=exact)
     assert answers.label_probabilities is not None
     right = [answers.label_probabilities[n][pair.target or ""] for n, pair in enumerate(PAIRS[:20])]
     assert -torch.tensor(right).log().mean().item() == pytest.approx(chosen.label_nll, abs=2e-3)
