@@ -231,3 +231,38 @@ CONTAINERS: dict[str, Callable[[Records], bytes]] = {
     "tsv": lambda records: as_table(records, "\t"),
     "parquet": as_parquet,
 }
+
+
+def _squad(source: str, target: str) -> dict[str, Any]:
+    question = {"question": source, "answers": [{"text": target, "answer_start": 0}] if target else []}
+    return {"title": "t", "paragraphs": [{"context": f"her {source}", "qas": [question]}]}
+
+
+RECORDS: dict[str, Callable[[str, str], dict[str, Any]]] = {
+    "own": lambda source, target: {"source": source, "target": target},
+    "messages": lambda source, target: {
+        "messages": [system("on"), user(source), assistant(target), user("an"), assistant("q")]
+    },
+    "sharegpt": lambda source, target: {
+        "conversations": [{"from": "human", "value": source}, {"from": "gpt", "value": target}]
+    },
+    "completion": lambda source, target: {"prompt": source, "completion": target},
+    "turns": lambda source, target: {"prompt": [user(source)], "completion": [assistant(target)]},
+    "alpaca": lambda source, target: {
+        "instruction": "an",
+        "input": source,
+        "output": target,
+        "history": [[f"on {source}", "q"]],
+    },
+    "input": lambda source, target: {"input": source, "output": target},
+    "answer": lambda source, target: {"question": source, "answer": target},
+    "answers": lambda source, target: {
+        "question": source,
+        "context": "her",
+        "answers": {"text": [target] if target else []},
+    },
+    "squad": _squad,
+    "label": lambda source, target: {"text": source, "label": target},
+    "summary": lambda source, target: {"article": source, "summary": target},
+}
+"""A record of each form with a source and a target; an empty target is a problem in all of them."""

@@ -24,7 +24,8 @@ def split_validation(
     """Set some pairs aside for validation, at least one. Hashes of the texts decide.
 
     Pairs of one group stay together, and so do pairs with the same question. The question is a pair's source without a
-    system turn, and behind earlier answers the whole conversation.
+    system turn, and behind earlier answers the whole conversation. If all pairs belong together so, such as all
+    questions on one text, the question alone decides.
 
     Args:
         pairs: all pairs.
@@ -35,7 +36,7 @@ def split_validation(
         The pairs to train on, and the pairs set aside.
 
     Raises:
-        InvalidData: all pairs belong together.
+        InvalidData: there are fewer than two different questions.
     """
     import numpy as np  # not at the top: the command line's help need not wait for it
 
@@ -44,11 +45,14 @@ def split_validation(
     for pair in pairs:
         question_N.append(_hash(_question(pair)))
         group_N.append(_hash(pair.group) if pair.group else _NO_GROUP)
-    parts = _parts(np.frombuffer(question_N, np.uint64), np.frombuffer(group_N, np.uint64))
+    questions, groups = np.asarray(question_N), np.asarray(group_N)  # without a copy
+    parts = _parts(questions, groups)
     if len(parts.questions_P) < 2:
-        kinds = "all belong together" if parts.questions_P.sum() > 1 else "have 1 source"
+        parts = _parts(questions, np.zeros_like(groups))
+    if len(parts.questions_P) < 2:
         raise InvalidData(
-            f"{len(pairs)} pairs {kinds}, which is too few to set some aside for validation.",
+            f"{len(pairs)} pairs with {len(parts.questions_P)} different sources are too few to set some aside for "
+            "validation.",
             hint="Give pairs with other sources, or a file for --validation.",
         )
     count = max(1, min(max_sources, round(fraction * len(pairs)), int(parts.questions_P.sum()) // 2))

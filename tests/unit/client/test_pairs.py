@@ -42,7 +42,9 @@ def test_digest_depends_on_every_text_and_their_order() -> None:
 
 
 def test_one_source_is_too_few_to_set_some_aside() -> None:
-    with pytest.raises(InvalidData, match="30 pairs have 1 source, which is too few"):
+    with pytest.raises(InvalidData, match="0 pairs with 0 different sources"):
+        split_validation([], 0.1)
+    with pytest.raises(InvalidData, match="30 pairs with 1 different sources are too few"):
         split_validation([Pair("a", str(number)) for number in range(30)], 0.1)
 
 
@@ -66,7 +68,15 @@ SOME_PAIRS = st.lists(
 )
 
 
-def _keys(pair: Pair) -> set[object]:
+def _are_connected(pairs: list[Pair]) -> bool:
+    """True if one gets from each pair to each other over what they share."""
+    reached = _keys(pairs[0])
+    for _ in pairs:
+        reached |= {key for pair in pairs if _keys(pair) & reached for key in _keys(pair)}
+    return all(_keys(pair) <= reached for pair in pairs)
+
+
+def _keys(pair: Pair) -> set[tuple[str, ...]]:
     """The group of a pair, and its question with the turns before it: pairs that share one belong together."""
     turns = pair.conversation.turns if pair.conversation else ()
     return {("question", pair.source, str(turns)), *([("group", pair.group)] if pair.group else [])}
@@ -78,16 +88,14 @@ def test_pairs_of_a_group_or_question_stay_on_one_side(pairs: list[Pair], fracti
     try:
         train, held_out = split_validation(pairs, fraction)
     except InvalidData:
-        # All are connected: the keys of each pair meet those of the others.
-        reached = _keys(pairs[0])
-        for _ in pairs:
-            reached |= {key for pair in pairs if _keys(pair) & reached for key in _keys(pair)}
-        assert all(_keys(pair) <= reached for pair in pairs)
+        assert len({frozenset(_keys(pair) - {("group", pair.group)}) for pair in pairs}) == 1
         return
     assert train
     assert held_out
     assert Counter(map(id, [*train, *held_out])) == Counter(map(id, pairs))
     sides = [{key for pair in side for key in _keys(pair)} for side in (train, held_out)]
+    if _are_connected(pairs):  # no other split is possible
+        sides = [{key for key in side if key[0] != "group"} for side in sides]
     assert not sides[0] & sides[1]
     # The order of the pairs changes nothing.
     shuffled = list(pairs)
@@ -100,6 +108,11 @@ def test_a_large_group_is_not_set_aside_if_another_can_be() -> None:
     _, held_out = split_validation(pairs, 0.05)
     assert len(held_out) == 5
     assert {pair.group for pair in held_out} == {""}
+
+
+def test_questions_on_a_single_text_are_split_by_themselves() -> None:
+    train, held_out = split_validation([Pair(f"text {i}", "t", group="one") for i in range(100)], 0.05)
+    assert (len(train), len(held_out)) == (95, 5)
 
 
 def test_grouped_pairs_cost_some_bytes_each() -> None:
