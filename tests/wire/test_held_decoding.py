@@ -10,6 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 
 from data_owner_client import (
     AnswerForm,
@@ -128,3 +129,10 @@ def test_the_command_line_holds_unless_it_is_told_otherwise(tiny_server: str, fo
     default, free = client(tiny_server, "apply", *arguments), client(tiny_server, "apply", "--no-hold", *arguments)
     assert (held.returncode, default.returncode, free.returncode) == (0, 0, 0)
     assert held.stdout == default.stdout
+
+
+def test_the_most_probable_tokens_are_those_of_the_whole_distribution(plm: RemotePlm) -> None:
+    ids_K, logprob_K = plm.most_probable([5, 6, 7], 40)
+    expected = plm.distribution([5, 6, 7]).topk(40)
+    assert ids_K.tolist() == expected.indices.tolist()
+    torch.testing.assert_close(logprob_K, expected.values)
