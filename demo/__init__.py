@@ -1,1 +1,1 @@
-"""The demo: PEMA end to end on real data (`make demo`)."""
+"""The demos: PEMA end to end on real data (`make demo`, `make demo-intents`)."""
