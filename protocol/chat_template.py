@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from copy import copy
 from datetime import date
 from functools import cached_property
 from itertools import count
@@ -19,13 +19,12 @@ from jinja2 import nodes
 
 from protocol.errors import InvalidData, Unsupported
 from protocol.marked_text import MarkedText
-from protocol.messages import DEFAULT_TEMPLATE, TokenizerBundle
+from protocol.messages import DEFAULT_TEMPLATE
 from protocol.printable import printable_line
 from protocol.template_environment import TemplateEnvironment, render_within_bounds
 
 TOOL_TEMPLATE = "tool_use"
 """Name of the chat template that transformers prefers where there are tools."""
-_BRACKETED = re.compile(r"[^\w\s].*\w.*[^\w\s]")
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # A text that no template has a reason to change.
 _TEXT = "Answer in one word."
@@ -58,43 +57,6 @@ def choose_template(templates: Mapping[str, str], name: str | None, *, with_tool
             f"The model has no chat template {name!r}.", hint=f"Set `template` of the task: {', '.join(templates)}."
         )
     return templates[name]
-
-
-class TurnTokens:
-    """Tokens that mark turns in a model's chat templates, whether or not its tokenizer calls them special.
-
-    They are those that a template writes around two turns, and does not look for in their texts.
-
-    Args:
-        bundle: the chat templates and the special tokens.
-    """
-
-    def __init__(self, bundle: TokenizerBundle) -> None:
-        self._bundle = bundle
-
-    @cached_property
-    def _templates(self) -> list[tuple[str, str]]:
-        """For each template, its text around two empty turns, and the text that it looks for. Made when needed.
-
-        A template that refuses such turns marks none.
-        """
-        templates = []
-        messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-        for source in self._bundle.chat_templates.values():
-            with suppress(InvalidData):
-                template = ChatTemplate(source, self._bundle.special_tokens, ())
-                written = template.render(messages, add_generation_prompt=False).text
-                written += template.render(messages[:1], add_generation_prompt=True).text
-                templates.append((written, template.sought_text))
-        return templates
-
-    def __contains__(self, token: object) -> bool:
-        """True for a token in brackets of some kind that marks turns."""
-        return (
-            isinstance(token, str)
-            and _BRACKETED.fullmatch(token) is not None
-            and any(token in written and token not in sought for written, sought in self._templates)
-        )
 
 
 class ChatTemplate:
@@ -134,6 +96,18 @@ class ChatTemplate:
             raise InvalidData(
                 f"The model's chat template cannot be read: {_reason(error)}", hint='Try `format = "plain"`.'
             ) from error
+
+    def with_tools(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
+        """The template with other tools. Compiling it again would take longer than many renderings.
+
+        Args:
+            tools: JSON schemas of the tools; None for no tools.
+        """
+        other = copy(self)
+        other._tools = tools
+        for name in ("takes_system_turn", "takes_user_turn"):
+            other.__dict__.pop(name, None)  # they may depend on the tools
+        return other
 
     @cached_property
     def reads_clock(self) -> bool:

@@ -7,11 +7,11 @@ from functools import cached_property
 
 from tokenizers import Tokenizer
 
-from protocol.chat_template import TurnTokens
 from protocol.errors import InvalidRequest, ProtocolViolation
 from protocol.marked_text import MarkedText
 from protocol.messages import TokenizerBundle
 from protocol.private_tokenizer import PrivateNames, make_private
+from protocol.turn_tokens import TurnTokens
 
 # SentencePiece writes a space as this character, and reads the character back as a space.
 _SPACE_SYMBOL = "\N{LOWER ONE EIGHTH BLOCK}"

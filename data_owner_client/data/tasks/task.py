@@ -251,18 +251,26 @@ class Task(BaseModel):
         return self._template_for(tokenizer, (isinstance(source, Conversation) and source.tools) or self.tools)
 
     def _template_for(self, tokenizer: PlmTokenizer, tools: Sequence[ChatMessage] | None) -> ChatTemplate:
-        return _compiled(tokenizer, self.template, json.dumps([tools, self.template_arguments]), self.date)
+        arguments = json.dumps(self.template_arguments)
+        return _template(tokenizer, self.template, json.dumps(tools), arguments, self.date)
 
 
 @lru_cache(maxsize=64)
-def _compiled(
-    tokenizer: PlmTokenizer, name: str | None, tools_and_arguments: str, day: datetime.date | None
+def _template(
+    tokenizer: PlmTokenizer, name: str | None, tools: str, arguments: str, day: datetime.date | None
 ) -> ChatTemplate:
-    """A chat template of the model. Compiling it takes longer than many renderings."""
-    tools, arguments = json.loads(tools_and_arguments)
-    source = choose_template(tokenizer.chat_templates, name, with_tools=tools is not None)
+    """A chat template of the model, with tools and arguments as JSON. Renderings with it share what they find out."""
+    schemas = json.loads(tools)
+    return _compiled(tokenizer, name, schemas is not None, arguments, day).with_tools(schemas)
+
+
+@lru_cache(maxsize=16)
+def _compiled(
+    tokenizer: PlmTokenizer, name: str | None, with_tools: bool, arguments: str, day: datetime.date | None
+) -> ChatTemplate:
+    source = choose_template(tokenizer.chat_templates, name, with_tools=with_tools)
     return ChatTemplate(
-        source, tokenizer.special_tokens, tokenizer.special_ids, tools=tools, arguments=arguments, day=day
+        source, tokenizer.special_tokens, tokenizer.special_ids, arguments=json.loads(arguments), day=day
     )
 
 
