@@ -7,6 +7,7 @@ once, so an interrupted run goes on where it was. `python -m benchmarks.findings
 from __future__ import annotations
 
 import argparse
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -43,23 +44,22 @@ def main() -> None:
     results, tasks = Results.load(), arguments.task or TASKS
     wanted = list(points(tasks, arguments.factor or list(FACTORS), arguments.seeds))
     # Stable: each model is loaded once.
-    wanted.sort(key=lambda point: point.model)
+    wanted.sort(key=lambda point: FACTORS["model"].index(point.model))
     wanted += answered_points(tasks) if arguments.answers else ()
     wanted = [point for point in wanted if point not in results]
     done = 0
     for model, of_model in groupby(wanted, key=lambda point: point.model):
         with served(_folder(model)) as plm:
-            for task, of_task in groupby(of_model, key=lambda point: point.task):
-                bench = _bench(plm, model, task)
-                for point in of_task:
-                    measured = bench.measure(point)
-                    results.add(point, measured)
-                    done += 1
-                    print(
-                        f"{done}/{len(wanted)} {point.key}: {measured.gain:.4f} nats per token over the PLM's "
-                        f"{measured.plm_nll:.4f}, {measured.seconds:.1f} s",
-                        flush=True,
-                    )
+            bench = cache(partial(_bench, plm, model))
+            for point in of_model:
+                measured = bench(point.task).measure(point)
+                results.add(point, measured)
+                done += 1
+                print(
+                    f"{done}/{len(wanted)} {point.key}: {measured.gain:.4f} nats per token over the PLM's "
+                    f"{measured.plm_nll:.4f}, {measured.seconds:.1f} s",
+                    flush=True,
+                )
 
 
 def _bench(plm: RemotePlm, model: str, task: str) -> Bench:

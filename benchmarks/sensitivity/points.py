@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any, Literal, get_args
 
 from data_owner_client import TrainingSettings
@@ -69,8 +70,8 @@ class Point:
 
 
 FACTORS: Mapping[str, Sequence[Any]] = {
-    "rank": (8, 32, 128, 256, 512, 640),
-    "kappa": (0.0, 0.05, 0.2, 0.5, 0.8),
+    "rank": (8, 64, 256, 512, 640),
+    "kappa": (0.0, 0.2, 0.5, 0.8),
     "form": ("paper", "recent"),
     "pairs": (60, 125, 250, 500, 1000, 2000),
     "context": tuple(_CONTEXTS),
@@ -88,23 +89,17 @@ _ANSWERED_PAIRS = (125, 500, 2000)
 
 
 def points(tasks: Sequence[str], factors: Sequence[str], seeds: int) -> Iterator[Point]:
-    """The points of a study, the default one of each task and model first.
+    """The points of a study, those with the first seed first, and the default one of each task before its others.
 
     Args:
         tasks: names of data sets.
         factors: names of `FACTORS`.
         seeds: number of trainings with each setting.
     """
-    seen = set[Point]()
-    for task in tasks:
-        default = Point(task=task)
+    for seed, task in product(range(seeds), tasks):
+        default = Point(task=task, seed=seed)
         changed = [replace(default, **{name: value}) for name in factors for value in FACTORS[name]]
-        for point in [default, *changed]:
-            for seed in range(seeds):
-                each = replace(point, seed=seed)
-                if each not in seen:
-                    seen.add(each)
-                    yield each
+        yield from dict.fromkeys([default, *changed])
 
 
 def answered_points(tasks: Sequence[str]) -> Iterator[Point]:
