@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,9 +16,12 @@ from data_owner_client.data.example_retrieval import ExampleRetriever, with_retr
 from data_owner_client.data.pairs import Conversation, Pair, Source, text_of
 from data_owner_client.data.reading.problems import InvalidText
 from data_owner_client.data.tasks import Shot, Task
+from data_owner_client.decoding.failures import TextFailures
+from data_owner_client.memory.encode import TokenizedPair, tokenize_pair
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.plm.tokenizer import PlmTokenizer
 from data_owner_client.scoring.scorers import references_of
+from harness.tiny_models import EOS
 from protocol.errors import InvalidData
 from tests.chat_templates import FAMILIES, TOOLS, Family
 from tests.tool_templates import TOOL_FAMILIES
@@ -253,6 +257,44 @@ def test_retrieved_examples_come_before_a_single_question_only() -> None:
     ]
 
 
+def tokenized(family: Family, pair: Pair) -> TokenizedPair:
+    card = SimpleNamespace(eos_token_ids=[EOS])
+    plm = cast(RemotePlm, SimpleNamespace(tokenizer=family.tokenizer(), card=card))
+    return tokenize_pair(plm, chat_task(family), pair)
+
+
+def test_pairs_of_calls_and_empty_results_have_tokens() -> None:
+    family = TOOL_FAMILIES["hermes"]
+    owners = family.transformers_tokenizer()
+    for at, pair in answers(TOOL_TALK):
+        whole = owners.apply_chat_template(list(TOOL_TALK[: at + 1]), tools=TOOLS, return_dict=False)
+        tokens = tokenized(family, pair)
+        assert [*tokens.prompt, *tokens.target] == whole[: len(tokens.prompt) + len(tokens.target)]
+        assert tokens.source_tokens == len(owners(pair.source, add_special_tokens=False).input_ids)
+
+
+def test_an_answer_that_a_stop_would_cut_is_refused() -> None:
+    """A call that the model could never write: it ends at its first stop."""
+    template = (
+        "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls %}"
+        "{{ eos_token + call.function.name }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+    )
+    family = Family(template, "<|im_end|>", ("<|im_end|>",))
+    first, second = (pair for _, pair in answers(TOOL_TALK[:4]))
+    with pytest.raises(InvalidText, match="a stop of this model before its end"):
+        tokenized(family, first)
+    with pytest.raises(InvalidText, match="no target"):
+        tokenized(family, replace(first, target=None, reply=None))
+    with pytest.raises(InvalidText, match="an empty target"):
+        tokenized(family, replace(second, target=" "))
+
+
+def test_an_end_that_the_model_does_not_stop_at_is_refused() -> None:
+    family = TOOL_FAMILIES["llama-3.1"]  # here without `<|eom_id|>` among the stops of the model
+    with pytest.raises(InvalidText, match="does not end with a stop of this model"):
+        tokenized(family, answers(TOOL_TALK)[0][1])
+
+
 def test_a_refused_system_turn_goes_before_the_first_users_text() -> None:
     family = FAMILIES["gemma"]
     tokenizer, task = family.tokenizer(), chat_task(family)
@@ -316,6 +358,12 @@ def test_the_text_of_a_conversation_is_that_of_the_turn_to_answer() -> None:
     # As if it were one text.
     assert text_of(Conversation((SYSTEM, TALK[0]))) == "Be brief & kind.\n\nthe thin shine"
     assert text_of(Conversation(({"role": "system", "content": " "}, TALK[0]))) == text_of("the thin shine")
+
+
+def test_blank_questions_are_not_asked() -> None:
+    blank = {"role": "user", "content": " "}
+    sources: list[Source] = [Conversation((*TALK[:2], blank)), Conversation(TOOL_TALK[:7]), " ", "a"]
+    assert TextFailures(None).each(sources, lambda number, source: number) == [1, 3]
 
 
 def test_references_of_calls_are_as_the_model_writes_them() -> None:
