@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,7 +37,7 @@ from data_owner_client.cli.options import (
     sampling_of,
 )
 from data_owner_client.data.reading.settings import DEFAULT_READING
-from data_owner_client.decoding.settings import DEFAULT_DECODING, DEFAULT_SAMPLING
+from data_owner_client.decoding.settings import DEFAULT_DECODING, DEFAULT_SAMPLING, DecodingSettings
 from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION
 from data_owner_client.runtime.atomic_files import is_replaceable
 from protocol.errors import InvalidData
@@ -45,6 +45,10 @@ from protocol.errors import InvalidData
 if TYPE_CHECKING:
     from data_owner_client.adapter.trained import TrainedAdapter
     from data_owner_client.decoding.generation import Generation
+
+
+# Tolerance of probabilities that nobody sees. With the embedded models, larger ones took more tokens again.
+_ONLY_LABELS = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +84,20 @@ class _Options:
         return {
             "adapter": adapter,
             "interpolation": self.more.interpolation(adapter),
-            "decoding": self.decoding,
+            "decoding": self._decoding,
             "lookup": self.more.drafter(),
             "sampling": sampling_of(self.sampling, samples=self.samples, best=self.best, consensus=consensus),
             "samples": self.samples,
             "best": self.best,
             "consensus": consensus,
         }
+
+    @property
+    def _decoding(self) -> DecodingSettings:
+        """The settings; where no probabilities of labels are printed, only the most probable label need be exact."""
+        if self.decoding.label_tolerance is not None or self.as_json:
+            return self.decoding
+        return replace(self.decoding, label_tolerance=_ONLY_LABELS)
 
     def changing(self, adapter: TrainedAdapter | None) -> list[object]:
         """Everything in the options that can change a text."""

@@ -31,7 +31,7 @@ from data_owner_client.data.label_tokens import LabelIds
 from data_owner_client.decoding.decode_loop import PLM_ONLY
 from data_owner_client.decoding.label_evidence import LabelEvidence
 from data_owner_client.decoding.label_trie import LabelTrie
-from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings
+from data_owner_client.decoding.settings import DEFAULT_DECODING, LABEL_TOLERANCE, DecodingSettings
 from data_owner_client.decoding.speculative import GenerationStats
 from data_owner_client.decoding.token_selection import plm_scores
 from data_owner_client.memory.request_batches import ExampleSizes, split_into_requests
@@ -118,12 +118,13 @@ def score_labels(
     for number, request in enumerate(requests):
         groups[request.label_ids].append(number)
     scored, stats = list[ScoredLabels](), GenerationStats()
+    tolerance = LABEL_TOLERANCE if settings.label_tolerance is None else settings.label_tolerance
     with (reporter or Reporter()).bar("scoring labels", len(requests), "texts") as bar:
         for label_ids, numbers in groups.items():
             scorer = _TreeScorer(plm, LabelTrie.from_ids(labels, label_ids), adapter, interpolations, stats)
             for start in range(0, len(numbers), settings.batch_size):
                 batch = numbers[start : start + settings.batch_size]
-                evidence = scorer.score([requests[n] for n in batch], settings.label_tolerance, temperature)
+                evidence = scorer.score([requests[n] for n in batch], tolerance, temperature)
                 scored.append(ScoredLabels(batch, evidence))
                 bar.advance(len(batch))
     return scored, stats

@@ -25,8 +25,8 @@ class DecodingSettings:
         batch_size: Sequences in one call; one that ends makes room for the next.
         hold: Hold answers to the task's `answer_schema`. Default: where the task has one.
         label_tolerance: Of a `classify` task, largest error of a label's probability. The most probable label is exact.
-            0.9 computes little besides it. 0 sends all labels behind each text, so that the calls do not depend on the
-            answers.
+            0 sends all labels behind each text, so that the calls do not depend on the answers. Default: 0.001, or 0.9
+            where the command line prints no probabilities, which takes a fifth of the tokens.
     """
 
     max_new_tokens: Annotated[int, Ge(1), Unit("tokens")] = 128
@@ -35,7 +35,7 @@ class DecodingSettings:
     look_ahead: Annotated[int, Ge(0), Unit("tokens")] | None = None
     batch_size: Annotated[int, Ge(1), Unit("sequences")] = 32
     hold: bool | None = None
-    label_tolerance: Annotated[float, Ge(0), Lt(1)] = 1e-3
+    label_tolerance: Annotated[float | None, Ge(0), Lt(1)] = None
 
     def __post_init__(self) -> None:
         require_in_bounds(self)
@@ -73,5 +73,7 @@ class SamplingSettings:
         require_in_bounds(self)
 
 
+LABEL_TOLERANCE = 1e-3
+"""Largest error of a label's probability, where the settings name none."""
 DEFAULT_DECODING = DecodingSettings()
 DEFAULT_SAMPLING = SamplingSettings()

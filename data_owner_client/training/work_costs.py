@@ -75,7 +75,7 @@ def _rounds(plm: RemotePlm, plan: MemoryPlan, tokens: float) -> float:
     """
     if plan.task.kind != "classify":
         return tokens / _TOKENS_PER_ROUND
-    if label_settings(plan.context_mode).label_tolerance > 0:
+    if label_settings(plan.context_mode).label_tolerance != 0.0:
         return tokens
     return len(longest_prefixes(LabelTokenizer(plm.tokenizer, plan.task.labels).check(plan.task)))
 
