@@ -70,8 +70,8 @@ def render_assistant_turn(messages: Sequence[ChatMessage], reply: ChatMessage, t
     if turn is None:
         raise InvalidData(
             "The model's chat template writes another conversation before the target than in the prompt.",
-            hint="The task may need `template_arguments` that switch thoughts off. Or the template moves a system turn: "
-            'leave it out of the conversation, or set `instruction_role = "user"`.',
+            hint="The task may need `template_arguments` that switch thoughts off. If the template moves a system "
+            'turn, leave it out of the conversation, or set `instruction_role = "user"`.',
         )
     if set(reply) <= {"role", "content"}:
         text_end = _end_of_target(turn, reply["content"])
