@@ -23,7 +23,7 @@ class Statistics:
     """Sufficient statistics of a metric.
 
     Attributes:
-        sums_E_F: numbers of each text, whose sums over texts decide the metric.
+        sums_E_F: numbers of each text, whose sums over texts decide the metric; dense, or a sparse array of SciPy.
         value: the metric from sums of any shape [..., F], as an array [...].
     """
 
@@ -75,7 +75,7 @@ def paired_p_value(baseline: Statistics, system: Statistics) -> float:
     of_resample = np.concatenate(
         [
             np.abs(system.value(weight_B_E @ system.sums_E_F) - baseline.value(weight_B_E @ baseline.sums_E_F))
-            for weight_B_E in _resamples(len(baseline.sums_E_F))
+            for weight_B_E in _resamples(baseline.sums_E_F.shape[0])
         ]
     )
     # Rounding must not part what is equal.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
@@ -65,29 +67,27 @@ class ClassificationScorer(StatisticsScorer):
 
     def __init__(self, references: Sequence[References], labels: Sequence[str] = ()) -> None:
         self._references = references
-        self.labels = list(dict.fromkeys([*labels, *sorted({texts[0] for texts in references})]))
+        self.labels = list(dict.fromkeys([*labels, *sorted({text for texts in references for text in texts})]))
 
     def each(self, answers: Sequence[str]) -> Tensor:
         """100 for each right answer and 0 for each other [E], float64."""
-        truths_E, answers_E = self._truths_and_answers(answers)
-        return torch.tensor([100.0 * (a == b) for a, b in zip(truths_E, answers_E, strict=True)], dtype=torch.float64)
+        truth_E, answer_E = self._truths_and_answers(answers)
+        return torch.tensor(100.0 * (truth_E == answer_E), dtype=torch.float64)
 
     def statistics(self, answers: Sequence[str]) -> dict[str, Statistics]:
-        truths_E, answers_E = self._truths_and_answers(answers)
-        truth_E_L, answer_E_L = self._one_hot(truths_E), self._one_hot(answers_E)
-        counts_E_3_L = np.stack([truth_E_L * answer_E_L, answer_E_L, truth_E_L], axis=1)
-        return {
-            "accuracy": mean(100 * (truth_E_L * answer_E_L).sum(-1)),
-            "macro_f1": Statistics(counts_E_3_L.reshape(len(answers), -1), _macro_f1),
-        }
+        from scipy.sparse import hstack  # slow to import
+
+        truth_E, answer_E = self._truths_and_answers(answers)
+        truth_E_L, answer_E_L = self._one_hot(truth_E)[:, :-1], self._one_hot(answer_E)[:, :-1]
+        counts_E_3L = hstack([truth_E_L * answer_E_L, answer_E_L, truth_E_L], format="csr")
+        return {"accuracy": mean(100 * (truth_E == answer_E)), "macro_f1": Statistics(counts_E_3L, _macro_f1)}
 
     def table(self, answers: Sequence[str]) -> list[LabelScores]:
         """Scores of each label."""
         from sklearn.metrics import precision_recall_fscore_support  # slow to import
 
-        columns = precision_recall_fscore_support(
-            *self._truths_and_answers(answers), labels=self.labels, zero_division=0
-        )
+        numbers = range(len(self.labels))
+        columns = precision_recall_fscore_support(*self._truths_and_answers(answers), labels=numbers, zero_division=0)
         return [
             LabelScores(label=label, precision=100 * precision, recall=100 * recall, f1=100 * f_score, count=count)
             for label, precision, recall, f_score, count in zip(self.labels, *columns, strict=True)
@@ -95,21 +95,25 @@ class ClassificationScorer(StatisticsScorer):
 
     def confusion(self, answers: Sequence[str]) -> Confusion:
         """Counts of the answers to each label's texts."""
-        truths_E, answers_E = self._truths_and_answers(answers)
-        counts_L_A = self._one_hot(truths_E).T @ self._one_hot(answers_E, with_other=True)
-        return Confusion(labels=self.labels, counts=counts_L_A.astype(int).tolist())
+        truth_E, answer_E = self._truths_and_answers(answers)
+        counts_L_A = self._one_hot(truth_E)[:, :-1].T @ self._one_hot(answer_E)
+        return Confusion(labels=self.labels, counts=counts_L_A.toarray().astype(int).tolist())
 
-    def _truths_and_answers(self, answers: Sequence[str]) -> tuple[list[str], list[str]]:
-        """The label that each text counts under, and its answer."""
-        answers_E = [answer.strip() for answer in answers]
-        pairs = zip(answers_E, self._references, strict=False)
-        return [answer if answer in texts else texts[0] for answer, texts in pairs], answers_E
+    def _truths_and_answers(self, answers: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Number of the label that each text counts under [E], and of its answer's [E]; L for an answer without one."""
+        numbers = {label: number for number, label in enumerate(self.labels)}
+        truth_E, answer_E = np.zeros(len(answers), np.int64), np.zeros(len(answers), np.int64)
+        for at, (answer, texts) in enumerate(zip(map(str.strip, answers), self._references, strict=False)):
+            truth_E[at] = numbers[answer if answer in texts else texts[0]]
+            answer_E[at] = numbers.get(answer, len(numbers))
+        return truth_E, answer_E
 
-    def _one_hot(self, answers: Sequence[str], *, with_other: bool = False) -> Array:
-        """One row for each answer, with a one at its label, and on request a last column for no label."""
-        index = {label: number for number, label in enumerate(self.labels)}
-        hot_E_A = np.eye(len(self.labels) + 1)[[index.get(answer, len(self.labels)) for answer in answers]]
-        return hot_E_A if with_other else hot_E_A[:, :-1]
+    def _one_hot(self, number_E: NDArray[np.int64]) -> Any:
+        """A sparse row for each answer, with a one at its label; the last column is for no label."""
+        from scipy.sparse import csr_array  # slow to import
+
+        ones = (np.ones(len(number_E)), number_E, np.arange(len(number_E) + 1))
+        return csr_array(ones, shape=(len(number_E), len(self.labels) + 1))
 
 
 def _macro_f1(sums: Array) -> Array:

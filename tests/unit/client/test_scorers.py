@@ -163,8 +163,10 @@ def test_labels_score_as_in_scikit_learn(rows: list[tuple[str, str]]) -> None:
 
 def test_labels_of_the_references_join_those_of_the_task() -> None:
     scorer = ClassificationScorer([("window",), ("lamp",), ("door", "gate")], LABELS)
-    assert scorer.labels == [*LABELS, "window"]
-    assert scorer.each(["lamp", " lamp\n", "gate"]).tolist() == [0, 100, 100]
+    assert scorer.labels == [*LABELS, "gate", "window"]
+    answers = ["lamp", " lamp\n", "gate"]
+    assert scorer.each(answers).tolist() == [0, 100, 100]
+    assert scorer.scores(answers)["accuracy"] == pytest.approx(200 / 3)
 
 
 def test_confusions_are_drawn(tmp_path: Path) -> None:
