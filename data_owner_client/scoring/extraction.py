@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -95,7 +95,12 @@ class ExtractionScorer(StatisticsScorer):
         """Scores of each field of the references, the most frequent first."""
         pairs = self._parsed(answers)
         frequency = Counter(path for _, right in pairs for path in right.paths)
-        return [_field_scores(path, pairs) for path, _ in frequency.most_common()]
+        counts: dict[str, list[tuple[int, int, int]]] = {path: [] for path, _ in frequency.most_common()}
+        for answer, right in pairs:
+            of_answer, of_right = _by_path(answer), _by_path(right)
+            for path in counts.keys() & (of_answer.keys() | of_right.keys()):
+                counts[path].append(_counts(of_answer[path], of_right[path]))
+        return [_field_scores(path, of_texts) for path, of_texts in counts.items()]
 
     def _parsed(self, answers: Sequence[str]) -> list[tuple[ParsedAnswer, ParsedAnswer]]:
         """Each answer, and the reference that is nearest to it."""
@@ -126,13 +131,16 @@ def _counts(answer: Counter[Leaf], right: Counter[Leaf]) -> tuple[int, int, int]
     return (answer & right).total(), answer.total(), right.total()
 
 
-def _field_scores(path: str, pairs: Sequence[tuple[ParsedAnswer, ParsedAnswer]]) -> FieldScores:
-    at_path = [tuple(_only(path, parsed.leaves) for parsed in pair) for pair in pairs]
-    equal = [answer == right for answer, right in at_path if right]
-    counts = np.array([_counts(answer, right) for answer, right in at_path], np.float64).sum(0)
-    return FieldScores(field=path, count=len(equal), accuracy=100 * sum(equal) / len(equal), f1=float(f1(counts)))
+def _field_scores(path: str, counts: Sequence[tuple[int, int, int]]) -> FieldScores:
+    """Scores of a field, from the counts of its values in each text: shared, answered and right ones."""
+    equal = [shared == answered == right for shared, answered, right in counts if right]
+    f_score = float(f1(np.array(counts, np.float64).sum(0)))
+    return FieldScores(field=path, count=len(equal), accuracy=100 * sum(equal) / len(equal), f1=f_score)
 
 
-def _only(path: str, leaves: Counter[Leaf]) -> Counter[Leaf]:
-    """The leaves at a path."""
-    return Counter({leaf: count for leaf, count in leaves.items() if leaf[0] == path})
+def _by_path(parsed: ParsedAnswer) -> defaultdict[str, Counter[Leaf]]:
+    """The leaves at each path."""
+    leaves: defaultdict[str, Counter[Leaf]] = defaultdict(Counter)
+    for leaf, count in parsed.leaves.items():
+        leaves[leaf[0]][leaf] = count
+    return leaves
