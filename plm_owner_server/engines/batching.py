@@ -33,22 +33,35 @@ def plan_batches(
     return batches
 
 
-def duplicate_groups(
+def shared_prefixes(
     sequences: Sequence[Sequence[int]], cached: Sequence[int], min_saved_tokens: int
-) -> list[list[int]]:
-    """Groups of indices of equal sequences, where computing one for all saves enough tokens.
+) -> list[tuple[int, list[int]]]:
+    """Prefixes that several sequences share, where computing one for all saves enough tokens.
 
     Args:
         sequences: token ids of each sequence.
         cached: number of leading tokens of each sequence that need no computing.
-        min_saved_tokens: smallest number of tokens that a group must save.
+        min_saved_tokens: smallest number of tokens that a prefix must save.
+
+    Returns:
+        The tokens of each prefix, and the indices of the sequences that begin with it. No sequence has two.
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, ids in enumerate(sequences):
-        groups.setdefault(tuple(ids), []).append(index)
-    return [
-        group for ids, group in groups.items() if (len(group) - 1) * (len(ids) - cached[group[0]]) >= min_saved_tokens
-    ]
+    prefixes: list[tuple[int, list[int]]] = []
+    # In this order, those that share most tokens with the first one follow it.
+    waiting = sorted(range(len(sequences)), key=lambda index: tuple(sequences[index]))
+    while waiting:
+        first, most_saved, members = waiting[0], min_saved_tokens, 1
+        length = shared = len(sequences[first])
+        for others, index in enumerate(waiting[1:], start=1):
+            length = common_prefix([sequences[first][:length], sequences[index]])
+            if length <= cached[first]:
+                break
+            if (saved := others * (length - cached[first])) >= most_saved:
+                shared, most_saved, members = length, saved, others + 1
+        if members > 1:
+            prefixes.append((shared, waiting[:members]))
+        del waiting[:members]
+    return prefixes
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

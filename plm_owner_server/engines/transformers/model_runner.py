@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plm_owner_server.engines.batching import common_prefix, duplicate_groups, plan_batches
+from plm_owner_server.engines.batching import common_prefix, plan_batches, shared_prefixes
 from plm_owner_server.engines.interface import EngineStats
 from plm_owner_server.engines.transformers.kv_cache import AlignedCache, KvLayout
 from plm_owner_server.engines.transformers.prefix_cache import PrefixCache
@@ -120,8 +120,8 @@ class ModelRunner:
     ) -> tuple[list[list[Tensor]], int]:
         """States of each sequence's longest cached prefix before `from_position`.
 
-        A prefix that all sequences share, or that some share (as draws from one prompt do), is computed once and
-        cached, if that saves more than it costs.
+        A prefix that all sequences share, or that some share (as draws from one prompt and labels behind one text do),
+        is computed once and cached, if that saves more than it costs.
 
         Args:
             tenant: the tenant that asks.
@@ -138,14 +138,16 @@ class ModelRunner:
         shared = self.shared_states(tenant, token_ids, at_most=min(from_position))
         before = [list(ids[:at]) for ids, at in zip(token_ids, from_position, strict=True)]
         cached = [max(self._prefixes.match(tenant, ids), shared, key=_token_count) for ids in before]
-        groups = duplicate_groups(before, [_token_count(states) for states in cached], MIN_SAVED_TOKENS)
-        missing = [len(before[first]) - _token_count(cached[first]) for first, *_ in groups]
+        prefixes = shared_prefixes(before, [_token_count(states) for states in cached], MIN_SAVED_TOKENS)
+        missing = [length - _token_count(cached[first]) for length, (first, *_) in prefixes]
         plan = plan_batches(missing, batch_tokens, MIN_SAVED_TOKENS)
         for batch in plan:
-            firsts = [groups[i][0] for i in batch]
-            computed = self._compute(tenant, [before[i] for i in firsts], [cached[i] for i in firsts])
+            firsts = [(prefixes[i][0], prefixes[i][1][0]) for i in batch]
+            computed = self._compute(
+                tenant, [before[first][:length] for length, first in firsts], [cached[first] for _, first in firsts]
+            )
             for i, states in zip(batch, computed, strict=True):
-                for index in groups[i]:
+                for index in prefixes[i][1]:
                     cached[index] = states
         return cached, sum(len(batch) * max(missing[i] for i in batch) for batch in plan)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plm_owner_server.engines.batching import common_prefix, duplicate_groups, plan_batches
+from plm_owner_server.engines.batching import common_prefix, plan_batches, shared_prefixes
 
 lengths_of = st.lists(st.integers(1, 200), min_size=1, max_size=40)
 
@@ -76,12 +76,20 @@ def test_common_prefix_is_the_longest(prefix: list[int], rests: list[list[int]])
     cached=st.integers(0, 4),
     min_saved_tokens=st.integers(1, 9),
 )
-def test_duplicate_groups_save_enough_tokens(sequences: list[list[int]], cached: int, min_saved_tokens: int) -> None:
-    groups = duplicate_groups(sequences, [min(cached, len(ids)) for ids in sequences], min_saved_tokens)
-    grouped = [tuple(sequences[group[0]]) for group in groups]
-    assert len(grouped) == len(set(grouped))
-    for group in groups:
-        assert all(sequences[index] == sequences[group[0]] for index in group)
-    for ids in {tuple(ids) for ids in sequences}:
-        saved = (sequences.count(list(ids)) - 1) * max(0, len(ids) - cached)
-        assert (saved >= min_saved_tokens) == (ids in grouped)
+def test_shared_prefixes_save_enough_tokens(sequences: list[list[int]], cached: int, min_saved_tokens: int) -> None:
+    cached_tokens = [min(cached, len(ids)) for ids in sequences]
+    prefixes = shared_prefixes(sequences, cached_tokens, min_saved_tokens)
+    members = [index for _, group in prefixes for index in group]
+    assert len(members) == len(set(members))
+    for length, group in prefixes:
+        assert common_prefix([sequences[index] for index in group]) >= length
+        assert (len(group) - 1) * (length - cached_tokens[group[0]]) >= min_saved_tokens
+    for one, other in combinations(set(range(len(sequences))) - set(members), 2):
+        saved = common_prefix([sequences[one], sequences[other]]) - min(cached_tokens[one], cached_tokens[other])
+        assert saved < min_saved_tokens
+
+
+def test_the_prefix_that_saves_most_is_shared() -> None:
+    sequences = [[1, 2, 3, 4], [9, 9, 9, 9], [1, 2, 3, 5, 6], [1, 2, 3, 5, 6], [1]]
+    assert shared_prefixes(sequences, [0] * 5, 5) == [(3, [0, 2, 3])]
+    assert shared_prefixes(sequences, [0] * 5, 7) == []
