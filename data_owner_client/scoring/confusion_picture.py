@@ -10,6 +10,8 @@ from data_owner_client.scoring.classification import OTHER, Confusion
 
 _MOST_NUMBERS = 400
 _INCHES_PER_LABEL = 0.32
+# With room for the names of a thousand labels, a picture would take gigabytes of memory.
+_MOST_NAMES = 100
 
 
 def draw_confusion(title: str, confusion: Confusion, path: Path) -> None:
@@ -17,21 +19,22 @@ def draw_confusion(title: str, confusion: Confusion, path: Path) -> None:
 
     Args:
         title: title of the picture.
-        confusion: counts; the last column has the answers that are no label.
+        confusion: counts; the last column has the answers that are no label. More than 100 labels go unnamed.
         path: file to write; its ending decides the format.
     """
     from matplotlib.figure import Figure  # slow to import
 
     counts_L_A = np.array(confusion.counts)
     share_L_A = counts_L_A / np.maximum(counts_L_A.sum(1, keepdims=True), 1)
-    side = 3 + _INCHES_PER_LABEL * len(confusion.labels)
+    side = 3 + _INCHES_PER_LABEL * min(len(confusion.labels), _MOST_NAMES)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(share_L_A, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, label="share of the label's texts", shrink=0.7)
-    columns = [*confusion.labels, OTHER]
-    axes.set_xticks(range(len(columns)), columns, rotation=90, parse_math=False)
-    axes.set_yticks(range(len(confusion.labels)), confusion.labels, parse_math=False)
+    if len(confusion.labels) <= _MOST_NAMES:
+        columns = [*confusion.labels, OTHER]
+        axes.set_xticks(range(len(columns)), columns, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(confusion.labels)), confusion.labels, parse_math=False)
     axes.set(xlabel="answer", ylabel="label")
     if counts_L_A.size <= _MOST_NUMBERS:
         for (row, column), count in np.ndenumerate(counts_L_A):

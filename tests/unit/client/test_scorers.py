@@ -14,6 +14,7 @@ import sacrebleu
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.image import imread
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.significance import PairedTest, _compute_p_value
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
@@ -173,6 +174,13 @@ def test_confusions_are_drawn(tmp_path: Path) -> None:
     scorer = ClassificationScorer([("$a",), ("b_{",), ("c",)])
     draw_confusion("costs $5", scorer.confusion(["$a", "c", "nothing"]), tmp_path / "pictures" / "confusion.png")
     assert (tmp_path / "pictures" / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_thousand_labels_make_no_picture_of_gigabytes(tmp_path: Path) -> None:
+    labels = [f"label {number}" for number in range(1000)]
+    draw_confusion("many", ClassificationScorer([(label,) for label in labels]).confusion(labels), tmp_path / "a.png")
+    height, width, _ = imread(tmp_path / "a.png").shape
+    assert max(height, width) < 5000
 
 
 @settings(max_examples=scaled(100))
