@@ -11,15 +11,15 @@ from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.reading.problems import InvalidText, Origin, text_origin
 from data_owner_client.data.stops import StopMatcher, Stops
-from data_owner_client.decoding.answer_grammar import AnswerGrammar
 from data_owner_client.decoding.client_drafts import NgramDrafter
-from data_owner_client.decoding.held_selection import HeldSelection
+from data_owner_client.decoding.held.grammar import AnswerGrammar
+from data_owner_client.decoding.held.selection import HeldSelection
+from data_owner_client.decoding.held.token_search import TokenSearch
 from data_owner_client.decoding.sampling import Noise
 from data_owner_client.decoding.sequence import End, EndRules, SequenceState
 from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings, SamplingSettings
 from data_owner_client.decoding.speculative import GenerationStats, PlmOnlyCalls, SpeculativeDecoder
 from data_owner_client.decoding.token_choice import TokenChoice
-from data_owner_client.decoding.token_search import TokenSearch
 from data_owner_client.decoding.token_selection import TokenSelector
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Bar, Reporter

@@ -14,13 +14,13 @@ from data_owner_client.data.pairs import Source, text_of
 from data_owner_client.data.reading.problems import text_origin
 from data_owner_client.data.stops import StopMatcher, Stops
 from data_owner_client.data.tasks import Task
-from data_owner_client.decoding.answer_grammar import AnswerGrammar
-from data_owner_client.decoding.classification import classify, with_labels
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.decode_loop import Continuation, GenerationRequest, require_room
 from data_owner_client.decoding.decode_loop import generate as generate_ids
 from data_owner_client.decoding.failures import TextFailures, list_of_texts
+from data_owner_client.decoding.held.grammar import AnswerGrammar
 from data_owner_client.decoding.inputs import TextInput, text_inputs
+from data_owner_client.decoding.labels.classification import classify, with_labels
 from data_owner_client.decoding.mbr import rank_by_expected_chrf
 from data_owner_client.decoding.options import ChosenOptions, GenerationOptions
 from data_owner_client.decoding.results import Generation as Generation
@@ -129,7 +129,7 @@ def _classify(
     adapter: CandidateDistribution | None,
     options: ChosenOptions,
 ) -> Generation:
-    """The labels of each text; see `decoding.classification`."""
+    """The labels of each text; see `decoding.labels.classification`."""
     options.require_scored_labels()
     _require_same_model(plm, adapter)
     return classify(

@@ -9,7 +9,7 @@ from enum import StrEnum
 from data_owner_client.adapter.network import RECENT_TOKENS
 from data_owner_client.data.repetition import RepetitionDetector
 from data_owner_client.data.stops import StopMatcher
-from data_owner_client.decoding.answer_grammar import AnswerState
+from data_owner_client.decoding.held.grammar import AnswerState
 from data_owner_client.decoding.sampling import Noise
 from data_owner_client.decoding.token_choice import DecodePosition, TokenChoice
 

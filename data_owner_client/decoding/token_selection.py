@@ -19,7 +19,7 @@ from data_owner_client.adapter.gate import gate_features
 from data_owner_client.adapter.interpolation import Interpolation, mix
 from data_owner_client.adapter.network import RECENT_TOKENS
 from data_owner_client.decoding.candidate_mixture import CandidateMixture, PlmScores
-from data_owner_client.decoding.held_selection import HeldSelection
+from data_owner_client.decoding.held.selection import HeldSelection
 from data_owner_client.decoding.sampling import draw_token
 from data_owner_client.decoding.settings import SamplingSettings
 from data_owner_client.decoding.token_choice import DecodePosition, OpenChoice, TokenChoice

@@ -24,7 +24,7 @@ from data_owner_client.data.tasks import Shot, Task
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.decode_loop import PLM_ONLY
 from data_owner_client.decoding.generation import translate
-from data_owner_client.decoding.label_scoring import LabelRequest, score_labels
+from data_owner_client.decoding.labels.scoring import LabelRequest, score_labels
 from data_owner_client.decoding.options import GenerationOptions
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
 from data_owner_client.memory.encode import tokenize_pair

@@ -16,7 +16,7 @@ from data_owner_client.data.answer_form import AnswerForm
 from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.structured_answers import json_line
 from data_owner_client.data.tasks import load_task
-from data_owner_client.decoding.answer_grammar import AnswerGrammar
+from data_owner_client.decoding.held.grammar import AnswerGrammar
 from data_owner_client.plm.tokenizer import PlmTokenizer
 from protocol.errors import InvalidData, Unsupported
 from tests.held_answers import HELD_KINDS, SCHEMAS, TOKENIZERS, SchemaAndAnswer, closing, eos_of, spell, stops_of

@@ -26,9 +26,9 @@ from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.answer_form import AnswerForm
 from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.structured_answers import json_line
-from data_owner_client.decoding.answer_grammar import AnswerGrammar
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.decode_loop import Continuation, GenerationConfig, GenerationRequest, generate
+from data_owner_client.decoding.held.grammar import AnswerGrammar
 from data_owner_client.decoding.sequence import End
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
 from data_owner_client.decoding.speculative import GenerationStats

@@ -14,8 +14,8 @@ from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.label_tokens import LabelTokenizer
 from data_owner_client.data.pairs import Pair
 from data_owner_client.data.tasks import Task
-from data_owner_client.decoding.label_evidence import LabelEvidence
-from data_owner_client.decoding.label_trie import LabelTrie
+from data_owner_client.decoding.labels.evidence import LabelEvidence
+from data_owner_client.decoding.labels.trie import LabelTrie
 from data_owner_client.plm.tokenizer import PlmTokenizer
 from protocol.errors import InvalidData
 from tests import small_tokenizers

@@ -13,7 +13,7 @@ from data_owner_client.data.reading.problems import InvalidText, text_origin
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.failures import TextFailures
 from data_owner_client.decoding.inputs import TextInput
-from data_owner_client.decoding.label_scoring import LabelRequest, score_labels
+from data_owner_client.decoding.labels.scoring import LabelRequest, score_labels
 from data_owner_client.decoding.results import Generation
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.decoding.token_choice import TokenChoice

@@ -29,8 +29,8 @@ from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.network import RECENT_TOKENS
 from data_owner_client.data.label_tokens import LabelIds
 from data_owner_client.decoding.decode_loop import PLM_ONLY
-from data_owner_client.decoding.label_evidence import LabelEvidence
-from data_owner_client.decoding.label_trie import LabelTrie
+from data_owner_client.decoding.labels.evidence import LabelEvidence
+from data_owner_client.decoding.labels.trie import LabelTrie
 from data_owner_client.decoding.settings import DEFAULT_DECODING, LABEL_TOLERANCE, DecodingSettings
 from data_owner_client.decoding.speculative import GenerationStats
 from data_owner_client.decoding.token_selection import plm_scores

@@ -10,8 +10,8 @@ from functools import partial
 from torch import Tensor
 
 from data_owner_client.decoding.candidate_mixture import CandidateMixture
+from data_owner_client.decoding.held.token_search import TokenSearch
 from data_owner_client.decoding.token_choice import DecodePosition, OpenChoice, TokenChoice
-from data_owner_client.decoding.token_search import TokenSearch
 from protocol.errors import Unsupported
 
 

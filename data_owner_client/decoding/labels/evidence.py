@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_owner_client.adapter.interpolation import Interpolation, mix
-from data_owner_client.decoding.label_trie import LabelTrie
+from data_owner_client.decoding.labels.trie import LabelTrie
 from data_owner_client.decoding.token_choice import TokenChoice
 
 # Log-probability in place of −∞, so that sums over paths stay finite.
