@@ -14,21 +14,17 @@ References = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric as tables show it.
+    """A metric, whose values go from 0 to 100; more is better.
 
     Attributes:
         title: name in tables.
-        digits: digits behind the decimal point.
-        percent: whether values go from 0 to 100 and more is better.
     """
 
     title: str
-    digits: int = 1
-    percent: bool = True
 
     def text(self, value: float | None) -> str:
         """A value as tables show it; a dash for None."""
-        return "–" if value is None else f"{value:.{self.digits}f}"
+        return "–" if value is None else f"{value:.1f}"
 
 
 class Scorer(Protocol):
