@@ -41,7 +41,8 @@ class Calibration(BaseModel):
         brier: mean squared distance of the probabilities from the right label's one-hot vector, summed over labels,
             0 to 2 (Brier 1950).
         log_loss: mean negative log-probability of the right label, in nats.
-        bins: answers by confidence, which is the probability of the most probable label; a reliability table.
+        bins: answers by confidence, which is the probability of the most probable label, in intervals of equal width; a
+            reliability table.
     """
 
     expected_calibration_error: float
@@ -50,22 +51,19 @@ class Calibration(BaseModel):
     bins: list[ConfidenceBin]
 
 
-def calibration(
-    probabilities: Sequence[Mapping[str, float]], references: Sequence[References], bins: int = _BINS
-) -> Calibration:
+def calibration(probabilities: Sequence[Mapping[str, float]], references: Sequence[References]) -> Calibration:
     """Calibration of the probabilities of labels.
 
     Args:
         probabilities: of each text, the probability of each label; they sum to 1, and a missing label has 0.
         references: right labels of each text; where there are several, the most probable of them counts.
-        bins: number of intervals of confidence, of equal width.
     """
     pairs = list(zip(probabilities, references, strict=True))
     truth_E = np.array([max(of_text.get(label, 0.0) for label in texts) for of_text, texts in pairs])
     right_E = np.array([max(of_text, key=lambda label: of_text[label]) in texts for of_text, texts in pairs])
     confidence_E = np.array([max(of_text.values()) for of_text in probabilities])
     squares_E = np.array([sum(p * p for p in of_text.values()) for of_text in probabilities])
-    edges = np.linspace(0, 1, bins + 1)
+    edges = np.linspace(0, 1, _BINS + 1)
     bin_E = np.digitize(confidence_E, edges[1:-1], right=True)
     rows = [
         _bin(above, up_to, confidence_E[bin_E == number], right_E[bin_E == number])
