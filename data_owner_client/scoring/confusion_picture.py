@@ -12,6 +12,7 @@ _MOST_NUMBERS = 400
 _INCHES_PER_LABEL = 0.32
 # With room for the names of a thousand labels, a picture would take gigabytes of memory.
 _MOST_NAMES = 100
+_INCHES_WITHOUT_NAMES = 12
 
 
 def draw_confusion(title: str, confusion: Confusion, path: Path) -> None:
@@ -26,12 +27,13 @@ def draw_confusion(title: str, confusion: Confusion, path: Path) -> None:
 
     counts_L_A = np.array(confusion.counts)
     share_L_A = counts_L_A / np.maximum(counts_L_A.sum(1, keepdims=True), 1)
-    side = 3 + _INCHES_PER_LABEL * min(len(confusion.labels), _MOST_NAMES)
+    has_names = len(confusion.labels) <= _MOST_NAMES
+    side = 3 + _INCHES_PER_LABEL * len(confusion.labels) if has_names else _INCHES_WITHOUT_NAMES
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(share_L_A, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, label="share of the label's texts", shrink=0.7)
-    if len(confusion.labels) <= _MOST_NAMES:
+    if has_names:
         columns = [*confusion.labels, OTHER]
         axes.set_xticks(range(len(columns)), columns, rotation=90, parse_math=False)
         axes.set_yticks(range(len(confusion.labels)), confusion.labels, parse_math=False)

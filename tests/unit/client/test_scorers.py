@@ -176,11 +176,11 @@ def test_confusions_are_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "pictures" / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_thousand_labels_make_no_picture_of_gigabytes(tmp_path: Path) -> None:
-    labels = [f"label {number}" for number in range(1000)]
+def test_the_picture_of_many_labels_is_small(tmp_path: Path) -> None:
+    labels = [f"label {number}" for number in range(300)]
     draw_confusion("many", ClassificationScorer([(label,) for label in labels]).confusion(labels), tmp_path / "a.png")
     height, width, _ = imread(tmp_path / "a.png").shape
-    assert max(height, width) < 5000
+    assert max(height, width) < 2000
 
 
 @settings(max_examples=scaled(100))
