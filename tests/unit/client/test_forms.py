@@ -227,7 +227,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "a.parquet").write_bytes(as_parquet([{"source": "a", "target": "b"}]))
     with pytest.raises(InvalidData, match="pyarrow is not installed") as caught:
         read_pairs(tmp_path / "a.parquet")
-    assert "pip install 'pema[parquet]'" in caught.value.hint
+    assert "pip install -e '.[client,parquet]'" in caught.value.hint
 
 
 def test_parquet_is_read_in_batches(tmp_path: Path) -> None:
