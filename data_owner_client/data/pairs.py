@@ -15,6 +15,8 @@ from protocol.errors import InvalidData
 if TYPE_CHECKING:
     from protocol.chat_template import ChatMessage  # which imports torch, and files are read without
 
+_MESSAGE_HINT = 'For example {"role": "user", "content": "…"}.'
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -22,20 +24,19 @@ class Conversation:
 
     Attributes:
         turns: messages with `role` and `content`, and whatever else a chat template reads; the last one is answered.
+            The assistant's may have `tool_calls` in place of `content`.
         tools: JSON schemas of the tools that it may use; None for none.
 
     Raises:
-        InvalidText: there is no turn, or one without a role.
+        InvalidText: there is no turn, or one without a role or content.
     """
 
     turns: tuple[ChatMessage, ...]
     tools: tuple[ChatMessage, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.turns or not all(isinstance(turn, Mapping) and "role" in turn for turn in self.turns):
-            raise InvalidText(
-                "a conversation without turns that have roles", hint='For example {"role": "user", "content": "…"}.'
-            )
+        if not self.turns or not all(map(_is_message, self.turns)):
+            raise InvalidText("a conversation without turns that have roles and contents", hint=_MESSAGE_HINT)
 
     @property
     def is_single_question(self) -> bool:
@@ -91,7 +92,8 @@ class Pair:
             of them. Empty for a pair that is alone.
 
     Raises:
-        InvalidData: a text is no `str`, or cannot be encoded as UTF-8; or a message is no JSON.
+        InvalidData: a text is no `str`, or cannot be encoded as UTF-8; a message is no JSON; or the reply has no role or
+            content.
     """
 
     source: str
@@ -111,6 +113,8 @@ class Pair:
         require_unicode(self.source, "the source", self.origin)
         if self.target is not None:
             require_unicode(self.target, "the target", self.origin)
+        if self.reply is not None and not _is_message(self.reply):
+            raise InvalidText("a reply without a role or content", hint=_MESSAGE_HINT, origin=self.origin)
         if self.conversation or self.reply or self.references or self.group:
             _require_json(further_fields(self), self.origin)
 
@@ -205,6 +209,12 @@ def digest_pairs(pairs: Iterable[Pair]) -> str:
         fields = further_fields(pair)
         digest.update(json.dumps([pair.source, pair.target, *([fields] if fields else [])]).encode())
     return digest.hexdigest()
+
+
+def _is_message(value: object) -> bool:
+    if not isinstance(value, Mapping) or "role" not in value:
+        return False
+    return value.get("content") is not None or (value["role"] == "assistant" and bool(value.get("tool_calls")))
 
 
 def _require_json(value: object, origin: Origin | None) -> None:

@@ -377,7 +377,16 @@ def test_references_of_calls_are_as_the_model_writes_them() -> None:
         references_of(calling)
 
 
-def test_a_conversation_has_turns_with_roles() -> None:
-    for turns in ((), ({"content": "a"},), ("a",)):
-        with pytest.raises(InvalidText, match="without turns that have roles"):
-            Conversation(turns)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "turns", [(), ({"content": "a"},), ("a",), ({"role": "user"},), ({"role": "user", "content": None}, *TALK[:1])]
+)
+def test_turns_have_roles_and_contents(turns: Any) -> None:
+    with pytest.raises(InvalidText, match="without turns that have roles and contents"):
+        Conversation(turns)
+
+
+def test_a_reply_has_a_content_or_calls() -> None:
+    with pytest.raises(InvalidText, match="a reply without a role or content"):
+        Pair("a", "b", reply={"role": "assistant"})
+    calls = {"role": "assistant", "content": None, "tool_calls": [call(1, "Rome")]}
+    assert Pair("a", "b", conversation=Conversation((*TALK[:1], calls, *TALK[:1])), reply=calls).reply == calls
