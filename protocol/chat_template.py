@@ -49,7 +49,10 @@ def choose_template(templates: Mapping[str, str], name: str | None, *, with_tool
         InvalidData: the model has no template of this name, or several and no default.
     """
     if not templates:
-        raise Unsupported("The model has no chat template.", hint='Give the task `format = "plain"`.')
+        raise Unsupported(
+            "The model has no chat template.",
+            hint='Conversations of several turns need one. Give other tasks `format = "plain"`.',
+        )
     if name is None:
         name = TOOL_TEMPLATE if with_tools and TOOL_TEMPLATE in templates else DEFAULT_TEMPLATE
     if name not in templates:

@@ -25,6 +25,7 @@ from cyclopts import (
 )
 
 from data_owner_client.cli.old_names import with_current_names
+from data_owner_client.runtime.validation_errors import first_message
 from protocol import standard_streams
 from protocol.errors import PemaError
 
@@ -185,7 +186,7 @@ def _usage_error(error: CycloptsError) -> str:
     """The parser's message as one line."""
     error.verbose = False
     if isinstance(error, ValidationError) and isinstance(error.__cause__, pydantic.ValidationError):
-        error.exception_message = f"{error.__cause__.errors()[0]['msg']}."
+        error.exception_message = f"{first_message(error.__cause__)}."
     if isinstance(error, ValidationError) and isinstance(error.__cause__, UnicodeEncodeError):
         error.value, error.exception_message = error.__cause__.object, "It is not UTF-8."
         error.argument = error.argument and _argument_with(error.argument, error.value)

@@ -12,10 +12,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
 from protocol.errors import InvalidData
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 _SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False, "lenient": False}
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
@@ -69,9 +74,8 @@ class AnswerForm:
                 )
         error = LLMatcher.validate_grammar(self.grammar(()))
         if error:
-            detail = error.split(_LIBRARY_PREFIX)[-1].splitlines()[0].rstrip(".")
             raise InvalidData(
-                f"Decoding cannot be held to the answers' schema: {detail}.",
+                f"Decoding cannot be held to the answers' schema: {_reason(error)}.",
                 hint="Leave this part out of the schema; docs/data-owner-guide.md lists what can be in it.",
             )
 
@@ -86,7 +90,7 @@ class AnswerForm:
         Raises:
             InvalidData: a stop could stand inside an answer.
         """
-        self._require_outside(stops)
+        self.require_outside(stops)
         tail = f"/ ?(({'|'.join(map(_literal, stops))})(?s:.*))?/" if stops else r"/[ \n]?/"
         if self.schema is None:
             answer = f"/{'|'.join(map(_literal, self.choices))}/"
@@ -95,7 +99,23 @@ class AnswerForm:
         # Without forcing, every division of a text into tokens is allowed, as it is in free decoding.
         return f'%llguidance {{"no_forcing": true}}\nstart: / ?/ answer {tail}\nanswer: {answer}'
 
-    def _require_outside(self, stops: Sequence[str]) -> None:
+    def unwritable_part(self, answer: str) -> str:
+        """The end of an answer, from the first character that decoding could not write; empty if it can write all.
+
+        Of a form that decoding cannot be held to, every answer can be written.
+        """
+        tokenizer, matcher = _byte_matcher(self.grammar(()))
+        if matcher.is_error():
+            return ""
+        written = matcher.deep_copy().validate_tokens(tokenizer.tokenize_str(f"{answer}\n"))
+        return answer.encode()[written:].decode(errors="replace")
+
+    def require_outside(self, stops: Sequence[str]) -> None:
+        """Require stops that cannot stand inside an answer.
+
+        Raises:
+            InvalidData: one can.
+        """
         for stop in stops:
             # JSON escapes control characters, so no text that contains one can stand inside it.
             if self.schema is not None and min(stop) >= " ":
@@ -109,6 +129,25 @@ class AnswerForm:
                         f"The stop {stop!r} would end the choice {choice!r} before it is whole.",
                         hint="Give another stop.",
                     )
+
+
+@lru_cache(maxsize=16)
+def _byte_matcher(grammar: str) -> tuple[LLTokenizer, LLMatcher]:
+    """A tokenizer of bytes, and a matcher of its tokens at the beginning of an answer."""
+    from llguidance import LLMatcher, LLTokenizer
+
+    tokenizer = LLTokenizer("byte")
+    return tokenizer, LLMatcher(tokenizer, grammar)
+
+
+def _reason(error: str) -> str:
+    """The library's reason in one line, without an option that nobody can set here."""
+    first, *further = error.split(_LIBRARY_PREFIX)[-1].splitlines()
+    if "coerce_one_of" in first:
+        return "the forms of a oneOf do not exclude each other; anyOf takes such"
+    # Regular expressions are drawn over several lines, and the reason stands behind.
+    reasons = [line.removeprefix("error: ") for line in further if line.startswith("error: ")]
+    return " ".join([first, *reasons[:1]]).rstrip(".")
 
 
 def _inexact_feature(part: Mapping[str, JsonValue]) -> str | None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
 Schema = Mapping[str, JsonValue]
+# Those that restrict no value by themselves.
+_KEYWORDS = {"$schema", "$id", "$comment", "$defs", "definitions", "title", "description", "default", "examples"}
 
 
 class AnswerSchema:
@@ -38,6 +40,8 @@ class AnswerSchema:
             kind.check_schema(dict(schema))
         except SchemaError as error:
             raise ValueError(f"it is no JSON schema: {error.message} at {error.json_path}") from error
+        if schema and not _KEYWORDS.union(kind.VALIDATORS).intersection(schema):
+            raise ValueError(f"it is no JSON schema: {', '.join(schema)} are none of its keywords, such as type")
         self._validator: Validator = kind(dict(schema), registry=Registry())
         resource = DRAFT202012.create_resource(dict(schema))
         self._resolver = Registry().with_resource("", resource).resolver()

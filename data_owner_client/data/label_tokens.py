@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from data_owner_client.data.pairs import Pair, Source, text_of
 from data_owner_client.data.tasks import Task
 from data_owner_client.plm.tokenizer import PlmTokenizer, Prompt
+from data_owner_client.runtime.validation_errors import first_message
 from protocol.errors import InvalidData
 
 LabelIds = tuple[tuple[int, ...], ...]
@@ -42,7 +43,7 @@ def with_labels_of(task: Task, parts: Sequence[Sequence[Pair]]) -> Task:
         return Task.model_validate({**task.model_dump(), "labels": sorted(counts)})
     except ValidationError as error:
         raise InvalidData(
-            f"The targets cannot be the labels of a classify task: {error.errors()[0]['msg']}.",
+            f"The targets cannot be the labels of a classify task: {first_message(error)}.",
             hint="Correct the targets, or write the labels into the task file.",
         ) from error
 

@@ -22,14 +22,24 @@ _FENCE = re.compile(r"\s*```\w*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 _SLOT = re.compile(r"([^:=\s{\[\"'`][^:=]*)[:=](.*)", re.DOTALL)
 
 
-def parse_json(text: str) -> JsonValue:
+class RepeatedKey(ValueError):
+    """An object that has a key twice, so that nobody knows which value is meant."""
+
+
+def parse_json(text: str, *, unique_keys: bool = False) -> JsonValue:
     """The value of a JSON text; whole numbers are integers, however they are written.
 
+    Args:
+        text: the text.
+        unique_keys: refuse objects that have a key twice; otherwise its last value counts.
+
     Raises:
+        RepeatedKey: an object has a key twice, and may not.
         ValueError: it is no JSON, has a number outside of float64, or nests too deep.
     """
+    pairs_hook = _object if unique_keys else None
     try:
-        value: JsonValue = json.loads(text, parse_constant=_number, parse_float=_number)
+        value: JsonValue = json.loads(text, parse_constant=_number, parse_float=_number, object_pairs_hook=pairs_hook)
     except RecursionError as error:
         raise ValueError("it nests too deep") from error
     return value
@@ -68,6 +78,13 @@ def slots_line(fields: Mapping[str, JsonValue]) -> str:
     """The fields of slots in the form that an adapter learns, in one line."""
     parts = [(key, values if isinstance(values, list) else [values]) for key, values in fields.items()]
     return "; ".join(f"{key}: {value}" for key, values in parts for value in values)
+
+
+def _object(items: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
+    fields = dict(items)
+    if len(fields) < len(items):
+        raise RepeatedKey("an object has a key twice")
+    return fields
 
 
 def _number(spelling: str) -> float:

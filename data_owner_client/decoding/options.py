@@ -85,7 +85,8 @@ def require_draws(sampling: SamplingSettings | None, *, samples: int, best: int,
     texts = consensus + 1 if consensus else samples
     if best > texts:
         raise InvalidData(
-            f"{best} best of {texts} were asked for.", hint="Give more --samples, or a --consensus of more."
+            f"{best} best of {texts} were asked for.",
+            hint="Give more --samples, or a --consensus of more. Of a classify task, --json has all labels.",
         )
     if samples > 1 and not (sampling and sampling.temperature):
         raise InvalidData("Without a temperature all samples are the same.", hint="Give --temperature, such as 0.8.")
@@ -126,6 +127,7 @@ class ChosenOptions:
             "--lookup": self.lookup is not None,
             "--stream": self.on_text is not None or self.on_token is not None,
             "--stop": self.stop,
+            "--hold" if self.decoding.hold else "--no-hold": self.decoding.hold is not None,
             "The option form": self.form,
         }
         if names := [name for name, value in unfit.items() if value]:

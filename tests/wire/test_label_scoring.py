@@ -24,7 +24,8 @@ from data_owner_client.data.tasks import Shot, Task
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.decode_loop import PLM_ONLY
 from data_owner_client.decoding.generation import translate
-from data_owner_client.decoding.labels.scoring import LabelRequest, score_labels
+from data_owner_client.decoding.labels.requests import LabelRequest
+from data_owner_client.decoding.labels.scoring import score_labels
 from data_owner_client.decoding.options import GenerationOptions
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
 from data_owner_client.memory.encode import tokenize_pair
@@ -291,6 +292,7 @@ def test_the_explained_tokens_are_those_of_decoding(case: Case) -> None:
         ({"on_text": lambda *_: None}, "--stream"),
         ({"stop": "x"}, "--stop"),
         ({"lookup": NgramDrafter([[1, 2, 3]])}, "--lookup"),
+        ({"decoding": DecodingSettings(hold=False)}, "--no-hold"),
     ],
 )
 def test_options_of_decoded_texts_are_refused(tiny_service: PlmService, options: GenerationOptions, name: str) -> None:

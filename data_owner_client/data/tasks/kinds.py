@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from data_owner_client.data.answer_form import AnswerForm
 from data_owner_client.data.answer_schema import Schema, answer_schema
 from data_owner_client.data.reading.problems import InvalidText, Origin, require_unicode
-from data_owner_client.data.structured_answers import json_line, parse_json, parse_slots, slots_line
+from data_owner_client.data.structured_answers import RepeatedKey, json_line, parse_json, parse_slots, slots_line
 
 Kind = Literal["rewrite", "classify", "extract", "answer", "summarise", "chat"]
 """Kinds of task, which differ in the form of their answers and in their metrics."""
@@ -99,7 +100,8 @@ def answer_text(
         origin: position of the target; None if the caller knows it.
 
     Raises:
-        InvalidText: the target is no label of the task, is neither JSON nor slots, or violates the schema.
+        InvalidText: the target is no label of the task, is neither JSON nor slots, has a key twice, or violates the
+            schema; or decoding that is held to the schema could not write it.
     """
     if kind == "classify" and labels and target not in labels:
         hint = f"The task has the labels {', '.join(labels)}."
@@ -115,7 +117,9 @@ def answer_text(
 
 def _structured(target: str, schema: Schema | None, origin: Origin | None) -> str:
     try:
-        value = parse_json(target)
+        value = parse_json(target, unique_keys=True)
+    except RepeatedKey as error:
+        raise InvalidText("a target that has a key twice", hint="Give every key once.", origin=origin) from error
     except ValueError:
         return _slots(target, schema, origin)
     if schema is not None:
@@ -126,6 +130,9 @@ def _structured(target: str, schema: Schema | None, origin: Origin | None) -> st
         value = prepared.ordered(value)
     line = json_line(value)
     require_unicode(line, "the target", origin)
+    if schema is not None and (rest := AnswerForm(schema).unwritable_part(line)):
+        hint = f"Correct the target, or the task's answer_schema, which does not allow {rest!r:.40}."
+        raise InvalidText("a target that decoding cannot be held to", hint=hint, origin=origin)
     return line
 
 

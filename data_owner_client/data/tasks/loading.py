@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from data_owner_client.data.answer_form import AnswerForm
 from data_owner_client.data.tasks.task import Task
 from data_owner_client.runtime.arguments import to_path
+from data_owner_client.runtime.validation_errors import first_message
 from protocol.errors import InvalidData
 
 _PACKAGE = "data_owner_client.data.tasks"
@@ -46,14 +47,22 @@ def load_task(name_or_path: str | Path) -> Task:
             f"{name_or_path} is not TOML: {error}.", hint="Quote texts; write \\n for a newline."
         ) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(map(str, first["loc"])) or "the task"
-        raise InvalidData(
-            f"{name_or_path}: {path}: {first['msg']}.", hint=f"A task has: {', '.join(Task.model_fields)}."
-        ) from error
+        raise InvalidData(f"{name_or_path}: {_place(error)}{first_message(error)}.", hint=_hint(error)) from error
     _require_usable_examples(task, name_or_path)
     _require_holdable_schema(task, name_or_path)
     return task
+
+
+def _place(error: ValidationError) -> str:
+    """The field of the first error, such as `examples.0.target: `; empty for the task as a whole."""
+    path = ".".join(map(str, error.errors()[0]["loc"]))
+    return f"{path}: " if path else ""
+
+
+def _hint(error: ValidationError) -> str:
+    if error.errors()[0]["type"] == "extra_forbidden":
+        return f"A task has: {', '.join(Task.model_fields)}."
+    return "`pema-client build-memory --help` shows a task."
 
 
 def _with_schema(fields: dict[str, Any], name: str | Path) -> dict[str, Any]:
@@ -94,11 +103,13 @@ def _require_holdable_schema(task: Task, name: str | Path) -> None:
     """Check the schema of a task that is written anew: after training it would be late to find that it is too much.
 
     Raises:
-        InvalidData: decoding cannot be held to the schema.
+        InvalidData: decoding cannot be held to the schema, or the stop could stand inside an answer.
     """
     if task.answer_schema is None:
         return
+    form = AnswerForm(task.answer_schema)
     try:
-        AnswerForm(task.answer_schema).require_supported()
+        form.require_supported()
+        form.require_outside([task.stop_text] if task.stop_text else [])
     except InvalidData as error:
         raise InvalidData(f"{name}: {error.detail}", hint=error.hint) from error

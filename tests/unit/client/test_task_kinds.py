@@ -97,6 +97,8 @@ def test_a_kind_fills_in_what_a_task_leaves_open(fields: dict[str, Any], prompt:
         ({"kind": "answer", "answer_schema": {}}, 'answer_schema needs kind = "extract"'),
         ({"kind": "extract", "answer_schema": {"type": "objekt"}}, "answer_schema: it is no JSON schema: 'objekt'"),
         ({"kind": "extract", "answer_schema": {"$ref": "#/$defs/x"}}, r"answer_schema: \$ref '#/\$defs/x' leads"),
+        # The envelope of OpenAI's structured outputs would allow any JSON.
+        ({"kind": "extract", "answer_schema": {"name": "x", "schema": {}}}, "name, schema are none of its keywords"),
         ({"kind": "translate"}, "kind"),
         ({"kind": ["classify"]}, "kind"),
         ({"kind": "classify", "labels": 3}, "labels"),
@@ -123,7 +125,13 @@ def test_labels_may_begin_with_each_other(tokenizer: PlmTokenizer) -> None:
         ({"kind": "extract"}, '```json\n{"intent": 1}\n```', "a target that is neither JSON nor slots"),
         ({"kind": "extract"}, r'{"intent": "\ud800"}', "half of a surrogate pair in the target"),
         ({"kind": "extract", "answer_schema": {}}, '{"a": ' * 700 + "1" + "}" * 700, "a target that nests too deep"),
+        ({"kind": "extract"}, '{"x": [{"a": 1, "a": 2}]}', "a target that has a key twice"),
         ({"kind": "extract", "answer_schema": SCHEMA}, "intent: on", "a target that is no JSON"),
+        (
+            {"kind": "extract", "answer_schema": {"properties": {"day": {"type": "string", "format": "date"}}}},
+            '{"day": "2024-02-30"}',
+            "a target that decoding cannot be held to",
+        ),
         (
             {"kind": "extract", "answer_schema": SCHEMA},
             '{"intent": "of"}',
@@ -191,8 +199,34 @@ def test_a_schema_may_be_a_file_beside_the_task(tmp_path: Path) -> None:
     with pytest.raises(InvalidData, match="answer_schema"):
         load_task(task)
     (folder / "frames.json").write_text('{"type": 3}')
-    with pytest.raises(InvalidData, match="no JSON schema"):
+    with pytest.raises(InvalidData, match=r"frames\.toml: answer_schema: it is no JSON schema"):
         load_task(task)
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "string", "pattern": "^(?!x)"}, "look-around.* is not supported"),
+        ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "a oneOf do not exclude each other; anyOf"),
+        ({"not": {}}, "not"),
+    ],
+)
+def test_a_schema_that_decoding_cannot_be_held_to_is_refused_with_the_reason(
+    schema: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('name = "mine"\nkind = "extract"\nanswer_schema = "schema.json"\n')
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    with pytest.raises(InvalidData, match=rf"mine\.toml: .*{reason}") as caught:
+        load_task(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stop_that_can_stand_inside_json_is_refused_when_the_task_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('name = "mine"\nkind = "extract"\nstop = "}"\nanswer_schema = { type = "object" }\n')
+    with pytest.raises(InvalidData, match=r"mine\.toml: The stop '}' can stand inside JSON"):
+        load_task(path)
 
 
 def test_examples_of_a_task_file_are_answers_of_its_kind(tmp_path: Path) -> None:
