@@ -10,7 +10,9 @@ from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.earlier_answers import without_earlier_answers
 from data_owner_client.data.example_retrieval import with_retrieved_examples
 from data_owner_client.data.pairs import Pair, list_of_pairs
+from data_owner_client.data.reading.problems import Origin, Problems
 from data_owner_client.data.tasks import Task
+from data_owner_client.data.tasks.kinds import answer_text
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.generation import translate
 from data_owner_client.decoding.results import Generation
@@ -85,13 +87,30 @@ def score_answers(
     Raises:
         InvalidData: a pair has no target, or is no pair of the task, or the metrics need a package that is missing.
     """
+    pairs = list_of_pairs(pairs)
     references = [references_of(pair) for pair in pairs]
+    _require_answers(task, pairs)
     scorer = scorer_for(task, references, scoring)
     return AnswerScores(
         **vars(TaskMetrics.of(task, scorer)),
         scores=scorer.scores(answers),
         details=details_of(scorer, references, answers),
     )
+
+
+def _require_answers(task: Task, pairs: Sequence[Pair]) -> None:
+    """Require targets of the task's kind.
+
+    Raises:
+        InvalidData: a target is none.
+    """
+    problems = Problems()
+    for index, pair in enumerate(pairs):
+        try:
+            answer_text(task.kind, task.labels, task.answer_schema, pair.target or "")
+        except InvalidData as error:
+            problems.add(pair.origin or Origin("pair", index + 1, in_file=False), error)
+    problems.settle(len(pairs), skip=False)
 
 
 def evaluate(
@@ -147,8 +166,8 @@ def evaluate(
     if share_targets:
         pairs, tokens = tokenize_usable(plm, task, pairs, skip_invalid=skip_invalid, reporter=reporter)
         tokenized.append(tokens)
-    elif skip_invalid:
-        (pairs,) = require_usable(plm, task, [pairs], drafted=False, skip_invalid=True, reporter=reporter)
+    else:
+        (pairs,) = require_usable(plm, task, [pairs], drafted=False, skip_invalid=skip_invalid, reporter=reporter)
     if not pairs:
         raise InvalidData("There are no pairs to evaluate on.", hint="Give at least one.")
     sources = [pair.question for pair in pairs]

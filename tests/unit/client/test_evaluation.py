@@ -17,6 +17,7 @@ from data_owner_client.adapter.network import Adapter
 from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.cli.score_tables import print_comparison, print_evaluation, print_scores
 from data_owner_client.data.pairs import Conversation, Pair
+from data_owner_client.data.reading.problems import Origin
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.evaluation.comparison.report import draw, markdown
@@ -168,6 +169,18 @@ def test_answers_of_other_systems_are_scored(capsys: pytest.CaptureFixture[str])
     assert [(row.field, row.accuracy) for row in details.fields] == [("room", 50.0)]
     with pytest.raises(InvalidData, match="no target"):
         score_answers(task, [Pair("a")], ["b"])
+
+
+def test_references_that_are_no_answers_of_the_task_are_refused(plm: RemotePlm) -> None:
+    task, pairs, _ = CASES["classify"]
+    wrong = [*pairs, Pair("a", "no label", Origin("test.jsonl", 7))]
+    message = "test.jsonl:7 has the label 'no label', which the task does not have"
+    with pytest.raises(InvalidData, match=message):
+        score_answers(task, wrong, ["shine"] * len(wrong))
+    adapter = random_adapter(plm, task, pairs)
+    with pytest.raises(InvalidData, match=message):
+        evaluate(plm, wrong, adapter)
+    assert len(evaluate(plm, wrong, adapter, skip_invalid=True).pema_texts) == len(pairs)
 
 
 @pytest.mark.parametrize("kind", CASES)
