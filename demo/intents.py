@@ -29,7 +29,7 @@ from harness.datasets import intents
 from harness.processes import free_port
 from protocol import standard_streams
 
-_TEST = 200
+_VALIDATION, _TEST = 120, 200
 _EXAMPLES_SHOWN = 6
 _RETRIEVED = 4
 # Quick settings, chosen on validation sentences; `pema-client compare` uses all that `train` can choose by itself.
@@ -72,7 +72,8 @@ def main() -> None:
     data = folder / "data"
     folder.mkdir(parents=True, exist_ok=True)
     console.rule("Data: sentences to a smart home, by the templates of Home Assistant")
-    intents.prepare(data, train=arguments.train, test=_TEST, language=arguments.language)
+    sizes = {"train": arguments.train, "validation": _VALIDATION, "test": _TEST}
+    intents.prepare(data, **sizes, language=arguments.language)
     started = time.perf_counter()
     key = tenant_key(folder)
     with owner_server(arguments.port or free_port(), folder) as url:

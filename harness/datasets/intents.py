@@ -59,6 +59,7 @@ Templates = Mapping[str, Sequence[tuple[Sentence, IntentData]]]
 def prepare(
     folder: Path,
     train: int = TRAIN,
+    validation: int = VALIDATION,
     test: int = TEST,
     language: str = "en",
     kind: Literal["extract", "classify"] = "extract",
@@ -70,6 +71,7 @@ def prepare(
     Args:
         folder: folder of the data set.
         train: number of training sentences.
+        validation: number of validation sentences.
         test: number of test sentences.
         language: a language of the package; English and German have words of their own for rooms and devices.
         kind: `extract` for frames as JSON, `classify` for intents.
@@ -80,7 +82,7 @@ def prepare(
     keep_licences(wheel, folder)
     name = f"home_assistant_intents/data/{language}.json"
     intents = Intents.from_dict(json.loads(read_members(wheel, name.__eq__)[name]))
-    counts = {"test": test, "validation": VALIDATION, "shots": SHOTS, "train": train}
+    counts = {"test": test, "validation": validation, "shots": SHOTS, "train": train}
     splits = draw_commands(intents, Household.load(language), counts, random.Random(_SEED))
     everything = [command for commands in splits.values() for command in commands]
     schema = frame_schema(intents, everything)
