@@ -157,7 +157,8 @@ class ChatTemplate:
         text = self._run(variables)
         written = {**self._arguments, "tools": self._tools, "messages": variables["messages"]}
         marks = _Marks(self._special_texts, written)
-        marked = marks.around(written)
+        # The template reads variables and fields of messages by their names.
+        marked = marks.around_values(written) | {"messages": [marks.around_values(each) for each in written["messages"]]}
         if marked == written:
             return MarkedText(text, self._special_texts.spans(text))
         rendered = marks.removed(self._run(variables | marked))
@@ -248,6 +249,10 @@ class _Marks:
         if isinstance(value, list | tuple):
             return type(value)(map(self.around, value))
         return value
+
+    def around_values(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields with marks in the strings of their values."""
+        return {name: self.around(value) for name, value in fields.items()}
 
     def _around_text(self, text: str) -> str:
         pieces = [self._edge if self._special.could_end_with(text) else ""]

@@ -130,6 +130,13 @@ def test_no_token_forms_across_the_end_of_a_text() -> None:
         assert not prompt.special_spans
 
 
+def test_fields_keep_their_names_beside_special_tokens() -> None:
+    for special in ("end", "tools", "user"):
+        template = ChatTemplate("{{ messages[0].content }}{{ tools }}", {}, [special])
+        text = template.render([{"role": "human", "content": "the user"}], add_generation_prompt=True).text
+        assert text == "the userNone"
+
+
 def test_a_template_may_look_for_a_special_token_that_a_text_spells() -> None:
     family = Family("{{ messages[0].content.split('<|end|>') | join('-') }}", "", ("<|end|>",))
     task, tokenizer = task_for(family, instruction="", examples=(), date=None), family.tokenizer()
