@@ -33,7 +33,7 @@ from data_owner_client import (
     translate,
 )
 from data_owner_client.data.stops import StopMatcher
-from data_owner_client.decoding.speculative import GenerationStats
+from data_owner_client.decoding.stats import GenerationStats
 from harness import report
 from harness.datasets import home_assistant
 from harness.processes import run_together, server

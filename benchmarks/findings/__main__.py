@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 from benchmarks.compare import FOLDER as COMPARISONS
@@ -24,6 +25,8 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     standard_streams.use_utf8()
     results = Results.load()
+    if not list(results):
+        sys.exit("Nothing was measured: run `python -m benchmarks.sensitivity` first.")
     sections = sensitivity.tables(results)
     measured = [Comparison.model_validate_json(path.read_bytes()) for path in sorted(COMPARISONS.glob("*.json"))]
     sections |= comparisons.tables(measured)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -32,8 +33,9 @@ class Spread:
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of the gain over the seeds, in nats per token."""
-        return pstdev(each.gain for each in self.measurements)
+        """Standard deviation of the gain over the seeds, in nats per token; NaN for one seed."""
+        gains = [each.gain for each in self.measurements]
+        return stdev(gains) if len(gains) > 1 else math.nan
 
     @property
     def standard_error(self) -> float:
@@ -72,6 +74,11 @@ def _spread(results: Results, point: Point) -> Spread | None:
     return Spread(found) if found else None
 
 
+def _number(value: float) -> str:
+    """A number of nats per token; a question mark for NaN."""
+    return "?" if math.isnan(value) else f"{value:.3f}"
+
+
 def _values(factor: str) -> list[Any]:
     """Values of a factor, the default one included."""
     default = getattr(Point(task=""), factor)
@@ -90,7 +97,7 @@ def _factor_table(results: Results, tasks: Sequence[str], factor: str) -> str:
         cells = []
         for task in tasks:
             spread = _spread(results, replace(Point(task=task), **{factor: value}))
-            cell = "–" if spread is None else f"{spread.mean:.3f} ± {spread.deviation:.3f}"
+            cell = "–" if spread is None else f"{spread.mean:.3f} ± {_number(spread.deviation)}"
             if spread is not None and factor == "model":
                 cell = f"{cell} of {spread.measurements[0].plm_nll:.2f}"
             cells.append(cell)
@@ -110,7 +117,7 @@ def _default_table(results: Results, tasks: Sequence[str]) -> str:
         first = spread.measurements[0]
         lines.append(
             f"| {task} | {first.rows:,} | {first.candidates:,} | {first.coverage:.0%} | {first.plm_nll:.3f} "
-            f"| {spread.mean:.3f} | ± {spread.deviation:.3f} | ± {spread.standard_error:.3f} "
+            f"| {spread.mean:.3f} | ± {_number(spread.deviation)} | ± {spread.standard_error:.3f} "
             f"| {fmean(each.seconds for each in spread.measurements):.0f} |"
         )
     return "\n".join(lines)
@@ -172,7 +179,8 @@ def _draw_numeric(results: Results, tasks: Sequence[str], path: Path) -> Path:
                 for value in _values(factor)
                 if (spread := _spread(results, replace(Point(task=task), **{factor: value}))) is not None
             }
-            means, deviations = zip(*((each.mean, each.deviation) for each in spreads.values()), strict=True)
+            means = [each.mean for each in spreads.values()]
+            deviations = [each.deviation for each in spreads.values()]
             axes.errorbar(list(spreads), means, yerr=deviations, marker="o", markersize=3, capsize=2, label=task)
         axes.axvline(getattr(Point(task=""), factor), color="tab:gray", linewidth=0.8, linestyle=":")
         axes.set(xlabel=title, xscale="log" if factor in _LOGARITHMIC else "linear")
