@@ -52,7 +52,7 @@ class System:
 SYSTEMS: Mapping[str, System] = {
     "plm": System("PLM, same examples", "the sentence"),
     "plm_with_examples": System("PLM, examples chosen for each text", "sentences and frames of the chosen examples"),
-    "private": System("PEMA, private", "all sentences"),
+    "private": System("PEMA, private", "all sentences, and which tokens occur in the frames"),
     "shared": System("PEMA, shared targets", "all sentences and frames"),
 }
 _BASELINE = "plm_with_examples"
