@@ -32,7 +32,7 @@ from protocol import standard_streams
 _VALIDATION, _TEST = 120, 200
 _EXAMPLES_SHOWN = 6
 _RETRIEVED = 4
-# Quick settings, chosen on validation sentences; `pema-client compare` uses all that `train` can choose by itself.
+# Quick settings; `pema-client compare` uses all that `train` can choose by itself.
 _TRAINING = ["--minutes", 3, "--no-gate", "--no-search", "--selection-texts", 40]
 
 
