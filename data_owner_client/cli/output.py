@@ -49,7 +49,7 @@ def write_texts(
     """
     problems = Problems()
     if output is not None and is_replaceable(output) and not as_json and explain is None:
-        from data_owner_client.decoding.speculative import GenerationStats
+        from data_owner_client.decoding.stats import GenerationStats
 
         usage, reporter = GenerationStats(), stderr_reporter()
 

@@ -18,7 +18,8 @@ from data_owner_client.decoding.held.token_search import TokenSearch
 from data_owner_client.decoding.sampling import Noise
 from data_owner_client.decoding.sequence import End, EndRules, SequenceState
 from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings, SamplingSettings
-from data_owner_client.decoding.speculative import GenerationStats, PlmOnlyCalls, SpeculativeDecoder
+from data_owner_client.decoding.speculative import PlmOnlyCalls, SpeculativeDecoder
+from data_owner_client.decoding.stats import GenerationStats
 from data_owner_client.decoding.token_choice import TokenChoice
 from data_owner_client.decoding.token_selection import TokenSelector
 from data_owner_client.plm.remote_plm import RemotePlm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from data_owner_client.decoding.speculative import GenerationStats
+from data_owner_client.decoding.stats import GenerationStats
 from data_owner_client.decoding.token_choice import TokenChoice
 
 

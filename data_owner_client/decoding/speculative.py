@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from itertools import accumulate
 from operator import add, mul
@@ -21,6 +21,7 @@ from operator import add, mul
 from data_owner_client.decoding.client_drafts import Drafter, DraftToken, NgramDrafter, PromptLookupDrafter
 from data_owner_client.decoding.sequence import SequenceState
 from data_owner_client.decoding.settings import DecodingSettings
+from data_owner_client.decoding.stats import GenerationStats
 from data_owner_client.decoding.token_choice import OpenChoice, TokenChoice
 from data_owner_client.decoding.token_selection import TokenSelector
 from data_owner_client.plm.connection.base import Attempt
@@ -87,68 +88,6 @@ class RoundResponse:
     timing: ServerTiming | None
 
 
-@dataclass
-class GenerationStats:
-    """Counts and times of a generation; they can be added.
-
-    Attributes:
-        tokens: tokens generated.
-        calls: calls to the server.
-        round_trips: calls, counted once for each sequence in them.
-        drafted: tokens drafted by either side.
-        accepted: drafts that became part of a text.
-        length_bound_ends: texts that ended at the length bound.
-        repetition_ends: texts that ended at a repetition.
-        unproven: tokens of held answers that were the best of the candidates, maybe not of all tokens.
-        label_prefixes: prompts with a prefix of a label that were sent to score labels.
-        label_tokens: tokens of these prompts and prefixes.
-        network_s: seconds waiting for the network.
-        server_s: seconds waiting for the server.
-        client_s: seconds of work on the client.
-    """
-
-    tokens: int = 0
-    calls: int = 0
-    round_trips: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    length_bound_ends: int = 0
-    repetition_ends: int = 0
-    unproven: int = 0
-    label_prefixes: int = 0
-    label_tokens: int = 0
-    network_s: float = 0.0
-    server_s: float = 0.0
-    client_s: float = 0.0
-
-    def __add__(self, other: GenerationStats) -> GenerationStats:
-        return GenerationStats(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
-
-    def __str__(self) -> str:
-        """The counts and times in words."""
-        counts = (
-            f"{self.tokens:,} tokens, {self.round_trips / max(1, self.tokens):.2f} round trips per token, "
-            f"{self.accepted:,} of {self.drafted:,} drafts accepted"
-        )
-        if self.label_prefixes:
-            counts = f"{self.label_prefixes:,} prefixes of labels behind their prompts, {self.label_tokens:,} tokens"
-        return (
-            f"{counts}; {self.server_s:.1f} s waiting for the server, {self.network_s:.1f} s for the network, "
-            f"{self.client_s:.1f} s of work on this side{self._bounded}"
-        )
-
-    @property
-    def _bounded(self) -> str:
-        """The numbers of texts that ended at a bound and of unproven tokens, in words; empty if there are none."""
-        unproven = [f"{self.unproven:,} tokens are the best of the candidates alone"] if self.unproven else []
-        ends = [
-            f"{texts:,} {'text' if texts == 1 else 'texts'} ended at {bound}"
-            for texts, bound in ((self.length_bound_ends, "the length bound"), (self.repetition_ends, "a repetition"))
-            if texts
-        ]
-        return f"; {', '.join([*ends, *unproven])}" if ends or unproven else ""
-
-
 class SpeculativeDecoder:
     """Rounds of one generation, with the acceptance rates learned from them.
 
@@ -191,11 +130,8 @@ class SpeculativeDecoder:
         answer = self.request(batch, drafts, look_ahead)
         self.accept(answer)
         round_s = time.perf_counter() - started
-        timing, waited_s, stats = answer.timing, answer.waited_s, self.stats
-        server_s = waited_s if timing is None else min(waited_s, timing.total_ms / 1000)
-        stats.server_s += server_s
-        stats.network_s += waited_s - server_s
-        stats.client_s += round_s - waited_s
+        self.stats.add_wait(answer.waited_s, answer.timing)
+        self.stats.client_s += round_s - answer.waited_s
 
     def request(
         self, batch: Sequence[SequenceState], drafts: Sequence[Sequence[DraftToken]], look_ahead: Sequence[int]

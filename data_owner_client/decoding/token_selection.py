@@ -83,7 +83,7 @@ class TokenSelector:
         ):
             return self._of_plm(response, positions)
         ids_C, plm = self._adapter.candidate_ids_C, plm_scores(self._adapter.head, response)
-        pema_logprob_N_C = self._adapter.logprobs(cr_N_D, _previous(positions))
+        pema_logprob_N_C = self._adapter.logprobs(cr_N_D, previous_tokens([p.recent for p in positions]))
         lambda_N = self._lambdas(positions, plm.logprob_N_C, pema_logprob_N_C)
         mixture = CandidateMixture.from_scores(plm, pema_logprob_N_C, ids_C, lambda_N, self._stop_penalty_C)
         mixture = mixture.held([position.allowed_V for position in positions])
@@ -135,7 +135,9 @@ class TokenSelector:
             plm_N_V = head.logits(input_N_D[rows].float()).double().log_softmax(dim=-1)
             pema_N_V = None
             if self._adapter is not None:
-                pema_N_V = _over_vocabulary(self._adapter, cr_N_D[rows], _previous(positions[rows]), plm_N_V)
+                pema_N_V = _over_vocabulary(
+                    self._adapter, cr_N_D[rows], previous_tokens([p.recent for p in positions[rows]]), plm_N_V
+                )
             lambda_N, mixture_N_V = torch.zeros(len(plm_N_V)), plm_N_V
             if self._adapter is not None and pema_N_V is not None:
                 ids_C = self._adapter.candidate_ids_C
@@ -181,9 +183,9 @@ def _among_allowed(mixture_V: Tensor, plm_V: Tensor, allowed_V: Tensor | None) -
     return held_V if held_V.max() > -math.inf else plm_V.masked_fill(~allowed_V, -math.inf)
 
 
-def _previous(positions: Sequence[DecodePosition]) -> Tensor:
-    """Token ids [N, P] of the last tokens before each position, the newest first; −1 for none."""
-    recent = [list(reversed(position.recent[-RECENT_TOKENS:])) for position in positions]
+def previous_tokens(continuations: Sequence[Sequence[int]]) -> Tensor:
+    """Token ids [N, P] of the last tokens of each continuation, the newest first; −1 for none."""
+    recent = [[*reversed(ids[-RECENT_TOKENS:])] for ids in continuations]
     return torch.tensor([ids + [-1] * (RECENT_TOKENS - len(ids)) for ids in recent], dtype=torch.int64).view(
         -1, RECENT_TOKENS
     )

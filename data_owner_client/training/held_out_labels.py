@@ -15,7 +15,7 @@ from data_owner_client.data.pairs import Pair
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.failures import TextFailures
 from data_owner_client.decoding.inputs import text_inputs
-from data_owner_client.decoding.labels.classification import label_requests
+from data_owner_client.decoding.labels.requests import label_requests
 from data_owner_client.decoding.labels.scoring import score_labels
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.memory.types import ContextMode

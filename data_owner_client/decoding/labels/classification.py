@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
-from data_owner_client.data.label_tokens import LabelTokenizer
 from data_owner_client.data.pairs import Source
-from data_owner_client.data.reading.problems import InvalidText, text_origin
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.failures import TextFailures
 from data_owner_client.decoding.inputs import TextInput
-from data_owner_client.decoding.labels.scoring import LabelRequest, score_labels
+from data_owner_client.decoding.labels.requests import label_requests
+from data_owner_client.decoding.labels.scoring import score_labels
 from data_owner_client.decoding.results import Generation
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.decoding.token_choice import TokenChoice
@@ -26,42 +25,6 @@ def with_labels(task: Task, adapter: CandidateDistribution | None) -> Task:
     if task.kind != "classify" or task.labels or adapter is None:
         return task
     return task.model_copy(update={"labels": adapter.card.task.labels})
-
-
-def label_requests(
-    plm: RemotePlm, task: Task, sources: Sequence[Source], inputs: Sequence[TextInput], failures: TextFailures
-) -> tuple[list[LabelRequest], list[int]]:
-    """Requests of the inputs whose longest label fits the server's limit, and the indices of these texts.
-
-    Args:
-        plm: the PLM.
-        task: a `classify` task whose labels are known.
-        sources: all texts.
-        inputs: the texts to answer, with their prompts.
-        failures: receives the texts that are too long.
-
-    Raises:
-        InvalidData: a label cannot be an answer of this task, or the model cannot tell two labels apart.
-    """
-    tokenizer, limit = plm.tokenizer, plm.card.limits.max_sequence_tokens
-    labels = LabelTokenizer(tokenizer, task.labels)
-    labels.check(task)
-    requests, numbers = list[LabelRequest](), list[int]()
-    for each in inputs:
-        with failures.caught(each.number):
-            ids = tokenizer.encode_prompt(each.prompt)
-            adapter_ids = None if each.adapter_prompt is None else tokenizer.encode_prompt(each.adapter_prompt)
-            label_ids = labels.behind(task, sources[each.number], each.prompt, ids)
-            request = LabelRequest(ids, label_ids, each.expected_length, adapter_ids)
-            if request.longest_tokens > limit:
-                raise InvalidText(
-                    f"more than {limit} tokens with its prompt and the longest label",
-                    hint="Shorten the text or use fewer examples in the task.",
-                    origin=text_origin(each.number),
-                )
-            requests.append(request)
-            numbers.append(each.number)
-    return requests, numbers
 
 
 def classify(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -122,25 +123,21 @@ class LabelEvidence:
         may_stay_B_N.scatter_(1, order_B_N, ascending_B_N.cumsum(dim=-1) <= tolerance)
         missing_B_N = frontier_B_N & ~may_stay_B_N
         best_B_1 = logprob_B_N.masked_fill(~is_leaf_B_N, -math.inf).amax(dim=-1, keepdim=True)
-        is_rival_B_N = frontier_B_N & (logprob_B_N >= best_B_1)
-        return torch.where(missing_B_N.any(dim=-1, keepdim=True), missing_B_N, is_rival_B_N)
+        may_be_best_B_N = frontier_B_N & (logprob_B_N >= best_B_1)
+        return torch.where(missing_B_N.any(dim=-1, keepdim=True), missing_B_N, may_be_best_B_N)
 
     def choices(self, text: int, label: int, interpolation: Interpolation) -> list[TokenChoice]:
         """The tokens of a label with their scores, for one text."""
         path, lambda_N = self.trie.path(int(self.trie.leaf_L[label])), self.lambdas(interpolation)[text]
-        adapted = self.pema_logprob_B_N
-        choices = []
-        for before, node in zip([0, *path], path, strict=False):
-            lambda_t = float(lambda_N[before])
-            used = adapted is not None
-            choices.append(
-                TokenChoice(
-                    token=int(self.trie.token_N[node]),
-                    lambda_t=lambda_t,
-                    plm_logprob=float(self.plm_logprob_B_N[text, node]),
-                    pema_logprob=float(adapted[text, node]) if adapted is not None else None,
-                    plm_token=int(self.plm_top1_B_N[text, before]),
-                    pema_token=int(self.pema_top1_B_N[text, before]) if used else None,
-                )
+        pema_B_N = self.pema_logprob_B_N
+        return [
+            TokenChoice(
+                token=int(self.trie.token_N[node]),
+                lambda_t=float(lambda_N[before]),
+                plm_logprob=float(self.plm_logprob_B_N[text, node]),
+                pema_logprob=None if pema_B_N is None else float(pema_B_N[text, node]),
+                plm_token=int(self.plm_top1_B_N[text, before]),
+                pema_token=None if pema_B_N is None else int(self.pema_top1_B_N[text, before]),
             )
-        return choices
+            for before, node in pairwise([0, *path])
+        ]

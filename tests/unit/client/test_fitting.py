@@ -13,7 +13,7 @@ from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.tasks import Task
 from data_owner_client.data.tasks.kinds import Kind
 from data_owner_client.decoding.results import Generation
-from data_owner_client.decoding.speculative import GenerationStats
+from data_owner_client.decoding.stats import GenerationStats
 from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.identity import ModelIdentity

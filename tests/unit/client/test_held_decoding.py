@@ -31,7 +31,7 @@ from data_owner_client.decoding.decode_loop import Continuation, GenerationConfi
 from data_owner_client.decoding.held.grammar import AnswerGrammar
 from data_owner_client.decoding.sequence import End
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
-from data_owner_client.decoding.speculative import GenerationStats
+from data_owner_client.decoding.stats import GenerationStats
 from data_owner_client.plm.tokenizer import PlmTokenizer
 from protocol.errors import Forbidden, Unsupported
 from protocol.head import LMHead

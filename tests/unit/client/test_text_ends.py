@@ -24,7 +24,7 @@ from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.decode_loop import GenerationConfig, GenerationRequest, generate
 from data_owner_client.decoding.sequence import End
 from data_owner_client.decoding.settings import DecodingSettings
-from data_owner_client.decoding.speculative import GenerationStats
+from data_owner_client.decoding.stats import GenerationStats
 from data_owner_client.plm.tokenizer import PlmTokenizer, Prompt
 from harness.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
 from protocol.head import LMHead
