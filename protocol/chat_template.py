@@ -158,7 +158,8 @@ class ChatTemplate:
         written = {**self._arguments, "tools": self._tools, "messages": variables["messages"]}
         marks = _Marks(self._special_texts, written)
         # The template reads variables and fields of messages by their names.
-        marked = marks.around_values(written) | {"messages": [marks.around_values(each) for each in written["messages"]]}
+        marked = marks.around_values(written)
+        marked["messages"] = [marks.around_values(each) for each in written["messages"]]
         if marked == written:
             return MarkedText(text, self._special_texts.spans(text))
         rendered = marks.removed(self._run(variables | marked))
