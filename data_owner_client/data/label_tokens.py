@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
-from data_owner_client.data.pairs import Pair, Source, text_of
+from data_owner_client.data.pairs import Pair, Source, texts_of
 from data_owner_client.data.tasks import Task
 from data_owner_client.plm.tokenizer import PlmTokenizer, Prompt
 from data_owner_client.runtime.validation_errors import first_message
@@ -91,11 +91,15 @@ class LabelTokenizer:
         Raises:
             InvalidData: a label holds the task's stop.
         """
-        text = text_of(source)
-        tail = prompt.text.rpartition(text)[2] if text else ""
-        if tail not in self._ids_behind or not tail:
-            self._ids_behind[tail] = tuple(self._ids(task, source, prompt, prompt_ids, label) for label in self.labels)
-        return self._ids_behind[tail]
+        # Chat templates may trim texts, and write a system turn's elsewhere.
+        text = texts_of(source)[-1].strip()
+        tail = prompt.text.rpartition(text)[2] if text and text in prompt.text else ""
+        if tail in self._ids_behind:
+            return self._ids_behind[tail]
+        label_ids = tuple(self._ids(task, source, prompt, prompt_ids, label) for label in self.labels)
+        if tail:
+            self._ids_behind[tail] = label_ids
+        return label_ids
 
     def _ids(self, task: Task, source: Source, prompt: Prompt, prompt_ids: list[int], label: str) -> tuple[int, ...]:
         pair = Pair(source, label) if isinstance(source, str) else Pair("", label, conversation=source)

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.label_tokens import LabelTokenizer
-from data_owner_client.data.pairs import Pair
+from data_owner_client.data.pairs import Conversation, Pair, Source
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.labels.evidence import LabelEvidence
 from data_owner_client.decoding.labels.trie import LabelTrie
 from data_owner_client.plm.tokenizer import PlmTokenizer
 from protocol.errors import InvalidData
 from tests import small_tokenizers
+from tests.chat_templates import FAMILIES
 
 END = 9
 # Few different tokens, so that labels share their beginnings.
@@ -111,6 +112,20 @@ def test_labels_have_the_tokens_of_targets_behind_their_prompt(
             for label in labels
         ]
         assert list(map(list, shared.behind(PLAIN, source, prompt, prompt_ids))) == expected
+
+
+@pytest.mark.parametrize(
+    "source",
+    [" spaced ", Conversation(({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is it spam?"}))],
+)
+def test_prompts_share_the_tokens_of_labels(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Task(name="t", kind="classify", format="chat", labels=("spam", "ham"))
+    tokenizer = FAMILIES["llama-3"].tokenizer()
+    shared = LabelTokenizer(tokenizer, task.labels)
+    expected = shared.check(task)
+    monkeypatch.setattr(tokenizer, "encode_target", None)
+    prompt = task.prompt(source, tokenizer)
+    assert shared.behind(task, source, prompt, tokenizer.encode_prompt(prompt)) == expected
 
 
 @pytest.mark.parametrize(
