@@ -107,7 +107,6 @@ def check(
     else:
         report = check_files(parts, problems)
     report.skip_invalid = reading.skip_invalid
-    report.skip_invalid = reading.skip_invalid
     if as_json:
         print_record(report.model_dump(), as_json, title="")
     else:

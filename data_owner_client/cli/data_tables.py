@@ -111,6 +111,6 @@ def _costs(cost: Cost) -> Iterator[str]:
 def _problems(report: DataReport) -> Table:
     table = Table("texts", "have", "first lines", "advice", title="texts that cannot be used")
     for problem in report.problems:
-        places = _places(problem.name, problem.lines) + (", …" if problem.count > len(problem.lines) else "")
+        places = _places(problem.name, problem.lines) + (", …" if problem.more else "")
         table.add_row(f"{problem.count:,}", problem.kind, places if problem.lines else problem.name, problem.hint)
     return table

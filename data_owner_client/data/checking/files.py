@@ -91,7 +91,7 @@ def check_files(parts: Sequence[Part], problems: Problems) -> DataReport:
 def problems_of(problems: Problems) -> list[Problem]:
     """The problems by kind and file, the most frequent first."""
     return [
-        Problem(kind=each.kind, count=each.count, name=each.name, lines=each.numbers, hint=each.hint)
+        Problem(kind=each.kind, count=each.count, name=each.name, lines=each.numbers, more=each.more, hint=each.hint)
         for each in problems.by_kind()
     ]
 

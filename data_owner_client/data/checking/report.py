@@ -46,6 +46,7 @@ class Problem(BaseModel):
         count: number of such texts.
         name: name of their file.
         lines: lines of the first ones.
+        more: whether other lines have it, too.
         hint: one sentence that says what to do.
     """
 
@@ -53,6 +54,7 @@ class Problem(BaseModel):
     count: int
     name: PathText
     lines: list[int]
+    more: bool = False
     hint: str
 
 

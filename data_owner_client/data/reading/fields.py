@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ _NAMES_SHOWN = 12
 _NAME_CHARACTERS = 40
 # Removed around a text. Other spaces, such as U+00A0 and U+3000, are a part of it.
 TRIMMED = " \t\r\n"
+_PYTHON = re.compile(r"\s*[\[{]\s*['{]")
 
 Record = Mapping[str, Any]
 
@@ -49,7 +51,7 @@ class Extraction:
         source_text = usable_text(source, "source", blank=not self.need_targets, trim=self.trim)
         if not self.need_targets:
             return Pair(source_text, None, self.origin)
-        target_text = usable_text(target, "target")
+        target_text = usable_text(json_text(target), "target")
         others = dict.fromkeys(usable_text(each, "target") for each in references)
         others.pop(target_text, None)
         return Pair(source_text, target_text, self.origin, references=tuple(others), group=group)
@@ -122,6 +124,39 @@ def parsed(value: object) -> object:
         return json.loads(value)
     except (ValueError, RecursionError):
         return value
+
+
+def json_text(value: object) -> object:
+    """An object, or a list of objects, as JSON text, as answers with fields are learned; other values as they are.
+
+    Raises:
+        InvalidText: an object has a key twice.
+    """
+    objects = value if isinstance(value, list) else [value]
+    if not objects or not all(isinstance(each, Mapping) for each in objects):
+        return value
+    _require_unique_inside(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _require_unique_inside(value: object) -> None:
+    require_unique(value)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    for part in parts:
+        _require_unique_inside(part)
+
+
+def require_json(value: object) -> None:
+    """Refuse lists and objects that a table has as Python wrote them, such as `{'text': ['a']}`.
+
+    Raises:
+        InvalidText: the value is such a text.
+    """
+    if isinstance(value, str) and _PYTHON.match(value):
+        raise InvalidText(
+            "a list or an object as Python writes it",
+            hint="Write JSON into the cells of the table, or save the data as JSON lines or Parquet.",
+        )
 
 
 def require_unique(value: object) -> None:

@@ -35,6 +35,6 @@ def _number(value: object) -> int | None:
     if isinstance(value, float):
         return int(value) if value.is_integer() else None
     if isinstance(value, str):
-        digits = value.strip()
+        digits = value.strip().removesuffix(".0")  # as tables have numbers beside empty fields
         return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 9 else None
     return int(value) if isinstance(value, int) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import insort
 from collections import Counter
 from dataclasses import dataclass
 
@@ -62,7 +63,8 @@ class ProblemKind:
         kind: what the texts have, or a sentence about them.
         name: name of the file; `text` or `pair` for texts that come from no file.
         count: number of such texts.
-        numbers: numbers of the first ones.
+        numbers: the least numbers, in their order, each once.
+        more: whether there are others.
         hint: one sentence that says what to do.
     """
 
@@ -70,6 +72,7 @@ class ProblemKind:
     name: str
     count: int
     numbers: list[int]
+    more: bool
     hint: str
 
 
@@ -80,6 +83,7 @@ class Problems:
         # By name of the input, whether it is a file, and kind.
         self._counts = Counter[tuple[str, bool, str]]()
         self._numbers: dict[tuple[str, bool, str], list[int]] = {}
+        self._cut = set[tuple[str, bool, str]]()  # those with more numbers
         self._hints: dict[str, str] = {}
         self._sentences = set[str]()  # kinds that are sentences of their own
 
@@ -94,15 +98,19 @@ class Problems:
         key = (origin.name, origin.in_file, kind)
         self._counts[key] += 1
         numbers = self._numbers.setdefault(key, [])
-        if len(numbers) < _LISTED_LINES:
-            numbers.append(origin.number)
+        # The texts may come in another order, as a validation set is drawn from them.
+        if origin.number not in numbers:
+            insort(numbers, origin.number)
+        if len(numbers) > _LISTED_LINES:
+            numbers.pop()
+            self._cut.add(key)
         self._hints.setdefault(kind, error.hint)
 
     def by_kind(self) -> list[ProblemKind]:
         """All problems by kind and file, the most frequent first."""
         return [
-            ProblemKind(kind, name, count, list(self._numbers[name, in_file, kind]), self._hints[kind])
-            for (name, in_file, kind), count in self._counts.most_common()
+            ProblemKind(key[2], key[0], count, list(self._numbers[key]), key in self._cut, self._hints[key[2]])
+            for key, count in self._counts.most_common()
         ]
 
     def settle(self, total: int, *, skip: bool) -> None:
@@ -144,7 +152,7 @@ class Problems:
     def _places(self, name: str, in_file: bool, kind: str) -> str:
         numbers = self._numbers[name, in_file, kind]
         places = f"{name}:" if in_file else f"{name}{'s' if len(numbers) > 1 else ''} "
-        more = ", …" if self._counts[name, in_file, kind] > len(numbers) else ""
+        more = ", …" if (name, in_file, kind) in self._cut else ""
         return places + ", ".join(map(str, numbers)) + more
 
     def _main_hint(self) -> str:

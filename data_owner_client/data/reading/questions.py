@@ -14,11 +14,14 @@ from data_owner_client.data.reading.fields import (
     joined,
     look_up,
     parsed,
+    require_json,
     require_unique,
 )
 from data_owner_client.data.reading.problems import InvalidText
 
 _GROUP_CHARACTERS = 16
+# As JSON, and as the field of a table.
+_TRUE = ("true", "1")
 
 
 def question_and_answers(record: Record, answers: str, extraction: Extraction) -> Iterator[Pair]:
@@ -30,6 +33,8 @@ def question_and_answers(record: Record, answers: str, extraction: Extraction) -
         extraction: how pairs are taken.
     """
     value = look_up(record, answers) if extraction.need_targets else None
+    if answers == "answers":
+        require_json(parsed(value))
     yield _pair(record, record.get("context"), value, extraction)
 
 
@@ -49,7 +54,7 @@ def _pair(record: Record, context: object, value: object, extraction: Extraction
     if not extraction.need_targets:
         return extraction.pair(source, None)
     texts = _texts(value)
-    if record.get("is_impossible") or not texts:
+    if str(record.get("is_impossible")).lower() in _TRUE or not texts:
         raise InvalidText(
             "a question without an answer",
             hint="Give an answer that says so, such as “unanswerable”, or leave the question out.",

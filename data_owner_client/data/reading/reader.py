@@ -108,7 +108,7 @@ def spool_sources(path: str | Path, settings: ReadingSettings = DEFAULT_READING,
             yield pair or Pair("")
 
     spooled = PairFile.spool(sources())
-    _require_some(path, total)
+    _require_some(path, total, "text")
     problems.settle(total, skip=settings.skip_invalid)
     return spooled
 
@@ -135,13 +135,13 @@ def _usable_pairs(path: str | Path, settings: ReadingSettings, *, need_targets: 
             yield pair
     if not total and recognised.unlearned:
         raise InvalidData(f"{display_name(path)} excludes all answers from learning.", hint="Give some the weight 1.")
-    _require_some(path, total)
+    _require_some(path, total, "pair" if need_targets else "text")
     problems.settle(total, skip=settings.skip_invalid)
 
 
-def _require_some(path: str | Path, total: int) -> None:
+def _require_some(path: str | Path, total: int, noun: str = "pair") -> None:
     if not total:
-        raise InvalidData(f"{display_name(path)} is empty.", hint="Give at least one pair.")
+        raise InvalidData(f"{display_name(path)} is empty.", hint=f"Give at least one {noun}.")
 
 
 def _parallel_pairs(sources: str | Path, targets: str | Path, *, skip_invalid: bool) -> Iterator[Pair]:

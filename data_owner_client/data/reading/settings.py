@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
@@ -38,6 +39,8 @@ class ReadingSettings:
     def __post_init__(self) -> None:
         if self.format is not None and self.format not in get_args(Format):
             raise InvalidRequest(f"format is {self.format!r}.", hint=f"Use one of {', '.join(get_args(Format))}.")
+        if repeated := [label for label, count in Counter(self.labels).items() if count > 1]:
+            raise InvalidRequest(f"labels has {repeated[0]!r} twice.", hint="Each number needs a name of its own.")
 
 
 DEFAULT_READING = ReadingSettings()

@@ -14,8 +14,10 @@ from data_owner_client.data.reading.fields import (
     Record,
     is_missing,
     joined,
+    json_text,
     look_up,
     parsed,
+    require_json,
     require_unique,
     usable_text,
 )
@@ -26,7 +28,7 @@ _ROLES |= dict.fromkeys(("assistant", "gpt", "model", "function_call"), "assista
 _ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
 _NAMES = {"system": "system", "user": "source", "assistant": "target", "tool": "the answer of a tool"}
 # What a turn keeps beside its role and text.
-_FURTHER_FIELDS = ("name", "tool_calls", "tool_call_id")
+_FURTHER_FIELDS = ("name", "tool_call_id")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _LEARNED = ("weight", "train", "trainable")
 _GROUP_CHARACTERS = 16
@@ -80,7 +82,7 @@ def instruction_and_answer(record: Record, answer: str, extraction: Extraction) 
             source = joined(source, record[name], "instruction")
     messages = [*_history(record.get("history")), ("user", source)]
     if extraction.need_targets:
-        messages.append(("assistant", look_up(record, answer)))
+        messages.append(("assistant", json_text(look_up(record, answer))))
     turns = [_turn({"role": role, "content": text}, extraction) for role, text in messages]
     return pairs_of(with_system(record.get("system"), turns), None, extraction)
 
@@ -92,6 +94,7 @@ def turns_of(value: object, extraction: Extraction) -> list[Turn]:
         InvalidText: it is none, or a message has an unknown role, no text, or a part that cannot be learned.
     """
     messages = parsed(value)
+    require_json(messages)
     if not _is_turns(messages):
         raise InvalidText("no list of turns", hint='For example [{"role": "user", "content": "…"}].')
     turns = [_turn(message, extraction) for message in messages]  # type: ignore[attr-defined]
@@ -183,13 +186,17 @@ def _turns_or_text(value: object, role: str, extraction: Extraction) -> list[Tur
 
 def _turn(turn: Mapping[str, Any], extraction: Extraction) -> Turn:
     require_unique(turn)
-    told = turn.get("role", turn.get("from"))
-    role = _ROLES.get(told) if isinstance(told, str) else None
+    told = str(turn.get("role", turn.get("from"))).lower()
+    role = _ROLES.get(told)
     if role is None:
-        raise InvalidText("a turn of an unknown role", hint="Roles are system, user, assistant and tool.")
+        raise InvalidText(
+            f"a turn of the unknown role {told!r:.20}", hint="Roles are system, user, assistant and tool."
+        )
     if any(not is_missing(turn.get(name)) for name in _THOUGHTS):
         raise InvalidText("a turn with thoughts", hint="Leave them out: only answers can be learned.")
     further = {name: turn[name] for name in _FURTHER_FIELDS if not is_missing(turn.get(name))}
+    if not is_missing(calls := parsed(turn.get("tool_calls"))):
+        further["tool_calls"] = _checked_calls(calls)
     content = _content(turn.get("content", turn.get("value")))
     if told == "function_call" or not is_missing(turn.get("function_call")):
         further["tool_calls"] = _calls_of(turn.get("function_call") or content)
@@ -223,11 +230,31 @@ def _calls_of(value: object) -> list[dict[str, Any]]:
     """Calls of functions as OpenAI's `tool_calls`, from one call or several, perhaps as JSON text."""
     found = parsed(value)
     calls: list[Any] = found if isinstance(found, list) else [found]
-    if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+    return _checked_calls([{"type": "function", "function": {"arguments": {}, **_object(call)}} for call in calls])
+
+
+def _checked_calls(calls: object) -> list[Any]:
+    """OpenAI's `tool_calls`: functions with names, and with arguments as an object or as JSON text of one.
+
+    Raises:
+        InvalidText: they are no such calls.
+    """
+    listed = calls if isinstance(calls, list) else []
+    functions = [_object(_object(call).get("function", call)) for call in listed]
+    if not functions or not all(isinstance(function.get("name"), str) for function in functions):
         raise InvalidText(
             "a call of a function without its name", hint='For example {"name": "clock", "arguments": {"zone": "UTC"}}.'
         )
-    return [{"type": "function", "function": {"arguments": {}, **call}} for call in calls]
+    arguments = [parsed(function.get("arguments")) for function in functions]
+    if not all(is_missing(each) or isinstance(each, Mapping) for each in arguments):
+        raise InvalidText(
+            "a call of a function whose arguments are no JSON object", hint='For example {"zone": "UTC"}, or {}.'
+        )
+    return listed
+
+
+def _object(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _history(history: object) -> Iterator[tuple[str, object]]:

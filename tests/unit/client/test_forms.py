@@ -15,11 +15,11 @@ import pytest
 from data_owner_client.data.pair_files import PairFile, read_stored_pairs, write_pairs
 from data_owner_client.data.pairs import Pair, digest_pairs
 from data_owner_client.data.reading.forms import recognise
-from data_owner_client.data.reading.problems import Problems
+from data_owner_client.data.reading.problems import InvalidText, Origin, Problems
 from data_owner_client.data.reading.reader import read_pairs, spool_pairs, spool_sources
 from data_owner_client.data.reading.records import scan
 from data_owner_client.data.reading.settings import ReadingSettings
-from protocol.errors import InvalidData
+from protocol.errors import InvalidData, InvalidRequest
 from tests.forms import CONTAINERS, FORMS, as_parquet, assistant, talk, user
 
 
@@ -113,8 +113,8 @@ def test_labels_of_named_fields(tmp_path: Path) -> None:
         ({"messages": [assistant("a")]}, "without an answer of the assistant"),
         ({"messages": [assistant("a"), user("b"), assistant("c")]}, "follows no turn of the user or a tool"),
         ({"messages": [user("a"), assistant("b"), assistant("c")]}, "follows no turn of the user or a tool"),
-        ({"messages": [user("a"), {"role": "judge", "content": "b"}]}, "a turn of an unknown role"),
-        ({"messages": [user("a"), {"role": ["assistant"], "content": "b"}]}, "a turn of an unknown role"),
+        ({"messages": [user("a"), {"role": "judge", "content": "b"}]}, "a turn of the unknown role"),
+        ({"messages": [user("a"), {"role": ["assistant"], "content": "b"}]}, "a turn of the unknown role"),
         ({"messages": [user("a"), assistant(" ")]}, "an empty target"),
         ({"messages": [user(" "), assistant("b")]}, "an empty source"),
         ({"messages": [user("a"), {"role": "assistant", "content": None}]}, "null instead of a text in target"),
@@ -126,8 +126,16 @@ def test_labels_of_named_fields(tmp_path: Path) -> None:
         ({"messages": [user("a"), assistant("\ud800")]}, "half of a surrogate pair in target"),
         ({"messages": [user("a"), assistant("b")], "tools": "clock"}, "tools that are no list of objects"),
         ({"messages": [user("a"), assistant("b")], "chat_template_kwargs": {"a": 1}}, "template arguments of its own"),
-        ({"messages": [user("a"), assistant("", tool_calls=[{"x": "\ud800"}])]}, "half of a surrogate pair in"),
+        ({"messages": [user("a"), assistant("", tool_calls=[{"name": "\ud800"}])]}, "half of a surrogate pair in"),
         ({"messages": [user("a"), {"from": "function_call", "value": "clock()"}]}, "without its name"),
+        ({"messages": [user("a"), assistant("", tool_calls=[{"function": {}}])]}, "without its name"),
+        (
+            {"messages": [user("a"), assistant("", tool_calls=[{"name": "f", "arguments": "{x"}])]},
+            "whose arguments are no JSON object",
+        ),
+        # Tables of pandas.
+        ({"messages": "[{'role': 'user', 'content': 'a'}]"}, "a list or an object as Python writes it"),
+        ({"question": "a", "answers": "{'text': array(['b'], dtype=object)}"}, "as Python writes it"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, "a history that has other things than pairs"),
         # Questions.
         ({"question": "a", "answers": []}, "a question without an answer"),
@@ -166,6 +174,50 @@ def test_labels_are_those_that_are_named(tmp_path: Path, label: Any) -> None:
     path.write_text(json.dumps({"text": "a", "label": label}))
     with pytest.raises(InvalidData, match=r"none of --labels|a number instead of a text"):
         read_pairs(path, labels=["bad", "good"])
+
+
+def test_labels_as_pandas_writes_them_beside_empty_fields(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\na,1.0\nb,0.0\n")
+    assert [pair.target for pair in read_pairs(path, labels=("bad", "good"))] == ["good", "bad"]
+    with pytest.raises(InvalidRequest, match="labels has 'good' twice"):
+        read_pairs(path, labels=("good", "good"))
+
+
+@pytest.mark.parametrize("container", ["jsonl", "json", "csv", "parquet"])
+def test_answers_with_fields_may_be_objects(tmp_path: Path, container: str) -> None:
+    answer = {"name": "Tür", "levels": [1, 2.5], "more": {"on": True}}
+    path = tmp_path / f"a.{container}"
+    for form in ({"source": "a"}, {"input": "a"}, {"instruction": "a"}):
+        target = "target" if "source" in form else "output"
+        for value in (answer, [answer, answer]):
+            path.write_bytes(CONTAINERS[container]([{**form, target: value}]))
+            (pair,) = read_pairs(path)
+            assert json.loads(pair.target or "") == value
+    repeated = tmp_path / "b.jsonl"
+    repeated.write_text('{"input": "a", "output": {"x": [{"b": 1, "b": 2}]}}')
+    with pytest.raises(InvalidData, match="a key twice"):
+        read_pairs(repeated)
+
+
+def test_roles_may_begin_with_a_capital(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "User", "content": "a"}, {"role": "Assistant", "content": "b"}]}))
+    assert [(pair.source, pair.target) for pair in read_pairs(path)] == [("a", "b")]
+
+
+def test_a_table_says_in_words_that_a_question_has_an_answer(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("question,answers,is_impossible\na,b,False\n")
+    assert [pair.target for pair in read_pairs(path)] == ["b"]
+
+
+def test_problems_list_the_first_lines_in_their_order() -> None:
+    problems = Problems()
+    for number in (9, 5, 5, *range(30, 10, -1)):
+        problems.add(Origin("a", number), InvalidText("a spot", hint=""))
+    (kind,) = problems.by_kind()
+    assert (kind.count, kind.numbers, kind.more) == (23, [5, 9, *range(11, 19)], True)
 
 
 def test_an_unanswered_question_is_a_problem_of_its_own(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_build_names_all_unusable_pairs_of_both_memories(
         build_memories(plm, TASK, pairs, tmp_path, validation=[*GOOD[:2], BAD[0]])
     message = str(caught.value)
     assert "5 of 27 texts cannot be used" in message
-    assert "(pairs 4, 7, 3)" in message  # the stop in targets, of both memories
+    assert "(pairs 3, 4, 7)" in message  # the stop in targets, of both memories
     assert "1 with no target (pair 6)" in message
     assert "(pair 5)" in message
     assert "--skip-invalid" in message
