@@ -92,8 +92,8 @@ class Pair:
             of them. Empty for a pair that is alone.
 
     Raises:
-        InvalidData: a text is no `str`, or cannot be encoded as UTF-8; a message is no JSON; or the reply has no role or
-            content.
+        InvalidData: a text is no `str`, or cannot be encoded as UTF-8; a message is no JSON; or the reply has no role,
+            or neither content nor calls.
     """
 
     source: str

@@ -32,7 +32,8 @@ class ParquetRows:
             from pyarrow.parquet import ParquetFile
         except ImportError as error:
             raise InvalidData(
-                f"{name} is a Parquet file, and pyarrow is not installed.", hint="Run: pip install -e '.[client,parquet]'."
+                f"{name} is a Parquet file, and pyarrow is not installed.",
+                hint="Run: pip install -e '.[client,parquet]'.",
             ) from error
         self._name = name
         with self._readable():

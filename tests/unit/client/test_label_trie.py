@@ -116,7 +116,10 @@ def test_labels_have_the_tokens_of_targets_behind_their_prompt(
 
 @pytest.mark.parametrize(
     "source",
-    [" spaced ", Conversation(({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is it spam?"}))],
+    [
+        " spaced ",
+        Conversation(({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is it spam?"})),
+    ],
 )
 def test_prompts_share_the_tokens_of_labels(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     task = Task(name="t", kind="classify", format="chat", labels=("spam", "ham"))
