@@ -20,8 +20,7 @@ from data_owner_client.data.conversations import (
 from data_owner_client.data.pairs import Conversation, Pair, Source
 from data_owner_client.data.reading.problems import InvalidText
 from data_owner_client.data.stops import Stops
-from data_owner_client.data.tasks.kinds import Kind as Kind
-from data_owner_client.data.tasks.kinds import answer_text, require_fields_of_kind, with_defaults
+from data_owner_client.data.tasks.kinds import Kind, answer_text, require_fields_of_kind, with_defaults
 from data_owner_client.plm.tokenizer import MarkedText, PlmTokenizer, Prompt
 from protocol.chat_template import ChatMessage, ChatTemplate, choose_template
 from protocol.errors import InvalidData, Unsupported
@@ -213,13 +212,13 @@ class Task(BaseModel):
         templates = (self._template_for(tokenizer, tools) for tools in (self.tools, ()))
         return self.model_copy(update={"date": day}) if any(each.reads_clock for each in templates) else self
 
-    def require_answer(self, shot: Shot) -> None:
-        """Check that the target of an example can be an answer.
+    def require_answer(self, pair: Pair | Shot) -> None:
+        """Check that the target of a pair or an example can be an answer.
 
         Raises:
             InvalidData: it is no answer of the task's kind, or contains the task's stop.
         """
-        target = self._answer(shot)
+        target = self._answer(pair)
         if self.stop_text:
             _with_end(MarkedText(f" {target}" if self.format == "plain" else target), self.stop_text)
 
@@ -231,7 +230,8 @@ class Task(BaseModel):
     @property
     def _shots(self) -> list[Shot]:
         """The examples, with targets in the form that the adapter learns."""
-        return [Shot(source=shot.source, target=self._answer(shot)) for shot in self.examples]
+        schema = json.dumps(self.answer_schema)
+        return [_as_learned(shot, self.kind, self.labels, schema) for shot in self.examples]
 
     def _messages(self, source: Source) -> list[ChatMessage]:
         return chat_turns(
@@ -253,6 +253,12 @@ class Task(BaseModel):
     def _template_for(self, tokenizer: PlmTokenizer, tools: Sequence[ChatMessage] | None) -> ChatTemplate:
         arguments = json.dumps(self.template_arguments)
         return _template(tokenizer, self.template, json.dumps(tools), arguments, self.date)
+
+
+@lru_cache(maxsize=1024)
+def _as_learned(shot: Shot, kind: Kind, labels: tuple[str, ...], schema: str) -> Shot:
+    """The example with its target in the form that the adapter learns. Every prompt shows it; checking takes longer."""
+    return Shot(source=shot.source, target=answer_text(kind, labels, json.loads(schema), shot.target))
 
 
 @lru_cache(maxsize=64)
