@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from data_owner_client.data.answer_form import AnswerForm
 from data_owner_client.data.answer_schema import Schema, answer_schema
+from data_owner_client.data.reading.fields import cut, shown
 from data_owner_client.data.reading.problems import InvalidText, Origin, require_unicode
 from data_owner_client.data.structured_answers import RepeatedKey, json_line, parse_json, parse_slots, slots_line
 
 Kind = Literal["rewrite", "classify", "extract", "answer", "summarise", "chat"]
 """Kinds of task, which differ in the form of their answers and in their metrics."""
 
-# Of the kinds that fill them in: the labels before texts.
-_LABELS: dict[str, tuple[str, str]] = {
-    "classify": ("Text", "Label"),
-    "extract": ("Text", "JSON"),
-    "answer": ("Question", "Answer"),
-    "summarise": ("Text", "Summary"),
+# Of the kinds that fill them in: the labels before source and target, and the instruction.
+_DEFAULTS: dict[str, tuple[str, str, str]] = {
+    "classify": ("Text", "Label", "Choose the label of the text{names}."),
+    "extract": ("Text", "JSON", "Extract the fields of the text{names}. Write JSON in one line."),
+    "answer": ("Question", "Answer", "Answer the question."),
+    "summarise": ("Text", "Summary", "Summarise the text."),
 }
 # Where there are more labels, naming them would fill most of the prompt.
 _MOST_NAMED = 20
@@ -32,31 +33,22 @@ def with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
         fields: fields by name, not yet checked.
     """
     kind = fields.get("kind")
-    if not isinstance(kind, str) or kind not in _LABELS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         return dict(fields)
-    source_label, target_label = _LABELS[kind]
-    defaults = {"source_label": source_label, "target_label": target_label, "instruction": _instruction(kind, fields)}
-    return {**defaults, **fields}
+    source_label, target_label, instruction = _DEFAULTS[kind]
+    instruction = instruction.format(names=_names(fields))
+    return {"source_label": source_label, "target_label": target_label, "instruction": instruction, **fields}
 
 
-def _instruction(kind: str, fields: Mapping[str, Any]) -> str:
-    """The instruction of a task without its own."""
-    match kind:
-        case "classify":
-            labels = fields.get("labels")
-            names = [str(label) for label in labels] if isinstance(labels, list | tuple) else []
-            named = f": {', '.join(names)}" if 0 < len(names) <= _MOST_NAMED else ""
-            return f"Choose the label of the text{named}."
-        case "extract":
-            schema = fields.get("answer_schema")
-            properties = schema.get("properties") if isinstance(schema, dict) else None
-            named = f": {', '.join(properties)}" if isinstance(properties, dict) and properties else ""
-            return f"Extract the fields of the text{named}. Write JSON in one line."
-        case "answer":
-            return "Answer the question."
-        case "summarise":
-            return "Summarise the text."
-    raise ValueError(kind)
+def _names(fields: Mapping[str, Any]) -> str:
+    """The labels, or else the keys of the schema, behind a colon; empty if there are none, or too many."""
+    labels, schema = fields.get("labels"), fields.get("answer_schema")
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    names: Iterable[str] = properties if isinstance(properties, dict) else ()
+    if isinstance(labels, list | tuple) and len(labels) <= _MOST_NAMED:
+        names = map(str, labels)
+    listed = ", ".join(names)
+    return f": {listed}" if listed else ""
 
 
 def require_fields_of_kind(kind: Kind, labels: Sequence[str], schema: Schema | None, stop: str | None) -> None:
@@ -104,8 +96,8 @@ def answer_text(
             schema; or decoding that is held to the schema could not write it.
     """
     if kind == "classify" and labels and target not in labels:
-        hint = f"The task has the labels {', '.join(labels)}."
-        raise InvalidText(f"the label {target!r}, which the task does not have", hint=hint, origin=origin)
+        hint = f"The task has the labels {shown(labels)}."
+        raise InvalidText(f"the label {cut(target)!r}, which the task does not have", hint=hint, origin=origin)
     if kind != "extract":
         return target
     try:
