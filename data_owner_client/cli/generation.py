@@ -37,7 +37,12 @@ from data_owner_client.cli.options import (
     sampling_of,
 )
 from data_owner_client.data.reading.settings import DEFAULT_READING
-from data_owner_client.decoding.settings import DEFAULT_DECODING, DEFAULT_SAMPLING, DecodingSettings
+from data_owner_client.decoding.settings import (
+    DEFAULT_DECODING,
+    DEFAULT_SAMPLING,
+    LABELS_ALONE_TOLERANCE,
+    DecodingSettings,
+)
 from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION
 from data_owner_client.runtime.atomic_files import is_replaceable
 from protocol.errors import InvalidData
@@ -45,10 +50,6 @@ from protocol.errors import InvalidData
 if TYPE_CHECKING:
     from data_owner_client.adapter.trained import TrainedAdapter
     from data_owner_client.decoding.generation import Generation
-
-
-# Tolerance of probabilities that nobody sees. With the embedded models, larger ones took more tokens again.
-_ONLY_LABELS = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ class _Options:
         """The settings; where no probabilities of labels are printed, only the most probable label need be exact."""
         if self.decoding.label_tolerance is not None or self.as_json:
             return self.decoding
-        return replace(self.decoding, label_tolerance=_ONLY_LABELS)
+        return replace(self.decoding, label_tolerance=LABELS_ALONE_TOLERANCE)
 
     def changing(self, adapter: TrainedAdapter | None) -> list[object]:
         """Everything in the options that can change a text."""

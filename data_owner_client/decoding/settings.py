@@ -26,7 +26,7 @@ class DecodingSettings:
         hold: Hold answers to the task's `answer_schema`. Default: where the task has one.
         label_tolerance: Of a `classify` task, largest error of a label's probability. The most probable label is exact.
             0 sends all labels behind each text, so that the calls do not depend on the answers. Default: 0.001, or 0.9
-            where the command line prints no probabilities, which takes a fifth of the tokens.
+            where `apply` prints no probabilities and in `compare`, which takes a fifth of the tokens.
     """
 
     max_new_tokens: Annotated[int, Ge(1), Unit("tokens")] = 128
@@ -75,5 +75,7 @@ class SamplingSettings:
 
 LABEL_TOLERANCE = 1e-3
 """Largest error of a label's probability, where the settings name none."""
+LABELS_ALONE_TOLERANCE = 0.9
+"""Tolerance of probabilities that nobody sees. With the embedded models, larger ones took more tokens again."""
 DEFAULT_DECODING = DecodingSettings()
 DEFAULT_SAMPLING = SamplingSettings()

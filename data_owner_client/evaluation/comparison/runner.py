@@ -26,6 +26,7 @@ from data_owner_client.data.example_retrieval import ExampleRetriever, with_retr
 from data_owner_client.data.pairs import Pair, Source, digest_pairs, texts_of
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.generation import translate
+from data_owner_client.decoding.settings import LABELS_ALONE_TOLERANCE, DecodingSettings
 from data_owner_client.evaluation.comparison.results import BEST, PUBLISHED, SystemResult
 from data_owner_client.evaluation.perplexity import perplexities
 from data_owner_client.memory.build_splits import build_memories, task_of_memory
@@ -179,6 +180,7 @@ class ComparisonRunner:
             adapter=adapter,
             task=self.task,
             interpolation=interpolation,
+            decoding=DecodingSettings(label_tolerance=LABELS_ALONE_TOLERANCE),
             consensus=consensus,
             reporter=self._reporter,
         ).texts
