@@ -202,6 +202,16 @@ class PairSelection(Sequence[Pair]):
         return self._pairs[self._index_N[index]]
 
 
+def hash_text(text: str) -> int:
+    """The first 64 bits of a text's SHA-256."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def group_name(content: str) -> str:
+    """A name for the group of the pairs of one content, in 16 hexadecimal digits."""
+    return f"{hash_text(content):016x}"
+
+
 def digest_pairs(pairs: Iterable[Pair]) -> str:
     """SHA-256 over the pairs, in order."""
     digest = hashlib.sha256()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from data_owner_client.data.pairs import Pair, PairSelection
+from data_owner_client.data.pairs import Pair, PairSelection, hash_text, texts_of
 from protocol.errors import InvalidData
 
 if TYPE_CHECKING:
@@ -43,8 +42,8 @@ def split_validation(
     # Sixteen bytes for each pair, however long the texts are.
     question_N, group_N = array("Q"), array("Q")
     for pair in pairs:
-        question_N.append(_hash(_question(pair)))
-        group_N.append(_hash(pair.group) if pair.group else _NO_GROUP)
+        question_N.append(hash_text(_question(pair)))
+        group_N.append(hash_text(pair.group) if pair.group else _NO_GROUP)
     questions, groups = np.asarray(question_N), np.asarray(group_N)  # without a copy
     parts = _parts(questions, groups)
     if len(parts.questions_P) < 2:
@@ -97,7 +96,7 @@ def _parts(question_N: NDArray[np.uint64], group_N: NDArray[np.uint64]) -> _Part
     questions_P = np.bincount(part_Q, minlength=count)
     # The least of many hashes is small, so large parts would always be the first.
     for part in np.flatnonzero(questions_P > 1):
-        hash_P[part] = _hash(str(hash_P[part]))
+        hash_P[part] = hash_text(str(hash_P[part]))
     return _Parts(part_Q[at_N], hash_P, questions_P)
 
 
@@ -125,8 +124,4 @@ def _question(pair: Pair) -> str:
         return pair.source
     if conversation.has_answers:
         return json.dumps(conversation.turns)
-    return str(conversation.turns[-1]["content"])
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return texts_of(conversation)[-1]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_owner_client.data.pairs import Pair
+from data_owner_client.data.pairs import Pair, group_name
 from data_owner_client.data.reading.fields import (
     Extraction,
     Record,
@@ -19,7 +18,6 @@ from data_owner_client.data.reading.fields import (
 )
 from data_owner_client.data.reading.problems import InvalidText
 
-_GROUP_CHARACTERS = 16
 # As JSON, and as the field of a table.
 _TRUE = ("true", "1")
 
@@ -60,7 +58,8 @@ def _pair(record: Record, context: object, value: object, extraction: Extraction
             hint="Give an answer that says so, such as “unanswerable”, or leave the question out.",
         )
     # Questions on one text give each other's answers away.
-    return extraction.pair(source, texts[0], references=texts[1:], group=_group_of(context))
+    group = "" if is_missing(context) else group_name(str(context))
+    return extraction.pair(source, texts[0], references=texts[1:], group=group)
 
 
 def _texts(value: object) -> Sequence[Any]:
@@ -77,9 +76,3 @@ def _objects(value: object, name: str) -> list[Mapping[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
         raise InvalidText(f"{name} that are no list of objects", hint="Give the JSON of SQuAD as it is.")
     return value
-
-
-def _group_of(context: object) -> str:
-    if not isinstance(context, str) or not context.strip():
-        return ""
-    return hashlib.sha256(context.encode()).hexdigest()[:_GROUP_CHARACTERS]

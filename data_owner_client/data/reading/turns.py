@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from data_owner_client.data.pairs import Conversation, Pair
+from data_owner_client.data.pairs import Conversation, Pair, group_name
 from data_owner_client.data.reading.fields import (
     TRIMMED,
     Extraction,
@@ -31,7 +30,6 @@ _NAMES = {"system": "system", "user": "source", "assistant": "target", "tool": "
 _FURTHER_FIELDS = ("name", "tool_call_id")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _LEARNED = ("weight", "train", "trainable")
-_GROUP_CHARACTERS = 16
 
 
 class Turn(NamedTuple):
@@ -170,8 +168,7 @@ def _pair(
 
 def _group_of(turns: Sequence[Turn], tools: Sequence[Any] | None) -> str:
     """The name of a conversation, which depends on its content alone."""
-    content = json.dumps([[turn.message for turn in turns], tools])
-    return hashlib.sha256(content.encode()).hexdigest()[:_GROUP_CHARACTERS]
+    return group_name(json.dumps([[turn.message for turn in turns], tools]))
 
 
 def _is_turns(value: object) -> bool:
