@@ -81,7 +81,8 @@ def check(
     """
     from data_owner_client.cli.data_tables import print_data_report
     from data_owner_client.cli.output import print_record
-    from data_owner_client.data.checking.files import check_files, read_parts
+    from data_owner_client.data.checking.answers import check_without_model
+    from data_owner_client.data.checking.files import read_parts
     from data_owner_client.data.reading.problems import Problems
 
     chosen, problems = _task(task), Problems()
@@ -105,7 +106,13 @@ def check(
                 reporter=stderr_reporter(),
             )
     else:
-        report = check_files(parts, problems)
+        report = check_without_model(
+            chosen,
+            parts,
+            problems,
+            memory_parts=1 + (validation is not None),
+            share_earlier_answers=share_targets or share_earlier_answers,
+        )
     report.skip_invalid = reading.skip_invalid
     if as_json:
         print_record(report.model_dump(), as_json, title="")

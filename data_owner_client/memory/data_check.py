@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
-from data_owner_client.data.checking.files import Part, check_files, problems_of
-from data_owner_client.data.checking.report import Cost, DataReport, Example, Lengths, PartReport, Problem
+from data_owner_client.data.checking.files import Part, check_files, problems_of, with_problem_of_all
+from data_owner_client.data.checking.report import Cost, DataReport, Example, Lengths, PartReport
 from data_owner_client.data.earlier_answers import first_answers
 from data_owner_client.data.pairs import Pair
 from data_owner_client.data.reading.problems import Problems
@@ -75,10 +75,7 @@ def check_with_model(
     try:
         task = task_of_memory(task, plm.tokenizer, kept[:memory_parts])
     except InvalidData as error:  # such as too many labels
-        report = check_files(parts, problems)
-        name = parts[0].report.name
-        report.problems.append(Problem(kind=error.detail, count=1, name=name, lines=[], hint=error.hint))
-        return report
+        return with_problem_of_all(check_files(parts, problems), error)
     demand, usable = Demand(context_mode), list[UsablePairs]()
     for at, (part, pairs) in enumerate(zip(parts, kept, strict=True)):
         found = find_usable_pairs(

@@ -88,6 +88,13 @@ def check_files(parts: Sequence[Part], problems: Problems) -> DataReport:
     )
 
 
+def with_problem_of_all(report: DataReport, error: InvalidData) -> DataReport:
+    """The report with a problem of the first file as a whole."""
+    problem = Problem(kind=error.detail, count=1, name=report.parts[0].name, lines=[], hint=error.hint)
+    report.problems = [*report.problems, problem]
+    return report
+
+
 def problems_of(problems: Problems) -> list[Problem]:
     """The problems by kind and file, the most frequent first."""
     return [

@@ -159,6 +159,37 @@ def test_files_that_are_none_are_one_line(tmp_path: Path, content: str, message:
     assert message in line
 
 
+@pytest.mark.parametrize(
+    ("task", "records", "message"),
+    [
+        ('kind = "classify"\nlabels = ["a", "b"]', [("x", "c")], "the label 'c', which the task does not have"),
+        ('kind = "classify"', [("x", "a\nb"), ("y", "c")], "contains the stop"),
+        ('kind = "extract"', [("x", "y")], "neither JSON nor slots"),
+        ("", [("x", "y\nz")], "contains the stop"),
+        ('stop = "##"', [("x", "y\nz")], ""),
+        ('kind = "chat"', [("x", "y\nz")], ""),
+    ],
+)
+def test_a_task_is_checked_without_a_server(
+    tmp_path: Path, task: str, records: list[tuple[str, str]], message: str
+) -> None:
+    path = write(tmp_path / "a.jsonl", [{"source": source, "target": target} for source, target in records])
+    (tmp_path / "t.toml").write_text(f'name = "t"\n{task}\n')
+    done = client(None, "data check", path, "--task", tmp_path / "t.toml", "--json")
+    assert done.returncode == bool(message), done.stderr
+    assert [message in problem["kind"] for problem in json.loads(done.stdout)["problems"]] == [True] * bool(message)
+
+
+def test_conversations_are_checked_against_a_task_as_they_will_be_learned(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
+    path = write(tmp_path / "a.jsonl", [{"messages": turns}])
+    (tmp_path / "t.toml").write_text('name = "t"\n')
+    arguments = [path, "--task", tmp_path / "t.toml", "--json"]
+    assert client(None, "data check", *arguments).returncode == 0
+    (problem,) = json.loads(client(None, "data check", *arguments, "--share-targets").stdout)["problems"]
+    assert problem["kind"].startswith("earlier turns of its conversation")
+
+
 def test_usage_names_the_whole_command() -> None:
     done = client(None, "data check")
     assert done.returncode == 2
