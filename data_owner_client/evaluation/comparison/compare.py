@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from data_owner_client.data.earlier_answers import first_answers
 from data_owner_client.data.tasks import Task
 from data_owner_client.evaluation.comparison.results import Comparison, SystemResult, comparison_rows
 from data_owner_client.evaluation.comparison.runner import ComparisonRunner, Connect, Splits, comparison_task
@@ -15,6 +16,7 @@ from data_owner_client.runtime.progress import Reporter
 from data_owner_client.scoring.scorers import references_of, scorer_for
 from data_owner_client.scoring.settings import DEFAULT_SCORING, ScoringSettings
 from data_owner_client.training.settings import TrainingSettings
+from protocol.errors import InvalidData
 
 
 def compare(
@@ -54,11 +56,16 @@ def compare(
     systems = systems_for(task, only, reporter)
     with connect() as plm:
         task = comparison_task(task, plm, splits, folder)
-        # The last system needs its pairs after hours.
-        parts, drafted = list(vars(splits).values()), any(name.startswith("private") for name in systems)
+        # The last systems, which are private, need their pairs after hours.
+        parts, private = list(vars(splits).values()), any(name.startswith("private") for name in systems)
         splits = Splits(
-            *require_usable(plm, task, parts, drafted=drafted, skip_invalid=skip_invalid, reporter=reporter)
+            *require_usable(plm, task, parts, drafted=private, skip_invalid=skip_invalid, reporter=reporter)
         )
+        if private and not (first_answers(splits.train) and first_answers(splits.validation)):
+            raise InvalidData(
+                "Private memories learn the first answer of each conversation, and a file has later ones alone.",
+                hint="Give conversations from their beginning, or leave the private systems out with --only.",
+            )
         runner = ComparisonRunner(connect, plm, task, splits, folder, settings or TrainingSettings(), reporter)
         scorer = scorer_for(task, [references_of(pair, task, plm.tokenizer) for pair in splits.test], scoring)
         for name, system in systems.items():

@@ -6,8 +6,9 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
-from data_owner_client.data.pairs import Pair
+from data_owner_client.data.pairs import Conversation, Pair
 from data_owner_client.data.tasks import Task
+from data_owner_client.evaluation.comparison.compare import compare
 from data_owner_client.evaluation.comparison.knn_lm import KnnLm, tune_knn
 from data_owner_client.evaluation.comparison.report import draw, markdown
 from data_owner_client.evaluation.comparison.results import Comparison, ComparisonRow, SystemResult, comparison_rows
@@ -156,6 +157,16 @@ def test_rows_of_other_work_are_measured_again(tiny_service: PlmService, tmp_pat
     )
     assert len(calls) == 2
     assert SystemResult.load_all(tmp_path / "rows")["plm"].texts == ["Ja."]
+
+
+def test_later_answers_alone_are_refused_before_the_first_system(tiny_service: PlmService, tmp_path: Path) -> None:
+    plm = RemotePlm(InProcessConnection(tiny_service), cache=None)
+    turns = [("user", "an"), ("assistant", "on"), ("user", "her")]
+    conversation = Conversation(tuple({"role": role, "content": content} for role, content in turns))
+    later = [Pair("her", "an", conversation=conversation)]
+    with pytest.raises(InvalidData, match="a file has later ones alone"):
+        compare(lambda: plm, Task(name="t", kind="chat"), Splits(later, later, later), tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_on_labels_no_system_is_measured_twice() -> None:
