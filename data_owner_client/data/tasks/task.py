@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from data_owner_client.data.chat_turns import CHAT_HINT, chat_turns, single_text, with_parsed_arguments
 from data_owner_client.data.conversations import (
@@ -28,6 +29,8 @@ from protocol.errors import InvalidData, Unsupported
 # Variables of a chat template that a task sets in other ways.
 _OWN_VARIABLES = {"messages", "tools", "add_generation_prompt"}
 _CHAT_FIELDS = ("instruction_role", "template", "template_arguments", "tools", "date")
+# A code of ISO 639, perhaps with a region or script.
+_LANGUAGE = re.compile("[A-Za-z]{2,3}([-_][A-Za-z0-9]+)*")
 
 
 class Shot(BaseModel):
@@ -107,6 +110,13 @@ class Task(BaseModel):
     @classmethod
     def _fill_in_kind(cls, fields: object) -> object:
         return with_defaults(fields) if isinstance(fields, dict) else fields
+
+    @field_validator("language")
+    @classmethod
+    def _check_language(cls, language: str | None) -> str | None:
+        if language is not None and not _LANGUAGE.fullmatch(language):
+            raise ValueError("write the code of a language, such as `de` or `pt-BR`")
+        return language
 
     @model_validator(mode="after")
     def _check_kind(self) -> Self:

@@ -186,6 +186,13 @@ def test_one_line_keeps_every_value(value: Any, indent: int | str | None) -> Non
     assert Draft202012Validator({"const": value}).is_valid(json.loads(line))
 
 
+@pytest.mark.parametrize("language", ["German", "", "de-", "d"])
+def test_languages_have_codes(language: str) -> None:
+    with pytest.raises(ValidationError, match="write the code of a language"):
+        _task(kind="answer", language=language)
+    assert _task(kind="answer", language="pt_BR").language == "pt_BR"
+
+
 def test_a_schema_may_be_a_file_beside_the_task(tmp_path: Path) -> None:
     folder = tmp_path / "tasks"
     folder.mkdir()
