@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data_owner_client.scoring.bootstrap import Statistics, StatisticsScorer, mean
-from data_owner_client.scoring.scorer import Metric, References
+from data_owner_client.scoring.scorer import Metric, References, language_code
 from data_owner_client.scoring.scripts import tokens_of
 
 # English as in SQuAD's evaluation (v1.1), German and Spanish as in that of MLQA (Lewis et al. 2020).
@@ -48,7 +48,7 @@ class AnswerScorer(StatisticsScorer):
     headline = "f1"
 
     def __init__(self, references: Sequence[References], language: str | None = None) -> None:
-        self._language = re.split("[-_]", (language or "en").lower())[0]
+        self._language = language_code(language)
         self._tokens = [[answer_tokens(text, self._language) for text in texts] for texts in references]
 
     @property

@@ -88,7 +88,7 @@ class StatisticsScorer(ABC):
 
     @abstractmethod
     def statistics(self, answers: Sequence[str]) -> dict[str, Statistics]:
-        """Statistics of every metric, by key."""
+        """Statistics of the metrics, by key."""
 
     def scores(self, answers: Sequence[str]) -> dict[str, float]:
         """Scores of all answers together, by key of the metric."""

@@ -55,6 +55,11 @@ class Scorer(Protocol):
         """For each system, p-values of its difference from the baseline, by key, from paired bootstrap resampling."""
 
 
+def language_code(language: str | None) -> str:
+    """The code of a language such as `de-AT`, without its region; `en` for None."""
+    return (language or "en").lower().replace("_", "-").split("-")[0]
+
+
 def scores_in_words(metrics: Mapping[str, Metric], scores: Mapping[str, float]) -> str:
     """The scores with the metrics' titles, as in "BLEU 31.4, chrF 55.2"."""
     return ", ".join(f"{metrics[key].title} {metrics[key].text(value)}" for key, value in scores.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -11,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_owner_client.scoring.bootstrap import Statistics, mean, paired_p_value
+from data_owner_client.scoring.bootstrap import Statistics, StatisticsScorer, mean
 from data_owner_client.scoring.rewrite import CHRF, ChatScorer
-from data_owner_client.scoring.scorer import Metric, References
+from data_owner_client.scoring.scorer import Metric, References, language_code
 from data_owner_client.scoring.scripts import words_of
 from protocol.errors import Unsupported
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
-class SummaryScorer:
+class SummaryScorer(StatisticsScorer):
     """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004), means over texts, with chrF beside them.
 
     Each is the best over a text's references. Tokens are words in lower case, and characters in scripts without spaces.
@@ -48,7 +47,7 @@ class SummaryScorer:
                 "ROUGE needs the package rouge-score.", hint="Run: pip install -e '.[client,summaries]'"
             ) from error
         self._references = references
-        self._stemmer = PorterStemmer() if re.split("[-_]", (language or "en").lower())[0] == "en" else None
+        self._stemmer = PorterStemmer() if language_code(language) == "en" else None
         self._rouge = RougeScorer(_ROUGE, tokenizer=_Words(self._stemmer))
         self._chrf = ChatScorer(references)
 
@@ -64,24 +63,18 @@ class SummaryScorer:
         }
 
     def scores(self, answers: Sequence[str]) -> dict[str, float]:
-        rouge = {key: statistics.score for key, statistics in self._statistics(answers).items()}
-        return rouge | self._chrf.scores(answers)
+        return super().scores(answers) | self._chrf.scores(answers)
 
     def each(self, answers: Sequence[str]) -> Tensor:
         """ROUGE-L of each answer [E], float64, 0 to 100."""
         return torch.tensor([scores[-1] for scores in self._of_each(answers)], dtype=torch.float64)
 
     def p_values(self, baseline: Sequence[str], systems: Sequence[Sequence[str]]) -> list[dict[str, float]]:
-        of_baseline = self._statistics(baseline)
         of_chrf = self._chrf.p_values(baseline, systems)
-        return [
-            {key: paired_p_value(of_baseline[key], statistics) for key, statistics in self._statistics(system).items()}
-            | chrf
-            for system, chrf in zip(systems, of_chrf, strict=True)
-        ]
+        return [rouge | chrf for rouge, chrf in zip(super().p_values(baseline, systems), of_chrf, strict=True)]
 
-    def _statistics(self, answers: Sequence[str]) -> dict[str, Statistics]:
-        """Statistics of ROUGE, by key."""
+    def statistics(self, answers: Sequence[str]) -> dict[str, Statistics]:
+        """Statistics of ROUGE, by key. chrF comes from sacrebleu."""
         return dict(zip(_ROUGE, map(mean, zip(*self._of_each(answers), strict=True)), strict=True))
 
     def _of_each(self, answers: Sequence[str]) -> list[list[float]]:
