@@ -22,7 +22,7 @@ from plm_owner_server.engines.model_files.config import load_config
 from plm_owner_server.engines.model_files.tokenizer import load_tokenizer
 from plm_owner_server.engines.transformers.engine import load_model
 
-_RATES = (3e-5, 1e-4, 3e-4)
+_RATES = (1e-4, 3e-4, 1e-3)
 # The paper's: two layers at each end, and eight of the twenty between them for OPT-1.3B.
 ADAPTER_LAYERS = 2
 _EMULATOR_SHARE = 0.4
