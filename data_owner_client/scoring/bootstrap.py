@@ -69,8 +69,10 @@ def paired_p_value(baseline: Statistics, system: Statistics) -> float:
     Sacrebleu counts ">" where this has ">=", and so finds a system different from itself.
 
     Where d is much larger than its spread, d_r is never negative, and this is the one-sided p-value: half the two-sided
-    one.
+    one. It is 1 for a single text, of which every resample is the same.
     """
+    if baseline.sums_E_F.shape[0] == 1:
+        return 1.0
     difference = abs(system.score - baseline.score)
     of_resample = np.concatenate(
         [

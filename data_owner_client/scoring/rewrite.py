@@ -51,17 +51,25 @@ class ChatScorer:
         return torch.tensor(scores, dtype=torch.float64)
 
     def p_values(self, baseline: Sequence[str], systems: Sequence[Sequence[str]]) -> list[dict[str, float]]:
-        """For each system, sacrebleu's p-values of its difference from the baseline; 1 for equal answers."""
+        """For each system, sacrebleu's p-values of its difference from the baseline.
+
+        They are 1 for equal scores, and for a single text, of which every resample is the same.
+        """
         from sacrebleu.significance import PairedTest  # slow to import
 
         named = [(str(number), list(texts)) for number, texts in enumerate([baseline, *systems])]
         test = PairedTest(named, self._sacrebleu, references=None, test_type="bs", n_samples=RESAMPLES)
         _, results = test()
-        # Sacrebleu's own p-value of a system against itself is the smallest there is.
+        scores = [self.scores(texts) for _, texts in named]
+        # Sacrebleu's own p-value of equal scores is the smallest there is.
         return [
-            {key: 1.0 if texts == named[0][1] else float(results[_NAMES[key]][number].p_value) for key in self.metrics}
-            for number, (_, texts) in enumerate(named)
-            if number
+            {
+                key: 1.0
+                if len(baseline) == 1 or scores[number][key] == scores[0][key]
+                else float(results[_NAMES[key]][number].p_value)
+                for key in self.metrics
+            }
+            for number in range(1, len(named))
         ]
 
     @cached_property

@@ -98,6 +98,15 @@ def test_rewrites_have_sacrebleus_scores_and_p_values() -> None:
     assert scorer.p_values(far, [near]) == [{"bleu": results["BLEU"][1].p_value, "chrf": results["chrF2"][1].p_value}]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_p_values_without_a_difference_or_a_second_text_are_1(kind: str) -> None:
+    texts = ["a", "bb"]
+    references = _references(kind, texts)
+    two, one = _scorer(kind, references), _scorer(kind, references[:1])
+    assert set(two.p_values(["xx", "yy"], [["", "zz"]])[0].values()) == {1.0}  # all have 0
+    assert set(one.p_values(["xx"], [[references[0][0]]])[0].values()) == {1.0}
+
+
 def test_several_references_of_some_texts_score_as_in_sacrebleu() -> None:
     references = [("a small cat sat here", "the cat sat here now"), ("one dog is there today",)]
     answers = ["the cat sat here", "a dog is there today"]
