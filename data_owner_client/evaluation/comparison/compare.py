@@ -69,7 +69,7 @@ def compare(
         runner = ComparisonRunner(connect, plm, task, splits, folder, settings or TrainingSettings(), reporter)
         scorer = scorer_for(task, [references_of(pair, task, plm.tokenizer) for pair in splits.test], scoring)
         for name, system in systems.items():
-            runner.measure(name, system.what, system.measure)
+            runner.measure(name, system.what, system.measure, fixed_settings=system.fixed_settings)
         results = SystemResult.load_all(folder / "rows")
         order = {name: number for number, name in enumerate(SYSTEMS)}
         rows = comparison_rows(

@@ -34,7 +34,8 @@ class SystemResult(BaseModel):
         owner_discloses: bytes of representations and LM-head rows that the client sees; None for a system with the
             model's weights and the texts in one place.
         details: settings that were chosen.
-        identity: digest of everything that decides the texts; a row with another one is measured again.
+        identity: digest of model, task, pairs and settings, which decide the texts. A row with another one is measured
+            again.
     """
 
     model_config = ConfigDict(extra="forbid")

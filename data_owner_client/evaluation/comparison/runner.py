@@ -39,6 +39,7 @@ from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.runtime.progress_display import stderr_reporter
 from data_owner_client.training.decoding_policy import DEFAULT_RETRIEVED_EXAMPLES
+from data_owner_client.training.inputs import resolve_settings
 from data_owner_client.training.likelihood import plm_target_logprobs
 from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.train import REPORT, TrainingReport, train
@@ -108,18 +109,28 @@ class ComparisonRunner:
         self.settings = settings
         self._reporter = reporter
         digests = [digest_pairs(part) for part in vars(splits).values()]
-        record = json.dumps([plm.card.digest, self.task.model_dump(mode="json"), digests], sort_keys=True)
-        self._identity = hashlib.sha256(record.encode()).hexdigest()
+        self._data_identity = [plm.card.digest, self.task.model_dump(mode="json"), digests]
         # Made once for all systems.
         self.memory = cache(self._memory)
         self._rows = cache(self._encoded)
 
-    def measure(self, name: str, what: str, system: Callable[[ComparisonRunner], SystemResult]) -> None:
-        """Measure a system and store its result, unless it is stored already."""
+    def measure(
+        self, name: str, what: str, system: Callable[[ComparisonRunner], SystemResult], *, fixed_settings: bool
+    ) -> None:
+        """Measure a system and store its result, unless it is stored already.
+
+        Args:
+            name: name of the system.
+            what: description of the system.
+            system: measures it.
+            fixed_settings: the settings of the call do not change it.
+        """
+        record = [*self._data_identity, *([] if fixed_settings else [asdict(self.settings)])]
+        identity = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
         stored = SystemResult.load(self._folder / "rows", name)
-        if stored is None or stored.identity != self._identity:
+        if stored is None or stored.identity != identity:
             self._reporter.say(f"{name}: {what}.")
-            result = system(self).model_copy(update={"name": name, "what": what, "identity": self._identity})
+            result = system(self).model_copy(update={"name": name, "what": what, "identity": identity})
             result.save(self._folder / "rows")
 
     def _memory(self, mode: ContextMode) -> Path:
@@ -142,14 +153,12 @@ class ComparisonRunner:
     ) -> tuple[TrainedAdapter, TrainingReport]:
         """An adapter and its report, trained in a separate process so that its memory use can be measured."""
         memory, folder = self.memory(mode), self._folder / f"adapter-{name}"
-        digest = ExternalMemory(memory / TRAIN).digest
-        report = _report(folder)
-        wanted_settings = {name: value for name, value in asdict(settings).items() if value is not None}
-        # The first trial used the settings of the call.
+        train_memory, report = ExternalMemory(memory / TRAIN), _report(folder)
+        first_trial = asdict(resolve_settings(settings, train_memory.manifest.plan)[0])
         if (
             report is None
-            or report.card.memory_digest != digest
-            or not wanted_settings.items() <= report.trials[0].settings.items()
+            or report.card.memory_digest != train_memory.digest
+            or report.trials[0].settings != first_trial
         ):
             run_in_subprocess(_train, self.connect, memory, folder, settings)
             report = _read_report(folder)

@@ -118,21 +118,23 @@ class System:
     Attributes:
         what: description for tables.
         measure: measures it with a runner.
+        fixed_settings: the training settings of the call do not change it.
         same_for_labels: name of the system that it equals where answers are labels, which are not drawn and whose
             length is not rewarded; empty for a system of its own.
     """
 
     what: str
     measure: Callable[[ComparisonRunner], SystemResult]
+    fixed_settings: bool = False
     same_for_labels: str = ""
 
 
 SYSTEMS: dict[str, System] = {
-    PLM: System("the PLM alone, with the task's own examples", _plm),
+    PLM: System("the PLM alone, with the task's own examples", _plm, fixed_settings=True),
     CHOSEN_EXAMPLES: System("the PLM alone, with examples chosen for each text", _plm_with_examples),
-    PUBLISHED: System("PEMA as published: paper's form, Gradual Unrolling, λ_max 0.9", _published),
-    "constant": System("the same adapter with the likeliest constant λ", _constant),
-    "knn_lm": System("kNN-LM on the same memory, k, temperature and λ tuned", _knn_lm),
+    PUBLISHED: System("PEMA as published: paper's form, Gradual Unrolling, λ_max 0.9", _published, fixed_settings=True),
+    "constant": System("the same adapter with the likeliest constant λ", _constant, fixed_settings=True),
+    "knn_lm": System("kNN-LM on the same memory, k, temperature and λ tuned", _knn_lm, fixed_settings=True),
     "residual": System("our adapter with the likeliest constant λ, no examples chosen for each text", _residual),
     "without_length_reward": System(
         "all that training chose but for the length reward", _without_length_reward, same_for_labels=BEST

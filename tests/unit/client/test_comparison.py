@@ -130,33 +130,49 @@ def test_rows_of_another_test_set_are_refused(tmp_path: Path) -> None:
         SystemResult.load_all(tmp_path)
 
 
-@pytest.mark.parametrize("changed", ["pairs", "kind", "older version"])
+@pytest.mark.parametrize("changed", ["pairs", "kind", "settings", "older version"])
 def test_rows_of_other_work_are_measured_again(tiny_service: PlmService, tmp_path: Path, changed: str) -> None:
     plm = RemotePlm(InProcessConnection(tiny_service), cache=None)
     calls = list[str]()
 
-    def measure(task: Task, pair: Pair) -> None:
-        runner = ComparisonRunner(
-            lambda: plm, plm, task, Splits([pair], [pair], [pair]), tmp_path, TrainingSettings(), Reporter()
-        )
+    def measure(task: Task, pair: Pair, rank: int = 4) -> None:
+        splits, settings = Splits([pair], [pair], [pair]), TrainingSettings(rank=rank)
+        runner = ComparisonRunner(lambda: plm, plm, task, splits, tmp_path, settings, Reporter())
 
         def system(_: ComparisonRunner) -> SystemResult:
             calls.append(task.kind)
             return measured("", ["Ja."])
 
-        runner.measure("plm", "the PLM alone", system)
+        runner.measure("best", "a system", system, fixed_settings=False)
 
     task, pair = Task(name="t"), Pair("a", "b")
     measure(task, pair)
     measure(task, pair)
     assert len(calls) == 1
     if changed == "older version":
-        measured("plm", ["Nein."]).save(tmp_path / "rows")  # has no identity
+        measured("best", ["Nein."]).save(tmp_path / "rows")  # has no identity
     measure(
-        Task(name="t", kind="answer") if changed == "kind" else task, Pair("a", "c") if changed == "pairs" else pair
+        Task(name="t", kind="answer") if changed == "kind" else task,
+        Pair("a", "c") if changed == "pairs" else pair,
+        rank=8 if changed == "settings" else 4,
     )
     assert len(calls) == 2
-    assert SystemResult.load_all(tmp_path / "rows")["plm"].texts == ["Ja."]
+    assert SystemResult.load_all(tmp_path / "rows")["best"].texts == ["Ja."]
+
+
+def test_rows_of_fixed_settings_stay(tiny_service: PlmService, tmp_path: Path) -> None:
+    plm, calls = RemotePlm(InProcessConnection(tiny_service), cache=None), list[int]()
+    splits = Splits(*([Pair("a", "b")] for _ in range(3)))
+    for rank in (4, 8):
+        settings = TrainingSettings(rank=rank)
+
+        def system(runner: ComparisonRunner) -> SystemResult:
+            calls.append(runner.settings.rank)
+            return measured("", ["Ja."])
+
+        runner = ComparisonRunner(lambda: plm, plm, Task(name="t"), splits, tmp_path, settings, Reporter())
+        runner.measure("plm", "a system", system, fixed_settings=True)
+    assert calls == [4]
 
 
 def test_later_answers_alone_are_refused_before_the_first_system(tiny_service: PlmService, tmp_path: Path) -> None:
