@@ -12,6 +12,11 @@ from protocol.errors import InvalidData
 
 _NO_END = MarkedText("")
 _TOOL_RESULT = "Done."
+_ANSWER = "Good morning."
+_TURNS: Sequence[ChatMessage] = (
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": _ANSWER},
+)
 
 
 @dataclass(frozen=True)
@@ -95,13 +100,6 @@ def end_of_assistant_turn(template: ChatTemplate) -> MarkedText:
         following = _end_behind(_ANSWER, [*_TURNS, _TURNS[0]], template)
         return following if following.special_spans else _NO_END
     return end
-
-
-_ANSWER = "Good morning."
-_TURNS: Sequence[ChatMessage] = (
-    {"role": "user", "content": "Hello"},
-    {"role": "assistant", "content": _ANSWER},
-)
 
 
 @lru_cache(maxsize=64)

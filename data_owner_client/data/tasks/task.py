@@ -21,9 +21,10 @@ from data_owner_client.data.conversations import (
 from data_owner_client.data.pairs import Conversation, Pair, Source
 from data_owner_client.data.reading.problems import InvalidText
 from data_owner_client.data.stops import Stops
+from data_owner_client.data.tasks.chat_templates import model_template
 from data_owner_client.data.tasks.kinds import Kind, answer_text, require_fields_of_kind, with_defaults
 from data_owner_client.plm.tokenizer import MarkedText, PlmTokenizer, Prompt
-from protocol.chat_template import ChatMessage, ChatTemplate, choose_template
+from protocol.chat_template import ChatMessage, ChatTemplate
 from protocol.errors import InvalidData, Unsupported
 
 # Variables of a chat template that a task sets in other ways.
@@ -261,33 +262,13 @@ class Task(BaseModel):
         return self._template_for(tokenizer, (isinstance(source, Conversation) and source.tools) or self.tools)
 
     def _template_for(self, tokenizer: PlmTokenizer, tools: Sequence[ChatMessage] | None) -> ChatTemplate:
-        arguments = json.dumps(self.template_arguments)
-        return _template(tokenizer, self.template, json.dumps(tools), arguments, self.date)
+        return model_template(tokenizer, self.template, tools=tools, arguments=self.template_arguments, day=self.date)
 
 
 @lru_cache(maxsize=1024)
 def _as_learned(shot: Shot, kind: Kind, labels: tuple[str, ...], schema: str) -> Shot:
     """The example with its target in the form that the adapter learns. Every prompt shows it; checking takes longer."""
     return Shot(source=shot.source, target=answer_text(kind, labels, json.loads(schema), shot.target))
-
-
-@lru_cache(maxsize=64)
-def _template(
-    tokenizer: PlmTokenizer, name: str | None, tools: str, arguments: str, day: datetime.date | None
-) -> ChatTemplate:
-    """A chat template of the model, with tools and arguments as JSON. Renderings with it share what they find out."""
-    schemas = json.loads(tools)
-    return _compiled(tokenizer, name, schemas is not None, arguments, day).with_tools(schemas)
-
-
-@lru_cache(maxsize=16)
-def _compiled(
-    tokenizer: PlmTokenizer, name: str | None, with_tools: bool, arguments: str, day: datetime.date | None
-) -> ChatTemplate:
-    source = choose_template(tokenizer.chat_templates, name, with_tools=with_tools)
-    return ChatTemplate(
-        source, tokenizer.special_tokens, tokenizer.special_ids, arguments=json.loads(arguments), day=day
-    )
 
 
 def _with_end(answer: MarkedText, end: str) -> MarkedText:
