@@ -31,7 +31,7 @@ from data_owner_client.training.train import assemble_adapter
 from data_owner_client.training.trainer import Trained
 from data_owner_client.training.validation import ValidationData, target_logprobs
 
-LAMBDAS = tuple(number / 20 for number in range(1, 20))
+LAMBDAS = (*(number / 20 for number in range(1, 20)), 0.97, 0.99)
 SCHEDULES: tuple[Schedule, ...] = tuple(name for name in get_args(Schedule) if name != "none")
 
 

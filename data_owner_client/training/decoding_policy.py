@@ -32,6 +32,8 @@ from protocol.errors import InvalidData
 DEFAULT_RETRIEVED_EXAMPLES = 8
 # Constant values of λ that are decoded, both ends among the first three.
 _LAMBDAS = (0.45, 0.3, 0.8, 0.6)
+# The same, where targets are likeliest with more than all of those.
+_HIGH_LAMBDAS = (0.6, 0.3, 0.99, 0.85)
 # Values that a parabola needs.
 _PARABOLA_POINTS = 3
 # Length rewards that are tried with the best λ.
@@ -169,7 +171,9 @@ def _by_answers(likeliest: DecodingPolicy, variant: PromptVariant, trials: _Tria
     3. So must a length reward be: chrF weighs recall twice as much as precision, so it hardly sees the superfluous
        words that a reward brings.
     """
-    grid = [variant.policy(Interpolation(schedule="constant", lambda_max=value)) for value in _LAMBDAS]
+    likeliest_constant, _ = variant.data.best(variant.pema_logprob_N, "constant")
+    lambdas = _HIGH_LAMBDAS if likeliest_constant.lambda_max > max(_LAMBDAS) else _LAMBDAS
+    grid = [variant.policy(Interpolation(schedule="constant", lambda_max=value)) for value in lambdas]
     grid = [policy for policy in grid if trials.add(policy)]
     chosen = likeliest
     if len(grid) >= _PARABOLA_POINTS:

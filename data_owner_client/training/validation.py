@@ -15,7 +15,8 @@ from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.training.batches import Batch
 from protocol.head import LMHead
 
-_LAMBDAS = tuple(i / 20 for i in range(1, 20))
+# At 1, tokens that are no candidates would be impossible.
+_LAMBDAS = (*(i / 20 for i in range(1, 20)), 0.97, 0.99)
 
 
 @dataclass(frozen=True)
