@@ -88,8 +88,11 @@ def _print_details(details: Details) -> None:
         print_table(fields)
         return
     labels = Table("label", "texts", "precision", "recall", "F1", title="Answers by label")
-    for row in details.labels:
+    shown = [row for row in details.labels if row.count]
+    for row in shown:
         labels.add_row(row.label, str(row.count), f"{row.precision:.1f}", f"{row.recall:.1f}", f"{row.f1:.1f}")
+    if hidden := len(details.labels) - len(shown):
+        labels.caption = f"{hidden:,} other labels have no text."
     print_table(labels)
     if details.calibration is not None:
         _print_calibration(details.calibration)

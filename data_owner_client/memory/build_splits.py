@@ -41,7 +41,7 @@ class MemoryReport(BaseModel):
         validation_rows: target tokens in the validation memory.
         context_mode: whether the contexts are `private` or `teacher-forced`.
         length_ratio: target tokens per source token in the training memory.
-        left_out: answers that were left out because their prompts would show earlier answers.
+        late_answers_left_out: answers that were left out because their prompts would show earlier answers.
         seconds: duration of the build.
     """
 
@@ -52,7 +52,7 @@ class MemoryReport(BaseModel):
     validation_rows: int
     context_mode: ContextMode
     length_ratio: float
-    left_out: int
+    late_answers_left_out: int
     seconds: float
 
 
@@ -127,7 +127,9 @@ def build_memories(
     problems.settle(len(train_pairs) + len(held_out), skip=skip_invalid)
     for build in builds:
         if not build.pairs:
-            raise InvalidData(f"No pair is left for {build.folder}.", hint="Give more pairs.")
+            raise InvalidData(
+                f"No pair is left for {build.folder}.", hint="Give more pairs, or say another --validation-fraction."
+            )
     if changes := describe_target_changes(plm.tokenizer, chain(*(build.pairs for build in builds))):
         reporter.say(changes)
     if task.kind == "classify":
@@ -142,7 +144,7 @@ def build_memories(
         validation_rows=memories[1].manifest.rows,
         context_mode=context_mode,
         length_ratio=memories[0].length_ratio,
-        left_out=left_out,
+        late_answers_left_out=left_out,
         seconds=time.perf_counter() - started,
     )
 

@@ -85,7 +85,7 @@ def check_with_model(
         _measure(part.report, found)
         if at < memory_parts:
             demand.add(found.sizes, found.target_ids)
-    report = check_files(parts, problems)
+    report = check_files(parts, problems, task.labels)
     report.problems = problems_of(problems)
     report.task = task.name
     report.examples = [_example(plm, task, pair) for pair in islice(usable[0].pairs, _EXAMPLES)]

@@ -79,7 +79,7 @@ def build(connection: Connection, folder: Path, answers: list[str], **options: A
     plm = RemotePlm(connection, dtype="float32", cache=folder / "cache")
     report = build_memories(plm, CHAT, pairs, folder / "m", validation_fraction=0.3, reporter=notices, **options)
     stored = [*ExternalMemory(folder / "m" / TRAIN).pairs(), *ExternalMemory(folder / "m" / "validation").pairs()]
-    assert report.left_out == len(pairs) - len(stored)
+    assert report.late_answers_left_out == len(pairs) - len(stored)
     return stored, notices.said
 
 

@@ -62,7 +62,7 @@ def test_every_form_takes_the_whole_way(url: str, tmp_path: Path, form: str) -> 
     report = client_json(url, "data check", path, "--task", task, "--skip-invalid")
     built = client_json(url, "build-memory", *files, "--skip-invalid")
     assert built["examples"] + built["validation_examples"] == report["cost"]["examples"]
-    assert built["left_out"] == report["cost"]["left_out"] == (12 if form in ("messages", "alpaca") else 0)
+    assert built["late_answers_left_out"] == report["cost"]["left_out"] == (12 if form in ("messages", "alpaca") else 0)
     client_json(url, "train", "--memory", tmp_path / "memory", "--adapter", tmp_path / "adapter", *SHORT)
     scores = client_json(
         url, "evaluate", "--adapter", tmp_path / "adapter", "--input", path, "--skip-invalid", "--max-new-tokens", 3

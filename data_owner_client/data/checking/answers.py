@@ -36,7 +36,7 @@ def check_without_model(
             _check_answers(task, learned, problems, memory_parts=memory_parts)
     except InvalidData as error:  # such as too many labels
         return with_problem_of_all(check_files(parts, problems), error)
-    return check_files(parts, problems)
+    return check_files(parts, problems, task.labels if task else ())
 
 
 def _check_answers(task: Task, parts: Sequence[Sequence[Pair]], problems: Problems, *, memory_parts: int) -> None:

@@ -74,14 +74,20 @@ def read_parts(
     return [_read_part(path, settings, problems, are_labels=are_labels) for path in paths]
 
 
-def check_files(parts: Sequence[Part], problems: Problems) -> DataReport:
-    """Report on files without a server."""
+def check_files(parts: Sequence[Part], problems: Problems, labels: Sequence[str] = ()) -> DataReport:
+    """Report on files without a server.
+
+    Args:
+        parts: the files.
+        problems: problems of their records.
+        labels: labels of the task; empty if it has none.
+    """
     reports = [part.report for part in parts]
     return DataReport(
         parts=reports,
         overlaps=list(_overlaps(parts)),
         problems=problems_of(problems),
-        warnings=[*_warnings(reports)],
+        warnings=[*_warnings(reports), *_unused_labels(parts[0], labels)],
         examples=[
             Example(prompt=pair.source, target=[pair.target or ""]) for pair in islice(parts[0].pairs, _EXAMPLES)
         ],
@@ -220,6 +226,13 @@ def _warnings(reports: Sequence[PartReport]) -> Iterator[str]:
         elif labels and labels.singles:
             names = ", ".join(labels.single) + (", …" if labels.singles > len(labels.single) else "")
             yield f"{report.name} has labels that occur once: {names}."
+
+
+def _unused_labels(part: Part, labels: Sequence[str]) -> Iterator[str]:
+    used = {pair.target for pair in part.pairs} if labels else set()
+    if unused := [label for label in labels if label not in used]:
+        names = ", ".join(unused[:_LISTED]) + (", …" if len(unused) > _LISTED else "")
+        yield f"{part.report.name} has no pair with these labels of the task: {names}."
 
 
 def _question(pair: Pair) -> object:

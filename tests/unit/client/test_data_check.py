@@ -180,6 +180,14 @@ def test_a_task_is_checked_without_a_server(
     assert [message in problem["kind"] for problem in json.loads(done.stdout)["problems"]] == [True] * bool(message)
 
 
+def test_labels_of_the_task_that_no_pair_has_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"text": "x", "label": "a"}])
+    (tmp_path / "t.toml").write_text('name = "t"\nkind = "classify"\nlabels = ["a", "b", "c"]\n')
+    done = client(None, "data check", path, "--task", tmp_path / "t.toml")
+    assert done.returncode == 0
+    assert "has no pair with these labels of the task: b, c." in done.stdout
+
+
 def test_conversations_are_checked_against_a_task_as_they_will_be_learned(tmp_path: Path) -> None:
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
     path = write(tmp_path / "a.jsonl", [{"messages": turns}])

@@ -171,6 +171,20 @@ def test_answers_of_other_systems_are_scored(capsys: pytest.CaptureFixture[str])
         score_answers(task, [Pair("a")], ["b"])
 
 
+def test_labels_without_texts_are_counted_in_place_of_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    task = Task.model_validate(
+        {"name": "t", "kind": "classify", "labels": [f"label {number}" for number in range(300)]}
+    )
+    scores = score_answers(task, [Pair("a", "label 7"), Pair("b", "label 8")], ["label 7", "label 9"])
+    assert isinstance(scores.details, ClassificationDetails)
+    assert len(scores.details.labels) == 300
+    print_scores(scores, title="")
+    shown = capsys.readouterr().out
+    assert "298 other labels have no text." in shown
+    assert "label 7" in shown
+    assert "label 10" not in shown
+
+
 def test_references_that_are_no_answers_of_the_task_are_refused(plm: RemotePlm) -> None:
     task, pairs, _ = CASES["classify"]
     wrong = [*pairs, Pair("a", "no label", Origin("test.jsonl", 7))]
