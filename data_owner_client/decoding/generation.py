@@ -65,10 +65,13 @@ def translate(
     # The adapter learned prompts of the day when its memory was begun.
     task = with_labels(task.on_day(adapter.card.task.date if adapter else None, tokenizer), adapter)
 
+    _require_same_model(plm, adapter)
+    if task.kind == "classify":
+        chosen.require_scored_labels()
     failures = TextFailures(chosen.on_failure)
     inputs = text_inputs(plm, task, sources, adapter, failures)
     if task.kind == "classify":
-        return _classify(plm, task, sources, inputs, failures, adapter, chosen)
+        return classify(plm, task, sources, inputs, failures, adapter, chosen)
     if adapter is not None:
         inputs = [
             replace(each, length_bound=chosen.length_bound(adapter, tokenizer.count(text_of(sources[each.number]))))
@@ -107,6 +110,7 @@ def generate(
         IdentityMismatch: the adapter belongs to another model.
     """
     require_loaded(adapter, "The adapter", "TrainedAdapter.load(path)")
+    _require_same_model(plm, adapter)
     prompts = list_of_texts(prompts)
     expected_length = adapter.card.mean_length if adapter else None
     chosen, stops = ChosenOptions(**options), Stops(ids=frozenset(plm.card.eos_token_ids))
@@ -118,31 +122,6 @@ def generate(
 
     inputs = failures.each(prompts, to_input)
     return _generate(plm, inputs, len(prompts), failures, stops, adapter, chosen)
-
-
-def _classify(
-    plm: RemotePlm,
-    task: Task,
-    sources: Sequence[Source],
-    inputs: Sequence[TextInput],
-    failures: TextFailures,
-    adapter: CandidateDistribution | None,
-    options: ChosenOptions,
-) -> Generation:
-    """The labels of each text; see `decoding.labels.classification`."""
-    options.require_scored_labels()
-    _require_same_model(plm, adapter)
-    return classify(
-        plm,
-        task,
-        sources,
-        inputs,
-        failures,
-        adapter=adapter,
-        interpolation=options.interpolation_with(adapter),
-        settings=options.decoding,
-        reporter=options.reporter,
-    )
 
 
 def _require_same_model(plm: RemotePlm, adapter: CandidateDistribution | None) -> None:
@@ -184,7 +163,6 @@ def _generate(
 ) -> Generation:
     """Generate for the inputs; the other texts of `total` have empty answers."""
     started = time.perf_counter()
-    _require_same_model(plm, adapter)
     requests, numbers = _answerable(plm, inputs, failures)
     failures.settle(total)
     samples, sampling = options.draws(adapter)

@@ -6,18 +6,16 @@ import time
 from collections.abc import Sequence
 
 from data_owner_client.adapter.card import CandidateDistribution
-from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.pairs import Source
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.failures import TextFailures
 from data_owner_client.decoding.inputs import TextInput
 from data_owner_client.decoding.labels.requests import label_requests
 from data_owner_client.decoding.labels.scoring import score_labels
+from data_owner_client.decoding.options import ChosenOptions
 from data_owner_client.decoding.results import Generation
-from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.decoding.token_choice import TokenChoice
 from data_owner_client.plm.remote_plm import RemotePlm
-from data_owner_client.runtime.progress import Reporter
 
 
 def with_labels(task: Task, adapter: CandidateDistribution | None) -> Task:
@@ -33,11 +31,8 @@ def classify(
     sources: Sequence[Source],
     inputs: Sequence[TextInput],
     failures: TextFailures,
-    *,
     adapter: CandidateDistribution | None,
-    interpolation: Interpolation,
-    settings: DecodingSettings,
-    reporter: Reporter | None,
+    options: ChosenOptions,
 ) -> Generation:
     """The labels of each text by probability. The other texts have empty answers.
 
@@ -50,9 +45,7 @@ def classify(
         inputs: the texts to answer, with their prompts.
         failures: receives the texts that cannot be answered.
         adapter: the data owner's adapter; None for the PLM alone.
-        interpolation: mixture of PLM and adapter.
-        settings: batch size and tolerance.
-        reporter: shows the progress; None for none.
+        options: mixture, batch size, tolerance and reporter.
 
     Raises:
         InvalidData: labels cannot be answers of this task, or a text is too long.
@@ -61,6 +54,7 @@ def classify(
     started = time.perf_counter()
     requests, numbers = label_requests(plm, task, sources, inputs, failures)
     failures.settle(len(sources))
+    interpolation = options.interpolation_with(adapter)
     temperature = adapter.card.label_temperature if adapter else 1.0
     scored, stats = score_labels(
         plm,
@@ -69,8 +63,8 @@ def classify(
         adapter=adapter,
         interpolations=[interpolation],
         temperature=temperature,
-        settings=settings,
-        reporter=reporter,
+        settings=options.decoding,
+        reporter=options.reporter,
     )
     best, probabilities = [[""] for _ in sources], [dict[str, float]() for _ in sources]
     choices = [list[TokenChoice]() for _ in sources]

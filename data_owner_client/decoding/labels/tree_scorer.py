@@ -35,6 +35,7 @@ from protocol.messages import DecodeResponse
 from protocol.quantization import dequantize
 from protocol.timing import ServerTiming
 
+# Owners count the rows that they give, and the labels of a task are the same in every call.
 _head_rows = WeakKeyDictionary[RemotePlm, dict[tuple[int, ...], LMHead]]()
 
 
