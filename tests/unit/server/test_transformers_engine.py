@@ -370,19 +370,21 @@ def test_what_is_known_is_not_computed_again(model: PreTrainedModel, computed: l
 
 
 @pytest.mark.parametrize("cache_bytes", [2**28, 3000])  # roomy, evicting all the time
-def test_draws_of_the_same_prompts_are_computed_once(
-    model: PreTrainedModel, truth: Truth, computed: list[int], cache_bytes: int
+@pytest.mark.parametrize("tail", [[], [8, 9]])  # draws; labels, whose first tokens differ
+def test_prompts_of_several_sequences_are_computed_once(
+    model: PreTrainedModel, truth: Truth, computed: list[int], cache_bytes: int, tail: list[int]
 ) -> None:
     engine = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=cache_bytes)
     first, second = random_ids(23, [41, 38], shared=0)
-    texts = [[*ids, last] for last in (5, 6, 7) for ids in (first, second)]
+    texts = [[*ids, token, *tail] for token in (5, 6, 7) for ids in (first, second)]
     drafting, done = engine.drafting(batch_tokens=4096), list[tuple[DraftBatch, Decoded]]()
     ran = drafting.join([DraftBatch(texts, [len(ids) - 1 for ids in texts], [0] * 6)])
     while not done:
         done = drafting.step()
     ((_, decoded),) = done
-    assert ran == 2 * 41  # both in one pass, the second with three tokens of padding
-    assert sum(computed) == ran + 6
+    prompts, tails = 2 * 41, 6 * (1 + len(tail))  # both in one pass, the second with three tokens of padding
+    assert ran == prompts + (tails if tail else 0)
+    assert sum(computed) == prompts + tails
     for ids, cr_1_D, top1 in zip(texts, decoded.cr_N_D.split(1), decoded.top1_N.tolist(), strict=True):
         hidden_T_D, logits_T_V = truth(ids)
         assert_near(cr_1_D, hidden_T_D[-1:])
