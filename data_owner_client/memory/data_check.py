@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
-from data_owner_client.data.checking.files import Part, check_files, problems_of, with_problem_of_all
+from data_owner_client.data.checking.files import Part, check_files, with_problem_of_all
 from data_owner_client.data.checking.report import Cost, DataReport, Example, Lengths, PartReport
 from data_owner_client.data.earlier_answers import first_answers
 from data_owner_client.data.pairs import Pair
@@ -68,16 +68,15 @@ def check_with_model(
         PemaError: a call to the PLM failed.
     """
     private = context_mode == "private"
-    kept: list[Sequence[Pair]] = [
-        first_answers(part.pairs) if private and not share_earlier_answers and at < memory_parts else part.pairs
-        for at, part in enumerate(parts)
-    ]
+    learned: list[Sequence[Pair]] = [part.pairs for part in parts]
+    if private and not share_earlier_answers:
+        learned[:memory_parts] = map(first_answers, learned[:memory_parts])
     try:
-        task = task_of_memory(task, plm.tokenizer, kept[:memory_parts])
+        task = task_of_memory(task, plm.tokenizer, learned[:memory_parts])
     except InvalidData as error:  # such as too many labels
         return with_problem_of_all(check_files(parts, problems), error)
     demand, usable = Demand(context_mode), list[UsablePairs]()
-    for at, (part, pairs) in enumerate(zip(parts, kept, strict=True)):
+    for at, (part, pairs) in enumerate(zip(parts, learned, strict=True)):
         found = find_usable_pairs(
             plm, task, pairs, problems, drafted=private and at < memory_parts, reporter=reporter or Reporter()
         )
@@ -86,10 +85,9 @@ def check_with_model(
         if at < memory_parts:
             demand.add(found.sizes, found.target_ids)
     report = check_files(parts, problems, task.labels)
-    report.problems = problems_of(problems)
     report.task = task.name
     report.examples = [_example(plm, task, pair) for pair in islice(usable[0].pairs, _EXAMPLES)]
-    left_out = sum(len(part.pairs) - len(pairs) for part, pairs in zip(parts, kept, strict=True))
+    left_out = sum(len(part.pairs) - len(pairs) for part, pairs in zip(parts, learned, strict=True))
     report.cost = _cost(plm, demand, left_out, price)
     return report
 

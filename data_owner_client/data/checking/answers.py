@@ -27,10 +27,9 @@ def check_without_model(
         memory_parts: number of files that become memories.
         share_earlier_answers: whether prompts may show earlier answers of their conversations.
     """
-    learned: list[Sequence[Pair]] = [
-        part.pairs if share_earlier_answers or at >= memory_parts else first_answers(part.pairs)
-        for at, part in enumerate(parts)
-    ]
+    learned: list[Sequence[Pair]] = [part.pairs for part in parts]
+    if not share_earlier_answers:
+        learned[:memory_parts] = map(first_answers, learned[:memory_parts])
     try:
         if task is not None:
             _check_answers(task, learned, problems, memory_parts=memory_parts)
