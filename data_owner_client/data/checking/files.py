@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from array import array
 from collections import Counter
@@ -25,7 +24,7 @@ from data_owner_client.data.checking.report import (
 )
 from data_owner_client.data.earlier_answers import shows_earlier_answers
 from data_owner_client.data.pair_files import PairFile
-from data_owner_client.data.pairs import Pair
+from data_owner_client.data.pairs import Pair, hash_text
 from data_owner_client.data.reading.files import display_name
 from data_owner_client.data.reading.problems import Problems
 from data_owner_client.data.reading.records import Recognised, scan
@@ -147,8 +146,8 @@ def _part_of(pairs: PairFile, report: PartReport, *, are_labels: bool) -> Part:
     sources, targets, labels = array("I"), array("I"), Counter[str]()
     for pair in pairs:
         question, target = json.dumps(_question(pair)), json.dumps([pair.target, pair.reply])
-        question_N.append(_hash(question))
-        target_N.append(_hash(target))
+        question_N.append(hash_text(question))
+        target_N.append(hash_text(target))
         line_N.append(pair.origin.number if pair.origin else 0)
         sources.append(len(pair.source))
         targets.append(len(pair.target or ""))
@@ -188,7 +187,7 @@ def _again(question_N: NDArray[np.uint64]) -> list[int]:
 
 def _count(repeated: Repeated, line: int) -> None:
     repeated.count += 1
-    if len(repeated.lines) < _LISTED:
+    if len(repeated.lines) < _LISTED and line not in repeated.lines:
         repeated.lines = [*repeated.lines, line]
 
 
@@ -240,7 +239,3 @@ def _question(pair: Pair) -> object:
     if pair.conversation is None:
         return pair.source
     return [pair.conversation.turns, pair.conversation.tools]
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
