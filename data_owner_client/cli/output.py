@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from data_owner_client.data.pair_files import origin_of
 from data_owner_client.data.pairs import Source, source_record
-from data_owner_client.data.reading.problems import Problems, text_origin
+from data_owner_client.data.reading.problems import Problems
 from data_owner_client.runtime.atomic_files import is_replaceable, write_atomically
 from data_owner_client.runtime.console import print_table
 from data_owner_client.runtime.progress_display import stderr_reporter
@@ -59,7 +60,7 @@ def write_texts(
 
             def on_failure(at: int, error: InvalidData) -> None:
                 failed.add(at)
-                problems.add(text_origin(numbers[at]), error)
+                problems.add(origin_of(inputs, numbers[at]), error)
 
             result = run([inputs[number] for number in numbers], on_failure=on_failure, reporter=reporter)
             usage += result.stats
@@ -80,7 +81,7 @@ def write_texts(
         standard_streams.say(f"{len(inputs)} texts{done_before}: {usage}.")
         return
     if skip_invalid:
-        run = partial(run, on_failure=lambda number, error: problems.add(text_origin(number), error))
+        run = partial(run, on_failure=lambda number, error: problems.add(origin_of(inputs, number), error))
     result = run(inputs, reporter=stderr_reporter())
     problems.settle(len(inputs), skip=True)
     if explain is not None:

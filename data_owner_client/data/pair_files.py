@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, overload
 
 from data_owner_client.data.pairs import Pair, Source, digest_pairs, further_fields, pair_of
-from data_owner_client.data.reading.problems import Origin
+from data_owner_client.data.reading.problems import Origin, text_origin
 from data_owner_client.runtime.atomic_files import open_atomically
 from protocol.errors import InvalidData
 
@@ -128,6 +128,10 @@ class Questions(Sequence[Source]):
     def __iter__(self) -> Iterator[Source]:
         return (pair.question for pair in self._pairs)
 
+    def origin(self, index: int) -> Origin | None:
+        """Position of a text in its file; None if it comes from none."""
+        return self._pairs[index].origin
+
     @overload
     def __getitem__(self, index: int) -> Source: ...
     @overload
@@ -135,6 +139,11 @@ class Questions(Sequence[Source]):
     def __getitem__(self, index: int | slice) -> Source | Sequence[Source]:
         found = self._pairs[index]
         return found.question if isinstance(found, Pair) else Questions(found)
+
+
+def origin_of(texts: Sequence[object], index: int) -> Origin:
+    """Position of a text: its line, or its number if it comes from no file."""
+    return (texts.origin(index) if isinstance(texts, Questions) else None) or text_origin(index)
 
 
 def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import TypeVar
 
+from data_owner_client.data.pair_files import origin_of
 from data_owner_client.data.pairs import Conversation, Source, text_of
 from data_owner_client.data.reading.problems import Problems, require_unicode, text_origin
 from protocol.errors import InvalidData
@@ -34,10 +35,12 @@ class TextFailures:
     """Failures of the texts of one call.
 
     Args:
+        texts: all texts.
         on_failure: called for each failure; None to collect them for `settle`.
     """
 
-    def __init__(self, on_failure: OnFailure | None) -> None:
+    def __init__(self, texts: Sequence[Source], on_failure: OnFailure | None) -> None:
+        self._texts = texts
         self._on_failure = on_failure
         self._problems = Problems()
 
@@ -48,14 +51,14 @@ class TextFailures:
             yield
         except InvalidData as error:
             if self._on_failure is None:
-                self._problems.add(text_origin(number), error)
+                self._problems.add(origin_of(self._texts, number), error)
             else:
                 self._on_failure(number, error)
 
-    def each(self, texts: Sequence[_S], work: Callable[[int, _S], _T]) -> list[_T]:
+    def each(self, work: Callable[[int, Source], _T]) -> list[_T]:
         """The results of `work` for the index and text of all texts that are not blank and do not fail."""
         results = []
-        for number, text in enumerate(texts):
+        for number, text in enumerate(self._texts):
             with self.caught(number):
                 if not isinstance(text, Conversation):
                     require_unicode(text, "it", text_origin(number))

@@ -68,7 +68,7 @@ def translate(
     _require_same_model(plm, adapter)
     if task.kind == "classify":
         chosen.require_scored_labels()
-    failures = TextFailures(chosen.on_failure)
+    failures = TextFailures(sources, chosen.on_failure)
     inputs = text_inputs(plm, task, sources, adapter, failures)
     if task.kind == "classify":
         return classify(plm, task, sources, inputs, failures, adapter, chosen)
@@ -115,12 +115,12 @@ def generate(
     expected_length = adapter.card.mean_length if adapter else None
     chosen, stops = ChosenOptions(**options), Stops(ids=frozenset(plm.card.eos_token_ids))
     chosen = replace(chosen, form=chosen.answer_form(None))
-    failures = TextFailures(chosen.on_failure)
+    failures = TextFailures(prompts, chosen.on_failure)
 
     def to_input(number: int, prompt: Source) -> TextInput:
         return TextInput(number, Prompt(single_text(prompt)), expected_length)
 
-    inputs = failures.each(prompts, to_input)
+    inputs = failures.each(to_input)
     return _generate(plm, inputs, len(prompts), failures, stops, adapter, chosen)
 
 

@@ -55,7 +55,7 @@ def text_inputs(
         expected_length = adapter.card.expected_length(tokenizer.count(text_of(source))) if adapter else None
         return TextInput(number, task.prompt(source, tokenizer), expected_length)
 
-    inputs = failures.each(sources, to_input)
+    inputs = failures.each(to_input)
     if adapter is None or not adapter.retriever:
         return inputs
     questions = [sources[each.number] for each in inputs]

@@ -77,7 +77,8 @@ class HeldOutLabels:
         reporter: Reporter,
     ) -> None:
         self._labels = task.labels
-        sources, failures = [pair.question for pair in pairs], TextFailures(None)
+        sources = [pair.question for pair in pairs]
+        failures = TextFailures(sources, None)
         inputs = text_inputs(plm, task, sources, adapter, failures)
         requests, numbers = label_requests(plm, task, sources, inputs, failures)
         failures.settle(len(sources))

@@ -244,7 +244,7 @@ def test_a_file_with_a_text_that_is_too_long_goes_on_once_it_is_mended(url: str,
     source.write_text("\n".join(lines) + "\n")
     done = client(url, "translate", *arguments)
     assert done.returncode == 1
-    assert "text 2 has a prompt of 128 or more tokens, with nothing left for an answer" in done.stderr
+    assert f"{source}:2 has a prompt of 128 or more tokens, with nothing left for an answer" in done.stderr
     assert not output.exists()
     again = client(url, "translate", *arguments)  # the same failure, and nothing else is done again
     assert again.returncode == 1

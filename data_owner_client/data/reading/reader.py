@@ -107,7 +107,7 @@ def spool_sources(path: str | Path, settings: ReadingSettings = DEFAULT_READING,
             total += 1
             yield pair or Pair("")
 
-    spooled = PairFile.spool(sources())
+    spooled = PairFile.spool(sources(), display_name(path))
     _require_some(path, total, "text")
     problems.settle(total, skip=settings.skip_invalid)
     return spooled
