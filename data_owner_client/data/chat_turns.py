@@ -89,8 +89,8 @@ def _turn(role: str, content: Any) -> ChatMessage:
 def with_parsed_arguments(message: ChatMessage) -> ChatMessage:
     """The message with arguments of tool calls as objects, where JSON text spells them.
 
-    OpenAI's API has text there, and most templates write JSON of what they find. vLLM parses it as well
-    (`vllm/entrypoints/chat_utils.py`, `_postprocess_messages`).
+    OpenAI's API has text there, and most templates write JSON of what they find. vLLM parses it as well, and takes a
+    call without arguments for one with no argument (`vllm/entrypoints/chat_utils.py`, `_postprocess_messages`).
     """
     calls = message.get("tool_calls")
     return {**message, "tool_calls": [_parsed(call) for call in calls]} if calls else message
@@ -101,6 +101,8 @@ def _parsed(call: Any) -> Any:
         return call
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _parsed(call["function"])}
+    if "name" in call and call.get("arguments") in (None, ""):
+        return {**call, "arguments": {}}
     with suppress(ValueError, RecursionError):
         if isinstance(call.get("arguments"), str) and isinstance(parsed := json.loads(call["arguments"]), dict):
             return {**call, "arguments": parsed}

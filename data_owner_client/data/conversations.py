@@ -53,6 +53,11 @@ def render_prompt(messages: Sequence[ChatMessage], template: ChatTemplate) -> Pr
     text = template.render(messages, add_generation_prompt=True)
     if not template.takes_user_turn:
         raise InvalidData("The model's chat template leaves out the user's text.", hint='Try `format = "plain"`.')
+    later = (str(message["content"]).strip() for message in messages[1:] if message["role"] == "system")
+    if any(content not in text.text for content in later):
+        raise InvalidData(
+            "The model's chat template leaves out a later system turn.", hint="Give one, where the conversation begins."
+        )
     return Prompt(text.text, text.special_spans, with_special_tokens=False)
 
 

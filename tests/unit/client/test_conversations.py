@@ -202,6 +202,29 @@ def test_arguments_of_calls_may_be_json_text() -> None:
         assert task.prompt_and_target(pair, tokenizer) == task.prompt_and_target(other, tokenizer)
 
 
+def test_a_call_without_arguments_has_no_argument() -> None:
+    family = TOOL_FAMILIES["hermes"]
+    tokenizer, task = family.tokenizer(), chat_task(family)
+    whole = []
+    spellings: list[dict[str, Any]] = [{"arguments": {}}, {"arguments": ""}, {"arguments": None}, {}]
+    for arguments in spellings:
+        call = {"type": "function", "function": {"name": "clock", **arguments}}
+        reply = {"role": "assistant", "content": "", "tool_calls": [call]}
+        whole.append(task.prompt_and_target(Pair("a", "", reply=reply), tokenizer))
+    assert whole == [whole[0]] * 4
+    assert '"arguments": {}' in whole[0][1].text
+
+
+def test_a_later_system_turn_that_the_template_leaves_out_is_refused() -> None:
+    family = TOOL_FAMILIES["hermes"]
+    talk = Conversation(
+        ({"role": "user", "content": "a"}, {"role": "system", "content": "Be brief."}, {"role": "user", "content": "b"})
+    )
+    with pytest.raises(InvalidData, match="leaves out a later system turn"):
+        chat_task(family).prompt(talk, family.tokenizer())
+    assert "Be brief." in chat_task(FAMILIES["chatml"]).prompt(talk, FAMILIES["chatml"].tokenizer()).text
+
+
 def turns_of(task: Task, source: str | Conversation) -> list[tuple[str, str]]:
     """Role and text of each turn of a prompt in ChatML."""
     text = task.prompt(source, FAMILIES["chatml"].tokenizer()).text
@@ -363,7 +386,7 @@ def test_the_text_of_a_conversation_is_that_of_the_turn_to_answer() -> None:
 def test_blank_questions_are_not_asked() -> None:
     blank = {"role": "user", "content": " "}
     sources: list[Source] = [Conversation((*TALK[:2], blank)), Conversation(TOOL_TALK[:7]), " ", "a"]
-    assert TextFailures(None).each(sources, lambda number, source: number) == [1, 3]
+    assert TextFailures(sources, None).each(lambda number, source: number) == [1, 3]
 
 
 def test_references_of_calls_are_as_the_model_writes_them() -> None:
