@@ -65,7 +65,7 @@ def test_labels_are_those_of_the_pairs_and_fixed_in_the_memory(plm: RemotePlm, t
         assert ExternalMemory(tmp_path / part).manifest.plan.task.labels == tuple(sorted(LABELS))
     # The same call finds its memory again; another label makes another memory, and is no label of this one.
     build_memories(plm, TASK, PAIRS, tmp_path)
-    with pytest.raises(InvalidData, match="the label 'die', which the task does not have"):
+    with pytest.raises(InvalidData, match=r"a label that the task does not have. *'die' is none of"):
         build_memories(plm, TASK, [*PAIRS, Pair("another", "die")], tmp_path)
     build_memories(plm, TASK, [*PAIRS, Pair("another", "die")], tmp_path, overwrite=True)
     assert "die" in ExternalMemory(tmp_path / "train").manifest.plan.task.labels

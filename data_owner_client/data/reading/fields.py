@@ -171,9 +171,9 @@ def require_unique(value: object) -> None:
 
 def shown(names: Iterable[str]) -> str:
     """Names of fields for a message: quoted, and cut if they are long or many."""
-    names = [repr(cut(name)) for name in names]
+    names = list(names)
     more = ", …" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more or "none"
+    return ", ".join(repr(cut(name)) for name in names[:_NAMES_SHOWN]) + more or "none"
 
 
 def cut(name: str) -> str:

@@ -96,8 +96,9 @@ def answer_text(
             schema; or decoding that is held to the schema could not write it.
     """
     if kind == "classify" and labels and target not in labels:
-        hint = f"The task has the labels {shown(labels)}."
-        raise InvalidText(f"the label {cut(target)!r}, which the task does not have", hint=hint, origin=origin)
+        # One kind of problem, as a file for another task has as many such labels as pairs.
+        hint = f"{cut(target)!r} is none of {shown(labels)}."
+        raise InvalidText("a label that the task does not have", hint=hint, origin=origin)
     if kind != "extract":
         return target
     try:

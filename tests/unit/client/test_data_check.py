@@ -162,7 +162,7 @@ def test_files_that_are_none_are_one_line(tmp_path: Path, content: str, message:
 @pytest.mark.parametrize(
     ("task", "records", "message"),
     [
-        ('kind = "classify"\nlabels = ["a", "b"]', [("x", "c")], "the label 'c', which the task does not have"),
+        ('kind = "classify"\nlabels = ["a", "b"]', [("x", "c")], "a label that the task does not have"),
         ('kind = "classify"', [("x", "a\nb"), ("y", "c")], "contains the stop"),
         ('kind = "extract"', [("x", "y")], "neither JSON nor slots"),
         ("", [("x", "y\nz")], "contains the stop"),

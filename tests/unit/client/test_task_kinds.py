@@ -119,7 +119,7 @@ def test_labels_may_begin_with_each_other(tokenizer: PlmTokenizer) -> None:
 @pytest.mark.parametrize(
     ("fields", "target", "kind"),
     [
-        ({"kind": "classify", "labels": ["on", "off"]}, "of", "the label 'of', which the task does not have"),
+        ({"kind": "classify", "labels": ["on", "off"]}, "of", "a label that the task does not have"),
         ({"kind": "extract"}, "I do not know.", "a target that is neither JSON nor slots"),
         ({"kind": "extract"}, '{"intent": NaN}', "a target that is neither JSON nor slots"),
         ({"kind": "extract"}, '```json\n{"intent": 1}\n```', "a target that is neither JSON nor slots"),
@@ -240,5 +240,5 @@ def test_examples_of_a_task_file_are_answers_of_its_kind(tmp_path: Path) -> None
     path = tmp_path / "mine.toml"
     head = 'name = "mine"\nkind = "classify"\nlabels = ["a", "b"]\n'
     path.write_text(f'{head}[[examples]]\nsource = "x"\ntarget = "c"\n')
-    with pytest.raises(InvalidData, match=r"mine\.toml: example 1: .*the label 'c', which the task does not have"):
+    with pytest.raises(InvalidData, match=r"mine\.toml: example 1: .*a label that the task does not have"):
         load_task(path)
