@@ -94,6 +94,7 @@ def evaluate(
     from data_owner_client.adapter.trained import TrainedAdapter
     from data_owner_client.cli.output import print_record
     from data_owner_client.cli.score_tables import print_evaluation, print_scores
+    from data_owner_client.data.checking.report import counted
     from data_owner_client.data.tasks import Task, load_task
     from data_owner_client.evaluation.evaluate import evaluate as evaluate_systems
     from data_owner_client.evaluation.evaluate import score_answers
@@ -134,7 +135,7 @@ def evaluate(
             skip_invalid=reading.skip_invalid,
             reporter=stderr_reporter(),
         )
-    title = f"{len(evaluation.sources)} pairs"
+    title = counted(len(evaluation.sources), "pair")
     if as_json:
         print_record(evaluation.model_dump(), as_json, title="")
     else:

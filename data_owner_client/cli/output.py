@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from data_owner_client.data.checking.report import counted
 from data_owner_client.data.pair_files import origin_of
 from data_owner_client.data.pairs import Source, source_record
 from data_owner_client.data.reading.problems import Problems
@@ -78,7 +79,7 @@ def write_texts(
             raise
         problems.settle(len(inputs), skip=True)
         done_before = f" ({before} of them done before)" if before else ""
-        standard_streams.say(f"{len(inputs)} texts{done_before}: {usage}.")
+        standard_streams.say(f"{counted(len(inputs), 'text')}{done_before}: {usage}.")
         return
     if skip_invalid:
         run = partial(run, on_failure=lambda number, error: problems.add(origin_of(inputs, number), error))
@@ -99,7 +100,7 @@ def write_texts(
     else:
         write_atomically(output, body.encode())
     if not as_json:
-        standard_streams.say(f"{len(inputs)} texts: {result.stats}.")
+        standard_streams.say(f"{counted(len(inputs), 'text')}: {result.stats}.")
 
 
 def _key(source: Source) -> str:

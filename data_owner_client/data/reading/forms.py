@@ -80,7 +80,7 @@ def recognise(names: Collection[str], settings: ReadingSettings, *, need_targets
     if len(forms) > 1:
         raise InvalidData(
             f"There are fields of several forms: {'; '.join(map(str, forms))}.",
-            hint=f"The fields are {shown(names)}. {FIELDS_HINT}",
+            hint=f"The fields are {shown(names)}. {FIELDS_HINT} For turns, leave the other fields out.",
         )
     return forms[0] if forms else None
 
