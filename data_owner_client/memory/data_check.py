@@ -8,6 +8,7 @@ from itertools import islice
 from data_owner_client.data.checking.files import Part, check_files, with_problem_of_all
 from data_owner_client.data.checking.report import Cost, DataReport, Example, Lengths, PartReport
 from data_owner_client.data.earlier_answers import first_answers
+from data_owner_client.data.label_tokens import LabelTokenizer
 from data_owner_client.data.pairs import Pair
 from data_owner_client.data.reading.problems import Problems
 from data_owner_client.data.tasks import Task, load_task
@@ -84,6 +85,9 @@ def check_with_model(
         _measure(part.report, found)
         if at < memory_parts:
             demand.add(found.sizes, found.target_ids)
+    if task.kind == "classify":
+        # Without a file for validation, pairs like the first ones are held out.
+        demand.add_choice(usable[memory_parts - 1].sizes, LabelTokenizer(plm.tokenizer, task.labels).check(task))
     report = check_files(parts, problems, task.labels)
     report.task = task.name
     report.examples = [_example(plm, task, pair) for pair in islice(usable[0].pairs, _EXAMPLES)]

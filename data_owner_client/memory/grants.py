@@ -135,21 +135,23 @@ def shortfalls_of(
             yield from _of_distributions(quota, contexts_needed(card), cached)
     elif (quota := quotas.get("head-rows")) is not None:
         yield from _of_head_rows(quota, len(demand.target_ids))
-    tokens = demand.tokens + demand.choice_tokens + _recovery_tokens(card, demand, cached)
+    tokens = tokens_needed(card, demand, cached)
     for name, unit, trivial in (("day", "days", 1), ("minute", "minutes", 10)):
         if (quota := quotas.get(name)) is not None:
             yield from _of_tokens(quota, tokens, unit, trivial)
 
 
 def tokens_needed(card: ModelCard, demand: Demand, cached: int) -> int:
-    """Tokens of the requests that build a memory and recover the LM head. What `train` decodes comes on top.
+    """Tokens of the requests that build a memory, recover the LM head and score held-out labels.
+
+    Texts that `train` decodes come on top.
 
     Args:
         card: the server's model card.
         demand: what will be asked for.
         cached: full distributions in the cache.
     """
-    return demand.tokens + _recovery_tokens(card, demand, cached)
+    return demand.tokens + demand.choice_tokens + _recovery_tokens(card, demand, cached)
 
 
 def needed_scopes(card: ModelCard, context_mode: ContextMode) -> dict[str, str]:

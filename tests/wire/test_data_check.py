@@ -118,6 +118,30 @@ def test_tokens_and_money_are_what_building_uses(tiny_models: TinyModels, task: 
     assert not cost["refused"]
 
 
+def test_the_choice_of_a_classifier_is_announced(tiny_models: TinyModels, tmp_path: Path) -> None:
+    """More tokens are announced than building takes, and no more than `train` uses, which also measures calls."""
+    store = TenantStore(f"sqlite:///{tmp_path}/owner.db")
+    key = str(store.add("acme", quotas=Quotas(tokens_per_day=100_000)))
+    service = make_service(tiny_models["llama"], max_sequence_tokens=256)
+    files = []
+    for name in ("train", "dev"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"{name} {n}", "label": WORDS[n % 2]}) + "\n" for n in range(20)))
+        files.append(path)
+    task = tmp_path / "task.toml"
+    task.write_text('name = "tiny"\nkind = "classify"\n')
+    arguments = ["--task", task, "--validation", files[1], "--api-key", key]
+    memory, adapter = tmp_path / "m", tmp_path / "a"
+    with serve(service, access=TenantKeyAuthenticator(store, Ledger(store.database))) as url:
+        announced = client_json(url, "data check", files[0], *arguments)["cost"]["tokens"]
+        before = _left(url, key)
+        client_json(url, "build-memory", "--memory", memory, "--input", files[0], *arguments)
+        built = before - _left(url, key)
+        client_json(url, "train", "--memory", memory, "--adapter", adapter, "--no-search", "--api-key", key)
+        used = before - _left(url, key)
+    assert built < announced <= used
+
+
 def test_what_the_owner_refuses_must_be_mended(tiny_models: TinyModels, task: Path, tmp_path: Path) -> None:
     store = TenantStore(f"sqlite:///{tmp_path}/owner.db")
     key = str(store.add("acme", ["card", "decode"]))
