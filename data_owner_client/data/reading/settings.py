@@ -33,7 +33,7 @@ class ReadingSettings:
     source_field: str | None = None
     target_field: str | None = None
     header: Annotated[bool, Parameter(negative="--no-header")] = True
-    labels: Annotated[tuple[str, ...], Parameter(consume_multiple=True, allow_leading_hyphen=False)] = ()
+    labels: Annotated[tuple[str, ...], Parameter(consume_multiple=1, allow_leading_hyphen=False)] = ()
     skip_invalid: bool = False
 
     def __post_init__(self) -> None:

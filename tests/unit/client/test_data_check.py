@@ -199,6 +199,7 @@ def test_conversations_are_checked_against_a_task_as_they_will_be_learned(tmp_pa
 
 
 def test_usage_names_the_whole_command() -> None:
-    done = client(None, "data check")
-    assert done.returncode == 2
-    assert "See pema-client data check --help." in done.stderr
+    for arguments in ([], ["a.jsonl", "--labels"]):
+        done = client(None, "data check", *arguments)
+        assert done.returncode == 2
+        assert "See pema-client data check --help." in done.stderr
