@@ -118,6 +118,11 @@ class ChatTemplate:
         return any(node.name == "strftime_now" for node in self._tree.find_all(nodes.Name))
 
     @cached_property
+    def reads_tools(self) -> bool:
+        """False if the template never looks at tools, so that a conversation loses them."""
+        return any(node.name == "tools" for node in self._tree.find_all(nodes.Name))
+
+    @cached_property
     def sought_text(self) -> str:
         """All text that the template compares others with, or gives to functions, one after another."""
         users = self._tree.find_all((nodes.Compare, nodes.Call, nodes.Filter, nodes.Test))

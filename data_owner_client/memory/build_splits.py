@@ -132,6 +132,8 @@ def build_memories(
             )
     if changes := describe_target_changes(plm.tokenizer, chain(*(build.pairs for build in builds))):
         reporter.say(changes)
+    if lost := sum(task.loses_tools(pair.question, plm.tokenizer) for build in builds for pair in build.pairs):
+        reporter.say(f"The model's chat template writes no tools: {lost:,} pairs are learned without them.")
     if task.kind == "classify":
         demand.add_choice(builds[1].sizes, LabelTokenizer(plm.tokenizer, task.labels).check(task))
     require_granted(plm, demand, reporter)

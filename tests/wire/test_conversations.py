@@ -209,3 +209,13 @@ def test_other_tasks_refuse_conversations_and_say_what_to_do(url: str, tmp_path:
     assert [pair.source for pair in ExternalMemory(tmp_path / "m" / TRAIN).pairs()] in (
         [f"the thin\n\ndie {number} 0"] for number in (1, 2)
     )
+
+
+def test_tools_that_the_template_does_not_write_are_counted(url: str, tmp_path: Path) -> None:
+    records = [{"messages": messages(number), **({"tools": [TOOL]} if number < 2 else {})} for number in range(4)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    done = client(url, "build-memory", "--input", path, "--task", "chat", "--memory", tmp_path / "memory")
+    assert done.returncode == 0, done.stderr
+    # Of each conversation, a private memory learns the first answer.
+    assert "The model's chat template writes no tools: 2 pairs are learned without them." in done.stderr

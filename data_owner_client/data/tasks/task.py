@@ -223,6 +223,11 @@ class Task(BaseModel):
         templates = (self._template_for(tokenizer, tools) for tools in (self.tools, ()))
         return self.model_copy(update={"date": day}) if any(each.reads_clock for each in templates) else self
 
+    def loses_tools(self, source: Source, tokenizer: PlmTokenizer) -> bool:
+        """True if the source has tools that the model's chat template does not write."""
+        tools = source.tools if isinstance(source, Conversation) else None
+        return bool(tools) and self.format == "chat" and not self._chat_template(tokenizer, source).reads_tools
+
     def require_answer(self, pair: Pair | Shot) -> None:
         """Check that the target of a pair or an example can be an answer.
 
