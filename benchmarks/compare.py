@@ -37,6 +37,12 @@ def main() -> None:
     parser.add_argument("--without-weights", action="store_true", help="leave out what needs the PLM's weights")
     parser.add_argument("--train", type=int, default=1500, help="training pairs at most, when the data is prepared")
     parser.add_argument("--minutes", type=float, default=5, help="minutes for each training (`pema-client compare`)")
+    parser.add_argument(
+        "--consensus",
+        type=int,
+        default=0,
+        help="texts that PEMA's own systems draw for each source (`pema-client compare`)",
+    )
     arguments = parser.parse_args()
     wanted = arguments.only or [*SYSTEMS, *(() if arguments.without_weights else WEIGHT_SYSTEMS)]
     # Without a name, the client measures all systems that differ on the task.
@@ -49,24 +55,24 @@ def main() -> None:
             if system in wanted:
                 _run("benchmarks.weights", system, str(data), "--rows", str(rows))
         # The PLM's row costs little, and all others are tested against it.
-        _compare(data, others or ([PLM] if arguments.only else []), arguments.minutes)
+        options = ["--minutes", str(arguments.minutes), "--consensus", str(arguments.consensus)]
+        _compare(data, others or ([PLM] if arguments.only else []), options)
 
 
-def _compare(data: Path, systems: Sequence[str], minutes: float) -> None:
+def _compare(data: Path, systems: Sequence[str], options: Sequence[str]) -> None:
     """Measure systems by `pema-client compare`, whose table has the rows of all others, too.
 
     Args:
         data: folder of the data set.
         systems: names of the systems; empty for all.
-        minutes: minutes for each training.
+        options: further options of the command.
     """
     parts = {"input": "train", "validation": "validation", "test": "test"}
     files = [text for option, part in parts.items() for text in (f"--{option}", str(data / f"{part}.jsonl"))]
     only = [text for system in systems for text in ("--only", system)]
     with server(FOLDER / "server.log") as (port, _):
         command = ["compare", "--server", f"http://127.0.0.1:{port}", *files, "--task", str(data / "task.toml")]
-        options = ["--folder", str(FOLDER), "--minutes", str(minutes), "--share-targets"]
-        _run("data_owner_client.cli", *command, *options, *only)
+        _run("data_owner_client.cli", *command, "--folder", str(FOLDER), "--share-targets", *options, *only)
 
 
 def _run(module: str, *arguments: str) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from annotated_types import Ge
 from cyclopts import Parameter
 
 from data_owner_client.cli.app import command, set_threads
@@ -156,6 +157,11 @@ def compare(
     ] = None,
     reading: Reading = DEFAULT_READING,
     settings: Training = DEFAULT_TRAINING,
+    consensus: Annotated[
+        int,
+        Ge(0),
+        Parameter(help="Texts that PEMA's own systems draw for a consensus; 0 for none, a ninth of the decoding."),
+    ] = 8,
     scoring: Scoring = DEFAULT_SCORING,
     folder: Annotated[
         PathOption, Parameter(help="Folder for the results, and below it memories and adapters.", group=OUTPUT)
@@ -201,6 +207,7 @@ def compare(
         folder / loaded.name,
         only=only or (),
         settings=settings,
+        consensus=consensus,
         scoring=scoring,
         skip_invalid=reading.skip_invalid,
         reporter=stderr_reporter(),

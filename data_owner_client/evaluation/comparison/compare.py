@@ -8,7 +8,7 @@ from data_owner_client.data.earlier_answers import first_answers
 from data_owner_client.data.tasks import Task
 from data_owner_client.evaluation.comparison.results import Comparison, SystemResult, comparison_rows
 from data_owner_client.evaluation.comparison.runner import ComparisonRunner, Connect, Splits, comparison_task
-from data_owner_client.evaluation.comparison.systems import SYSTEMS, systems_for
+from data_owner_client.evaluation.comparison.systems import SYSTEMS, draws_for, systems_for
 from data_owner_client.evaluation.task_metrics import TaskMetrics
 from data_owner_client.memory.usable_pairs import require_usable
 from data_owner_client.runtime.arguments import AnyPath, to_path
@@ -27,6 +27,7 @@ def compare(
     *,
     only: Sequence[str] = (),
     settings: TrainingSettings | None = None,
+    consensus: int = 8,
     scoring: ScoringSettings = DEFAULT_SCORING,
     skip_invalid: bool = False,
     reporter: Reporter | None = None,
@@ -43,6 +44,7 @@ def compare(
         folder: folder for memories, adapters and rows.
         only: names of the systems to measure; empty for all.
         settings: training settings of PEMA's own systems; None for the defaults. Those of baselines are fixed or tuned.
+        consensus: texts drawn for each source by PEMA's own systems, of which the most typical one counts; 0 for none.
         scoring: settings of the scores.
         skip_invalid: leave out pairs that cannot be used, and log how many there are.
         reporter: shows the progress.
@@ -53,7 +55,7 @@ def compare(
         PemaError: a call to the PLM failed.
     """
     folder, reporter = to_path(folder), reporter or Reporter()
-    systems = systems_for(task, only, reporter)
+    systems = systems_for(task, only, consensus, reporter)
     with connect() as plm:
         task = comparison_task(task, plm, splits, folder)
         # The last systems, which are private, need their pairs after hours.
@@ -66,7 +68,8 @@ def compare(
                 "Private memories learn the first answer of each conversation, and a file has later ones alone.",
                 hint="Give conversations from their beginning, or leave the private systems out with --only.",
             )
-        runner = ComparisonRunner(connect, plm, task, splits, folder, settings or TrainingSettings(), reporter)
+        settings, draws = settings or TrainingSettings(), draws_for(task, consensus)
+        runner = ComparisonRunner(connect, plm, task, splits, folder, settings, draws, reporter)
         scorer = scorer_for(task, [references_of(pair, task, plm.tokenizer) for pair in splits.test], scoring)
         for name, system in systems.items():
             runner.measure(name, system.what, system.measure, fixed_settings=system.fixed_settings)

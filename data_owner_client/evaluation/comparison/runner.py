@@ -88,6 +88,7 @@ class ComparisonRunner:
         splits: pairs of the task.
         folder: folder for memories, adapters and rows.
         settings: training settings of PEMA's own systems.
+        consensus: texts drawn for each source for a consensus; 0 for none.
         reporter: shows the progress.
     """
 
@@ -99,6 +100,7 @@ class ComparisonRunner:
         splits: Splits,
         folder: Path,
         settings: TrainingSettings,
+        consensus: int,
         reporter: Reporter,
     ) -> None:
         self.connect = connect
@@ -107,6 +109,7 @@ class ComparisonRunner:
         self._splits = splits
         self._folder = folder
         self.settings = settings
+        self.consensus = consensus
         self._reporter = reporter
         digests = [digest_pairs(part) for part in vars(splits).values()]
         self._data_identity = [plm.card.digest, self.task.model_dump(mode="json"), digests]
@@ -125,7 +128,7 @@ class ComparisonRunner:
             system: measures it.
             fixed_settings: the settings of the call do not change it.
         """
-        record = [*self._data_identity, *([] if fixed_settings else [asdict(self.settings)])]
+        record = [*self._data_identity, *([] if fixed_settings else [asdict(self.settings), self.consensus])]
         identity = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
         stored = SystemResult.load(self._folder / "rows", name)
         if stored is None or stored.identity != identity:

@@ -24,8 +24,6 @@ from protocol.errors import InvalidData
 from protocol.head import LMHead
 
 PUBLISHED_INTERPOLATION = Interpolation(schedule="gradual", lambda_max=0.9)
-# Texts drawn for each source for a consensus.
-CONSENSUS = 8
 _ALONE = Interpolation(schedule="none")
 _NO_ADAPTER = {"adapter_bytes": 0, "owner_discloses": 0}
 
@@ -92,18 +90,18 @@ def _most_probable(runner: ComparisonRunner) -> SystemResult:
 
 
 def _best(runner: ComparisonRunner) -> SystemResult:
-    return runner.measure_adapter(*runner.best, "teacher-forced", consensus=_draws(runner))
+    return runner.measure_adapter(*runner.best, "teacher-forced", consensus=runner.consensus)
 
 
 def _private(runner: ComparisonRunner) -> SystemResult:
     adapter, report = runner.trained("private", "private", _private_settings(runner))
-    return runner.measure_adapter(adapter, report, "private", consensus=_draws(runner))
+    return runner.measure_adapter(adapter, report, "private", consensus=runner.consensus)
 
 
 def _private_by_position(runner: ComparisonRunner) -> SystemResult:
     settings = replace(_private_settings(runner), pairing="by_position", form="residual")
     adapter, report = runner.trained("private_by_position", "private", settings)
-    return runner.measure_adapter(adapter, report, "private", consensus=_draws(runner))
+    return runner.measure_adapter(adapter, report, "private", consensus=runner.consensus)
 
 
 def _private_settings(runner: ComparisonRunner) -> TrainingSettings:
@@ -119,14 +117,16 @@ class System:
         what: description for tables.
         measure: measures it with a runner.
         fixed_settings: the training settings of the call do not change it.
-        same_for_labels: name of the system that it equals where answers are labels, which are not drawn and whose
-            length is not rewarded; empty for a system of its own.
+        same_for_labels: name of the system that it equals where answers are labels, whose length is not rewarded;
+            empty for a system of its own.
+        same_without_draws: name of the system that it equals without a consensus; empty for a system of its own.
     """
 
     what: str
     measure: Callable[[ComparisonRunner], SystemResult]
     fixed_settings: bool = False
     same_for_labels: str = ""
+    same_without_draws: str = ""
 
 
 SYSTEMS: dict[str, System] = {
@@ -139,44 +139,52 @@ SYSTEMS: dict[str, System] = {
     "without_length_reward": System(
         "all that training chose but for the length reward", _without_length_reward, same_for_labels=BEST
     ),
-    "most_probable": System("all that training chose, the most probable tokens", _most_probable, same_for_labels=BEST),
-    BEST: System(f"all that training chose, consensus of {CONSENSUS} draws", _best),
+    "most_probable": System(
+        "all that training chose, the most probable tokens", _most_probable, same_without_draws=BEST
+    ),
+    BEST: System("all that training chose", _best),
     "private": System("the same on a private memory, contexts aligned", _private),
     "private_by_position": System("a private memory paired as the paper draws it", _private_by_position),
 }
 """Systems that `compare` measures, by name."""
 
 
-def systems_for(task: Task, only: Sequence[str], reporter: Reporter) -> dict[str, System]:
+def systems_for(task: Task, only: Sequence[str], consensus: int, reporter: Reporter) -> dict[str, System]:
     """The systems to measure on a task, by name. The reporter says which are left out, as they equal others.
 
     Args:
         task: the task.
         only: names of the systems to measure; empty for all.
+        consensus: texts drawn for each source for a consensus; 0 for none.
         reporter: receives the names that are left out.
 
     Raises:
-        InvalidData: a name is not that of a system, or its system equals another one on this task.
+        InvalidData: a name is not that of a system, or its system equals another one here.
     """
+    draws = draws_for(task, consensus)
+    same = {name: _equal_system(system, task, draws) for name, system in SYSTEMS.items()}
     for name in only:
         if name not in SYSTEMS:
             raise InvalidData(f"There is no system {name}.", hint=f"There are {', '.join(SYSTEMS)}.")
-        if task.kind == "classify" and SYSTEMS[name].same_for_labels:
-            other = SYSTEMS[name].same_for_labels
-            raise InvalidData(f"On labels {name} is the same as {other}.", hint=f"Use --only {other}.")
-    if task.kind != "classify":
-        return {name: system for name, system in SYSTEMS.items() if not only or name in only}
-    best = replace(SYSTEMS[BEST], what="all that training chose")
-    systems = {name: system for name, system in (SYSTEMS | {BEST: best}).items() if not system.same_for_labels}
-    if not only:
-        left_out = ", ".join(name for name in SYSTEMS if name not in systems)
-        reporter.say(f"Left out, as labels are not drawn and have no length reward: {left_out}. They equal {BEST}.")
-    return {name: system for name, system in systems.items() if not only or name in only}
+        if same[name]:
+            raise InvalidData(f"{name} is the same as {same[name]} here.", hint=f"Use --only {same[name]}.")
+    if not only and any(same.values()):
+        left_out = (f"{name} equals {other}" for name, other in same.items() if other)
+        reporter.say(f"Left out: {', '.join(left_out)}.")
+    best = replace(SYSTEMS[BEST], what=f"{SYSTEMS[BEST].what}, consensus of {draws} draws")
+    systems = SYSTEMS | ({BEST: best} if draws else {})
+    return {name: system for name, system in systems.items() if not same[name] and (not only or name in only)}
 
 
-def _draws(runner: ComparisonRunner) -> int:
-    """Texts drawn for a consensus; none where answers are labels."""
-    return 0 if runner.task.kind == "classify" else CONSENSUS
+def draws_for(task: Task, consensus: int) -> int:
+    """Texts drawn for each source; none where answers are labels."""
+    return 0 if task.kind == "classify" else consensus
+
+
+def _equal_system(system: System, task: Task, draws: int) -> str:
+    """The name of the system that it equals; empty for none."""
+    equal_for_labels = system.same_for_labels if task.kind == "classify" else ""
+    return equal_for_labels or ("" if draws else system.same_without_draws)
 
 
 @dataclass(frozen=True)

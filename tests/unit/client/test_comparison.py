@@ -137,7 +137,7 @@ def test_rows_of_other_work_are_measured_again(tiny_service: PlmService, tmp_pat
 
     def measure(task: Task, pair: Pair, rank: int = 4) -> None:
         splits, settings = Splits([pair], [pair], [pair]), TrainingSettings(rank=rank)
-        runner = ComparisonRunner(lambda: plm, plm, task, splits, tmp_path, settings, Reporter())
+        runner = ComparisonRunner(lambda: plm, plm, task, splits, tmp_path, settings, 8, Reporter())
 
         def system(_: ComparisonRunner) -> SystemResult:
             calls.append(task.kind)
@@ -170,7 +170,7 @@ def test_rows_of_fixed_settings_stay(tiny_service: PlmService, tmp_path: Path) -
             calls.append(runner.settings.rank)
             return measured("", ["Ja."])
 
-        runner = ComparisonRunner(lambda: plm, plm, Task(name="t"), splits, tmp_path, settings, Reporter())
+        runner = ComparisonRunner(lambda: plm, plm, Task(name="t"), splits, tmp_path, settings, 8, Reporter())
         runner.measure("plm", "a system", system, fixed_settings=True)
     assert calls == [4]
 
@@ -185,21 +185,23 @@ def test_later_answers_alone_are_refused_before_the_first_system(tiny_service: P
     assert not any(tmp_path.iterdir())
 
 
-def test_on_labels_no_system_is_measured_twice() -> None:
+def test_no_system_is_measured_twice() -> None:
     reporter = Listening()
     labels, texts = (Task(name="t", kind=kind) for kind in ("classify", "rewrite"))
-    assert set(SYSTEMS) - set(systems_for(labels, (), reporter)) == {"without_length_reward", "most_probable"}
+    assert set(SYSTEMS) - set(systems_for(labels, (), 8, reporter)) == {"without_length_reward", "most_probable"}
+    assert set(SYSTEMS) - set(systems_for(texts, (), 0, reporter)) == {"most_probable"}
     assert reporter.said == [
-        "Left out, as labels are not drawn and have no length reward: without_length_reward, most_probable. "
-        "They equal best."
+        "Left out: without_length_reward equals best, most_probable equals best.",
+        "Left out: most_probable equals best.",
     ]
-    assert "consensus" not in systems_for(labels, (), reporter)["best"].what
-    assert list(systems_for(texts, (), reporter)) == list(SYSTEMS)
-    assert list(systems_for(texts, ("best", "plm"), reporter)) == ["plm", "best"]
-    with pytest.raises(InvalidData, match="On labels most_probable is the same as best"):
-        systems_for(labels, ("most_probable",), reporter)
+    assert "consensus" not in systems_for(labels, (), 8, reporter)["best"].what
+    assert list(systems_for(texts, (), 8, reporter)) == list(SYSTEMS)
+    assert list(systems_for(texts, ("best", "plm"), 8, reporter)) == ["plm", "best"]
+    for task, consensus in ((labels, 8), (texts, 0)):
+        with pytest.raises(InvalidData, match="most_probable is the same as best here"):
+            systems_for(task, ("most_probable",), consensus, reporter)
     with pytest.raises(InvalidData, match="There is no system gpt"):
-        systems_for(texts, ("gpt",), reporter)
+        systems_for(texts, ("gpt",), 8, reporter)
 
 
 def rows(seed: int) -> tuple[Tensor, Tensor]:
