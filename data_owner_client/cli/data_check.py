@@ -81,8 +81,7 @@ def check(
     """
     from data_owner_client.cli.data_tables import print_data_report
     from data_owner_client.cli.output import print_record
-    from data_owner_client.data.checking.answers import check_without_model
-    from data_owner_client.data.checking.files import read_parts
+    from data_owner_client.data.checking.files import check_files, read_parts
     from data_owner_client.data.reading.problems import Problems
 
     chosen, problems = _task(task), Problems()
@@ -105,8 +104,12 @@ def check(
                 price=price_per_million_tokens,
                 reporter=stderr_reporter(),
             )
+    elif chosen is None:
+        report = check_files(parts, problems)
     else:
-        report = check_without_model(
+        from data_owner_client.data.checking.answers import check_answers  # needs torch
+
+        report = check_answers(
             chosen,
             parts,
             problems,

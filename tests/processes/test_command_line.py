@@ -92,11 +92,14 @@ def test_a_killed_build_is_resumed_by_the_same_command(
         ours.load()  # checks every checksum
 
 
-def test_an_interrupted_build_says_how_to_go_on(url: str, many: tuple[list[Any], Path], tmp_path: Path) -> None:
-    arguments, _ = many
-    command = processes.client_command(url, "build-memory", *arguments, tmp_path)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "train").glob("shard-*")):
+def test_an_interrupted_build_says_how_to_go_on(url: str, task: Path, tmp_path: Path) -> None:
+    # So many that the build has long not ended when the first shard is seen.
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 6000, seed=4)
+    arguments = ["--task", task, "--input", pairs, "--share-targets", "--memory", tmp_path / "memory"]
+    process = subprocess.Popen(
+        processes.client_command(url, "build-memory", *arguments), stderr=subprocess.PIPE, text=True
+    )
+    while not list((tmp_path / "memory" / "train").glob("shard-*")):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)

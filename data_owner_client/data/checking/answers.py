@@ -15,13 +15,13 @@ from data_owner_client.data.tasks import Task
 from protocol.errors import InvalidData
 
 
-def check_without_model(
-    task: Task | None, parts: Sequence[Part], problems: Problems, *, memory_parts: int, share_earlier_answers: bool
+def check_answers(
+    task: Task, parts: Sequence[Part], problems: Problems, *, memory_parts: int, share_earlier_answers: bool
 ) -> DataReport:
-    """Report on files without a server.
+    """Report on files and their answers to a task, without a server.
 
     Args:
-        task: the task; None if only the files are to be checked.
+        task: the task.
         parts: the files; the first ones become memories.
         problems: problems of reading; those of the task are added.
         memory_parts: number of files that become memories.
@@ -31,14 +31,13 @@ def check_without_model(
     if not share_earlier_answers:
         learned[:memory_parts] = map(first_answers, learned[:memory_parts])
     try:
-        if task is not None:
-            _check_answers(task, learned, problems, memory_parts=memory_parts)
+        _add_problems(task, learned, problems, memory_parts=memory_parts)
     except InvalidData as error:  # such as too many labels
         return with_problem_of_all(check_files(parts, problems), error)
-    return check_files(parts, problems, task.labels if task else ())
+    return check_files(parts, problems, task.labels)
 
 
-def _check_answers(task: Task, parts: Sequence[Sequence[Pair]], problems: Problems, *, memory_parts: int) -> None:
+def _add_problems(task: Task, parts: Sequence[Sequence[Pair]], problems: Problems, *, memory_parts: int) -> None:
     """Add the problems of pairs that the task cannot have.
 
     Args:
