@@ -157,7 +157,7 @@ def train(
     settings, trained = search_settings(
         candidate_settings, fit, forms=forms, on_trial=on_trial, has_time_for=has_time_for
     )
-    wishes = replace(work.wishes, trainings=0, search=False)
+    wishes, planned_texts = replace(work.wishes, trainings=0, search=False), work.texts
     work = WorkPlan.within(budget.left, wishes, work.costs)
     with_policy = partial(assemble_adapter, memories, inputs, settings, trained)
     policies = select_decoding_policy(
@@ -172,6 +172,8 @@ def train(
         store=TextStore(folder / _CHECKPOINTS, [inputs.identity, checkpoint(settings).name]),
     )
     best = policies[0]
+    if planned_texts and best.scores is None:
+        reporter.say("Left out: the choice by decoded texts. What came before took longer than estimated.")
     why = f"{best}: {best.nll:.3f} nats per token of the validation examples (the PLM alone: {inputs.plm_nll:.3f})"
     if best.scores is not None:
         why += f", {scores_in_words(memories.scorer.metrics, best.scores)} on the decoded ones"

@@ -194,6 +194,23 @@ def test_a_call_that_goes_on_decodes_no_text_again(plm: RemotePlm, memory: Path,
     assert not list((tmp_path / "stopped").glob(".training-*"))
 
 
+def test_decoded_texts_that_are_left_out_after_all_are_named(
+    plm: RemotePlm, shared_memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, reporter = [0.0], Stopping()
+    say = reporter.say
+
+    def say_slowly(text: str) -> None:
+        say(text)
+        now[0] += 1e6 * text.startswith("Within")  # the training takes longer than estimated
+
+    monkeypatch.setattr(reporter, "say", say_slowly)
+    settings = replace(TIMED, search=False)
+    report = train(plm, shared_memory, tmp_path / "a", settings=settings, reporter=reporter, clock=lambda: now[0])[1]
+    assert report.options[0].scores is None
+    assert "Left out: the choice by decoded texts. What came before took longer than estimated." in reporter.said
+
+
 NAMES = ("wohnzimmerlampean", "wohnzimmerlampeaus")
 NAMED_PAIRS = [Pair(f"the thin {number}", NAMES[number % 2]) for number in range(20)]
 
