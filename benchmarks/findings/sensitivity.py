@@ -11,9 +11,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.sensitivity.measurement import LAMBDAS, SCHEDULES, Measurement
+from benchmarks.sensitivity.measurement import SCHEDULES, Measurement
 from benchmarks.sensitivity.points import FACTORS, Point
 from benchmarks.sensitivity.results import Results
+from data_owner_client.training.validation import LAMBDAS
 
 _NUMERIC = {"rank": "rank R", "kappa": "κ", "pairs": "training pairs"}
 _TITLES = _NUMERIC | {"form": "form", "context": "contexts", "model": "model"}

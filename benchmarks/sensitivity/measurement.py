@@ -29,9 +29,8 @@ from data_owner_client.training.likelihood import plm_target_logprobs
 from data_owner_client.training.policies import DecodingPolicy
 from data_owner_client.training.train import assemble_adapter
 from data_owner_client.training.trainer import Trained
-from data_owner_client.training.validation import ValidationData, target_logprobs
+from data_owner_client.training.validation import LAMBDAS, ValidationData, target_logprobs
 
-LAMBDAS = (*(number / 20 for number in range(1, 20)), 0.97, 0.99)
 SCHEDULES: tuple[Schedule, ...] = tuple(name for name in get_args(Schedule) if name != "none")
 
 

@@ -12,7 +12,7 @@ from data_owner_client.data.reading.problems import InvalidText
 from protocol.chat_template import ChatMessage
 
 CHAT_HINT = 'Use a task with kind = "chat", for example --task chat.'
-"""What to do about conversations that a task does not show."""
+"""Hint for conversations that a task does not show."""
 
 
 def single_text(source: Source) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pydantic import JsonValue
 
 ITEM_SEPARATOR, KEY_SEPARATOR = ", ", ": "
-"""What stands between items, and behind a key, in JSON that an adapter learns: one line, as in most JSON of a page."""
+"""Separators of items, and of keys and values, in JSON that an adapter learns: one line, as most JSON on pages has."""
 
 # Up to here, every integer is a float64.
 _EXACT_INTEGERS = 2**53

@@ -19,8 +19,8 @@ from data_owner_client.data.tasks import Task
 from data_owner_client.data.validation_split import split_validation
 from data_owner_client.memory.build import MemoryBuild
 from data_owner_client.memory.grants import Demand, require_granted
+from data_owner_client.memory.pair_changes import describe_changes
 from data_owner_client.memory.store import TRAIN, VALIDATION, ExternalMemory
-from data_owner_client.memory.target_changes import describe_target_changes
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.plm.tokenizer import PlmTokenizer
@@ -130,10 +130,8 @@ def build_memories(
             raise InvalidData(
                 f"No pair is left for {build.folder}.", hint="Give more pairs, or say another --validation-fraction."
             )
-    if changes := describe_target_changes(plm.tokenizer, chain(*(build.pairs for build in builds))):
-        reporter.say(changes)
-    if lost := sum(task.loses_tools(pair.question, plm.tokenizer) for build in builds for pair in build.pairs):
-        reporter.say(f"The model's chat template writes no tools: {lost:,} pairs are learned without them.")
+    for line in describe_changes(task, plm.tokenizer, chain(*(build.pairs for build in builds))):
+        reporter.say(line)
     if task.kind == "classify":
         demand.add_choice(builds[1].sizes, LabelTokenizer(plm.tokenizer, task.labels).check(task))
     require_granted(plm, demand, reporter)

@@ -15,8 +15,8 @@ from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.training.batches import Batch
 from protocol.head import LMHead
 
-# At 1, tokens that are no candidates would be impossible.
-_LAMBDAS = (*(i / 20 for i in range(1, 20)), 0.97, 0.99)
+LAMBDAS = (*(i / 20 for i in range(1, 20)), 0.97, 0.99)
+"""Values of λ_max that are compared. At 1, tokens that are no candidates would be impossible."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ValidationData:
 
     def best(self, pema_logprob_N: Tensor, schedule: Schedule) -> tuple[Interpolation, float]:
         """The likeliest interpolation with this schedule, and its loss in nats per token."""
-        interpolations = [Interpolation(schedule=schedule, lambda_max=value) for value in _LAMBDAS]
+        interpolations = [Interpolation(schedule=schedule, lambda_max=value) for value in LAMBDAS]
         return min(
             ((each, self.mixture_nll(pema_logprob_N, each)) for each in interpolations), key=lambda pair: pair[1]
         )

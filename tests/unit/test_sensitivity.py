@@ -12,7 +12,7 @@ import torch
 from benchmarks.findings import comparisons, sensitivity
 from benchmarks.findings.__main__ import with_section
 from benchmarks.in_process import served
-from benchmarks.sensitivity.measurement import LAMBDAS, Bench, Measurement, Splits, standard_error
+from benchmarks.sensitivity.measurement import Bench, Measurement, Splits, standard_error
 from benchmarks.sensitivity.points import FACTORS, Point, answered_points, points
 from benchmarks.sensitivity.results import Results
 from data_owner_client import Pair, Task
@@ -20,6 +20,7 @@ from data_owner_client.evaluation.comparison.results import Comparison, SystemRe
 from data_owner_client.evaluation.task_metrics import TaskMetrics
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.scoring.scorers import scorer_for
+from data_owner_client.training.validation import LAMBDAS
 from harness.tiny_models import TinyModels
 
 MEASUREMENT = Measurement(

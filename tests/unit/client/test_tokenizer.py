@@ -8,7 +8,8 @@ import pytest
 from tokenizers import AddedToken
 
 from data_owner_client.data.pairs import Pair
-from data_owner_client.memory.target_changes import describe_target_changes
+from data_owner_client.data.tasks import Task
+from data_owner_client.memory.pair_changes import describe_changes
 from data_owner_client.plm.tokenizer import MarkedText, PlmTokenizer, Prompt
 from protocol.errors import InvalidData, ProtocolViolation
 from protocol.messages import TokenizerBundle
@@ -99,8 +100,7 @@ def test_a_file_that_is_no_tokenizer_is_refused() -> None:
 
 def test_targets_that_the_tokenizer_changes_are_counted() -> None:
     pairs = [Pair("a", "hello"), Pair("b", "he HELLO"), Pair("c"), Pair("d", "MASK")]
-    line = describe_target_changes(make("bert"), pairs)
-    assert line is not None
+    (line,) = describe_changes(Task(name="t"), make("bert"), pairs)
     assert "2 of 3 targets" in line
     assert "'he HELLO' becomes 'he hello'" in line
-    assert describe_target_changes(make("gpt2"), pairs) is None
+    assert describe_changes(Task(name="t"), make("gpt2"), pairs) == []
