@@ -18,7 +18,6 @@ from data_owner_client.data.checking.report import (
     Lengths,
     Overlap,
     PartReport,
-    Problem,
     Repeated,
     counted,
 )
@@ -26,7 +25,7 @@ from data_owner_client.data.earlier_answers import shows_earlier_answers
 from data_owner_client.data.pair_files import PairFile
 from data_owner_client.data.pairs import Pair, hash_text
 from data_owner_client.data.reading.files import display_name
-from data_owner_client.data.reading.problems import Problems
+from data_owner_client.data.reading.problems import ProblemKind, Problems
 from data_owner_client.data.reading.records import Recognised, scan
 from data_owner_client.data.reading.settings import ReadingSettings
 from protocol.errors import InvalidData
@@ -85,7 +84,7 @@ def check_files(parts: Sequence[Part], problems: Problems, labels: Sequence[str]
     return DataReport(
         parts=reports,
         overlaps=list(_overlaps(parts)),
-        problems=problems_of(problems),
+        problems=problems.by_kind(),
         warnings=[*_warnings(reports), *_unused_labels(parts[0], labels)],
         examples=[
             Example(prompt=pair.source, target=[pair.target or ""]) for pair in islice(parts[0].pairs, _EXAMPLES)
@@ -95,17 +94,9 @@ def check_files(parts: Sequence[Part], problems: Problems, labels: Sequence[str]
 
 def with_problem_of_all(report: DataReport, error: InvalidData) -> DataReport:
     """The report with a problem of the first file as a whole."""
-    problem = Problem(kind=error.detail, count=1, name=report.parts[0].name, lines=[], hint=error.hint)
+    problem = ProblemKind(kind=error.detail, count=1, name=report.parts[0].name, lines=[], hint=error.hint)
     report.problems = [*report.problems, problem]
     return report
-
-
-def problems_of(problems: Problems) -> list[Problem]:
-    """The problems by kind and file, the most frequent first."""
-    return [
-        Problem(kind=each.kind, count=each.count, name=each.name, lines=each.numbers, more=each.more, hint=each.hint)
-        for each in problems.by_kind()
-    ]
 
 
 def _read_part(path: str | Path, settings: ReadingSettings, problems: Problems, *, are_labels: bool) -> Part:

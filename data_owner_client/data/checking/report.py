@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, computed_field
 
+from data_owner_client.data.reading.problems import ProblemKind
 from data_owner_client.runtime.path_text import PathText
 
 
@@ -36,26 +37,6 @@ class Lengths(BaseModel):
             return None
         median, most, longest = np.percentile(lengths, (50, 95, 100), method="inverted_cdf")
         return cls(median=int(median), most=int(most), longest=int(longest))
-
-
-class Problem(BaseModel):
-    """Texts that cannot be used, all for one reason.
-
-    Attributes:
-        kind: what they have.
-        count: number of such texts.
-        name: name of their file.
-        lines: lines of the first ones.
-        more: whether other lines have it, too.
-        hint: one sentence that says what to do.
-    """
-
-    kind: str
-    count: int
-    name: PathText
-    lines: list[int]
-    more: bool = False
-    hint: str
 
 
 class Repeated(BaseModel):
@@ -206,7 +187,7 @@ class DataReport(BaseModel):
 
     parts: list[PartReport]
     overlaps: list[Overlap]
-    problems: list[Problem]
+    problems: list[ProblemKind]
     warnings: list[str]
     skip_invalid: bool = False
     task: str | None = None

@@ -7,6 +7,7 @@ from bisect import insort
 from collections import Counter
 from dataclasses import dataclass
 
+from data_owner_client.runtime.path_text import PathText
 from protocol.errors import InvalidData
 
 _LISTED_LINES = 10
@@ -55,24 +56,24 @@ class InvalidText(InvalidData):
         self.kind = kind
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProblemKind:
     """All problems of one kind in one input.
 
     Attributes:
         kind: what the texts have, or a sentence about them.
-        name: name of the file; `text` or `pair` for texts that come from no file.
         count: number of such texts.
-        numbers: the least numbers, in their order, each once.
+        name: name of the file; `text` or `pair` for texts that come from no file.
+        lines: lines of the first ones, or their numbers without a file, in their order, each once.
         more: whether there are others.
         hint: one sentence that says what to do.
     """
 
     kind: str
-    name: str
     count: int
-    numbers: list[int]
-    more: bool
+    name: PathText
+    lines: list[int]
+    more: bool = False
     hint: str
 
 
@@ -109,7 +110,14 @@ class Problems:
     def by_kind(self) -> list[ProblemKind]:
         """All problems by kind and file, the most frequent first."""
         return [
-            ProblemKind(key[2], key[0], count, list(self._numbers[key]), key in self._cut, self._hints[key[2]])
+            ProblemKind(
+                kind=key[2],
+                count=count,
+                name=key[0],
+                lines=list(self._numbers[key]),
+                more=key in self._cut,
+                hint=self._hints[key[2]],
+            )
             for key, count in self._counts.most_common()
         ]
 

@@ -217,7 +217,7 @@ def test_problems_list_the_first_lines_in_their_order() -> None:
     for number in (9, 5, 5, *range(30, 10, -1)):
         problems.add(Origin("a", number), InvalidText("a spot", hint=""))
     (kind,) = problems.by_kind()
-    assert (kind.count, kind.numbers, kind.more) == (23, [5, 9, *range(11, 19)], True)
+    assert (kind.count, kind.lines, kind.more) == (23, [5, 9, *range(11, 19)], True)
 
 
 def test_an_unanswered_question_is_a_problem_of_its_own(tmp_path: Path) -> None:
