@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self, get_args
 
+import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
@@ -40,6 +41,8 @@ from protocol.messages import (
 from protocol.rate_limits import RateLimitStatus
 from protocol.types import WireDtype
 
+# Owners count the rows that they give, and labels and forms of answers need the same ones in every call.
+_FEW_ROWS_KEPT = 64
 # Bound of |log Σ P| for probabilities in float16.
 _MAX_LOG_SUM_ERROR = 0.02
 
@@ -78,6 +81,7 @@ class RemotePlm:
             raise InvalidRequest(f"dtype is {dtype!r}.", hint=f"It must be one of {', '.join(get_args(WireDtype))}.")
         self._connection = connection
         self._cache = cache
+        self._few_head_rows = lru_cache(maxsize=_FEW_ROWS_KEPT)(lambda ids: self.head_rows(torch.tensor(ids)))
         self.dtype: WireDtype = dtype
         self.card: ModelCard = connection.model_card()
         if self.card.protocol_version != PROTOCOL_VERSION:
@@ -252,6 +256,10 @@ class RemotePlm:
             for ids_N in token_ids_C.split(self.card.limits.max_head_rows)
         ]
         return join_head(chunks).head()
+
+    def few_head_rows(self, token_ids_K: Tensor) -> LMHead:
+        """As `head_rows`, for few tokens that are often the same: the newest results are kept in memory."""
+        return self._few_head_rows(tuple(token_ids_K.tolist()))
 
     def full_head(self, reporter: Reporter | None = None) -> LMHead:
         """All rows of the LM head in the model's own dtype, from the cache or the server.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ class TokenSearch:
 
     def __init__(self, plm: RemotePlm) -> None:
         self._plm = plm
-        self._rows = lru_cache(maxsize=64)(self._request_rows)
 
     def most_probable(
         self, allowed_V: Tensor, h_D: Tensor, logsumexp: float, context: Sequence[int]
@@ -47,7 +46,7 @@ class TokenSearch:
         ids = allowed_V.nonzero()[:, 0]
         if len(ids) <= _MAX_ROWS and self._plm.card.head_policy != "none":
             with suppress(Forbidden):  # the budget of rows is spent
-                return _best(self._rows(tuple(ids.tolist())), ids, h_D, logsumexp)
+                return _best(self._plm.few_head_rows(ids), ids, h_D, logsumexp)
         if self._plm.grants("distribution"):
             with suppress(Forbidden):
                 token_ids_K, logprob_K = self._plm.most_probable(context, min(_MAX_TOKENS, len(allowed_V)))
@@ -57,9 +56,6 @@ class TokenSearch:
         if self._plm.card.head_policy == "full":
             return _best(self._head.rows(ids).to(torch.float32), ids, h_D, logsumexp)
         return None
-
-    def _request_rows(self, token_ids: tuple[int, ...]) -> LMHead:
-        return self._plm.head_rows(torch.tensor(token_ids))
 
     @cached_property
     def _head(self) -> LMHead:

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -34,9 +33,6 @@ from protocol.head import LMHead
 from protocol.messages import DecodeResponse
 from protocol.quantization import dequantize
 from protocol.timing import ServerTiming
-
-# Owners count the rows that they give, and the labels of a task are the same in every call.
-_head_rows = WeakKeyDictionary[RemotePlm, dict[tuple[int, ...], LMHead]]()
 
 
 @dataclass(frozen=True)
@@ -227,7 +223,4 @@ def _label_head(plm: RemotePlm, adapter: CandidateDistribution | None, token_ids
     """LM-head rows of the labels' tokens: the adapter's where it has all of them, else requested once."""
     if adapter is not None and bool((index_U := index_of(token_ids_U, adapter.candidate_ids_C)).min() >= 0):
         return adapter.head.rows(index_U)
-    known, key = _head_rows.setdefault(plm, {}), tuple(token_ids_U.tolist())
-    if key not in known:
-        known[key] = plm.head_rows(token_ids_U)
-    return known[key]
+    return plm.few_head_rows(token_ids_U)
