@@ -140,6 +140,8 @@ class Plm:
             raise Forbidden("no rows")
         return self._whole().rows(token_ids_C)
 
+    few_head_rows = head_rows
+
     def full_head(self, reporter: object = None) -> LMHead:
         if self.card.head_policy != "full":
             raise Forbidden("no head")
