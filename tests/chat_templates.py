@@ -6,6 +6,7 @@ are rewritten, what ends a turn, and which filters, tags and variables the templ
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from data_owner_client.plm.tokenizer import PlmTokenizer
 from harness.tiny_models import tiny_tokenizer
 from plm_owner_server.engines.model_files.tokenizer import bundle_tokenizer
+
+NOVEMBER = datetime.date(2026, 11, 27)
+"""The day of templates that read the clock."""
 
 TOOLS = [
     {

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
+from data_owner_client.plm.connection.base import Connection
 from harness import tiny_models
 from harness.tiny_models import ARCHITECTURES, TELLING, VOCAB_SIZE
 from plm_owner_server.admission.allowed_hosts import AllowedHosts
@@ -169,6 +170,16 @@ def serve_over_grpc(
         ServingState(service), access or guard.access(), max_body_bytes=max_body_bytes, **connections
     ) as url:
         yield url
+
+
+@contextmanager
+def connection_over(transport: str, service: PlmService) -> Iterator[Connection]:
+    """Serve over `rest` or `grpc` and give a client's connection."""
+    with (
+        (serve if transport == "rest" else serve_over_grpc)(service) as url,
+        closing(guard.connection(url)) as client,
+    ):
+        yield client
 
 
 @contextmanager

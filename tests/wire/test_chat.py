@@ -20,9 +20,10 @@ from harness.tiny_models import EOS, PAD, save_model
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import ConnectionFailed
 from protocol.messages import DecodeRequest, DecodeResponse, EncodeRequest, EncodeResponse
-from tests import guard, support
+from tests import support
+from tests.chat_templates import NOVEMBER
 
-NOVEMBER, DECEMBER = datetime.date(2026, 11, 27), datetime.date(2026, 12, 24)
+DECEMBER = datetime.date(2026, 12, 24)
 PLAIN = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ pad_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -55,11 +56,8 @@ def service(folder: Path) -> PlmService:
 
 @pytest.fixture(params=["rest", "grpc"])
 def connection(request: pytest.FixtureRequest, service: PlmService) -> Iterator[Connection]:
-    serve = support.serve if request.param == "rest" else support.serve_over_grpc
-    with serve(service) as url:
-        connection = guard.connection(url)
+    with support.connection_over(request.param, service) as connection:
         yield connection
-        connection.close()
 
 
 @pytest.fixture

@@ -70,11 +70,8 @@ def owners(folder: Path) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(params=["rest", "grpc"])
 def connection(request: pytest.FixtureRequest, service: PlmService) -> Iterator[Connection]:
-    serve = support.serve if request.param == "rest" else support.serve_over_grpc
-    with serve(service) as url:
-        connection = guard.connection(url)
+    with support.connection_over(request.param, service) as connection:
         yield connection
-        connection.close()
 
 
 @pytest.fixture(scope="module")

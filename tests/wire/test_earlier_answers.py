@@ -16,7 +16,7 @@ from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidData
-from tests import guard, support
+from tests import support
 
 CHAT = Task(name="t", kind="chat")
 CALLS = ("encode", "decode", "distribution", "lm_head")
@@ -37,11 +37,8 @@ class Notices(Reporter):
 
 @pytest.fixture(params=["rest", "grpc"])
 def connection(request: pytest.FixtureRequest, tiny_service: PlmService) -> Iterator[Connection]:
-    serve = support.serve if request.param == "rest" else support.serve_over_grpc
-    with serve(tiny_service) as url:
-        connection = guard.connection(url)
+    with support.connection_over(request.param, tiny_service) as connection:
         yield connection
-        connection.close()
 
 
 @pytest.fixture

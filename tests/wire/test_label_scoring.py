@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from data_owner_client.adapter.card import AdapterCard
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.network import Adapter
 from data_owner_client.adapter.trained import TrainedAdapter
@@ -36,6 +35,7 @@ from harness.tiny_models import TELLING, TinyModels
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidData
 from tests import guard, support
+from tests.adapters import adapter_card
 from tests.basis import Basis
 from tests.profiles import scaled
 from tests.reference import Reference, schedule
@@ -60,22 +60,14 @@ def random_adapter(plm: RemotePlm, form: AdapterForm) -> TrainedAdapter:
     network = Adapter(D, 8, form, rms=2.0)
     for weight in network.parameters():
         torch.nn.init.normal_(weight, std=0.2)
-    card = AdapterCard(
-        model=ModelIdentity.from_card(plm.card),
+    card = adapter_card(
+        ModelIdentity.from_card(plm.card),
+        head,
         task=TASK,
-        context_mode="private",
         form=form,
         rank=8,
-        candidates=len(ids_C),
         length_ratio=0.8,
-        mean_length=4.0,
         interpolation=Interpolation(schedule="constant", lambda_max=0.5),
-        interpolation_why="a test",
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        settings={},
-        validation={},
-        memory_digest="e" * 64,
     )
     return TrainedAdapter(card, network.eval(), ids_C, head)
 

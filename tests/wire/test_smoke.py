@@ -45,11 +45,8 @@ DECODING = DecodingSettings(max_new_tokens=STEPS, length_bound=False, repetition
 
 @pytest.fixture(scope="module", params=["rest", "grpc"])
 def connection(request: pytest.FixtureRequest, tiny_service: PlmService) -> Iterator[Connection]:
-    serve = support.serve if request.param == "rest" else support.serve_over_grpc
-    with serve(tiny_service) as url:
-        connection = guard.connection(url)
+    with support.connection_over(request.param, tiny_service) as connection:
         yield connection
-        connection.close()
 
 
 @pytest.mark.parametrize("call", CALLS)

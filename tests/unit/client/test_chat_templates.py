@@ -6,7 +6,6 @@ import datetime
 from typing import Any
 
 import pytest
-from transformers.utils import chat_template_utils
 
 from data_owner_client.data.pairs import Pair
 from data_owner_client.data.stops import Stops
@@ -16,9 +15,9 @@ from harness.tiny_models import EOS, tiny_tokenizer
 from plm_owner_server.engines.model_files.tokenizer import bundle_tokenizer
 from protocol.chat_template import ChatTemplate
 from protocol.errors import InvalidData, Unsupported
-from tests.chat_templates import FAMILIES, TOOLS, Family
+from tests.chat_templates import FAMILIES, NOVEMBER, TOOLS, Family
 
-NOVEMBER, DECEMBER = datetime.date(2026, 11, 27), datetime.date(2026, 12, 24)
+DECEMBER = datetime.date(2026, 12, 24)
 SHOTS = ({"source": "lamp <b>", "target": "Licht & 'so'"}, {"source": "door", "target": "Tür"})
 SYSTEM = "Translate, and be brief."
 READ_THE_CLOCK = {"llama-3", "granite", "smollm-3"}
@@ -27,18 +26,6 @@ READ_THE_CLOCK = {"llama-3", "granite", "smollm-3"}
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is November in transformers."""
-
-    class Clock(datetime.datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Clock:
-            return cls(NOVEMBER.year, NOVEMBER.month, NOVEMBER.day)
-
-    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
 
 
 def task_for(family: Family, **fields: Any) -> Task:

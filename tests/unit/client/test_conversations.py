@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from transformers.utils import chat_template_utils
 
 from data_owner_client.data.example_retrieval import ExampleRetriever, with_retrieved_examples
 from data_owner_client.data.pairs import Conversation, Pair, Source, text_of
@@ -23,10 +21,9 @@ from data_owner_client.plm.tokenizer import PlmTokenizer
 from data_owner_client.scoring.scorers import references_of
 from harness.tiny_models import EOS
 from protocol.errors import InvalidData
-from tests.chat_templates import FAMILIES, TOOLS, Family
+from tests.chat_templates import FAMILIES, NOVEMBER, TOOLS, Family
 from tests.tool_templates import TOOL_FAMILIES
 
-NOVEMBER = datetime.date(2026, 11, 27)
 SYSTEM = {"role": "system", "content": "Be brief & kind."}
 TALK = (
     {"role": "user", "content": "the thin shine"},
@@ -53,18 +50,6 @@ TOOL_TALK = (
     {"role": "tool", "content": "", "tool_call_id": "call00002", "name": "weather"},
     {"role": "assistant", "content": "Rain."},
 )
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is November in transformers."""
-
-    class Clock(datetime.datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Clock:
-            return cls(NOVEMBER.year, NOVEMBER.month, NOVEMBER.day)
-
-    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
 
 
 def chat_task(family: Family, **fields: Any) -> Task:

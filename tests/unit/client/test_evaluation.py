@@ -11,7 +11,6 @@ import sacrebleu
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 
-from data_owner_client.adapter.card import AdapterCard
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.network import Adapter
 from data_owner_client.adapter.trained import TrainedAdapter
@@ -32,6 +31,7 @@ from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.scoring.scorers import references_of, scorer_for
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidData
+from tests.adapters import adapter_card
 
 LABELS = ("die Tür", "the", "reden")
 WORDS = ["an", "on", "the thin", "shine", "her", "die"]
@@ -77,23 +77,8 @@ def random_adapter(plm: RemotePlm, task: Task, pairs: list[Pair]) -> TrainedAdap
     ids_C = torch.tensor(sorted({i for pair in pairs for i in tokenize_pair(plm, task, pair).target}))
     head, D = plm.head_rows(ids_C), plm.card.hidden_size
     torch.manual_seed(2)
-    card = AdapterCard(
-        model=ModelIdentity.from_card(plm.card),
-        task=task,
-        context_mode="private",
-        form="residual",
-        rank=4,
-        candidates=len(ids_C),
-        length_ratio=1.0,
-        mean_length=4.0,
-        interpolation=Interpolation(schedule="constant", lambda_max=0.9),
-        interpolation_why="a test",
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        settings={},
-        validation={},
-        memory_digest="e" * 64,
-    )
+    interpolation = Interpolation(schedule="constant", lambda_max=0.9)
+    card = adapter_card(ModelIdentity.from_card(plm.card), head, task=task, rank=4, interpolation=interpolation)
     return TrainedAdapter(card, Adapter(D, 4, "residual").eval(), ids_C, head)
 
 

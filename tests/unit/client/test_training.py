@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from data_owner_client.adapter.card import AdapterCard
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.adapter.network import Adapter
 from data_owner_client.adapter.trained import TrainedAdapter
@@ -30,6 +29,7 @@ from data_owner_client.training.validation import ValidationData, likeliest_inte
 from protocol.errors import InvalidData, InvalidRequest, NumericalFault
 from protocol.head import LMHead
 from tests import reference
+from tests.adapters import adapter_card
 
 D, C, N = 12, 7, 90
 SETTINGS = TrainingSettings(rank=5, epochs=3, reconstruction_epochs=2, batch_rows=32, dropout=0.0, patience=99)
@@ -385,24 +385,8 @@ def test_a_residual_adapter_begins_as_the_plm() -> None:
 
 def make_trained() -> TrainedAdapter:
     model = ModelIdentity(name="m", digest="d" * 64, cr_kind="last_hidden_state", hidden_size=D, vocab_size=20)
-    card = AdapterCard(
-        model=model,
-        task=Task(name="t"),
-        context_mode="private",
-        form="residual",
-        rank=5,
-        candidates=C,
-        length_ratio=1.5,
-        mean_length=9.0,
-        interpolation=Interpolation(),
-        interpolation_why="a test",
-        logit_scale=0.5,
-        softcap=30.0,
-        settings={},
-        validation={},
-        memory_digest="e" * 64,
-    )
-    head = LMHead(torch.randn(C, D), torch.randn(C), card.logit_scale, card.softcap)
+    head = LMHead(torch.randn(C, D), torch.randn(C), 0.5, 30.0)
+    card = adapter_card(model, head, task=Task(name="t"), rank=5, length_ratio=1.5, mean_length=9.0)
     adapter = Adapter(D, 5, "residual", rms=2.5, dropout=0.5)
     torch.nn.init.normal_(adapter.B_pd.weight)
     return TrainedAdapter(card, adapter, CANDIDATES, head)
