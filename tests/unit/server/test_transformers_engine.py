@@ -2,72 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import random
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from harness.tiny_models import EOS, TELLING, VOCAB_SIZE, WINDOW, TinyModels
-from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch, Encoded
-from plm_owner_server.engines.ops import to_host
+from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch
 from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
 from plm_owner_server.engines.transformers.model_runner import ModelRunner
 from plm_owner_server.service.plm_service import PlmService
-from protocol.errors import NumericalFault, Unsupported
 from protocol.integrity import token_crc32
-from protocol.messages import DecodeRequest, DecodeResponse, DistributionRequest, EncodeRequest
-from protocol.types import CrKind
+from protocol.messages import DecodeRequest, DistributionRequest, EncodeRequest
 from tests.support import ARCHITECTURES_IN_CI, make_service, random_ids
-
-TOLERANCE = 1e-4
-Truth = Callable[[Sequence[int]], tuple[Tensor, Tensor]]
-
-
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES_IN_CI, indirect=True)
-
-
-@pytest.fixture(scope="module", params=TELLING)
-def architecture(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def model(architecture: str, tiny_models: TinyModels) -> PreTrainedModel:
-    return load_model(tiny_models[architecture], device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def engine(model: PreTrainedModel) -> TransformersEngine:
-    return TransformersEngine(model, cr_kind="last_hidden_state")
-
-
-@pytest.fixture(scope="module")
-def service(architecture: str, tiny_models: TinyModels) -> PlmService:
-    return make_service(tiny_models[architecture])
-
-
-@pytest.fixture(scope="module")
-def truth(model: PreTrainedModel) -> Truth:
-    """Last hidden states [T, D] and logits [T, V] of one sequence, from the whole model."""
-
-    @torch.inference_mode()
-    def run(ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        output = model(input_ids=torch.tensor([list(ids)]), output_hidden_states=True, use_cache=False)
-        return output.hidden_states[-1][0], output.logits[0]
-
-    return run
-
-
-def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
-
+from tests.transformers_engine import TOLERANCE, Truth, assert_near, drafted, drafts, every_architecture, greedy
 
 COMPOSITIONS = {
     "one": random_ids(1, [7]),
@@ -136,35 +87,6 @@ def test_head_of_the_last_hidden_state_is_the_models_logits(engine: Transformers
 def test_what_acts_after_the_head_is_really_tried(architecture: str, engine: TransformersEngine) -> None:
     expected = {"gemma2": (1.0, 3.0), "cohere": (0.25, None), "granite": (0.25, None)}
     assert (engine.head.logit_scale, engine.head.softcap) == expected.get(architecture, (1.0, None))
-
-
-def greedy(model: PreTrainedModel, ids: Sequence[int], tokens: int) -> list[int]:
-    """The continuation by transformers itself, which stops at the model's own end of text."""
-    input_ids = torch.tensor([list(ids)])
-    output = model.generate(
-        input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, max_new_tokens=tokens
-    )
-    return list(output[0, len(ids) :].tolist())
-
-
-def drafted(
-    engine: TransformersEngine,
-    texts: list[list[int]],
-    look_ahead: list[int],
-    stop_ids: frozenset[int],
-    from_position: list[int] | None = None,
-) -> Decoded:
-    starts = [len(ids) - 1 for ids in texts] if from_position is None else from_position
-    drafting, done = engine.drafting(batch_tokens=4096), list[tuple[DraftBatch, Decoded]]()
-    drafting.join([DraftBatch(texts, starts, look_ahead, stop_ids)])
-    while not done:
-        done = drafting.step()
-    ((_, decoded),) = done
-    return decoded
-
-
-def drafts(answer: DecodeResponse) -> list[list[int]]:
-    return [part.tolist() for part in answer.top1_N.split(answer.rows_B.tolist())]
 
 
 @every_architecture
@@ -391,102 +313,6 @@ def test_prompts_of_several_sequences_are_computed_once(
         assert top1 == int(logits_T_V[-1].argmax())
 
 
-class Copied(Tensor):
-    """The copied tensor on the host, once it may be read."""
-
-
-class OnADevice(TorchFunctionMode):
-    """Takes every tensor for one on a device: the engine may read what it has copied, and nothing else.
-
-    What the model itself does is not watched.
-    """
-
-    waits = (
-        *(Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__),
-        *(Tensor.__index__, Tensor.nonzero, torch.nonzero, Tensor.unique, Tensor.masked_select, torch.equal),
-    )
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.copies = 0
-        self._in_model = False
-        forward = ModelRunner.forward
-
-        def unwatched(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            self._in_model = True
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                self._in_model = False
-
-        monkeypatch.setattr(to_host, "_is_remote", lambda tensor: True)
-        monkeypatch.setattr(ModelRunner, "forward", unwatched)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if self._in_model:
-            return result
-        if func is Tensor.cpu:
-            self.copies += 1
-            return result.as_subclass(Copied)
-        waits = func in self.waits or (func is Tensor.__getitem__ and _selects_by_a_mask(args[1]))
-        assert not waits or isinstance(args[0], Copied), func
-        return result
-
-
-def _selects_by_a_mask(index: Any) -> bool:
-    parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(part, Tensor) and part.dtype == torch.bool for part in parts)
-
-
-def assert_same(ours: Encoded, theirs: Encoded) -> None:
-    assert vars(ours).keys() == vars(theirs).keys()
-    for name, value in vars(theirs).items():
-        other = getattr(ours, name)
-        assert torch.equal(other, value) if isinstance(value, Tensor) else other == value, name
-
-
-@pytest.mark.parametrize("cr_kind", ["last_hidden_state", "ffn_output"])
-def test_a_batch_takes_one_copy_from_the_device_and_a_step_one_more(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, cr_kind: CrKind
-) -> None:
-    def engine() -> TransformersEngine:
-        return TransformersEngine(model, cr_kind=cr_kind)
-
-    encoding = random_ids(21, [90, 82, 85], shared=80), [79, 81, 84]  # with a pass for what they share
-    drafting: list[Any] = [
-        (random_ids(22, [12] * 4), [9, 2, 5, 0], frozenset()),
-        (random_ids(23, [2, 4, 3]), [3, 0, 1], frozenset()),  # padded, and so within the window
-        (random_ids(24, [5, 5]), [0, 0], frozenset()),
-    ]
-    encoded = engine().encode(EncodeBatch(*encoding, with_logsumexp=True))
-    decoded = [drafted(engine(), *batch) for batch in drafting]
-    stop = decoded[0].top1_N[:1].tolist()  # the first of them never goes on
-    drafting.append((drafting[0][0][:1], [9], frozenset(stop)))
-    decoded.append(drafted(engine(), *drafting[-1]))
-
-    watch = OnADevice(monkeypatch)
-    with watch:
-        encoded_there = engine().encode(EncodeBatch(*encoding, with_logsumexp=True))
-        assert watch.copies == 1
-        decoded_there = []
-        for batch in drafting:
-            ours, watch.copies = engine(), 0
-            starts = [len(ids) - 1 for ids in batch[0]]
-            draft, done = ours.drafting(4096), list[tuple[DraftBatch, Decoded]]()
-            draft.join([DraftBatch(batch[0], starts, *batch[1:])])
-            assert watch.copies == 0
-            while not done:
-                before, done = watch.copies, draft.step()
-                assert watch.copies - before <= 1 + len(done)
-            # The token after the last one is needed only where it may be a stop token.
-            assert watch.copies == max(batch[1]) + 1 if not batch[2] else 2
-            decoded_there.append(done[0][1])
-    assert_same(encoded_there, encoded)
-    for there, here in zip(decoded_there, decoded, strict=True):
-        assert_same(there, here)
-
-
 @every_architecture
 def test_greedy_texts_vary_enough_to_tell_a_mistake(model: PreTrainedModel) -> None:
     tokens = {token for ids in random_ids(13, [5, 20, 40]) for token in greedy(model, ids, 20)}
@@ -523,148 +349,3 @@ def test_distribution_is_the_models_own(service: PlmService, truth: Truth) -> No
     top = service.distribution(DistributionRequest(token_ids=sequence, top_k=4))
     assert top.token_ids_K.tolist() == expected_V.topk(4).indices.tolist()
     torch.testing.assert_close(top.logprob_K, expected_V.topk(4).values, rtol=TOLERANCE, atol=TOLERANCE)
-
-
-# How the last block's feed-forward output can be had from what surrounds it: (block, its module whose input is the
-# residual stream before the feed-forward layer, factor on the output before the addition).
-_BEFORE_FFN = {
-    "opt": ("final_layer_norm", 1.0),
-    "llama": ("post_attention_layernorm", 1.0),
-    "mistral": ("post_attention_layernorm", 1.0),
-    "qwen2": ("post_attention_layernorm", 1.0),
-    "qwen3": ("post_attention_layernorm", 1.0),
-    "gpt2": ("ln_2", 1.0),
-    "granite": ("post_attention_layernorm", 0.5),
-}
-
-
-def last_block(model: PreTrainedModel) -> torch.nn.Module:
-    base = getattr(model.base_model, "decoder", model.base_model)
-    block: torch.nn.Module = (base.h if hasattr(base, "h") else base.layers)[-1]
-    return block
-
-
-def watched(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
-    """First input and output of the last block (as "") and of each of its children in one unpadded pass."""
-    block, seen, handles = last_block(model), {}, []
-
-    def keep(name: str, _: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        first = args[0] if args else kwargs.get("hidden_states")
-        result = output[0] if isinstance(output, tuple) else output
-        seen[name] = (first.reshape(len(ids), -1), result.reshape(len(ids), -1))
-
-    for name, module in [("", block), *block.named_children()]:
-        handles.append(module.register_forward_hook(functools.partial(keep, name), with_kwargs=True))
-    try:
-        with torch.inference_mode():
-            model(input_ids=torch.tensor([list(ids)]), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def feed_forward_output(architecture: str, model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    seen = watched(model, ids)
-    block_in, block_out = seen[""]
-    if architecture in _BEFORE_FFN:
-        norm, factor = _BEFORE_FFN[architecture]
-        return (block_out - seen[norm][0]) / factor
-    if architecture in ("cohere", "phi"):  # attention and feed-forward side by side
-        return block_out - block_in - seen["self_attn"][1]
-    return seen["post_feedforward_layernorm"][0]  # Gemma: a norm before the addition
-
-
-def test_a_feed_forward_output_that_the_head_cannot_take_is_refused(tiny_models: TinyModels) -> None:
-    with pytest.raises(Unsupported, match="32 wide, its head takes 16"):
-        make_service(tiny_models["opt-projected"], cr_kind="ffn_output")
-
-
-@pytest.mark.parametrize(
-    "architecture", [one for one in ARCHITECTURES_IN_CI if one.values != ("opt-projected",)], indirect=True
-)
-def test_ffn_output_is_what_the_last_block_adds(
-    architecture: str, model: PreTrainedModel, tiny_models: TinyModels, truth: Truth
-) -> None:
-    service = make_service(tiny_models[architecture], cr_kind="ffn_output")
-    sequences = random_ids(17, [20, 5, 33], shared=3)
-    encoded = service.encode(EncodeRequest(token_ids=sequences, from_position=[3, 0, 30], dtype="float32"))
-    assert encoded.last_hidden_N_D is not None
-    rows = encoded.rows_B.tolist()
-    parts = zip(sequences, [3, 0, 30], encoded.cr_N_D.split(rows), encoded.last_hidden_N_D.split(rows), strict=True)
-    for ids, start, cr_T_D, last_hidden_T_D in parts:
-        assert_near(cr_T_D, feed_forward_output(architecture, model, ids)[start:])
-        assert_near(last_hidden_T_D, truth(ids)[0][start:])
-
-    decoded = service.decode(DecodeRequest(token_ids=sequences, look_ahead=[6, 6, 6], dtype="float32"))
-    assert decoded.last_hidden_N_D is not None
-    rows = decoded.rows_B.tolist()
-    drafting = zip(
-        sequences, drafts(decoded), decoded.cr_N_D.split(rows), decoded.last_hidden_N_D.split(rows), strict=True
-    )
-    for ids, tokens, cr_K_D, last_hidden_K_D in drafting:
-        ran = [*ids, *tokens[:-1]]
-        assert_near(cr_K_D, feed_forward_output(architecture, model, ran)[len(ids) - 1 :])
-        assert_near(last_hidden_K_D, truth(ran)[0][len(ids) - 1 :])
-    assert service.model_card().cr_kind == "ffn_output"
-
-
-@pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
-def test_gemma_normalises_the_ffn_output_before_it_adds_it(architecture: str, tiny_models: TinyModels) -> None:
-    """So that the note on Gemma in the engine stays true: its CR is the layer's own output, not the addend."""
-    model = load_model(tiny_models[architecture], device="cpu", dtype="float32")
-    seen = watched(model, random_ids(18, [12])[0])
-    addend = seen[""][1] - seen["pre_feedforward_layernorm"][0]
-    assert_near(seen["post_feedforward_layernorm"][1], addend)
-    assert not torch.allclose(seen["post_feedforward_layernorm"][0], addend, rtol=0.1)
-
-
-def test_warm_up_refuses_unknown_changes_of_the_logits(tiny_models: TinyModels) -> None:
-    model = load_model(tiny_models["llama"], device="cpu", dtype="float32")
-    engine = TransformersEngine(model, cr_kind="last_hidden_state")
-    engine.warm_up()
-    model.lm_head.register_forward_hook(lambda *args: args[2] * 1.01)
-    with pytest.raises(Unsupported, match="not head"):
-        engine.warm_up()
-
-
-def test_a_device_map_changes_nothing_but_where_the_layers_are(tiny_models: TinyModels) -> None:
-    batch = EncodeBatch(random_ids(19, [30, 90], shared=80), [0, 81])
-    plain, spread = (
-        TransformersEngine(
-            load_model(tiny_models["gemma3"], device="cpu", dtype="float32", device_map=device_map),
-            cr_kind="last_hidden_state",
-        )
-        for device_map in (None, "auto")
-    )
-    assert torch.equal(spread.encode(batch).cr_N_D, plain.encode(batch).cr_N_D)
-
-
-def test_warm_up_refuses_a_model_that_is_not_finite(tiny_models: TinyModels) -> None:
-    model = load_model(tiny_models["llama"], device="cpu", dtype="float32")
-    engine = TransformersEngine(model, cr_kind="last_hidden_state")
-    with torch.no_grad():
-        model.base_model.norm.weight[0] = torch.nan
-    with pytest.raises(Unsupported):
-        engine.warm_up()
-
-
-def test_what_does_not_fit_the_wire_dtype_is_a_numerical_fault_with_counts(tiny_models: TinyModels) -> None:
-    def enlarge(engine: TransformersEngine) -> TransformersEngine:
-        with torch.no_grad():
-            engine._model.base_model.norm.weight[3] = 1e9  # float16 ends at 65504
-        return engine
-
-    service = make_service(tiny_models["llama"], wrap=enlarge)
-    request = {"token_ids": [[5, 6, 7]], "from_position": [1]}
-    with pytest.raises(NumericalFault, match="2 of 64 values"):
-        service.encode(EncodeRequest(**request, dtype="float16"))
-    assert service.encode(EncodeRequest(**request, dtype="float32")).cr_N_D.abs().max() > 65504
-
-
-def test_models_without_a_head_on_a_decoder_are_refused() -> None:
-    import transformers
-
-    config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    with pytest.raises(Unsupported, match="decoder"):
-        TransformersEngine(transformers.T5ForConditionalGeneration(config), cr_kind="last_hidden_state")
