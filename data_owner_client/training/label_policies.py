@@ -54,16 +54,19 @@ def select_by_labels(
         reporter,
     )
     tried: dict[Interpolation, DecodingPolicy] = {}
+    utilities: dict[Interpolation, Tensor] = {}
 
     def fit(policy: DecodingPolicy) -> Tensor:
-        found = held_out.fit(policy.interpolation)
-        scores = {
-            "scores": memories.scorer.scores(found.answers),
-            "label_nll": found.nll,
-            "label_temperature": found.temperature,
-        }
-        tried[policy.interpolation] = policy.model_copy(update=scores)
-        return found.utility_E
+        if policy.interpolation not in tried:
+            found = held_out.fit(policy.interpolation)
+            scores = {
+                "scores": memories.scorer.scores(found.answers),
+                "label_nll": found.nll,
+                "label_temperature": found.temperature,
+            }
+            tried[policy.interpolation] = policy.model_copy(update=scores)
+            utilities[policy.interpolation] = found.utility_E
+        return utilities[policy.interpolation]
 
     grid = [variant.policy(Interpolation(schedule="constant", lambda_max=value)) for value in CONSTANT_LAMBDAS]
     utility_P_E = torch.stack([fit(policy) for policy in grid])
