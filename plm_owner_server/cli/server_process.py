@@ -130,10 +130,10 @@ class ServerProcess:
         try:
             self._server.run()
         except SystemExit:  # uvicorn has logged the reason
-            raise PemaError(
+            self._failure = PemaError(
                 f"cannot listen on port {self._settings.port} of {self._settings.host}.",
                 hint="Choose another --port, or a --host that is an address of this machine.",
-            ) from None
+            )
         self._supervisor.stop()
         if self._supervisor.loading or isinstance(self._failure, EngineStuck):
             self._exit_at_once()
