@@ -108,7 +108,7 @@ def _factor_table(results: Results, tasks: Sequence[str], factor: str) -> str:
 
 def _default_table(results: Results, tasks: Sequence[str]) -> str:
     lines = [
-        "| task | rows | candidates | coverage | PLM | gain | over seeds | over texts | s a training |",
+        "| task | rows | candidates | coverage | PLM | gain | over seeds | over texts |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for task in tasks:
@@ -118,8 +118,7 @@ def _default_table(results: Results, tasks: Sequence[str]) -> str:
         first = spread.measurements[0]
         lines.append(
             f"| {task} | {first.rows:,} | {first.candidates:,} | {first.coverage:.0%} | {first.plm_nll:.3f} "
-            f"| {spread.mean:.3f} | ± {_number(spread.deviation)} | ± {spread.standard_error:.3f} "
-            f"| {fmean(each.seconds for each in spread.measurements):.0f} |"
+            f"| {spread.mean:.3f} | ± {_number(spread.deviation)} | ± {spread.standard_error:.3f} |"
         )
     return "\n".join(lines)
 
