@@ -109,7 +109,7 @@ def _factor_table(results: Results, tasks: Sequence[str], factor: str) -> str:
 def _default_table(results: Results, tasks: Sequence[str]) -> str:
     lines = [
         "| task | rows | candidates | coverage | PLM | gain | over seeds | over texts |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for task in tasks:
         spread = _spread(results, Point(task=task))
@@ -146,6 +146,8 @@ def _schedule_table(results: Results, tasks: Sequence[str]) -> str:
 def _answers_table(results: Results, tasks: Sequence[str]) -> str:
     """A row for each setting that answered the test sets, with each task's headline metric."""
     measured = [point for point in results if point.schedule is not None]
+    if not measured:
+        return "Nothing was measured."
     headline = {point.task: results[point].headline for point in measured}
     lines = [
         f"| | {' | '.join(f'{task}, {headline.get(task, chr(8211))}' for task in tasks)} |",
@@ -170,6 +172,12 @@ def _setting_name(setting: Point) -> str:
     return ", ".join(words)
 
 
+def _add_legend(figure: Figure) -> None:
+    """Add one legend for all parts of a picture, above them."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=max(1, len(labels)), fontsize=7)
+
+
 def _draw_numeric(results: Results, tasks: Sequence[str], path: Path) -> Path:
     figure = Figure(figsize=(10, 3), layout="constrained")
     for axes, (factor, title) in zip(figure.subplots(1, len(_NUMERIC)), _NUMERIC.items(), strict=True):
@@ -186,7 +194,7 @@ def _draw_numeric(results: Results, tasks: Sequence[str], path: Path) -> Path:
         axes.set(xlabel=title, xscale="log" if factor in _LOGARITHMIC else "linear")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("gain, nats per token")
-    figure.axes[0].legend(fontsize=7)
+    _add_legend(figure)
     figure.savefig(path, dpi=100)
     return path
 
@@ -204,11 +212,11 @@ def _draw_named(results: Results, tasks: Sequence[str], path: Path) -> Path:
                     label = task if place == 0 else None
                     at = place + width * (number - (len(tasks) - 1) / 2)
                     axes.bar(at, spread.mean, width, yerr=spread.deviation, color=f"C{number}", label=label)
-        axes.set_xticks(range(len(values)), [str(value) for value in values], fontsize=7)
+        axes.set_xticks(range(len(values)), [str(value) for value in values], fontsize=7, rotation=15, ha="right")
         axes.set(xlabel=_TITLES[factor])
         axes.axhline(0, color="black", linewidth=0.5)
     figure.axes[0].set_ylabel("gain, nats per token")
-    figure.axes[0].legend(fontsize=7)
+    _add_legend(figure)
     figure.savefig(path, dpi=100)
     return path
 
@@ -225,6 +233,6 @@ def _draw_schedules(results: Results, tasks: Sequence[str], path: Path) -> Path:
         axes.set(title=task, xlabel="λ_max")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("gain, nats per token")
-    figure.axes[0].legend(fontsize=7)
+    _add_legend(figure)
     figure.savefig(path, dpi=100)
     return path
