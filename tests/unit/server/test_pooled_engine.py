@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -244,7 +246,8 @@ def test_normalised_states_are_noticed(setting: Setting) -> None:
 def test_without_vllm_it_is_said_what_to_install(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.setitem(sys.modules, "vllm.platforms", None)
-    with pytest.raises(InvalidRequest, match="pip install"):
+    # Loading sets variables for vLLM's processes; servers that later tests start would tell of those they do not know.
+    with patch.dict(os.environ), pytest.raises(InvalidRequest, match="pip install"):
         load_vllm_engine(tiny_models["llama"], VllmSettings())
 
 
