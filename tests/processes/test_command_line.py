@@ -250,7 +250,7 @@ def test_a_port_in_use_is_said(tiny_models: TinyModels, flag: str) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     # The model may begin to load meanwhile, in a thread that writes lines of its own.
-    *_, error = [line for line in done.stderr.splitlines() if line.startswith("pema-server: ")]
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("pema-server: ")]
     assert ports[flag] in error
     assert f"another {flag}" in error
     assert "Traceback" not in done.stderr
