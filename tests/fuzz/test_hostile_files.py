@@ -34,7 +34,7 @@ from protocol.codec import Message
 from protocol.messages import HeadRows, Limits, ModelCard
 from tests.hostile import DEEP, crooked, damaged, one_spoilt, refused, tensors_like, text_like
 from tests.profiles import scaled
-from tests.unit.client.test_training import make_trained
+from tests.unit.client.test_trained_adapter import make_trained
 
 pytestmark = pytest.mark.unguarded("no server")
 
