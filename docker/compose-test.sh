@@ -95,6 +95,7 @@ expect 'it has another key' test "$key" != "$first"
 say 'The data owner: texts of Home Assistant, English and German'
 # With the base image's pip, because the client has none.
 in_client sh -c 'mkdir -p data && pip download --quiet --no-deps --ignore-requires-python --dest data homeassistant==2025.4.4'
+in_client pip install --quiet --no-deps --target . "$(grep '^tomli_w==' constraints.txt)"  # which writes the task
 tar --create harness/__init__.py harness/datasets | in_client tar --extract
 in_client python - <<'PYTHON'
 from pathlib import Path
