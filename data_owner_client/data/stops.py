@@ -14,6 +14,8 @@ from data_owner_client.plm.tokenizer import PlmTokenizer
 from protocol.errors import InvalidData
 
 _NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+# Stop tokens sent with each call. A newline is in some hundred tokens of a large vocabulary, a space in most.
+_MAX_DRAFTING_STOPS = 4096
 # Most tokens of one character: the bytes of its UTF-8 form.
 _TOKENS_PER_CHARACTER = 4
 
@@ -63,6 +65,11 @@ class StopMatcher:
         contains adds none.
         """
         return self._stops.ids.union(*map(self._tokenizer.ids_containing, self._stops.texts))
+
+    @property
+    def drafting_ids(self) -> frozenset[int]:
+        """Ids of the tokens behind which the server need not draft. Which of them it knows never changes a text."""
+        return self.ids if len(self.ids) <= _MAX_DRAFTING_STOPS else self._stops.ids
 
     def ends(self, token_ids: Sequence[int]) -> bool:
         """Return True if the last token ends an answer that had no end before it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -28,8 +29,6 @@ from protocol.errors import InvalidData
 
 PLM_ONLY = Interpolation(schedule="none")
 _NO_STOPS = Stops()
-# Stop tokens sent with each call. A newline is in some hundred tokens of a large vocabulary, a space in most.
-_MAX_DRAFTING_STOPS = 4096
 
 
 @dataclass(frozen=True)
@@ -136,35 +135,90 @@ def generate(
         InvalidData: a prompt is too long for the server, an expected length is missing, or candidates shall be drawn
             without an adapter.
     """
+    sequences = sequences_of(plm, requests, config, reporter)
+    if on_token is not None:
+        for number, sequence in enumerate(sequences):
+            sequence.on_choices = partial(_report_tokens, on_token, number)
+    stats = run(plm, sequences, config.settings, config.lookup, reporter)
+    return [continuation_of(sequence) for sequence in sequences], stats
+
+
+def run(
+    plm: RemotePlm,
+    sequences: Sequence[SequenceState],
+    settings: DecodingSettings,
+    lookup: NgramDrafter | None = None,
+    reporter: Reporter | None = None,
+) -> GenerationStats:
+    """Generate sequences to their ends; return counts and times.
+
+    Args:
+        plm: the PLM.
+        sequences: sequences before their first tokens.
+        settings: look-ahead and batch size.
+        lookup: drafter from fixed texts; None for none.
+        reporter: shows the progress; None for none.
+    """
+    decoder = SpeculativeDecoder(plm, settings, lookup)
+    with (reporter or Reporter()).bar("generating", len(sequences), "sequences") as bar:
+        _run(decoder, sequences, largest_batch(plm, settings), bar)
+    stats, ends = decoder.stats, [sequence.end for sequence in sequences]
+    stats.tokens = sum(sequence.length for sequence in sequences)
+    stats.unproven = sum({s.selector: s.selector.unproven for s in sequences}.values())
+    stats.length_bound_ends, stats.repetition_ends = ends.count(End.LENGTH_BOUND), ends.count(End.REPETITION)
+    return stats
+
+
+def largest_batch(plm: RemotePlm, settings: DecodingSettings) -> int:
+    """The number of sequences in a call that settings and server allow."""
+    limits = plm.card.limits
+    return max(1, min(settings.batch_size, limits.max_sequences, limits.max_rows // settings.max_new_tokens))
+
+
+def sequences_of(
+    plm: RemotePlm,
+    requests: Sequence[GenerationRequest],
+    config: GenerationConfig = DEFAULT_GENERATION,
+    reporter: Reporter | None = None,
+) -> list[SequenceState]:
+    """The sequences of requests, before their first tokens. They have one selector in common.
+
+    Args:
+        plm: the PLM.
+        requests: continuations to generate.
+        config: distribution and ends of the texts.
+        reporter: shows the progress of a download of the LM head; None for none.
+
+    Raises:
+        InvalidData: see `generate`.
+    """
     adapter, sampling, settings = config.adapter, config.sampling, config.settings
     _check(plm, requests, adapter, sampling)
     interpolation = PLM_ONLY if adapter is None else config.interpolation
-    limits = plm.card.limits
     rules = EndRules(StopMatcher(plm.tokenizer, config.stops), config.repetition_limit)
-    sequences = []
-    for number, request in enumerate(requests):
-        room = min(settings.max_new_tokens, limits.max_sequence_tokens - request.longest_prompt)
-        sequences.append(_sequence(number, request, interpolation, rules, room, sampling))
-        if adapter is not None and request.adapter_prompt is not None:
-            sequences[-1].adapter_prompt = list(request.adapter_prompt)
     head = None
     if sampling is not None and not sampling.candidates_only:
         head = plm.full_head(reporter).to(torch.float32)
     held = HeldSelection(TokenSearch(plm))
     selector = TokenSelector(adapter, head, interpolation, rules.stops.ids, sampling, held)
-    # The server's drafts end at these; which of them it knows never changes a text.
-    drafting_stops = rules.stops.ids if len(rules.stops.ids) <= _MAX_DRAFTING_STOPS else config.stops.ids
-    decoder = SpeculativeDecoder(plm, selector, drafting_stops, settings, config.lookup, on_token)
-    batch_size = max(1, min(settings.batch_size, limits.max_sequences, limits.max_rows // settings.max_new_tokens))
-    with (reporter or Reporter()).bar("generating", len(sequences), "sequences") as bar:
-        _run(decoder, sequences, batch_size, bar)
-    stats, ends = decoder.stats, [s.end or End.MAX_TOKENS for s in sequences]
-    stats.tokens, stats.unproven = sum(s.length for s in sequences), held.unproven
-    stats.length_bound_ends, stats.repetition_ends = ends.count(End.LENGTH_BOUND), ends.count(End.REPETITION)
-    continuations = [
-        Continuation(s.choices, rules.stops.text(s.generated), end) for s, end in zip(sequences, ends, strict=True)
-    ]
-    return continuations, stats
+    sequences = []
+    for request in requests:
+        room = min(settings.max_new_tokens, plm.card.limits.max_sequence_tokens - request.longest_prompt)
+        sequences.append(_sequence(request, selector, interpolation, rules, room, sampling))
+        if adapter is not None and request.adapter_prompt is not None:
+            sequences[-1].adapter_prompt = list(request.adapter_prompt)
+    return sequences
+
+
+def continuation_of(sequence: SequenceState) -> Continuation:
+    """The continuation of a sequence that has ended."""
+    text = sequence.rules.stops.text(sequence.generated)
+    return Continuation(sequence.choices, text, sequence.end or End.MAX_TOKENS)
+
+
+def _report_tokens(on_token: Callable[[int, int], None], number: int, choices: Sequence[TokenChoice]) -> None:
+    for choice in choices:
+        on_token(number, choice.token)
 
 
 def require_room(plm: RemotePlm, prompt: Sequence[int], origin: Origin) -> None:
@@ -205,8 +259,8 @@ def _check(
 
 
 def _sequence(
-    number: int,
     request: GenerationRequest,
+    selector: TokenSelector,
     interpolation: Interpolation,
     rules: EndRules,
     max_tokens: int,
@@ -219,7 +273,7 @@ def _sequence(
     length, positions_T = request.expected_length or 1.0, torch.arange(max_tokens)
     lambdas = interpolation.lambdas(positions_T, torch.full((max_tokens,), length, dtype=torch.float64)).tolist()
     plm_only_from = next((t for t in range(max_tokens) if interpolation.finished(t, length)), max_tokens)
-    sequence = SequenceState(number, list(request.prompt), lambdas, plm_only_from, rules, end)
+    sequence = SequenceState(selector, list(request.prompt), lambdas, plm_only_from, rules, end)
     if sampling is not None and request.sample is not None:
         sequence.noise = Noise(sampling.seed, sequence.prompt, request.sample)
         # The server drafts the most probable tokens, so it can finish alone only where these are wanted.

@@ -12,6 +12,7 @@ from data_owner_client.data.stops import StopMatcher
 from data_owner_client.decoding.held.grammar import AnswerState
 from data_owner_client.decoding.sampling import Noise
 from data_owner_client.decoding.token_choice import DecodePosition, TokenChoice
+from data_owner_client.decoding.token_selection import TokenSelector
 
 
 class End(StrEnum):
@@ -40,12 +41,35 @@ class EndRules:
     repetition_limit: int | None = None
 
 
+OnChoices = Callable[[list[TokenChoice]], None]
+"""Called with the tokens of a text that have become final since the last call."""
+
+
+@dataclass
+class CallCounts:
+    """The calls to the server that one text took part in.
+
+    Attributes:
+        round_trips: number of calls.
+        tokens: token ids that the server read for the first time: the prompts, and the client's drafts and choices.
+        rows: positions that the server returned.
+        bytes_sent: the text's share of the requests' bytes, by tokens.
+        bytes_received: the text's share of the answers' bytes, by rows.
+    """
+
+    round_trips: int = 0
+    tokens: int = 0
+    rows: int = 0
+    bytes_sent: float = 0.0
+    bytes_received: float = 0.0
+
+
 @dataclass
 class SequenceState:
     """One growing text.
 
     Attributes:
-        number: index of its request.
+        selector: selects its tokens.
         prompt: token ids behind which the PLM's distribution is taken.
         lambdas: λ_t of every token that it may have.
         plm_only_from: position from which λ is 0 to the end.
@@ -54,13 +78,15 @@ class SequenceState:
         adapter_prompt: token ids behind which the adapter's representations are taken; None for `prompt`.
         noise: noise of its draws; None to take the most probable tokens.
         answer: state of the grammar that holds it; None for a free text.
+        alternatives: number of alternatives to record at each position; 0 for none.
+        on_choices: called when tokens have become final; None for no call.
         choices: its tokens so far, with their scores.
         expected_accepts: expected number of positions so far at which mixture and PLM choose the same token.
         accepts: number of positions so far at which mixture and PLM chose the same token.
         end: reason for its end; None while it grows.
     """
 
-    number: int
+    selector: TokenSelector
     prompt: list[int]
     lambdas: list[float]
     plm_only_from: int
@@ -69,6 +95,8 @@ class SequenceState:
     adapter_prompt: list[int] | None = None
     noise: Noise | None = None
     answer: AnswerState | None = None
+    alternatives: int = 0
+    on_choices: OnChoices | None = None
     choices: list[TokenChoice] = field(default_factory=list)
     expected_accepts: float = 0.0
     accepts: int = 0
@@ -105,6 +133,7 @@ class SequenceState:
                 [*recent, *drafts[:step]],
                 () if context is None else [*context, *drafts[:step]],
                 allowed_V,
+                self.alternatives,
             )
             for step, allowed_V in enumerate(allowed)
         ]
@@ -131,12 +160,12 @@ class SequenceState:
         elif self.answer is not None:
             self.answer.append(choice.token)
 
-    def report(self, on_token: Callable[[int, int], None]) -> None:
-        """Call `on_token` with the index of the request and each token that has become final since the last report.
+    def report(self) -> None:
+        """Call `on_choices` with the tokens that have become final since the last report.
 
         Tokens that repeat earlier ones are not final before the repetition breaks off, as they may be removed.
         """
         final = self.length if self.end else self.length - self._repetition.longest_run
-        for choice in self.choices[self._reported : final]:
-            on_token(self.number, choice.token)
+        if self.on_choices is not None and final > self._reported:
+            self.on_choices(self.choices[self._reported : final])
         self._reported = final

@@ -10,26 +10,33 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 from operator import add, mul
+
+import torch
+from torch import Tensor
 
 from data_owner_client.decoding.client_drafts import Drafter, DraftToken, NgramDrafter, PromptLookupDrafter
 from data_owner_client.decoding.sequence import SequenceState
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.decoding.stats import GenerationStats
-from data_owner_client.decoding.token_choice import OpenChoice, TokenChoice
-from data_owner_client.decoding.token_selection import TokenSelector
+from data_owner_client.decoding.token_choice import DecodePosition, OpenChoice, TokenChoice
 from data_owner_client.plm.connection.base import Attempt
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.background import daemon_future
 from protocol.messages import DecodeResponse
 from protocol.timing import ServerTiming
 
+_ROW_FIELDS = (
+    *("cr_N_D", "cr_scale_N", "last_hidden_N_D", "last_hidden_scale_N"),
+    *("logsumexp_N", "top1_N", "top1_logprob_N"),
+)
 # Drafts of the server for a sequence and round. Two were as fast as a planner by measured costs (docs/decisions/0011).
 _LOOK_AHEAD = 2
 # Calls in flight at the same time for sequences that the server finishes alone.
@@ -89,34 +96,22 @@ class RoundResponse:
 
 
 class SpeculativeDecoder:
-    """Rounds of one generation, with the acceptance rates learned from them.
+    """Rounds of sequences of any kind, with the acceptance rates learned from them.
+
+    Each sequence has its own mixture, ends and settings, and may join and leave at any round.
 
     Args:
         plm: the remote PLM.
-        selector: selects the mixture's tokens.
-        stop_ids: tokens after which the server drafts nothing more.
         settings: number of drafts of the server.
         lookup: drafter from fixed texts; None for none.
-        on_token: called with the index of the request and the id of every final token; None for no call.
     """
 
-    def __init__(
-        self,
-        plm: RemotePlm,
-        selector: TokenSelector,
-        stop_ids: frozenset[int],
-        settings: DecodingSettings,
-        lookup: NgramDrafter | None,
-        on_token: Callable[[int, int], None] | None,
-    ) -> None:
+    def __init__(self, plm: RemotePlm, settings: DecodingSettings, lookup: NgramDrafter | None = None) -> None:
         self._plm = plm
-        self._selector = selector
-        self._stop_ids = stop_ids
         self._look_ahead = _LOOK_AHEAD if settings.look_ahead is None else settings.look_ahead
         # Prompt-lookup drafts are cheap, but a fixed look-ahead disables them so that the user sets the exact number.
         self._drafters: list[Drafter] = [] if settings.look_ahead is not None else [PromptLookupDrafter()]
         self._drafters += [] if lookup is None else [lookup]
-        self._on_token = on_token
         self._acceptance = AcceptanceStats()
         self.stats = GenerationStats()
 
@@ -155,7 +150,7 @@ class SpeculativeDecoder:
             response = self._plm.decode(
                 [s.context + [draft.token for draft in row] for s, row in zip(batch, drafts, strict=True)],
                 look_ahead,
-                sorted(self._stop_ids),
+                _drafting_stops(batch),
                 from_position=[len(s.prompt) + s.length - 1 for s in batch],
             )
             adapter_response = self._behind_adapter_prompts(batch, drafts, response)
@@ -207,8 +202,8 @@ class SpeculativeDecoder:
         self.stats.drafted += sum(counts) - len(batch)
         tokens = _drafted_tokens(answer.client_drafts, response)
         # The last token of a row follows the last draft: nothing is selected behind it.
-        positions = [position for s, row in zip(batch, tokens, strict=True) for position in s.positions(row[:-1])]
-        choices = iter(self._selector.select(response, positions, answer.adapter_response or response))
+        positions = [s.positions(row[:-1]) for s, row in zip(batch, tokens, strict=True)]
+        choices = iter(_selected(batch, positions, response, answer.adapter_response))
         for sequence, client_drafts, row in zip(batch, answer.client_drafts, tokens, strict=True):
             accepted = 0
             for step, draft in enumerate(row):
@@ -220,10 +215,9 @@ class SpeculativeDecoder:
                 if step < len(client_drafts):
                     client_drafts[step].drafter.observe(client_drafts[step], accepted=choice.token == draft)
                 sequence.append(choice)
-                if self._on_token is not None:
-                    sequence.report(self._on_token)
                 self.stats.accepted += step > 0
                 accepted += choice.token == draft
+            sequence.report()
 
     def _observe(self, sequence: SequenceState, choice: TokenChoice) -> None:
         """Learn the acceptance rate of the server's drafts."""
@@ -231,6 +225,43 @@ class SpeculativeDecoder:
         sequence.expected_accepts += self._acceptance.rate(choice.lambda_t)
         sequence.accepts += same
         self._acceptance.observe(choice.lambda_t, accepted=same)
+
+
+def _drafting_stops(batch: Sequence[SequenceState]) -> list[int]:
+    """Ids of the tokens behind which the server drafts nothing more, in a call for these sequences."""
+    return sorted(frozenset[int]().union(*{s.rules.stops.drafting_ids for s in batch}))
+
+
+def _selected(
+    batch: Sequence[SequenceState],
+    positions: Sequence[Sequence[DecodePosition]],
+    response: DecodeResponse,
+    adapter_response: DecodeResponse | None,
+) -> Sequence[TokenChoice | OpenChoice]:
+    """The choice at each position, by the selector of its sequence."""
+    adapter_response = adapter_response or response
+    if len({id(s.selector) for s in batch}) == 1:
+        return batch[0].selector.select(response, [*chain.from_iterable(positions)], adapter_response)
+    rows = response.rows_B.tolist()
+    starts, groups = [0, *accumulate(rows)], defaultdict[int, list[int]](list)
+    for at, sequence in enumerate(batch):
+        groups[id(sequence.selector)].append(at)
+    choices: list[list[TokenChoice | OpenChoice]] = [[] for _ in batch]
+    for members in groups.values():
+        index_N = torch.tensor([row for at in members for row in range(starts[at], starts[at + 1])])
+        own = _rows(response, index_N)
+        adapters = own if adapter_response is response else _rows(adapter_response, index_N)
+        selector, places = batch[members[0]].selector, [p for at in members for p in positions[at]]
+        selected = iter(selector.select(own, places, adapters))
+        for at in members:
+            choices[at] = [*islice(selected, rows[at])]
+    return [*chain.from_iterable(choices)]
+
+
+def _rows(response: DecodeResponse, index_N: Tensor) -> DecodeResponse:
+    """Some rows of a response."""
+    values = {name: getattr(response, name) for name in _ROW_FIELDS}
+    return response.model_copy(update={name: value[index_N] for name, value in values.items() if value is not None})
 
 
 def _drafted_tokens(drafts: Sequence[Sequence[DraftToken]], response: DecodeResponse) -> list[list[int]]:

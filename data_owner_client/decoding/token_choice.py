@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ class DecodePosition:
         recent: ids of the continuation's last tokens before t, the newest last.
         context: when sampling or in a held answer, token ids of prompt and continuation before t.
         allowed_V: in a held answer, True for each token with which it can go on, bool [V]; None for all tokens.
+        alternatives: number of alternatives to record on each side; 0 for none.
     """
 
     lambda_t: float
@@ -31,10 +33,30 @@ class DecodePosition:
     recent: Sequence[int] = ()
     context: Sequence[int] = ()
     allowed_V: Tensor | None = None
+    alternatives: int = 0
 
     def allows(self, token: int) -> bool:
         """True if the token may be selected."""
         return self.allowed_V is None or bool(self.allowed_V[token])
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """The most probable tokens at a position, each with its log-probability, the most probable first.
+
+    Without the whole LM head they are those of the candidates and the PLM's top-1.
+
+    Attributes:
+        mixture: tokens of the mixture; only those that no other token of the vocabulary exceeds.
+        plm: tokens of the PLM.
+        pema: tokens of the adapter; empty where it was not used.
+        unlisted: the PLM's probability of all tokens that were not compared.
+    """
+
+    mixture: list[tuple[int, float]]
+    plm: list[tuple[int, float]]
+    pema: list[tuple[int, float]]
+    unlisted: float
 
 
 @dataclass(frozen=True)
@@ -48,6 +70,7 @@ class TokenChoice:
         pema_logprob: log P_PEMA of the token, −∞ where it is no candidate; None where the adapter was not used.
         plm_token: most probable token of the PLM alone.
         pema_token: most probable token of the adapter alone; None where the adapter was not used.
+        alternatives: the most probable tokens at the position; None where they were not recorded.
     """
 
     token: int
@@ -56,6 +79,7 @@ class TokenChoice:
     pema_logprob: float | None
     plm_token: int
     pema_token: int | None
+    alternatives: Alternatives | None = None
 
     @property
     def logprob(self) -> float:
@@ -64,6 +88,13 @@ class TokenChoice:
             return self.plm_logprob
         parts = torch.tensor([self.plm_logprob, self.pema_logprob, self.lambda_t], dtype=torch.float64)
         return float(mix(*parts))
+
+    @property
+    def share(self) -> float:
+        """The adapter's share r = λ·P_PEMA / P of the token's probability, from 0 to 1."""
+        if self.pema_logprob is None or self.lambda_t == 0.0:
+            return 0.0
+        return min(1.0, math.exp(math.log(self.lambda_t) + self.pema_logprob - self.logprob))
 
 
 @dataclass(frozen=True)

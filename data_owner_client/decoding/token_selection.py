@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from data_owner_client.decoding.candidate_mixture import CandidateMixture, PlmSc
 from data_owner_client.decoding.held.selection import HeldSelection
 from data_owner_client.decoding.sampling import draw_token
 from data_owner_client.decoding.settings import SamplingSettings
-from data_owner_client.decoding.token_choice import DecodePosition, OpenChoice, TokenChoice
+from data_owner_client.decoding.token_choice import Alternatives, DecodePosition, OpenChoice, TokenChoice
 from protocol.head import LMHead
 from protocol.messages import DecodeResponse
 from protocol.quantization import dequantize
@@ -63,6 +64,11 @@ class TokenSelector:
             is_stop_C = torch.isin(adapter.candidate_ids_C, torch.tensor(sorted(stop_ids), dtype=torch.int64))
             self._stop_penalty_C = interpolation.length_reward * is_stop_C.double()
 
+    @property
+    def unproven(self) -> int:
+        """Choices in held answers that stand because the owner grants nothing that tells about other tokens."""
+        return self._held.unproven
+
     def select(
         self, response: DecodeResponse, positions: Sequence[DecodePosition], adapter_response: DecodeResponse
     ) -> Sequence[TokenChoice | OpenChoice]:
@@ -77,7 +83,7 @@ class TokenSelector:
         cr_N_D = dequantize(adapter_response.cr_N_D, adapter_response.cr_scale_N)
         if self._sampling is not None and self._head is not None:
             return self._draw(self._sampling, self._head, response, positions, cr_N_D)
-        plm_alone = not any(position.lambda_t or position.noise for position in positions)
+        plm_alone = not any(position.lambda_t or position.noise or position.alternatives for position in positions)
         if self._adapter is None or (
             plm_alone and all(map(DecodePosition.allows, positions, response.top1_N.tolist()))
         ):
@@ -102,12 +108,20 @@ class TokenSelector:
         chosen_pema_N = pema_logprob_N_C.gather(1, index_N[:, None])[:, 0].masked_fill(~inside_N, -math.inf)
         columns = (token_N, lambda_N, chosen_plm_N, chosen_pema_N, plm.top1_N, ids_C[pema_logprob_N_C.argmax(dim=-1)])
         choices = [TokenChoice(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        choices = [
+            replace(choice, alternatives=_alternatives(mixture, pema_logprob_N_C, row, position.alternatives))
+            if position.alternatives
+            else choice
+            for row, (choice, position) in enumerate(zip(choices, positions, strict=True))
+        ]
         return self._held.proven(choices, positions, _head_input(response), response.logsumexp_N, mixture)
 
     def _of_plm(self, response: DecodeResponse, positions: Sequence[DecodePosition]) -> list[TokenChoice | OpenChoice]:
         """The PLM's choice at each position."""
         choices = [
-            TokenChoice(token, position.lambda_t, logprob, None, token, None)
+            TokenChoice(
+                token, position.lambda_t, logprob, None, token, None, _of_top1(token, logprob, position.alternatives)
+            )
             for token, logprob, position in zip(
                 response.top1_N.tolist(), response.top1_logprob_N.tolist(), positions, strict=True
             )
@@ -159,9 +173,53 @@ class TokenSelector:
                         None if pema_N_V is None else float(pema_N_V[row, token]),
                         int(plm_N_V[row].argmax()),
                         None if pema_N_V is None else int(pema_N_V[row].argmax()),
+                        _of_vocabulary(
+                            mixture_N_V[row],
+                            plm_N_V[row],
+                            None if pema_N_V is None else pema_N_V[row],
+                            position.alternatives,
+                        ),
                     )
                 )
         return choices
+
+
+def _alternatives(mixture: CandidateMixture, pema_logprob_N_C: Tensor, row: int, count: int) -> Alternatives:
+    """The most probable candidates at one row, and the PLM's top-1."""
+    ids_K, top1_logprob = mixture.token_ids(row), mixture.plm.top1_logprob_N[row, None]
+    plm_K = torch.cat([mixture.plm.logprob_N_C[row].minimum(top1_logprob), top1_logprob])
+    pema_K = torch.cat([pema_logprob_N_C[row], torch.tensor([-math.inf])])
+    if mixture.logprob_N_K[row, -1] == -math.inf:  # the top-1 is among the candidates
+        ids_K, plm_K, pema_K = ids_K[:-1], plm_K[:-1], pema_K[:-1]
+    mixed = [
+        (token, score)
+        for token, score in _highest(ids_K, mixture.logprob_N_K[row, : len(ids_K)], count)
+        if mixture.exceeds_others(row, score)
+    ]
+    unlisted = 1.0 - float(plm_K.double().exp().sum())
+    return Alternatives(mixed, _highest(ids_K, plm_K, count), _highest(ids_K, pema_K, count), max(0.0, unlisted))
+
+
+def _of_top1(token: int, logprob: float, count: int) -> Alternatives | None:
+    """The PLM's top-1 alone, where alternatives are recorded."""
+    top1 = [(token, logprob)]
+    return Alternatives(top1, top1, [], max(0.0, 1.0 - math.exp(logprob))) if count else None
+
+
+def _of_vocabulary(mixture_V: Tensor, plm_V: Tensor, pema_V: Tensor | None, count: int) -> Alternatives | None:
+    """The most probable tokens of the whole vocabulary, where alternatives are recorded."""
+    if not count:
+        return None
+    ids_V = torch.arange(len(plm_V))
+    pema = [] if pema_V is None else _highest(ids_V, pema_V, count)
+    return Alternatives(_highest(ids_V, mixture_V, count), _highest(ids_V, plm_V, count), pema, 0.0)
+
+
+def _highest(ids_K: Tensor, logprob_K: Tensor, count: int) -> list[tuple[int, float]]:
+    """The tokens of the highest log-probabilities, without those of probability 0."""
+    top_K, index_K = logprob_K.topk(min(count, len(logprob_K)))
+    pairs = zip(ids_K[index_K].tolist(), top_K.tolist(), strict=True)
+    return [(token, logprob) for token, logprob in pairs if logprob > -math.inf]
 
 
 def _redraw(

@@ -21,9 +21,9 @@ from data_owner_client import (
     translate,
 )
 from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.data import stops
 from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.tasks import Task
-from data_owner_client.decoding import decode_loop
 from data_owner_client.decoding.generation import ngram_drafter_for
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
 from data_owner_client.memory.encode import tokenize_pair
@@ -92,10 +92,10 @@ def test_a_stop_that_spans_tokens_ends_a_text(
     options: Any = {"adapter": adapter, "interpolation": HALF} if adapted else {}
     decoding = DecodingSettings(max_new_tokens=40, **UNBOUNDED, **drafts)
     whole = generate(plm, PROMPTS, decoding=DecodingSettings(max_new_tokens=40, **UNBOUNDED), **options)
-    stops = [text[9:12] for text in whole.texts]
-    expected = [text[: min(text.index(stop) for stop in stops if stop in text)] for text in whole.texts]
+    ends = [text[9:12] for text in whole.texts]
+    expected = [text[: min(text.index(end) for end in ends if end in text)] for text in whole.texts]
     lookup = ngram_drafter_for(memory) if adapted else None
-    stopped = generate(plm, PROMPTS, stop=stops, decoding=decoding, lookup=lookup, **options)
+    stopped = generate(plm, PROMPTS, stop=ends, decoding=decoding, lookup=lookup, **options)
     assert stopped.texts == expected
     assert stopped.stats.tokens < whole.stats.tokens
     for ids, all_ids in zip(stopped.token_ids, whole.token_ids, strict=True):
@@ -108,7 +108,7 @@ def test_a_stop_that_too_many_tokens_contain_is_found_by_the_client_alone(
 ) -> None:
     options: Any = {"adapter": adapter, "interpolation": HALF} if adapted else {}
     known = generate(plm, PROMPTS, stop=["e"], **options)
-    monkeypatch.setattr(decode_loop, "_MAX_DRAFTING_STOPS", 1)
+    monkeypatch.setattr(stops, "_MAX_DRAFTING_STOPS", 1)
     unknown = generate(plm, PROMPTS, stop=["e"], **options)
     assert unknown.token_ids == known.token_ids
     assert unknown.texts == known.texts
