@@ -16,10 +16,11 @@ from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.held.grammar import AnswerGrammar
 from data_owner_client.decoding.held.selection import HeldSelection
 from data_owner_client.decoding.held.token_search import TokenSearch
+from data_owner_client.decoding.plm_only_calls import PlmOnlyCalls
 from data_owner_client.decoding.sampling import Noise
 from data_owner_client.decoding.sequence import End, EndRules, SequenceState
 from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings, SamplingSettings
-from data_owner_client.decoding.speculative import PlmOnlyCalls, SpeculativeDecoder
+from data_owner_client.decoding.speculative import SpeculativeDecoder
 from data_owner_client.decoding.stats import GenerationStats
 from data_owner_client.decoding.token_choice import TokenChoice
 from data_owner_client.decoding.token_selection import TokenSelector

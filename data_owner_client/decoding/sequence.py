@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from enum import StrEnum
 
 from data_owner_client.adapter.network import RECENT_TOKENS
@@ -51,17 +51,18 @@ class CallCounts:
 
     Attributes:
         round_trips: number of calls.
-        tokens: token ids that the server read for the first time: the prompts, and the client's drafts and choices.
-        rows: positions that the server returned.
-        bytes_sent: the text's share of the requests' bytes, by tokens.
-        bytes_received: the text's share of the answers' bytes, by rows.
+        tokens: token ids that the server was shown: those of the prompts, the text and the client's rejected drafts.
+        bytes_sent: bytes of the token ids of all calls.
+        bytes_received: bytes of the rows that the server returned.
     """
 
     round_trips: int = 0
     tokens: int = 0
-    rows: int = 0
-    bytes_sent: float = 0.0
-    bytes_received: float = 0.0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    def __add__(self, other: CallCounts) -> CallCounts:
+        return CallCounts(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass
@@ -83,6 +84,7 @@ class SequenceState:
         choices: its tokens so far, with their scores.
         expected_accepts: expected number of positions so far at which mixture and PLM choose the same token.
         accepts: number of positions so far at which mixture and PLM chose the same token.
+        calls: the calls that it took part in.
         end: reason for its end; None while it grows.
     """
 
@@ -100,6 +102,7 @@ class SequenceState:
     choices: list[TokenChoice] = field(default_factory=list)
     expected_accepts: float = 0.0
     accepts: int = 0
+    calls: CallCounts = field(default_factory=CallCounts)
     end: End | None = None
     _repetition: RepetitionDetector = field(default_factory=RepetitionDetector)
     _reported: int = 0

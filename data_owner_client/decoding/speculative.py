@@ -12,35 +12,27 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent import futures
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import reduce
 from itertools import accumulate, chain, islice
 from operator import add, mul
 
 import torch
-from torch import Tensor
 
 from data_owner_client.decoding.client_drafts import Drafter, DraftToken, NgramDrafter, PromptLookupDrafter
+from data_owner_client.decoding.response_rows import row_values, rows_at, with_representations
 from data_owner_client.decoding.sequence import SequenceState
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.decoding.stats import GenerationStats
 from data_owner_client.decoding.token_choice import DecodePosition, OpenChoice, TokenChoice
 from data_owner_client.plm.connection.base import Attempt
 from data_owner_client.plm.remote_plm import RemotePlm
-from data_owner_client.runtime.background import daemon_future
 from protocol.messages import DecodeResponse
 from protocol.timing import ServerTiming
 
-_ROW_FIELDS = (
-    *("cr_N_D", "cr_scale_N", "last_hidden_N_D", "last_hidden_scale_N"),
-    *("logsumexp_N", "top1_N", "top1_logprob_N"),
-)
+_TOKEN_ID_BYTES = 4
 # Drafts of the server for a sequence and round. Two were as fast as a planner by measured costs (docs/decisions/0011).
 _LOOK_AHEAD = 2
-# Calls in flight at the same time for sequences that the server finishes alone.
-_MAX_PLM_ONLY_CALLS = 4
 # Weight of the acceptance rate over all sequences against that of the sequence itself, in drafts.
 _PRIOR_DRAFTS = 8.0
 # Before measurements: how often the PLM's top-1 differed from the mixture's in a prototype.
@@ -161,16 +153,41 @@ class SpeculativeDecoder:
     def _behind_adapter_prompts(
         self, batch: Sequence[SequenceState], drafts: Sequence[Sequence[DraftToken]], response: DecodeResponse
     ) -> DecodeResponse | None:
-        """The response for the same tokens behind the adapter's prompts; None where it is not needed."""
-        prompts = [s.adapter_prompt for s in batch if s.adapter_prompt is not None]
-        if len(prompts) < len(batch) or all(s.length >= s.plm_only_from for s in batch):
-            return None
+        """The response for the same tokens behind the adapter's prompts; None where all are those of the PLM.
+
+        Sequences without an adapter's prompt keep their rows, as do those where the adapter has no part any more.
+        """
+        prompts = [s.adapter_prompt if s.length < s.plm_only_from else None for s in batch]
         tokens = _drafted_tokens(drafts, response)
-        return self._plm.decode(
-            [prompt + s.generated + row[:-1] for prompt, s, row in zip(prompts, batch, tokens, strict=True)],
-            [0] * len(batch),
-            from_position=[len(prompt) + s.length - 1 for prompt, s in zip(prompts, batch, strict=True)],
+        places = [
+            (prompt + s.generated + row[:-1], len(prompt) + s.length - 1)
+            for prompt, s, row in zip(prompts, batch, tokens, strict=True)
+            if prompt is not None
+        ]
+        if not places:
+            return None
+        own = self._plm.decode(
+            [ids for ids, _ in places], [0] * len(places), from_position=[start for _, start in places]
         )
+        if len(places) == len(batch):
+            return own
+        rows = response.rows_B.tolist()
+        is_own = torch.tensor([prompt is not None for prompt in prompts]).repeat_interleave(torch.tensor(rows))
+        return with_representations(response, is_own, own)
+
+    @staticmethod
+    def _count(answer: RoundResponse) -> None:
+        """Count a call for each of its sequences."""
+        responses = [each for each in (answer.response, answer.adapter_response) if each is not None]
+        row_bytes = sum(value.nbytes for each in responses for value in row_values(each).values())
+        rows = answer.response.rows_B.tolist()
+        for sequence, drafts, own in zip(answer.batch, answer.client_drafts, rows, strict=True):
+            prompts = [sequence.prompt, *([sequence.adapter_prompt] if sequence.adapter_prompt else [])]
+            calls, shown = sequence.calls, sequence.length + len(drafts)
+            calls.tokens += 0 if calls.round_trips else sum(map(len, prompts))
+            calls.round_trips += 1
+            calls.bytes_sent += _TOKEN_ID_BYTES * sum(len(prompt) + shown for prompt in prompts)
+            calls.bytes_received += row_bytes * own // sum(rows)
 
     def max_look_ahead(self, sequence: SequenceState) -> int:
         """The number of tokens that the server may draft in one call."""
@@ -195,6 +212,7 @@ class SpeculativeDecoder:
 
     def accept(self, answer: RoundResponse) -> None:
         """Append the mixture's tokens to every sequence, up to its first difference from the drafts."""
+        self._count(answer)
         batch, response = answer.batch, answer.response
         counts = response.rows_B.tolist()
         self.stats.calls += 1
@@ -205,7 +223,7 @@ class SpeculativeDecoder:
         positions = [s.positions(row[:-1]) for s, row in zip(batch, tokens, strict=True)]
         choices = iter(_selected(batch, positions, response, answer.adapter_response))
         for sequence, client_drafts, row in zip(batch, answer.client_drafts, tokens, strict=True):
-            accepted = 0
+            accepted, length = 0, sequence.length
             for step, draft in enumerate(row):
                 selected = next(choices)
                 if accepted < step or sequence.end:
@@ -217,6 +235,7 @@ class SpeculativeDecoder:
                 sequence.append(choice)
                 self.stats.accepted += step > 0
                 accepted += choice.token == draft
+            sequence.calls.tokens += sequence.length - length + max(0, len(client_drafts) - accepted)
             sequence.report()
 
     def _observe(self, sequence: SequenceState, choice: TokenChoice) -> None:
@@ -249,19 +268,13 @@ def _selected(
     choices: list[list[TokenChoice | OpenChoice]] = [[] for _ in batch]
     for members in groups.values():
         index_N = torch.tensor([row for at in members for row in range(starts[at], starts[at + 1])])
-        own = _rows(response, index_N)
-        adapters = own if adapter_response is response else _rows(adapter_response, index_N)
+        own = rows_at(response, index_N)
+        adapters = own if adapter_response is response else rows_at(adapter_response, index_N)
         selector, places = batch[members[0]].selector, [p for at in members for p in positions[at]]
         selected = iter(selector.select(own, places, adapters))
         for at in members:
             choices[at] = [*islice(selected, rows[at])]
     return [*chain.from_iterable(choices)]
-
-
-def _rows(response: DecodeResponse, index_N: Tensor) -> DecodeResponse:
-    """Some rows of a response."""
-    values = {name: getattr(response, name) for name in _ROW_FIELDS}
-    return response.model_copy(update={name: value[index_N] for name, value in values.items() if value is not None})
 
 
 def _drafted_tokens(drafts: Sequence[Sequence[DraftToken]], response: DecodeResponse) -> list[list[int]]:
@@ -270,45 +283,3 @@ def _drafted_tokens(drafts: Sequence[Sequence[DraftToken]], response: DecodeResp
         [*(draft.token for draft in row), *top1_K.tolist()[len(row) :]]
         for row, top1_K in zip(drafts, response.top1_N.split(response.rows_B.tolist()), strict=True)
     ]
-
-
-class PlmOnlyCalls:
-    """Calls in which the server finishes sequences alone, where λ is 0 to the end, beside the rounds of the others.
-
-    Args:
-        decoder: makes the calls and accepts their responses.
-        batch_size: sequences in flight.
-
-    Attributes:
-        calls: calls in flight, with the number of sequences in each.
-    """
-
-    def __init__(self, decoder: SpeculativeDecoder, batch_size: int) -> None:
-        self._decoder = decoder
-        self._batch_size = batch_size
-        self.calls: dict[Future[RoundResponse], int] = {}
-
-    def begin(self, waiting: list[SequenceState]) -> None:
-        """Start a call for some of these sequences and remove them from the list, if there is room."""
-        room = self._batch_size - sum(self.calls.values())
-        if not waiting or room <= 0 or len(self.calls) >= _MAX_PLM_ONLY_CALLS:
-            return
-        batch, waiting[:] = waiting[:room], waiting[room:]
-        look_ahead = [self._decoder.max_look_ahead(s) for s in batch]
-        call = daemon_future(partial(self._decoder.request, batch, [[]] * len(batch), look_ahead))
-        self.calls[call] = len(batch)
-
-    def completed(self, *, wait: bool) -> list[SequenceState]:
-        """Accept the responses that have arrived and return their sequences.
-
-        Args:
-            wait: wait until one call is answered.
-        """
-        started = time.perf_counter()
-        done = futures.wait(self.calls, None if wait else 0, futures.FIRST_COMPLETED).done
-        self._decoder.stats.server_s += time.perf_counter() - started
-        self.calls = {call: size for call, size in self.calls.items() if call not in done}
-        answers = [call.result() for call in done]
-        for answer in answers:
-            self._decoder.accept(answer)
-        return [sequence for answer in answers for sequence in answer.batch]

@@ -1,0 +1,1 @@
+"""The gateway: the adapted model for applications that speak OpenAI's protocol."""
