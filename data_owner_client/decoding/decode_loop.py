@@ -44,6 +44,8 @@ class GenerationRequest:
             tokens even when sampling.
         length_bound: longest plausible answer in tokens; None for no bound.
         grammar: form of the answer, with the same stops; None for a free answer.
+        prefix: ids of the tokens with which the answer begins.
+        alternatives: most probable tokens of each side to record at each position; 0 for none.
     """
 
     prompt: Sequence[int]
@@ -52,6 +54,8 @@ class GenerationRequest:
     sample: int | None = 0
     length_bound: int | None = None
     grammar: AnswerGrammar | None = None
+    prefix: Sequence[int] = ()
+    alternatives: int = 0
 
     @property
     def longest_prompt(self) -> int:
@@ -281,6 +285,8 @@ def _sequence(
         sequence.plm_only_from = max_tokens
     if request.grammar is not None:
         sequence.answer, sequence.plm_only_from = request.grammar.begin(), max_tokens
+    sequence.alternatives = request.alternatives
+    sequence.begin_with(request.prefix)
     return sequence
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
@@ -36,6 +36,8 @@ class GenerationOptions(TypedDict, total=False):
         decoding: length, bounds, look-ahead and batch size.
         form: form that all answers are held to; None for the task's schema, as `decoding.hold` says.
         stop: text, or several, before which a text ends, beside the other stops; None for no more.
+        prefix: ids of the tokens with which every answer begins; it goes on from there.
+        alternatives: most probable tokens of each side to record at each position; 0 for none.
         lookup: drafter from a memory's targets (`ngram_drafter_for`); the PLM's owner sees its drafts. None for none.
         sampling: settings of sampling; None for the most probable tokens. The text depends on the seed, not on drafts.
         samples: texts to draw for each input.
@@ -54,6 +56,8 @@ class GenerationOptions(TypedDict, total=False):
     decoding: DecodingSettings
     form: AnswerForm | None
     stop: str | Iterable[str] | None
+    prefix: Sequence[int]
+    alternatives: int
     lookup: NgramDrafter | None
     sampling: SamplingSettings | None
     samples: int
@@ -100,6 +104,8 @@ class ChosenOptions:
     decoding: DecodingSettings = DEFAULT_DECODING
     form: AnswerForm | None = None
     stop: str | Iterable[str] | None = ()
+    prefix: Sequence[int] = ()
+    alternatives: int = 0
     lookup: NgramDrafter | None = None
     sampling: SamplingSettings | None = None
     samples: int = 1
@@ -127,6 +133,7 @@ class ChosenOptions:
             "--lookup": self.lookup is not None,
             "--stream": self.on_text is not None or self.on_token is not None,
             "--stop": self.stop,
+            "The option prefix": self.prefix,
             "--hold" if self.decoding.hold else "--no-hold": self.decoding.hold is not None,
             "The option form": self.form,
         }

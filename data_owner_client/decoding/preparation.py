@@ -123,16 +123,39 @@ def prepare_continuations(
     """
     require_same_model(plm, adapter)
     prompts = list_of_texts(prompts)
-    expected_length = adapter.card.mean_length if adapter else None
-    stops = Stops(ids=frozenset(plm.card.eos_token_ids))
-    options = replace(options, form=options.answer_form(None))
     failures = TextFailures(prompts, options.on_failure)
 
     def to_input(number: int, prompt: Source) -> TextInput:
-        return TextInput(number, Prompt(single_text(prompt)), expected_length)
+        return TextInput(number, Prompt(single_text(prompt)), _mean_length(adapter))
 
     inputs = failures.each(to_input)
+    stops, options = _bare_stops(plm), replace(options, form=options.answer_form(None))
     return _prepared(plm, inputs, len(prompts), failures, stops, adapter, options, strips=False)
+
+
+def prepare_token_prompts(
+    plm: RemotePlm, prompts: Sequence[Sequence[int]], adapter: CandidateDistribution | None, options: ChosenOptions
+) -> PreparedTexts:
+    """Bare prompts in token ids as sequences to generate.
+
+    Raises:
+        InvalidData: options contradict each other, or a prompt is too long.
+        IdentityMismatch: the adapter belongs to another model.
+    """
+    require_same_model(plm, adapter)
+    options = replace(options, form=options.answer_form(None))
+    requests = [GenerationRequest(list(ids), _mean_length(adapter)) for ids in prompts]
+    return _of_requests(plm, requests, range(len(prompts)), len(prompts), _bare_stops(plm), adapter, options)
+
+
+def _mean_length(adapter: CandidateDistribution | None) -> float | None:
+    """Expected length of an answer without a source text, in tokens."""
+    return adapter.card.mean_length if adapter else None
+
+
+def _bare_stops(plm: RemotePlm) -> Stops:
+    """The ends of a continuation without a task."""
+    return Stops(ids=frozenset(plm.card.eos_token_ids))
 
 
 def task_for(plm: RemotePlm, task: Task | None, adapter: CandidateDistribution | None) -> Task:
@@ -177,14 +200,33 @@ def _prepared(
     """The inputs as sequences; the other texts of `total` have empty answers."""
     requests, numbers = _answerable(plm, inputs, failures)
     failures.settle(total)
+    return _of_requests(plm, requests, numbers, total, stops, adapter, options, strips=strips)
+
+
+def _of_requests(
+    plm: RemotePlm,
+    requests: Sequence[GenerationRequest],
+    numbers: Sequence[int],
+    total: int,
+    stops: Stops,
+    adapter: CandidateDistribution | None,
+    options: ChosenOptions,
+    *,
+    strips: bool = False,
+) -> PreparedTexts:
+    """Requests with the indices of their inputs as sequences, one for each sample."""
     samples, sampling = options.draws(adapter)
     config = options.config(adapter, stops, sampling)
     grammar = None
     if options.form is not None:
         grammar = AnswerGrammar(options.form, plm.tokenizer, config.stops, plm.card.vocab_size)
     # Samples of the same prompt one after another: they share all of its attention states.
-    alternatives = [replace(request, sample=sample, grammar=grammar) for request in requests for sample in samples]
-    sequences = sequences_of(plm, alternatives, config, options.reporter)
+    requests = [
+        replace(request, sample=sample, grammar=grammar, prefix=options.prefix, alternatives=options.alternatives)
+        for request in requests
+        for sample in samples
+    ]
+    sequences = sequences_of(plm, requests, config, options.reporter)
     prepared = PreparedTexts(total, numbers, sequences, options, strips)
     if options.on_token is not None or options.on_text is not None:
         for number, group in prepared.groups():

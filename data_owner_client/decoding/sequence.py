@@ -13,6 +13,7 @@ from data_owner_client.decoding.held.grammar import AnswerState
 from data_owner_client.decoding.sampling import Noise
 from data_owner_client.decoding.token_choice import DecodePosition, TokenChoice
 from data_owner_client.decoding.token_selection import TokenSelector
+from protocol.errors import InvalidData
 
 
 class End(StrEnum):
@@ -145,6 +146,20 @@ class SequenceState:
     def max_new_drafts(self) -> int:
         """Tokens that may still be drafted before the last one; negative at full length."""
         return len(self.lambdas) - self.length - 1
+
+    def begin_with(self, prefix: Sequence[int]) -> None:
+        """Let the text begin with these tokens, which nobody chose.
+
+        Raises:
+            InvalidData: the text would end within them.
+        """
+        for token in prefix:
+            if self.end is not None:
+                break
+            self.append(TokenChoice(token, self.lambdas[self.length], 0.0, None, token, None))
+        if self.end is not None:
+            raise InvalidData("The prefix ends the answer.", hint="Give a shorter one, or more --max-new-tokens.")
+        self._reported = self.length
 
     def append(self, choice: TokenChoice) -> None:
         """Append a token, and end the text if a rule says so. A repetition is removed up to its first occurrence."""

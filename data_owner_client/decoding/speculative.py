@@ -184,7 +184,7 @@ class SpeculativeDecoder:
         for sequence, drafts, own in zip(answer.batch, answer.client_drafts, rows, strict=True):
             prompts = [sequence.prompt, *([sequence.adapter_prompt] if sequence.adapter_prompt else [])]
             calls, shown = sequence.calls, sequence.length + len(drafts)
-            calls.tokens += 0 if calls.round_trips else sum(map(len, prompts))
+            calls.tokens += 0 if calls.round_trips else sum(map(len, prompts)) + sequence.length
             calls.round_trips += 1
             calls.bytes_sent += _TOKEN_ID_BYTES * sum(len(prompt) + shown for prompt in prompts)
             calls.bytes_received += row_bytes * own // sum(rows)
