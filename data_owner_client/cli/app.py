@@ -35,7 +35,7 @@ _INTERRUPTED = 130  # the status that shells give for SIGINT
 # The order of the help: that of the work.
 _ORDER = (
     *("info", "doctor", "data", "build-memory", "train", "sweep"),
-    *("apply", "generate", "evaluate", "compare", "fetch-head"),
+    *("apply", "generate", "evaluate", "compare", "gateway", "fetch-head"),
 )
 
 
