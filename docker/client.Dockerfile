@@ -1,7 +1,9 @@
-# The data owner's client, for the classic builder and for BuildKit.
+# The data owner's client with its gateway, for the classic builder and for BuildKit.
 #
 #   docker build --file docker/client.Dockerfile --tag pema-client .
 #   docker run --rm --network host --env PEMA_API_KEY --volume pema-work:/work pema-client info
+#
+# docker/compose.gateway.yml runs the gateway.
 #
 # BASE, PIP_INDEX_URL and TORCH_BUILD: see server.Dockerfile.
 ARG BASE=python:3.11-slim-bookworm
@@ -15,7 +17,7 @@ COPY constraints.txt pyproject.toml docker/needs.py ./
 RUN sed -i "s/+cpu/$TORCH_BUILD/" constraints.txt \
  && grep '^torch==' constraints.txt > torch.txt \
  && python needs.py server traces postgres > server.txt \
- && python needs.py client > client.txt
+ && python needs.py client gateway > client.txt
 
 FROM $BASE AS torch
 ARG PIP_INDEX_URL

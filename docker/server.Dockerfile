@@ -16,7 +16,7 @@ COPY constraints.txt pyproject.toml docker/needs.py ./
 RUN sed -i "s/+cpu/$TORCH_BUILD/" constraints.txt \
  && grep '^torch==' constraints.txt > torch.txt \
  && python needs.py server traces postgres > server.txt \
- && python needs.py client > client.txt
+ && python needs.py client gateway > client.txt
 
 FROM $BASE AS torch
 ARG PIP_INDEX_URL

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
+from data_owner_client.cli import app
+from data_owner_client.gateway.server_process import DRAIN_SECONDS
 from harness.tiny_models import TinyModels
 from plm_owner_server.operations.metrics import Metrics
 from plm_owner_server.operations.serving_state import ServingState
@@ -24,6 +26,8 @@ FILES = [ROOT / "docker-compose.yml", *OVERLAYS]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 # Settings of the containers, not of the server.
 NO_SETTINGS = {"PEMA_FIRST_TENANT"}
+# Of the gateway, which is the data owner's.
+OF_GATEWAY = {"PEMA_SERVER", "PEMA_API_KEY", "PEMA_GATEWAY_KEY", "PEMA_GATEWAY_PORT", "PEMA_ADAPTER_NAME"}
 METRIC = re.compile(r"\b(?:pema|process)_\w+")
 
 
@@ -55,7 +59,7 @@ MADE = [
 
 def test_there_is_an_overlay_for_each_need() -> None:
     names = {path.name.split(".")[1] for path in OVERLAYS}
-    assert names >= {"gpu", "vllm", "tls", "postgres", "replicas", "replicas-tls", "monitoring"}
+    assert names >= {"gpu", "vllm", "tls", "postgres", "replicas", "replicas-tls", "monitoring", "gateway"}
 
 
 @pytest.mark.parametrize("service", MADE)
@@ -108,13 +112,27 @@ def test_what_is_set_is_a_setting() -> None:
     known = {f"PEMA_{name.upper()}" for name in ServerSettings.model_fields}
     for label, service in all_services():
         for name in service.get("environment", {}):
-            assert not name.startswith("PEMA_") or name in known | NO_SETTINGS, (label, name)
+            assert not name.startswith("PEMA_") or name in known | NO_SETTINGS | OF_GATEWAY, (label, name)
 
 
 def test_calls_may_end_before_a_container_is_killed() -> None:
     server = services(FILES[0])["server"]
     grace_s = int(server["stop_grace_period"].removesuffix("s"))
     assert grace_s > server["environment"]["PEMA_DRAIN_TIMEOUT"] + 5
+
+
+def test_answers_may_end_before_the_gateway_is_killed() -> None:
+    grace_s = int(services(ROOT / "docker/compose.gateway.yml")["gateway"]["stop_grace_period"].removesuffix("s"))
+    assert grace_s > DRAIN_SECONDS + 5
+
+
+def test_the_gateway_is_started_with_options_that_it_has() -> None:
+    (script,) = services(ROOT / "docker/compose.gateway.yml")["gateway"]["command"]
+    words = script.replace("$$", "$").partition("exec pema-client ")[2].replace('"$PEMA_GATEWAY_PORT"', "8010").split()
+    given = ["--adapter", "adapter=/adapter", "--gateway-key", "a-key"]
+    command, bound, _ = app.parse_args([*words[:-1], *given], exit_on_error=False, print_error=False)
+    assert command.__name__ == "gateway"
+    assert bound.arguments["settings"].allowed_hosts == ("gateway",)
 
 
 def test_volumes_are_declared() -> None:
