@@ -22,6 +22,7 @@ from data_owner_client.cli import app
 from data_owner_client.data.reading.settings import ReadingSettings
 from data_owner_client.data.tasks import Shot, Task
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
+from data_owner_client.gateway.settings import GatewaySettings
 from data_owner_client.plm.connection.settings import ConnectionSettings
 from data_owner_client.runtime.declared_settings import attribute_sentences, declared_settings
 from data_owner_client.scoring.settings import ScoringSettings
@@ -63,9 +64,11 @@ def settings_page() -> str:
         ("Reading of files", ReadingSettings),
         ("Scoring", ScoringSettings),
         ("Connection", ConnectionSettings),
+        ("Gateway", GatewaySettings),
     ):
         name = settings.__name__
-        parts.append(f"## {title}\n\nIn Python `data_owner_client.{name}`; on the command line `--field-name`.\n")
+        place = "" if settings is GatewaySettings else f"In Python `data_owner_client.{name}`; on"
+        parts.append(f"## {title}\n\n{place or 'On'} the command line `--field-name`.\n")
         parts.append(_table(("field", "type", "default", "unit", "bounds", "meaning"), _rows(settings)))
     parts.append("## Task\n\nA TOML file; `[[examples]]` begins an example.\n")
     parts.append(_table(("field", "type", "default", "meaning"), _fields(Task)))
