@@ -28,6 +28,8 @@ _HEADERS = {
     "x-content-type-options": "nosniff",
 }
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+# Asked every few seconds.
+_PROBES = frozenset({"/health", "/metrics"})
 _CLIENT_CLOSED_REQUEST = 499  # nginx's status; HTTP has none
 
 
@@ -77,7 +79,8 @@ class RequestLog:
         route = getattr(scope.get("route"), "path", OTHER)
         method = scope["method"] if scope["method"] in _METHODS else "?"
         self._metrics.count_request(route, status, seconds)
-        log.info("%s %s %d in %.3f s, %s", method, route, status, seconds, request_id)
+        level = logging.DEBUG if route in _PROBES else logging.INFO
+        log.log(level, "%s %s %d in %.3f s, %s", method, route, status, seconds, request_id)
 
 
 def _frames(error: BaseException) -> str:

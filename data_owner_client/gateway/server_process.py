@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 # Time for answers under way when the gateway is stopped.
 DRAIN_SECONDS = 10
 _BACKLOG = 2048
-_LOGGERS = ("data_owner_client", "uvicorn.error")
+_OURS, _UVICORN = "data_owner_client", "uvicorn.error"
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 
@@ -92,8 +92,9 @@ def logged_to_stderr(level: str) -> Iterator[None]:
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(message)s"))
     with ExitStack() as stack:
-        for name in _LOGGERS:
-            stack.enter_context(_handled(logging.getLogger(name), handler, level))
+        stack.enter_context(_handled(logging.getLogger(_OURS), handler, level))
+        # What uvicorn says of its start and end is said here already.
+        stack.enter_context(_handled(logging.getLogger(_UVICORN), handler, "warning"))
         yield
 
 
