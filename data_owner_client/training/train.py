@@ -16,6 +16,7 @@ from data_owner_client.adapter.card import AdapterCard
 from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.adapter.types import AdapterForm
 from data_owner_client.data.pairs import digest_pairs
+from data_owner_client.memory.grants import cached_distributions
 from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.arguments import AnyPath, to_path
@@ -26,6 +27,7 @@ from data_owner_client.runtime.progress import Reporter
 from data_owner_client.scoring.scorer import scores_in_words
 from data_owner_client.training.decoded_policies import TextStore
 from data_owner_client.training.decoding_policy import DEFAULT_RETRIEVED_EXAMPLES, max_policies, select_decoding_policy
+from data_owner_client.training.exchange import Exchange
 from data_owner_client.training.inputs import Memories, TrainingInput, resolve_settings
 from data_owner_client.training.plots import plot_training
 from data_owner_client.training.policies import DecodingPolicy
@@ -59,6 +61,8 @@ class TrainingReport(BaseModel):
         options: decoding policies that were tried on the held-out pairs, the chosen one first.
         seconds: duration of the call.
         peak_rss_mb: largest resident memory of this process so far.
+        memory: folder of both memories; None in reports of earlier versions.
+        exchange: what client and owner have shown each other; None in reports of earlier versions.
     """
 
     folder: PathText
@@ -68,6 +72,8 @@ class TrainingReport(BaseModel):
     options: list[DecodingPolicy]
     seconds: float
     peak_rss_mb: float
+    memory: PathText | None = None
+    exchange: Exchange | None = None
 
 
 def train(
@@ -189,12 +195,25 @@ def train(
         options=policies,
         seconds=clock() - began,
         peak_rss_mb=peak_rss_mb(),
+        memory=str(memory.absolute()),
+        exchange=_exchange(plm, memories, inputs),
     )
     write_atomically(folder / REPORT, report.model_dump_json(indent=1).encode())
     # Includes partial files of a killed process.
     for path in [*folder.glob(f"{_CHECKPOINTS}*"), *folder.glob(f".{_CHECKPOINTS}*.partial")]:
         path.unlink(missing_ok=True)
     return adapter, report
+
+
+def _exchange(plm: RemotePlm, memories: Memories, inputs: TrainingInput) -> Exchange:
+    """What client and owner have shown each other until now."""
+    gives_rows = plm.card.head_policy != "none"
+    return Exchange.from_memories(
+        memories.train,
+        memories.validation,
+        head_rows=len(inputs.targets.ids_U) if gives_rows else 0,
+        distributions=cached_distributions(plm),
+    )
 
 
 def _plan_work(
