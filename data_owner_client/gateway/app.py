@@ -41,6 +41,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.state.gateway = gateway
     for prefix in _PREFIXES:
         app.include_router(models.router, prefix=prefix, include_in_schema=bool(prefix))
+    app.include_router(models.facts_router)
     app.include_router(tokens.router)
     app.include_router(operation.router)
     app.include_router(page_router())
