@@ -194,7 +194,7 @@ def _memory_facts(train: ExternalMemory, validation: ExternalMemory) -> MemoryFa
 
 
 def _exchange(report: TrainingReport | None, memories: tuple[ExternalMemory, ExternalMemory] | None) -> Exchange | None:
-    """What the report says; for reports of earlier versions, what the memory shows."""
+    """The report's counts; for reports of earlier versions, those of the memory."""
     if report is not None and report.exchange is not None:
         return report.exchange
     try:

@@ -14,7 +14,7 @@ _HEAD_BYTES = 4
 
 
 class Exchange(BaseModel):
-    """What each side has learned of the other from both memories and the LM head's rows of a training.
+    """Counts of what both memories and the LM head's rows have shown to the other side.
 
     Texts that `train` decodes, and answers of a trained adapter, come on top.
 

@@ -62,7 +62,8 @@ class TrainingReport(BaseModel):
         seconds: duration of the call.
         peak_rss_mb: largest resident memory of this process so far.
         memory: folder of both memories; None in reports of earlier versions.
-        exchange: what client and owner have shown each other; None in reports of earlier versions.
+        exchange: counts of what client and owner have shown each other; None in reports of earlier versions, or if
+            texts of the memory are missing.
     """
 
     folder: PathText
@@ -205,15 +206,18 @@ def train(
     return adapter, report
 
 
-def _exchange(plm: RemotePlm, memories: Memories, inputs: TrainingInput) -> Exchange:
-    """What client and owner have shown each other until now."""
+def _exchange(plm: RemotePlm, memories: Memories, inputs: TrainingInput) -> Exchange | None:
+    """Counts of what client and owner have shown each other until now; None if the texts are no longer there."""
     gives_rows = plm.card.head_policy != "none"
-    return Exchange.from_memories(
-        memories.train,
-        memories.validation,
-        head_rows=len(inputs.targets.ids_U) if gives_rows else 0,
-        distributions=cached_distributions(plm),
-    )
+    try:
+        return Exchange.from_memories(
+            memories.train,
+            memories.validation,
+            head_rows=len(inputs.targets.ids_U) if gives_rows else 0,
+            distributions=cached_distributions(plm),
+        )
+    except InvalidData:  # training needs the rows, and not always the texts
+        return None
 
 
 def _plan_work(

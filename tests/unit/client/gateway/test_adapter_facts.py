@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from data_owner_client.data.pairs import Pair
 from data_owner_client.data.tasks import Task
 from data_owner_client.gateway.adapter_facts import AdapterFacts, adapter_facts
+from data_owner_client.gateway.openai.errors import EXCEPTION_HANDLERS
+from data_owner_client.gateway.routes.models import facts_router
 from data_owner_client.gateway.served_models import ServedModels, UnknownModel
 from data_owner_client.memory.build import build_memory
 from data_owner_client.plm.connection.in_process import InProcessConnection
@@ -107,3 +112,24 @@ def test_the_memory_of_another_training_is_not_shown(plm: RemotePlm, tmp_path: P
 def test_the_plm_alone_has_no_facts(plm: RemotePlm) -> None:
     with pytest.raises(UnknownModel):
         adapter_facts(ServedModels(plm, {}, check_seconds=None).get(plm.card.name))
+
+
+def test_facts_are_served(plm: RemotePlm, tmp_path: Path) -> None:
+    trained(plm, tmp_path, "private")
+    models = ServedModels(plm, {"my/adapter": tmp_path / "adapter"}, check_seconds=None)
+    app = FastAPI(exception_handlers=EXCEPTION_HANDLERS)
+    app.state.gateway = SimpleNamespace(models=models)
+    app.include_router(facts_router)
+    client = TestClient(app)
+    served = AdapterFacts.model_validate_json(client.get("/pema/adapters/my/adapter").content)
+    assert served == adapter_facts(models.get("my/adapter"))
+    for other in ("nothing", plm.card.name):
+        answer = client.get(f"/pema/adapters/{other}")
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"]
+
+
+def test_an_adapter_is_trained_without_the_texts_of_its_memory(plm: RemotePlm, tmp_path: Path) -> None:
+    trained(plm, tmp_path, "private")
+    (tmp_path / "memory" / "train" / "pairs.jsonl").unlink()
+    assert train(plm, tmp_path / "memory", tmp_path / "adapter", settings=SETTINGS)[1].exchange is None
