@@ -15,13 +15,14 @@ from data_owner_client.gateway.settings import DEFAULT_GATEWAY, GatewaySettings
 from data_owner_client.plm.connection.settings import DEFAULT_CONNECTION
 from data_owner_client.runtime.arguments import to_path
 from protocol import standard_streams
-from protocol.addresses import authority, is_loopback
+from protocol.addresses import authority
 from protocol.errors import InvalidData, Unsupported
 
 if TYPE_CHECKING:
     from data_owner_client.gateway.state import Gateway
 
 _GATEWAY = Group("Gateway", sort_key=2)
+_ALL_INTERFACES = frozenset({"0.0.0.0", "::"})  # noqa: S104
 _EXTRA = frozenset({"fastapi", "prometheus_client", "starlette", "uvicorn"})
 
 
@@ -100,7 +101,7 @@ def adapter_folders(values: Sequence[str]) -> dict[str, Path]:
 def _announcement(gateway: Gateway, server: str, owner_key: str | None) -> list[str]:
     """Lines that say what is served, where, and what leaves this machine."""
     settings, plm = gateway.settings, gateway.plm.card.name
-    address = authority(settings.host if is_loopback(settings.host) else "127.0.0.1", settings.port)
+    address = authority("127.0.0.1" if settings.host in _ALL_INTERFACES else settings.host, settings.port)
     adapters = [model.name for model in gateway.models.all() if model.adapter is not None]
     key = "any key" if settings.gateway_key is None else "the key in PEMA_GATEWAY_KEY"
     known_as = "without a key" if owner_key is None else f"with the key {_public_part(owner_key)}"

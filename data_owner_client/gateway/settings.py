@@ -45,7 +45,7 @@ class GatewaySettings:
     gateway_key: Annotated[str | None, Parameter(env_var="PEMA_GATEWAY_KEY")] = field(default=None, repr=False)
     allowed_hosts: Annotated[tuple[str, ...], Parameter(consume_multiple=1, allow_leading_hyphen=False)] = ()
     allow_origin: Annotated[tuple[str, ...], Parameter(consume_multiple=1, allow_leading_hyphen=False)] = ()
-    max_waiting: Annotated[int, Ge(0), Unit("answers")] = 256
+    max_waiting: Annotated[int, Ge(1), Unit("answers")] = 256
     batch_size: Annotated[int, Ge(1), Unit("answers")] = 32
     patience: Annotated[float, Ge(0), Unit("seconds")] = 60.0
     max_body_bytes: Annotated[int, Ge(1024), Unit("bytes")] = 4 * 2**20
