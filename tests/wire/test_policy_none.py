@@ -128,6 +128,9 @@ def test_training_is_that_of_the_policy_candidate(
     accomplice = CallContext("none", "none", Disclosure("full", rotated=rotated))
     true = tiny_service.lm_head(HeadRequest(token_ids=ids_C.tolist(), dtype="float32"), accomplice)
     torch.testing.assert_close(adapters["none"].head.weight_V_D, true.weight_N_D, rtol=0, atol=1e-3)
+    exchange = reports["none"].exchange
+    assert exchange is not None
+    assert (exchange.head_rows, exchange.distributions) == (0, 48)
     told = " ".join(lines.said)
     assert "only contexts that building the memory has shown. Costs 48 calls" in told
     assert "recovered from 45 full distributions" in told

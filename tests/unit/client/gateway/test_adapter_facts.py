@@ -117,7 +117,8 @@ def test_the_plm_alone_has_no_facts(plm: RemotePlm) -> None:
 def test_facts_are_served(plm: RemotePlm, tmp_path: Path) -> None:
     trained(plm, tmp_path, "private")
     models = ServedModels(plm, {"my/adapter": tmp_path / "adapter"}, check_seconds=None)
-    app = FastAPI(exception_handlers=EXCEPTION_HANDLERS)
+    handlers: Any = EXCEPTION_HANDLERS
+    app = FastAPI(exception_handlers=handlers)
     app.state.gateway = SimpleNamespace(models=models)
     app.include_router(facts_router)
     client = TestClient(app)

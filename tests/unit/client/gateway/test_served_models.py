@@ -20,9 +20,13 @@ from hypothesis import strategies as st
 from data_owner_client.adapter.network import Adapter
 from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.data.tasks import Task
+from data_owner_client.decoding.generation import translate
+from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.gateway.served_models import ServedModels, UnknownModel
+from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
+from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import IdentityMismatch, InvalidData, InvalidRequest
 from protocol.head import LMHead
 from tests.adapters import adapter_card
@@ -199,3 +203,22 @@ def test_the_thread_finds_new_versions_and_ends(folder: Path) -> None:
         thread = models._thread
     assert thread is not None
     assert not thread.is_alive()
+
+
+def test_no_answer_of_a_changed_model_is_used(tiny_service: PlmService, tmp_path: Path) -> None:
+    connection = InProcessConnection(tiny_service)
+    decode = connection.decode
+    with closing(RemotePlm(connection, cache=None)) as plm:
+        ids_C = torch.arange(5, 15)
+        head = plm.head_rows(ids_C)
+        identity = ModelIdentity.from_card(plm.card)
+        card = adapter_card(identity, head, task=Task(name="t"), rank=2)
+        TrainedAdapter(card, Adapter(identity.hidden_size, 2, "residual"), ids_C, head).save(tmp_path)
+        adapter = ServedModels(plm, {"a": tmp_path}, check_seconds=None).get("a").adapter
+        decoding = DecodingSettings(max_new_tokens=3)
+        before = translate(plm, ["the thin"], adapter=adapter, decoding=decoding)
+        connection.decode = lambda *request: decode(*request).model_copy(update={"digest": "0" * 64})
+        with pytest.raises(IdentityMismatch, match="changed"):
+            translate(plm, ["the thin"], adapter=adapter, decoding=decoding)
+        connection.decode = decode
+        assert translate(plm, ["the thin"], adapter=adapter, decoding=decoding).texts == before.texts
