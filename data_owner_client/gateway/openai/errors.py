@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from protocol.errors import PemaError
 
@@ -59,7 +59,7 @@ async def _pema(request: Request, error: PemaError) -> JSONResponse:
     return error_response(ApiError(error.http_status, str(error), headers=headers))
 
 
-EXCEPTION_HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, JSONResponse]]] = {
+EXCEPTION_HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
     ApiError: _api_error,
     HTTPException: _http_error,
     RequestValidationError: _validation,

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +20,7 @@ from data_owner_client.gateway.metrics import Metrics
 from data_owner_client.gateway.owner_state import OwnerProbe
 from data_owner_client.gateway.routes.page import page_files
 from data_owner_client.gateway.security import AllowedHosts
+from data_owner_client.gateway.served_models import ServedModels
 from data_owner_client.gateway.server_process import listening
 from data_owner_client.gateway.settings import GatewaySettings
 from data_owner_client.gateway.state import Gateway
@@ -40,17 +41,16 @@ def plm(tiny_models: TinyModels) -> RemotePlm:
 
 
 @pytest.fixture
-def client_with(plm: RemotePlm) -> Iterator[Callable[..., TestClient]]:
+def client_with(plm: RemotePlm) -> Callable[..., TestClient]:
     """Makes clients of gateways with these settings."""
 
     def make(**settings: Any) -> TestClient:
-        models = SimpleNamespace(all=lambda: [served], get=lambda name: {served.name: served}[name], problems={})
-        served = SimpleNamespace(name=plm.card.name, adapter=None, version="1", created=7, folder=None)
-        metrics = Metrics(lambda: [served.name])
+        models = ServedModels(plm, {}, check_seconds=None)
+        metrics = Metrics(lambda: [model.name for model in models.all()])
         rounds: Any = SimpleNamespace(waiting=3, active=2)
         metrics.watch(waiting=lambda: rounds.waiting, active=lambda: rounds.active)
         owner = OwnerProbe(lambda: plm.card, plm.card.digest)
-        gateway = Gateway(plm, models, rounds, GatewaySettings(**settings), metrics, owner)  # type: ignore[arg-type]
+        gateway = Gateway(plm, models, rounds, GatewaySettings(**settings), metrics, owner)
         app = create_app(gateway)
 
         @app.post("/fails")
@@ -160,7 +160,7 @@ def test_json_may_name_its_characters(client_with: Callable[..., TestClient]) ->
 @pytest.mark.parametrize("value", [None, "", KEY, "Bearer", f"Bearer {KEY}x", f"Basic {KEY}", "Bearer \u00e9"])
 def test_a_key_is_demanded(value: str | None, client_with: Callable[..., TestClient]) -> None:
     client = client_with(gateway_key=KEY)
-    headers = {} if value is None else {"Authorization": value.encode()}
+    headers = {} if value is None else {b"Authorization": value.encode()}
     for path in ("/v1/models", "/metrics", "/tokenizer_info", "/openapi.json"):
         response = client.get(path, headers=headers)
         assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer"), path
@@ -220,8 +220,15 @@ def test_models_are_listed_with_and_without_version(client_with: Callable[..., T
         listed = client.get(f"{prefix}/models").json()
         assert (listed["object"], [model["id"] for model in listed["data"]]) == ("list", [name])
         one = client.get(f"{prefix}/models/{name}").json()
-        assert (one["object"], one["created"], one["parent"]) == ("model", 7, None)
+        assert (one["object"], one["parent"]) == ("model", None)
         assert one in listed["data"]
+
+
+def test_an_unknown_model_is_not_found(client_with: Callable[..., TestClient]) -> None:
+    client = client_with()
+    for response in (client.get("/v1/models/none"), client.post("/tokenize", json={"prompt": "a", "model": "none"})):
+        assert response.status_code == 404
+        assert error_of(response)["message"].startswith("There is no model of this name.")
 
 
 @pytest.mark.parametrize("text", ["Hello, world", "", "two  spaces\n\nand lines", "<s>a</s>b<s>", "déjà vu 🙂"])
@@ -268,7 +275,7 @@ def test_unknown_fields_are_ignored(client_with: Callable[..., TestClient]) -> N
 
 
 def test_health_tells_of_the_owner(client_with: Callable[..., TestClient], plm: RemotePlm) -> None:
-    health, models = client_with().get("/health").json(), {plm.card.name: "1"}
+    health, models = client_with().get("/health").json(), {plm.card.name: plm.card.digest[:16]}
     assert health == {"status": "ok", "owner": "ok", "models": models, "problems": {}, "waiting": 3, "active": 2}
     assert client_with().head("/health").status_code == 200
 
