@@ -14,6 +14,8 @@ _FAST_EXAMPLES: Final = 20
 _PROFILES: Final = ("fast", "dev", "ci")
 
 PROFILE: Final = os.environ.get("PEMA_TEST_PROFILE", "dev")
+NO_BROWSER: Final = "PEMA_TEST_NO_BROWSER" in os.environ
+"""Leave out the tests that need a browser."""
 
 
 def scaled(examples: int) -> int:

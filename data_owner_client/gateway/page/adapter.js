@@ -51,7 +51,7 @@ function history(rows) {
   if (rows.length === 0) return [];
   const names = [...new Set(rows.flatMap((row) => Object.keys(row)))]
     .filter((name) => name !== "epoch" && rows.some((row) => Number.isFinite(row[name])));
-  const series = (name) => ({ name: words(name), points: rows.map((row, i) => [row.epoch ?? i + 1, row[name]]) });
+  const series = (name) => ({ name: words(name), points: rows.map((row, i) => [i + 1, row[name]]) });
   const isLoss = (name) => /loss|nll|cross|perplexity/u.test(name);
   const isTime = (name) => /seconds|rate|step/u.test(name);
   const losses = names.filter(isLoss);

@@ -72,7 +72,8 @@ export class Answer {
   /** Show the tokens, round trips, bytes and quotas of this answer. */
   shown({ tokens, round_trips, sent_bytes, received_bytes, quota }) {
     const number = (value) => (value === null || value === undefined ? "–" : value.toLocaleString("en"));
-    const left = (one) => `${number(one.left)} left${one.reset_s ? `, again full in ${Math.ceil(one.reset_s)} s` : ""}`;
+    const left = (one) => `${number(one.left)} ${one.unit} left`
+      + (one.resets_s ? `, all again in ${one.resets_s.toLocaleString("en")} s` : "");
     describe(this.part(".shown dl"), [
       ["Tokens", number(tokens)],
       ["Round trips", number(round_trips)],

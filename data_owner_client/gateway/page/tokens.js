@@ -8,8 +8,9 @@ export const DECIDED = {
   you: "chosen here",
 };
 
-/** The bytes of a token or alternative; those of its text where the gateway sends none. */
+/** The bytes of a token; none of a special token, and those of its text where the gateway sends no bytes. */
 export function bytesOf(token) {
+  if (token.bytes === null) return new Uint8Array();
   return token.bytes ? Uint8Array.from(token.bytes) : new TextEncoder().encode(token.text);
 }
 
