@@ -1,1 +1,1 @@
-"""OpenAI's wire forms."""
+"""The wire forms of OpenAI's API: requests, answers, errors and server-sent events."""
