@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from data_owner_client.gateway.request_log import CONTENT_SECURITY_POLICY
 from data_owner_client.gateway.routes.page import page_router
 
 PLM, ADAPTER = "plm", "german"
@@ -105,6 +106,12 @@ class ScriptedGateway:
         """The application: the page of the real gateway, and answers of this script."""
         app = FastAPI()
         app.include_router(page_router())
+
+        @app.middleware("http")
+        async def with_policy(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+            response = await call_next(request)
+            response.headers["content-security-policy"] = CONTENT_SECURITY_POLICY
+            return response
 
         @app.get("/v1/models", response_model=None)
         async def models(request: Request) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 
 from tests import support
 from tests.browser.scripted_gateway import ADAPTER, DECIDED, FACTS, KEY, PIECES, PLM_PIECES, ScriptedGateway, tokens
@@ -35,10 +36,10 @@ def test_tokens_appear_one_by_one(page: Any, url: str, gateway: ScriptedGateway)
     ask(page, url)
     shown = page.locator(f"{ADAPTED} .tokens button")
     page.locator(ADAPTED).wait_for()
-    assert shown.count() == 0
+    expect(shown).to_have_count(0)
     for number in range(1, len(PIECES) + 1):
         gateway.released = number
-        page.wait_for_function(f"document.querySelectorAll('{ADAPTED} .tokens button').length === {number}")
+        expect(shown).to_have_count(number)
     page.locator(f"{ADAPTED} .status", has_text="Ended by itself").wait_for()
 
 
@@ -66,6 +67,15 @@ def test_text_of_the_model_stays_text(page: Any, url: str) -> None:
     assert page.locator("img").count() == 0
     assert page.title() == "PEMA playground"
     assert "<img src=x" in page.locator(f"{ADAPTED} .text").inner_text()
+
+
+def test_policy_stops_scripts_in_the_page(page: Any, url: str, console: list[str]) -> None:
+    response = page.goto(url)
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    page.evaluate("document.body.append(Object.assign(document.createElement('script'), {text: 'window.ran = 1'}))")
+    assert page.evaluate("window.ran") is None
+    support.until(lambda: page.evaluate("1") == len(console), within_s=30)
+    assert "Content Security Policy" in console.pop()
 
 
 def test_stop_hangs_up_on_both_answers(page: Any, url: str, gateway: ScriptedGateway) -> None:
@@ -110,7 +120,7 @@ def test_pointer_shows_details(page: Any, url: str) -> None:
 
 def test_differences_are_marked(page: Any, url: str) -> None:
     finished(page, url)
-    page.wait_for_function("document.querySelectorAll('.answer .differs').length > 0")
+    expect(page.locator(".answer .differs")).to_have_count(len(PIECES) - 1 + len(PLM_PIECES) - 1)
     for answer, pieces in ((ADAPTED, PIECES), (ALONE, PLM_PIECES)):
         marked = page.locator(f"{answer} .tokens button").evaluate_all(
             "all => all.map(one => one.classList.contains('differs'))"

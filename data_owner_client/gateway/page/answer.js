@@ -1,5 +1,5 @@
 // One answer: its tokens as buttons in a list, its text, λ along it, and what the owner was shown.
-import { DECIDED, percent, pieceOf, textOf, visible } from "./tokens.js";
+import { decision, isAlone, percent, pieceOf, textOf, visible } from "./tokens.js";
 import { describe, element, lambdaLine } from "./elements.js";
 
 export class Answer {
@@ -110,10 +110,11 @@ export class Answer {
     const button = element("button", { type: "button", className: "token", tabIndex: at === 0 ? 0 : -1 }, piece);
     button.dataset.decided = token.decided_by;
     button.dataset.id = token.id;
+    button.classList.toggle("alone", isAlone(token));
     const share = token.share ?? 0;
     button.dataset.share = share;
     button.style.setProperty("--share", share);
-    button.setAttribute("aria-label", `${piece}: ${DECIDED[token.decided_by] ?? ""}, adapter's share ${percent(share)}`);
+    button.setAttribute("aria-label", `${piece}: ${decision(token)}, adapter's share ${percent(share)}`);
     button.setAttribute("aria-expanded", "false");
     button.setAttribute("aria-controls", "details");
     const show = () => {

@@ -1,5 +1,5 @@
 // The popover of a token: both sides' favourites, and going on from one of them.
-import { DECIDED, percent, pieceOf, probability, visible } from "./tokens.js";
+import { decision, percent, pieceOf, probability, visible } from "./tokens.js";
 import { element } from "./elements.js";
 
 const LEAVE_MS = 250;
@@ -86,7 +86,7 @@ export class Details {
 
 function facts(token) {
   const title = element("p", { className: "details-title" },
-    element("strong", {}, visible(pieceOf(token))), ` · ${token.id} · ${DECIDED[token.decided_by] ?? ""}`);
+    element("strong", {}, visible(pieceOf(token))), ` · ${token.id} · ${decision(token)}`);
   const numbers = [
     `P ${percent(token.logprob === undefined ? null : probability(token.logprob))}`,
     `λ ${token.lambda === null || token.lambda === undefined ? "–" : token.lambda.toFixed(2)}`,

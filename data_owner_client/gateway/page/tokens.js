@@ -1,12 +1,22 @@
 // Tokens as people read them: pieces, probabilities, differences. Nothing here touches the page.
 
-export const DECIDED = {
+const DECIDED = {
   both: "both sides' favourite",
   adapter: "the adapter overruled the model",
   plm: "the model held against the adapter",
   neither: "no side's favourite",
   you: "chosen here",
 };
+
+/** The side that decided on a token, in words. */
+export function decision(token) {
+  return isAlone(token) ? "the model alone" : DECIDED[token.decided_by] ?? "";
+}
+
+/** Whether the adapter had no part in a token. */
+export function isAlone(token) {
+  return token.pema_logprob === null && token.decided_by !== "you";
+}
 
 /** The bytes of a token; none of a special token, and those of its text where the gateway sends no bytes. */
 export function bytesOf(token) {
