@@ -29,7 +29,6 @@ def _explained(tokenizer: PlmTokenizer, choice: TokenChoice) -> dict[str, Any]:
     found = choice.alternatives
     return {
         **_token(tokenizer, choice.token),
-        "bytes": token_bytes(tokenizer, choice.token),
         "lambda": choice.lambda_t,
         "share": choice.share,
         "decided_by": decided_by(choice),
@@ -74,7 +73,7 @@ def token_bytes(tokenizer: PlmTokenizer, token_id: int) -> list[int] | None:
 
 
 def _token(tokenizer: PlmTokenizer, token_id: int) -> dict[str, Any]:
-    return {"id": token_id, "text": tokenizer.name(token_id)}
+    return {"id": token_id, "text": tokenizer.name(token_id), "bytes": token_bytes(tokenizer, token_id)}
 
 
 def _listed(tokenizer: PlmTokenizer, tokens: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:
