@@ -119,4 +119,10 @@ class CompletionBody(RequestBody):
         _explained("prompt", "it must be text, token ids, or a list of either"),
     ]
     echo: bool = False
-    logprobs: Annotated[StrictInt, Ge(0), Le(20)] | Literal[False] | None = None
+    logprobs: (
+        Annotated[
+            Annotated[StrictInt, Ge(0), Le(20)] | Literal[False],
+            _explained("logprobs", "it must be a number of tokens from 0 to 20"),
+        ]
+        | None
+    ) = None
