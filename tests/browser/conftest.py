@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, Page, Route, sync_playwright
 
 from tests import profiles, support
 from tests.browser.scripted_gateway import ScriptedGateway
@@ -15,14 +15,12 @@ CHROMIUM = Path("/usr/bin/chromium")
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
+def browser() -> Iterator[Browser]:
     """Debian's chromium without a window."""
     if profiles.NO_BROWSER:
         pytest.skip("PEMA_TEST_NO_BROWSER is set")
     if not CHROMIUM.exists():
         pytest.fail(f"There is no {CHROMIUM}: `apt-get install chromium`, or set PEMA_TEST_NO_BROWSER=1.")
-    from playwright.sync_api import sync_playwright
-
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
         yield chromium
@@ -49,12 +47,12 @@ def console() -> list[str]:
 
 
 @pytest.fixture
-def page(browser: Any, url: str, console: list[str]) -> Iterator[Any]:
+def page(browser: Browser, url: str, console: list[str]) -> Iterator[Page]:
     """An empty page that may only call the gateway."""
     context = browser.new_context(viewport={"width": 1200, "height": 900})
     foreign: list[str] = []
 
-    def only_ours(route: Any) -> None:
+    def only_ours(route: Route) -> None:
         if route.request.url.startswith(f"{url}/"):
             route.continue_()
         else:
