@@ -70,7 +70,7 @@ class StreamOptions(_Body):
 
 
 class PemaExtension(_Body):
-    """What the gateway has beyond OpenAI's API."""
+    """Options of the gateway beyond OpenAI's API."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

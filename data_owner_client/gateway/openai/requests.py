@@ -20,7 +20,7 @@ _SEEDS = 2**63
 
 @dataclass(frozen=True)
 class PemaOptions:
-    """What a request asks for beyond OpenAI's API.
+    """Options of a request beyond OpenAI's API.
 
     Attributes:
         explain: whether each token comes with the scores of both sides.
@@ -41,7 +41,7 @@ class PemaOptions:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How answers are generated and returned.
+    """Settings by which answers are generated and returned.
 
     Attributes:
         max_tokens: longest answer, in tokens; 0 only to echo a prompt.

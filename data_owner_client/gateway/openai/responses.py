@@ -60,7 +60,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class AnswerHead:
-    """What all bodies of one answer have in common.
+    """The fields that all bodies of one answer have in common.
 
     Attributes:
         model: name of the model.
