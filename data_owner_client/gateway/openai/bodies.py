@@ -22,7 +22,7 @@ def _explained(kind: str, message: str) -> WrapValidator:
         try:
             return handler(value)
         except ValidationError:
-            raise PydanticCustomError(kind, message) from None  # type: ignore[arg-type]
+            raise PydanticCustomError(kind, message) from None
 
     return WrapValidator(validate)
 

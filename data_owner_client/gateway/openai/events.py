@@ -37,7 +37,7 @@ async def server_sent_events(
     pending: asyncio.Future[Mapping[str, Any]] | None = None
     try:
         while True:
-            pending = pending or asyncio.ensure_future(anext(chunks))  # type: ignore[arg-type]
+            pending = pending or asyncio.ensure_future(anext(chunks))
             await asyncio.wait([pending], timeout=keep_alive_s)
             if not pending.done():
                 yield KEEP_ALIVE
