@@ -68,7 +68,7 @@ class GenerationJob:
 
     def __init__(self, rounds: RoundLoop, prepared: PreparedTexts) -> None:
         self._prepared = prepared
-        self._answers = [_Answer(sequence) for sequence in prepared.sequences]
+        self._answers = [self._begun(sequence) for sequence in prepared.sequences]
         self._events = asyncio.Queue[tuple[int, Sequence[TokenChoice], End | PemaError | None]]()
         self._loop = asyncio.get_running_loop()
         for number, sequence in enumerate(prepared.sequences):
@@ -76,6 +76,12 @@ class GenerationJob:
         self._members = rounds.join(
             prepared.sequences, [partial(self._end, number) for number in range(len(prepared.sequences))]
         )
+
+    def _begun(self, sequence: SequenceState) -> _Answer:
+        """An answer that goes on behind its prefix, which is not passed on."""
+        ids = sequence.generated
+        text = self._prepared.text(sequence.rules.stops.settled_text(ids)) if ids else ""
+        return _Answer(sequence, ids, len(text))
 
     @property
     def counts(self) -> CallCounts:
