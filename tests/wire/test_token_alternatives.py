@@ -11,8 +11,8 @@ import torch
 
 from data_owner_client import TrainedAdapter, TrainingSettings, build_memories, generate, train, translate
 from data_owner_client.adapter.interpolation import Interpolation, mix
+from data_owner_client.decoding.adapter_mixture import previous_tokens
 from data_owner_client.decoding.settings import SamplingSettings
-from data_owner_client.decoding.token_selection import previous_tokens
 from data_owner_client.plm.remote_plm import RemotePlm
 from protocol.errors import InvalidData
 from tests import guard

@@ -21,11 +21,11 @@ from data_owner_client.adapter.candidates import index_of
 from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.gate import FEATURES, gate_features
 from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.decoding.adapter_mixture import plm_scores, previous_tokens
 from data_owner_client.decoding.labels.evidence import LabelEvidence
 from data_owner_client.decoding.labels.requests import LabelRequest
 from data_owner_client.decoding.labels.trie import LabelTrie
 from data_owner_client.decoding.stats import GenerationStats
-from data_owner_client.decoding.token_selection import plm_scores, previous_tokens
 from data_owner_client.memory.request_batches import ExampleSizes, split_into_requests
 from data_owner_client.plm.connection.base import Attempt
 from data_owner_client.plm.remote_plm import RemotePlm
