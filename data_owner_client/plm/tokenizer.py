@@ -149,6 +149,14 @@ class PlmTokenizer:
         special_id = self.special_ids.get(text)
         return containing if special_id is None else containing | {special_id}
 
+    @cached_property
+    def leading_ids(self) -> list[int]:
+        """Ids of the special tokens that the tokenizer puts before a text, such as the start of a sequence."""
+        text = MarkedText("a")
+        bare = self._tokenizer.encode(text, with_special_tokens=False)
+        whole = self._tokenizer.encode(text, with_special_tokens=True)
+        return whole[: whole.index(bare[0])] if bare else []
+
     @property
     def special_ids(self) -> Mapping[str, int]:
         """The id of each special token, by its spelling."""

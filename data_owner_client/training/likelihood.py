@@ -11,6 +11,7 @@ from data_owner_client.adapter.candidates import index_of
 from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.gate import gate_features
 from data_owner_client.memory.rows import MemoryRows
+from data_owner_client.plm.token_logprobs import token_logprobs
 from data_owner_client.training.validation import ValidationData
 from protocol.errors import InvalidData
 from protocol.head import LMHead
@@ -29,12 +30,8 @@ def plm_target_logprobs(head: LMHead, target_ids_U: Tensor, rows: MemoryRows) ->
     """
     if rows.logsumexp_N is None:
         raise InvalidData("The validation memory has no log-sum-exp.", hint="Build it again: build-memory --overwrite.")
-    label_N = index_of(rows.target_N.long(), target_ids_U)
-    parts = []
-    chunk = head.rows_per_chunk()
-    for input_B_D, label_B in zip(rows.head_input_N_D().split(chunk), label_N.split(chunk), strict=True):
-        parts.append(head.logits(input_B_D.float()).gather(1, label_B[:, None])[:, 0].double())
-    return (torch.cat(parts) - rows.logsumexp_N.double()).clamp(max=0.0)
+    index_N = index_of(rows.target_N.long(), target_ids_U)
+    return token_logprobs(head, rows.head_input_N_D(), rows.logsumexp_N, index_N)
 
 
 def pema_logprobs_and_gate_features(
