@@ -20,12 +20,14 @@ class LoggedToken:
         utf8: bytes of its text; None for a token without text.
         logprob: log-probability under the mixture; None where there is none, as of a first token.
         top: the most probable tokens at its position, the most probable first; empty if none were wanted.
+        listed: log-probability by which its own position lists it; None for `logprob`.
     """
 
     text: str
     utf8: bytes | None
     logprob: float | None
     top: tuple[LoggedToken, ...] = ()
+    listed: float | None = None
 
 
 def logged_token(
@@ -76,7 +78,7 @@ def _top(token: LoggedToken) -> dict[str, float] | None:
         return None
     found = dict[str, float]()
     for each in (*token.top, token):
-        value = finite(each.logprob or 0.0)
+        value = finite((each.logprob or 0.0) if each.listed is None else each.listed)
         found[_name(each)] = max(value, found.get(_name(each), value))
     return found
 
