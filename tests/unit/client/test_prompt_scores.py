@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import SimpleNamespace
@@ -71,7 +71,7 @@ class Case:
     plm: RemotePlm
     reference: Reference
 
-    def adapter(self, form: AdapterForm, seed: int, candidates: Sequence[int] | None = None, **card: Any) -> Any:
+    def adapter(self, form: AdapterForm, seed: int, candidates: Iterable[int] | None = None, **card: Any) -> Any:
         """An adapter with random weights."""
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randperm(VOCAB_SIZE, generator=generator)[: 40 + seed % 100]

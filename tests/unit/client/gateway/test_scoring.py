@@ -123,7 +123,8 @@ def mixture(plm: RemotePlm, model: Any, ids: list[int], adapter: Any, interpolat
         pema_N_V = torch.zeros_like(p_N_V)
         pema_N_V[:, adapter.candidate_ids_C] = adapter.logprobs(out.hidden_states[-1][0].float()).double().exp()
         p_N_V = (1 - interpolation.lambda_max) * p_N_V + interpolation.lambda_max * pema_N_V
-    return p_N_V.log()
+    logprob_N_V: torch.Tensor = p_N_V.log()
+    return logprob_N_V
 
 
 @pytest.mark.parametrize("text", ["In: the thin\nOut: die", "é<bos>ü <eos>", "<bos>an", "🙂"])
