@@ -13,6 +13,8 @@ VENV ?= .venv
 # Processes that run tests at the same time; each may need three GiB.
 WORKERS ?= 2
 VLLM_VENV ?= .venv-vllm
+# Applications that call the gateway in tests.
+CLIENTS_VENV := .venv-clients
 # Tests of the wire that say nothing about an engine.
 NO_ENGINE := command_line doctor large_head metrics proxy_settings smoke supervision tracing
 VLLM_TESTS ?= $(filter-out $(NO_ENGINE:%=tests/wire/test_%.py), $(sort $(wildcard tests/wire/test_*.py))) \
@@ -45,7 +47,7 @@ check: $(VENV)/ready
 quick-tests: $(VENV)/ready
 	PEMA_TEST_PROFILE=fast $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m 'not slow' tests/unit tests/wire/test_smoke.py
 
-test: lint
+test: lint $(CLIENTS_VENV)/ready
 	PEMA_TEST_PROFILE=ci $(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 25
 
 test-guarded: $(VENV)/ready
@@ -110,5 +112,11 @@ $(VLLM_VENV)/ready: pyproject.toml constraints-vllm.txt
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps -e .
 	touch $@
 
+$(CLIENTS_VENV)/ready: pyproject.toml constraints-clients.txt
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/pip install --quiet --upgrade pip
+	$(CLIENTS_VENV)/bin/pip install --quiet -c constraints-clients.txt --group clients
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -16,6 +16,8 @@ _PROFILES: Final = ("fast", "dev", "ci")
 PROFILE: Final = os.environ.get("PEMA_TEST_PROFILE", "dev")
 NO_BROWSER: Final = "PEMA_TEST_NO_BROWSER" in os.environ
 """Leave out the tests that need a browser."""
+NO_CLIENTS: Final = "PEMA_TEST_NO_CLIENTS" in os.environ
+"""Leave out the tests that need the environment of other applications."""
 
 
 def scaled(examples: int) -> int:
