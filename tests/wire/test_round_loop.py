@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing, closing
 from typing import Any
 
@@ -19,9 +19,9 @@ from data_owner_client.decoding.settings import DecodingSettings, SamplingSettin
 from data_owner_client.gateway.jobs import GenerationJob
 from data_owner_client.gateway.round_loop import RoundLoop
 from data_owner_client.plm.remote_plm import RemotePlm
-from protocol.errors import ConnectionFailed, Overloaded, PemaError
-from protocol.messages import DecodeResponse
+from protocol.errors import ConnectionFailed, Overloaded
 from tests import guard
+from tests.gateways import FaultyPlm
 
 TASK = Task(name="t", source_label="In", target_label="Out", stop="###")
 WORDS = ["the", "thin", "die", "Tür", "an", "on", "shine", "reden", "her"]
@@ -110,24 +110,6 @@ def test_texts_are_those_of_translate_in_any_company(
             expected = translate(plm, [source], adapter=adapter, **settings).best[0]
         assert sorted(texts) == sorted(expected)
     assert (rounds.active, rounds.waiting) == (0, 0)
-
-
-class FaultyPlm:
-    """A PLM whose calls fail where a function says so."""
-
-    def __init__(self, plm: RemotePlm, fault: Callable[[int], PemaError | None]) -> None:
-        self._plm = plm
-        self._fault = fault
-        self.calls = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._plm, name)
-
-    def decode(self, *arguments: Any, **options: Any) -> DecodeResponse:
-        self.calls += 1
-        if (fault := self._fault(self.calls)) is not None:
-            raise fault
-        return self._plm.decode(*arguments, **options)
 
 
 def _run(plm: Any, prepared: Sequence[PreparedTexts], **settings: Any) -> list[list[str] | BaseException]:
