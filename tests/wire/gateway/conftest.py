@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 
 from data_owner_client import Pair, TrainedAdapter, TrainingSettings, build_memories, train
 from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.tasks import Task
 from data_owner_client.plm.remote_plm import RemotePlm
 from tests import guard, profiles
@@ -26,6 +27,12 @@ INTERPOLATIONS = {
 }
 """Mixture of each adapter, by its name."""
 CLIENTS = Path(__file__).parents[3] / ".venv-clients" / "bin" / "python"
+
+
+def finish_reason(plm: RemotePlm, token_ids: Sequence[int]) -> str:
+    """OpenAI's word for the end of an answer with these tokens."""
+    stops = StopMatcher(plm.tokenizer, TASK.stops(plm.tokenizer, plm.card.eos_token_ids))
+    return "stop" if stops.ends(list(token_ids)) else "length"
 
 
 @pytest.fixture(scope="session")
