@@ -60,7 +60,7 @@ def test_calls_return_the_texts_of_translate(
         assert record[name]["metadata"]["model_name"] == adapter_name
     logged = record["logged"]["metadata"]["logprobs"]["content"]
     scores = [choice.logprob for choice in first]
-    assert [entry["logprob"] for entry in logged] == pytest.approx(scores[: len(logged)], abs=1e-6)
+    assert [entry["logprob"] for entry in logged] == pytest.approx(scores[: len(logged)], abs=1e-4)
     assert len(logged) >= len(scores) - 1  # perhaps without the stop
 
 
