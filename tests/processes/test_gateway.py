@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -26,39 +22,34 @@ from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.remote_plm import RemotePlm
+from harness.gateways import RunningGateway, running_gateway
 from harness.processes import stop_server
 from harness.tiny_models import TinyModels
 from tests import support
 from tests.adapters import random_adapter
 from tests.processes.parties import Owner, owner_that_can_be_killed, start_server, wait_until_ready
-from tests.support import until
 
 pytestmark = pytest.mark.unguarded("one way to the owner is enough")
 TASK = Task(name="t", source_label="In", target_label="Out")
 SOURCE, PROMPT = "the thin reden", "die Tür"
 LONG = 100
-_READY = "sees every prompt"
 _SECONDS = 120
 
 
-@dataclass(frozen=True)
 class Command:
     """A running `pema-client gateway`.
 
-    Attributes:
-        url: its address.
-        log: file that its output goes to.
-        process: the process.
+    Args:
+        running: its address, process and log.
     """
 
-    url: str
-    log: Path
-    process: subprocess.Popen[bytes]
+    def __init__(self, running: RunningGateway) -> None:
+        self.url, self.process, self._log = running
 
     @property
     def output(self) -> str:
-        """What it has written so far."""
-        return self.log.read_text(encoding="utf-8")
+        """All that it has written so far."""
+        return self._log.read_text(encoding="utf-8")
 
     def client(self, **settings: Any) -> OpenAI:
         """A client without retries."""
@@ -103,21 +94,15 @@ def setting(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -
 
 @contextmanager
 def running(setting: Setting, folder: Path, *flags: str) -> Iterator[Command]:
-    """The command, once it serves; killed at the end if it still runs."""
-    log = folder / "gateway.log"
-    command = [sys.executable, "-m", "data_owner_client.cli", "gateway", "--server", setting.owner.url("http")]
-    command += ["--adapter", f"formal={setting.adapter}", "--port", "0", "--dtype", "float32", *flags]
-    environment = os.environ | {"XDG_CACHE_HOME": str(folder)}
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-    try:
-        until(lambda: _READY in log.read_text(encoding="utf-8") or process.poll() is not None, within_s=_SECONDS)
-        found = re.search(r"http://127\.0\.0\.1:\d+", log.read_text(encoding="utf-8"))
-        assert found, log.read_text(encoding="utf-8")
-        yield Command(found[0], log, process)
-    finally:
-        process.kill()
-        process.wait()
+    """The command, once it serves."""
+    with running_gateway(
+        folder / "gateway.log",
+        setting.owner.url("http"),
+        {"formal": setting.adapter},
+        *("--dtype", "float32", *flags),
+        environment={"XDG_CACHE_HOME": str(folder)},
+    ) as gateway:
+        yield Command(gateway)
 
 
 def test_it_names_its_models_and_ends_clean(setting: Setting, tmp_path: Path) -> None:
