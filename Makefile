@@ -65,6 +65,7 @@ bench: $(VENV)/ready $(VLLM_VENV)/ready
 	$(BIN)/python -m benchmarks.build_memory
 	$(BIN)/python -m benchmarks.compact_rows
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.gateway
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.overload
 	$(BIN)/python -m benchmarks.packing
