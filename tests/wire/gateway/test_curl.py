@@ -28,7 +28,7 @@ def adapter_name() -> str:
 
 @dataclass(frozen=True)
 class Response:
-    """What curl received.
+    """A response as curl received it.
 
     Attributes:
         status: HTTP status.

@@ -29,7 +29,7 @@ SCHEMA: dict[str, Any] = {
 
 @pytest.fixture
 def record(clients_python: Path, offline: Mapping[str, str], url: str, adapter_name: str) -> dict[str, Any]:
-    """What LangChain's calls returned."""
+    """Results of LangChain's calls."""
     command = [str(clients_python), str(Path(__file__).with_name("langchain_calls.py")), f"{url}/v1", adapter_name]
     given = json.dumps({"texts": TEXTS, "schema": SCHEMA, "seed": SEED, "max_tokens": MAX_TOKENS})
     done = subprocess.run(command, input=given, capture_output=True, text=True, env=dict(offline), check=False)

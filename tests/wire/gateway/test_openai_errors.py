@@ -203,8 +203,13 @@ async def _leave(url: str, plm: FaultyPlm, streamed: bool) -> None:
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
 
         async def ask() -> None:
-            fields: dict[str, Any] = {"model": plm.card.name, "prompt": "the", "max_tokens": _TOKENS}
-            answer = await client.completions.create(**fields, stream=streamed)
+            fields: dict[str, Any] = {
+                "model": plm.card.name,
+                "prompt": "the",
+                "max_tokens": _TOKENS,
+                "stream": streamed,
+            }
+            answer: Any = await client.completions.create(**fields)
             if streamed:
                 async for _ in answer:
                     pass
