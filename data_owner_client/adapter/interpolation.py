@@ -50,6 +50,26 @@ class Interpolation(BaseModel):
         """A copy with another length reward."""
         return self.model_copy(update={"length_reward": length_reward})
 
+    def changed(
+        self, schedule: Schedule | None = None, lambda_max: float | None = None, length_reward: float | None = None
+    ) -> Interpolation:
+        """A copy with what is given.
+
+        Another schedule starts from its own λ_max, and both schedule and λ_max replace a gate.
+
+        Args:
+            schedule: schedule of λ; None to keep it.
+            lambda_max: λ_max; None to keep it.
+            length_reward: length reward; None to keep it.
+        """
+        given = {"lambda_max": lambda_max, "length_reward": length_reward}
+        changes = {name: value for name, value in given.items() if value is not None}
+        if schedule is None and lambda_max is None:
+            return self.model_copy(update=changes)
+        same = schedule in (None, self.schedule)
+        base = self.model_copy(update={"gate": None}) if same else Interpolation(schedule=schedule or self.schedule)
+        return base.model_copy(update=changes)
+
     def lambdas(self, position_N: Tensor, expected_length_N: Tensor) -> Tensor:
         """λ at each position.
 

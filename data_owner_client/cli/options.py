@@ -156,23 +156,14 @@ class DecodingOptions:
         Raises:
             InvalidData: there is no adapter to interpolate with.
         """
-        from data_owner_client.adapter.interpolation import Interpolation
-
-        changes = {"lambda_max": self.lambda_max, "length_reward": self.length_reward}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        if self.schedule is None and not changes:
+        changes = (self.schedule, self.lambda_max, self.length_reward)
+        if changes == (None, None, None):
             return None
         if adapter is None:
             raise InvalidData(
                 "--schedule, --lambda-max and --length-reward say how an adapter is used.", hint="Give --adapter."
             )
-        chosen = adapter.card.interpolation
-        if self.schedule is None and self.lambda_max is None:
-            return chosen.model_copy(update=changes)
-        # Another schedule than the chosen one starts from its own default, not from a λ_max chosen for this one.
-        same = self.schedule in (None, chosen.schedule)
-        base = chosen.model_copy(update={"gate": None}) if same else Interpolation(schedule=self.schedule or "gradual")
-        return base.model_copy(update=changes)
+        return adapter.card.interpolation.changed(*changes)
 
 
 MoreDecoding = Annotated[DecodingOptions, Parameter(name="*", group=DECODING)]
