@@ -56,6 +56,10 @@ class InvalidText(InvalidData):
         self.kind = kind
 
 
+class TextTooLong(InvalidText):
+    """A text that does not fit into the server's longest sequence, with its prompt and its answer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProblemKind:
     """All problems of one kind in one input.

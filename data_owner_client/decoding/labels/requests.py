@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from data_owner_client.data.label_tokens import LabelIds, LabelTokenizer
 from data_owner_client.data.pairs import Source
-from data_owner_client.data.reading.problems import InvalidText, text_origin
+from data_owner_client.data.reading.problems import TextTooLong, text_origin
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.failures import TextFailures
 from data_owner_client.decoding.inputs import TextInput
@@ -62,7 +62,7 @@ def label_requests(
             label_ids = labels.behind(task, sources[each.number], each.prompt, ids)
             request = LabelRequest(ids, label_ids, each.expected_length, adapter_ids)
             if request.longest_tokens > limit:
-                raise InvalidText(
+                raise TextTooLong(
                     f"more than {limit} tokens with its prompt and the longest label",
                     hint="Shorten the text or use fewer examples in the task.",
                     origin=text_origin(each.number),

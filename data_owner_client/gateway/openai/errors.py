@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from data_owner_client.data.reading.problems import TextTooLong
 from protocol import errors
 from protocol.errors import PemaError
 from protocol.integrity import error_path
@@ -95,6 +96,7 @@ _FORMS: tuple[tuple[type[PemaError], _Form], ...] = (
     (errors.RequestTimeout, _Form(503, "upstream_unavailable", repeats=True)),
     (errors.ConnectionFailed, _Form(503, "upstream_unavailable", repeats=True)),
     (errors.OverLimit, _Form(400, CONTEXT_LENGTH_EXCEEDED)),
+    (TextTooLong, _Form(400, CONTEXT_LENGTH_EXCEEDED)),
     (errors.Unsupported, _Form(400, "unsupported")),
     (errors.InvalidData, _Form(400)),
     (errors.InvalidRequest, _Form(None)),
