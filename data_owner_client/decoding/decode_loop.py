@@ -10,7 +10,7 @@ import torch
 
 from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
-from data_owner_client.data.reading.problems import InvalidText, Origin, text_origin
+from data_owner_client.data.reading.problems import Origin, TextTooLong, text_origin
 from data_owner_client.data.stops import StopMatcher, Stops
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.held.grammar import AnswerGrammar
@@ -27,6 +27,7 @@ from data_owner_client.decoding.token_selection import TokenSelector
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Bar, Reporter
 from protocol.errors import InvalidData
+from protocol.head import LMHead
 
 PLM_ONLY = Interpolation(schedule="none")
 _NO_STOPS = Stops()
@@ -100,6 +101,7 @@ class GenerationConfig:
         settings: length, look-ahead and batch size.
         sampling: settings of sampling; None for the most probable tokens. Draws from the whole vocabulary need all rows
             of the LM head, which are fetched unless the cache has them.
+        head: all rows of the LM head in float32, where the caller has them; None to fetch them for such draws.
         lookup: drafter from fixed texts; None for none.
     """
 
@@ -109,6 +111,7 @@ class GenerationConfig:
     repetition_limit: int | None = None
     settings: DecodingSettings = DEFAULT_DECODING
     sampling: SamplingSettings | None = None
+    head: LMHead | None = None
     lookup: NgramDrafter | None = None
 
 
@@ -203,7 +206,7 @@ def sequences_of(
     rules = EndRules(StopMatcher(plm.tokenizer, config.stops), config.repetition_limit)
     head = None
     if sampling is not None and not sampling.candidates_only:
-        head = plm.full_head(reporter).to(torch.float32)
+        head = config.head or plm.full_head(reporter).to(torch.float32)
     held = HeldSelection(TokenSearch(plm))
     selector = TokenSelector(adapter, head, interpolation, rules.stops.ids, sampling, held)
     sequences = []
@@ -230,11 +233,11 @@ def require_room(plm: RemotePlm, prompt: Sequence[int], origin: Origin) -> None:
     """Require a prompt that leaves room for an answer.
 
     Raises:
-        InvalidText: the prompt fills the server's limit.
+        TextTooLong: the prompt fills the server's limit.
     """
     limit = plm.card.limits.max_sequence_tokens
     if len(prompt) >= limit:
-        raise InvalidText(
+        raise TextTooLong(
             f"a prompt of {limit} or more tokens, with nothing left for an answer: the server takes {limit} for both",
             hint="Shorten the text or use fewer examples in the task.",
             origin=origin,

@@ -18,6 +18,7 @@ from data_owner_client.decoding.failures import OnFailure
 from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings, SamplingSettings
 from data_owner_client.runtime.progress import Reporter
 from protocol.errors import InvalidData
+from protocol.head import LMHead
 
 CONSENSUS_TEMPERATURE = 0.6
 """Temperature of a consensus's draws: sharper than the mixture, so that few draws do as well as many."""
@@ -40,6 +41,7 @@ class GenerationOptions(TypedDict, total=False):
         alternatives: most probable tokens of each side to record at each position; 0 for none.
         lookup: drafter from a memory's targets (`ngram_drafter_for`); the PLM's owner sees its drafts. None for none.
         sampling: settings of sampling; None for the most probable tokens. The text depends on the seed, not on drafts.
+        head: all rows of the LM head in float32, for draws from the whole vocabulary; None to fetch them where needed.
         samples: texts to draw for each input.
         best: texts to return for each input, the most probable of `samples` first.
         consensus: texts to draw for each input beside the most probable one. All are ranked by their likeness to one
@@ -60,6 +62,7 @@ class GenerationOptions(TypedDict, total=False):
     alternatives: int
     lookup: NgramDrafter | None
     sampling: SamplingSettings | None
+    head: LMHead | None
     samples: int
     best: int
     consensus: int
@@ -108,6 +111,7 @@ class ChosenOptions:
     alternatives: int = 0
     lookup: NgramDrafter | None = None
     sampling: SamplingSettings | None = None
+    head: LMHead | None = None
     samples: int = 1
     best: int = 1
     consensus: int = 0
@@ -160,6 +164,7 @@ class ChosenOptions:
             repetition_limit=self._repetition_limit(adapter),
             settings=self.decoding,
             sampling=sampling,
+            head=self.head,
             lookup=self.lookup,
         )
 
