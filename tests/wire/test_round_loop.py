@@ -49,7 +49,14 @@ def adapters(plm: RemotePlm, tmp_path_factory: pytest.TempPathFactory) -> list[T
     """Two adapters: one with the task's examples, one with retrieved ones."""
     folder = tmp_path_factory.mktemp("memory")
     build_memories(plm, TASK, PAIRS, folder, validation=PAIRS[:4], context_mode="teacher-forced", share_targets=True)
-    settings = {"rank": 16, "epochs": 3, "batch_rows": 16, "learning_rate": 0.02, "selection_texts": 0, "minutes": 0}
+    settings: dict[str, Any] = {
+        "rank": 16,
+        "epochs": 3,
+        "batch_rows": 16,
+        "learning_rate": 0.02,
+        "selection_texts": 0,
+        "minutes": 0,
+    }
     plain = train(plm, folder, folder / "plain", settings=TrainingSettings(retrieved_examples=0, **settings))[0]
     card = plain.card.model_copy(update={"nearest": 2})
     return [plain, TrainedAdapter(card, plain.adapter, plain.candidate_ids_C, plain.head, PAIRS)]
@@ -85,7 +92,9 @@ def test_texts_are_those_of_translate_in_any_company(
     plm: RemotePlm, adapters: list[TrainedAdapter], rounds: RoundLoop
 ) -> None:
     random_ = random.Random(1)
-    jobs = [(adapter, settings, source) for adapter in adapters for settings in SETTINGS for source in SOURCES]
+    jobs: list[tuple[TrainedAdapter | None, dict[str, Any], str]] = [
+        (adapter, settings, source) for adapter in adapters for settings in SETTINGS for source in SOURCES
+    ]
     jobs += [(None, {}, source) for source in SOURCES]
     random_.shuffle(jobs)
 

@@ -60,11 +60,11 @@ def test_alternatives_are_those_of_the_whole_softmax(
             top_K, ids_K = mixture_N_V[t].topk(len(found.mixture))
             assert [token for token, _ in found.mixture] == ids_K.tolist()
             assert [logprob for _, logprob in found.mixture] == pytest.approx(top_K.tolist(), abs=1e-4)
-            assert found.pema == [
-                (token, pytest.approx(logprob, abs=1e-4))
-                for token, logprob in zip(*_top(pema_N_V[t], COUNT), strict=True)
-            ]
-            assert found.plm[0] == (int(plm_N_V[t].argmax()), pytest.approx(float(plm_N_V[t].max()), abs=1e-4))
+            ids, logprobs = _top(pema_N_V[t], COUNT)
+            assert [token for token, _ in found.pema] == ids
+            assert [logprob for _, logprob in found.pema] == pytest.approx(logprobs, abs=1e-4)
+            assert found.plm[0][0] == int(plm_N_V[t].argmax())
+            assert found.plm[0][1] == pytest.approx(float(plm_N_V[t].max()), abs=1e-4)
             for token, logprob in found.plm:
                 assert logprob == pytest.approx(float(plm_N_V[t, token]), abs=1e-4)
             if sampling is None:
