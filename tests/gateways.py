@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import uvicorn
 
 from data_owner_client.decoding.settings import DecodingSettings
@@ -16,10 +17,12 @@ from data_owner_client.gateway.app import create_app
 from data_owner_client.gateway.metrics import Metrics
 from data_owner_client.gateway.owner_state import OwnerProbe
 from data_owner_client.gateway.round_loop import RoundLoop
+from data_owner_client.gateway.scoring import EchoScorer
 from data_owner_client.gateway.served_models import ServedModels
 from data_owner_client.gateway.server_process import listening
 from data_owner_client.gateway.settings import GatewaySettings
 from data_owner_client.gateway.state import Gateway
+from data_owner_client.gateway.workers import Workers
 from data_owner_client.plm.remote_plm import RemotePlm
 from protocol.errors import PemaError
 from protocol.messages import DecodeResponse
@@ -76,7 +79,10 @@ def gateway(
         metrics = Metrics(lambda: [model.name for model in models.all()])
         metrics.watch(waiting=lambda: rounds.waiting, active=lambda: rounds.active)
         owner = OwnerProbe(connection.model_card, plm.card.digest)
-        app = create_app(Gateway(plm, models, rounds, chosen, metrics, owner))
+        workers = Workers(chosen.max_waiting)
+        stack.callback(workers.close)
+        head = plm.full_head().to(torch.float32) if chosen.full_head else None
+        app = create_app(Gateway(plm, models, rounds, chosen, metrics, owner, EchoScorer(plm), workers, head))
         running = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none"))
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, name="gateway")
         thread.start()

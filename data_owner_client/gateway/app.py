@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from data_owner_client.gateway.openai.errors import EXCEPTION_HANDLERS
 from data_owner_client.gateway.request_log import REQUEST_ID, RequestLog
-from data_owner_client.gateway.routes import models, operation, tokens
+from data_owner_client.gateway.routes import answers, models, operation, tokens
 from data_owner_client.gateway.routes.page import page_files, page_router
 from data_owner_client.gateway.security import OriginGuard, RequestGuard
 from data_owner_client.gateway.settings import GatewaySettings
@@ -40,7 +40,8 @@ def create_app(gateway: Gateway) -> FastAPI:
     )
     app.state.gateway = gateway
     for prefix in _PREFIXES:
-        app.include_router(models.router, prefix=prefix, include_in_schema=bool(prefix))
+        for router in (answers.router, models.router):
+            app.include_router(router, prefix=prefix, include_in_schema=bool(prefix))
     app.include_router(models.facts_router)
     app.include_router(tokens.router)
     app.include_router(operation.router)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from data_owner_client.decoding.decode_loop import continuation_of
 from data_owner_client.decoding.preparation import PreparedTexts
 from data_owner_client.decoding.sequence import CallCounts, End, SequenceState
 from data_owner_client.decoding.token_choice import TokenChoice
+from data_owner_client.gateway.explanation import shown_to_owner
+from data_owner_client.gateway.openai.responses import FinishReason, Usage
 from data_owner_client.gateway.round_loop import RoundLoop
 from protocol.errors import PemaError
 
-FINISH_REASONS = {
+FINISH_REASONS: dict[End, FinishReason] = {
     End.STOP: "stop",
     End.MAX_TOKENS: "length",
     End.LENGTH_BOUND: "length",
@@ -32,12 +35,14 @@ class JobEvent:
         text: text that has become final since the answer's last event.
         tokens: tokens that have become final since then.
         end: reason for the answer's end; None while it grows.
+        labels: of a task with labels, the probability of each; None for a generated answer.
     """
 
     choice: int
     text: str
     tokens: Sequence[TokenChoice]
     end: End | None = None
+    labels: Mapping[str, float] | None = None
 
 
 @dataclass
@@ -56,17 +61,18 @@ class _Answer:
 
 
 class GenerationJob:
-    """Runs the sequences of one input in a loop of rounds.
+    """Runs the sequences of one request in a loop of rounds.
 
     Args:
         rounds: the loop.
-        prepared: one input with its sequences.
+        prepared: the sequences.
 
     Raises:
         Overloaded: too many sequences wait, or the owner takes no calls.
     """
 
     def __init__(self, rounds: RoundLoop, prepared: PreparedTexts) -> None:
+        self._rounds = rounds
         self._prepared = prepared
         self._answers = [self._begun(sequence) for sequence in prepared.sequences]
         self._events = asyncio.Queue[tuple[int, Sequence[TokenChoice], End | PemaError | None]]()
@@ -84,11 +90,23 @@ class GenerationJob:
         return _Answer(sequence, ids, len(text))
 
     @property
-    def counts(self) -> CallCounts:
-        """The calls that all sequences took part in, added up."""
-        return sum((answer.sequence.calls for answer in self._answers), CallCounts())
+    def answers(self) -> int:
+        """Number of the answers."""
+        return len(self._answers)
 
-    async def events(self) -> AsyncIterator[JobEvent]:
+    @property
+    def usage(self) -> Usage:
+        """Tokens of the prompts, each once, and of the answers so far, their stops included."""
+        prompts = [sequences[0].prompt for _, sequences in self._prepared.groups()]
+        given = len(self._prepared.options.prefix)
+        return Usage(sum(map(len, prompts)), sum(answer.sequence.length - given for answer in self._answers))
+
+    def shown(self) -> dict[str, Any]:
+        """Tokens, calls and bytes that the owner was shown, in the form of the extension."""
+        counts = sum((answer.sequence.calls for answer in self._answers), CallCounts())
+        return shown_to_owner(counts, self._rounds.quotas)
+
+    async def events(self) -> AsyncGenerator[JobEvent]:
         """The growth of all answers, until all have ended.
 
         Sequences leave the loop when the iterator is closed.

@@ -15,6 +15,7 @@ from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.decoding.speculative import SpeculativeDecoder
 from data_owner_client.plm.remote_plm import RemotePlm
 from protocol.errors import ConnectionFailed, NotReady, Overloaded, PemaError, RequestTimeout, ServerFault
+from protocol.rate_limits import RateLimitStatus
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class RoundLoop:
     """
 
     def __init__(self, plm: RemotePlm, settings: DecodingSettings, *, max_waiting: int, patience_s: float) -> None:
+        self._plm = plm
         self._decoder = SpeculativeDecoder(plm, settings)
         self._batch_size = largest_batch(plm, settings)
         self._max_waiting = max_waiting
@@ -85,6 +87,11 @@ class RoundLoop:
     def active(self) -> int:
         """Sequences in the current round."""
         return len(self._active)
+
+    @property
+    def quotas(self) -> tuple[RateLimitStatus, ...]:
+        """The remaining quotas at the owner, as of the newest answer; empty if there are none."""
+        return self._plm.rate_limits
 
     def require_room(self) -> None:
         """Refuse a request that would have to wait for too long.

@@ -7,15 +7,19 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.gateway.app import create_app
 from data_owner_client.gateway.metrics import Metrics
 from data_owner_client.gateway.owner_state import OwnerProbe
 from data_owner_client.gateway.round_loop import RoundLoop
+from data_owner_client.gateway.scoring import EchoScorer
 from data_owner_client.gateway.served_models import ServedModels
 from data_owner_client.gateway.server_process import close_in_time, listening, logged_to_stderr, serve
 from data_owner_client.gateway.settings import GatewaySettings
 from data_owner_client.gateway.state import Gateway
+from data_owner_client.gateway.workers import Workers
 from data_owner_client.plm.connect import connect
 from data_owner_client.plm.connection.open import open_connection
 from data_owner_client.plm.connection.settings import ConnectionSettings
@@ -58,6 +62,7 @@ def run_gateway(
         settings = replace(settings, port=listener.getsockname()[1])
         stack.enter_context(logged_to_stderr(settings.log_level))
         plm = _connected(server, connection, dtype, settings)
+        head = plm.full_head().to(torch.float32) if settings.full_head else None
         # Not waited for at the end: an answer of the owner may take minutes.
         stack.callback(close_in_time, plm.close, _CLOSING_SECONDS)
         probe = stack.enter_context(
@@ -75,7 +80,9 @@ def run_gateway(
         metrics.watch(waiting=lambda: rounds.waiting, active=lambda: rounds.active)
         stack.enter_context(plm.observed_by(metrics.observe_attempt))
         owner = OwnerProbe(probe.model_card, plm.card.digest)
-        gateway = Gateway(plm, models, rounds, settings, metrics, owner)
+        workers = Workers(settings.max_waiting)
+        stack.callback(workers.close)
+        gateway = Gateway(plm, models, rounds, settings, metrics, owner, EchoScorer(plm), workers, head)
         app = create_app(gateway)
         announce(gateway)
         serve(app, listener)

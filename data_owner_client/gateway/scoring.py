@@ -19,15 +19,16 @@ from data_owner_client.decoding.answer_border import text_to_score
 from data_owner_client.decoding.prompt_scores import PromptScorer, ScoredPosition, TextToScore
 from data_owner_client.decoding.token_choice import TokenChoice
 from data_owner_client.gateway.explanation import EXPLAINED_ALTERNATIVES, explain
-from data_owner_client.gateway.openai.errors import ApiError, api_error
+from data_owner_client.gateway.openai.errors import api_error
 from data_owner_client.gateway.openai.logprobs import LoggedToken, completion_logprobs, logged_token
 from data_owner_client.gateway.openai.requests import CompletionRequest, GenerationSettings
 from data_owner_client.gateway.openai.responses import Choice, Usage
-from data_owner_client.gateway.special_texts import spelled_prompt, spelled_text
+from data_owner_client.gateway.prompt_ids import missing_start, prompt_ids
+from data_owner_client.gateway.special_texts import spelled_text
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.plm.token_logprobs import HeadRowCache
 from data_owner_client.plm.tokenizer import PlmTokenizer
-from protocol.errors import InvalidData, InvalidRequest
+from protocol.errors import InvalidData
 
 _log = logging.getLogger(__name__)
 
@@ -100,8 +101,8 @@ class EchoScorer:
         """
         self._warn()
         settings, tokenizer = request.settings, self._plm.tokenizer
-        prompts = [self._ids(prompt) for prompt in request.prompts]
-        starts = [_missing_start(tokenizer, ids) for ids in prompts]
+        prompts = [prompt_ids(self._plm, prompt) for prompt in request.prompts]
+        starts = [missing_start(tokenizer, ids) for ids in prompts]
         try:
             texts = [
                 _behind(text_to_score(tokenizer, ids, adapter, interpolation, settings.pema.prompt_tokens), start)
@@ -129,26 +130,6 @@ class EchoScorer:
         if not self._has_warned:
             self._has_warned = True
             _log.warning("Texts whose tokens are scored (echo with logprobs) are shown to the PLM's owner as a whole.")
-
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt, as `/tokenize` gives them without the tokenizer's own special tokens.
-
-        Raises:
-            ApiError: the model has no such token, or the text has none.
-        """
-        vocab_size = self._plm.card.vocab_size
-        if not isinstance(prompt, str):
-            if (largest := max(prompt)) >= vocab_size:
-                raise ApiError(400, f"The model has {vocab_size:,} tokens, and none with id {largest}.", param="prompt")
-            return list(prompt)
-        tokenizer = self._plm.tokenizer
-        try:
-            ids = tokenizer.encode_prompt(spelled_prompt(prompt, tokenizer, with_special_tokens=False))
-        except (InvalidData, InvalidRequest) as error:
-            raise ApiError(400, str(error), param="prompt") from error
-        if not ids:
-            raise ApiError(400, "A prompt has no token.", param="prompt")
-        return ids
 
     def _stop_ids(
         self, settings: GenerationSettings, adapter: CandidateDistribution | None, interpolation: Interpolation
@@ -193,12 +174,6 @@ def is_scoring(request: CompletionRequest) -> bool:
     settings = request.settings
     is_short = settings.max_tokens <= 1 and settings.sampling is None and settings.form is None
     return request.echo and settings.logprobs is not None and is_short and not settings.pema.prefix
-
-
-def _missing_start(tokenizer: PlmTokenizer, ids: Sequence[int]) -> list[int]:
-    """The special tokens that the tokenizer puts before a text, where the ids do not begin with them."""
-    leading = tokenizer.leading_ids
-    return [] if list(ids[: len(leading)]) == leading else leading
 
 
 def _behind(text: TextToScore, start: Sequence[int]) -> TextToScore:

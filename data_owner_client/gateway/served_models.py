@@ -85,12 +85,13 @@ class ServedModels:
             self._thread.start()
 
     def get(self, name: str) -> ServedModel:
-        """The newest usable version of a model.
+        """The newest usable version of a model; without a name, of the first.
 
         Raises:
             UnknownModel: there is none of this name.
             IdentityMismatch: the owner's server has another model than the adapter's.
         """
+        name = name or self.all()[0].name
         if name == self._plm.card.name:
             return self._alone
         model = self._models.get(name)

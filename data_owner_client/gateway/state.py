@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from data_owner_client.gateway.metrics import Metrics
     from data_owner_client.gateway.owner_state import OwnerProbe
     from data_owner_client.gateway.round_loop import RoundLoop
+    from data_owner_client.gateway.scoring import EchoScorer
     from data_owner_client.gateway.served_models import ServedModels
     from data_owner_client.gateway.settings import GatewaySettings
+    from data_owner_client.gateway.workers import Workers
     from data_owner_client.plm.remote_plm import RemotePlm
+    from protocol.head import LMHead
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class Gateway:
         settings: settings of the gateway, with the port that it listens on.
         metrics: metrics of the gateway.
         owner: tells whether the owner's server answers.
+        scorer: scores echoed prompts.
+        workers: threads for calls that are not made in the loop.
+        head: all rows of the LM head in float32, for draws from the whole vocabulary; None for draws from candidates.
     """
 
     plm: RemotePlm
@@ -35,6 +41,9 @@ class Gateway:
     settings: GatewaySettings
     metrics: Metrics
     owner: OwnerProbe
+    scorer: EchoScorer
+    workers: Workers
+    head: LMHead | None = None
 
 
 def gateway_of(request: Request) -> Gateway:

@@ -71,7 +71,7 @@ class ChatRequest:
     """A request for answers to a conversation.
 
     Attributes:
-        model: name of the model; empty if the request names none.
+        model: name of the model; empty for the first of the gateway's.
         conversation: the conversation, which ends with a turn of the user or a tool.
         settings: how the answers are generated.
     """
@@ -97,7 +97,7 @@ class CompletionRequest:
     """A request for continuations of prompts.
 
     Attributes:
-        model: name of the model; empty if the request names none.
+        model: name of the model; empty for the first of the gateway's.
         prompts: the prompts, each a text or its token ids.
         echo: whether each answer begins with its prompt.
         settings: how the answers are generated.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
@@ -22,6 +22,9 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(self.prompt_tokens + other.prompt_tokens, self.completion_tokens + other.completion_tokens)
 
     @property
     def body(self) -> dict[str, int]:
@@ -110,6 +113,14 @@ class AnswerHead:
         choice = Choice(index, "", reason)
         body = self._chunk([choice.body({"delta": {}} if self.chat else {"text": ""})])
         return body if pema is None else body | {"pema": pema}
+
+    async def chunks_of(self, choices: Sequence[Choice], usage: Usage) -> AsyncIterator[dict[str, Any]]:
+        """The chunks of an answer that is whole already."""
+        for choice in choices:
+            yield self.text_chunk(replace(choice, finish_reason=None))
+            yield self.finish_chunk(choice.index, choice.finish_reason or "stop")
+        if self.include_usage:
+            yield self.usage_chunk(usage)
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         """The chunk without choices that ends a stream whose usage was asked for."""

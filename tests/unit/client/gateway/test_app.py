@@ -19,11 +19,13 @@ from data_owner_client.gateway.app import create_app
 from data_owner_client.gateway.metrics import Metrics
 from data_owner_client.gateway.owner_state import OwnerProbe
 from data_owner_client.gateway.routes.page import page_files
+from data_owner_client.gateway.scoring import EchoScorer
 from data_owner_client.gateway.security import AllowedHosts
 from data_owner_client.gateway.served_models import ServedModels
 from data_owner_client.gateway.server_process import listening
 from data_owner_client.gateway.settings import GatewaySettings
 from data_owner_client.gateway.state import Gateway
+from data_owner_client.gateway.workers import Workers
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.remote_plm import RemotePlm
 from harness.tiny_models import TinyModels
@@ -50,7 +52,8 @@ def client_with(plm: RemotePlm) -> Callable[..., TestClient]:
         rounds: Any = SimpleNamespace(waiting=3, active=2)
         metrics.watch(waiting=lambda: rounds.waiting, active=lambda: rounds.active)
         owner = OwnerProbe(lambda: plm.card, plm.card.digest)
-        gateway = Gateway(plm, models, rounds, GatewaySettings(**settings), metrics, owner)
+        chosen = GatewaySettings(**settings)
+        gateway = Gateway(plm, models, rounds, chosen, metrics, owner, EchoScorer(plm), Workers(chosen.max_waiting))
         app = create_app(gateway)
 
         @app.post("/fails")
