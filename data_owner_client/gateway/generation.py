@@ -38,7 +38,8 @@ def prepare_chat(gateway: Gateway, model: ServedModel, request: ChatRequest) -> 
     try:
         return prepare_answers(gateway.plm, [source_of(task, request)], model.adapter, task, options)
     except Unsupported as error:
-        raise ApiError(400, f"{error} Or use /v1/completions.", code="unsupported", param="model") from error
+        message = f"{model.name} has no chat template. Use /v1/completions, or name an adapter."
+        raise ApiError(400, message, code="unsupported", param="model") from error
     except (InvalidData, OverLimit) as error:
         raise api_error(error, "messages") from error
 
