@@ -36,9 +36,9 @@ def adapter_card(model: ModelIdentity, head: LMHead, **fields: Any) -> AdapterCa
     return AdapterCard(model=model, **(defaults | fields))
 
 
-def random_adapter(plm: RemotePlm, **fields: Any) -> TrainedAdapter:
+def random_adapter(plm: RemotePlm, *, most_candidates: int | None = None, **fields: Any) -> TrainedAdapter:
     """An adapter with random weights and every fourth token as a candidate; the fields are those of its card."""
-    ids_C = torch.arange(3, plm.card.vocab_size, 4)
+    ids_C = torch.arange(3, plm.card.vocab_size, 4)[:most_candidates]
     head, network = plm.head_rows(ids_C), Adapter(plm.card.hidden_size, _RANK, "residual")
     generator = torch.Generator().manual_seed(3)
     for weight in network.parameters():
