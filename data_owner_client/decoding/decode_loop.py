@@ -302,7 +302,7 @@ def _run(decoder: SpeculativeDecoder, sequences: Sequence[SequenceState], batch_
     while waiting or active or plm_only or plm_only_calls.calls:
         while waiting and len(active) < batch_size:
             newest = waiting.pop()
-            (plm_only if newest.plm_only_from == 0 else active).append(newest)
+            (plm_only if newest.is_plm_only else active).append(newest)
         plm_only_calls.begin(plm_only)
         extended: list[SequenceState] = []
         if active:
@@ -312,4 +312,4 @@ def _run(decoder: SpeculativeDecoder, sequences: Sequence[SequenceState], batch_
         bar.advance(sum(s.end is not None for s in extended))
         for sequence in extended:
             if not sequence.end:
-                (active if sequence.length < sequence.plm_only_from else plm_only).append(sequence)
+                (plm_only if sequence.is_plm_only else active).append(sequence)

@@ -119,6 +119,11 @@ class SequenceState:
         return [choice.token for choice in self.choices]
 
     @property
+    def is_plm_only(self) -> bool:
+        """True if λ is 0 from here to the end."""
+        return self.length >= self.plm_only_from
+
+    @property
     def context(self) -> list[int]:
         """Token ids of the prompt and the tokens so far."""
         return self.prompt + self.generated

@@ -33,6 +33,8 @@ from protocol.timing import ServerTiming
 _TOKEN_ID_BYTES = 4
 # Drafts of the server for a sequence and round. Two were as fast as a planner by measured costs (docs/decisions/0011).
 _LOOK_AHEAD = 2
+# The same where λ is 0 to the end of all sequences: all drafts are accepted, and the texts still grow by pieces.
+_PLM_ONLY_LOOK_AHEAD = 16
 # Weight of the acceptance rate over all sequences against that of the sequence itself, in drafts.
 _PRIOR_DRAFTS = 8.0
 # Before measurements: how often the PLM's top-1 differed from the mixture's in a prototype.
@@ -110,10 +112,10 @@ class SpeculativeDecoder:
     def step(self, batch: Sequence[SequenceState]) -> None:
         """Extend every sequence by at least one token, with one call to the server."""
         started = time.perf_counter()
-        drafts = [self._client_drafts(s) for s in batch]
-        look_ahead = [
-            0 if row else min(self._look_ahead, self.max_look_ahead(s)) for s, row in zip(batch, drafts, strict=True)
-        ]
+        drafts, most = [self._client_drafts(s) for s in batch], self._look_ahead
+        if self._look_ahead and all(sequence.is_plm_only for sequence in batch):
+            most = max(most, _PLM_ONLY_LOOK_AHEAD)
+        look_ahead = [0 if row else min(most, self.max_look_ahead(s)) for s, row in zip(batch, drafts, strict=True)]
         answer = self.request(batch, drafts, look_ahead)
         self.accept(answer)
         round_s = time.perf_counter() - started
@@ -157,7 +159,7 @@ class SpeculativeDecoder:
 
         Sequences without an adapter's prompt keep their rows, as do those where the adapter has no part any more.
         """
-        prompts = [s.adapter_prompt if s.length < s.plm_only_from else None for s in batch]
+        prompts = [s.adapter_prompt if not s.is_plm_only else None for s in batch]
         tokens = _drafted_tokens(drafts, response)
         places = [
             (prompt + s.generated + row[:-1], len(prompt) + s.length - 1)

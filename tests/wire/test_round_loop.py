@@ -88,6 +88,20 @@ def _prepare(plm: RemotePlm, source: str, adapter: TrainedAdapter | None, settin
     return prepare_answers(plm, [source], adapter, task_for(plm, None, adapter), options)
 
 
+def test_the_plm_alone_takes_few_calls(plm: RemotePlm, rounds: RoundLoop) -> None:
+    """All drafts are accepted, so the server drafts many; the texts still grow by pieces."""
+
+    async def calls_and_pieces() -> tuple[int, int]:
+        prepared = _prepare(plm, "the", None, {"decoding": DecodingSettings(max_new_tokens=64)})
+        async with aclosing(GenerationJob(rounds, prepared).events()) as events:
+            pieces = [event.text async for event in events]
+        return prepared.sequences[0].calls.round_trips, len([piece for piece in pieces if piece])
+
+    calls, pieces = asyncio.run(calls_and_pieces())
+    assert calls <= 64 / 16
+    assert pieces > 1
+
+
 def test_texts_are_those_of_translate_in_any_company(
     plm: RemotePlm, adapters: list[TrainedAdapter], rounds: RoundLoop
 ) -> None:
