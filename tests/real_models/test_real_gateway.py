@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from data_owner_client import TrainedAdapter, connect, load_task, translate
 from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.plm.remote_plm import RemotePlm
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.settings import ServerSettings
@@ -68,12 +70,14 @@ def user(text: str) -> list[Any]:
 
 
 def test_answers_are_those_of_translate(served: Served) -> None:
-    sources = [pair.source for pair in PAIRS[:3]]
-    for source, text in zip(sources, translate(served.plm, sources, adapter=served.adapter).texts, strict=True):
-        whole = served.client.chat.completions.create(model=ADAPTER, messages=user(source))
-        assert whole.choices[0].message.content == text
-        chunks = served.client.chat.completions.create(model=ADAPTER, messages=user(source), stream=True)
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+    sources, bound = [pair.source for pair in PAIRS[:3]], DecodingSettings(max_new_tokens=_TOKENS)
+    texts = translate(served.plm, sources, adapter=served.adapter, decoding=bound).texts
+    for source, text in zip(sources, texts, strict=True):
+        ask: Any = partial(
+            served.client.chat.completions.create, model=ADAPTER, messages=user(source), max_tokens=_TOKENS
+        )
+        assert ask().choices[0].message.content == text
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in ask(stream=True)) == text
 
 
 @torch.inference_mode()
