@@ -15,6 +15,7 @@ WORKERS ?= 2
 VLLM_VENV ?= .venv-vllm
 # Applications that call the gateway in tests.
 CLIENTS_VENV := .venv-clients
+CHROMIUM := /usr/bin/chromium
 # Tests of the wire that say nothing about an engine.
 NO_ENGINE := command_line doctor large_head metrics proxy_settings smoke supervision tracing
 VLLM_TESTS ?= $(filter-out $(NO_ENGINE:%=tests/wire/test_%.py), $(sort $(wildcard tests/wire/test_*.py))) \
@@ -25,7 +26,7 @@ VLLM_TESTS ?= $(filter-out $(NO_ENGINE:%=tests/wire/test_%.py), $(sort $(wildcar
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-intents compare findings check quick-tests test test-guarded compose-test test-vllm bench lint \
+.PHONY: chromium demo demo-intents compare findings check quick-tests test test-guarded compose-test test-vllm bench lint \
   style types format proto reference clean
 
 demo: $(VENV)/ready
@@ -47,8 +48,14 @@ check: $(VENV)/ready
 quick-tests: $(VENV)/ready
 	PEMA_TEST_PROFILE=fast $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m 'not slow' tests/unit tests/wire/test_smoke.py
 
-test: lint $(CLIENTS_VENV)/ready
+test: lint $(CLIENTS_VENV)/ready chromium
+	@if [ ! -x $(CHROMIUM) ]; then export PEMA_TEST_NO_BROWSER=1; echo 'NOT RUN: tests/browser (apt-get install chromium)'; fi; \
 	PEMA_TEST_PROFILE=ci $(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 25
+
+# The browser of tests/browser, where it can be installed.
+chromium:
+	@[ -x $(CHROMIUM) ] || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-noto-color-emoji; } >/dev/null
 
 test-guarded: $(VENV)/ready
 	PEMA_TEST_PROFILE=ci $(BIN)/pytest -n $(WORKERS) --dist worksteal --guarded
