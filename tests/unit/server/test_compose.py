@@ -27,7 +27,14 @@ DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 # Settings of the containers, not of the server.
 NO_SETTINGS = {"PEMA_FIRST_TENANT"}
 # Of the gateway, which is the data owner's.
-OF_GATEWAY = {"PEMA_SERVER", "PEMA_API_KEY", "PEMA_GATEWAY_KEY", "PEMA_GATEWAY_PORT", "PEMA_ADAPTER_NAME"}
+OF_GATEWAY = {
+    "PEMA_SERVER",
+    "PEMA_API_KEY",
+    "PEMA_GATEWAY_KEY",
+    "PEMA_GATEWAY_PORT",
+    "PEMA_ADAPTER",
+    "PEMA_ADAPTER_NAME",
+}
 METRIC = re.compile(r"\b(?:pema|process)_\w+")
 
 
