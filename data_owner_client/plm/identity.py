@@ -50,5 +50,5 @@ class ModelIdentity(BaseModel):
             raise IdentityMismatch(
                 f"{label} belongs to {self.name} ({self.digest[:12]}, {self.cr_kind}), but {other_label} to "
                 f"{other.name} ({other.digest[:12]}, {other.cr_kind}).",
-                hint="Use the server that it was made with, or build and train again for this one.",
+                hint="Use the server and the key that it was made with, or build and train again for these.",
             )
