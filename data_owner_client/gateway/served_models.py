@@ -162,8 +162,8 @@ class ServedModels:
             adapter = TrainedAdapter.load(folder)
         except OSError as error:
             raise InvalidData(
-                f"The adapter {name} cannot be read: {folder} holds no adapter.",
-                hint="Train one: pema-client train.",
+                f"The adapter {name} cannot be read from {folder}: {error.strerror}.",
+                hint="Give the folder that train wrote, which this user must be able to read.",
             ) from error
         except InvalidData as error:
             raise InvalidData(f"The adapter {name} cannot be used: {error.detail}", hint=error.hint) from error
