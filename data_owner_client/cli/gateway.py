@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _GATEWAY = Group("Gateway", sort_key=2)
 _ALL_INTERFACES = frozenset({"0.0.0.0", "::"})  # noqa: S104
+_PUBLIC_PART = re.compile(r"pema_[0-9a-f]{16}_")
 _EXTRA = frozenset({"fastapi", "prometheus_client", "starlette", "uvicorn"})
 
 
@@ -104,7 +106,7 @@ def _announcement(gateway: Gateway, server: str, owner_key: str | None) -> list[
     address = authority("127.0.0.1" if settings.host in _ALL_INTERFACES else settings.host, settings.port)
     adapters = [model.name for model in gateway.models.all() if model.adapter is not None]
     key = "any key" if settings.gateway_key is None else "the key in PEMA_GATEWAY_KEY"
-    known_as = "without a key" if owner_key is None else f"with the key {_public_part(owner_key)}"
+    known_as = "without a key" if owner_key is None else f"with the key {public_part(owner_key)}"
     return [
         f"Models: {', '.join([*adapters, f'{plm} (the PLM alone)'])}.",
         f"Applications: base URL http://{address}/v1, {key}.",
@@ -113,7 +115,7 @@ def _announcement(gateway: Gateway, server: str, owner_key: str | None) -> list[
     ]
 
 
-def _public_part(key: str) -> str:
-    """The part of a tenant's key that names it."""
-    name, _, secret = key.rpartition("_")
-    return f"{name}_…" if name and secret else "that you gave"
+def public_part(key: str) -> str:
+    """The part of a tenant's key that names it. The secret behind it may have underscores, too."""
+    found = _PUBLIC_PART.match(key)
+    return f"{found[0]}…" if found else "that you gave"

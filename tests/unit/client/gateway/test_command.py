@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_owner_client.cli import run
-from data_owner_client.cli.gateway import adapter_folders
+from data_owner_client.cli.gateway import adapter_folders, public_part
+from plm_owner_server.tenants.api_keys import Key
 from protocol.errors import InvalidData
 
 
@@ -45,3 +46,10 @@ def test_a_missing_package_is_named(capsys: pytest.CaptureFixture[str], monkeypa
     (line,) = capsys.readouterr().err.splitlines()
     assert "fastapi" in line
     assert "[client,gateway]" in line
+
+
+@pytest.mark.parametrize("secret", ["abc", "_a_b_", "a_b-c"])
+def test_nothing_of_a_secret_is_shown(secret: str) -> None:
+    key = Key("0123456789abcdef", secret)
+    assert public_part(str(key)) == "pema_0123456789abcdef_…"
+    assert public_part(secret) == "that you gave"
