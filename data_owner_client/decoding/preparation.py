@@ -136,7 +136,7 @@ def prepare_continuations(
 def prepare_token_prompts(
     plm: RemotePlm, prompts: Sequence[Sequence[int]], adapter: CandidateDistribution | None, options: ChosenOptions
 ) -> PreparedTexts:
-    """Bare prompts in token ids as sequences to generate.
+    """Bare prompts in token ids as sequences to generate. Answers in a form lose the space that it allows around them.
 
     Raises:
         InvalidData: options contradict each other, or a prompt is too long.
@@ -145,7 +145,8 @@ def prepare_token_prompts(
     require_same_model(plm, adapter)
     options = replace(options, form=options.answer_form(None))
     requests = [GenerationRequest(list(ids), _mean_length(adapter)) for ids in prompts]
-    return _of_requests(plm, requests, range(len(prompts)), len(prompts), _bare_stops(plm), adapter, options)
+    numbers, strips = range(len(prompts)), options.form is not None
+    return _of_requests(plm, requests, numbers, len(prompts), _bare_stops(plm), adapter, options, strips=strips)
 
 
 def _mean_length(adapter: CandidateDistribution | None) -> float | None:

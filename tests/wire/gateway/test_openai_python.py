@@ -237,3 +237,12 @@ def test_the_plm_alone_is_a_model(client: OpenAI, plm: RemotePlm) -> None:
     bound = DecodingSettings(max_new_tokens=9)
     answer = client.completions.create(model=plm.card.name, prompt=prompt, max_tokens=9)
     assert [choice.text for choice in answer.choices] == generate(plm, [prompt], decoding=bound).texts
+
+
+def test_a_continuation_held_to_choices_is_one_of_them(client: OpenAI) -> None:
+    choices = ["shine", "die Tür"]
+    fields: dict[str, Any] = {"model": "constant", "prompt": "the thin", "extra_body": {"guided_choice": choices}}
+    text = client.completions.create(**fields).choices[0].text
+    assert text in choices
+    with client.completions.create(**fields, stream=True) as stream:
+        assert "".join(chunk.choices[0].text for chunk in stream) == text
