@@ -1,23 +1,25 @@
 #!/usr/bin/env bash
 # End-to-end test in containers (`make compose-test`). Needs only Docker, its compose plugin and bash.
 #
-# A server starts. A tenant builds a memory of real texts, trains an adapter and translates. A replica is killed under
-# load. Everything stops and starts again. Exits with status 0 if every check passed. Takes about ten minutes on two
-# cores once the images are built, and leaves only the images behind.
+# A server starts. A tenant builds a memory of real texts, trains an adapter and translates. A gateway gives the same
+# texts. A replica is killed under load. Everything stops and starts again. Exits with status 0 if every check passed.
+# Takes about ten minutes on two cores once the images are built, and leaves only the images behind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export COMPOSE_PROJECT_NAME=pema-compose-test
 export PEMA_PORT=${PEMA_PORT:-18000} PEMA_GRPC_PORT=${PEMA_GRPC_PORT:-18001}
 export PEMA_BALANCER_PORT=$PEMA_PORT PEMA_BALANCER_GRPC_PORT=$PEMA_GRPC_PORT
+export PEMA_GATEWAY_PORT=${PEMA_GATEWAY_PORT:-18010} PEMA_GATEWAY_KEY=key-of-applications
 rest=http://127.0.0.1:$PEMA_PORT grpc=grpc://127.0.0.1:$PEMA_GRPC_PORT
 base=${PEMA_BASE:-python:3.11-slim-bookworm}
-server_image=${PEMA_SERVER_IMAGE:-pema-server} client_image=pema-client
+server_image=${PEMA_SERVER_IMAGE:-pema-server} client_image=${PEMA_CLIENT_IMAGE:-pema-client}
 work=pema-compose-test-work  # the data owner's volume
 key_pattern='pema_[0-9a-f]{16}_[A-Za-z0-9_-]{43}'
 ready_within_s=900
 alone=(-f docker-compose.yml)
 fleet=(-f docker-compose.yml -f docker/compose.replicas.yml)
+with_gateway=(-f docker-compose.yml -f docker/compose.gateway.yml)
 
 say() { printf '\n=== %s (%d s)\n' "$*" "$SECONDS"; }
 ok() { printf '    ok: %s\n' "$*"; }
@@ -27,6 +29,8 @@ expect() { local what=$1; shift; if "$@"; then ok "$what"; else fail "$what"; fi
 compose() { if docker compose version >/dev/null 2>&1; then docker compose "$@"; else docker-compose "$@"; fi; }
 # With several replicas Docker chooses their ports, and clients use those of the balancer.
 compose_fleet() { PEMA_PORT='' PEMA_GRPC_PORT='' compose "${fleet[@]}" "$@"; }
+# The adapter is in the overlay's own volume of that name, and was trained with the tenant's key.
+compose_gateway() { PEMA_API_KEY=${key:-} PEMA_ADAPTER=adapter compose "${with_gateway[@]}" "$@"; }
 containers() { docker ps --quiet --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME" --filter "label=com.docker.compose.service=$1"; }
 
 in_client() { docker run --rm --interactive --network host --volume "$work:/work" --entrypoint "$1" "$client_image" "${@:2}"; }
@@ -39,7 +43,9 @@ clean_up() {
   local status=$?
   if [[ $status -ne 0 ]]; then
     compose_fleet logs --tail=30 server 2>&1 | cut -c1-300 || true
+    compose_gateway logs --tail=30 gateway 2>&1 | cut -c1-300 || true
   fi
+  compose_gateway down --volumes >/dev/null 2>&1 || true
   compose_fleet down --volumes --remove-orphans >/dev/null 2>&1 || true
   docker volume rm --force "$work" >/dev/null 2>&1 || true
   exit "$status"
@@ -56,8 +62,8 @@ wait_until_healthy() { # SERVICE NUMBER
   done
 }
 
-status_of() { # PATH [KEY]
-  in_client python - "$rest$1" "${2:-}" <<'PYTHON'
+status_of() { # PATH [KEY [ADDRESS]]
+  in_client python - "${3:-$rest}$1" "${2:-}" <<'PYTHON'
 import sys, httpx
 _, url, key = sys.argv
 print(httpx.get(url, headers={"Authorization": f"Bearer {key}"} if key else {}).status_code)
@@ -131,6 +137,35 @@ used() { docker exec "$(containers server | head -n 1)" pema-server tenants usag
 tokens() { in_client python -c 'import json, sys; print(sum(day["tokens"] for day in json.load(sys.stdin)))'; }
 before=$(used | tokens)
 expect "what it used is put down: $before tokens" test "$before" -gt 10000
+
+say 'The gateway beside the server'
+compose_gateway up --no-start --no-deps gateway
+docker run --rm --user root --volume "$work:/work:ro" --volume "${COMPOSE_PROJECT_NAME}_adapter:/adapter" --entrypoint cp \
+  "$client_image" --archive /work/adapter/. /adapter
+compose_gateway up --detach gateway
+wait_until_healthy gateway 1
+gateway=http://127.0.0.1:$PEMA_GATEWAY_PORT
+expect 'the page needs no key' test "$(status_of / '' "$gateway") $(status_of /page.js '' "$gateway")" = '200 200'
+expect 'models need one' test "$(status_of /v1/models '' "$gateway")" -eq 401
+expect 'a wrong key is refused' test "$(status_of /v1/models wrong "$gateway")" -eq 401
+expect 'the key of applications is good' test "$(status_of /v1/models "$PEMA_GATEWAY_KEY" "$gateway")" -eq 200
+expect 'another container gets the texts of translate' docker run --rm --interactive --volume "$work:/work:ro" \
+  --network "${COMPOSE_PROJECT_NAME}_default" --entrypoint python "$client_image" \
+  - "http://gateway:$PEMA_GATEWAY_PORT/v1" "$PEMA_GATEWAY_KEY" <<'PYTHON'
+import json, sys
+from concurrent.futures import ThreadPoolExecutor
+import httpx
+_, url, key = sys.argv
+def answer(text):
+    body = {"model": "adapter", "messages": [{"role": "user", "content": text}]}
+    answered = client.post("/chat/completions", json=body).raise_for_status().json()
+    return " ".join(answered["choices"][0]["message"]["content"].splitlines())
+sources = [json.loads(line)["source"] for line in open("data/test.jsonl", encoding="utf-8")]
+with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=300) as client, ThreadPoolExecutor(8) as threads:
+    texts = list(threads.map(answer, sources))
+sys.exit(texts != open("before.de", encoding="utf-8").read().splitlines())
+PYTHON
+compose_gateway rm --stop --force gateway
 
 say 'Two replicas behind a balancer'
 compose "${alone[@]}" down
