@@ -12,7 +12,7 @@ import pytest
 from data_owner_client import TrainedAdapter, generate, translate
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.plm.remote_plm import RemotePlm
-from tests.wire.gateway.conftest import PAIRS, TASK
+from tests.served_adapters import PAIRS, TASK
 
 pytestmark = pytest.mark.unguarded("one way to the owner is enough")
 SOURCE = PAIRS[0].source

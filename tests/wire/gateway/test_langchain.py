@@ -13,7 +13,7 @@ import pytest
 from data_owner_client import DecodingSettings, SamplingSettings, TrainedAdapter, translate
 from data_owner_client.data.answer_form import AnswerForm
 from data_owner_client.plm.remote_plm import RemotePlm
-from tests.wire.gateway.conftest import PAIRS, TASK, finish_reason
+from tests.served_adapters import PAIRS, TASK, finish_reason
 
 pytestmark = pytest.mark.unguarded("one way to the owner is enough")
 TEXTS = [pair.source for pair in PAIRS[:6]]

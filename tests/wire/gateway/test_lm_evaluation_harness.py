@@ -17,7 +17,7 @@ from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.plm.tokenizer import Prompt
 from data_owner_client.runtime.progress import Reporter
 from harness.tiny_models import BOS, MAX_POSITIONS, TinyModels
-from tests.wire.gateway.conftest import PAIRS, TASK
+from tests.served_adapters import PAIRS, TASK
 from tests.wire.gateway.harness import ANSWERS, LIKELIHOOD, LONGEST_ANSWER, ROLLING, Harness
 
 pytestmark = pytest.mark.unguarded("one way to the owner is enough")

@@ -26,8 +26,8 @@ from protocol.errors import (
     Unauthenticated,
 )
 from tests.gateways import FaultyPlm, gateway
+from tests.served_adapters import PAIRS
 from tests.support import until
-from tests.wire.gateway.conftest import PAIRS
 
 pytestmark = pytest.mark.unguarded("one way to the owner is enough")
 MESSAGES: list[Any] = [{"role": "user", "content": PAIRS[0].source}]

@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletion
 
 from data_owner_client import DecodingSettings, Generation, SamplingSettings, TrainedAdapter, generate, translate
 from data_owner_client.plm.remote_plm import RemotePlm
-from tests.wire.gateway.conftest import INTERPOLATIONS, PAIRS, TASK, finish_reason
+from tests.served_adapters import INTERPOLATIONS, PAIRS, TASK, finish_reason
 
 pytestmark = pytest.mark.unguarded("one way to the owner is enough")
 SOURCES = [pair.source for pair in PAIRS[:16]]
