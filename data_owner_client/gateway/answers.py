@@ -10,7 +10,13 @@ from data_owner_client.decoding.sequence import End
 from data_owner_client.decoding.token_choice import TokenChoice
 from data_owner_client.gateway.explanation import explain
 from data_owner_client.gateway.jobs import FINISH_REASONS, JobEvent
-from data_owner_client.gateway.openai.logprobs import LoggedToken, chat_logprobs, completion_logprobs, logged_token
+from data_owner_client.gateway.openai.logprobs import (
+    LoggedToken,
+    TextOffsets,
+    chat_logprobs,
+    completion_logprobs,
+    logged_token,
+)
 from data_owner_client.gateway.openai.requests import GenerationSettings
 from data_owner_client.gateway.openai.responses import AnswerHead, Choice, Usage
 from data_owner_client.gateway.scoring import EchoedPrompt
@@ -105,7 +111,7 @@ class AnswerWriter:
         answers = [_Answer() for _ in range(job.answers)]
         async for event in events:
             answers[event.choice].add(event)
-        choices = [self._piece(index, answer, 0, begins=True) for index, answer in enumerate(answers)]
+        choices = [self._piece(index, answer, TextOffsets(), begins=True) for index, answer in enumerate(answers)]
         return self._head.whole(choices, job.usage, self._shown(job))
 
     async def chunks(self, job: Job, events: AsyncIterator[JobEvent]) -> AsyncIterator[dict[str, Any]]:
@@ -121,17 +127,16 @@ class AnswerWriter:
         if self._head.chat:
             for index in range(job.answers):
                 yield self._head.role_chunk(index)
-        offsets, growing = [0] * job.answers, job.answers
+        offsets, growing = [TextOffsets() for _ in range(job.answers)], job.answers
         if self._echoes:
             for index in range(job.answers):
-                echoed = self._piece(index, _Answer(), 0, begins=True)
-                offsets[index] = len(echoed.text)
+                echoed = self._piece(index, _Answer(), TextOffsets(), begins=True)
+                offsets[index] = TextOffsets(len(echoed.text))
                 yield self._head.text_chunk(echoed)
         async for event in events:
             if event.text or (event.tokens and self._shows_tokens):
                 piece = _Answer(event.text, list(event.tokens), labels=event.labels)
                 yield self._head.text_chunk(self._piece(event.choice, piece, offsets[event.choice]))
-                offsets[event.choice] += len(event.text)
             if event.end is not None:
                 growing -= 1
                 shown = None if growing else self._shown(job)
@@ -143,31 +148,31 @@ class AnswerWriter:
     def _shows_tokens(self) -> bool:
         return self._settings.logprobs is not None or self._settings.pema.explain
 
-    def _piece(self, index: int, answer: _Answer, offset: int, *, begins: bool = False) -> Choice:
+    def _piece(self, index: int, answer: _Answer, offsets: TextOffsets, *, begins: bool = False) -> Choice:
         """A part of an answer.
 
         Args:
             index: number of the answer.
             answer: the part.
-            offset: characters before it.
+            offsets: offsets of its tokens; of tokens behind a scored echo, the echo's own.
             begins: whether its echo, if any, comes before it.
         """
         echo = self._echoes[index // self._settings.n] if begins and self._echoes else Echo("")
         pema = self._explained(answer) if self._settings.pema.explain else None
         reason = None if answer.end is None else FINISH_REASONS[answer.end]
-        return Choice(index, echo.text + answer.text, reason, self._logprobs(answer.tokens, echo, offset), pema)
+        return Choice(index, echo.text + answer.text, reason, self._logprobs(answer.tokens, echo, offsets), pema)
 
     def _explained(self, answer: _Answer) -> dict[str, Any]:
         tokens = {"tokens": explain(self._tokenizer, answer.tokens)}
         return tokens if answer.labels is None else tokens | {"labels": answer.labels}
 
-    def _logprobs(self, choices: Sequence[TokenChoice], echo: Echo, offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, choices: Sequence[TokenChoice], echo: Echo, offsets: TextOffsets) -> dict[str, Any] | None:
         if self._settings.logprobs is None:
             return None
         tokens = [self._logged(choice) for choice in choices]
         if self._head.chat:
             return chat_logprobs(tokens)
-        return echo.scored.logprobs(tokens) if echo.scored else completion_logprobs(tokens, offset)
+        return echo.scored.logprobs(tokens) if echo.scored else completion_logprobs(tokens, offsets)
 
     def _logged(self, choice: TokenChoice) -> LoggedToken:
         found = choice.alternatives.mixture if choice.alternatives else []

@@ -20,7 +20,7 @@ from data_owner_client.decoding.prompt_scores import PromptScorer, ScoredPositio
 from data_owner_client.decoding.token_choice import TokenChoice
 from data_owner_client.gateway.explanation import EXPLAINED_ALTERNATIVES, explain
 from data_owner_client.gateway.openai.errors import api_error
-from data_owner_client.gateway.openai.logprobs import LoggedToken, completion_logprobs, logged_token
+from data_owner_client.gateway.openai.logprobs import LoggedToken, TextOffsets, completion_logprobs, logged_token
 from data_owner_client.gateway.openai.requests import CompletionRequest, GenerationSettings
 from data_owner_client.gateway.openai.responses import Choice, Usage
 from data_owner_client.gateway.prompt_ids import missing_start, prompt_ids
@@ -55,7 +55,7 @@ class EchoedPrompt:
         # The first token of some tokenizers has a space that a text's beginning loses.
         written = "".join(token.text for token in self.tokens)
         start = len(self.text) - len(written) if self.text and written.endswith(self.text) else 0
-        body = completion_logprobs(tokens, start)
+        body = completion_logprobs(tokens, TextOffsets(start))
         return body | {"text_offset": [max(0, offset) for offset in body["text_offset"]]}
 
 

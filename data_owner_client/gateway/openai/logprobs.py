@@ -57,18 +57,38 @@ def _chat_token(token: LoggedToken) -> dict[str, Any]:
     }
 
 
-def completion_logprobs(tokens: Sequence[LoggedToken], start: int = 0) -> dict[str, Any]:
+class TextOffsets:
+    """Counts the characters before each token of a growing text. A character counts where its last byte is.
+
+    Args:
+        start: characters before the first token.
+    """
+
+    def __init__(self, start: int = 0) -> None:
+        self._next = start
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def of(self, tokens: Sequence[LoggedToken]) -> list[int]:
+        """The characters before each of the next tokens."""
+        offsets = list[int]()
+        for token in tokens:
+            offsets.append(self._next)
+            self._next += len(token.text if token.utf8 is None else self._decoder.decode(token.utf8))
+        return offsets
+
+
+def completion_logprobs(tokens: Sequence[LoggedToken], offsets: TextOffsets) -> dict[str, Any]:
     """The form of completions: four lists of one length.
 
     Args:
-        tokens: the tokens, in their order.
-        start: offset of the first one's text, in characters.
+        tokens: the next tokens of a text, in their order.
+        offsets: the text's offsets.
     """
     return {
         "tokens": [_name(token) for token in tokens],
         "token_logprobs": [None if token.logprob is None else finite(token.logprob) for token in tokens],
         "top_logprobs": [_top(token) for token in tokens],
-        "text_offset": _offsets(tokens, start),
+        "text_offset": offsets.of(tokens),
     }
 
 
@@ -89,13 +109,3 @@ def _name(token: LoggedToken) -> str:
         return token.text if token.utf8 is None else token.utf8.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.utf8 or b"")
-
-
-def _offsets(tokens: Sequence[LoggedToken], start: int) -> list[int]:
-    """The characters before each token. A character counts where its last byte is."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    offsets = list[int]()
-    for token in tokens:
-        offsets.append(start)
-        start += len(token.text if token.utf8 is None else decoder.decode(token.utf8))
-    return offsets

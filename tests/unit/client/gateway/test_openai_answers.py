@@ -15,7 +15,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from data_owner_client.gateway.openai.errors import ApiError, api_error, error_response
 from data_owner_client.gateway.openai.events import DONE, KEEP_ALIVE, frame, server_sent_events
-from data_owner_client.gateway.openai.logprobs import LoggedToken, chat_logprobs, completion_logprobs
+from data_owner_client.gateway.openai.logprobs import LoggedToken, TextOffsets, chat_logprobs, completion_logprobs
 from data_owner_client.gateway.openai.responses import AnswerHead, Choice, Usage
 from protocol import errors
 from protocol.errors import PemaError
@@ -58,12 +58,14 @@ def test_whole_answers_are_of_openais_types() -> None:
     assert logprobs.content is not None
     assert [each.logprob for each in logprobs.content] == [-0.5, -9999.0, -1.5]
     head = AnswerHead("m", chat=False)  # the types have no null, which a first token has all the same
-    text = Completion.model_validate(head.whole([Choice(0, "a", "stop", completion_logprobs(TOKENS[1:]))], Usage(1, 1)))
+    text = Completion.model_validate(
+        head.whole([Choice(0, "a", "stop", completion_logprobs(TOKENS[1:], TextOffsets()))], Usage(1, 1))
+    )
     assert text.choices[0].text == "a"
 
 
 def test_completions_have_four_lists_of_one_length() -> None:
-    logprobs = completion_logprobs(TOKENS, start=2)
+    logprobs = completion_logprobs(TOKENS, TextOffsets(2))
     assert logprobs["tokens"] == ["A", r"bytes:\xc3", r"bytes:\xa9", "B"]
     assert logprobs["token_logprobs"] == [None, -0.5, -9999.0, -1.5]
     assert logprobs["top_logprobs"] == [None, {"é": -0.25, r"bytes:\xc3": -0.5}, {r"bytes:\xa9": -9999.0}, {"B": -1.5}]
