@@ -16,6 +16,10 @@ from data_owner_client.decoding.token_selection import TokenSelector
 from protocol.errors import InvalidData
 
 
+class PrefixEndsAnswer(InvalidData):
+    """An answer would end within the tokens with which it is to begin."""
+
+
 class End(StrEnum):
     """Reasons for the end of a text."""
 
@@ -156,14 +160,14 @@ class SequenceState:
         """Let the text begin with these tokens, which nobody chose.
 
         Raises:
-            InvalidData: the text would end within them.
+            PrefixEndsAnswer: the text would end within them.
         """
         for token in prefix:
             if self.end is not None:
                 break
             self.append(TokenChoice(token, self.lambdas[self.length], 0.0, None, token, None))
         if self.end is not None:
-            raise InvalidData("The prefix ends the answer.", hint="Give a shorter one, or more --max-new-tokens.")
+            raise PrefixEndsAnswer("The prefix ends the answer.", hint="Give a shorter one, or more tokens.")
         self._reported = self.length
 
     def append(self, choice: TokenChoice) -> None:

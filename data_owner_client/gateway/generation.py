@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from data_owner_client.adapter.interpolation import Interpolation
@@ -14,6 +16,7 @@ from data_owner_client.decoding.preparation import (
     prepare_token_prompts,
     task_for,
 )
+from data_owner_client.decoding.sequence import PrefixEndsAnswer
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
 from data_owner_client.gateway.explanation import EXPLAINED_ALTERNATIVES
 from data_owner_client.gateway.openai.errors import ApiError, api_error
@@ -36,12 +39,11 @@ def prepare_chat(gateway: Gateway, model: ServedModel, request: ChatRequest) -> 
     options = _options(gateway, model, request.settings)
     task = task_of(gateway, model)
     try:
-        return prepare_answers(gateway.plm, [source_of(task, request)], model.adapter, task, options)
+        with _refused_for("messages"):
+            return prepare_answers(gateway.plm, [source_of(task, request)], model.adapter, task, options)
     except Unsupported as error:
         message = f"{model.name} has no chat template. Use /v1/completions, or name an adapter."
         raise ApiError(400, message, code="unsupported", param="model") from error
-    except (InvalidData, OverLimit) as error:
-        raise api_error(error, "messages") from error
 
 
 def prepare_completion(gateway: Gateway, model: ServedModel, request: CompletionRequest) -> PreparedTexts:
@@ -53,11 +55,9 @@ def prepare_completion(gateway: Gateway, model: ServedModel, request: Completion
     """
     plm, options = gateway.plm, _options(gateway, model, request.settings)
     prompts = [prompt_ids(plm, prompt) for prompt in request.prompts]
-    try:
-        whole = [[*missing_start(plm.tokenizer, ids), *ids] for ids in prompts]
+    whole = [[*missing_start(plm.tokenizer, ids), *ids] for ids in prompts]
+    with _refused_for("prompt"):
         return prepare_token_prompts(plm, whole, model.adapter, options)
-    except (InvalidData, OverLimit) as error:
-        raise api_error(error, "prompt") from error
 
 
 def task_of(gateway: Gateway, model: ServedModel) -> Task:
@@ -99,6 +99,17 @@ def mixture_of(model: ServedModel, wanted: PemaOptions) -> Interpolation | None:
     if not given:
         return None
     return model.adapter.card.interpolation.changed(wanted.schedule, wanted.lambda_max, wanted.length_reward)
+
+
+@contextmanager
+def _refused_for(param: str) -> Iterator[None]:
+    """Name the field at fault where texts cannot be answered."""
+    try:
+        yield
+    except PrefixEndsAnswer as error:
+        raise api_error(error, "pema.prefix") from error
+    except (InvalidData, OverLimit) as error:
+        raise api_error(error, param) from error
 
 
 def _options(gateway: Gateway, model: ServedModel, settings: GenerationSettings) -> ChosenOptions:

@@ -44,12 +44,7 @@ def _of_response_format(value: dict[str, Any] | None) -> AnswerForm | None:
     param = "response_format.json_schema.schema"
     if not isinstance(schema, dict):
         raise ApiError(400, f"{param} must be a JSON schema.", param=param)
-    try:
-        form = AnswerForm(schema)
-        form.require_supported()
-    except InvalidData as error:
-        raise ApiError(400, str(error), param=param) from error
-    return form
+    return _supported(AnswerForm(schema), param)
 
 
 def _of_structured_outputs(value: dict[str, Any] | None) -> AnswerForm | None:
@@ -68,4 +63,28 @@ def _of_structured_outputs(value: dict[str, Any] | None) -> AnswerForm | None:
 def _of_choices(choices: Any, param: str) -> AnswerForm:
     if not isinstance(choices, list) or not choices or not all(isinstance(each, str) and each for each in choices):
         raise ApiError(400, f"{param} must be a list of texts that are not empty.", param=param)
-    return AnswerForm(choices=tuple(choices))
+    if not all(map(is_text, choices)):
+        raise ApiError(400, f"{param} has half of a surrogate pair. Write the whole character.", param=param)
+    return _supported(AnswerForm(choices=tuple(choices)), param)
+
+
+def _supported(form: AnswerForm, param: str) -> AnswerForm:
+    """The form, if decoding can be held to it.
+
+    Raises:
+        ApiError: it cannot.
+    """
+    try:
+        form.require_supported()
+    except InvalidData as error:
+        raise ApiError(400, str(error), param=param) from error
+    return form
+
+
+def is_text(text: str) -> bool:
+    r"""False for a text with half of a surrogate pair, which JSON's `\u` escapes can spell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -27,6 +27,10 @@ def _explained(kind: str, message: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
+# Of a value that is nested too deeply, pydantic names the whole path.
+JsonObject = Annotated[dict[str, JsonValue], _explained("json", "it must be a JSON object that is not nested deeply")]
+
+
 class _Body(BaseModel):
     """A JSON object in which null is the same as nothing."""
 
@@ -58,7 +62,7 @@ class Message(_Body):
         ]
         | None
     ) = None
-    tool_calls: list[dict[str, JsonValue]] | None = None
+    tool_calls: list[JsonObject] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -96,9 +100,9 @@ class RequestBody(_Body):
     n: Annotated[int, Ge(1), Le(128)] = 1
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    response_format: dict[str, JsonValue] | None = None
+    response_format: JsonObject | None = None
     guided_choice: list[str] | None = None
-    structured_outputs: dict[str, JsonValue] | None = None
+    structured_outputs: JsonObject | None = None
     pema: PemaExtension = PemaExtension()
 
 

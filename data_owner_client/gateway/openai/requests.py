@@ -10,7 +10,7 @@ from data_owner_client.adapter.types import Schedule
 from data_owner_client.data.answer_form import AnswerForm
 from data_owner_client.data.pairs import Conversation
 from data_owner_client.decoding.settings import DEFAULT_DECODING, SamplingSettings
-from data_owner_client.gateway.openai.answer_forms import answer_form
+from data_owner_client.gateway.openai.answer_forms import answer_form, is_text
 from data_owner_client.gateway.openai.bodies import ChatCompletionBody, CompletionBody, Message, RequestBody
 from data_owner_client.gateway.openai.errors import ApiError
 from data_owner_client.gateway.openai.refused_fields import refuse_unsupported
@@ -208,4 +208,6 @@ def _stop(stop: str | list[str | None]) -> tuple[str, ...]:
     stops = tuple(each for each in ([stop] if isinstance(stop, str) else stop) if each is not None)
     if "" in stops:
         raise ApiError(400, "A stop is empty text. Leave it out.", param="stop")
+    if any(not is_text(each) for each in stops):
+        raise ApiError(400, "A stop has half of a surrogate pair. Write the whole character.", param="stop")
     return stops
