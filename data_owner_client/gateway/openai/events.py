@@ -52,7 +52,7 @@ async def server_sent_events(
     finally:
         if pending is not None:
             pending.cancel()
-            with suppress(asyncio.CancelledError, StopAsyncIteration):
+            with suppress(asyncio.CancelledError, StopAsyncIteration, ApiError, PemaError):
                 await pending
         if isinstance(chunks, AsyncGenerator):
             await chunks.aclose()
