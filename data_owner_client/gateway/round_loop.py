@@ -189,6 +189,9 @@ class RoundLoop:
         for member in list(self._active):
             try:
                 self._step([member])
+            except _PASSING as error:
+                self._wait_for_owner(error)
+                return
             except PemaError as error:
                 self._fail([member], error)
 
