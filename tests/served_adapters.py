@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.tasks import Task
 from data_owner_client.plm.remote_plm import RemotePlm
+from data_owner_client.training.train import REPORT
 
 TASK = Task(name="t", source_label="In", target_label="Out")
 WORDS = ["the", "thin", "die", "Tür", "an", "on", "shine", "reden", "her"]
@@ -40,4 +42,5 @@ def train_adapters(plm: RemotePlm, root: Path) -> dict[str, Path]:
     for name, interpolation in INTERPOLATIONS.items():
         card = trained.card.model_copy(update={"interpolation": interpolation})
         TrainedAdapter(card, trained.adapter, trained.candidate_ids_C, trained.head).save(root / name)
+        shutil.copy(root / "trained" / REPORT, root / name)
     return {name: root / name for name in INTERPOLATIONS}

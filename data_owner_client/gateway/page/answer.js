@@ -35,7 +35,8 @@ export class Answer {
     this.ended = false;
     this.began = performance.now();
     this.given = prefix.length;
-    this.add(prefix, textOf(prefix));
+    // The gateway leaves the space around an answer out.
+    this.add(prefix, textOf(prefix).trim());
     this.say("Waiting for the first token …");
   }
 
@@ -125,6 +126,8 @@ export class Answer {
     button.addEventListener("focus", () => {
       for (const other of this.buttons()) other.tabIndex = other === button ? 0 : -1;
       show();
+      // In a narrow window the details cover the lower part of it.
+      button.scrollIntoView({ block: "nearest" });
     });
     button.addEventListener("click", () => button.focus());
     button.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && show());

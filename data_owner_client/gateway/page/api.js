@@ -48,6 +48,8 @@ function askForKey() {
     const dialog = document.getElementById("key-dialog");
     const input = document.getElementById("key");
     dialog.returnValue = "";
+    // Asked again: the key that was given is not the gateway's.
+    document.getElementById("key-error").hidden = key === null;
     dialog.addEventListener("close", () => {
       if (dialog.returnValue === "use") key = input.value;
       input.value = "";

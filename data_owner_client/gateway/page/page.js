@@ -76,6 +76,7 @@ async function run(answer, prefix = []) {
   } catch (error) {
     if (!current()) return;
     if (controller.signal.aborted) answer.end("Stopped.");
+    else if (prefix.length > 0 && error.param === "pema.prefix") answer.end("It ends with the token that you chose.");
     else answer.fail(error instanceof ApiError ? error.describe() : `The gateway cannot be reached, or broke off: ${error.message}`);
   } finally {
     if (current()) runs.delete(answer);

@@ -15,7 +15,7 @@ export function decision(token) {
 
 /** Whether the adapter had no part in a token. */
 export function isAlone(token) {
-  return token.pema_logprob === null && token.decided_by !== "you";
+  return token.decided_by !== "you" && (token.pema_logprob === null || token.lambda === 0);
 }
 
 /** The bytes of a token; none of a special token, and those of its text where the gateway sends no bytes. */
@@ -31,13 +31,18 @@ export function pieceOf(token) {
   try {
     return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes) || token.text;
   } catch {
-    return [...bytes].map((byte) => `‹${byte.toString(16).toUpperCase().padStart(2, "0")}›`).join("");
+    return [...bytes].map(numbered).join("");
   }
 }
 
-/** A piece with its white space made visible, where there is nothing else to see. */
+function numbered(code) {
+  return `‹${code.toString(16).toUpperCase().padStart(2, "0")}›`;
+}
+
+/** A piece with its white space made visible, where there is nothing else to see, and without control characters. */
 export function visible(piece) {
-  const shown = piece.replaceAll("\r", "␍").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+  const shown = piece.replaceAll("\r", "␍").replaceAll("\n", "⏎").replaceAll("\t", "⇥")
+    .replace(/[\p{Cc}\u202A-\u202E\u2066-\u2069]/gu, (one) => numbered(one.codePointAt(0)));
   if (shown === "") return "∅";
   return /^ +$/u.test(shown) ? "␣".repeat(shown.length) : shown;
 }
