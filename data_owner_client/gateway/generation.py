@@ -36,6 +36,7 @@ def prepare_chat(gateway: Gateway, model: ServedModel, request: ChatRequest) -> 
         ApiError: the conversation cannot be answered as it is wished.
         IdentityMismatch: the owner's server has another model than the adapter's.
     """
+    _require_answerable(gateway, request.settings.n, "n")
     options = _options(gateway, model, request.settings)
     task = task_of(gateway, model)
     try:
@@ -53,6 +54,7 @@ def prepare_completion(gateway: Gateway, model: ServedModel, request: Completion
         ApiError: the prompts cannot be continued as it is wished.
         IdentityMismatch: the owner's server has another model than the adapter's.
     """
+    _require_answerable(gateway, len(request.prompts) * request.settings.n, "prompt")
     plm, options = gateway.plm, _options(gateway, model, request.settings)
     prompts = [prompt_ids(plm, prompt) for prompt in request.prompts]
     whole = [[*missing_start(plm.tokenizer, ids), *ids] for ids in prompts]
@@ -99,6 +101,17 @@ def mixture_of(model: ServedModel, wanted: PemaOptions) -> Interpolation | None:
     if not given:
         return None
     return model.adapter.card.interpolation.changed(wanted.schedule, wanted.lambda_max, wanted.length_reward)
+
+
+def _require_answerable(gateway: Gateway, answers: int, param: str) -> None:
+    """Refuse a request for more answers than the loop of rounds takes at all.
+
+    Raises:
+        ApiError: there are too many.
+    """
+    most = gateway.settings.batch_size + gateway.settings.max_waiting
+    if answers > most:
+        raise ApiError(400, f"{answers:,} answers are too many for one request: ask for {most:,} at most.", param=param)
 
 
 @contextmanager
