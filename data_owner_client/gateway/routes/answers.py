@@ -74,7 +74,7 @@ async def _chat(gateway: Gateway, request: ChatRequest) -> Response:
     task = task_of(gateway, call.model)
     job: Job
     if task.kind == "classify":
-        job = LabelJob(gateway, call.model, task, request)
+        job = await asyncio.to_thread(LabelJob, gateway, call.model, task, request)
     else:
         job = GenerationJob(gateway.rounds, await asyncio.to_thread(prepare_chat, gateway, call.model, request))
     ignores_turns = task.kind != "chat" and request.has_other_turns
