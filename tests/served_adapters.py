@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,9 +37,9 @@ def train_adapters(plm: RemotePlm, root: Path) -> dict[str, Path]:
     settings = TrainingSettings(
         rank=16, epochs=3, batch_rows=16, learning_rate=0.02, selection_texts=0, minutes=0, retrieved_examples=0
     )
-    trained = train(plm, root / "m", root / "trained", settings=settings)[0]
+    trained, report = train(plm, root / "m", root / "trained", settings=settings)
     for name, interpolation in INTERPOLATIONS.items():
         card = trained.card.model_copy(update={"interpolation": interpolation})
         TrainedAdapter(card, trained.adapter, trained.candidate_ids_C, trained.head).save(root / name)
-        shutil.copy(root / "trained" / REPORT, root / name)
+        (root / name / REPORT).write_text(report.model_copy(update={"card": card}).model_dump_json())
     return {name: root / name for name in INTERPOLATIONS}
