@@ -2,6 +2,17 @@
 import { ApiError, getJson } from "./api.js";
 import { curves, describe, element, short, table } from "./elements.js";
 
+const WORDS = {
+  context_mode: "contexts of the memory",
+  interpolation_why: "reason for this mixture",
+  lambda_max: "λ max",
+  length_ratio: "target length / source length",
+  mean_length: "mean target length, in tokens",
+  mixture_nll: "loss with the adapter, nats per token",
+  nearest: "retrieved examples in a prompt",
+  nll: "loss, nats per token",
+  plm_nll: "loss of the model alone, nats per token",
+};
 let shownName = null;
 
 /** Show the facts about an adapter. Parts that the gateway does not have are left out. */
@@ -103,8 +114,9 @@ function flatten(record, before = "") {
   }));
 }
 
+/** The name of a number in words. The parts of a joined name are apart by spaces. */
 function words(name) {
-  return name.replaceAll("_", " ");
+  return WORDS[name] ?? name.replaceAll("_", " ");
 }
 
 function text(value) {
