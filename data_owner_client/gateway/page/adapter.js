@@ -47,7 +47,7 @@ function parts(facts) {
 }
 
 function overview(facts) {
-  const { name, history, trials, policies, memory, exchange, validation, settings, ...rest } = facts;
+  const { name, history, trials, chosen_trial: chosen, policies, memory, exchange, validation, settings, ...rest } = facts;
   const interpolation = rest.interpolation ?? {};
   return pairsOf({
     ...rest,
@@ -76,11 +76,11 @@ function history(rows) {
 function trials({ trials: tried = [], chosen_trial: chosen }) {
   if (tried.length === 0) return [];
   const flat = tried.map((trial) => flatten(trial));
-  // A column says something where the trials differ.
-  const names = [...new Set(flat.flatMap((row) => Object.keys(row)))]
-    .filter((name) => flat.length === 1 || new Set(flat.map((row) => text(row[name]))).size > 1);
+  // A column says something where the trials differ. The settings of a single trial have a section of their own.
+  const names = [...new Set(flat.flatMap((row) => Object.keys(row)))].filter((name) =>
+    (flat.length === 1 ? !name.startsWith("settings ") : new Set(flat.map((row) => text(row[name]))).size > 1));
   const rows = flat.map((row, i) => [i === chosen ? "✓ chosen" : "", ...names.map((name) => text(row[name]))]);
-  return [table("What train tried", ["", ...names.map(words)], rows)];
+  return [table("What train tried", ["", ...names.map((name) => words(name.replace(/^settings /u, "")))], rows)];
 }
 
 function policies(tried) {
@@ -116,7 +116,7 @@ function flatten(record, before = "") {
 
 /** The name of a number in words. The parts of a joined name are apart by spaces. */
 function words(name) {
-  return WORDS[name] ?? name.replaceAll("_", " ");
+  return name.split(" ").map((part) => WORDS[part] ?? part.replaceAll("_", " ")).join(" ");
 }
 
 function text(value) {
