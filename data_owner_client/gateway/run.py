@@ -25,6 +25,7 @@ from data_owner_client.plm.connection.open import open_connection
 from data_owner_client.plm.connection.settings import ConnectionSettings
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress_display import stderr_reporter
+from protocol.errors import Unsupported
 from protocol.types import WireDtype
 
 # Longest time for which the connection repeats a call by itself. The loop of rounds has the patience.
@@ -93,5 +94,19 @@ def _connected(server: str, connection: ConnectionSettings, dtype: WireDtype, se
     with connect(server, connection, dtype=dtype) as patient:
         patient.tokenizer  # noqa: B018 - now in the cache
         if settings.full_head:
+            _require_whole_head(patient)
             patient.fetch_head(stderr_reporter())
     return connect(server, connection, dtype=dtype, retry_for=_CALL_RETRY_SECONDS)
+
+
+def _require_whole_head(plm: RemotePlm) -> None:
+    """Require an owner who gives the whole LM head.
+
+    Raises:
+        Unsupported: the owner gives rows of candidates alone, or none.
+    """
+    if plm.card.head_policy != "full":
+        raise Unsupported(
+            f"The owner does not give you the whole LM head (policy {plm.card.head_policy}).",
+            hint="Leave --full-head out: tokens are then drawn from the adapter's candidates.",
+        )
