@@ -18,7 +18,7 @@ from data_owner_client.gateway.openai.requests import ChatRequest, GenerationSet
 from data_owner_client.gateway.openai.responses import Usage
 from data_owner_client.gateway.served_models import ServedModel
 from data_owner_client.gateway.state import Gateway
-from protocol.errors import InvalidData, OverLimit
+from protocol.errors import InvalidData, InvalidRequest, OverLimit
 
 
 class LabelJob:
@@ -40,7 +40,10 @@ class LabelJob:
         _require_scorable(model, request.settings)
         self._gateway = gateway
         source, tokenizer = source_of(task, request), gateway.plm.tokenizer
-        self._prompt_tokens = len(tokenizer.encode_prompt(task.prompt(source, tokenizer)))
+        try:
+            self._prompt_tokens = len(tokenizer.encode_prompt(task.prompt(source, tokenizer)))
+        except (InvalidData, InvalidRequest) as error:
+            raise api_error(error, "messages") from error
         self._score = partial(
             translate,
             gateway.plm,
