@@ -151,7 +151,7 @@ def _options(gateway: Gateway, model: ServedModel, settings: GenerationSettings)
             head=gateway.head,
             samples=settings.n,
             best=settings.n,
-            on_failure=_refuse,
+            on_failure=refuse,
         )
     except InvalidData as error:
         raise api_error(error) from error
@@ -176,6 +176,6 @@ def _sampling(gateway: Gateway, model: ServedModel, sampling: SamplingSettings |
     return replace(sampling, candidates_only=True)
 
 
-def _refuse(number: int, error: InvalidData) -> None:
+def refuse(number: int, error: InvalidData) -> None:
     """Refuse a request for its text."""
     raise error

@@ -11,7 +11,7 @@ from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.generation import translate
 from data_owner_client.decoding.results import Generation
 from data_owner_client.decoding.sequence import End
-from data_owner_client.gateway.generation import mixture_of, source_of
+from data_owner_client.gateway.generation import mixture_of, refuse, source_of
 from data_owner_client.gateway.jobs import JobEvent
 from data_owner_client.gateway.openai.errors import ApiError, api_error
 from data_owner_client.gateway.openai.requests import ChatRequest, GenerationSettings
@@ -51,6 +51,7 @@ class LabelJob:
             adapter=model.adapter,
             task=task,
             interpolation=mixture_of(model, request.settings.pema),
+            on_failure=refuse,
         )
         self._found: Generation | None = None
 
