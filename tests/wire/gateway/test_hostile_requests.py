@@ -75,6 +75,11 @@ def test_a_body_that_is_no_object_of_json_is_refused(http: httpx.Client, path: s
 
 
 SCHEMA = "response_format.json_schema.schema"
+SCHEMAS: list[Any] = [
+    *(3, {"type": 3}, {"enum": []}, {"enum": [HALF]}, {"enum": [float("nan")]}),
+    *({"$ref": "http://a.example/b"}, {"$ref": "#/$defs/a"}, nested(100)),
+    {"properties": {str(n): {"type": "string"} for n in range(20_000)}, "type": "object"},
+]
 FIELDS: list[tuple[dict[str, Any], str | None]] = [
     *(({"temperature": value}, "temperature") for value in (float("nan"), float("inf"), "hot", -1, 10**400)),
     ({"seed": float("inf")}, "seed"),
@@ -87,14 +92,12 @@ FIELDS: list[tuple[dict[str, Any], str | None]] = [
     *(({"logprobs": value}, "logprobs") for value in (-1, 21, "many")),
     ({HALF: 1}, None),
     ({"pema": {HALF: 1}}, "pema"),
-    *(({"pema": {"prefix": value}}, "pema.prefix.0") for value in ([-1], ["a"])),
+    *(({"pema": {"prefix": [value]}}, "pema.prefix.0") for value in (-1, "a")),
     *(({"pema": {"prefix": value}}, "pema.prefix") for value in ([10**20], [2], [5] * 3, [5] * 10_000)),
-    *(({"guided_choice": value}, "guided_choice") for value in ([], [""], [HALF])),
+    *(({"guided_choice": value}, "guided_choice") for value in (list[str](), [""], [HALF])),
     ({"structured_outputs": {"choice": [HALF]}}, "structured_outputs.choice"),
     ({"response_format": {"type": "json_schema", "json_schema": nested(300)}}, "response_format"),
-    *((schema(value), SCHEMA) for value in ({"enum": []}, {"enum": [HALF]}, {"enum": [float("nan")]}, nested(100))),
-    *((schema(value), SCHEMA) for value in ({"type": 3}, {"$ref": "http://a.example/b"}, {"$ref": "#/$defs/a"}, 3)),
-    (schema({"properties": {str(n): {"type": "string"} for n in range(20_000)}, "type": "object"}), SCHEMA),
+    *((schema(value), SCHEMA) for value in SCHEMAS),
 ]
 
 
@@ -111,9 +114,11 @@ def test_a_field_that_cannot_be_honoured_is_named(http: httpx.Client, path: str,
     assert sent(http, path, json.dumps(PATHS[path])).status_code == 200
 
 
+UNFIT: list[Any] = [
+    *("", " ", [], [[]], ["a", ""], [-1], [1.0], [True], {}, HALF, [10**9], [[5], [275]], [10**30], ["a", 5]),
+]
 PROMPTS: list[tuple[dict[str, Any], str, str | None]] = [
-    *(({"prompt": value}, "prompt", None) for value in ("", " ", [], [[]], ["a", ""], [-1], [1.0], [True], {}, HALF)),
-    *(({"prompt": value}, "prompt", None) for value in ([10**9], [[5], [275]], [10**30], ["a", 5])),
+    *(({"prompt": value}, "prompt", None) for value in UNFIT),
     ({"prompt": "a" * 1000}, "prompt", "context_length_exceeded"),
     ({"prompt": [5] * 1000}, "prompt", "context_length_exceeded"),
     ({"prompt": ["a", "a" * 1000], **SCORED}, "prompt", "context_length_exceeded"),
@@ -135,7 +140,7 @@ def test_prompts_that_cannot_be_continued_are_refused(http: httpx.Client, stream
 
 
 def test_large_but_possible_requests_are_answered(http: httpx.Client) -> None:
-    for fields in (
+    possible: list[dict[str, Any]] = [
         {"seed": 10**400},
         {"max_tokens": 10**300},
         {"top_k": 10**300, "temperature": 1.0},
@@ -145,7 +150,8 @@ def test_large_but_possible_requests_are_answered(http: httpx.Client) -> None:
         {"guided_choice": ["the" * 5000, "her"]},
         schema({"type": "string", "pattern": "^(a+)+$"}),
         schema({"type": "array", "items": {"type": "string"}, "minItems": 10**9}),
-    ):
+    ]
+    for fields in possible:
         response = sent(http, "/v1/completions", json.dumps(COMPLETION | fields))
         assert response.status_code == 200, (fields, response.text)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -48,10 +48,11 @@ def completion(prompt: str, **fields: Any) -> tuple[str, dict[str, Any]]:
     return "/v1/completions", {"prompt": prompt, "logprobs": 3} | fields
 
 
+FORMS: tuple[Callable[..., tuple[str, dict[str, Any]]], ...] = (chat, completion)
 CALLS = [
     call(SOURCES[at % len(SOURCES)], model=[*INTERPOLATIONS][(at + shift) % 3], max_tokens=LONGEST, **fields)
     for at, fields in enumerate(SETTINGS)
-    for shift, call in enumerate((chat, completion))
+    for shift, call in enumerate(FORMS)
 ] + [
     completion(SOURCES[0], model="constant", max_tokens=LONGEST, echo=True),
     completion(SOURCES[1], model="constant", max_tokens=LONGEST, echo=True, n=2, **DRAWN),
