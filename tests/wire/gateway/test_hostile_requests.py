@@ -74,6 +74,7 @@ def test_a_body_that_is_no_object_of_json_is_refused(http: httpx.Client, path: s
     assert error_of(response)["type"] == "invalid_request_error"
 
 
+STOPS: list[Any] = ["", ["a", ""], [3], {}, [HALF], HALF]
 SCHEMA = "response_format.json_schema.schema"
 SCHEMAS: list[Any] = [
     *(3, {"type": 3}, {"enum": []}, {"enum": [HALF]}, {"enum": [float("nan")]}),
@@ -88,7 +89,7 @@ FIELDS: list[tuple[dict[str, Any], str | None]] = [
     ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": 0}, "max_tokens"),
     *(({"n": value}, "n") for value in (0, 129, 10**30)),
-    *(({"stop": value}, "stop") for value in ("", ["a", ""], [3], {}, [HALF], HALF)),
+    *(({"stop": value}, "stop") for value in STOPS),
     *(({"logprobs": value}, "logprobs") for value in (-1, 21, "many")),
     ({HALF: 1}, None),
     ({"pema": {HALF: 1}}, "pema"),
