@@ -119,7 +119,7 @@ def _add(choices: dict[int, dict[str, Any]], piece: dict[str, Any], *, is_chat: 
 
 
 def parts(answer: dict[str, Any]) -> list[Any]:
-    """What has to be the same of both kinds of answers."""
+    """The parts of an answer that are the same whole and streamed."""
     found = list[Any]()
     for choice in answer["choices"]:
         text = choice["message"]["content"] if "message" in choice else choice["text"]
