@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, Route, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from data_owner_client.plm.remote_plm import RemotePlm
 from tests import guard, profiles, support
@@ -15,6 +15,9 @@ from tests.browser.scripted_gateway import ScriptedGateway
 from tests.served_adapters import train_adapters
 
 CHROMIUM = Path("/usr/bin/chromium")
+# Longest wait for the page on a machine that is busy with other tests.
+_TIMEOUT_MS = 60_000
+expect.set_options(timeout=_TIMEOUT_MS)
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +80,7 @@ def page(browser: Browser, url: str, console: list[str]) -> Iterator[Page]:
 
     context.route("**/*", only_ours)
     opened = context.new_page()
-    opened.set_default_timeout(10_000)
+    opened.set_default_timeout(_TIMEOUT_MS)
     opened.on("console", lambda message: console.append(message.text))
     opened.on("pageerror", lambda error: console.append(str(error)))
     yield opened
