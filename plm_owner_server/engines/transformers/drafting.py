@@ -11,7 +11,7 @@ from torch import Tensor
 from plm_owner_server.engines.batching import plan_batches
 from plm_owner_server.engines.draft_state import Columns, DraftSequence, DraftState, record_pass
 from plm_owner_server.engines.interface import Decoded, DraftBatch
-from plm_owner_server.engines.ops.to_host import to_host
+from plm_owner_server.engines.ops.to_host import HostCopy
 from plm_owner_server.engines.ops.vocab_reduction import VocabReduction
 from plm_owner_server.engines.transformers.kv_cache import AlignedCache
 from plm_owner_server.engines.transformers.model_runner import MIN_SAVED_TOKENS, ForwardPass, ModelRunner
@@ -35,8 +35,9 @@ class _Sequence(DraftSequence):
 class BatchedDrafting:
     """Batches that are drafted together.
 
-    A sequence that ends leaves at once, and the others stay where they are. A step waits for the
-    device only once, for the tokens that the previous pass chose: all other state that it needs is on the host.
+    A sequence that ends leaves at once, and the others stay where they are. A step waits for the device only once, for
+    the tokens that the previous pass chose: all other state that it needs is on the host. The results of a batch are on
+    their way to the host while the next pass runs.
 
     Args:
         runner: runs the model.
@@ -54,9 +55,10 @@ class BatchedDrafting:
         self._with_last_hidden = with_last_hidden
         self._cache = AlignedCache()
         self._rows: list[_Sequence] = []  # of the cache
-        # Tokens that the device has chosen and that are not on the host yet, with the sequences that they extend.
-        self._chosen: list[tuple[Tensor, list[_Sequence]]] = []
-        self._complete: list[DraftState[_Sequence]] = []
+        # Tokens that passes have chosen, on their way to the host, with the sequences that they extend.
+        self._chosen: list[tuple[HostCopy[Tensor], list[_Sequence]]] = []
+        # Batches that are complete, with their prompts as they were run and their results, on their way to the host.
+        self._complete: list[tuple[DraftState[_Sequence], HostCopy[*tuple[Tensor, ...]]]] = []
 
     @torch.inference_mode()
     def join(self, batches: Sequence[DraftBatch]) -> int:
@@ -100,14 +102,17 @@ class BatchedDrafting:
             for sequence in [s for s in reversed(self._rows) if s.is_full]:
                 self._end_row(sequence)
         complete, self._complete = self._complete, []
-        return [(state.batch, self._result(state)) for state in complete]
+        return [
+            (state.batch, _result(state, arrived))
+            for (state, _), arrived in zip(complete, _wait([copy for _, copy in complete]), strict=True)
+        ]
 
     @torch.inference_mode()
     def leave(self, batch: DraftBatch) -> None:
         """Remove a batch whose client has disconnected."""
         for sequence in [s for s in reversed(self._rows) if s.state.batch is batch]:
             self._remove_row(sequence)
-        self._complete = [state for state in self._complete if state.batch is not batch]
+        self._complete = [(state, copy) for state, copy in self._complete if state.batch is not batch]
 
     def _prefill(self, entering: Sequence[_Sequence], cached: Sequence[Sequence[Tensor]]) -> None:
         run, cache = self._runner.prefill([sequence.token_ids for sequence in entering], cached)
@@ -139,7 +144,8 @@ class BatchedDrafting:
         unfinished = [row for row, sequence in enumerate(sequences) if not sequence.is_full]
         if unfinished:
             newest_A = self._index([newest[row] for row in unfinished])
-            self._chosen.append((columns[2].index_select(0, newest_A), [sequences[row] for row in unfinished]))
+            chosen_A = columns[2].index_select(0, newest_A)
+            self._chosen.append((HostCopy(chosen_A), [sequences[row] for row in unfinished]))
 
     def _columns(self, run: ForwardPass, indices: list[int]) -> Columns:
         indices_N = self._index(indices)
@@ -150,13 +156,11 @@ class BatchedDrafting:
 
     def _accept_chosen(self) -> None:
         """Append the tokens that the last passes chose, and remove the sequences that end with them."""
-        if not self._chosen:
-            return  # without waiting for the device
-        (top1_A,) = to_host(torch.cat([tokens for tokens, _ in self._chosen]))
+        tokens = [token for (top1_A,) in _wait([copy for copy, _ in self._chosen]) for token in top1_A.tolist()]
         sequences = [sequence for _, members in self._chosen for sequence in members]
         self._chosen = []
         present = set(self._rows)
-        for sequence, token in zip(sequences, top1_A.tolist(), strict=True):
+        for sequence, token in zip(sequences, tokens, strict=True):
             if sequence not in present:
                 continue
             sequence.accept(token)
@@ -172,7 +176,8 @@ class BatchedDrafting:
         self._runner.store(state.batch.tenant, sequence.token_ids, cache, row, sequence.cached_tokens)
         sequence.is_finished = True
         if state.is_complete:
-            self._complete.append(state)
+            prompts = [ids_T for ids_T, _ in _prompt_runs(state)]
+            self._complete.append((state, HostCopy(torch.cat(prompts), *state.columns(self._index))))
 
     def _remove_row(self, sequence: _Sequence) -> None:
         row = self._rows.index(sequence)
@@ -185,17 +190,29 @@ class BatchedDrafting:
     def _index(self, indices: list[int]) -> Tensor:
         return self._runner.to_device(torch.tensor(indices))
 
-    def _result(self, state: DraftState[_Sequence]) -> Decoded:
-        prompts = [sequence.prompt_run for sequence in state.sequences if sequence.prompt_run is not None]
-        ran_T, *columns = to_host(torch.cat([ids_T for ids_T, _ in prompts]), *state.columns(self._index))
-        ran = ran_T.split([len(ids_T) for ids_T, _ in prompts])
-        return state.decoded(
-            columns,
-            echo=[
-                _echo(sequence, first, ids_T.tolist())
-                for sequence, (_, first), ids_T in zip(state.sequences, prompts, ran, strict=True)
-            ],
-        )
+
+def _wait(copies: Sequence[HostCopy[*tuple[Tensor, ...]]]) -> list[tuple[Tensor, ...]]:
+    """Tensors of each copy, in the order of the copies. The host waits once, for the newest of them."""
+    return [copy.wait() for copy in reversed(copies)][::-1]
+
+
+def _prompt_runs(state: DraftState[_Sequence]) -> list[tuple[Tensor, int]]:
+    """Token ids of each prompt as they were run, and the position of the first."""
+    return [sequence.prompt_run for sequence in state.sequences if sequence.prompt_run is not None]
+
+
+def _result(state: DraftState[_Sequence], arrived: Sequence[Tensor]) -> Decoded:
+    """Result of a batch from the prompts that were run, one after another, and the columns of all its positions."""
+    ran_T, *columns = arrived
+    runs = _prompt_runs(state)
+    ran = ran_T.split([len(ids_T) for ids_T, _ in runs])
+    return state.decoded(
+        columns,
+        echo=[
+            _echo(sequence, first, ids_T.tolist())
+            for sequence, (_, first), ids_T in zip(state.sequences, runs, ran, strict=True)
+        ],
+    )
 
 
 def _echo(sequence: _Sequence, first: int, ran: Sequence[int]) -> int:

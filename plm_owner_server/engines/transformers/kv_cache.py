@@ -65,6 +65,24 @@ class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
         self.keys, self.values = (buffer[:rows, :, end - slots : end] for buffer in self._buffers)
 
 
+class _PassingLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer that keeps nothing."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the states."""
+        return key_states, value_states
+
+
+class PassingCache(Cache):  # type: ignore[misc]
+    """A transformers cache that is always empty, for passes whose states nobody needs.
+
+    Without any cache, transformers looks for packed texts in the positions, and the host waits for what it finds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=_PassingLayer)
+
+
 class AlignedCache(Cache):  # type: ignore[misc]
     """A transformers cache of sequences that all end at the last slot."""
 
@@ -153,7 +171,7 @@ class KvLayout:
         # With spare slots, so that the first steps need no copy.
         buffer_B_S_F = example_S_F.new_empty(len(pieces), slots + _SPARE_SLOTS, example_S_F.shape[1])
         for row_S_F, parts, length in zip(buffer_B_S_F, pieces, lengths, strict=True):
-            row_S_F[: slots - length] = 0  # even a masked NaN would do harm
+            row_S_F[: slots - length].zero_()  # even a masked NaN would do harm
             for at, part_S_F in _cut(parts, length):
                 start = slots - length + at
                 row_S_F[start : start + len(part_S_F)] = part_S_F
@@ -184,7 +202,7 @@ def _stacked(parts: Sequence[Tensor], slots: int, *, spare: int) -> Tensor:
     buffer = parts[0].new_empty(sum(map(len, parts)), heads, slots + spare, width)
     for rows, part in zip(buffer.split([len(part) for part in parts]), parts, strict=True):
         padding = slots - part.shape[2]
-        rows[:, :, :padding] = 0
+        rows[:, :, :padding].zero_()
         rows[:, :, padding:slots] = part
     return buffer
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from plm_owner_server.engines.batching import common_prefix, plan_batches, shared_prefixes
 from plm_owner_server.engines.interface import EngineStats
-from plm_owner_server.engines.transformers.kv_cache import AlignedCache, KvLayout
+from plm_owner_server.engines.transformers.attention import mask_without_waiting
+from plm_owner_server.engines.transformers.kv_cache import AlignedCache, KvLayout, PassingCache
 from plm_owner_server.engines.transformers.prefix_cache import PrefixCache
 from protocol.errors import ServerFault, Unsupported
 
@@ -69,6 +70,7 @@ class ModelRunner:
         prefix_cache_bytes: int,
         prefix_cache_ttl: float = math.inf,
     ) -> None:
+        mask_without_waiting(model)
         self._base = model.base_model
         self._accepts = set(inspect.signature(self._base.forward).parameters)
         self._ffn = _last_ffn(self._base) if ffn_output else None
@@ -255,7 +257,8 @@ class ModelRunner:
         mask_B_S: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the model without its head. Return the head's input and the CRs, both [B, T, D]."""
-        inputs: dict[str, Any] = {"input_ids": ids_B_T, "use_cache": cache is not None, "past_key_values": cache}
+        inputs: dict[str, Any] = {"input_ids": ids_B_T, "use_cache": cache is not None}
+        inputs["past_key_values"] = PassingCache() if cache is None else cache
         if mask_B_S is not None:
             inputs["attention_mask"] = mask_B_S
         # OPT and GPT-2 count positions themselves if they get none, which is wrong with padding inside the cache.
