@@ -39,11 +39,13 @@ _ENGINE_MARKERS = {"transformers_only": "transformers", "vllm": "vllm"}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--engine", default=support.engine, choices=list(ENGINES), help="of every server")
+    parser.addoption("--device", default=support.device, help="of every model of the engine over transformers")
     parser.addoption("--guarded", action="store_true", help="every server with TLS, keys, candidate rows and rotation")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     support.use_engine(config.getoption("engine"))
+    support.use_device(config.getoption("device"))
     if config.getoption("guarded"):
         guard.current = guard.Guard.new(Path(tempfile.mkdtemp(prefix="pema-guard-")))
 

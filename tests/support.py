@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy as sa
 import torch
-import uvicorn
-from fastapi import FastAPI
 
 from data_owner_client.plm.connection.base import Connection
 from harness import tiny_models
@@ -34,10 +32,10 @@ from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.settings import ENGINES, ServerSettings
 from plm_owner_server.tenants.tables import METADATA
-from plm_owner_server.transports.grpc_server import serve_grpc
-from plm_owner_server.transports.http_protocol import bounded_http_protocol
-from plm_owner_server.transports.rest_app import create_app
 from tests import guard
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 MASTER_SECRET = b"the master secret of all servers in tests"
 
@@ -61,6 +59,16 @@ def use_engine(name: str) -> None:
         os.environ["PEMA_ENGINE"] = name
 
 
+device = "cpu"
+"""Device of all models of the engine over transformers (`pytest --device`)."""
+
+
+def use_device(name: str) -> None:
+    """Let the engine over transformers run its models on this device."""
+    global device
+    device = name
+
+
 def make_settings(**settings: Any) -> ServerSettings:
     """Server settings that no `.env` file of the developer changes."""
     return ServerSettings(_env_file=None, **settings)
@@ -69,14 +77,14 @@ def make_settings(**settings: Any) -> ServerSettings:
 def make_service(
     folder: Path, *, wrap: Callable[[Any], Any] | None = None, shared: bool = True, **settings: Any
 ) -> PlmService:
-    """The service over the model in `folder`, float32 on the CPU, warmed up.
+    """The service over the model in `folder`, warmed up: in float32 on the device of the tests.
 
     Args:
         wrap: puts something around the engine, for tests of failures.
         shared: the processes behind the engine may be those of another service, where it has any.
         settings: of `ServerSettings`.
     """
-    chosen = make_settings(model=str(folder), device="cpu", dtype="float32", **settings)
+    chosen = make_settings(**{"model": str(folder), "device": device, "dtype": "float32"} | settings)
     engine = _engine(folder, chosen) if shared else load_engine(folder, chosen)
     return PlmService(
         wrap(engine) if wrap else engine,
@@ -104,6 +112,11 @@ def _started(folder: Path, prefix_cache: bool) -> Engine:
 @contextmanager
 def run_app(app: FastAPI, *, max_connections: int = 1000, transfer_s: float = 30.0) -> Iterator[str]:
     """Run an ASGI application with uvicorn in a thread on a free port, as the server does; gives its base URL."""
+    # Not above: the tests of the engine also run on machines that lack the packages of the transports.
+    import uvicorn
+
+    from plm_owner_server.transports.http_protocol import bounded_http_protocol
+
     # With its protocol named, or asyncio would not turn Nagle's delay of 40 ms off.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
@@ -154,6 +167,8 @@ def serve_state(
     **connections: Any,
 ) -> Iterator[str]:
     """Serve over REST and give the base URL."""
+    from plm_owner_server.transports.rest_app import create_app
+
     if max_body_bytes is None:
         max_body_bytes = state.service.model_card().limits.max_body_bytes if state.service else 2**20
     controller = AdmissionController(state, access, hosts=hosts)
@@ -192,6 +207,8 @@ def serve_state_over_grpc(
     **connections: Any,
 ) -> Iterator[str]:
     """Serve over gRPC on an event loop of its own and give the address, grpc://…."""
+    from plm_owner_server.transports.grpc_server import serve_grpc
+
     ready, stop = threading.Event(), threading.Event()
     ports: list[int] = []
     credentials = guard.current.certificate.grpc_credentials() if guard.current else None

@@ -28,7 +28,7 @@ def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> N
 
 def greedy(model: PreTrainedModel, ids: Sequence[int], tokens: int) -> list[int]:
     """The continuation by transformers itself, which stops at the model's own end of text."""
-    input_ids = torch.tensor([list(ids)])
+    input_ids = torch.tensor([list(ids)], device=model.device)
     output = model.generate(
         input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, max_new_tokens=tokens
     )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from harness.tiny_models import TELLING, TinyModels
 from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
 from plm_owner_server.service.plm_service import PlmService
+from tests import support
 from tests.support import make_service
 from tests.transformers_engine import Truth
 
@@ -23,7 +24,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def model(architecture: str, tiny_models: TinyModels) -> PreTrainedModel:
-    return load_model(tiny_models[architecture], device="cpu", dtype="float32")
+    return load_model(tiny_models[architecture], device=support.device, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,12 @@ def service(architecture: str, tiny_models: TinyModels) -> PlmService:
 
 @pytest.fixture(scope="module")
 def truth(model: PreTrainedModel) -> Truth:
-    """Last hidden states [T, D] and logits [T, V] of one sequence, from the whole model."""
+    """Last hidden states [T, D] and logits [T, V] of one sequence, from the whole model, on the CPU."""
 
     @torch.inference_mode()
     def run(ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        output = model(input_ids=torch.tensor([list(ids)]), output_hidden_states=True, use_cache=False)
-        return output.hidden_states[-1][0], output.logits[0]
+        input_ids = torch.tensor([list(ids)], device=model.device)
+        output = model(input_ids=input_ids, output_hidden_states=True, use_cache=False)
+        return output.hidden_states[-1][0].cpu(), output.logits[0].cpu()
 
     return run

@@ -44,13 +44,13 @@ def watched(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, tuple[Tenso
     def keep(name: str, _: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         first = args[0] if args else kwargs.get("hidden_states")
         result = output[0] if isinstance(output, tuple) else output
-        seen[name] = (first.reshape(len(ids), -1), result.reshape(len(ids), -1))
+        seen[name] = (first.reshape(len(ids), -1).cpu(), result.reshape(len(ids), -1).cpu())
 
     for name, module in [("", block), *block.named_children()]:
         handles.append(module.register_forward_hook(functools.partial(keep, name), with_kwargs=True))
     try:
         with torch.inference_mode():
-            model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+            model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
