@@ -20,8 +20,18 @@ from protocol import standard_streams
 FOLDER = Path("runs/bench")
 
 
-def write(name: str, figures: dict[str, Any]) -> None:
+def write(name: str, figures: dict[str, Any], folder: Path = FOLDER) -> None:
     """Write the figures, with command, commit, date, machine and versions, and print them as a table."""
+    path = save(name, figures, folder)
+    table = Table("figure", "value", title=name)
+    for key, value in _flat(figures):
+        table.add_row(key, f"{value:,.3f}" if isinstance(value, float) else str(value))
+    standard_streams.use_utf8()
+    print_table(table, f"{path} written")
+
+
+def save(name: str, figures: dict[str, Any], folder: Path = FOLDER) -> Path:
+    """Write the figures, with command, commit, date, machine and versions. Return the file."""
     record = figures | {
         "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip(),
         "commit": commit(),
@@ -29,14 +39,10 @@ def write(name: str, figures: dict[str, Any]) -> None:
         "machine": {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()},
         "versions": {package: version(package) for package in ("torch", "transformers", "grpcio", "httpx")},
     }
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    path = FOLDER / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    table = Table("figure", "value", title=name)
-    for key, value in _flat(figures):
-        table.add_row(key, f"{value:,.3f}" if isinstance(value, float) else str(value))
-    standard_streams.use_utf8()
-    print_table(table, f"{path} written")
+    return path
 
 
 def commit() -> str | None:
