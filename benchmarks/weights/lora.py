@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel
 
 from benchmarks.weights.trainee import Outcome, Trainee
 from plm_owner_server.engines.transformers.engine import load_model
@@ -16,10 +17,7 @@ _RANK, _ALPHA, _DROPOUT = 16, 32, 0.05
 
 def prepare(folder: Path) -> Trainee:
     """The PLM with untrained low-rank updates, which are merged into its weights at the end."""
-    config = LoraConfig(
-        r=_RANK, lora_alpha=_ALPHA, lora_dropout=_DROPOUT, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    updated: Any = get_peft_model(load_model(folder, device="cpu", dtype="float32"), config)
+    updated = with_updates(load_model(folder, device="cpu", dtype="float32"))
     what = "LoRA trained on the PLM itself, which needs its weights"
     return Trainee(
         model=updated.get_base_model(),
@@ -27,3 +25,11 @@ def prepare(folder: Path) -> Trainee:
         outcomes={"lora": Outcome(what, updated.merge_and_unload)},
         details={"rank": _RANK, "alpha": _ALPHA, "dropout": _DROPOUT},
     )
+
+
+def with_updates(model: PreTrainedModel) -> Any:
+    """The model of peft's with untrained low-rank updates of all linear layers of a model."""
+    config = LoraConfig(
+        r=_RANK, lora_alpha=_ALPHA, lora_dropout=_DROPOUT, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)

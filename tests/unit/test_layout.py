@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "tests": {*SHIPPED, "harness"},
 }
 # Tests of what a package beside the shipped ones does.
-ABOUT = dict.fromkeys((f"tests.unit.test_{name}" for name in ("soak", "weights", "sensitivity")), "benchmarks")
+ABOUT = dict.fromkeys((f"tests.unit.test_{name}" for name in ("gpu", "soak", "weights", "sensitivity")), "benchmarks")
 MOST_ENTRIES = 11
 NO_ENTRIES = {"__init__.py", "py.typed", "__pycache__"}
 
