@@ -1,6 +1,7 @@
 # make demo    the main job on real data: server, memory, adapter, translation, scores (about 10 minutes on 2 cores)
 # make demo-intents  intents and slots of sentences as JSON: the PLM and PEMA side by side (some ten minutes)
 # make bench   every claim, measured against its baseline
+# make gpu     the engine and training on one GPU, in under eight minutes; without one, that every part of it runs
 # make compare systems side by side on tasks of every kind, LoRA and full fine-tuning included (a night on 2 cores)
 # make findings tables and pictures of docs/findings.md, from what `make compare` and `make bench` have measured
 # make check   the loop: format, lint, types, unit tests, one call of each kind, one memory (two minutes on 2 cores)
@@ -26,7 +27,7 @@ VLLM_TESTS ?= $(filter-out $(NO_ENGINE:%=tests/wire/test_%.py), $(sort $(wildcar
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: chromium demo demo-intents compare findings check quick-tests test test-guarded compose-test test-vllm bench lint \
+.PHONY: chromium demo demo-intents gpu compare findings check quick-tests test test-guarded compose-test test-vllm bench lint \
   style types format proto reference clean
 
 demo: $(VENV)/ready
@@ -34,6 +35,10 @@ demo: $(VENV)/ready
 
 demo-intents: $(VENV)/ready
 	$(BIN)/python -m demo.intents
+
+# Where the packages are there already, as on a lent machine: python -m benchmarks.gpu --folder RESULTS
+gpu: $(VENV)/ready
+	$(BIN)/python -m benchmarks.gpu
 
 compare: $(VENV)/ready
 	$(BIN)/python -m benchmarks.compare
