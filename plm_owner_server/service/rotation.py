@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plm_owner_server.engines.ops.to_host import to_host
+
 _TILE_ROWS = 16
 
 
@@ -76,4 +78,5 @@ class Rotation:
         count = len(rows_N_D)
         # BLAS sums in another order if the rows are few, or do not fill a tile.
         full_N_D = F.pad(rows_N_D.to(self.q_D_D.device, torch.float32), (0, 0, 0, -count % _TILE_ROWS))
-        return (full_N_D @ self.q_D_D.T)[:count].to(rows_N_D.device)
+        rotated_N_D = (full_N_D @ self.q_D_D.T)[:count]
+        return to_host(rotated_N_D)[0] if rows_N_D.device.type == "cpu" else rotated_N_D.to(rows_N_D.device)
