@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -75,6 +76,7 @@ class Machine:
         if not self.has_gpu:
             work()
             return None
+        gc.collect()  # what came before, cycles included
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         work()
