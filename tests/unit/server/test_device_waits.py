@@ -22,7 +22,7 @@ from tests.transformers_engine import drafted, every_architecture
 
 # Launches of a step beside the model's: tokens, positions, mask and indices to the device; rows, log-sum-exp and top-1;
 # the chosen tokens to the host.
-_OWN_LAUNCHES = 24
+_OWN_LAUNCHES = 20
 
 
 @pytest.fixture
