@@ -6,8 +6,10 @@ where there is padding, so that there is nothing to find out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -25,6 +27,12 @@ def mask_without_waiting(model: PreTrainedModel) -> None:
         model.set_attn_implementation(_NAME)
     # GPT-2 and others search every input without a mask for padding tokens.
     model.base_model.warn_if_padding_and_no_attention_mask = _ignore
+
+
+def padding_mask(lengths: Sequence[int]) -> Tensor:
+    """Mask of sequences that end at the last slot, int64 [B, S] on the host: 1 for tokens, 0 for padding."""
+    slots = max(lengths)
+    return (torch.arange(slots) >= slots - torch.tensor(lengths)[:, None]).long()
 
 
 def _ignore(*args: object) -> None:

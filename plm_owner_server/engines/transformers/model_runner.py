@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from plm_owner_server.engines.batching import common_prefix, plan_batches, shared_prefixes
 from plm_owner_server.engines.interface import EngineStats
-from plm_owner_server.engines.transformers.attention import mask_without_waiting
+from plm_owner_server.engines.transformers.attention import mask_without_waiting, padding_mask
 from plm_owner_server.engines.transformers.kv_cache import AlignedCache, KvLayout, PassingCache
 from plm_owner_server.engines.transformers.prefix_cache import PrefixCache
 from protocol.errors import ServerFault, Unsupported
@@ -240,7 +240,7 @@ class ModelRunner:
         positions_B_T = (torch.tensor(first_position)[:, None] + torch.arange(ids_B_T.shape[1])).clamp(min=0)
         mask_B_S = None
         if lengths is not None and len(set(lengths)) > 1:  # equal lengths have no padding
-            mask_B_S = self.to_device(attention_mask(lengths))
+            mask_B_S = self.to_device(padding_mask(lengths))
         token_ids_B_T = self.to_device(ids_B_T)
         last_hidden_B_T_D, cr_B_T_D = self.forward(
             token_ids_B_T, self.to_device(positions_B_T), cache=cache, mask_B_S=mask_B_S
@@ -275,12 +275,6 @@ class ModelRunner:
             handle.remove()
         # OPT flattens batch and positions before its feed-forward layer.
         return last_hidden_B_T_D, captured[-1].view(*ids_B_T.shape, -1)
-
-
-def attention_mask(lengths: Sequence[int]) -> Tensor:
-    """Mask of sequences that end at the last slot, int64 [B, S] on the host: 1 for tokens, 0 for padding."""
-    slots = max(lengths)
-    return (torch.arange(slots) >= slots - torch.tensor(lengths)[:, None]).long()
 
 
 def _token_count(states: Sequence[Tensor]) -> int:
