@@ -3,48 +3,50 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import subprocess
 import sys
 from importlib.util import find_spec
 
+from benchmarks.gpu import stand_ins
 from benchmarks.gpu.machine import Machine, record
 
-# What the figures of each run are called, and its files.
+# Arguments of each run of the tests, by the name of its figures.
 _RUNS = {
     "engine_float32": ["tests/unit/server/test_transformers_engine.py", "tests/unit/server/test_ffn_output.py"],
     "wire_bfloat16": ["tests/wire/test_bfloat16.py"],
-    "wire_float32": ["tests/wire/test_service.py", "tests/wire/test_against_reference.py"],
+    "wire_float32": ["tests/wire/test_service.py"],
+    "reference_float32": ["tests/wire/test_against_reference.py", "-k", "teacher_forced or token_for_token"],
 }
-_QUICK = {"engine_float32": ["-k", "llama and decode"], "wire_float32": ["-k", "encode or decode", "--maxfail", "3"]}
-_WORKERS = 4
+_QUICK = {
+    "engine_float32": ["-k", "llama and decode"],
+    "wire_float32": ["-k", "encode or decode"],
+    "reference_float32": ["-k", "teacher_forced"],
+}
+_NO_TRANSPORTS_NEEDED = "engine_float32"
+_WORKERS = 6
 
 
 def main() -> None:
     """Run the tests, the most telling first."""
     machine = Machine.from_arguments()
-    options = [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "benchmarks.gpu.stand_ins",
-        "-m",
-        "not slow",
-        "--device",
-        machine.device.type,
-    ]
+    options = ["-q", "-p", "no:cacheprovider", "-p", stand_ins.__name__, "-m", "not slow"]
+    options += ["--device", machine.device.type]
     # Warnings of other versions of torch and transformers than the pinned ones are no faults of ours.
     options += ["-W", "default", *(["-n", str(_WORKERS)] if machine.has_gpu and find_spec("xdist") else [])]
-    for name, files in _RUNS.items():
-        if name.startswith("wire") and (lacking := _lacking_for_transports()):
+    for name, arguments in _RUNS.items():
+        if name != _NO_TRANSPORTS_NEEDED and (lacking := _lacking_for_transports()):
             record({name: {"not_run": lacking}})
             continue
         chosen = _QUICK.get(name, []) if machine.quick else []
-        command = [sys.executable, "-m", "pytest", *options, *files, *chosen]
+        command = [sys.executable, "-m", "pytest", *options, *arguments, *chosen]
         log = machine.folder / f"tests-{name}.txt"
         with log.open("w", encoding="utf-8") as output:  # so that it is there, too, if the time runs out
-            status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+            environment = os.environ | {"PEMA_TEST_PROFILE": "fast"}
+            status = subprocess.run(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False
+            ).returncode
         record({name: _summary(log.read_text(encoding="utf-8")) | {"exit_status": status}})
 
 
