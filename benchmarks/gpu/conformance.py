@@ -15,16 +15,15 @@ from benchmarks.gpu.machine import Machine, record
 # Arguments of each run of the tests, by the name of its figures.
 _RUNS = {
     "engine_float32": ["tests/unit/server/test_transformers_engine.py", "tests/unit/server/test_ffn_output.py"],
-    "wire_bfloat16": ["tests/wire/test_bfloat16.py"],
-    "wire_float32": ["tests/wire/test_service.py"],
+    "engine_bfloat16": ["tests/unit/server/test_bfloat16.py"],
+    "wire": ["tests/wire/test_bfloat16.py", "tests/wire/test_service.py"],
     "reference_float32": ["tests/wire/test_against_reference.py", "-k", "teacher_forced or token_for_token"],
 }
 _QUICK = {
     "engine_float32": ["-k", "llama and decode"],
-    "wire_float32": ["-k", "encode or decode"],
+    "wire": ["-k", "encode or decode or bfloat16"],
     "reference_float32": ["-k", "teacher_forced"],
 }
-_NO_TRANSPORTS_NEEDED = "engine_float32"
 _WORKERS = 6
 
 
@@ -36,7 +35,7 @@ def main() -> None:
     # Warnings of other versions of torch and transformers than the pinned ones are no faults of ours.
     options += ["-W", "default", *(["-n", str(_WORKERS)] if machine.has_gpu and find_spec("xdist") else [])]
     for name, arguments in _RUNS.items():
-        if name != _NO_TRANSPORTS_NEEDED and (lacking := _lacking_for_transports()):
+        if not name.startswith("engine") and (lacking := _lacking_for_transports()):
             record({name: {"not_run": lacking}})
             continue
         chosen = _QUICK.get(name, []) if machine.quick else []
