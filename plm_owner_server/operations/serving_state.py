@@ -56,6 +56,11 @@ class ServingState:
         """True if calls are answered."""
         return self.service is not None and not self._stopping
 
+    @property
+    def is_stopping(self) -> bool:
+        """True once new calls are refused for good."""
+        return self._stopping
+
     def fail(self) -> None:
         """Drop the service, whose engine has failed."""
         self.service = None

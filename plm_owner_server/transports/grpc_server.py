@@ -64,6 +64,7 @@ async def serve_grpc(
     max_calls: int,
     max_connections: int = 1000,
     transfer_s: float = 30.0,
+    connection_age_s: float = 60.0,
     credentials: grpc.ServerCredentials | None = None,
 ) -> AsyncIterator[int]:
     """Serve the calls, health and reflection while the body runs; yields the port.
@@ -76,6 +77,8 @@ async def serve_grpc(
         max_calls: largest number of calls in progress, including calls that wait for the model.
         max_connections: largest number of connections; further ones are closed at once.
         transfer_s: longest time for a client's handshake, and for reading each piece of an answer, in seconds.
+        connection_age_s: age in seconds at which clients are told to open another connection. Calls in progress end on
+            the old one.
         credentials: credentials for TLS; None for plain connections.
 
     Raises:
@@ -94,6 +97,8 @@ async def serve_grpc(
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.max_connection_idle_ms", 600_000),
+            # A load balancer of connections then spreads clients over new servers, and away from one that stops.
+            ("grpc.max_connection_age_ms", int(1000 * connection_age_s)),
             ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, not a replica
             # Clients ping while they wait for a long computation, because proxies drop idle connections, often after a
             # minute. Without this option the server would treat pings every 30 s as an attack.

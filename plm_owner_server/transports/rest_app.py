@@ -115,6 +115,9 @@ async def _record_call(request: Request, call_next: Callable[[Request], Any]) ->
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a problem document
             response = problem_response(request, error)
         record.status = str(response.status_code)
+    if state.is_stopping:
+        # The client's next attempt opens a connection, which a load balancer gives to another server.
+        response.headers["Connection"] = "close"
     response.headers[REQUEST_ID] = request_id
     response.headers.update(to_fields(context.meter.left))
     return response

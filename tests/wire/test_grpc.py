@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data_owner_client.plm.connection.grpc import GrpcConnection
+from harness.tcp_proxy import Pump, pump, tcp_proxy
 from harness.tiny_models import TinyModels
 from plm_owner_server.engines.interface import EncodeBatch, Encoded
 from plm_owner_server.engines.transformers.engine import TransformersEngine
+from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.service.plm_service import PlmService
 from protocol import errors, messages, pema_pb2, pema_pb2_grpc
 from protocol.chunks import join_head, join_rows, split_head, split_rows
@@ -30,10 +33,51 @@ from protocol.integrity import token_crc32s
 from protocol.messages import DecodeRequest, EncodeRequest, EncodeResponse, HeadRequest, HeadRows
 from protocol.protobuf import from_proto, to_proto
 from tests import guard
-from tests.support import make_service, random_ids, serve_over_grpc
+from tests.support import make_service, random_ids, serve_over_grpc, serve_state_over_grpc, until
 
 ROOT = Path(__file__).parents[2]
 SECRET = "GEHEIM"
+FINE = EncodeRequest(token_ids=[[7, 5, 6]], from_position=[0])
+
+
+@contextmanager
+def counted_connections(url: str) -> Iterator[tuple[str, list[None]]]:
+    """A proxy before a server on this machine: its URL, and a list with an item for each connection."""
+    opened: list[None] = []
+
+    def pumps() -> tuple[Pump, Pump]:
+        opened.append(None)
+        return pump, pump
+
+    with tcp_proxy("127.0.0.1", int(url.rpartition(":")[2]), pumps) as port:
+        yield guard.url("grpc", port), opened
+
+
+def test_a_client_leaves_a_connection_that_is_old(tiny_service: PlmService) -> None:
+    with (
+        serve_over_grpc(tiny_service, connection_age_s=0.2) as url,
+        counted_connections(url) as (proxied, opened),
+        closing(guard.connection(proxied, retry_for=0)) as connection,
+    ):
+        until(lambda: bool(connection.encode(FINE)) and len(opened) > 2, within_s=60)  # and no call fails
+
+
+def test_a_client_leaves_the_connection_to_a_server_that_stops(tiny_service: PlmService) -> None:
+    state = ServingState(tiny_service)
+    with (
+        serve_state_over_grpc(state, guard.access()) as url,
+        counted_connections(url) as (proxied, opened),
+        closing(guard.connection(proxied, retry_for=0)) as connection,
+    ):
+        connection.encode(FINE)
+        connection.encode(FINE)
+        assert len(opened) == 1
+        state.stop()
+        with pytest.raises(errors.NotReady):
+            connection.encode(FINE)
+        with pytest.raises(errors.NotReady):  # the next attempt, as a load balancer would see it
+            connection.encode(FINE)
+        assert len(opened) == 2
 
 
 @pytest.fixture(scope="module")

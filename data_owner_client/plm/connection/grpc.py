@@ -24,6 +24,7 @@ from protocol.errors import (
     AnswerLost,
     ConnectionFailed,
     Forbidden,
+    NotReady,
     PayloadTooLarge,
     PemaError,
     ProtocolViolation,
@@ -209,8 +210,9 @@ class GrpcConnection:
         return _ChannelAndStub(channel, pema_pb2_grpc.PlmStub(channel))  # type: ignore[no-untyped-call]
 
     def _replace_channel(self, old: _ChannelAndStub) -> None:
-        """Open another channel after a time-out: the connection may be dead, and every retry would use it.
+        """Open another channel after a time-out, as the connection may be dead, or where the server is not ready.
 
+        Every retry would use the old connection, though a load balancer may give a new one to another server.
         The old channel is not closed, because other calls may still be answered on it. It goes with the last of them.
         """
         with self._channel_lock:
@@ -224,10 +226,13 @@ class GrpcConnection:
         try:
             return fetch(current.stub, {"timeout": timeout_s, "metadata": metadata})
         except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+            failure = self._error_for(error, request_id)
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED or isinstance(failure, NotReady):
                 self._replace_channel(current)
-            raise self._error_for(error, request_id) from error
+            raise failure from error
         except PemaError as error:
+            if isinstance(error, NotReady):
+                self._replace_channel(current)
             # An error from the server is a problem with the request's id. All others mean that the answer could not be
             # read.
             if error.request_id is not None:
