@@ -25,7 +25,7 @@ from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch,
 from plm_owner_server.engines.loading import load_engine
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
-from plm_owner_server.engines.vllm.engine import PooledEngine
+from plm_owner_server.engines.vllm.engine import GenerationEngine
 from plm_owner_server.operations.serving_state import ServingState
 from plm_owner_server.operations.supervisor import Supervisor
 from plm_owner_server.service.plm_service import PlmService
@@ -88,7 +88,7 @@ def test_tenants_share_no_cached_states(engines: tuple[Engine, Engine]) -> None:
 
 def test_cached_states_can_be_removed(engines: tuple[Engine, Engine]) -> None:
     ours, _ = engines
-    assert isinstance(ours, PooledEngine)
+    assert isinstance(ours, GenerationEngine)
     batch = EncodeBatch(IDS[3:4], [99], tenant="forgetful")
     ours.encode(batch)
     ours._runner._cached_since = -math.inf

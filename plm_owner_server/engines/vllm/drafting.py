@@ -1,81 +1,82 @@
-"""Greedy drafting on a model that returns the newest position's state and caches what it computed before."""
+"""Drafting on a model that drafts by itself: one query for each sequence and all tokens after it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import Future
 
 import torch
 
-from plm_owner_server.engines.draft_state import DraftSequence, DraftState, record_pass
-from plm_owner_server.engines.interface import Decoded, DraftBatch, PassKind
-from plm_owner_server.engines.ops.vocab_reduction import VocabReduction
-from plm_owner_server.engines.vllm.model_runner import PooledRunner, PositionRange
+from plm_owner_server.engines.interface import Decoded, DraftBatch
+from plm_owner_server.engines.vllm.model_runner import GenerationRunner, TextQuery, TextRows
 from protocol.integrity import token_crc32
 
+# Longest wait in a step for a sequence to end, so that other batches can join.
+_STEP_SECONDS = 0.02
 
-@dataclass(eq=False)
-class _Sequence(DraftSequence):
-    """One sequence of a batch.
-
-    Attributes:
-        echo: CRC-32 of the prompt as the model received it; None before it was run.
-    """
-
-    echo: int | None = None
+_Submitted = list[tuple[TextQuery, Future[TextRows]]]
 
 
-class PooledDrafting:
-    """Batches that are drafted together, one token of each sequence per step.
-
-    Between steps only token ids and results are held. Every step requests the newest position of the whole text, of
-    which the model has all blocks but the last cached.
+class GenerationDrafting:
+    """Batches that the model drafts at the same time; it decides which tokens share a pass.
 
     Args:
-        runner: runs the texts.
-        vocab: reductions over the logits of the model's LM head.
+        runner: sends the queries.
     """
 
-    def __init__(self, runner: PooledRunner, vocab: VocabReduction) -> None:
+    def __init__(self, runner: GenerationRunner) -> None:
         self._runner = runner
-        self._vocab = vocab
-        self._states: dict[DraftBatch, DraftState[_Sequence]] = {}
+        self._batches: dict[DraftBatch, _Submitted] = {}
 
-    @torch.inference_mode()
     def join(self, batches: Sequence[DraftBatch]) -> int:
-        """Add batches and run the parts of their prompts that are not cached. Return the number of tokens run."""
-        joining = {batch: DraftState(batch, _Sequence) for batch in batches}
-        ran = self._run(joining.values(), "prompt")
-        self._states |= joining
-        return ran
+        """Submit batches. Return the number of their prompts' tokens, of which the model runs those not cached."""
+        for batch in batches:
+            queries = [
+                TextQuery(list(ids), start, True, look_ahead, batch.stop_token_ids, batch.tenant)
+                for ids, start, look_ahead in zip(batch.token_ids, batch.from_position, batch.look_ahead, strict=True)
+            ]
+            self._batches[batch] = list(zip(queries, self._runner.submit(queries), strict=True))
+        return sum(len(ids) for batch in batches for ids in batch.token_ids)
 
-    @torch.inference_mode()
     def step(self) -> list[tuple[DraftBatch, Decoded]]:
-        """Draft one token for every unfinished sequence. Return the batches that are now complete, with results."""
-        self._run(self._states.values(), "step")
-        complete = [state for state in self._states.values() if state.is_complete]
-        return [(state.batch, _result(self._states.pop(state.batch))) for state in complete]
+        """Wait a moment for sequences to end. Return the batches that are now complete, with results.
+
+        After an error no query is left at the model.
+        """
+        try:
+            self._runner.wait(
+                [future for submitted in self._batches.values() for _, future in submitted if not future.done()],
+                _STEP_SECONDS,
+            )
+            complete = [
+                batch for batch, submitted in self._batches.items() if all(future.done() for _, future in submitted)
+            ]
+            return [(batch, self._decoded(self._batches.pop(batch))) for batch in complete]
+        except BaseException:
+            for batch in list(self._batches):
+                self.leave(batch)
+            raise
 
     def leave(self, batch: DraftBatch) -> None:
-        """Remove a batch whose client has disconnected."""
-        self._states.pop(batch, None)
+        """Remove a batch whose client has disconnected. The model ends its work on it."""
+        for _, future in self._batches.pop(batch, []):
+            future.cancel()
 
-    def _run(self, states: Iterable[DraftState[_Sequence]], kind: PassKind) -> int:
-        """Run the unfinished sequences, and append to each the token that it chose. Return the number of tokens run."""
-        unfinished = [sequence for state in states for sequence in state.sequences if not sequence.is_finished]
-        if not unfinished:
-            return 0
-        ranges = [PositionRange(list(s.token_ids), s.next_position, s.state.batch.tenant) for s in unfinished]
-        results, ran = self._runner.run(ranges, kind)
-        cr_N_D = torch.cat([result.hidden_T_D for result in results])
-        logsumexp_N, top1_N, top1_logit_N = self._vocab.reduce_from_host(cr_N_D)
-        newest = record_pass(unfinished, (cr_N_D, logsumexp_N, top1_N, top1_logit_N - logsumexp_N))
-        for sequence, result, row in zip(unfinished, results, newest, strict=True):
-            if sequence.echo is None:
-                sequence.echo = token_crc32(result.token_ids)
-            sequence.accept(int(top1_N[row]))
-        return ran
+    def _decoded(self, submitted: _Submitted) -> Decoded:
+        results = [(query, self._runner.result(query, future, "step")) for query, future in submitted]
+        logsumexp_N = torch.cat([rows.logsumexp_T for _, rows in results])
+        return Decoded(
+            rows=[len(rows.ran_token_ids) for _, rows in results],
+            echo=[echo(query, rows) for query, rows in results],
+            cr_N_D=torch.cat([rows.hidden_T_D for _, rows in results]),
+            last_hidden_N_D=None,
+            logsumexp_N=logsumexp_N,
+            top1_N=torch.cat([rows.top1_T for _, rows in results]),
+            top1_logprob_N=torch.cat([rows.top1_logit_T for _, rows in results]) - logsumexp_N,
+        )
 
 
-def _result(state: DraftState[_Sequence]) -> Decoded:
-    return state.decoded(state.columns(), [s.echo for s in state.sequences if s.echo is not None])
+def echo(query: TextQuery, rows: TextRows) -> int:
+    """CRC-32 of the text as the model received it, as far as its positions are requested."""
+    ran = rows.ran_token_ids[: len(query.token_ids) - query.start]
+    return token_crc32([*query.token_ids[: query.start], *ran])

@@ -1,30 +1,28 @@
-"""The engine over a model that returns hidden states of single texts and schedules itself, such as vLLM."""
+"""The engine over a model that drafts and schedules by itself, such as vLLM."""
 
 from __future__ import annotations
 
 import logging
+from concurrent.futures import wait
 
 import torch
 
 from plm_owner_server.engines.interface import EncodeBatch, Encoded, EngineInfo
-from plm_owner_server.engines.ops.vocab_reduction import VocabReduction
-from plm_owner_server.engines.vllm.drafting import PooledDrafting
-from plm_owner_server.engines.vllm.model_runner import PooledRunner, PositionRange
+from plm_owner_server.engines.vllm.drafting import GenerationDrafting, echo
+from plm_owner_server.engines.vllm.model_runner import GenerationRunner, TextQuery, TextRows
 from protocol.errors import Unsupported
 from protocol.head import LMHead
-from protocol.integrity import token_crc32
 
 log = logging.getLogger(__name__)
 
 
-class PooledEngine:
-    """Runs a model that schedules itself. Its only representation is the last hidden state.
+class GenerationEngine:
+    """Runs a model that drafts by itself. Its only representation is the last hidden state.
 
     Args:
-        runner: runs texts on the model.
+        runner: sends queries to the model.
         info: description of the model.
         head: the model's LM head, in the dtype of the model's weights.
-        pack_weights: on a CPU, also hold the LM head in a faster layout.
 
     Attributes:
         info: description of the model.
@@ -32,12 +30,11 @@ class PooledEngine:
         stats: statistics of what was run.
     """
 
-    def __init__(self, runner: PooledRunner, *, info: EngineInfo, head: LMHead, pack_weights: bool = False) -> None:
+    def __init__(self, runner: GenerationRunner, *, info: EngineInfo, head: LMHead) -> None:
         self.info = info
         self.head = head
         self.stats = runner.stats
         self._runner = runner
-        self._vocab = VocabReduction(head, packed=pack_weights)
 
     def is_alive(self) -> bool:
         """Return whether all of the model's processes still run. Any thread may call it."""
@@ -49,53 +46,60 @@ class PooledEngine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Check on real passes that states are raw, and that a position's state does not depend on the request.
-
-        The head cannot be checked against the model's logits, because such a model returns none.
+        """Check on a real pass and a draft that softmax(head(row)) is the model's distribution.
 
         Raises:
-            Unsupported: the states are not as wide as the head's input, not finite, or normalised, or those of one
-                position differ.
+            Unsupported: the rows are not as wide as the head's input, not finite, or the head of them differs from the
+                model's own logits.
         """
         ids = [token % self.info.vocab_size for token in range(1, 9)]
-        results, _ = self._runner.run([PositionRange(ids, 0), PositionRange(ids, len(ids) - 1)], "encode")
-        whole_T_D, last_1_D = (result.hidden_T_D.float() for result in results)
-        if whole_T_D.shape[1] != self.info.hidden_size:
-            raise _unsupported(f"The states are {whole_T_D.shape[1]} wide; the head takes {self.info.hidden_size}.")
-        norm_T = whole_T_D.norm(dim=-1)
-        if not norm_T.isfinite().all() or (norm_T - 1).abs().max() < 1e-3:
-            raise _unsupported("The states are normalised, or not finite.")
-        error = ((whole_T_D[-1:] - last_1_D).abs().max() / whole_T_D.abs().max()).item()
+        query = TextQuery(ids, 0, scored=True, look_ahead=2)
+        (future,) = self._runner.submit([query])
+        rows = self._runner.result(query, future, "encode")
+        if rows.hidden_T_D.shape[1] != self.info.hidden_size:
+            raise _unsupported(
+                f"The states are {rows.hidden_T_D.shape[1]} wide; the head takes {self.info.hidden_size}."
+            )
+        error = self._head_error(rows)
         if not error <= (1e-4 if self.info.dtype == "float32" else 3e-2):
-            raise _unsupported(f"A position's state depends on the request: relative difference {error:.1e}.")
-        log.info("warm-up: a position requested alone agrees with itself among all to %.1e", error)
+            raise _unsupported(f"The model's logits are not head(last hidden state): relative difference {error:.1e}.")
+        log.info("warm-up: the head's logits agree with the model's own to %.1e", error)
 
     @torch.inference_mode()
     def encode(self, batch: EncodeBatch) -> Encoded:
         """Representations of all positions ≥ `from_position` of every sequence."""
-        ranges = [
-            PositionRange(ids, start, batch.tenant)
+        queries = [
+            TextQuery(list(ids), start, batch.with_logsumexp, tenant=batch.tenant)
             for ids, start in zip(batch.token_ids, batch.from_position, strict=True)
         ]
-        results, _ = self._runner.run(ranges, "encode")
-        cr_N_D, logsumexp_N = torch.cat([result.hidden_T_D for result in results]), None
-        if batch.with_logsumexp:
-            logsumexp_N, _, _ = self._vocab.reduce_from_host(cr_N_D)
+        futures = self._runner.submit(queries)
+        wait(futures)  # for all, also after an error, so that no query is left at the model
+        results = [
+            (query, self._runner.result(query, future, "encode"))
+            for query, future in zip(queries, futures, strict=True)
+        ]
         return Encoded(
-            rows=[positions.rows for positions in ranges],
-            echo=[token_crc32(result.token_ids) for result in results],
-            cr_N_D=cr_N_D,
+            rows=[len(rows.ran_token_ids) for _, rows in results],
+            echo=[echo(query, rows) for query, rows in results],
+            cr_N_D=torch.cat([rows.hidden_T_D for _, rows in results]),
             last_hidden_N_D=None,
-            logsumexp_N=logsumexp_N,
+            logsumexp_N=torch.cat([rows.logsumexp_T for _, rows in results]) if batch.with_logsumexp else None,
         )
 
     def evict_idle(self) -> None:
         """Remove all cached states once the oldest have passed the time limit. Any thread may call it."""
         self._runner.evict_idle()
 
-    def drafting(self, batch_tokens: int) -> PooledDrafting:
-        """A new, empty `PooledDrafting`. The model forms batches itself, so that `batch_tokens` has no effect."""
-        return PooledDrafting(self._runner, self._vocab)
+    def drafting(self, batch_tokens: int) -> GenerationDrafting:
+        """A new, empty `GenerationDrafting`. The model forms passes itself, so that `batch_tokens` has no effect."""
+        return GenerationDrafting(self._runner)
+
+    def _head_error(self, rows: TextRows) -> float:
+        """Largest difference of log-sum-exp and top logit to those of the head, relative to the logits."""
+        logits_T_V = self.head.logits(rows.hidden_T_D.to(self.head.weight_V_D.device)).float().cpu()
+        top_logit_T = logits_T_V.gather(-1, rows.top1_T[:, None])[:, 0]
+        difference_2_T = torch.stack([logits_T_V.logsumexp(dim=-1) - rows.logsumexp_T, top_logit_T - rows.top1_logit_T])
+        return (difference_2_T.abs().max() / logits_T_V.abs().max().clamp(min=1e-6)).nan_to_num(torch.inf).item()
 
 
 def _unsupported(problem: str) -> Unsupported:

@@ -1,7 +1,7 @@
-"""Requests of hidden states to a model that schedules itself, such as vLLM, and checks of its results.
+"""Queries to a model that drafts and schedules by itself, such as vLLM, and checks of its results.
 
-Such a model caches states of texts' prefixes, and leaves out the positions that it did not compute again. The number of
-positions is checked on every result. A result without all requested positions is requested again from its first token.
+Such a model takes each text as one query, with all tokens that are drafted after it. It caches states of texts'
+prefixes, but never of a requested position. Every result is compared with its query before it is used.
 """
 
 from __future__ import annotations
@@ -10,97 +10,83 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from plm_owner_server.engines.interface import EngineStats, PassKind
-from protocol.errors import ServerFault
+from protocol.errors import NotReady
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, eq=False)
-class HiddenStateQuery:
-    """A request to the model for the hidden states of one text.
-
-    Attributes:
-        token_ids: token ids of the text.
-        tenant: the tenant that the text belongs to.
-        last_only: only the last position is requested.
-        skip_cache: compute every position, also those of a cached prefix.
-    """
-
-    token_ids: list[int]
-    tenant: str
-    last_only: bool
-    skip_cache: bool
+_PULSE_SECONDS = 1.0
+_RETRY_AFTER_SECONDS = 1.0
 
 
 @dataclass(frozen=True, eq=False)
-class HiddenStates:
-    """The model's result for one text.
-
-    Attributes:
-        token_ids: token ids of the text that was run.
-        hidden_T_D: last hidden states from position `cached_tokens` on, or of the last position alone; on the CPU.
-        cached_tokens: number of leading tokens that were not run because they were cached.
-    """
-
-    token_ids: list[int]
-    hidden_T_D: Tensor
-    cached_tokens: int
-
-    def is_complete_for(self, positions: PositionRange) -> bool:
-        """Return whether it has all requested positions, and as many as the model claims to have run."""
-        if positions.rows == 1:
-            return len(self.hidden_T_D) == 1
-        return len(self.hidden_T_D) == len(positions.token_ids) - self.cached_tokens >= positions.rows
-
-
-@dataclass(frozen=True, eq=False)
-class PositionRange:
-    """Requested positions of one text.
+class TextQuery:
+    """A text, and the positions of it and of drafted tokens that are requested.
 
     Attributes:
         token_ids: token ids of the text.
         start: first requested position; all positions after it are requested, too.
+        scored: whether log-sum-exp and top-1 are requested.
+        look_ahead: largest number of tokens to draft after the text.
+        stop_token_ids: tokens after which drafting ends.
         tenant: the tenant that asks; cached states are never shared between tenants.
     """
 
     token_ids: list[int]
     start: int
+    scored: bool
+    look_ahead: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
     tenant: str = ""
 
-    @property
-    def rows(self) -> int:
-        """Number of requested positions."""
-        return len(self.token_ids) - self.start
 
-    def query(self, block_tokens: int | None = None) -> HiddenStateQuery:
-        """The request to the model for these positions.
-
-        Args:
-            block_tokens: number of tokens in a block of the model's cache; None if the cache must not be used.
-        """
-        last_only = self.rows == 1
-        # The cached prefix must end before the first requested position. It usually does; the result shows.
-        skip_cache = block_tokens is None or not (last_only or self.start >= block_tokens)
-        return HiddenStateQuery(self.token_ids, self.tenant, last_only=last_only, skip_cache=skip_cache)
-
-
-class PoolingModel(Protocol):
-    """A model without its LM head.
+@dataclass(frozen=True, eq=False)
+class TextRows:
+    """The model's result for one text, from its first requested position on. T positions.
 
     Attributes:
-        block_tokens: number of tokens in a block; prefixes are cached in whole blocks.
+        hidden_T_D: inputs of the LM head, on the CPU.
+        logsumexp_T: log Σ_v exp(logit_v), float32; undefined unless requested.
+        top1_logit_T: largest logit, float32; undefined unless requested.
+        top1_T: int64, the token of the largest logit; undefined unless requested.
+        ran_token_ids: the token that was run at each position.
+        drafted: tokens that the model chose after the text; the last of them was not run.
+        cached_tokens: number of leading tokens that were not run because they were cached.
     """
 
-    block_tokens: int
+    hidden_T_D: Tensor
+    logsumexp_T: Tensor
+    top1_logit_T: Tensor
+    top1_T: Tensor
+    ran_token_ids: list[int]
+    drafted: list[int]
+    cached_tokens: int
 
-    def run(self, queries: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
-        """Results of all queries, in their order. The model forms batches as it likes."""
+    def is_for(self, query: TextQuery) -> bool:
+        """Return whether it has exactly the requested positions, of the tokens that the query and the drafts say."""
+        expected = [*query.token_ids, *self.drafted[:-1]][query.start :]
+        return (
+            len(self.hidden_T_D) == len(expected)
+            and self.ran_token_ids == expected
+            and 1 <= len(self.drafted) <= query.look_ahead + 1
+            and self.cached_tokens <= query.start
+        )
+
+
+class GeneratingModel(Protocol):
+    """A model that takes any number of queries at the same time."""
+
+    def submit(self, query: TextQuery) -> Future[TextRows]:
+        """A result to come. Cancelling it ends the work on it."""
+
+    def pulse(self) -> Future[Any]:
+        """A result that comes once the model has ended its present pass."""
 
     def reset_cache(self) -> bool:
         """Remove all cached states. Return whether they could be removed."""
@@ -109,8 +95,8 @@ class PoolingModel(Protocol):
         """Return whether the model can still work, without running it."""
 
 
-class PooledRunner:
-    """Runs texts on a model that schedules itself.
+class GenerationRunner:
+    """Sends queries to a model, checks and counts the results, and removes cached states in time.
 
     Args:
         model: the model.
@@ -122,41 +108,54 @@ class PooledRunner:
     """
 
     def __init__(
-        self, model: PoolingModel, *, prefix_cache_ttl: float, clock: Callable[[], float] = time.monotonic
+        self, model: GeneratingModel, *, prefix_cache_ttl: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._model = model
         self._prefix_cache_ttl = prefix_cache_ttl
         self._clock = clock
         self._cached_since: float | None = None  # time of the oldest cached states; None if there are none
-        self._lock = threading.Lock()  # held while the model works or resets its cache
+        self._lock = threading.Lock()  # held while the cache is reset
+        self._last_pulse = clock()
         self.stats = EngineStats()
 
-    def run(self, ranges: Sequence[PositionRange], kind: PassKind) -> tuple[list[HiddenStates], int]:
-        """Results with exactly the requested positions, and the number of tokens that were run for them.
-
-        Raises:
-            ServerFault: the model returned other positions than requested.
-        """
+    def submit(self, queries: Sequence[TextQuery]) -> list[Future[TextRows]]:
+        """Results to come, in the order of the queries; `result` checks each."""
         with self._lock:
             self._reset_cache_if_due()
             self._cached_since = self._clock() if self._cached_since is None else self._cached_since
-            results = self._model.run([positions.query(self._model.block_tokens) for positions in ranges])
-            ran = self._record(kind, results)
-            incomplete = [i for i, result in enumerate(results) if not result.is_complete_for(ranges[i])]
-            if incomplete:
-                repeated = self._model.run([ranges[i].query() for i in incomplete])
-                ran += self._record(kind, repeated)
-                for i, result in zip(incomplete, repeated, strict=True):
-                    results[i] = result
-        if not all(result.is_complete_for(positions) for positions, result in zip(ranges, results, strict=True)):
-            raise ServerFault(
-                "The model returned other positions than requested.", hint="Report this to the owner; try again."
+        return [self._model.submit(query) for query in queries]
+
+    def result(self, query: TextQuery, future: Future[TextRows], kind: PassKind) -> TextRows:
+        """The result of a query, once it is there.
+
+        Raises:
+            NotReady: rows are missing, or were computed of other tokens. The same call may succeed.
+        """
+        rows = future.result()
+        if not rows.is_for(query):
+            log.error("the model returned other rows than requested")
+            raise NotReady(
+                "The model returned other rows than requested.",
+                hint="Try again; if this happens again, report it to the owner.",
+                retry_after_s=_RETRY_AFTER_SECONDS,
             )
-        requested = [
-            replace(result, hidden_T_D=result.hidden_T_D[-positions.rows :])
-            for positions, result in zip(ranges, results, strict=True)
-        ]
-        return requested, ran
+        ran = query.start + len(rows.ran_token_ids) - rows.cached_tokens
+        self.stats.record(kind, ran, ran)
+        self.stats.cached_tokens += rows.cached_tokens
+        return rows
+
+    def wait(self, futures: Sequence[Future[TextRows]], seconds: float) -> None:
+        """Wait until one of these results is there, or for some time.
+
+        About once a second this also waits for the model's present pass. So a call takes as long as a pass that hangs.
+        """
+        done, _ = wait(futures, seconds, FIRST_COMPLETED)
+        if done or not futures or self._clock() - self._last_pulse < _PULSE_SECONDS:
+            return
+        pulse = self._model.pulse()
+        while self._model.is_alive() and not wait([pulse, *futures], _PULSE_SECONDS, FIRST_COMPLETED).done:
+            pass
+        self._last_pulse = self._clock()
 
     def reset(self) -> None:
         """Remove all cached states, and start the statistics again."""
@@ -170,7 +169,6 @@ class PooledRunner:
 
     def evict_idle(self) -> None:
         """Remove all cached states once the oldest have passed the time limit. Any thread may call it."""
-        # A thread that holds the lock for a run checks this at its next run.
         if self._lock.acquire(blocking=False):
             try:
                 self._reset_cache_if_due()
@@ -190,9 +188,3 @@ class PooledRunner:
             self._cached_since = None
         else:
             log.warning("the prefix cache could not be reset yet; this is tried again")
-
-    def _record(self, kind: PassKind, results: Sequence[HiddenStates]) -> int:
-        ran = sum(len(result.token_ids) - result.cached_tokens for result in results)
-        self.stats.record(kind, ran, ran)
-        self.stats.cached_tokens += sum(result.cached_tokens for result in results)
-        return ran

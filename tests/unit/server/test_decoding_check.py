@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from plm_owner_server.engines.decoding_check import check_decoding
 from plm_owner_server.engines.loading import load_engine
 from plm_owner_server.engines.transformers.engine import TransformersEngine
 from plm_owner_server.engines.transformers.kv_cache import KvLayout
-from plm_owner_server.engines.vllm.engine import PooledEngine
-from plm_owner_server.engines.vllm.model_runner import HiddenStateQuery, HiddenStates, PooledRunner
+from plm_owner_server.engines.vllm.engine import GenerationEngine
+from plm_owner_server.engines.vllm.model_runner import GenerationRunner, TextQuery, TextRows
 from protocol.errors import Unsupported
 from tests import support
 
@@ -117,29 +117,33 @@ def test_states_that_come_back_wrong_from_the_cache_are_found(
 
 
 class ForgetfulModel:
-    """A model that schedules itself, and drops what its layers remember of a cached prefix."""
-
-    block_tokens = 4
+    """A model that drafts by itself, and drops what its layers remember of a cached prefix."""
 
     def __init__(self, folder: Path, *, forgets: bool) -> None:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.forgets = forgets
         self.seen: set[tuple[int, ...]] = set()
 
-    def run(self, queries: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
-        return [self.run_one(query) for query in queries]
+    def submit(self, query: TextQuery) -> Future[TextRows]:
+        future: Future[TextRows] = Future()
+        future.set_result(self.run(query))
+        return future
 
-    def run_one(self, query: HiddenStateQuery) -> HiddenStates:
-        ids = query.token_ids
-        cached = 0
-        if not query.skip_cache:
-            ends = range(self.block_tokens, len(ids), self.block_tokens)
-            cached = max((end for end in ends if tuple(ids[:end]) in self.seen), default=0)
-        self.seen |= {tuple(ids[:end]) for end in range(len(ids) + 1)}
-        start = cached if self.forgets else 0
-        states_T_D = self.model.model(input_ids=torch.tensor([ids[start:]])).last_hidden_state[0]
-        hidden_T_D = states_T_D[cached - start :]
-        return HiddenStates(ids, hidden_T_D[-1:] if query.last_only else hidden_T_D, cached)
+    def run(self, query: TextQuery) -> TextRows:
+        ids, drafted = list(query.token_ids), list[int]()
+        cached = max((end for end in range(query.start + 1) if tuple(ids[:end]) in self.seen), default=0)
+        self.seen |= {tuple(ids[:end]) for end in range(len(ids))}
+        first = cached if self.forgets else 0
+        while len(drafted) <= query.look_ahead:
+            text = torch.tensor([[*ids, *drafted][first:]])
+            drafted.append(int(self.model(input_ids=text).logits[0, -1].argmax()))
+        hidden_T_D = self.model.model(input_ids=text).last_hidden_state[0, query.start - first :]
+        top1_logit_T, top1_T = self.model.lm_head(hidden_T_D).max(dim=-1)
+        ran = [*ids, *drafted[:-1]][query.start :]
+        return TextRows(hidden_T_D, torch.zeros(len(ran)), top1_logit_T, top1_T, ran, drafted, cached)
+
+    def pulse(self) -> Future[Any]:
+        return Future()
 
     def reset_cache(self) -> bool:
         return True
@@ -149,11 +153,11 @@ class ForgetfulModel:
 
 
 @pytest.mark.parametrize("forgets", [False, True])
-def test_an_engine_that_schedules_itself_is_checked_alike(forgets: bool, tiny_models: TinyModels) -> None:
+def test_an_engine_that_drafts_by_itself_is_checked_alike(forgets: bool, tiny_models: TinyModels) -> None:
     folder = tiny_models["llama"]
     model = ForgetfulModel(folder, forgets=forgets)
     truth = TransformersEngine(model.model, cr_kind="last_hidden_state")
-    engine = PooledEngine(PooledRunner(model, prefix_cache_ttl=600), info=truth.info, head=truth.head)
+    engine = GenerationEngine(GenerationRunner(model, prefix_cache_ttl=600), info=truth.info, head=truth.head)
     with torch.inference_mode():
         if not forgets:
             check_decoding(engine)

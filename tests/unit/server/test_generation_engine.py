@@ -1,10 +1,13 @@
-"""The engine over a model that schedules itself, with a tiny model that caches prefixes like vLLM."""
+"""The engine over a model that drafts by itself, with a tiny model that caches prefixes like vLLM."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,11 +23,11 @@ from plm_owner_server.engines.model_files.digest import digest_folder
 from plm_owner_server.engines.model_files.lm_head import read_head
 from plm_owner_server.engines.model_files.tokenizer import load_tokenizer
 from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
-from plm_owner_server.engines.vllm.async_llm import VllmSettings, load_vllm_engine
-from plm_owner_server.engines.vllm.engine import PooledEngine
-from plm_owner_server.engines.vllm.model_runner import HiddenStateQuery, HiddenStates, PooledRunner
+from plm_owner_server.engines.vllm.engine import GenerationEngine
+from plm_owner_server.engines.vllm.loading import VllmSettings, load_vllm_engine
+from plm_owner_server.engines.vllm.model_runner import GenerationRunner, TextQuery, TextRows
 from plm_owner_server.service.plm_service import PlmService
-from protocol.errors import InvalidRequest, NotReady, ServerFault, Unsupported
+from protocol.errors import InvalidRequest, NotReady, Unsupported
 from protocol.messages import EncodeRequest
 from tests import support
 from tests.support import random_ids
@@ -33,41 +36,60 @@ BLOCK = 8
 
 
 class Blocks:
-    """Returns a real model's states, but not those of whole blocks that it has seen before from the same tenant."""
-
-    block_tokens = BLOCK
+    """Drafts with a real model. Of texts that it has seen from the same tenant it knows whole blocks before `start`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.seen: set[tuple[str, tuple[int, ...]]] = set()
-        self.queries: list[HiddenStateQuery] = []
+        self.queries: list[TextQuery] = []
         self.faults: list[Exception] = []
-        self.lost_rows = 0
+        self.spoil: Callable[[TextRows], TextRows] = lambda rows: rows
+        self.held: list[tuple[TextQuery, Future[TextRows]]] | None = None
         self.alive = True
+        self.pulses: list[Future[Any]] = []
 
     def is_alive(self) -> bool:
         return self.alive
 
-    def run(self, queries: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
-        if self.faults:
-            raise self.faults[-1]
-        return [self._run(query) for query in queries]
+    def submit(self, query: TextQuery) -> Future[TextRows]:
+        self.queries.append(query)
+        future: Future[TextRows] = Future()
+        if self.held is not None:
+            self.held.append((query, future))
+        elif self.faults:
+            future.set_exception(self.faults[-1])
+        else:
+            future.set_result(self.spoil(self.run(query)))
+        return future
+
+    def release(self) -> None:
+        """Run what is held and was not cancelled."""
+        for query, future in self.held or []:
+            if future.set_running_or_notify_cancel():
+                future.set_result(self.run(query))
+        self.held = None
+
+    def pulse(self) -> Future[Any]:
+        self.pulses.append(Future())
+        return self.pulses[-1]
 
     def reset_cache(self) -> bool:
         self.seen.clear()
         return True
 
-    def _run(self, query: HiddenStateQuery) -> HiddenStates:
-        self.queries.append(query)
-        ids, tenant, cached = query.token_ids, query.tenant, 0
-        ends = range(BLOCK, len(ids), BLOCK)  # the newest token is always run
-        if not query.skip_cache:
-            cached = max((end for end in ends if (tenant, tuple(ids[:end])) in self.seen), default=0)
-        self.seen |= {(tenant, tuple(ids[:end])) for end in ends}
-        hidden_T_D = self.model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
-        return HiddenStates(
-            list(ids), hidden_T_D[-1:] if query.last_only else hidden_T_D[cached + self.lost_rows :], cached
-        )
+    @torch.inference_mode()
+    def run(self, query: TextQuery) -> TextRows:
+        ids, tenant, start, drafted = query.token_ids, query.tenant, query.start, list[int]()
+        cached = max((end for end in range(0, start + 1, BLOCK) if (tenant, tuple(ids[:end])) in self.seen), default=0)
+        self.seen |= {(tenant, tuple(ids[:end])) for end in range(BLOCK, len(ids), BLOCK)}
+        while len(drafted) <= query.look_ahead and not query.stop_token_ids & set(drafted):
+            logits_T_V = self.model(input_ids=torch.tensor([[*ids, *drafted]])).logits[0]
+            drafted.append(int(logits_T_V[-1].argmax()))
+        text = [*ids, *drafted[:-1]]
+        hidden_T_D = self.model.base_model(input_ids=torch.tensor([text])).last_hidden_state[0]
+        top1_logit_T, top1_T = logits_T_V.max(dim=-1)
+        columns = (hidden_T_D, logits_T_V.logsumexp(dim=-1), top1_logit_T, top1_T)
+        return TextRows(*(column[start:] for column in columns), text[start:], drafted, cached)
 
 
 class Clock:
@@ -84,8 +106,8 @@ class Setting:
         model = load_model(folder, device="cpu", dtype="float32")
         head, info = read_head(folder, dtype=torch.float32, device="cpu")
         self.blocks, self.clock = Blocks(model), Clock()
-        runner = PooledRunner(self.blocks, prefix_cache_ttl=600, clock=self.clock)
-        self.engine = PooledEngine(runner, info=info, head=head)
+        runner = GenerationRunner(self.blocks, prefix_cache_ttl=600, clock=self.clock)
+        self.engine = GenerationEngine(runner, info=info, head=head)
         self.truth = TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=0)
 
 
@@ -148,24 +170,33 @@ def test_exactly_the_requested_positions_are_returned(setting: Setting) -> None:
     assert {query.tenant for query in setting.blocks.queries} == {"", "acme"}
 
 
-def test_only_incomplete_results_are_requested_again(setting: Setting) -> None:
-    (ids,) = random_ids(2, [30])
-    # The 24 tokens of three blocks are cached; 16 of their positions will be requested.
-    setting.engine.encode(EncodeBatch([ids], [29]))
-    setting.blocks.queries.clear()
-    batch = EncodeBatch([ids, ids], [8, 24])
-    assert_same(setting.engine.encode(batch), setting.truth.encode(batch))
-    assert [query.skip_cache for query in setting.blocks.queries] == [False, False, True]
-    # If no block ends before the first requested position, the cache is skipped at once.
-    setting.blocks.queries.clear()
-    setting.engine.encode(EncodeBatch([ids], [7]))
-    assert [query.skip_cache for query in setting.blocks.queries] == [True]
+def _without_last_row(rows: TextRows) -> TextRows:
+    columns = {name: getattr(rows, name)[:-1] for name in ("hidden_T_D", "logsumexp_T", "top1_logit_T", "top1_T")}
+    return replace(rows, ran_token_ids=rows.ran_token_ids[:-1], **columns)
 
 
-def test_a_model_that_loses_rows_is_never_believed(setting: Setting) -> None:
-    setting.blocks.lost_rows = 1
-    with pytest.raises(ServerFault, match="other positions"):
-        setting.engine.encode(EncodeBatch(random_ids(3, [12]), [3]))
+SPOILED: dict[str, Callable[[TextRows], TextRows]] = {
+    "a row is missing": _without_last_row,
+    "another token was run": lambda rows: replace(rows, ran_token_ids=[*rows.ran_token_ids[:-1], 3]),
+    "another token was drafted": lambda rows: replace(rows, drafted=[3, *rows.drafted[1:]]),
+    "more was drafted": lambda rows: replace(rows, drafted=rows.drafted * 2),
+    "a requested position was cached": lambda rows: replace(rows, cached_tokens=11),
+}
+
+
+@pytest.mark.parametrize("fault", SPOILED)
+def test_other_rows_than_requested_are_an_error_that_clients_retry(setting: Setting, fault: str) -> None:
+    batch = DraftBatch([random_ids(3, [12])[0]], [10], [4])
+    expected = drafted(setting.truth, batch)[0]
+    assert 3 not in (expected.top1_N[0], batch.token_ids[0][-1], expected.top1_N[-2])
+    setting.blocks.spoil = SPOILED[fault]
+    drafting = setting.engine.drafting(4096)
+    drafting.join([batch])
+    with pytest.raises(NotReady, match="other rows") as caught:
+        drafting.step()
+    assert caught.value.retry_after_s
+    setting.blocks.spoil = lambda rows: rows
+    assert_same(drafted(setting.engine, batch)[0], expected)
 
 
 def test_drafts_are_those_of_the_engine_over_transformers(setting: Setting) -> None:
@@ -177,22 +208,57 @@ def test_drafts_are_those_of_the_engine_over_transformers(setting: Setting) -> N
     batches = [plain, DraftBatch(ids, [4, 17, 0, 8], [9, 9, 9, 9], stops, "acme")]
     for ours, theirs in zip(drafted(setting.engine, *batches), drafted(setting.truth, *batches), strict=True):
         assert_same(ours, theirs)
-    # All was cached but the last tokens, and the first blocks of texts whose early positions are requested.
-    assert setting.engine.stats.passes["step"].tokens < 40 * BLOCK
+    # One query for each sequence, all its drafts included.
+    assert len(setting.blocks.queries) == 2 * len(ids)
 
 
 def test_who_joins_late_or_leaves_changes_nothing_for_the_others(setting: Setting) -> None:
     one, two, gone = (DraftBatch(random_ids(seed, [6, 4]), [5, 3], [4, 7]) for seed in (5, 6, 7))
+    setting.blocks.held = held = []
     drafting = setting.engine.drafting(4096)
     drafting.join([one, gone])
-    done = dict(drafting.step())
+    assert drafting.step() == []
     drafting.leave(gone)
+    assert [future.cancelled() for _, future in held] == [False, False, True, True]
     drafting.join([two])
-    while len(done) < 2:
-        done |= dict(drafting.step())
-    assert gone not in done
+    setting.blocks.release()
+    done = dict(drafting.step())
+    assert done.keys() == {one, two}
     for batch in (one, two):
         assert_same(done[batch], drafted(setting.truth, batch)[0])
+
+
+def test_an_error_leaves_no_query_at_the_model(setting: Setting) -> None:
+    batches = [DraftBatch(random_ids(seed, [6, 4]), [5, 3], [4, 7]) for seed in (5, 6)]
+    setting.blocks.held = held = []
+    drafting = setting.engine.drafting(4096)
+    drafting.join(batches)
+    for _, future in held[:2]:
+        future.set_exception(RuntimeError("EngineDeadError"))
+    with pytest.raises(RuntimeError, match="Dead"):
+        drafting.step()
+    assert all(future.done() for _, future in held)
+    assert drafting.step() == []
+
+
+def test_a_step_takes_as_long_as_a_pass_that_hangs(setting: Setting) -> None:
+    """So the supervisor, which measures calls, finds out."""
+    setting.blocks.held = []
+    drafting = setting.engine.drafting(4096)
+    drafting.join([DraftBatch(random_ids(5, [6]), [5], [4])])
+    drafting.step()
+    assert not setting.blocks.pulses  # a step comes back soon
+    setting.clock.now += 2
+    thread = threading.Thread(target=drafting.step)
+    thread.start()
+    support.until(lambda: bool(setting.blocks.pulses), within_s=60)
+    assert thread.is_alive()
+    setting.blocks.pulses[0].set_result(False)
+    thread.join(60)
+    assert not thread.is_alive()
+    setting.clock.now += 2
+    setting.blocks.alive = False  # its processes have ended, so that no pulse will come
+    drafting.step()
 
 
 def test_cached_states_are_removed_in_time(setting: Setting) -> None:
@@ -231,15 +297,14 @@ def test_a_model_that_is_dead_breaks_the_service(setting: Setting, tiny_models: 
     assert service.scheduler.broken.is_set()
 
 
-def test_normalised_states_are_noticed(setting: Setting) -> None:
-    run = setting.blocks.run
-
-    def normalised(queries: Sequence[HiddenStateQuery]) -> list[HiddenStates]:
-        rows = [torch.nn.functional.normalize(one.hidden_T_D, dim=-1) for one in run(queries)]
-        return [HiddenStates(query.token_ids, row, 0) for query, row in zip(queries, rows, strict=True)]
-
-    setting.blocks.run = normalised  # type: ignore[method-assign]
-    with pytest.raises(Unsupported, match="normalised"):
+@pytest.mark.parametrize("column", ["hidden_T_D", "logsumexp_T", "top1_logit_T"])
+def test_a_head_that_is_not_the_models_is_noticed(setting: Setting, column: str) -> None:
+    setting.engine.warm_up()
+    setting.blocks.spoil = lambda rows: replace(rows, **{column: 1.01 * getattr(rows, column)})
+    with pytest.raises(Unsupported, match="head"):
+        setting.engine.warm_up()
+    setting.blocks.spoil = lambda rows: replace(rows, **{column: torch.nan * getattr(rows, column)})
+    with pytest.raises(Unsupported, match="head"):
         setting.engine.warm_up()
 
 
