@@ -30,7 +30,6 @@ START_ROWS = "start_rows"
 """Method of `RowExtension` that must be called once on all workers. It returns the names that vLLM lacks."""
 
 _OUTPUT = "pema"  # key in ModelRunnerOutput.aux_output_connector_output
-_SCHEDULER_NAMES = ("update_from_output", "finish_requests")
 _RUNNER_NAMES = ("execute_model", "sample_tokens", "model", "model_config")
 
 
@@ -93,7 +92,13 @@ class _RowRunner:
 class RowsOfRunner1(_RowRunner):
     """Rows of model runner 1, which runs on CPUs."""
 
-    needs = ("execute_model_state", "input_batch", "input_ids", "query_start_loc", "use_async_scheduling")
+    needs = (
+        "execute_model_state",
+        "input_batch",
+        "input_ids",
+        "query_start_loc",
+        "_get_or_create_async_output_copy_stream",
+    )
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -108,12 +113,10 @@ class RowsOfRunner1(_RowRunner):
             token_ids_T = self.input_ids.gpu  # type: ignore[attr-defined]
             packed_N_B = self._pack(selection, state.hidden_states, token_ids_T, state.logits)
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
-        return _with_rows(
-            output,
-            packed_N_B,
-            selection.spans,
-            lambda: self._get_or_create_async_output_copy_stream(),  # type: ignore[attr-defined]
-        )
+        return _with_rows(output, packed_N_B, selection.spans, self._copy_stream)
+
+    def _copy_stream(self) -> Any:
+        return self._get_or_create_async_output_copy_stream()  # type: ignore[attr-defined]
 
 
 class RowsOfRunner2(_RowRunner):
@@ -155,8 +158,10 @@ class RowsOfRunner2(_RowRunner):
         self._packed_N_B = None
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         packed_N_B, self._packed_N_B = self._packed_N_B, None
-        stream = lambda: self.output_copy_stream  # type: ignore[attr-defined]  # noqa: E731 - made at first use
-        return _with_rows(output, packed_N_B, self._selection.spans, stream)
+        return _with_rows(output, packed_N_B, self._selection.spans, self._copy_stream)
+
+    def _copy_stream(self) -> Any:
+        return self.output_copy_stream  # type: ignore[attr-defined]
 
 
 class RowExtension:
@@ -255,7 +260,7 @@ def missing_names() -> list[str]:
     from vllm.v1.outputs import ModelRunnerOutput
 
     relied_on: dict[type, Collection[str]] = {
-        Scheduler: _SCHEDULER_NAMES,
+        Scheduler: ("update_from_output", "finish_requests"),
         KVCacheManager: ("get_computed_blocks",),
         EngineCoreOutput: ("routed_experts", "request_id", "finished"),
         ModelRunnerOutput: ("aux_output_connector_output",),

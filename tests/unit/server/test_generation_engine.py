@@ -88,8 +88,15 @@ class Blocks:
         text = [*ids, *drafted[:-1]]
         hidden_T_D = self.model.base_model(input_ids=torch.tensor([text])).last_hidden_state[0]
         top1_logit_T, top1_T = logits_T_V.max(dim=-1)
-        columns = (hidden_T_D, logits_T_V.logsumexp(dim=-1), top1_logit_T, top1_T)
-        return TextRows(*(column[start:] for column in columns), text[start:], drafted, cached)
+        return TextRows(
+            hidden_T_D=hidden_T_D[start:],
+            logsumexp_T=logits_T_V.logsumexp(dim=-1)[start:],
+            top1_logit_T=top1_logit_T[start:],
+            top1_T=top1_T[start:],
+            ran_token_ids=text[start:],
+            drafted=drafted,
+            cached_tokens=cached,
+        )
 
 
 class Clock:
@@ -214,7 +221,8 @@ def test_drafts_are_those_of_the_engine_over_transformers(setting: Setting) -> N
 
 def test_who_joins_late_or_leaves_changes_nothing_for_the_others(setting: Setting) -> None:
     one, two, gone = (DraftBatch(random_ids(seed, [6, 4]), [5, 3], [4, 7]) for seed in (5, 6, 7))
-    setting.blocks.held = held = []
+    held: list[tuple[TextQuery, Future[TextRows]]] = []
+    setting.blocks.held = held
     drafting = setting.engine.drafting(4096)
     drafting.join([one, gone])
     assert drafting.step() == []
@@ -230,7 +238,8 @@ def test_who_joins_late_or_leaves_changes_nothing_for_the_others(setting: Settin
 
 def test_an_error_leaves_no_query_at_the_model(setting: Setting) -> None:
     batches = [DraftBatch(random_ids(seed, [6, 4]), [5, 3], [4, 7]) for seed in (5, 6)]
-    setting.blocks.held = held = []
+    held: list[tuple[TextQuery, Future[TextRows]]] = []
+    setting.blocks.held = held
     drafting = setting.engine.drafting(4096)
     drafting.join(batches)
     for _, future in held[:2]:

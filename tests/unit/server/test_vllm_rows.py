@@ -100,9 +100,9 @@ def test_any_pieces_of_prompts_give_the_rows_of_each_position() -> None:
                     begin, end = end, end + span[1]
                     ledger.accept(name, requests[name], span, packed_N_B[begin:end], texts[name].length)
         for name, text in texts.items():
-            request, packed_N_B = requests[name], ledger.take(name)
-            assert packed_N_B is not None
-            rows = unpack_rows(packed_N_B, torch.float32)
+            request, taken_N_B = requests[name], ledger.take(name)
+            assert taken_N_B is not None
+            rows = unpack_rows(taken_N_B, torch.float32)
             assert torch.equal(rows.token_ids_N.long(), text.token_ids_T[request.start :])
             assert torch.equal(rows.hidden_N_D, text.hidden_T_D[request.start :])
             if request.scored_from is None:

@@ -1,0 +1,127 @@
+"""Rows of vLLM where texts share passes in other ways: pieces of prompts, preemption, several ranks and stages.
+
+Only with `--engine vllm` (`make test-vllm`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from harness.tiny_models import EOS, TinyModels
+from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch, Encoded, Engine
+from plm_owner_server.engines.loading import load_engine
+from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
+from plm_owner_server.engines.vllm.async_llm import VllmModel
+from plm_owner_server.engines.vllm.engine import GenerationEngine
+from tests import support
+from tests.support import random_ids
+
+pytestmark = pytest.mark.vllm
+
+until = partial(support.until, within_s=600)
+# Keys and values of 3 layers, 2 heads of 32 values each, 32 tokens, 4 bytes.
+_BLOCK_BYTES = 3 * 2 * 2 * 32 * 32 * 4
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "prompts in pieces": {"max_batch_tokens": 40, "vllm_options": {"max_num_seqs": 16}},
+    # The texts of `PROMPTS` need 30 blocks with their drafts.
+    "preemption": {"vllm_options": {"kv_cache_memory_bytes": 12 * _BLOCK_BYTES}},
+    "two tensor-parallel ranks": {"tensor_parallel_size": 2},
+    "two pipeline stages": {"pipeline_parallel_size": 2},
+}
+PROMPTS = random_ids(1, [70, 33, 1, 80, 64, 50, 61, 30, 90, 47], shared=33)
+DRAFTS = [[20, 30], [9, 40], [30, 48], [15, 60], [0, 50]]
+
+
+@pytest.fixture(scope="module")
+def truth(tiny_models: TinyModels) -> Engine:
+    model = load_model(tiny_models["llama"], device="cpu", dtype="float32")
+    return TransformersEngine(model, cr_kind="last_hidden_state", prefix_cache_bytes=0)
+
+
+@pytest.fixture(scope="module", params=CONFIGURATIONS)
+def engine(request: pytest.FixtureRequest, tiny_models: TinyModels) -> Iterator[GenerationEngine]:
+    settings = dict(CONFIGURATIONS[request.param])
+    common = {"enforce_eager": True, "kv_cache_memory_bytes": 2**26}
+    options = common | settings.pop("vllm_options", {})
+    chosen = support.make_settings(device="cpu", dtype="float32", vllm_options=options, **settings)
+    engine = load_engine(tiny_models["llama"], chosen)
+    assert isinstance(engine, GenerationEngine)
+    yield engine
+    model = vllm_model(engine)
+    until(lambda: not model._llm.output_processor.has_unfinished_requests())
+
+
+def vllm_model(engine: GenerationEngine) -> VllmModel:
+    model = engine._runner._model
+    assert isinstance(model, VllmModel)
+    return model
+
+
+def draft_batches(stop: frozenset[int] = frozenset([EOS])) -> list[DraftBatch]:
+    """Five batches of two, with one position or several before the drafts, as a client's own drafts are checked."""
+    pairs = [PROMPTS[i : i + 2] for i in range(0, len(PROMPTS), 2)]
+    return [
+        DraftBatch(pair, [max(0, len(ids) - 1 - 4 * (i % 2)) for ids in pair], drafts, stop, f"tenant {i % 2}")
+        for i, (pair, drafts) in enumerate(zip(pairs, DRAFTS, strict=True))
+    ]
+
+
+def run(drafting: Any, batches: Sequence[DraftBatch]) -> list[Decoded]:
+    done: dict[DraftBatch, Decoded] = {}
+    while len(done) < len(batches):
+        done |= dict(drafting.step())
+    return [done[batch] for batch in batches]
+
+
+def drafted(engine: Engine, batches: Sequence[DraftBatch]) -> list[Decoded]:
+    drafting = engine.drafting(4096)
+    drafting.join(batches)
+    return run(drafting, batches)
+
+
+def assert_same(ours: Encoded, theirs: Encoded) -> None:
+    assert (ours.rows, ours.echo) == (theirs.rows, theirs.echo)
+    scale = theirs.cr_N_D.abs().max().item()
+    torch.testing.assert_close(ours.cr_N_D, theirs.cr_N_D, rtol=0, atol=2e-5 * scale)
+    if theirs.logsumexp_N is not None:
+        torch.testing.assert_close(ours.logsumexp_N, theirs.logsumexp_N, rtol=0, atol=1e-4)
+    if isinstance(ours, Decoded) and isinstance(theirs, Decoded):
+        assert ours.top1_N.tolist() == theirs.top1_N.tolist()
+        torch.testing.assert_close(ours.top1_logprob_N, theirs.top1_logprob_N, rtol=0, atol=1e-4)
+
+
+def test_drafts_beside_encoded_texts_are_those_of_transformers(engine: GenerationEngine, truth: Engine) -> None:
+    batches = draft_batches()
+    drafting = engine.drafting(4096)
+    drafting.join(batches)
+    for starts in ([0] * 10, [len(ids) - 1 for ids in PROMPTS], [len(ids) // 2 for ids in PROMPTS]):
+        batch = EncodeBatch(PROMPTS, starts, with_logsumexp=True, tenant="tenant 1")
+        assert_same(engine.encode(batch), truth.encode(batch))
+    for ours, theirs in zip(run(drafting, batches), drafted(truth, batches), strict=True):
+        assert_same(ours, theirs)
+
+
+def test_cached_states_are_removed_beside_running_drafts(engine: GenerationEngine, truth: Engine) -> None:
+    batches = draft_batches()
+    drafting = engine.drafting(4096)
+    drafting.join(batches)
+    for _ in range(3):
+        assert vllm_model(engine).reset_cache()
+    for ours, theirs in zip(run(drafting, batches), drafted(truth, batches), strict=True):
+        assert_same(ours, theirs)
+
+
+def test_what_clients_left_ends_in_vllm(engine: GenerationEngine, truth: Engine) -> None:
+    batches = draft_batches(frozenset())
+    drafting = engine.drafting(4096)
+    drafting.join(batches)
+    for batch in batches[1:]:
+        drafting.leave(batch)
+    assert_same(run(drafting, batches[:1])[0], drafted(truth, batches[:1])[0])
+    model = vllm_model(engine)
+    until(lambda: not model._llm.output_processor.has_unfinished_requests())
