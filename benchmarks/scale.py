@@ -2,8 +2,9 @@
 
 A replica is a server process with one thread, pinned to one core. Its client sends prepared token ids, ignores the
 results and shares the core, as if each replica were a machine. The engines have all cores, and two clients at a time.
-Bare vLLM is an `AsyncLLM` with equal settings and as many texts in flight. No engine has cached states of a text
-before its first use. All take turns in every round.
+Bare vLLM is an `AsyncLLM` with equal settings and as many texts in flight: its pooling runner for encoding, and its
+`generate` for decoding in batches of several sizes by one client. No engine has cached states of a text before its
+first use. All take turns in every round.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _WORK = report.FOLDER / "scale"
 _DATA, _LOG, _REQUESTS = _WORK / "data", _WORK / "server.log", _WORK / "requests.json"
 _BATCH, _CLIENTS = 32, 2
 _KINDS = ("encode", "decode")
+_DECODE_BATCHES = (1, 8, 32)
 _VLLM_FLAGS = ["--engine", "vllm", "--dtype", "float32"]
 
 
@@ -57,16 +59,21 @@ def main() -> None:
     folder = resolve(arguments.model, ServerSettings(_env_file=None).cache_dir).folder
     figures: dict[str, list[float]] = defaultdict(list)
     seconds, python = arguments.seconds, arguments.vllm_python
-    bare = [str(folder), str(_REQUESTS), str(seconds), str(len(cores)), str(_CLIENTS)]
+    bare = [str(folder), str(_REQUESTS), str(seconds), str(len(cores))]
     for _, kind in itertools.product(range(arguments.rounds), _KINDS):
         for count in (1, 2):
             figures[f"replicas_{count}_{kind}"].append(_replicas(model, cores[:count], kind, seconds))
         if arguments.no_vllm:
             continue
-        figures[f"transformers_{kind}"].append(_engine(model, len(cores), kind, seconds, sys.executable))
-        figures[f"vllm_{kind}"].append(_engine([*model, *_VLLM_FLAGS], len(cores), kind, seconds, python))
-        if kind == "encode":
-            figures["bare_vllm_encode"].append(_rows_per_s(run_together("benchmarks.scale_bare", [bare], python)))
+        theirs = _engine(model, len(cores), {kind: _CLIENTS}, seconds, sys.executable)
+        calls = {kind: _CLIENTS} | ({f"decode_{size}": 1 for size in _DECODE_BATCHES} if kind == "decode" else {})
+        ours = _engine([*model, *_VLLM_FLAGS], len(cores), calls, seconds, python)
+        figures[f"transformers_{kind}"].append(theirs[kind])
+        for name, clients in calls.items():
+            figures[f"vllm_{name}"].append(ours[name])
+            if name != "decode":
+                alone = run_together("benchmarks.scale_bare", [[*bare, str(clients), name]], python)
+                figures[f"bare_vllm_{name}"].append(_rows_per_s(alone))
     report.write("scale", _summary(figures) | prepared | {"rounds": arguments.rounds, "seconds": seconds})
 
 
@@ -78,6 +85,8 @@ def _summary(figures: dict[str, list[float]]) -> dict[str, Any]:
         "vllm_encode_over_bare": ("vllm_encode", "bare_vllm_encode"),
         "vllm_encode_over_transformers": ("vllm_encode", "transformers_encode"),
         "vllm_decode_over_transformers": ("vllm_decode", "transformers_decode"),
+    } | {
+        f"vllm_decode_over_bare_{size}": (f"vllm_decode_{size}", f"bare_vllm_decode_{size}") for size in _DECODE_BATCHES
     }
     summary: dict[str, Any] = {
         name: median(ours / theirs for ours, theirs in zip(figures[above], figures[below], strict=True))
@@ -96,12 +105,14 @@ def _prepare(model: Sequence[str], requests: int) -> dict[str, Any]:
         max_tokens = plm.card.limits.max_sequence_tokens
         card = {"model": plm.card.name, "hidden_size": plm.card.hidden_size, "dtype": plm.card.dtype}
     prompts, texts = [pair.prompt for pair in tokens], [[*pair.prompt, *pair.target][:max_tokens] for pair in tokens]
-    batches = {
-        "encode": [texts[i : i + _BATCH] for i in range(0, len(texts), _BATCH)],
-        "decode": [prompts[i : i + _BATCH] for i in range(0, len(prompts), _BATCH)],
-    }
+    batches = {"encode": _batches(texts, _BATCH), "decode": _batches(prompts, _BATCH)}
+    batches |= {f"decode_{size}": _batches(prompts, size) for size in _DECODE_BATCHES}
     _REQUESTS.write_text(json.dumps({"max_tokens": max_tokens, **batches}), encoding="utf-8")
     return card | {"tokens_per_text": sum(map(len, texts)) / len(texts)}
+
+
+def _batches(texts: list[list[int]], size: int) -> list[list[list[int]]]:
+    return [texts[i : i + size] for i in range(0, len(texts), size)]
 
 
 def _replicas(model: Sequence[str], cores: Sequence[int], kind: str, seconds: float) -> float:
@@ -125,13 +136,28 @@ def _replicas(model: Sequence[str], cores: Sequence[int], kind: str, seconds: fl
         return _rows_per_s(run_together("benchmarks.scale_worker", clients))
 
 
-def _engine(flags: Sequence[str], threads: int, kind: str, seconds: float, python: str) -> float:
-    """Rows per second of one server with all cores and always with work."""
+def _engine(flags: Sequence[str], threads: int, calls: dict[str, int], seconds: float, python: str) -> dict[str, float]:
+    """Rows per second of one server with all cores and always with work.
+
+    Args:
+        flags: of the server, without threads and cache.
+        threads: threads of the server.
+        calls: number of clients for each kind of request, one kind after another.
+        seconds: length of each kind's measurement.
+        python: Python that runs the server.
+    """
     # Drafting requests one text many times; encoding would find a text cached only because requests repeat.
-    cache = ["--prefix-cache-mib", "0" if kind == "encode" else "1024"]
+    cache = ["--prefix-cache-mib", "0" if "encode" in calls else "1024"]
     with server(_LOG, *flags, "--threads", str(threads), *cache, python=python) as (_, grpc_port):
-        client = [f"grpc://127.0.0.1:{grpc_port}", str(_REQUESTS), kind, str(seconds)]
-        return _rows_per_s(run_together("benchmarks.scale_worker", [client] * _CLIENTS))
+        return {
+            kind: _rows_per_s(
+                run_together(
+                    "benchmarks.scale_worker",
+                    [[f"grpc://127.0.0.1:{grpc_port}", str(_REQUESTS), kind, str(seconds)]] * clients,
+                )
+            )
+            for kind, clients in calls.items()
+        }
 
 
 def _rows_per_s(reports: Sequence[dict[str, Any]]) -> float:

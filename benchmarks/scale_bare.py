@@ -1,6 +1,7 @@
-"""Bare vLLM in its own environment: computes the states of all positions of prepared texts, reports in JSON.
+"""Bare vLLM in its own environment, on prepared texts; reports in JSON.
 
-Only settings that are needed for correct states are set, such as the block size, to the values of the server's engine.
+It computes the states of all positions by its pooling runner (`encode`), or tokens after prompts (`decode_…`). Only
+settings that are needed for correct states are set, such as the block size, to the values of the server's engine.
 """
 
 from __future__ import annotations
@@ -11,41 +12,75 @@ import json
 import os
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.scale_worker import LOOK_AHEAD
 
-async def _run(
-    folder: str, batches: list[list[list[int]]], max_tokens: int, seconds: float, clients: int
-) -> dict[str, Any]:
+_Rows = Callable[[list[int]], Awaitable[int]]
+"""The number of rows that vLLM gives for one text."""
+
+
+def _pooling(options: dict[str, Any]) -> tuple[Any, _Rows]:
+    """vLLM and a function for the states of all positions of a text."""
     from vllm import AsyncEngineArgs
     from vllm.config import PoolerConfig
     from vllm.pooling_params import PoolingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    llm = AsyncLLM.from_engine_args(
-        AsyncEngineArgs(
-            model=folder,
-            skip_tokenizer_init=True,
-            runner="pooling",
-            convert="embed",
-            dtype="float32",
-            max_model_len=max_tokens,
-            max_num_batched_tokens=max(4096, max_tokens),
-            block_size=32,
-            enable_prefix_caching=False,
-            kv_cache_memory_bytes=2**30,
-            disable_log_stats=True,
-            pooler_config=PoolerConfig(use_activation=False, seq_pooling_type="LAST", tok_pooling_type="ALL"),
-        )
-    )
-    names = itertools.count()
+    pooler = PoolerConfig(use_activation=False, seq_pooling_type="LAST", tok_pooling_type="ALL")
+    options |= {"runner": "pooling", "convert": "embed", "enable_prefix_caching": False, "pooler_config": pooler}
+    llm, names = AsyncLLM.from_engine_args(AsyncEngineArgs(**options)), itertools.count()
 
     async def rows(ids: list[int]) -> int:
         params = PoolingParams(task="token_embed", use_activation=False)
         async for output in llm.encode({"prompt_token_ids": ids}, params, str(next(names))):
             return len(output.outputs.data)
         return 0
+
+    return llm, rows
+
+
+def _generating(options: dict[str, Any]) -> tuple[Any, _Rows]:
+    """vLLM and a function for as many tokens after a prompt as a draft has rows."""
+    from vllm import AsyncEngineArgs, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    options |= {"enable_prefix_caching": True}
+    llm, names = AsyncLLM.from_engine_args(AsyncEngineArgs(**options)), itertools.count()
+    max_prompt = options["max_model_len"] - LOOK_AHEAD - 1
+
+    async def rows(ids: list[int]) -> int:
+        params = SamplingParams(
+            max_tokens=LOOK_AHEAD + 1,
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        async for output in llm.generate({"prompt_token_ids": ids[:max_prompt]}, params, str(next(names))):
+            return len(output.outputs[0].token_ids)
+        return 0
+
+    return llm, rows
+
+
+async def _run(
+    folder: str, kind: str, batches: list[list[list[int]]], max_tokens: int, seconds: float, clients: int
+) -> dict[str, Any]:
+    options = {
+        "model": folder,
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "max_model_len": max_tokens,
+        "max_num_batched_tokens": max(4096, max_tokens),
+        "block_size": 32,
+        "kv_cache_memory_bytes": 2**30,
+        "disable_log_stats": True,
+    }
+    llm, rows = (_pooling if kind == "encode" else _generating)(options)
 
     async def client() -> int:
         count = 0
@@ -65,7 +100,7 @@ async def _run(
     return {"rows": sum(counts), "seconds": elapsed}
 
 
-def main(folder: str, requests: str, seconds: str, threads: str, clients: str) -> None:
+def main(folder: str, requests: str, seconds: str, threads: str, clients: str, kind: str) -> None:
     """Request texts as `clients` clients at once would."""
     os.environ |= {
         "OMP_NUM_THREADS": threads,
@@ -75,9 +110,8 @@ def main(folder: str, requests: str, seconds: str, threads: str, clients: str) -
         "VLLM_NO_USAGE_STATS": "1",
     }
     prepared = json.loads(Path(requests).read_text(encoding="utf-8"))
-    print(
-        json.dumps(asyncio.run(_run(folder, prepared["encode"], prepared["max_tokens"], float(seconds), int(clients))))
-    )
+    result = _run(folder, kind, prepared[kind], prepared["max_tokens"], float(seconds), int(clients))
+    print(json.dumps(asyncio.run(result)))
 
 
 if __name__ == "__main__":
