@@ -93,7 +93,8 @@ class ModelSettings(SettingsGroup):
     )
     device: Annotated[str, Metavar("DEVICE")] = Field(
         default="auto",
-        description="Torch device of the model (with vLLM, of the LM head alone); auto takes CUDA if there is one.",
+        description="Torch device of the model; auto takes CUDA if there is one. With vLLM, of the LM head that "
+        "clients read alone; auto takes the CPU.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
@@ -109,7 +110,7 @@ class ModelSettings(SettingsGroup):
     pack_weights: CliImplicitFlag[bool] = Field(
         default=True,
         description="CPU and float32: store the weights in the layout that multiplies fastest. Decoding takes between "
-        "0.44 and 0.61 of the time (1.6 to 2.3 times as fast); the LM head takes twice the memory.",
+        "0.44 and 0.61 of the time (1.6 to 2.3 times as fast); the LM head takes twice the memory. vLLM packs its own.",
     )
     cache_dir: Folder = Field(
         default_factory=lambda: user_cache_path("pema") / "models",

@@ -165,7 +165,7 @@ class RowsOfRunner2(_RowRunner):
 
 
 class RowExtension:
-    """What vLLM adds to the class of its workers."""
+    """Methods that vLLM adds to the class of its workers."""
 
     model_runner: Any
 
