@@ -1,12 +1,16 @@
-"""Rows of vLLM where texts share passes in other ways: pieces of prompts, preemption, several ranks and stages.
+"""Rows of vLLM where texts share passes in other ways: pieces of prompts, preemption, ranks, stages, asynchronously.
 
 Only with `--engine vllm` (`make test-vllm`).
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,3 +129,16 @@ def test_what_clients_left_ends_in_vllm(engine: GenerationEngine, truth: Engine)
     assert_same(run(drafting, batches[:1])[0], drafted(truth, batches[:1])[0])
     model = vllm_model(engine)
     until(lambda: not model._llm.output_processor.has_unfinished_requests())
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="this is the simulated GPU")
+def test_model_runner_2_and_asynchronous_scheduling_give_the_same_rows() -> None:
+    """On a simulated GPU, the tests above."""
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root / "tests" / "simulated_gpu"), str(root)])
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", "--engine", "vllm"]
+    command += [str(Path(__file__).relative_to(root)), "-k", "pieces"]
+    environment = os.environ | {"PYTHONPATH": path}
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert "3 passed" in result.stdout
