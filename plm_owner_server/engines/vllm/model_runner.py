@@ -104,7 +104,7 @@ class GenerationRunner:
         clock: current time, in seconds.
 
     Attributes:
-        stats: statistics of what was run.
+        stats: statistics of what was run; each text counts as one pass, as the model does not report its passes.
     """
 
     def __init__(
