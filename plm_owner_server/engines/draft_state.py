@@ -1,4 +1,4 @@
-"""State of batches while they are drafted, for every engine: tokens, results by position, and the rule for the end."""
+"""State of batches while they are drafted step by step: tokens, results by position, and the rule for the end."""
 
 from __future__ import annotations
 

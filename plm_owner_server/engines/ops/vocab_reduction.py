@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from plm_owner_server.engines.ops.packed_linear import PackedLinear, can_pack
-from plm_owner_server.engines.ops.to_host import to_host
 from protocol.head import LMHead
 
 # Float32 logits (rows × V) in memory at once on a GPU: 256 MiB.
@@ -52,10 +51,6 @@ class VocabReduction:
             return parts[0]
         logsumexp_N, top1_N, top1_logit_N = (torch.cat(column) for column in zip(*parts, strict=True))
         return logsumexp_N, top1_N, top1_logit_N
-
-    def reduce_from_host(self, last_hidden_N_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Results of `logsumexp_top1` for a tensor on the CPU, on the CPU, wherever the head is."""
-        return to_host(*self.logsumexp_top1(last_hidden_N_D.to(self._head.weight_V_D.device)))
 
     def _reduce_rows(self, last_hidden_N_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         blocks = []

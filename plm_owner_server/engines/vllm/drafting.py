@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 
 import torch
 
@@ -29,13 +30,14 @@ class GenerationDrafting:
         self._batches: dict[DraftBatch, _Submitted] = {}
 
     def join(self, batches: Sequence[DraftBatch]) -> int:
-        """Submit batches. Return the number of their prompts' tokens, of which the model runs those not cached."""
-        for batch in batches:
-            queries = [
-                TextQuery(list(ids), start, True, look_ahead, batch.stop_token_ids, batch.tenant)
-                for ids, start, look_ahead in zip(batch.token_ids, batch.from_position, batch.look_ahead, strict=True)
-            ]
-            self._batches[batch] = list(zip(queries, self._runner.submit(queries), strict=True))
+        """Submit batches. Return the number of their prompts' tokens, of which the model runs those not cached.
+
+        After an error no query is left at the model.
+        """
+        with self._leaving_all_after_error():
+            for batch in batches:
+                queries = _queries(batch)
+                self._batches[batch] = list(zip(queries, self._runner.submit(queries), strict=True))
         return sum(len(ids) for batch in batches for ids in batch.token_ids)
 
     def step(self) -> list[tuple[DraftBatch, Decoded]]:
@@ -43,7 +45,7 @@ class GenerationDrafting:
 
         After an error no query is left at the model.
         """
-        try:
+        with self._leaving_all_after_error():
             self._runner.wait(
                 [future for submitted in self._batches.values() for _, future in submitted if not future.done()],
                 _STEP_SECONDS,
@@ -52,15 +54,20 @@ class GenerationDrafting:
                 batch for batch, submitted in self._batches.items() if all(future.done() for _, future in submitted)
             ]
             return [(batch, self._decoded(self._batches.pop(batch))) for batch in complete]
-        except BaseException:
-            for batch in list(self._batches):
-                self.leave(batch)
-            raise
 
     def leave(self, batch: DraftBatch) -> None:
         """Remove a batch whose client has disconnected. The model ends its work on it."""
         for _, future in self._batches.pop(batch, []):
             future.cancel()
+
+    @contextmanager
+    def _leaving_all_after_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            for batch in list(self._batches):
+                self.leave(batch)
+            raise
 
     def _decoded(self, submitted: _Submitted) -> Decoded:
         results = [(query, self._runner.result(query, future, "step")) for query, future in submitted]
@@ -80,3 +87,10 @@ def echo(query: TextQuery, rows: TextRows) -> int:
     """CRC-32 of the text as the model received it, as far as its positions are requested."""
     ran = rows.ran_token_ids[: len(query.token_ids) - query.start]
     return token_crc32([*query.token_ids[: query.start], *ran])
+
+
+def _queries(batch: DraftBatch) -> list[TextQuery]:
+    return [
+        TextQuery(list(ids), start, True, look_ahead, batch.stop_token_ids, batch.tenant)
+        for ids, start, look_ahead in zip(batch.token_ids, batch.from_position, batch.look_ahead, strict=True)
+    ]
