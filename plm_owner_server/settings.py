@@ -109,8 +109,8 @@ class ModelSettings(SettingsGroup):
     )
     pack_weights: CliImplicitFlag[bool] = Field(
         default=True,
-        description="CPU and float32: store the weights in the layout that multiplies fastest. Decoding takes between "
-        "0.44 and 0.61 of the time (1.6 to 2.3 times as fast); the LM head takes twice the memory. vLLM packs its own.",
+        description="CPU and float32, not with vLLM: store the weights in the layout that multiplies fastest. Decoding "
+        "takes between 0.44 and 0.61 of the time (1.6 to 2.3 times as fast); the LM head takes twice the memory.",
     )
     cache_dir: Folder = Field(
         default_factory=lambda: user_cache_path("pema") / "models",
