@@ -158,4 +158,6 @@ async def _shut_down_on_loop(llm: Any, loop: asyncio.AbstractEventLoop) -> None:
     try:
         llm.shutdown(timeout=SHUTDOWN_SECONDS)
     finally:
+        # vLLM's finalizer would do it again, perhaps when the interpreter has dropped the modules that it needs.
+        llm.shutdown = lambda timeout=None: None
         loop.stop()
