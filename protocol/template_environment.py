@@ -56,9 +56,10 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a function of the template, as one step."""
         _spend_step()
-        text = getattr(function, "__self__", None)
+        method = getattr(function, "__wrapped__", function)  # Jinja wraps the method `format` of a text
+        text = getattr(method, "__self__", None)
         if isinstance(text, str):
-            _require_small_widths(text if function.__name__.startswith("format") else None, [*args, *kwargs.values()])
+            _require_small_widths(text if method.__name__.startswith("format") else None, [*args, *kwargs.values()])
         return _bounded(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:

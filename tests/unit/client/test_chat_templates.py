@@ -240,6 +240,7 @@ def test_named_templates_travel(family: Family) -> None:
         "{{ '%9999999999d' % 1 }}",
         "{{ '%9999999999d' | format(1) }}",
         "{{ '{:>9999999999}'.format(1) }}",
+        "{{ '{a:>9999999999}'.format_map({'a': 1}) }}",
         "{{ '%*d' % (10 ** 9, 1) }}",
         "{{ '{:>{}}'.format(1, 10 ** 9) }}",
         "{{ lipsum(10 ** 6) }}",
@@ -265,7 +266,7 @@ def test_named_templates_travel(family: Family) -> None:
     ],
 )
 def test_hostile_templates_are_refused(template: str) -> None:
-    with pytest.raises(InvalidData, match=r"^The model's chat template [^\n]*$"):
+    with pytest.raises(InvalidData, match=r"^The model's chat template (?!.*MemoryError)[^\n]*$"):
         ChatTemplate(template, {}, ()).render([{"role": "user", "content": "x"}], add_generation_prompt=True)
 
 
