@@ -94,19 +94,9 @@ def _connected(server: str, connection: ConnectionSettings, dtype: WireDtype, se
     with connect(server, connection, dtype=dtype) as patient:
         patient.tokenizer  # noqa: B018 - now in the cache
         if settings.full_head:
-            _require_whole_head(patient)
-            patient.fetch_head(stderr_reporter())
+            try:
+                patient.fetch_head(stderr_reporter())
+            except Unsupported as error:
+                hint = "Leave --full-head out: tokens are then drawn from the adapter's candidates."
+                raise Unsupported(error.detail, hint=hint) from error
     return connect(server, connection, dtype=dtype, retry_for=_CALL_RETRY_SECONDS)
-
-
-def _require_whole_head(plm: RemotePlm) -> None:
-    """Require an owner who gives the whole LM head.
-
-    Raises:
-        Unsupported: the owner gives rows of candidates alone, or none.
-    """
-    if plm.card.head_policy != "full":
-        raise Unsupported(
-            f"The owner does not give you the whole LM head (policy {plm.card.head_policy}).",
-            hint="Leave --full-head out: tokens are then drawn from the adapter's candidates.",
-        )
