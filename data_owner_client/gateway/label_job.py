@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.generation import translate
 from data_owner_client.decoding.results import Generation
-from data_owner_client.decoding.sequence import End
+from data_owner_client.decoding.sequence import CallCounts, End
+from data_owner_client.decoding.stats import GenerationStats
+from data_owner_client.gateway.explanation import shown_to_owner
 from data_owner_client.gateway.generation import mixture_of, refuse, source_of
 from data_owner_client.gateway.jobs import JobEvent
 from data_owner_client.gateway.openai.errors import ApiError, api_error
@@ -62,14 +63,9 @@ class LabelJob:
 
     def shown(self) -> dict[str, Any]:
         """Tokens and calls that the labels took, and the quotas that are left. Bytes are not counted."""
-        stats = self._found.stats if self._found else None
-        return {
-            "tokens": stats.label_tokens if stats else 0,
-            "round_trips": stats.calls if stats else 0,
-            "sent_bytes": None,
-            "received_bytes": None,
-            "quota": [asdict(quota) for quota in self._gateway.plm.rate_limits],
-        }
+        stats = self._found.stats if self._found else GenerationStats()
+        counts = CallCounts(round_trips=stats.calls, tokens=stats.label_tokens)
+        return shown_to_owner(counts, self._gateway.plm.rate_limits) | {"sent_bytes": None, "received_bytes": None}
 
     async def events(self) -> AsyncGenerator[JobEvent]:
         """The label, with the probabilities of all.
