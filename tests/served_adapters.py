@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
+
+import pytest
 
 from data_owner_client import Pair, TrainedAdapter, TrainingSettings, build_memories, train
 from data_owner_client.adapter.interpolation import Interpolation
@@ -11,6 +14,7 @@ from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.tasks import Task
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.training.train import REPORT
+from tests import guard
 
 TASK = Task(name="t", source_label="In", target_label="Out")
 WORDS = ["the", "thin", "die", "Tür", "an", "on", "shine", "reden", "her"]
@@ -21,6 +25,19 @@ INTERPOLATIONS = {
     "rewarded": Interpolation(schedule="constant", lambda_max=0.7, length_reward=0.5),
 }
 """Mixture of each adapter, by its name."""
+
+
+@pytest.fixture(scope="session")
+def plm(tiny_server: str) -> Iterator[RemotePlm]:
+    """The PLM as the commands see it that answers are compared with."""
+    with closing(guard.connection(tiny_server)) as connection:
+        yield RemotePlm(connection, dtype="float32", cache=None)
+
+
+@pytest.fixture(scope="session")
+def adapters(plm: RemotePlm, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of the adapters by name: one trained network with the mixtures."""
+    return train_adapters(plm, tmp_path_factory.mktemp("adapters"))
 
 
 def finish_reason(plm: RemotePlm, token_ids: Sequence[int]) -> str:

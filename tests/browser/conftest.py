@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
-from data_owner_client.plm.remote_plm import RemotePlm
-from tests import guard, profiles, support
+from tests import profiles, support
 from tests.browser.scripted_gateway import ScriptedGateway
-from tests.served_adapters import train_adapters
+from tests.served_adapters import adapters as adapters
+from tests.served_adapters import plm as plm
 
 CHROMIUM = Path("/usr/bin/chromium")
 # Longest wait for the page on a machine that is busy with other tests.
@@ -50,19 +49,6 @@ def url(gateway: ScriptedGateway) -> Iterator[str]:
 def console() -> list[str]:
     """Messages on the page's console. A test removes those that it expects; the others fail it."""
     return []
-
-
-@pytest.fixture(scope="session")
-def plm(tiny_server: str) -> Iterator[RemotePlm]:
-    """The PLM as the command sees it that answers are compared with."""
-    with closing(guard.connection(tiny_server)) as connection:
-        yield RemotePlm(connection, dtype="float32", cache=None)
-
-
-@pytest.fixture(scope="session")
-def adapters(plm: RemotePlm, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of the tiny PLM's adapters by name."""
-    return train_adapters(plm, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture

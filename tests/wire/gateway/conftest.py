@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from data_owner_client import TrainedAdapter
-from data_owner_client.plm.remote_plm import RemotePlm
-from tests import guard, profiles
+from tests import profiles
 from tests.gateways import gateway
-from tests.served_adapters import INTERPOLATIONS, train_adapters
+from tests.served_adapters import INTERPOLATIONS
+from tests.served_adapters import adapters as adapters
+from tests.served_adapters import plm as plm
 
 CLIENTS = Path(__file__).parents[3] / ".venv-clients" / "bin" / "python"
 
@@ -43,19 +43,6 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
         "OPENAI_API_KEY": "none",
         "TIKTOKEN_CACHE_DIR": caches,
     }
-
-
-@pytest.fixture(scope="session")
-def plm(tiny_server: str) -> Iterator[RemotePlm]:
-    """The PLM as the commands see it that answers are compared with."""
-    with closing(guard.connection(tiny_server)) as connection:
-        yield RemotePlm(connection, dtype="float32", cache=None)
-
-
-@pytest.fixture(scope="session")
-def adapters(plm: RemotePlm, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of the adapters by name: one trained network with two mixtures."""
-    return train_adapters(plm, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="session")
