@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from benchmarks.decode import prepare
+from benchmarks.random_rows import ROWS_PER_EXAMPLE, random_rows
 from data_owner_client import ExternalMemory
 from data_owner_client.memory.manifest import MemoryPlan
-from data_owner_client.memory.rows import MemoryRows
 from harness import report
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.engines.transformers.engine import load_model
@@ -31,7 +31,7 @@ from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
 
 _WORK = report.FOLDER / "train"
 _WIDTH, _VOCABULARY = 2048, 50_272
-_ROWS_PER_EXAMPLE, _EXAMPLES_PER_SHARD = 16, 512
+_EXAMPLES_PER_SHARD = 512
 
 
 def main() -> None:
@@ -94,25 +94,14 @@ def _large_memory(rows: int, like: MemoryPlan) -> tuple[Path, Path]:
     shutil.rmtree(folder, ignore_errors=True)
     model = like.model.model_copy(update={"hidden_size": _WIDTH, "vocab_size": _VOCABULARY, "name": "synthetic"})
     for part, count in (("train", rows), ("validation", 2_000)):
-        examples = count // _ROWS_PER_EXAMPLE
+        examples = count // ROWS_PER_EXAMPLE
         changed = {"model": model, "examples": examples, "examples_per_shard": _EXAMPLES_PER_SHARD}
         memory = ExternalMemory.open_or_create(folder / part, like.model_copy(update=changed))
         for start in range(0, examples, _EXAMPLES_PER_SHARD):
-            memory.append(_synthetic(min(_EXAMPLES_PER_SHARD, examples - start), rng))
+            memory.append(random_rows(min(_EXAMPLES_PER_SHARD, examples - start), _WIDTH, _VOCABULARY, rng))
     head = folder / "head.npy"
     np.save(head, torch.randn(_VOCABULARY, _WIDTH, generator=rng).div(_WIDTH**0.5).numpy())
     return folder, head
-
-
-def _synthetic(examples: int, rng: torch.Generator) -> MemoryRows:
-    rows = examples * _ROWS_PER_EXAMPLE
-    return MemoryRows(
-        cr_N_D=torch.randn(rows, _WIDTH, generator=rng).half(),
-        target_N=torch.randint(_VOCABULARY, (rows,), generator=rng, dtype=torch.int32),
-        rows_E=torch.full((examples,), _ROWS_PER_EXAMPLE, dtype=torch.int32),
-        source_tokens_E=torch.full((examples,), 12, dtype=torch.int32),
-        logsumexp_N=torch.full((rows,), 12.0),
-    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from benchmarks.gpu.machine import Machine, record
 from benchmarks.gpu.models import random_model, random_texts
+from benchmarks.random_rows import random_rows
 from data_owner_client.adapter.bounds import TextBounds
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.training.batches import MemoryStats
@@ -25,7 +26,7 @@ from protocol.head import LMHead
 
 _PAPER_MB = {"paper_pema_mb": 478, "paper_full_mb": 20_082}
 _WIDTH, _VOCABULARY, _CANDIDATES = 2048, 50_272, 5_000
-_ROWS_PER_EXAMPLE, _EXAMPLES = 16, 4096
+_EXAMPLES = 4096
 # A batch of the systems that train the PLM's weights: texts, tokens of each, and target tokens among them.
 _TEXTS, _TOKENS, _TARGET_TOKENS = 16, 64, 16
 
@@ -58,12 +59,12 @@ class AdapterTraining:
     def __init__(self, machine: Machine, candidates: int, examples: int) -> None:
         width = 64 if machine.quick else _WIDTH
         rng = torch.Generator().manual_seed(0)
-        self._memory = _InRam(_random_rows(examples, width, candidates, rng))
+        self._memory = _InRam(random_rows(examples, width, candidates, rng))
         ids_C = torch.arange(candidates)
         bounds = TextBounds(length_ratio=1.0, length_spread=1.0, longest_repetition=1)
         self._stats = MemoryStats(ids_C, 1.0, torch.eye(width), bounds)
         self._head = LMHead(torch.randn(candidates, width, generator=rng) / width**0.5)
-        held_out = _random_rows(16, width, candidates, rng)
+        held_out = random_rows(16, width, candidates, rng)
         logprob_N = torch.full((len(held_out.target_N),), -5.0, dtype=torch.float64)
         self._validation = ValidationData.from_rows(held_out, ids_C, logprob_N, 1.0)
         self._settings = TrainingSettings(reconstruction_epochs=1, epochs=1, device=machine.device.type)
@@ -86,17 +87,6 @@ def main() -> None:
         record({f"pema_{candidates}_candidates": {"rows_per_s": rate, "peak_gpu_mb": peak}})
     for system in ("lora", "full"):
         record({system: _tune(machine, system)})
-
-
-def _random_rows(examples: int, width: int, candidates: int, rng: torch.Generator) -> MemoryRows:
-    rows = examples * _ROWS_PER_EXAMPLE
-    return MemoryRows(
-        cr_N_D=torch.randn(rows, width, generator=rng).half(),
-        target_N=torch.randint(candidates, (rows,), generator=rng, dtype=torch.int32),
-        rows_E=torch.full((examples,), _ROWS_PER_EXAMPLE, dtype=torch.int32),
-        source_tokens_E=torch.full((examples,), 12, dtype=torch.int32),
-        logsumexp_N=torch.full((rows,), 12.0),
-    )
 
 
 def _tune(machine: Machine, system: str) -> dict[str, Any]:
