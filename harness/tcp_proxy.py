@@ -156,8 +156,8 @@ class Fault:
     Attributes:
         kind: `cut` resets it, `stall` leaves it open and forwards nothing more, `garble` goes on with random bytes,
             `garble-request` sends random bytes to the server in place of the client's next ones.
-        after_bytes: bytes from the server that pass undisturbed.
-        then: called as that happens; for `garble`, every time.
+        after_bytes: bytes from the server that pass undisturbed since the fault before, on whatever connection.
+        then: called as that happens.
     """
 
     kind: Literal["cut", "stall", "garble", "garble-request"]
@@ -167,15 +167,15 @@ class Fault:
 
 @contextmanager
 def faulty_proxy(port: int, faults: Iterable[Fault]) -> Iterator[int]:
-    """Forward a free local port to `port`; the connections take the faults in turn, those after them none.
+    """Forward a free local port to `port`; the faults strike one after the other.
 
-    A fault that did not strike its connection, because the server was still loading, waits for the next connection.
+    A fault strikes the connection whose bytes reach its count. Each connection is struck once at most.
     """
-    waiting, stop = deque(faults), threading.Event()
+    schedule, stop = _FaultSchedule(faults), threading.Event()
 
     def pumps() -> tuple[Pump, Pump]:
-        fault, garbling = waiting.popleft() if waiting else None, threading.Event()
-        return _garbling_pump(garbling), _FaultyPump(fault, garbling, stop, waiting.appendleft)
+        garbling = threading.Event()
+        return _garbling_pump(garbling), _FaultyPump(schedule, garbling, stop)
 
     with tcp_proxy("127.0.0.1", port, pumps) as local_port:
         try:
@@ -189,60 +189,72 @@ def _garbling_pump(garbling: threading.Event) -> Pump:
     return partial(pump, change=lambda data: noise.randbytes(len(data)) if garbling.is_set() else data)
 
 
+class _FaultSchedule:
+    """Counts the server's bytes over all connections, and tells when the next fault strikes."""
+
+    def __init__(self, faults: Iterable[Fault]) -> None:
+        self._waiting = deque(faults)
+        self._passed = 0
+        self._counting = threading.Lock()
+
+    def strike(self, n_bytes: int) -> tuple[Fault, int] | None:
+        """The fault that strikes within the next `n_bytes`, with the bytes before it; None where all may pass.
+
+        Calls the fault's `then` before it returns; other connections wait meanwhile.
+        """
+        with self._counting:
+            if not self._waiting:
+                return None
+            self._passed += n_bytes
+            fault = self._waiting[0]
+            if self._passed <= fault.after_bytes:
+                return None
+            undisturbed = fault.after_bytes - (self._passed - n_bytes)
+            self._waiting.popleft()
+            self._passed = 0
+            fault.then()
+            return fault, undisturbed
+
+
 class _FaultyPump:
     """Passes on the server's bytes to the client until a fault strikes.
 
     Args:
-        fault: None for an undisturbed connection.
+        schedule: of the faults to come.
         garbling: set when requests are to be garbled.
         stop: ends a stall.
-        give_back: takes a fault that did not strike.
     """
 
-    def __init__(
-        self,
-        fault: Fault | None,
-        garbling: threading.Event,
-        stop: threading.Event,
-        give_back: Callable[[Fault], None],
-    ) -> None:
-        self._fault, self._garbling, self._stop, self._give_back = fault, garbling, stop, give_back
-        self._left = fault.after_bytes if fault else 0
+    def __init__(self, schedule: _FaultSchedule, garbling: threading.Event, stop: threading.Event) -> None:
+        self._schedule, self._garbling, self._stop = schedule, garbling, stop
         self._noise = random.Random(7)
-        self._struck = False
+        self._struck: Fault | None = None
 
     def __call__(self, server: socket.socket, client: socket.socket) -> None:
         with suppress(OSError):
             while data := server.recv(_CHUNK_BYTES):
-                passed_on = data if self._fault is None else self._disturbed(self._fault, data, client)
+                passed_on = self._disturbed(data, client)
                 if passed_on is None:
                     break
                 client.sendall(passed_on)
-        if self._fault is not None and not self._struck:
-            self._give_back(self._fault)
         _close(client)
         _close(server)
 
-    def _disturbed(self, fault: Fault, data: bytes, client: socket.socket) -> bytes | None:
+    def _disturbed(self, data: bytes, client: socket.socket) -> bytes | None:
         """The bytes to pass on; None once the connection is to be reset."""
-        if fault.kind == "garble-request":
-            self._left -= len(data)
-            if self._left < 0 and not self._garbling.is_set():
-                self._struck = True
-                fault.then()
-                self._garbling.set()
+        undisturbed = 0
+        if self._struck is None:
+            struck = self._schedule.strike(len(data))
+            if struck is None:
+                return data
+            self._struck, undisturbed = struck
+        if self._struck.kind == "garble-request":
+            self._garbling.set()
             return data
-        if len(data) <= self._left:
-            self._left -= len(data)
-            return data
-        self._struck = True
-        client.sendall(data[: self._left])
-        fault.then()
-        if fault.kind == "stall":
+        client.sendall(data[:undisturbed])
+        if self._struck.kind == "stall":
             self._stop.wait()
-        if fault.kind == "cut":
+        if self._struck.kind == "cut":
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             return None
-        garbled = self._noise.randbytes(len(data) - self._left)
-        self._left = 0
-        return garbled
+        return self._noise.randbytes(len(data) - undisturbed)
