@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 _RETRY_SECONDS = 0.5
 # Seconds after which a refused request may come again, where the gateway itself is full.
 _FULL_RETRY_SECONDS = 1.0
+# Share of a round's time for which the next round waits for the next requests of clients whose answers have just ended.
+_NEXT_REQUESTS_SHARE = 0.1
 _PASSING = (Overloaded, NotReady, ConnectionFailed, RequestTimeout, ServerFault)
 """Errors of a call that may succeed when it is repeated."""
 
@@ -75,6 +77,8 @@ class RoundLoop:
         self._refused_until = 0.0
         self._failing_since: float | None = None
         self._closed = False
+        self._just_ended = 0
+        self._round_s = 0.0
         self._thread = threading.Thread(target=self._run, name="rounds", daemon=True)
         self._thread.start()
 
@@ -144,6 +148,7 @@ class RoundLoop:
     def _fill(self) -> bool:
         """Wait for sequences, and give them the free places; return False when the loop is closed."""
         with self._changed:
+            self._wait_for_next_requests()
             while not self._closed:
                 self._active = [member for member in self._active if not member.has_left]
                 while self._waiting and len(self._active) < self._batch_size:
@@ -155,7 +160,19 @@ class RoundLoop:
                 self._changed.wait()
         return False
 
+    def _wait_for_next_requests(self) -> None:
+        """Give clients whose answers ended in the last round the time to ask again.
+
+        A client that asks one question after the other would miss each next round otherwise.
+        """
+        expected = min(self._just_ended, self._batch_size - len(self._active)) if self._active else 0
+        self._just_ended = 0
+        self._changed.wait_for(
+            lambda: self._closed or len(self._waiting) >= expected, _NEXT_REQUESTS_SHARE * self._round_s
+        )
+
     def _round(self) -> None:
+        started = time.monotonic()
         try:
             self._step(self._active)
         except _PASSING as error:
@@ -166,6 +183,7 @@ class RoundLoop:
             self._failing_since = None
         ended = [member for member in self._active if member.sequence.end]
         self._active = [member for member in self._active if not member.sequence.end]
+        self._just_ended, self._round_s = len(ended), time.monotonic() - started
         for member in ended:
             _call(member, None)
 

@@ -16,10 +16,12 @@ from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.options import ChosenOptions
 from data_owner_client.decoding.preparation import PreparedTexts, prepare_answers, prepare_continuations, task_for
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
+from data_owner_client.gateway import round_loop
 from data_owner_client.gateway.jobs import GenerationJob
 from data_owner_client.gateway.round_loop import RoundLoop
 from data_owner_client.plm.remote_plm import RemotePlm
 from protocol.errors import ConnectionFailed, Overloaded
+from protocol.messages import DecodeResponse
 from tests import guard
 from tests.gateways import FaultyPlm
 
@@ -182,3 +184,46 @@ def test_more_than_may_wait_are_refused(plm: RemotePlm, adapters: list[TrainedAd
     assert refused
     assert answered
     assert all(error.retry_after_s for error in refused)
+
+
+class _CountingPlm:
+    """A PLM that notes the number of sequences in each call."""
+
+    def __init__(self, plm: RemotePlm) -> None:
+        self._plm = plm
+        self.sizes = list[int]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plm, name)
+
+    def decode(self, prompts: Sequence[Any], *arguments: Any, **options: Any) -> DecodeResponse:
+        self.sizes.append(len(prompts))
+        return self._plm.decode(prompts, *arguments, **options)
+
+
+def test_a_client_that_asks_in_turn_misses_no_round(plm: RemotePlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(round_loop, "_NEXT_REQUESTS_SHARE", 100.0)
+    counting: Any = _CountingPlm(plm)
+    loop = RoundLoop(counting, DecodingSettings(batch_size=4, look_ahead=0), max_waiting=10, patience_s=5.0)
+    long, *short = (
+        _prepare(plm, "the", None, {"decoding": DecodingSettings(max_new_tokens=tokens)}) for tokens in (24, 3, 2, 4, 1)
+    )
+
+    async def in_turn() -> None:
+        for prepared in short:
+            await _texts(loop, prepared)
+            await asyncio.sleep(0.02)  # longer than a round
+
+    async def both() -> None:
+        other = asyncio.create_task(_texts(loop, long))
+        await in_turn()
+        await other
+
+    try:
+        asyncio.run(both())
+    finally:
+        loop.close()
+    # The first round may begin before the second client comes.
+    together = counting.sizes[1:] if counting.sizes[0] == 1 else counting.sizes
+    assert together[: 3 + 2 + 4 + 1] == [2] * 10
+    assert len(counting.sizes) >= 24
