@@ -99,4 +99,6 @@ def _connected(server: str, connection: ConnectionSettings, dtype: WireDtype, se
             except Unsupported as error:
                 hint = "Leave --full-head out: tokens are then drawn from the adapter's candidates."
                 raise Unsupported(error.detail, hint=hint) from error
-    return connect(server, connection, dtype=dtype, retry_for=_CALL_RETRY_SECONDS)
+    plm = connect(server, connection, dtype=dtype, retry_for=_CALL_RETRY_SECONDS)
+    plm.tokenizer  # noqa: B018 - takes seconds, which the first request would wait for
+    return plm
