@@ -17,7 +17,7 @@ from harness.datasets.files import is_prepared, write_consecutive_splits, write_
 from harness.datasets.packages import fetch_wheel, keep_licences, read_members
 
 PACKAGE = "chitchat-dataset==0.9.0"
-TRAIN, VALIDATION, TEST = 1000, 100, 200
+TRAIN, VALIDATION, TEST = 1000, 100, 80
 MOST_TURNS = 6
 """Turns of a conversation; the rest is cut off."""
 _LONGEST_TURN = 200
