@@ -20,8 +20,6 @@ from data_owner_client.gateway.label_job import LabelJob
 from data_owner_client.gateway.openai.bodies import ChatCompletionBody, CompletionBody
 from data_owner_client.gateway.openai.events import MEDIA_TYPE, server_sent_events
 from data_owner_client.gateway.openai.requests import (
-    ChatRequest,
-    CompletionRequest,
     GenerationSettings,
     chat_request,
     completion_request,
@@ -48,7 +46,7 @@ async def chat_completions(request: Request, body: ChatCompletionBody) -> Respon
         ApiError: the request cannot be honoured.
         PemaError: the owner's server refuses a call or is away.
     """
-    return await _unless_disconnected(request, _chat(gateway_of(request), chat_request(body)))
+    return await _unless_disconnected(request, _chat(gateway_of(request), body))
 
 
 @router.post("/completions", summary="Continuations of prompts", response_model=None)
@@ -59,7 +57,7 @@ async def completions(request: Request, body: CompletionBody) -> Response:
         ApiError: the request cannot be honoured.
         PemaError: the owner's server refuses a call or is away.
     """
-    return await _unless_disconnected(request, _completions(gateway_of(request), completion_request(body)))
+    return await _unless_disconnected(request, _completions(gateway_of(request), body))
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
@@ -69,7 +67,8 @@ async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Respo
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
 
-async def _chat(gateway: Gateway, request: ChatRequest) -> Response:
+async def _chat(gateway: Gateway, body: ChatCompletionBody) -> Response:
+    request = await asyncio.to_thread(chat_request, body)  # a large schema takes long
     call = _Call(gateway, gateway.models.get(request.model), request.settings, chat=True)
     task = task_of(gateway, call.model)
     job: Job
@@ -81,7 +80,8 @@ async def _chat(gateway: Gateway, request: ChatRequest) -> Response:
     return await call.response(job, headers={NOTE: _ONLY_LAST_TURN} if ignores_turns else None)
 
 
-async def _completions(gateway: Gateway, request: CompletionRequest) -> Response:
+async def _completions(gateway: Gateway, body: CompletionBody) -> Response:
+    request = await asyncio.to_thread(completion_request, body)
     call = _Call(gateway, gateway.models.get(request.model), request.settings, chat=False)
     if is_scoring(request):
         return call.scored_response(*await scored_choices(gateway, call.model, request))
