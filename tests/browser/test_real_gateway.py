@@ -31,7 +31,7 @@ ADAPTED, ALONE = ".answer:nth-of-type(1)", ".answer:nth-of-type(2)"
 MARKUP = "<img src=x onerror=\"document.title='owned'\">"
 EMOJI = "\N{HOUSE BUILDING}"
 KEY = "a-key-of-the-tests"
-CALL_SECONDS = 0.1
+CALL_SECONDS = 1.0
 SCREENSHOTS = Path(os.environ.get("SCREENSHOTS") or tempfile.gettempdir()) / "pema-playground"
 
 
