@@ -92,7 +92,7 @@ def run_gateway(
 def _connected(server: str, connection: ConnectionSettings, dtype: WireDtype, settings: GatewaySettings) -> RemotePlm:
     """The PLM, once the owner's server answers, with all that takes long at the start."""
     with connect(server, connection, dtype=dtype) as patient:
-        patient.tokenizer  # noqa: B018 - now in the cache
+        tokenizer = patient.tokenizer
         if settings.full_head:
             try:
                 patient.fetch_head(stderr_reporter())
@@ -100,5 +100,6 @@ def _connected(server: str, connection: ConnectionSettings, dtype: WireDtype, se
                 hint = "Leave --full-head out: tokens are then drawn from the adapter's candidates."
                 raise Unsupported(error.detail, hint=hint) from error
     plm = connect(server, connection, dtype=dtype, retry_for=_CALL_RETRY_SECONDS)
-    plm.tokenizer  # noqa: B018 - takes seconds, which the first request would wait for
+    if plm.card.tokenizer_digest == patient.card.tokenizer_digest:
+        plm.tokenizer = tokenizer  # reading it takes seconds, which the first request would wait for
     return plm
