@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,30 @@ from tests import guard
 _CALL_RETRY_SECONDS = 1.0
 
 
-class FaultyPlm:
+class WatchedPlm:
+    """A PLM that counts its calls of `decode`.
+
+    Args:
+        plm: the PLM.
+    """
+
+    def __init__(self, plm: RemotePlm) -> None:
+        self._plm = plm
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plm, name)
+
+    def decode(self, prompts: Sequence[Sequence[int]], *arguments: Any, **options: Any) -> DecodeResponse:
+        self.calls += 1
+        self.before_call(prompts)
+        return self._plm.decode(prompts, *arguments, **options)
+
+    def before_call(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Called before each call. An error that it raises is that of the call."""
+
+
+class FaultyPlm(WatchedPlm):
     """A PLM whose calls fail where a function says so.
 
     Args:
@@ -40,18 +63,12 @@ class FaultyPlm:
     """
 
     def __init__(self, plm: RemotePlm, fault: Callable[[int], PemaError | None]) -> None:
-        self._plm = plm
+        super().__init__(plm)
         self._fault = fault
-        self.calls = 0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._plm, name)
-
-    def decode(self, *arguments: Any, **options: Any) -> DecodeResponse:
-        self.calls += 1
+    def before_call(self, prompts: Sequence[Sequence[int]]) -> None:
         if (fault := self._fault(self.calls)) is not None:
             raise fault
-        return self._plm.decode(*arguments, **options)
 
 
 @contextmanager

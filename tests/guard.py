@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ import trustme
 
 from data_owner_client.plm.connection.base import Connection
 from data_owner_client.plm.connection.open import open_connection
+from data_owner_client.plm.remote_plm import RemotePlm
 from plm_owner_server.admission.authentication import Authenticator, TenantKeyAuthenticator
 from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.service.requests import CallContext
@@ -151,6 +152,13 @@ def trust() -> ssl.SSLContext | bool:
 def connection(address: str, **settings: Any) -> Connection:
     """Our own client's connection to a server."""
     return open_connection(address, **credentials(**settings))
+
+
+@contextmanager
+def remote_plm(address: str) -> Iterator[RemotePlm]:
+    """The PLM of a server, with float32 on the wire and no cache on disk."""
+    with closing(connection(address)) as opened:
+        yield RemotePlm(opened, dtype="float32", cache=None)
 
 
 def http(address: str, *, headers_of_all: dict[str, str] | None = None, timeout: float = 60) -> httpx.Client:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -30,8 +29,8 @@ INTERPOLATIONS = {
 @pytest.fixture(scope="session")
 def plm(tiny_server: str) -> Iterator[RemotePlm]:
     """The PLM as the commands see it that answers are compared with."""
-    with closing(guard.connection(tiny_server)) as connection:
-        yield RemotePlm(connection, dtype="float32", cache=None)
+    with guard.remote_plm(tiny_server) as remote:
+        yield remote
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +19,8 @@ from data_owner_client import Generation, TrainedAdapter, translate
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.decoding.token_choice import TokenChoice
 from data_owner_client.plm.remote_plm import RemotePlm
-from protocol.messages import DecodeResponse
 from tests import support
-from tests.gateways import gateway
+from tests.gateways import WatchedPlm, gateway
 from tests.served_adapters import INTERPOLATIONS, PAIRS, TASK
 
 pytestmark = pytest.mark.unguarded("one way to the owner is enough")
@@ -35,22 +34,16 @@ CALL_SECONDS = 1.0
 SCREENSHOTS = Path(os.environ.get("SCREENSHOTS") or tempfile.gettempdir()) / "pema-playground"
 
 
-class SlowPlm:
-    """A PLM that counts its calls of `decode`, each of which takes a while."""
+class SlowPlm(WatchedPlm):
+    """A PLM each of whose calls takes a while."""
 
     def __init__(self, plm: RemotePlm) -> None:
-        self._plm = plm
+        super().__init__(plm)
         self._never = threading.Event()
-        self.calls = 0
         self.seconds = 0.0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._plm, name)
-
-    def decode(self, *arguments: Any, **options: Any) -> DecodeResponse:
-        self.calls += 1
+    def before_call(self, prompts: Sequence[Sequence[int]]) -> None:
         self._never.wait(self.seconds)
-        return self._plm.decode(*arguments, **options)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,8 @@ SOURCES = ["the thin", "die Tür", "an on", "reden"]
 
 @pytest.fixture(scope="module")
 def plm(tiny_server: str) -> Iterator[RemotePlm]:
-    with closing(guard.connection(tiny_server)) as connection:
-        yield RemotePlm(connection, dtype="float32", cache=None)
+    with guard.remote_plm(tiny_server) as remote:
+        yield remote
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import aclosing, closing
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -21,9 +21,8 @@ from data_owner_client.gateway.jobs import GenerationJob
 from data_owner_client.gateway.round_loop import RoundLoop
 from data_owner_client.plm.remote_plm import RemotePlm
 from protocol.errors import ConnectionFailed, Overloaded
-from protocol.messages import DecodeResponse
 from tests import guard
-from tests.gateways import FaultyPlm
+from tests.gateways import FaultyPlm, WatchedPlm
 
 TASK = Task(name="t", source_label="In", target_label="Out", stop="###")
 WORDS = ["the", "thin", "die", "Tür", "an", "on", "shine", "reden", "her"]
@@ -42,8 +41,8 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def plm(tiny_server: str) -> Iterator[RemotePlm]:
-    with closing(guard.connection(tiny_server)) as connection:
-        yield RemotePlm(connection, dtype="float32", cache=None)
+    with guard.remote_plm(tiny_server) as remote:
+        yield remote
 
 
 @pytest.fixture(scope="module")
@@ -186,19 +185,15 @@ def test_more_than_may_wait_are_refused(plm: RemotePlm, adapters: list[TrainedAd
     assert all(error.retry_after_s for error in refused)
 
 
-class _CountingPlm:
+class _CountingPlm(WatchedPlm):
     """A PLM that notes the number of sequences in each call."""
 
     def __init__(self, plm: RemotePlm) -> None:
-        self._plm = plm
+        super().__init__(plm)
         self.sizes = list[int]()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._plm, name)
-
-    def decode(self, prompts: Sequence[Any], *arguments: Any, **options: Any) -> DecodeResponse:
+    def before_call(self, prompts: Sequence[Sequence[int]]) -> None:
         self.sizes.append(len(prompts))
-        return self._plm.decode(prompts, *arguments, **options)
 
 
 def test_a_client_that_asks_in_turn_misses_no_round(plm: RemotePlm, monkeypatch: pytest.MonkeyPatch) -> None:

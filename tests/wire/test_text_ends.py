@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +44,8 @@ DRAFTS: list[dict[str, Any]] = [{"look_ahead": 0}, {"look_ahead": 1}, {"look_ahe
 
 @pytest.fixture(scope="module")
 def plm(tiny_server: str) -> Iterator[RemotePlm]:
-    with closing(guard.connection(tiny_server)) as connection:
-        yield RemotePlm(connection, dtype="float32", cache=None)
+    with guard.remote_plm(tiny_server) as remote:
+        yield remote
 
 
 @pytest.fixture(scope="module")

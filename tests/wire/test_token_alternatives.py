@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from functools import partial
 
 import pytest
@@ -24,8 +23,8 @@ COUNT = 4
 
 @pytest.fixture(scope="module")
 def plm(tiny_server: str) -> Iterator[RemotePlm]:
-    with closing(guard.connection(tiny_server)) as connection:
-        yield RemotePlm(connection, dtype="float32", cache=None)
+    with guard.remote_plm(tiny_server) as remote:
+        yield remote
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def plm(server: str) -> Iterator[RemotePlm]:
-    with closing(guard.connection(server)) as connection:
-        yield RemotePlm(connection, dtype="float32", cache=None)
+    with guard.remote_plm(server) as remote:
+        yield remote
 
 
 @pytest.fixture(scope="module")
