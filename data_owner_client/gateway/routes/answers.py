@@ -19,11 +19,7 @@ from data_owner_client.gateway.jobs import GenerationJob, JobEvent
 from data_owner_client.gateway.label_job import LabelJob
 from data_owner_client.gateway.openai.bodies import ChatCompletionBody, CompletionBody
 from data_owner_client.gateway.openai.events import MEDIA_TYPE, server_sent_events
-from data_owner_client.gateway.openai.requests import (
-    GenerationSettings,
-    chat_request,
-    completion_request,
-)
+from data_owner_client.gateway.openai.requests import GenerationSettings, chat_request, completion_request
 from data_owner_client.gateway.openai.responses import AnswerHead, Choice, Usage
 from data_owner_client.gateway.scoring import is_scoring
 from data_owner_client.gateway.served_models import ServedModel
