@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import socket
 import threading
@@ -184,23 +185,24 @@ def test_malformed_requests_are_answered_and_change_nothing(setting: Setting, tm
         address = httpx.URL(gateway.url)
         for number, request in enumerate(MALFORMED):
             with socket.create_connection(("127.0.0.1", address.port or 0), timeout=_SECONDS) as connection:
-                connection.sendall(request.replace(b"PORT", str(address.port).encode()))
-                connection.shutdown(socket.SHUT_WR)
-                answer = _all_of(connection)
+                answer = _answer(connection, request.replace(b"PORT", str(address.port).encode()))
             status = answer.split(b" ", 2)[1] if answer else b"closed"
             assert status in {b"400", b"404", b"413", b"421", b"431", b"505", b"closed"}, (number, answer)
         assert gateway.answer() == setting.answer
         assert "Traceback" not in gateway.output
 
 
-def _all_of(connection: socket.socket) -> bytes:
-    """All that the other side sends before it closes."""
+def _answer(connection: socket.socket, request: bytes) -> bytes:
+    """All that the other side sends before it closes, which it may do before it has read the whole request."""
     parts = list[bytes]()
     try:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
         while part := connection.recv(65536):
             parts.append(part)
-    except ConnectionResetError:
-        pass
+    except OSError as error:
+        if error.errno not in {errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN}:
+            raise
     return b"".join(parts)
 
 
