@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -186,22 +186,37 @@ def test_more_than_may_wait_are_refused(plm: RemotePlm, adapters: list[TrainedAd
 
 
 class _CountingPlm(WatchedPlm):
-    """A PLM that notes the number of sequences in each call."""
+    """A PLM that notes the number of sequences in each call.
 
-    def __init__(self, plm: RemotePlm) -> None:
+    Args:
+        plm: the PLM.
+        on_call: called with the numbers so far before each call, in the thread of the loop.
+    """
+
+    def __init__(self, plm: RemotePlm, on_call: Callable[[list[int]], None]) -> None:
         super().__init__(plm)
         self.sizes = list[int]()
+        self._on_call = on_call
 
     def before_call(self, prompts: Sequence[Sequence[int]]) -> None:
         self.sizes.append(len(prompts))
+        self._on_call(self.sizes)
 
 
 def test_a_client_that_asks_in_turn_misses_no_round(plm: RemotePlm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(round_loop, "_NEXT_REQUESTS_SHARE", 100.0)
-    counting: Any = _CountingPlm(plm)
+    """Each next text shares a round with the other client's, however long its request takes."""
+    short_lengths = [3, 2, 4, 1]
+    monkeypatch.setattr(round_loop, "_NEXT_REQUESTS_SHARE", 1e6)
+
+    def wait_no_more(sizes: list[int]) -> None:
+        if sizes.count(2) == sum(short_lengths):  # no request follows the last one
+            monkeypatch.setattr(round_loop, "_NEXT_REQUESTS_SHARE", 0.0)
+
+    counting: Any = _CountingPlm(plm, wait_no_more)
     loop = RoundLoop(counting, DecodingSettings(batch_size=4, look_ahead=0), max_waiting=10, patience_s=5.0)
     long, *short = (
-        _prepare(plm, "the", None, {"decoding": DecodingSettings(max_new_tokens=tokens)}) for tokens in (24, 3, 2, 4, 1)
+        _prepare(plm, "the", None, {"decoding": DecodingSettings(max_new_tokens=tokens)})
+        for tokens in [64, *short_lengths]
     )
 
     async def in_turn() -> None:
@@ -218,7 +233,8 @@ def test_a_client_that_asks_in_turn_misses_no_round(plm: RemotePlm, monkeypatch:
         asyncio.run(both())
     finally:
         loop.close()
-    # The first round may begin before the second client comes.
-    together = counting.sizes[1:] if counting.sizes[0] == 1 else counting.sizes
-    assert together[: 3 + 2 + 4 + 1] == [2] * 10
-    assert len(counting.sizes) >= 24
+    # Rounds may begin before the second client's first request comes.
+    first = counting.sizes.index(2)
+    together = counting.sizes[first : first + sum(short_lengths)]
+    assert together == [2] * sum(short_lengths)
+    assert set(counting.sizes[first + len(together) :]) == {1}
