@@ -3,8 +3,8 @@
 A replica is a server process with one thread, pinned to one core. Its client sends prepared token ids, ignores the
 results and shares the core, as if each replica were a machine. The engines have all cores, and two clients at a time.
 Bare vLLM is an `AsyncLLM` with equal settings and as many texts in flight: its pooling runner for encoding, and its
-`generate` for decoding in batches of several sizes by one client. No engine has cached states of a text before its
-first use. All take turns in every round.
+`generate` for decoding in batches of several sizes by one client. Both engines and bare vLLM are loaded at the same
+time and take short turns. No engine has cached states of a text before its first use.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import argparse
 import itertools
 import json
 import os
+import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 from data_owner_client import connect, load_task, read_pairs
 from data_owner_client.memory.encode import tokenize_pair
@@ -34,6 +35,8 @@ _DATA, _LOG, _REQUESTS = _WORK / "data", _WORK / "server.log", _WORK / "requests
 _BATCH, _CLIENTS = 32, 2
 _KINDS = ("encode", "decode")
 _DECODE_BATCHES = (1, 8, 32)
+# Turns of each engine in a round.
+_TURNS = 4
 _VLLM_FLAGS = ["--engine", "vllm", "--dtype", "float32"]
 
 
@@ -42,7 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="model, as for pema-server")
     parser.add_argument("--rounds", type=int, default=3, help="number of rounds")
-    parser.add_argument("--seconds", type=float, default=30.0, help="length of each measurement")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="length of each measurement; an engine's is in turns"
+    )
     parser.add_argument("--requests", type=int, default=8, help=f"number of requests with {_BATCH} texts each")
     parser.add_argument(
         "--vllm-python", default=".venv-vllm/bin/python", help="Python of the environment that `make test-vllm` makes"
@@ -58,27 +63,18 @@ def main() -> None:
     prepared = _prepare(model, arguments.requests)
     folder = resolve(arguments.model, ServerSettings(_env_file=None).cache_dir).folder
     figures: dict[str, list[float]] = defaultdict(list)
-    seconds, python = arguments.seconds, arguments.vllm_python
-    bare = [str(folder), str(_REQUESTS), str(seconds), str(len(cores))]
+    seconds = arguments.seconds
     for _, kind in itertools.product(range(arguments.rounds), _KINDS):
         for count in (1, 2):
             figures[f"replicas_{count}_{kind}"].append(_replicas(model, cores[:count], kind, seconds))
-        if arguments.no_vllm:
-            continue
-        theirs = _engine(model, len(cores), {kind: _CLIENTS}, seconds, sys.executable)
-        calls = {kind: _CLIENTS} | ({f"decode_{size}": 1 for size in _DECODE_BATCHES} if kind == "decode" else {})
-        ours = _engine([*model, *_VLLM_FLAGS], len(cores), calls, seconds, python)
-        figures[f"transformers_{kind}"].append(theirs[kind])
-        for name, clients in calls.items():
-            figures[f"vllm_{name}"].append(ours[name])
-            if name != "decode":
-                alone = run_together("benchmarks.scale_bare", [[*bare, str(clients), name]], python)
-                figures[f"bare_vllm_{name}"].append(_rows_per_s(alone))
+        if not arguments.no_vllm:
+            for name, rates in _engines(model, folder, len(cores), kind, seconds, arguments.vllm_python).items():
+                figures[name] += rates
     report.write("scale", _summary(figures) | prepared | {"rounds": arguments.rounds, "seconds": seconds})
 
 
 def _summary(figures: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians over the rounds: ratios of measurements of one round, and rows per second."""
+    """Medians over all turns: ratios of measurements of one turn, and rows per second."""
     ratios = {
         "replicas_2_over_1": ("replicas_2_encode", "replicas_1_encode"),
         "replicas_2_over_1_decode": ("replicas_2_decode", "replicas_1_decode"),
@@ -136,28 +132,81 @@ def _replicas(model: Sequence[str], cores: Sequence[int], kind: str, seconds: fl
         return _rows_per_s(run_together("benchmarks.scale_worker", clients))
 
 
-def _engine(flags: Sequence[str], threads: int, calls: dict[str, int], seconds: float, python: str) -> dict[str, float]:
-    """Rows per second of one server with all cores and always with work.
+def _engines(
+    model: Sequence[str], folder: Path, threads: int, kind: str, seconds: float, python: str
+) -> dict[str, list[float]]:
+    """Rows per second of both engines and of bare vLLM, which take short turns while all are loaded.
+
+    The speed of a shared machine changes within minutes, so neighbours in time are compared.
 
     Args:
-        flags: of the server, without threads and cache.
-        threads: threads of the server.
-        calls: number of clients for each kind of request, one kind after another.
-        seconds: length of each kind's measurement.
-        python: Python that runs the server.
+        model: flags of the server that name the model.
+        folder: folder of the model.
+        threads: threads of each.
+        kind: kind of request.
+        seconds: length of all turns of a side together.
+        python: Python of vLLM's environment.
     """
+    flags = [*model, "--threads", str(threads)]
     # Drafting requests one text many times; encoding would find a text cached only because requests repeat.
-    cache = ["--prefix-cache-mib", "0" if "encode" in calls else "1024"]
-    with server(_LOG, *flags, "--threads", str(threads), *cache, python=python) as (_, grpc_port):
-        return {
-            kind: _rows_per_s(
-                run_together(
-                    "benchmarks.scale_worker",
-                    [[f"grpc://127.0.0.1:{grpc_port}", str(_REQUESTS), kind, str(seconds)]] * clients,
-                )
-            )
-            for kind, clients in calls.items()
-        }
+    flags += ["--prefix-cache-mib", "0" if kind == "encode" else "1024"]
+    # Bare vLLM decodes for one client at each of several batch sizes.
+    sides = {kind: ["transformers", "vllm", "bare_vllm"]}
+    if kind == "decode":
+        sides = {kind: ["transformers", "vllm"]} | {f"decode_{size}": ["vllm", "bare_vllm"] for size in _DECODE_BATCHES}
+    clients = {name: _CLIENTS if name == kind else 1 for name in sides}
+    of_bare = [name for name, taking in sides.items() if "bare_vllm" in taking]
+    rates = defaultdict[str, list[float]](list)
+    with (
+        server(_LOG, *flags) as (_, transformers_port),
+        server(_WORK / "server-vllm.log", *flags, *_VLLM_FLAGS, python=python) as (_, vllm_port),
+        BareVllm([str(folder), str(_REQUESTS), str(threads), str(clients[of_bare[0]]), *of_bare], python) as bare,
+    ):
+        ports = {"transformers": transformers_port, "vllm": vllm_port}
+        for turn, (name, taking) in itertools.product(range(_TURNS), sides.items()):
+            first = turn % len(taking)
+            for side in taking[first:] + taking[:first]:
+                if side == "bare_vllm":
+                    rate = bare.rows_per_s(name, seconds / _TURNS)
+                else:
+                    words = [f"grpc://127.0.0.1:{ports[side]}", str(_REQUESTS), name, str(seconds / _TURNS)]
+                    rate = _rows_per_s(run_together("benchmarks.scale_worker", [words] * clients[name]))
+                rates[f"{side}_{name}"].append(rate)
+                print(f"{side}_{name}: {rate:.1f} rows/s", flush=True)
+    return rates
+
+
+class BareVllm:
+    """A process of `benchmarks.scale_bare` that measures when it is asked.
+
+    Args:
+        arguments: of the process.
+        python: Python of vLLM's environment.
+    """
+
+    def __init__(self, arguments: Sequence[str], python: str) -> None:
+        self._process = subprocess.Popen(
+            [python, "-m", "benchmarks.scale_bare", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        if self._read() != "ready\n":
+            sys.exit("Bare vLLM did not start.")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()  # the end of its input ends it
+
+    def rows_per_s(self, kind: str, seconds: float) -> float:
+        """Rows per second for one kind of request."""
+        print(kind, seconds, file=self._process.stdin, flush=True)
+        return _rows_per_s([json.loads(self._read())])
+
+    def _read(self) -> str:
+        return next(iter(self._process.stdout or ()), "")
 
 
 def _rows_per_s(reports: Sequence[dict[str, Any]]) -> float:

@@ -1,4 +1,4 @@
-"""Bare vLLM in its own environment, on prepared texts; reports in JSON.
+"""Bare vLLM in its own environment, on prepared texts; reports in JSON as often as it is asked.
 
 It computes the states of all positions by its pooling runner (`encode`), or tokens after prompts (`decode_…`). Only
 settings that are needed for correct states are set, such as the block size, to the values of the server's engine.
@@ -67,9 +67,8 @@ def _generating(options: dict[str, Any]) -> tuple[Any, _Rows]:
     return llm, rows
 
 
-async def _run(
-    folder: str, kind: str, batches: list[list[list[int]]], max_tokens: int, seconds: float, clients: int
-) -> dict[str, Any]:
+async def _serve(folder: str, batches: dict[str, list[list[list[int]]]], max_tokens: int, clients: int) -> None:
+    """Measure what each line of the standard input asks for: a kind of request, and seconds."""
     options = {
         "model": folder,
         "skip_tokenizer_init": True,
@@ -80,27 +79,28 @@ async def _run(
         "kv_cache_memory_bytes": 2**30,
         "disable_log_stats": True,
     }
-    llm, rows = (_pooling if kind == "encode" else _generating)(options)
+    llm, rows = (_pooling if "encode" in batches else _generating)(options)
 
-    async def client() -> int:
+    async def client(kind: str, until: float) -> int:
         count = 0
-        for texts in itertools.cycle(batches):
-            if time.perf_counter() - started >= seconds:
+        for texts in itertools.cycle(batches[kind]):
+            if time.perf_counter() >= until:
                 break
             count += sum(await asyncio.gather(*map(rows, texts)))
         return count
 
-    await asyncio.gather(*map(rows, batches[0]))
+    for kind_batches in batches.values():  # everything is loaded before a clock starts
+        await asyncio.gather(*map(rows, kind_batches[0]))
     print("ready", flush=True)
-    sys.stdin.readline()
-    started = time.perf_counter()
-    counts = await asyncio.gather(*(client() for _ in range(clients)))
-    elapsed = time.perf_counter() - started
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        kind, seconds = line.split()
+        started = time.perf_counter()
+        counts = await asyncio.gather(*(client(kind, started + float(seconds)) for _ in range(clients)))
+        print(json.dumps({"rows": sum(counts), "seconds": time.perf_counter() - started}), flush=True)
     llm.shutdown()
-    return {"rows": sum(counts), "seconds": elapsed}
 
 
-def main(folder: str, requests: str, seconds: str, threads: str, clients: str, kind: str) -> None:
+def main(folder: str, requests: str, threads: str, clients: str, *kinds: str) -> None:
     """Request texts as `clients` clients at once would."""
     os.environ |= {
         "OMP_NUM_THREADS": threads,
@@ -110,8 +110,8 @@ def main(folder: str, requests: str, seconds: str, threads: str, clients: str, k
         "VLLM_NO_USAGE_STATS": "1",
     }
     prepared = json.loads(Path(requests).read_text(encoding="utf-8"))
-    result = _run(folder, kind, prepared[kind], prepared["max_tokens"], float(seconds), int(clients))
-    print(json.dumps(asyncio.run(result)))
+    batches = {kind: prepared[kind] for kind in kinds}
+    asyncio.run(_serve(folder, batches, prepared["max_tokens"], int(clients)))
 
 
 if __name__ == "__main__":
