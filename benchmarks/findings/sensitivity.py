@@ -16,9 +16,9 @@ from benchmarks.sensitivity.points import FACTORS, Point
 from benchmarks.sensitivity.results import Results
 from data_owner_client.training.validation import LAMBDAS
 
-_NUMERIC = {"rank": "rank R", "kappa": "κ", "pairs": "training pairs"}
+_NUMERIC = {"rank": "rank R", "kappa": "κ", "pairs": "training pairs", "members": "averaged trainings"}
 _TITLES = _NUMERIC | {"form": "form", "context": "contexts", "model": "model"}
-_LOGARITHMIC = ("rank", "pairs")
+_LOGARITHMIC = ("rank", "pairs", "members")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import get_args
@@ -17,6 +17,7 @@ from benchmarks.in_process import rows_of
 from benchmarks.sensitivity.points import Point
 from data_owner_client import Pair, RemotePlm, Task, TrainedAdapter, build_memories, translate
 from data_owner_client.adapter.candidates import token_set
+from data_owner_client.adapter.ensemble import AdapterNetwork
 from data_owner_client.adapter.interpolation import Interpolation, mix
 from data_owner_client.adapter.types import Schedule
 from data_owner_client.memory.build_splits import task_of_memory
@@ -26,7 +27,9 @@ from data_owner_client.runtime.progress import Reporter
 from data_owner_client.scoring.scorers import references_of, scorer_for
 from data_owner_client.training.inputs import Memories, TrainingInput
 from data_owner_client.training.likelihood import plm_target_logprobs
+from data_owner_client.training.member_selection import network_of, select_members
 from data_owner_client.training.policies import DecodingPolicy
+from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.train import assemble_adapter
 from data_owner_client.training.trainer import Trained
 from data_owner_client.training.validation import LAMBDAS, ValidationData, target_logprobs
@@ -46,8 +49,8 @@ class Measurement(BaseModel):
         rows: rows of the training memory.
         candidates: number of candidate tokens.
         coverage: share of the held-out tokens that are candidates.
-        epochs: passes over the memory, of both phases together.
-        seconds: duration of the training.
+        epochs: passes over the memory, of both phases and all trainings together.
+        seconds: duration of all trainings.
         scores: metrics of the answers to the test set, by title; None if it was not answered.
         headline: title of the metric that the task is judged by.
     """
@@ -96,6 +99,7 @@ class Bench:
         self._task = task_of_memory(task, plm.tokenizer, [splits.train, splits.validation])
         self._memories = cache(self._built)
         self._test_rows = cache(self._encoded)
+        self._last: tuple[Point | None, dict[TrainingSettings, Trained]] = (None, {})
 
     def measure(self, point: Point) -> Measurement:
         """Train and measure a point; memories are built once."""
@@ -103,23 +107,41 @@ class Bench:
         inputs = TrainingInput.from_memories(
             self._plm,
             memories,
-            point.settings,
+            point.settings[0],
             self._reporter,
             examples=min(point.pairs, memories.train.manifest.examples),
         )
-        checkpoint = self._folder / "checkpoint.safetensors"
-        checkpoint.unlink(missing_ok=True)
-        trained = inputs.fit(point.settings, checkpoint, self._reporter)
-        checkpoint.unlink(missing_ok=True)
-        measurement = self._measured(inputs, trained, memories.train.length_ratio)
+        trainings = self._fit(inputs, point)
+        members = select_members(
+            [(settings, trained.adapter) for settings, trained in trainings.items()],
+            point.members,
+            inputs.validation,
+            inputs.targets.candidates,
+        )
+        measurement = self._measured(inputs, network_of(members), list(trainings.values()), memories.train.length_ratio)
         if point.schedule is None:
             return measurement
         interpolation = Interpolation(
             schedule=point.schedule, lambda_max=measurement.lambda_max.get(point.schedule, 0.0)
         )
         policy = DecodingPolicy(nearest=0, interpolation=interpolation, nll=0.0)
-        adapter = assemble_adapter(memories, inputs, point.settings, trained, policy)
+        adapter = assemble_adapter(memories, inputs, members, policy)
         return measurement.model_copy(update=self._scores(adapter))
+
+    def _fit(self, inputs: TrainingInput, point: Point) -> dict[TrainingSettings, Trained]:
+        """The trainings of a point, some of which the last point may have had, too."""
+        like_last = replace(point, members=1, schedule=None)
+        known = self._last[1] if self._last[0] == like_last else {}
+        trainings = {}
+        for settings in point.settings:
+            if settings not in known:
+                checkpoint = self._folder / "checkpoint.safetensors"
+                checkpoint.unlink(missing_ok=True)
+                known[settings] = inputs.fit(settings, checkpoint, self._reporter)
+                checkpoint.unlink(missing_ok=True)
+            trainings[settings] = known[settings]
+        self._last = like_last, known
+        return trainings
 
     def _scores(self, adapter: TrainedAdapter) -> dict[str, object]:
         """Scores of the adapter's most probable answers to the test set, by field of `Measurement`."""
@@ -129,12 +151,14 @@ class Bench:
         scores = {scorer.metrics[key].title: value for key, value in scorer.scores(answers).items()}
         return {"scores": scores, "headline": scorer.metrics[scorer.headline].title}
 
-    def _measured(self, inputs: TrainingInput, trained: Trained, length_ratio: float) -> Measurement:
+    def _measured(
+        self, inputs: TrainingInput, network: AdapterNetwork, trainings: Sequence[Trained], length_ratio: float
+    ) -> Measurement:
         rows, plm_logprob_N = self._test_rows()
         test = ValidationData.from_rows(rows, inputs.stats.candidate_ids_C, plm_logprob_N, length_ratio)
         head = inputs.targets.candidates
-        held_out_N = target_logprobs(trained.adapter, head, inputs.validation.data)
-        pema_logprob_N = target_logprobs(trained.adapter, head, test.data)
+        held_out_N = target_logprobs(network, head, inputs.validation.data)
+        pema_logprob_N = target_logprobs(network, head, test.data)
         chosen = {schedule: inputs.validation.best(held_out_N, schedule)[0] for schedule in SCHEDULES}
         constant_N = torch.full_like(plm_logprob_N, chosen["constant"].lambda_max)
         gain_N = mix(plm_logprob_N, pema_logprob_N, constant_N) - plm_logprob_N
@@ -153,8 +177,8 @@ class Bench:
             rows=sum(inputs.rows.shard_rows),
             candidates=len(inputs.stats.candidate_ids_C),
             coverage=(test.data.label_N >= 0).double().mean().item(),
-            epochs=len(trained.history),
-            seconds=trained.seconds,
+            epochs=sum(len(trained.history) for trained in trainings),
+            seconds=sum(trained.seconds for trained in trainings),
         )
 
     def _built(self, mode: ContextMode) -> Memories:

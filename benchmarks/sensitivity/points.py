@@ -15,6 +15,8 @@ from data_owner_client.training.settings import Pairing
 Context = Literal["teacher-forced", "aligned", "reliable", "by position"]
 """Contexts of a memory's rows: the true ones, or private ones by the way that targets are paired with them."""
 
+# Between the seeds of members: more than points have seeds.
+_SEED_STEP = 1000
 _CONTEXTS: Mapping[Context, tuple[ContextMode, Pairing, AdapterForm]] = {
     "teacher-forced": ("teacher-forced", "aligned", "residual"),
     "aligned": ("private", "aligned", "recent"),
@@ -36,6 +38,7 @@ class Point:
         kappa: weight of the reconstruction loss.
         form: form of the adapter; None for the one that suits the contexts.
         seed: seed of the training.
+        members: number of trainings with other seeds that the adapter averages.
         schedule: schedule with which the test set is answered, `none` for the PLM alone; None to measure likelihood
             alone.
     """
@@ -48,6 +51,7 @@ class Point:
     kappa: float = 0.2
     form: AdapterForm | None = None
     seed: int = 0
+    members: int = 1
     schedule: Schedule | None = None
 
     @property
@@ -61,12 +65,13 @@ class Point:
         return _CONTEXTS[self.context][0]
 
     @property
-    def settings(self) -> TrainingSettings:
-        """Settings of the training."""
+    def settings(self) -> list[TrainingSettings]:
+        """Settings of each training."""
         _, pairing, form = _CONTEXTS[self.context]
-        return TrainingSettings(
+        first = TrainingSettings(
             form=self.form or form, pairing=pairing, rank=self.rank, kappa=self.kappa, seed=self.seed
         )
+        return [replace(first, seed=first.seed + _SEED_STEP * number) for number in range(self.members)]
 
 
 FACTORS: Mapping[str, Sequence[Any]] = {
@@ -74,6 +79,7 @@ FACTORS: Mapping[str, Sequence[Any]] = {
     "kappa": (0.0, 0.2, 0.5, 0.8),
     "form": ("paper", "recent"),
     "pairs": (60, 125, 250, 500, 1000, 2000),
+    "members": (1, 2, 4, 8),
     "context": tuple(_CONTEXTS),
     "model": (
         "gemma-3-270m",

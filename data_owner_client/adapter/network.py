@@ -53,6 +53,23 @@ class Adapter(nn.Module):
             self.head_rms: Tensor
             self.register_buffer("head_rms", torch.tensor(head_rms))
 
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.A.out_features
+
+    def logprobs(self, head: LMHead, cr_N_D: Tensor, previous_N_P: Tensor, matches_N: Tensor | None = None) -> Tensor:
+        """log P_PEMA over the candidates [N, C], float32.
+
+        Args:
+            head: LM-head rows of the C candidates.
+            cr_N_D: representations.
+            previous_N_P: see `recent_features`.
+            matches_N: see `scaled`.
+        """
+        recent_N_F = self.recent_features(head, previous_N_P)
+        return head.logits(self.hidden(self.scaled(cr_N_D, matches_N), recent_N_F)).log_softmax(dim=-1)
+
     def scaled(self, cr_N_D: Tensor, matches_N: Tensor | None = None) -> Tensor:
         """x = f / rms in float32; the form `recent` scales mismatched contexts by `mismatch_scale`.
 

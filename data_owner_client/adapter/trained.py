@@ -6,12 +6,14 @@ P_PEMA(· | c) = softmax(head(h_pd)) over the candidate vocabulary V' ⊂ V, the
 `residual`: h_pd = f + B_pd A f, which starts as the PLM itself.
 `recent`: h_pd = f + B_pd (A f + E e) with e the head rows of the two previous target tokens. They inform the adapter
 where f cannot: in private memories f follows the PLM's own continuation, which often ends in other words.
+
+An adapter may be the average of several such networks (`adapter.ensemble`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,7 +23,9 @@ from torch import Tensor
 
 from data_owner_client.adapter.candidates import index_of
 from data_owner_client.adapter.card import AdapterCard
+from data_owner_client.adapter.ensemble import AdapterNetwork, Ensemble
 from data_owner_client.adapter.network import RECENT_TOKENS, Adapter
+from data_owner_client.adapter.types import AdapterForm
 from data_owner_client.data.example_retrieval import ExampleRetriever
 from data_owner_client.data.pair_files import read_stored_pairs, write_pairs
 from data_owner_client.data.pairs import Pair
@@ -43,14 +47,14 @@ class TrainedAdapter:
 
     Attributes:
         card: metadata.
-        adapter: the network.
+        adapter: the network, or the average of several.
         candidate_ids_C: int64, sorted.
         head: float32 head rows of the candidates.
         pairs: source of the retrieved examples in the PLM's prompts; empty unless `card.nearest` > 0.
     """
 
     card: AdapterCard
-    adapter: Adapter
+    adapter: AdapterNetwork
     candidate_ids_C: Tensor
     head: LMHead
     pairs: Sequence[Pair] = ()
@@ -65,9 +69,8 @@ class TrainedAdapter:
         """log P_PEMA over the candidates [N, C], float32; see `CandidateDistribution.logprobs`."""
         if previous_N_P is None:
             previous_N_P = torch.full((len(cr_N_D), RECENT_TOKENS), -1)
-        adapter = self.adapter.eval()
-        recent_N_F = adapter.recent_features(self.head, index_of(previous_N_P, self.candidate_ids_C))
-        return self.head.logits(adapter.hidden(adapter.scaled(cr_N_D), recent_N_F)).log_softmax(dim=-1)
+        index_N_P = index_of(previous_N_P, self.candidate_ids_C)
+        return self.adapter.eval().logprobs(self.head, cr_N_D, index_N_P)
 
     def save(self, folder: AnyPath) -> None:
         """Write the adapter: tensors first, the card last, so that an interrupted write leaves no adapter.
@@ -76,7 +79,7 @@ class TrainedAdapter:
             InvalidData: the disk is full.
         """
         folder, parameters = to_path(folder), self.adapter.state_dict()
-        tensors = {_STORED_NAMES.get(name, name): value.contiguous() for name, value in parameters.items()}
+        tensors = {_renamed(name, _STORED_NAMES): value.contiguous() for name, value in parameters.items()}
         tensors |= {"candidate_ids_C": self.candidate_ids_C, "head.weight": self.head.weight_V_D.contiguous()}
         if self.head.bias_V is not None:
             tensors["head.bias"] = self.head.bias_V.contiguous()
@@ -110,11 +113,8 @@ class TrainedAdapter:
             candidate_ids_C, weight = tensors.pop("candidate_ids_C"), tensors.pop("head.weight")
             head = LMHead(weight, tensors.pop("head.bias", None), card.logit_scale, card.softcap)
             _check_vocabulary(card, candidate_ids_C, head)
-            # Check before allocating the sizes that the card claims.
-            if tensors["A.weight"].shape != (card.rank, card.model.hidden_size):
-                raise damaged
-            adapter = Adapter(card.model.hidden_size, card.rank, card.form)
-            adapter.load_state_dict({_PARAMETER_NAMES.get(name, name): value for name, value in tensors.items()})
+            adapter = _empty_network(card, tensors)
+            adapter.load_state_dict({_renamed(name, _PARAMETER_NAMES): value for name, value in tensors.items()})
         except (KeyError, RuntimeError, ValueError) as error:
             raise damaged from error
         if not all(value.isfinite().all() for value in (*tensors.values(), *head.parts())):
@@ -123,6 +123,31 @@ class TrainedAdapter:
         if pairs is None:
             raise damaged
         return cls(card, adapter.eval(), candidate_ids_C, head, pairs)
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """The name of a parameter, or of a member's parameter, with its last part renamed."""
+    owner, dot, last = name.rpartition(".")
+    return f"{owner}{dot}{names.get(last, last)}"
+
+
+def _empty_network(card: AdapterCard, tensors: Mapping[str, Tensor]) -> AdapterNetwork:
+    """A network for the tensors of an adapter.
+
+    Raises:
+        KeyError: a member has no tensors.
+        ValueError: the tensors have other sizes than the card says, so nothing was allocated.
+    """
+
+    def network(prefix: str, form: AdapterForm, rank: int) -> Adapter:
+        if tensors[f"{prefix}A.weight"].shape != (rank, card.model.hidden_size):
+            raise ValueError("the matrices have other sizes than the card says")
+        return Adapter(card.model.hidden_size, rank, form)
+
+    if not card.members:
+        return network("", card.form, card.rank)
+    members = [network(f"members.{k}.", member.form, member.rank) for k, member in enumerate(card.members)]
+    return Ensemble(members, [member.weight for member in card.members])
 
 
 def _check_vocabulary(card: AdapterCard, candidate_ids_C: Tensor, head: LMHead) -> None:

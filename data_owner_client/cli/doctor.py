@@ -229,4 +229,7 @@ def _memory(plm: RemotePlm, path: Path) -> Finding:
 def _adapter(plm: RemotePlm, path: Path) -> Finding:
     card = TrainedAdapter.load(path).card
     card.model.require(ModelIdentity.from_card(plm.card), f"The adapter in {path}", "the server")
-    return Finding(check=f"adapter {path}", ok=True, detail=f"of this very model; {card.form}, rank {card.rank}")
+    detail = f"of this very model; {card.form}, rank {card.rank}"
+    if card.members:
+        detail += f", the average of {len(card.members)} networks"
+    return Finding(check=f"adapter {path}", ok=True, detail=detail)

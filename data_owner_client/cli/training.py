@@ -166,6 +166,7 @@ def train(
         "form": card.form,
         "pairing": card.settings["pairing"],
         "rank": card.rank,
+        "networks": max(1, len(card.members)),
         "candidates": card.candidates,
         **card.validation,
         "interpolation": card.interpolation_why,

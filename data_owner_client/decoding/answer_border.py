@@ -59,7 +59,7 @@ def text_to_score(
         ends = accumulate(map(len, pieces))
         border = next((number for number, at in enumerate(ends, 1) if at >= end), len(token_ids))
         return TextToScore(token_ids, border, length)
-    if interpolation.schedule == "constant" and interpolation.gate is None and adapter.card.form != "recent":
+    if interpolation.schedule == "constant" and interpolation.gate is None and not adapter.card.sees_recent_tokens:
         return TextToScore(token_ids, 0, length)
     raise InvalidData(
         "The text does not say where its answer begins, on which this adapter's λ or form depends.",

@@ -79,7 +79,7 @@ class AdapterFacts(BaseModel):
         memory: size of the memory; None if it is not found.
         history: epochs of the chosen training; empty without the training's report.
         trials: trainings that were tried.
-        chosen_trial: index of the chosen one among the trials; None without the training's report.
+        trial_weights: share of each trial in the adapter's distribution, 0 for those that are not used.
         policies: decoding policies that were tried, the chosen one first.
         training_seconds: duration of `train`; None without its report.
         exchange: what each side has learned of the other; None if neither report nor memory says.
@@ -106,7 +106,7 @@ class AdapterFacts(BaseModel):
     memory: MemoryFacts | None = None
     history: list[dict[str, float | int | str | None]] = []
     trials: list[Trial] = []
-    chosen_trial: int | None = None
+    trial_weights: list[float] = []
     policies: list[DecodingPolicy] = []
     training_seconds: float | None = None
     exchange: Exchange | None = None
@@ -147,11 +147,14 @@ def _report(folder: Path, card: AdapterCard) -> TrainingReport | None:
 
 
 def _of_report(report: TrainingReport) -> dict[str, Any]:
-    chosen = (number for number, trial in enumerate(report.trials) if trial.settings == report.card.settings)
+    card = report.card
+    members = [(member.settings, member.weight) for member in card.members] or [(card.settings, 1.0)]
     return {
         "history": report.history,
         "trials": report.trials,
-        "chosen_trial": next(chosen, None),
+        "trial_weights": [
+            sum(weight for settings, weight in members if settings == trial.settings) for trial in report.trials
+        ],
         "policies": report.options,
         "training_seconds": report.seconds,
     }

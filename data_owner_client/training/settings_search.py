@@ -1,9 +1,9 @@
-"""Search for training settings by whole trainings with one change at a time."""
+"""Search for training settings by whole trainings with one change at a time; all of them may become members."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data_owner_client.adapter.types import AdapterForm
@@ -27,6 +27,14 @@ _CHANGES: tuple[dict[str, Any], ...] = (
 Fit = Callable[[TrainingSettings], Trained]
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """Settings that were tried, and the training that they led to."""
+
+    settings: TrainingSettings
+    trained: Trained
+
+
 def search_settings(
     candidates: Sequence[TrainingSettings],
     fit: Fit,
@@ -34,10 +42,11 @@ def search_settings(
     forms: Sequence[AdapterForm],
     on_trial: Callable[[TrainingSettings, float], None],
     has_time_for: Callable[[float], bool],
-) -> tuple[TrainingSettings, Trained]:
-    """Train with every candidate, then change the best one step by step, and return the best settings and adapter.
+) -> list[Attempt]:
+    """Train with every candidate, then change the best one step by step, and return all attempts, the best one first.
 
-    A change is kept if it lowers the validation loss. Settings that the user changed from their defaults stay.
+    Other seeds come first, one for each further member. Then a change is kept if it lowers the validation loss.
+    Settings that the user changed from their defaults stay.
 
     Args:
         candidates: settings to begin with; each is trained, whatever the time.
@@ -46,32 +55,31 @@ def search_settings(
         on_trial: called after each training with its settings and validation loss.
         has_time_for: tells whether another training may begin, given the seconds of the longest one so far.
     """
-    longest, tried = 0.0, set[TrainingSettings]()
+    attempts = list[Attempt]()
 
-    def attempt(candidate: TrainingSettings) -> Trained:
-        nonlocal longest
-        trained = fit(candidate)
-        on_trial(candidate, trained.best_nll)
-        tried.add(candidate)
-        longest = max(longest, trained.seconds)
-        return trained
+    def attempt(candidate: TrainingSettings) -> None:
+        attempts.append(Attempt(candidate, fit(candidate)))
+        on_trial(candidate, attempts[-1].trained.best_nll)
 
-    results = [(candidate, attempt(candidate)) for candidate in candidates]
-    best, trained = min(results, key=lambda result: result[1].best_nll)
-    for change in _changes(best, forms):
-        if not has_time_for(longest):
+    for candidate in candidates:
+        attempt(candidate)
+    for change in _changes(_best(attempts).settings, forms):
+        if not has_time_for(max(each.trained.seconds for each in attempts)):
             break
-        candidate = replace(best, **change)
-        if candidate in tried or not candidate.makes_sense:
-            continue
-        other = attempt(candidate)
-        if other.best_nll < trained.best_nll:
-            best, trained = candidate, other
-    return best, trained
+        candidate = replace(_best(attempts).settings, **change)
+        if candidate not in (each.settings for each in attempts) and candidate.makes_sense:
+            attempt(candidate)
+    return sorted(attempts, key=lambda each: each.trained.best_nll)
+
+
+def _best(attempts: Sequence[Attempt]) -> Attempt:
+    return min(attempts, key=lambda each: each.trained.best_nll)
 
 
 def _changes(settings: TrainingSettings, forms: Sequence[AdapterForm]) -> Iterator[dict[str, Any]]:
     default = TrainingSettings()
+    for number in range(1, settings.members):
+        yield {"seed": settings.seed + number}
     for change in _CHANGES:
         ((name, value),) = change.items()
         if value in forms if name == "form" else getattr(settings, name) == getattr(default, name):

@@ -114,7 +114,7 @@ def _train_and_score(
     pema_logprob_N = target_logprobs(trained.adapter, inputs.targets.candidates, inputs.validation.data)
     rows = [
         SweepRow(
-            settings=replace(settings, rank=trained.adapter.A.out_features),
+            settings=replace(settings, rank=trained.adapter.rank),
             examples=count,
             schedule=each.schedule,
             lambda_max=each.lambda_max,

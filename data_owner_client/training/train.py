@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from data_owner_client.adapter.card import AdapterCard
+from data_owner_client.adapter.card import AdapterCard, MemberCard
 from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.adapter.types import AdapterForm
 from data_owner_client.data.pairs import digest_pairs
@@ -29,6 +29,7 @@ from data_owner_client.training.decoded_policies import TextStore
 from data_owner_client.training.decoding_policy import DEFAULT_RETRIEVED_EXAMPLES, max_policies, select_decoding_policy
 from data_owner_client.training.exchange import Exchange
 from data_owner_client.training.inputs import Memories, TrainingInput, resolve_settings
+from data_owner_client.training.member_selection import Member, network_of, select_members
 from data_owner_client.training.plots import plot_training
 from data_owner_client.training.policies import DecodingPolicy
 from data_owner_client.training.settings import TrainingSettings
@@ -153,7 +154,7 @@ def train(
         trials.append(Trial(settings=asdict(tried), nll=nll))
         if work.search_seconds or len(candidate_settings) > 1:
             words = f"{tried.form}, rank {tried.rank}, κ {tried.kappa}, learning rate {tried.learning_rate}"
-            words += f", dropout {tried.dropout}"
+            words += f", dropout {tried.dropout}, seed {tried.seed}"
             words += f", pairing {tried.pairing}" if len(candidate_settings) > 1 else ""
             reporter.say(f"Tried {words}: {nll:.4f} nats per token.")
 
@@ -161,12 +162,19 @@ def train(
         wishes, costs = replace(work.wishes, trainings=0), replace(work.costs, training=longest)
         return WorkPlan.within(budget.left, wishes, costs).search_seconds > 0
 
-    settings, trained = search_settings(
-        candidate_settings, fit, forms=forms, on_trial=on_trial, has_time_for=has_time_for
+    attempts = search_settings(candidate_settings, fit, forms=forms, on_trial=on_trial, has_time_for=has_time_for)
+    settings, trained = attempts[0].settings, attempts[0].trained
+    members = select_members(
+        [(each.settings, each.trained.adapter) for each in attempts],
+        settings.members,
+        inputs.validation,
+        inputs.targets.candidates,
     )
+    if len(attempts) > 1 and settings.members > 1:
+        reporter.say(f"Averaged: {len(members)} of {len(attempts)} trainings.")
     wishes, planned_texts = replace(work.wishes, trainings=0, search=False), work.texts
     work = WorkPlan.within(budget.left, wishes, work.costs)
-    with_policy = partial(assemble_adapter, memories, inputs, settings, trained)
+    with_policy = partial(assemble_adapter, memories, inputs, members)
     policies = select_decoding_policy(
         plm,
         memories,
@@ -176,7 +184,10 @@ def train(
         reporter,
         plan=work,
         budget=budget,
-        store=TextStore(folder / _CHECKPOINTS, [inputs.identity, checkpoint(settings).name]),
+        store=TextStore(
+            folder / _CHECKPOINTS,
+            [inputs.identity, [[checkpoint(member.settings).name, member.weight] for member in members]],
+        ),
     )
     best = policies[0]
     if planned_texts and best.scores is None:
@@ -261,8 +272,7 @@ def _say_plan(plm: RemotePlm, work: WorkPlan, minutes: float, reporter: Reporter
 def assemble_adapter(
     memories: Memories,
     inputs: TrainingInput,
-    settings: TrainingSettings,
-    trained: Trained,
+    members: Sequence[Member],
     policy: DecodingPolicy,
     why: str = "",
 ) -> TrainedAdapter:
@@ -271,20 +281,24 @@ def assemble_adapter(
     Args:
         memories: memories that it was trained on.
         inputs: inputs of the training.
-        settings: settings of the training.
-        trained: result of the training.
+        members: trainings whose distributions it averages, the heaviest first; one for a single network.
         policy: decoding policy.
         why: reason for the policy, in words.
     """
     plan, head = memories.plan, inputs.targets.candidates
     pairs = memories.train_pairs if policy.nearest else []
+    cards = [
+        MemberCard(form=each.adapter.form, rank=each.adapter.rank, weight=each.weight, settings=asdict(each.settings))
+        for each in members
+    ]
     card = AdapterCard(
         model=plan.model,
         task=plan.task,
         context_mode=plan.context_mode,
-        form=trained.adapter.form,
-        rank=trained.adapter.A.out_features,
+        form=cards[0].form,
+        rank=cards[0].rank,
         candidates=len(inputs.stats.candidate_ids_C),
+        members=tuple(cards) if len(cards) > 1 else (),
         length_ratio=memories.train.length_ratio,
         mean_length=memories.train.manifest.rows / memories.train.manifest.examples,
         bounds=inputs.stats.bounds,
@@ -295,7 +309,7 @@ def assemble_adapter(
         label_temperature=policy.label_temperature,
         logit_scale=head.logit_scale,
         softcap=head.softcap,
-        settings=asdict(settings),
+        settings=cards[0].settings,
         validation={
             "plm_nll": inputs.plm_nll,
             "mixture_nll": policy.nll,
@@ -303,7 +317,7 @@ def assemble_adapter(
         },
         memory_digest=memories.train.digest,
     )
-    return TrainedAdapter(card, trained.adapter, inputs.stats.candidate_ids_C, head, pairs)
+    return TrainedAdapter(card, network_of(members), inputs.stats.candidate_ids_C, head, pairs)
 
 
 def _require_shared(settings: TrainingSettings, plan: MemoryPlan) -> None:

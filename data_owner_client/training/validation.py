@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data_owner_client.adapter.ensemble import AdapterNetwork
 from data_owner_client.adapter.interpolation import Interpolation, mix
-from data_owner_client.adapter.network import Adapter
 from data_owner_client.adapter.types import Schedule
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.training.batches import Batch
@@ -75,7 +75,7 @@ def likeliest_interpolations(validation: ValidationData, pema_logprob_N: Tensor)
 
 
 @torch.inference_mode()
-def target_logprobs(adapter: Adapter, head: LMHead, data: Batch) -> Tensor:
+def target_logprobs(adapter: AdapterNetwork, head: LMHead, data: Batch) -> Tensor:
     """log P_PEMA(y) of each row, float64; −∞ where the target is no candidate."""
     was_training = adapter.training
     adapter.eval()
@@ -83,9 +83,9 @@ def target_logprobs(adapter: Adapter, head: LMHead, data: Batch) -> Tensor:
     rows, device = head.rows_per_chunk(), head.weight_V_D.device
     for start in range(0, len(data), rows):
         part = data[start : start + rows]
-        x_B_D = adapter.scaled(part.cr_N_D.to(device), part.matches_N.to(device))
-        recent_B_F = adapter.recent_features(head, part.previous_N_P.to(device))
-        logprob_B_C = head.logits(adapter.hidden(x_B_D, recent_B_F)).log_softmax(dim=-1)
+        logprob_B_C = adapter.logprobs(
+            head, part.cr_N_D.to(device), part.previous_N_P.to(device), part.matches_N.to(device)
+        )
         target_B = logprob_B_C.gather(1, part.label_N.clamp(min=0).to(device)[:, None])[:, 0].double().cpu()
         parts.append(torch.where(part.label_N < 0, -math.inf, target_B))
     adapter.train(was_training)

@@ -45,7 +45,7 @@ FACTS = {
         {"epoch": 2, "phase": "joint", "loss": 2.0, "validation_nll": 2.0},
     ],
     "trials": [{"settings": {"rank": 8}, "nll": 2.0}, {"settings": {"rank": 16}, "nll": 1.9}],
-    "chosen_trial": 1,
+    "trial_weights": [0, 1],
     "exchange": {"source_bytes": 1000, "head_rows": None},
 }
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from data_owner_client import Pair, TrainingSettings, build_memories, train, translate
 from data_owner_client.adapter.gate import Gate
 from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.adapter.network import Adapter
 from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.adapter.types import SCHEDULES
 from data_owner_client.data.stops import StopMatcher
@@ -435,7 +436,7 @@ def test_the_identity_adapter_is_the_plm(case: Case) -> None:
     """Residual with B_pd = 0 over the whole vocabulary: P_PEMA = P_PLM at every position."""
     card = case.adapter.card.model_copy(update={"form": "residual"})
     everything = torch.arange(case.plm.card.vocab_size)
-    adapter = type(case.adapter.adapter)(case.plm.card.hidden_size, 4, "residual", rms=3.0)
+    adapter = Adapter(case.plm.card.hidden_size, 4, "residual", rms=3.0)
     identity = TrainedAdapter(card, adapter.eval(), everything, case.plm.head_rows(everything))
     for prompt in case.prompts(["the thin shine", "her"]):
         answer = case.plm.decode([prompt], [3])

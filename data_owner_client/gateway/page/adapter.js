@@ -47,7 +47,7 @@ function parts(facts) {
 }
 
 function overview(facts) {
-  const { name, history, trials, chosen_trial: chosen, policies, memory, exchange, validation, settings, ...rest } = facts;
+  const { name, history, trials, trial_weights: weights, policies, memory, exchange, validation, settings, ...rest } = facts;
   const interpolation = rest.interpolation ?? {};
   return pairsOf({
     ...rest,
@@ -73,13 +73,14 @@ function history(rows) {
   ];
 }
 
-function trials({ trials: tried = [], chosen_trial: chosen }) {
+function trials({ trials: tried = [], trial_weights: weights = [] }) {
   if (tried.length === 0) return [];
   const flat = tried.map((trial) => flatten(trial));
   // A column says something where the trials differ. The settings of a single trial have a section of their own.
   const names = [...new Set(flat.flatMap((row) => Object.keys(row)))].filter((name) =>
     (flat.length === 1 ? !name.startsWith("settings ") : new Set(flat.map((row) => text(row[name]))).size > 1));
-  const rows = flat.map((row, i) => [i === chosen ? "✓ chosen" : "", ...names.map((name) => text(row[name]))]);
+  const used = (weight = 0) => (weight === 1 ? "✓ chosen" : weight > 0 ? `✓ ${Math.round(100 * weight)} %` : "");
+  const rows = flat.map((row, i) => [used(weights[i]), ...names.map((name) => text(row[name]))]);
   return [table("What train tried", ["", ...names.map((name) => words(name.replace(/^settings /u, "")))], rows)];
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_owner_client import Pair, RemotePlm, TrainingSettings, build_memories, train
+from data_owner_client import Pair, RemotePlm, TrainedAdapter, TrainingSettings, build_memories, train
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.tasks import Task
 from data_owner_client.data.tasks.kinds import Kind
@@ -157,6 +157,36 @@ def test_with_time_enough_all_is_done_as_it_was_said(plm: RemotePlm, shared_memo
     assert len(report.trials) > 1, "the search"
     assert {policy.nearest for policy in report.options} == {0, 8}
     assert [policy for policy in report.options if policy.scores is not None]
+
+
+def test_members_are_averaged_and_a_stopped_call_goes_on_to_the_same_average(
+    plm: RemotePlm, shared_memory: Path, tmp_path: Path
+) -> None:
+    # Of settings that the user gave, only the seed is changed.
+    given: dict[str, Any] = {"form": "residual", "learning_rate": 0.02, "dropout": 0.3, "kappa": 0.3}
+    settings, clock = replace(TIMED, members=3, batch_rows=16, epochs=6, **given), TickingClock(0.001)
+    reporter = Stopping()
+    whole, report = train(plm, shared_memory, tmp_path / "whole", settings=settings, reporter=reporter, clock=clock)
+    assert [trial.settings["seed"] for trial in report.trials] == [0, 1, 2]
+    assert len(whole.card.members) in {2, 3}
+    assert sum(member.weight for member in whole.card.members) == pytest.approx(1.0)
+    assert f"Averaged: {len(whole.card.members)} of {len(report.trials)} trainings." in reporter.said
+    alone = min(trial.nll for trial in report.trials)
+    likeliest = min(option.nll for option in report.options if option.nearest == 0)
+    assert likeliest < alone
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            plm,
+            shared_memory,
+            tmp_path / "stopped",
+            settings=settings,
+            reporter=Stopping("Tried residual"),
+            clock=clock,
+        )
+    resumed = train(plm, shared_memory, tmp_path / "stopped", settings=settings, clock=clock)[0]
+    assert resumed.card.members == whole.card.members
+    for name, weight in TrainedAdapter.load(tmp_path / "whole").adapter.state_dict().items():
+        assert torch.equal(resumed.adapter.state_dict()[name], weight), name
 
 
 def test_without_time_the_training_is_done_and_the_rest_is_named(

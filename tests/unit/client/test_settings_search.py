@@ -26,14 +26,15 @@ class Trainer:
     def search(self, *candidates: TrainingSettings, forms: Any = ()) -> tuple[TrainingSettings, float, list[float]]:
         """The best settings, their loss, and the losses of all trials."""
         losses = list[float]()
-        best, trained = search_settings(
+        attempts = search_settings(
             candidates,
             self.fit,
             forms=forms,
             on_trial=lambda _, nll: losses.append(nll),
             has_time_for=lambda seconds: self.left >= seconds,
         )
-        return best, trained.best_nll, losses
+        assert [attempt.trained.best_nll for attempt in attempts] == sorted(losses)
+        return attempts[0].settings, attempts[0].trained.best_nll, losses
 
 
 BEGIN = TrainingSettings(form="residual")
@@ -74,3 +75,9 @@ def test_reliable_contexts_are_not_combined_with_the_recent_form() -> None:
     trainer = Trainer(pairing="reliable")
     trainer.search(replace(BEGIN, pairing="reliable"), forms=["recent", "paper"])
     assert {tried.form for tried in trainer.tried} == {"residual", "paper"}
+
+
+def test_the_search_begins_with_a_seed_for_each_further_member() -> None:
+    trainer = Trainer(3.5, dropout=0.35)
+    trainer.search(replace(BEGIN, seed=7, members=3))
+    assert [(tried.seed, tried.dropout) for tried in trainer.tried] == [(7, 0.2), (8, 0.2), (9, 0.2)]

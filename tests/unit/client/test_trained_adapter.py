@@ -37,6 +37,11 @@ def make_trained() -> TrainedAdapter:
     return TrainedAdapter(card, adapter, CANDIDATES, head)
 
 
+def network_of(trained: TrainedAdapter) -> Adapter:
+    assert isinstance(trained.adapter, Adapter)
+    return trained.adapter
+
+
 def test_an_adapter_survives_the_disk(tmp_path: Path) -> None:
     trained = make_trained()
     trained.save(tmp_path)
@@ -57,7 +62,7 @@ def test_tensors_have_the_names_of_the_format_on_disk(tmp_path: Path) -> None:
     names = {"A.weight", "B_pd.weight", "B_rct.weight", "E.weight", "drifted", "head_rms", "rms"}
     tensors = safetensors.torch.load_file(tmp_path / "adapter.safetensors")
     assert tensors.keys() == names | {"candidate_ids_C", "head.weight", "head.bias"}
-    assert TrainedAdapter.load(tmp_path).adapter.mismatch_scale.item() == tensors["drifted"].item() == 0.25
+    assert network_of(TrainedAdapter.load(tmp_path)).mismatch_scale.item() == tensors["drifted"].item() == 0.25
 
 
 def test_logprobs_are_a_distribution_through_the_whole_head() -> None:
@@ -65,7 +70,8 @@ def test_logprobs_are_a_distribution_through_the_whole_head() -> None:
     cr_D: Tensor = torch.randn(D)
     assert trained.head.bias_V is not None
     with torch.no_grad():
-        h_D = cr_D + trained.adapter.B_pd.weight @ (trained.adapter.A.weight @ cr_D)
+        network = network_of(trained)
+        h_D = cr_D + network.B_pd.weight @ (network.A.weight @ cr_D)
     logits_C = 30 * torch.tanh(0.5 * (trained.head.weight_V_D @ h_D + trained.head.bias_V) / 30)
     torch.testing.assert_close(trained.logprobs(cr_D[None])[0], logits_C.log_softmax(-1), rtol=1e-4, atol=1e-5)
 
