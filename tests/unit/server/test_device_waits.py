@@ -38,10 +38,14 @@ def on(device: SimulatedDevice, model: PreTrainedModel, **options: Any) -> Trans
 
 
 def assert_same(ours: Encoded, theirs: Encoded) -> None:
+    """Require equal results, floats up to the order of their sums, which depends on the CPU's kernels."""
     assert vars(ours).keys() == vars(theirs).keys()
     for name, value in vars(theirs).items():
         other = getattr(ours, name)
-        assert torch.equal(other, value) if isinstance(value, Tensor) else other == value, name
+        if isinstance(value, Tensor) and value.is_floating_point():
+            torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(other, value) if isinstance(value, Tensor) else other == value, name
 
 
 @pytest.mark.parametrize(
