@@ -112,13 +112,8 @@ class Bench:
             examples=min(point.pairs, memories.train.manifest.examples),
         )
         trainings = self._fit(inputs, point)
-        members = select_members(
-            [(settings, trained.adapter) for settings, trained in trainings.items()],
-            point.members,
-            inputs.validation,
-            inputs.targets.candidates,
-        )
-        measurement = self._measured(inputs, network_of(members), list(trainings.values()), memories.train.length_ratio)
+        members = select_members(trainings, point.members, inputs.validation, inputs.targets.candidates)
+        measurement = self._measured(inputs, network_of(members), trainings, memories.train.length_ratio)
         if point.schedule is None:
             return measurement
         interpolation = Interpolation(
@@ -128,20 +123,22 @@ class Bench:
         adapter = assemble_adapter(memories, inputs, members, policy)
         return measurement.model_copy(update=self._scores(adapter))
 
-    def _fit(self, inputs: TrainingInput, point: Point) -> dict[TrainingSettings, Trained]:
-        """The trainings of a point, some of which the last point may have had, too."""
-        like_last = replace(point, members=1, schedule=None)
-        known = self._last[1] if self._last[0] == like_last else {}
-        trainings = {}
+    def _fit(self, inputs: TrainingInput, point: Point) -> list[Trained]:
+        """The trainings of a point, the likeliest first.
+
+        Those of the last point are used again if only its `members` differ.
+        """
+        alike = replace(point, members=1, schedule=None)
+        if self._last[0] != alike:
+            self._last = alike, {}
+        known = self._last[1]
         for settings in point.settings:
             if settings not in known:
                 checkpoint = self._folder / "checkpoint.safetensors"
                 checkpoint.unlink(missing_ok=True)
                 known[settings] = inputs.fit(settings, checkpoint, self._reporter)
                 checkpoint.unlink(missing_ok=True)
-            trainings[settings] = known[settings]
-        self._last = like_last, known
-        return trainings
+        return sorted((known[settings] for settings in point.settings), key=lambda trained: trained.best_nll)
 
     def _scores(self, adapter: TrainedAdapter) -> dict[str, object]:
         """Scores of the adapter's most probable answers to the test set, by field of `Measurement`."""

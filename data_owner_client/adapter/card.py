@@ -93,11 +93,12 @@ class AdapterCard(BaseModel):
 
     @model_validator(mode="after")
     def _require_members_to_fit(self) -> AdapterCard:
-        if self.members:
-            if abs(sum(member.weight for member in self.members) - 1.0) > 1e-6:
-                raise ValueError("the members' weights do not sum to 1")
-            if (self.members[0].form, self.members[0].rank) != (self.form, self.rank):
-                raise ValueError("form and rank are not those of the first member")
+        if not self.members:
+            return self
+        if abs(sum(member.weight for member in self.members) - 1.0) > 1e-6:
+            raise ValueError("the members' weights do not sum to 1")
+        if (self.members[0].form, self.members[0].rank) != (self.form, self.rank):
+            raise ValueError("form and rank are not those of the first member")
         return self
 
     @property

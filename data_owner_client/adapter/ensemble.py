@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,22 +30,19 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
         self.weights = tuple(weights)
 
+    @property
+    def adapters(self) -> list[Adapter]:
+        """The members."""
+        return [cast(Adapter, member) for member in self.members]
+
     def logprobs(self, head: LMHead, cr_N_D: Tensor, previous_N_P: Tensor, matches_N: Tensor | None = None) -> Tensor:
         """log Σ_k w_k·P_k over the candidates [N, C], float32; see `Adapter.logprobs`."""
-        return mean_logprob(
-            [member.logprobs(head, cr_N_D, previous_N_P, matches_N) for member in members_of(self)], self.weights
-        )
+        logprobs = [adapter.logprobs(head, cr_N_D, previous_N_P, matches_N) for adapter in self.adapters]
+        return mean_logprob(logprobs, self.weights)
 
 
 AdapterNetwork = Adapter | Ensemble
-"""What gives P_PEMA: an adapter, or an average of several."""
-
-
-def members_of(network: AdapterNetwork) -> list[Adapter]:
-    """The adapters of a network."""
-    if isinstance(network, Adapter):
-        return [network]
-    return [member for member in network.members if isinstance(member, Adapter)]
+"""Type of an adapter's network, whose `logprobs` are log P_PEMA: a single one, or an average."""
 
 
 def mean_logprob(logprobs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

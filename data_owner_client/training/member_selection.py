@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from data_owner_client.adapter.ensemble import AdapterNetwork, Ensemble
-from data_owner_client.adapter.network import Adapter
-from data_owner_client.training.settings import TrainingSettings
+from data_owner_client.training.trainer import Trained
 from data_owner_client.training.validation import ValidationData, target_logprobs
 from protocol.head import LMHead
 
-# Steps of expectation maximisation; the loss changes in its sixth digit after far fewer.
+# Steps of expectation maximisation.
 _STEPS = 300
 # A member with less of the weight adds little and takes as long as the others.
 _LEAST_WEIGHT = 0.05
@@ -22,53 +21,38 @@ _LEAST_WEIGHT = 0.05
 
 @dataclass(frozen=True)
 class Member:
-    """A training that an adapter uses.
+    """A training that an adapter uses, and the share of its distribution in the average."""
 
-    Attributes:
-        settings: its settings.
-        adapter: its network.
-        weight: share of its distribution in the average.
-    """
-
-    settings: TrainingSettings
-    adapter: Adapter
+    trained: Trained
     weight: float = 1.0
 
 
 def network_of(members: Sequence[Member]) -> AdapterNetwork:
     """The network of one member, or the average of several."""
     if len(members) == 1:
-        return members[0].adapter
-    return Ensemble([member.adapter for member in members], [member.weight for member in members])
+        return members[0].trained.adapter
+    return Ensemble([member.trained.adapter for member in members], [member.weight for member in members])
 
 
-def select_members(
-    trainings: Sequence[tuple[TrainingSettings, Adapter]], limit: int, validation: ValidationData, head: LMHead
-) -> list[Member]:
+def select_members(trainings: Sequence[Trained], limit: int, validation: ValidationData, head: LMHead) -> list[Member]:
     """Return the members of the likeliest average, the heaviest first.
 
-    A single member is the likeliest training.
-
     Args:
-        trainings: settings and adapter of each training.
+        trainings: trainings, the likeliest one first; it becomes a single member.
         limit: number of members, at most.
         validation: held-out rows.
         head: LM-head rows of the candidates.
     """
-    logprobs = [target_logprobs(adapter, head, validation.data) for _, adapter in trainings]
-    if limit == 1:
-        losses = [validation.best(logprob_N, "constant")[1] for logprob_N in logprobs]
-        settings, adapter = trainings[losses.index(min(losses))]
-        return [Member(settings, adapter)]
-    logprob_K_N = torch.stack(logprobs)
+    if min(limit, len(trainings)) == 1:
+        return [Member(trainings[0])]
+    logprob_K_N = torch.stack([target_logprobs(trained.adapter, head, validation.data) for trained in trainings])
     weight_K = likeliest_weights(logprob_K_N, validation.plm_logprob_N)
     kept_M = weight_K.topk(min(limit, len(weight_K))).indices
     kept_M = kept_M[weight_K[kept_M] >= min(_LEAST_WEIGHT, weight_K.max().item())]
     weight_M = likeliest_weights(logprob_K_N[kept_M], validation.plm_logprob_N)
-    members = []
-    for number, weight in zip(kept_M.tolist(), weight_M.tolist(), strict=True):
-        settings, adapter = trainings[number]
-        members.append(Member(settings, adapter, weight))
+    members = [
+        Member(trainings[number], weight) for number, weight in zip(kept_M.tolist(), weight_M.tolist(), strict=True)
+    ]
     return sorted(members, key=lambda member: -member.weight)
 
 

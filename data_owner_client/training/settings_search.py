@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from data_owner_client.adapter.types import AdapterForm
@@ -27,14 +27,6 @@ _CHANGES: tuple[dict[str, Any], ...] = (
 Fit = Callable[[TrainingSettings], Trained]
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """Settings that were tried, and the training that they led to."""
-
-    settings: TrainingSettings
-    trained: Trained
-
-
 def search_settings(
     candidates: Sequence[TrainingSettings],
     fit: Fit,
@@ -42,8 +34,8 @@ def search_settings(
     forms: Sequence[AdapterForm],
     on_trial: Callable[[TrainingSettings, float], None],
     has_time_for: Callable[[float], bool],
-) -> list[Attempt]:
-    """Train with every candidate, then change the best one step by step, and return all attempts, the best one first.
+) -> list[Trained]:
+    """Train with every candidate, then change the best one step by step, and return all trainings, the best one first.
 
     Other seeds come first, one for each further member. Then a change is kept if it lowers the validation loss.
     Settings that the user changed from their defaults stay.
@@ -55,25 +47,28 @@ def search_settings(
         on_trial: called after each training with its settings and validation loss.
         has_time_for: tells whether another training may begin, given the seconds of the longest one so far.
     """
-    attempts = list[Attempt]()
+    trainings = list[Trained]()
 
     def attempt(candidate: TrainingSettings) -> None:
-        attempts.append(Attempt(candidate, fit(candidate)))
-        on_trial(candidate, attempts[-1].trained.best_nll)
+        trainings.append(fit(candidate))
+        on_trial(candidate, trainings[-1].best_nll)
+
+    def best() -> TrainingSettings:
+        return min(trainings, key=_loss).settings
 
     for candidate in candidates:
         attempt(candidate)
-    for change in _changes(_best(attempts).settings, forms):
-        if not has_time_for(max(each.trained.seconds for each in attempts)):
+    for change in _changes(best(), forms):
+        if not has_time_for(max(each.seconds for each in trainings)):
             break
-        candidate = replace(_best(attempts).settings, **change)
-        if candidate not in (each.settings for each in attempts) and candidate.makes_sense:
+        candidate = replace(best(), **change)
+        if candidate not in (each.settings for each in trainings) and candidate.makes_sense:
             attempt(candidate)
-    return sorted(attempts, key=lambda each: each.trained.best_nll)
+    return sorted(trainings, key=_loss)
 
 
-def _best(attempts: Sequence[Attempt]) -> Attempt:
-    return min(attempts, key=lambda each: each.trained.best_nll)
+def _loss(trained: Trained) -> float:
+    return trained.best_nll
 
 
 def _changes(settings: TrainingSettings, forms: Sequence[AdapterForm]) -> Iterator[dict[str, Any]]:

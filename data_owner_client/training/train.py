@@ -162,16 +162,11 @@ def train(
         wishes, costs = replace(work.wishes, trainings=0), replace(work.costs, training=longest)
         return WorkPlan.within(budget.left, wishes, costs).search_seconds > 0
 
-    attempts = search_settings(candidate_settings, fit, forms=forms, on_trial=on_trial, has_time_for=has_time_for)
-    settings, trained = attempts[0].settings, attempts[0].trained
-    members = select_members(
-        [(each.settings, each.trained.adapter) for each in attempts],
-        settings.members,
-        inputs.validation,
-        inputs.targets.candidates,
-    )
-    if len(attempts) > 1 and settings.members > 1:
-        reporter.say(f"Averaged: {len(members)} of {len(attempts)} trainings.")
+    trainings = search_settings(candidate_settings, fit, forms=forms, on_trial=on_trial, has_time_for=has_time_for)
+    settings = trainings[0].settings
+    members = select_members(trainings, settings.members, inputs.validation, inputs.targets.candidates)
+    if len(trainings) > 1 and settings.members > 1:
+        reporter.say(f"Averaged: {len(members)} of {len(trainings)} trainings.")
     wishes, planned_texts = replace(work.wishes, trainings=0, search=False), work.texts
     work = WorkPlan.within(budget.left, wishes, work.costs)
     with_policy = partial(assemble_adapter, memories, inputs, members)
@@ -186,7 +181,7 @@ def train(
         budget=budget,
         store=TextStore(
             folder / _CHECKPOINTS,
-            [inputs.identity, [[checkpoint(member.settings).name, member.weight] for member in members]],
+            [inputs.identity, [[checkpoint(member.trained.settings).name, member.weight] for member in members]],
         ),
     )
     best = policies[0]
@@ -198,11 +193,11 @@ def train(
     reporter.say(f"Chosen: {why}.")
     adapter = with_policy(best, why)
     adapter.save(folder)
-    plot_training(trained.history, inputs.plm_nll, folder / "training.png")
+    plot_training(trainings[0].history, inputs.plm_nll, folder / "training.png")
     report = TrainingReport(
         folder=str(folder),
         card=adapter.card,
-        history=[asdict(epoch) for epoch in trained.history],
+        history=[asdict(epoch) for epoch in trainings[0].history],
         trials=trials,
         options=policies,
         seconds=clock() - began,
@@ -288,8 +283,13 @@ def assemble_adapter(
     plan, head = memories.plan, inputs.targets.candidates
     pairs = memories.train_pairs if policy.nearest else []
     cards = [
-        MemberCard(form=each.adapter.form, rank=each.adapter.rank, weight=each.weight, settings=asdict(each.settings))
-        for each in members
+        MemberCard(
+            form=member.trained.adapter.form,
+            rank=member.trained.adapter.rank,
+            weight=member.weight,
+            settings=asdict(member.trained.settings),
+        )
+        for member in members
     ]
     card = AdapterCard(
         model=plan.model,

@@ -63,12 +63,14 @@ class Trained:
     """Result of a training.
 
     Attributes:
+        settings: settings of the training.
         adapter: the adapter of the best validation epoch.
         history: all epochs.
         best_nll: validation loss of that adapter, in nats per token.
         seconds: duration of the training, the time before an interruption included.
     """
 
+    settings: TrainingSettings
     adapter: Adapter
     history: list[Epoch]
     best_nll: float
@@ -258,7 +260,8 @@ class _Training:
         self._adapter.load_state_dict(self._best)
         self._adapter.rotate_back(self._axes_D_D)
         progress = self._progress
-        return Trained(self._adapter.cpu().eval(), progress.history, progress.best_nll, progress.seconds)
+        adapter = self._adapter.cpu().eval()
+        return Trained(self._settings, adapter, progress.history, progress.best_nll, progress.seconds)
 
     @property
     def _joint(self) -> bool:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from data_owner_client.adapter.card import AdapterCard, MemberCard
-from data_owner_client.adapter.ensemble import Ensemble, mean_logprob, members_of
+from data_owner_client.adapter.ensemble import Ensemble, mean_logprob
 from data_owner_client.adapter.network import Adapter
 from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.data.tasks import Task
@@ -20,6 +20,7 @@ from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.training.batches import Batch
 from data_owner_client.training.member_selection import likeliest_weights, network_of, select_members
 from data_owner_client.training.settings import TrainingSettings
+from data_owner_client.training.trainer import Trained
 from data_owner_client.training.validation import ValidationData, target_logprobs
 from protocol.errors import InvalidData
 from protocol.head import LMHead
@@ -63,7 +64,8 @@ def test_the_distribution_is_the_average_of_the_members(tmp_path: Path) -> None:
     trained, cr_N_D = make_ensemble(), torch.randn(6, D)
     previous_N_P = CANDIDATES[torch.randint(C, (6, 2))]
     expected_N_C = torch.zeros(6, C, dtype=torch.float64)
-    for member, weight in zip(members_of(trained.adapter), WEIGHTS, strict=True):
+    assert isinstance(trained.adapter, Ensemble)
+    for member, weight in zip(trained.adapter.adapters, WEIGHTS, strict=True):
         alone = replace(trained, adapter=member)
         expected_N_C += weight * alone.logprobs(cr_N_D, previous_N_P).double().exp()
     torch.testing.assert_close(trained.logprobs(cr_N_D, previous_N_P).double().exp(), expected_N_C)
@@ -116,19 +118,23 @@ def test_networks_that_complete_each_other_become_members() -> None:
     of_first_N, of_second_N = (each.logprobs(rows, cr_N_D, none_N_2).argmax(-1) for each in (first, second))
     label_N = torch.where(torch.arange(N) < N // 2, of_first_N, of_second_N)
     validation = held_out(label_N, cr_N_D)
-    trainings = [(TrainingSettings(seed=seed), adapter) for seed, adapter in enumerate([noise, first, second])]
+    networks = [noise, first, second]
+    alone = [validation.best(target_logprobs(each, rows, validation.data), "constant")[1] for each in networks]
+    trainings = sorted(
+        (Trained(TrainingSettings(seed=seed), network, [], alone[seed]) for seed, network in enumerate(networks)),
+        key=lambda trained: trained.best_nll,
+    )
 
     members = select_members(trainings, 4, validation, rows)
-    assert {member.settings.seed for member in members if member.weight > 0.2} == {1, 2}
+    assert {member.trained.settings.seed for member in members if member.weight > 0.2} == {1, 2}
     assert sum(member.weight for member in members) == pytest.approx(1.0)
     assert [member.weight for member in members] == sorted((member.weight for member in members), reverse=True)
     averaged = validation.best(target_logprobs(network_of(members), rows, validation.data), "constant")[1]
-    alone = [validation.best(target_logprobs(each, rows, validation.data), "constant")[1] for _, each in trainings]
     assert averaged < min(alone)
 
     [single] = select_members(trainings, 1, validation, rows)
-    assert single.settings.seed == min(range(3), key=lambda number: alone[number])
-    assert network_of([single]) is single.adapter
+    assert single.trained.settings.seed == min(range(3), key=lambda number: alone[number])
+    assert network_of([single]) is single.trained.adapter
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -153,7 +159,7 @@ def test_no_other_weights_are_likelier(seed: int) -> None:
 def test_equal_networks_share_the_weight() -> None:
     rows, cr_N_D = head(), torch.randn(N, D)
     adapter = network()
-    trainings = [(TrainingSettings(seed=seed), adapter) for seed in range(3)]
+    trainings = [Trained(TrainingSettings(seed=seed), adapter, [], 1.0) for seed in range(3)]
     members = select_members(trainings, 2, held_out(torch.randint(C, (N,)), cr_N_D), rows)
     assert [member.weight for member in members] == pytest.approx([0.5, 0.5])
 

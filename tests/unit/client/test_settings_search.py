@@ -21,20 +21,20 @@ class Trainer:
         self.left -= 60.0
         self.tried.append(settings)
         wrong = sum(getattr(settings, name) != value for name, value in self.wanted.items())
-        return Trained(Adapter(4, 2, "paper"), [], 1.0 + wrong, seconds=60.0)
+        return Trained(settings, Adapter(4, 2, "paper"), [], 1.0 + wrong, seconds=60.0)
 
     def search(self, *candidates: TrainingSettings, forms: Any = ()) -> tuple[TrainingSettings, float, list[float]]:
         """The best settings, their loss, and the losses of all trials."""
         losses = list[float]()
-        attempts = search_settings(
+        trainings = search_settings(
             candidates,
             self.fit,
             forms=forms,
             on_trial=lambda _, nll: losses.append(nll),
             has_time_for=lambda seconds: self.left >= seconds,
         )
-        assert [attempt.trained.best_nll for attempt in attempts] == sorted(losses)
-        return attempts[0].settings, attempts[0].trained.best_nll, losses
+        assert [trained.best_nll for trained in trainings] == sorted(losses)
+        return trainings[0].settings, trainings[0].best_nll, losses
 
 
 BEGIN = TrainingSettings(form="residual")
