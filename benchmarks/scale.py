@@ -13,20 +13,18 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
-from typing import Any, Self
+from typing import Any
 
 from data_owner_client import connect, load_task, read_pairs
 from data_owner_client.memory.encode import tokenize_pair
 from harness import report
 from harness.datasets import home_assistant
-from harness.processes import run_together, server
+from harness.processes import Worker, run_together, server
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.settings import DEFAULT_MODEL, ServerSettings
 
@@ -63,7 +61,7 @@ def main() -> None:
     prepared = _prepare(model, arguments.requests)
     folder = resolve(arguments.model, ServerSettings(_env_file=None).cache_dir).folder
     figures: dict[str, list[float]] = defaultdict(list)
-    seconds = arguments.seconds
+    seconds: float = arguments.seconds
     for _, kind in itertools.product(range(arguments.rounds), _KINDS):
         for count in (1, 2):
             figures[f"replicas_{count}_{kind}"].append(_replicas(model, cores[:count], kind, seconds))
@@ -160,53 +158,27 @@ def _engines(
     with (
         server(_LOG, *flags) as (_, transformers_port),
         server(_WORK / "server-vllm.log", *flags, *_VLLM_FLAGS, python=python) as (_, vllm_port),
-        BareVllm([str(folder), str(_REQUESTS), str(threads), str(clients[of_bare[0]]), *of_bare], python) as bare,
+        Worker(
+            "benchmarks.scale_bare",
+            [str(folder), str(_REQUESTS), str(threads), str(clients[of_bare[0]]), *of_bare],
+            python,
+        ) as bare,
     ):
+        bare.wait_until_ready()
         ports = {"transformers": transformers_port, "vllm": vllm_port}
         for turn, (name, taking) in itertools.product(range(_TURNS), sides.items()):
             first = turn % len(taking)
             for side in taking[first:] + taking[:first]:
                 if side == "bare_vllm":
-                    rate = bare.rows_per_s(name, seconds / _TURNS)
+                    bare.send(f"{name} {seconds / _TURNS}")
+                    records = [bare.record()]
                 else:
                     words = [f"grpc://127.0.0.1:{ports[side]}", str(_REQUESTS), name, str(seconds / _TURNS)]
-                    rate = _rows_per_s(run_together("benchmarks.scale_worker", [words] * clients[name]))
+                    records = run_together("benchmarks.scale_worker", [words] * clients[name])
+                rate = _rows_per_s(records)
                 rates[f"{side}_{name}"].append(rate)
                 print(f"{side}_{name}: {rate:.1f} rows/s", flush=True)
     return rates
-
-
-class BareVllm:
-    """A process of `benchmarks.scale_bare` that measures when it is asked.
-
-    Args:
-        arguments: of the process.
-        python: Python of vLLM's environment.
-    """
-
-    def __init__(self, arguments: Sequence[str], python: str) -> None:
-        self._process = subprocess.Popen(
-            [python, "-m", "benchmarks.scale_bare", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        if self._read() != "ready\n":
-            sys.exit("Bare vLLM did not start.")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate()  # the end of its input ends it
-
-    def rows_per_s(self, kind: str, seconds: float) -> float:
-        """Rows per second for one kind of request."""
-        print(kind, seconds, file=self._process.stdin, flush=True)
-        return _rows_per_s([json.loads(self._read())])
-
-    def _read(self) -> str:
-        return next(iter(self._process.stdout or ()), "")
 
 
 def _rows_per_s(reports: Sequence[dict[str, Any]]) -> float:

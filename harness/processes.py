@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import httpx
 
@@ -212,25 +212,56 @@ def client_command(url: str | None, verb: str, *arguments: Any) -> list[str]:
     return [sys.executable, "-m", "data_owner_client.cli", verb, *server_arguments, *map(str, arguments)]
 
 
+class Worker:
+    """A process of a benchmark: it prints `ready`, and a JSON object for each line on its standard input.
+
+    Args:
+        module: module that it runs.
+        arguments: of the module.
+        python: interpreter of the environment that it runs in.
+    """
+
+    def __init__(self, module: str, arguments: Sequence[str], python: str = sys.executable) -> None:
+        self._process = subprocess.Popen(
+            [python, "-m", module, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()  # the end of its input ends it
+
+    def wait_until_ready(self) -> None:
+        """Wait for `ready`; exit if the process ends without it."""
+        if self._read() != "ready\n":
+            sys.exit("A client did not start.")
+
+    def send(self, line: str) -> None:
+        """Write a line to its standard input."""
+        print(line, file=self._process.stdin, flush=True)
+
+    def record(self) -> dict[str, Any]:
+        """The next JSON object that it prints."""
+        record: dict[str, Any] = json.loads(self._read())
+        return record
+
+    def _read(self) -> str:
+        return next(iter(self._process.stdout or ()), "")
+
+
 def run_together(module: str, arguments: Sequence[Sequence[str]], python: str = sys.executable) -> list[dict[str, Any]]:
     """Run workers that start at the same moment, and return the JSON object that each prints.
-
-    A worker prints `ready`, waits for a line on its standard input, does its work and prints its record.
 
     Args:
         module: of the workers.
         arguments: of each worker.
         python: interpreter of the environment that they run in.
     """
-    workers = [
-        subprocess.Popen([python, "-m", module, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for words in arguments
-    ]
-    for worker in workers:
-        if worker.stdout is None or worker.stdout.readline() != "ready\n":
-            sys.exit("A client did not start.")
-    for worker in workers:
-        if worker.stdin is not None:
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-    return [json.loads(worker.communicate()[0]) for worker in workers]
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker(module, words, python)) for words in arguments]
+        for worker in workers:
+            worker.wait_until_ready()
+        for worker in workers:
+            worker.send("go")
+        return [worker.record() for worker in workers]
