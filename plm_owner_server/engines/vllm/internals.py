@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from plm_owner_server.engines.vllm.block_texts import BlockTexts, Parent
 from plm_owner_server.engines.vllm.row_selection import RowLedger, RowSelection, Span, compute_rows, select_rows
 from plm_owner_server.engines.vllm.rows import RowRequest, pack_rows
 from protocol.errors import Unsupported
@@ -191,13 +193,15 @@ class _RowScheduler:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._ledger = RowLedger()
+        self._ended = _EndedTexts(self.kv_cache_manager) if _EndedTexts.fits(self.kv_cache_manager) else None
         look_up = self.kv_cache_manager.get_computed_blocks
 
         def look_up_before_start(request: Any) -> Any:
             wanted = RowRequest.of(request.sampling_params)
             if wanted is not None and wanted.start + 1 < request.num_tokens:
                 request = _ShorterRequest(request, wanted.start + 1)
-            return look_up(request)
+            found = look_up(request)
+            return self._ended.extend(request, *found) if self._ended is not None else found
 
         self.kv_cache_manager.get_computed_blocks = look_up_before_start
 
@@ -222,6 +226,19 @@ class _RowScheduler:
         self._ledger.keep_only(self.requests)
         return finished
 
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Also forget the blocks of texts that have ended."""
+        if self._ended is not None:
+            self._ended.clear()
+        return bool(super().reset_prefix_cache(*args, **kwargs))  # type: ignore[misc]
+
+    def _free_request_blocks(self, request: Any) -> None:
+        free = partial(super()._free_request_blocks, request)  # type: ignore[misc]
+        if self._ended is None or not request.is_finished():
+            free()
+        else:
+            self._ended.keep(request, free)
+
     def _accept(self, rows: np.ndarray[Any, Any], spans: dict[str, Span], requests: dict[str, Any]) -> None:
         end = 0
         for name, span in spans.items():
@@ -230,6 +247,85 @@ class _RowScheduler:
             wanted = None if request is None else RowRequest.of(request.sampling_params)
             if wanted is not None:
                 self._ledger.accept(name, wanted, span, rows[begin:end], request.num_tokens - 1)
+
+
+class _EndedTexts:
+    """Blocks of texts that have ended, of which a text that begins alike takes a copy, up to where it differs.
+
+    vLLM copies a block that only begins as wanted, but looks for such blocks for models with Mamba layers only.
+
+    Args:
+        kv_cache_manager: vLLM's manager of blocks.
+    """
+
+    def __init__(self, kv_cache_manager: Any) -> None:
+        self._manager, self._pool = kv_cache_manager, kv_cache_manager.block_pool
+        self._groups = kv_cache_manager.coordinator.single_type_managers
+        self._block_tokens: int = self._groups[0].block_size
+        self._texts = BlockTexts()
+        # The first block of each running text that was not in the prefix cache as a whole.
+        self._first_missed: dict[str, int] = {}
+
+    @staticmethod
+    def fits(kv_cache_manager: Any) -> bool:
+        """Whether blocks are cached, and all layers have whole attention states in blocks of one size."""
+        from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
+
+        groups, hashed = kv_cache_manager.coordinator.single_type_managers, kv_cache_manager.block_pool.hash_block_size
+        return (
+            kv_cache_manager.enable_caching
+            and all(type(group) in (FullAttentionManager, SlidingWindowManager) for group in groups)
+            and {group.block_size for group in groups} == {hashed}
+        )
+
+    def extend(self, request: Any, blocks: Any, tokens: int, boundary: int) -> tuple[Any, int, int]:
+        """Whole cached blocks of a text, and the block that begins like its next tokens.
+
+        Args:
+            request: the text; its last token must be run.
+            blocks: its whole cached blocks.
+            tokens: number of their tokens.
+            boundary: passed on.
+        """
+        number = self._first_missed[request.request_id] = tokens // self._block_tokens
+        rest = request.all_token_ids[tokens : min(tokens + self._block_tokens, request.num_tokens) - 1]
+        ids, shared = self._texts.longest_prefix(_parent(request, number), rest)
+        if not shared:
+            return blocks, tokens, boundary
+        found = self._manager.create_kv_cache_blocks(tuple([self._pool.blocks[block]] for block in ids))
+        return blocks + found, tokens + shared, boundary
+
+    def keep(self, request: Any, free: Callable[[], None]) -> None:
+        """Free the blocks of a text that has ended, so that two of them are used again last: those that may be wanted.
+
+        Args:
+            request: the text.
+            free: frees all of its blocks.
+        """
+        missed = self._first_missed.pop(request.request_id, 0)
+        ran = min(request.num_computed_tokens, request.num_tokens - 1)
+        # The last one for this text's next round; the first for texts that differ from there on.
+        kept = []
+        for number in sorted({missed, (ran - 1) // self._block_tokens}):
+            begin, end = number * self._block_tokens, min((number + 1) * self._block_tokens, ran)
+            blocks = [group.req_to_blocks[request.request_id][number:][:1] for group in self._groups]
+            if begin < end and all(block and not block[0].is_null for block in blocks):
+                kept.append((number, request.all_token_ids[begin:end], [block[0] for block in blocks]))
+        for *_, blocks in kept:
+            self._pool.touch(blocks)
+        free()
+        for number, token_ids, blocks in kept:
+            self._texts.add(_parent(request, number), token_ids, tuple(block.block_id for block in blocks))
+            self._pool.unpin_blocks(blocks, lambda block: self._texts.remove(block.block_id))
+
+    def clear(self) -> None:
+        """Forget all blocks."""
+        self._texts.clear()
+
+
+def _parent(request: Any, number: int) -> Parent:
+    """What precedes a block of a text: a hash of all tokens and of the tenant, or the tenant alone."""
+    return (request.block_hashes[number - 1],) if number else ("", request.cache_salt)
 
 
 class _ShorterRequest:
@@ -254,14 +350,16 @@ def row_scheduler(*, vllm_config: Any, **kwargs: Any) -> Any:
 
 def missing_names() -> list[str]:
     """Names on which this module relies and that the installed vLLM lacks, as far as its classes show them."""
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.outputs import ModelRunnerOutput
 
     relied_on: dict[type, Collection[str]] = {
-        Scheduler: ("update_from_output", "finish_requests"),
-        KVCacheManager: ("get_computed_blocks",),
+        Scheduler: ("update_from_output", "finish_requests", "reset_prefix_cache", "_free_request_blocks"),
+        KVCacheManager: ("get_computed_blocks", "create_kv_cache_blocks", "take_kv_cache_block_copies"),
+        BlockPool: ("touch", "unpin_blocks"),
         EngineCoreOutput: ("routed_experts", "request_id", "finished"),
         ModelRunnerOutput: ("aux_output_connector_output",),
     }

@@ -122,6 +122,8 @@ def load_vllm_engine(folder: Path, settings: VllmSettings) -> GenerationEngine:
     on_cpu = current_platform.is_cpu()
     if on_cpu or settings.threads:  # its processes do not know a container's quota
         os.environ["OMP_NUM_THREADS"] = str(torch_threads(settings.threads))
+    if on_cpu:  # vLLM 0.32 cannot load what it has stored there, and compiles the model anew at each start
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     if on_cpu and caps_attention(folder):
         raise Unsupported(
             "vLLM 0.32 computes attention with soft-capped logits wrongly on a CPU.",
