@@ -268,7 +268,7 @@ class _EndedTexts:
 
     @staticmethod
     def fits(kv_cache_manager: Any) -> bool:
-        """Whether blocks are cached, and all layers have whole attention states in blocks of one size."""
+        """Return whether blocks are cached, and all layers have whole attention states in blocks of one size."""
         from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
 
         groups, hashed = kv_cache_manager.coordinator.single_type_managers, kv_cache_manager.block_pool.hash_block_size
@@ -324,7 +324,7 @@ class _EndedTexts:
 
 
 def _parent(request: Any, number: int) -> Parent:
-    """What precedes a block of a text: a hash of all tokens and of the tenant, or the tenant alone."""
+    """The place of a block: a hash of all tokens before it and of the tenant, or the tenant alone."""
     return (request.block_hashes[number - 1],) if number else ("", request.cache_salt)
 
 
