@@ -18,7 +18,7 @@ VLLM_VENV ?= .venv-vllm
 CLIENTS_VENV := .venv-clients
 CHROMIUM := /usr/bin/chromium
 # Tests of the wire that say nothing about an engine.
-NO_ENGINE := command_line doctor large_head metrics proxy_settings smoke supervision tracing
+NO_ENGINE := command_line doctor forms large_head metrics proxy_settings smoke supervision tracing
 VLLM_TESTS ?= $(filter-out $(NO_ENGINE:%=tests/wire/test_%.py), $(sort $(wildcard tests/wire/test_*.py))) \
   tests/fuzz/test_openapi.py tests/fuzz/test_grpc_fuzz.py \
   tests/processes/test_faults.py tests/processes/test_decode_faults.py \

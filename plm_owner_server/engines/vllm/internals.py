@@ -306,9 +306,9 @@ class _EndedTexts:
         ran = min(request.num_computed_tokens, request.num_tokens - 1)
         # The last one for this text's next round; the first for texts that differ from there on.
         kept = []
-        for number in sorted({missed, (ran - 1) // self._block_tokens}):
+        for number in sorted({missed, max(0, ran - 1) // self._block_tokens}):
             begin, end = number * self._block_tokens, min((number + 1) * self._block_tokens, ran)
-            blocks = [group.req_to_blocks[request.request_id][number:][:1] for group in self._groups]
+            blocks = [group.req_to_blocks[request.request_id][number : number + 1] for group in self._groups]
             if begin < end and all(block and not block[0].is_null for block in blocks):
                 kept.append((number, request.all_token_ids[begin:end], [block[0] for block in blocks]))
         for *_, blocks in kept:
