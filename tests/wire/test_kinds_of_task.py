@@ -146,7 +146,12 @@ def test_answers_of_others_are_scored_by_their_task(jobs: dict[str, Job], tmp_pa
 @pytest.mark.parametrize(
     ("kind", "only", "headline"),
     [
-        ("classify", ["plm", "plm_nearest", "pema_published", "knn_lm", "best", "private"], "accuracy"),
+        pytest.param(
+            "classify",
+            ["plm", "plm_nearest", "pema_published", "knn_lm", "best", "private"],
+            "accuracy",
+            marks=pytest.mark.transformers_only(reason="kNN-LM needs faiss, which is not installed beside vLLM"),
+        ),
         ("extract", ["plm", "best"], "value_f1"),
     ],
 )
