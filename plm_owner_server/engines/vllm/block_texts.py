@@ -9,10 +9,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import takewhile
+
+from plm_owner_server.engines.batching import common_prefix
 
 Parent = tuple[object, ...]
-"""What determines the states of a block besides its own tokens: the tenant and all blocks before."""
+"""Place of a block: the tenant and all tokens before it. With the block's own tokens it determines the states."""
 
 _Tokens = tuple[int, ...]
 _Blocks = tuple[int, ...]
@@ -37,7 +38,7 @@ class BlockTexts:
         """Add a block. It replaces one with the same tokens.
 
         Args:
-            parent: what precedes the block.
+            parent: place of the block.
             token_ids: tokens whose states the block has, from its beginning; at least one.
             blocks: the block's ids.
         """
@@ -52,7 +53,7 @@ class BlockTexts:
         """The block that shares most tokens at its beginning, and their number; 0 if no block shares any."""
         texts, tokens = self._texts.get(parent, []), tuple(token_ids)
         place = bisect_left(texts, tokens)
-        lengths = {text: _common(text, tokens) for text in texts[max(0, place - 1) : place + 1]}
+        lengths = {text: common_prefix([text, tokens]) for text in texts[max(0, place - 1) : place + 1]}
         best = max(lengths, key=lambda text: lengths[text], default=())
         return (self._blocks[parent, best], lengths[best]) if best and lengths[best] else ((), 0)
 
@@ -73,7 +74,3 @@ class BlockTexts:
         self._texts.clear()
         self._blocks.clear()
         self._places.clear()
-
-
-def _common(first: _Tokens, second: _Tokens) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

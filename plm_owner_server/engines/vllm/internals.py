@@ -193,15 +193,14 @@ class _RowScheduler:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._ledger = RowLedger()
-        self._ended = _EndedTexts(self.kv_cache_manager) if _EndedTexts.fits(self.kv_cache_manager) else None
+        self._ended = _EndedTexts(self.kv_cache_manager)
         look_up = self.kv_cache_manager.get_computed_blocks
 
         def look_up_before_start(request: Any) -> Any:
             wanted = RowRequest.of(request.sampling_params)
             if wanted is not None and wanted.start + 1 < request.num_tokens:
                 request = _ShorterRequest(request, wanted.start + 1)
-            found = look_up(request)
-            return self._ended.extend(request, *found) if self._ended is not None else found
+            return self._ended.extend(request, *look_up(request))
 
         self.kv_cache_manager.get_computed_blocks = look_up_before_start
 
@@ -228,16 +227,11 @@ class _RowScheduler:
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """Also forget the blocks of texts that have ended."""
-        if self._ended is not None:
-            self._ended.clear()
+        self._ended.clear()
         return bool(super().reset_prefix_cache(*args, **kwargs))  # type: ignore[misc]
 
     def _free_request_blocks(self, request: Any) -> None:
-        free = partial(super()._free_request_blocks, request)  # type: ignore[misc]
-        if self._ended is None or not request.is_finished():
-            free()
-        else:
-            self._ended.keep(request, free)
+        self._ended.keep(request, partial(super()._free_request_blocks, request))  # type: ignore[misc]
 
     def _accept(self, rows: np.ndarray[Any, Any], spans: dict[str, Span], requests: dict[str, Any]) -> None:
         end = 0
@@ -261,25 +255,26 @@ class _EndedTexts:
     def __init__(self, kv_cache_manager: Any) -> None:
         self._manager, self._pool = kv_cache_manager, kv_cache_manager.block_pool
         self._groups = kv_cache_manager.coordinator.single_type_managers
-        self._block_tokens: int = self._groups[0].block_size
+        self._block_tokens: int = self._pool.hash_block_size
+        self._is_used = kv_cache_manager.enable_caching and all(map(self._has_a_state_for_each_token, self._groups))
         self._texts = BlockTexts()
         # The first block of each running text that was not in the prefix cache as a whole.
         self._first_missed: dict[str, int] = {}
 
-    @staticmethod
-    def fits(kv_cache_manager: Any) -> bool:
-        """Return whether blocks are cached, and all layers have whole attention states in blocks of one size."""
+    def _has_a_state_for_each_token(self, group: Any) -> bool:
         from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
+        from vllm.v1.kv_cache_interface import iter_layer_specs
 
-        groups, hashed = kv_cache_manager.coordinator.single_type_managers, kv_cache_manager.block_pool.hash_block_size
         return (
-            kv_cache_manager.enable_caching
-            and all(type(group) in (FullAttentionManager, SlidingWindowManager) for group in groups)
-            and {group.block_size for group in groups} == {hashed}
+            type(group) in (FullAttentionManager, SlidingWindowManager)
+            and group.block_size == self._block_tokens
+            and all(
+                spec.prefix_cacheable and spec.tokens_per_state == 1 for spec in iter_layer_specs(group.kv_cache_spec)
+            )
         )
 
     def extend(self, request: Any, blocks: Any, tokens: int, boundary: int) -> tuple[Any, int, int]:
-        """Whole cached blocks of a text, and the block that begins like its next tokens.
+        """Return the whole cached blocks of a text, and after them the block that begins like its next tokens.
 
         Args:
             request: the text; its last token must be run.
@@ -287,21 +282,35 @@ class _EndedTexts:
             tokens: number of their tokens.
             boundary: passed on.
         """
+        if not self._is_used or not self._manager.prefix_cache_lookup_enabled(request):
+            return blocks, tokens, boundary
         number = self._first_missed[request.request_id] = tokens // self._block_tokens
         rest = request.all_token_ids[tokens : min(tokens + self._block_tokens, request.num_tokens) - 1]
         ids, shared = self._texts.longest_prefix(_parent(request, number), rest)
-        if not shared:
+        if not shared or not self._has_room_for_a_copy(request):
             return blocks, tokens, boundary
         found = self._manager.create_kv_cache_blocks(tuple([self._pool.blocks[block]] for block in ids))
         return blocks + found, tokens + shared, boundary
 
+    def _has_room_for_a_copy(self, request: Any) -> bool:
+        """Return whether the pool has room for a text and one block more, which is held until it is copied.
+
+        Otherwise vLLM would never admit the text, nor those that wait behind it.
+        """
+        needed = -(-len(request.all_token_ids) // self._block_tokens) + 1
+        usable: int = self._pool.num_gpu_blocks - 1  # one stands for blocks that have left a window
+        return len(self._groups) * needed <= usable
+
     def keep(self, request: Any, free: Callable[[], None]) -> None:
-        """Free the blocks of a text that has ended, so that two of them are used again last: those that may be wanted.
+        """Free the blocks of a text. If it has ended, vLLM uses two of them again last: those that may be wanted.
 
         Args:
             request: the text.
             free: frees all of its blocks.
         """
+        if not self._is_used or not request.is_finished():
+            free()
+            return
         missed = self._first_missed.pop(request.request_id, 0)
         ran = min(request.num_computed_tokens, request.num_tokens - 1)
         # The last one for this text's next round; the first for texts that differ from there on.
@@ -324,7 +333,10 @@ class _EndedTexts:
 
 
 def _parent(request: Any, number: int) -> Parent:
-    """The place of a block: a hash of all tokens before it and of the tenant, or the tenant alone."""
+    """The place of a block: a hash of all tokens before it and of the tenant, or the tenant alone.
+
+    The server's requests have no LoRA and no images, which vLLM would hash, too.
+    """
     return (request.block_hashes[number - 1],) if number else ("", request.cache_salt)
 
 
@@ -352,14 +364,25 @@ def missing_names() -> list[str]:
     """Names on which this module relies and that the installed vLLM lacks, as far as its classes show them."""
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
 
     relied_on: dict[type, Collection[str]] = {
         Scheduler: ("update_from_output", "finish_requests", "reset_prefix_cache", "_free_request_blocks"),
-        KVCacheManager: ("get_computed_blocks", "create_kv_cache_blocks", "take_kv_cache_block_copies"),
+        KVCacheManager: (
+            "get_computed_blocks",
+            "prefix_cache_lookup_enabled",
+            "create_kv_cache_blocks",
+            "take_kv_cache_block_copies",
+        ),
+        SingleTypeKVCacheManager: ("_has_partial_local_hit", "_apply_cow"),
         BlockPool: ("touch", "unpin_blocks"),
+        Request: ("is_finished",),
+        SchedulerOutput: ("kv_cache_block_copies",),
         EngineCoreOutput: ("routed_experts", "request_id", "finished"),
         ModelRunnerOutput: ("aux_output_connector_output",),
     }

@@ -25,7 +25,7 @@ from plm_owner_server.settings import ServerSettings
 from protocol.cores import torch_threads
 from protocol.errors import InvalidRequest, Unsupported
 
-# Prefixes are cached in whole blocks. The CPU kernel takes multiples of 32.
+# Tokens in a block of attention states. The CPU kernel takes multiples of 32.
 _BLOCK_TOKENS_CPU, _BLOCK_TOKENS_GPU = 32, 16
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",  # no reports to its makers
