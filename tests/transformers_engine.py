@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from plm_owner_server.engines.interface import Decoded, DraftBatch
 from plm_owner_server.engines.transformers.engine import TransformersEngine
 from protocol.messages import DecodeResponse
+from tests import drafting
 from tests.support import ARCHITECTURES_IN_CI
 
 TOLERANCE = 1e-4
@@ -43,12 +44,7 @@ def drafted(
     from_position: list[int] | None = None,
 ) -> Decoded:
     starts = [len(ids) - 1 for ids in texts] if from_position is None else from_position
-    drafting, done = engine.drafting(batch_tokens=4096), list[tuple[DraftBatch, Decoded]]()
-    drafting.join([DraftBatch(texts, starts, look_ahead, stop_ids)])
-    while not done:
-        done = drafting.step()
-    ((_, decoded),) = done
-    return decoded
+    return drafting.drafted(engine, [DraftBatch(texts, starts, look_ahead, stop_ids)])[0]
 
 
 def drafts(answer: DecodeResponse) -> list[list[int]]:

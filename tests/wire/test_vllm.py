@@ -21,7 +21,7 @@ from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.plm.connection.open import open_connection
 from harness.datasets import home_assistant
 from harness.tiny_models import ARCHITECTURES, EOS, WINDOWED, TinyModels
-from plm_owner_server.engines.interface import Decoded, DraftBatch, EncodeBatch, Engine
+from plm_owner_server.engines.interface import DraftBatch, EncodeBatch, Engine
 from plm_owner_server.engines.loading import load_engine
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.engines.transformers.engine import TransformersEngine, load_model
@@ -33,6 +33,7 @@ from plm_owner_server.settings import DEFAULT_MODEL
 from protocol.errors import NotReady, PemaError, Unsupported
 from protocol.messages import EncodeRequest
 from tests import support
+from tests.drafting import drafted
 from tests.support import random_ids
 
 pytestmark = pytest.mark.vllm
@@ -103,7 +104,7 @@ def test_cached_states_can_be_removed(engines: tuple[Engine, Engine]) -> None:
 
 def test_drafts_are_those_of_transformers(engines: tuple[Engine, Engine], rounding: float) -> None:
     batch = DraftBatch(IDS, [69, 30, 0, 99, 63], [20, 9, 30, 15, 0], frozenset([EOS]), "acme")
-    ours, theirs = (_drafted(engine, batch) for engine in engines)
+    ours, theirs = (drafted(engine, [batch])[0] for engine in engines)
     assert (ours.rows, ours.echo) == (theirs.rows, theirs.echo)
     assert ours.top1_N.tolist() == theirs.top1_N.tolist()
     assert_close(ours.cr_N_D, theirs.cr_N_D, rounding)
@@ -121,10 +122,8 @@ def test_rounds_run_only_the_tokens_that_are_new(
     first, second = [*IDS[0]], [*IDS[0][:50], *IDS[4][50:58]]
     for accepted in (20, 3, 0, 7):
         before = ours.stats.cached_tokens
-        decoded = [
-            _drafted(engine, DraftBatch([first, second], [len(first) - 1, len(second) - 1], [20, 4], tenant="rounds"))
-            for engine in (ours, theirs)
-        ]
+        batch = DraftBatch([first, second], [len(first) - 1, len(second) - 1], [20, 4], tenant="rounds")
+        decoded = [drafted(engine, [batch])[0] for engine in (ours, theirs)]
         assert_close(decoded[0].cr_N_D, decoded[1].cr_N_D, 3 * rounding)  # states of several rounds add up
         assert decoded[0].top1_N.tolist() == decoded[1].top1_N.tolist()
         if accepted != 20 and keeps_blocks:
@@ -132,14 +131,6 @@ def test_rounds_run_only_the_tokens_that_are_new(
         tokens = decoded[1].top1_N.tolist()
         first = [*first, *tokens[:accepted], (tokens[accepted] + 1) % ours.info.vocab_size]
         second = [*second, *tokens[21:]]
-
-
-def _drafted(engine: Engine, batch: DraftBatch) -> Decoded:
-    drafting, done = engine.drafting(4096), list[tuple[DraftBatch, Decoded]]()
-    drafting.join([batch])
-    while not done:
-        done = drafting.step()
-    return done[0][1]
 
 
 def test_what_vllm_gets_wrong_on_a_cpu_is_refused(tiny_models: TinyModels, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from plm_owner_server.engines.transformers.engine import TransformersEngine, loa
 from plm_owner_server.engines.vllm.async_llm import VllmModel
 from plm_owner_server.engines.vllm.engine import GenerationEngine
 from tests import support
+from tests.drafting import drafted, run_to_end
 from tests.support import random_ids
 
 pytestmark = pytest.mark.vllm
@@ -76,19 +77,6 @@ def draft_batches(stop: frozenset[int] = frozenset([EOS])) -> list[DraftBatch]:
     ]
 
 
-def run(drafting: Any, batches: Sequence[DraftBatch]) -> list[Decoded]:
-    done: dict[DraftBatch, Decoded] = {}
-    while len(done) < len(batches):
-        done |= dict(drafting.step())
-    return [done[batch] for batch in batches]
-
-
-def drafted(engine: Engine, batches: Sequence[DraftBatch]) -> list[Decoded]:
-    drafting = engine.drafting(4096)
-    drafting.join(batches)
-    return run(drafting, batches)
-
-
 def assert_same(ours: Encoded, theirs: Encoded) -> None:
     assert (ours.rows, ours.echo) == (theirs.rows, theirs.echo)
     scale = theirs.cr_N_D.abs().max().item()
@@ -107,7 +95,7 @@ def test_drafts_beside_encoded_texts_are_those_of_transformers(engine: Generatio
     for starts in ([0] * 10, [len(ids) - 1 for ids in PROMPTS], [len(ids) // 2 for ids in PROMPTS]):
         batch = EncodeBatch(PROMPTS, starts, with_logsumexp=True, tenant="tenant 1")
         assert_same(engine.encode(batch), truth.encode(batch))
-    for ours, theirs in zip(run(drafting, batches), drafted(truth, batches), strict=True):
+    for ours, theirs in zip(run_to_end(drafting, batches), drafted(truth, batches), strict=True):
         assert_same(ours, theirs)
 
 
@@ -117,7 +105,7 @@ def test_cached_states_are_removed_beside_running_drafts(engine: GenerationEngin
     drafting.join(batches)
     for _ in range(3):
         assert vllm_model(engine).reset_cache()
-    for ours, theirs in zip(run(drafting, batches), drafted(truth, batches), strict=True):
+    for ours, theirs in zip(run_to_end(drafting, batches), drafted(truth, batches), strict=True):
         assert_same(ours, theirs)
 
 
@@ -127,9 +115,20 @@ def test_what_clients_left_ends_in_vllm(engine: GenerationEngine, truth: Engine)
     drafting.join(batches)
     for batch in batches[1:]:
         drafting.leave(batch)
-    assert_same(run(drafting, batches[:1])[0], drafted(truth, batches[:1])[0])
+    assert_same(run_to_end(drafting, batches[:1])[0], drafted(truth, batches[:1])[0])
     model = vllm_model(engine)
     until(lambda: not model._llm.output_processor.has_unfinished_requests())
+
+
+def test_a_text_as_long_as_the_memory_for_states_goes_on(tiny_models: TinyModels, truth: Engine) -> None:
+    """There is no room for the copy of a block, so the whole blocks must do."""
+    options = {"enforce_eager": True, "kv_cache_memory_bytes": 5 * _BLOCK_BYTES}
+    settings = support.make_settings(device="cpu", dtype="float32", max_sequence_tokens=127, vllm_options=options)
+    engine = load_engine(tiny_models["llama"], settings)
+    (text,) = random_ids(3, [127], shared=0)
+    for tokens in (100, 110, 127):
+        batch = EncodeBatch([text[:tokens]], [tokens - 1], with_logsumexp=True, tenant="long")
+        assert_same(engine.encode(batch), truth.encode(batch))
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="this is the simulated GPU")

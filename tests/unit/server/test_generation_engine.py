@@ -30,6 +30,7 @@ from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import InvalidRequest, NotReady, Unsupported
 from protocol.messages import EncodeRequest
 from tests import support
+from tests.drafting import drafted
 from tests.support import random_ids
 
 BLOCK = 8
@@ -123,15 +124,6 @@ def setting(tiny_models: TinyModels) -> Setting:
     return Setting(tiny_models["llama"])
 
 
-def drafted(engine: Any, *batches: DraftBatch) -> list[Decoded]:
-    drafting = engine.drafting(4096)
-    drafting.join(batches)
-    done: dict[DraftBatch, Decoded] = {}
-    while len(done) < len(batches):
-        done |= dict(drafting.step())
-    return [done[batch] for batch in batches]
-
-
 def assert_same(ours: Any, theirs: Any) -> None:
     assert (ours.rows, ours.echo) == (theirs.rows, theirs.echo)
     torch.testing.assert_close(ours.cr_N_D, theirs.cr_N_D, rtol=1e-4, atol=1e-4)
@@ -194,7 +186,7 @@ SPOILED: dict[str, Callable[[TextRows], TextRows]] = {
 @pytest.mark.parametrize("fault", SPOILED)
 def test_other_rows_than_requested_are_an_error_that_clients_retry(setting: Setting, fault: str) -> None:
     batch = DraftBatch([random_ids(3, [12])[0]], [10], [4])
-    expected = drafted(setting.truth, batch)[0]
+    expected = drafted(setting.truth, [batch])[0]
     assert 3 not in (expected.top1_N[0], batch.token_ids[0][-1], expected.top1_N[-2])
     setting.blocks.spoil = SPOILED[fault]
     drafting = setting.engine.drafting(4096)
@@ -203,17 +195,17 @@ def test_other_rows_than_requested_are_an_error_that_clients_retry(setting: Sett
         drafting.step()
     assert caught.value.retry_after_s
     setting.blocks.spoil = lambda rows: rows
-    assert_same(drafted(setting.engine, batch)[0], expected)
+    assert_same(drafted(setting.engine, [batch])[0], expected)
 
 
 def test_drafts_are_those_of_the_engine_over_transformers(setting: Setting) -> None:
     ids = random_ids(4, [5, 18, 1, 9])
     plain = DraftBatch(ids, [4, 10, 0, 0], [6, 0, 9, 3])
-    (free,) = drafted(setting.truth, plain)
+    (free,) = drafted(setting.truth, [plain])
     # A token that is drafted for a while, so that some end with it and others do not.
     stops = frozenset([EOS, int(free.top1_N[2])])
     batches = [plain, DraftBatch(ids, [4, 17, 0, 8], [9, 9, 9, 9], stops, "acme")]
-    for ours, theirs in zip(drafted(setting.engine, *batches), drafted(setting.truth, *batches), strict=True):
+    for ours, theirs in zip(drafted(setting.engine, batches), drafted(setting.truth, batches), strict=True):
         assert_same(ours, theirs)
     # One query for each sequence, all its drafts included.
     assert len(setting.blocks.queries) == 2 * len(ids)
@@ -233,7 +225,7 @@ def test_who_joins_late_or_leaves_changes_nothing_for_the_others(setting: Settin
     done = dict(drafting.step())
     assert done.keys() == {one, two}
     for batch in (one, two):
-        assert_same(done[batch], drafted(setting.truth, batch)[0])
+        assert_same(done[batch], drafted(setting.truth, [batch])[0])
 
 
 def test_an_error_leaves_no_query_at_the_model(setting: Setting) -> None:
