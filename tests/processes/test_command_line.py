@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import safe_open
 
 from data_owner_client import ExternalMemory
 from harness.processes import free_port
@@ -152,9 +151,11 @@ def _history(folder: Path) -> list[Any]:
     checkpoints = list(folder.glob(".training-*.safetensors"))
     if not checkpoints:
         return []
-    with safe_open(checkpoints[0], framework="pt") as file:
-        history: list[Any] = json.loads(file.metadata()["progress"])["history"]
-        return history
+    # Read in one piece: the training may replace the file meanwhile, and `safe_open` opens it twice.
+    content = checkpoints[0].read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    history: list[Any] = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["progress"])["history"]
+    return history
 
 
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
