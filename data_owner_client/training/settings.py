@@ -41,7 +41,7 @@ class TrainingSettings:
         search: Whole trainings with one changed setting at a time may replace the first one, while there is time;
             settings that you set yourself stay.
         members: Trainings whose distributions the adapter averages, at most. The search begins with other seeds for
-            them, and the validation memory decides. 1 for a single network.
+            them, and the validation memory decides. 1, or no search, for a single network.
         minutes: Minutes for all that is done: training, search, retrieved examples and decoded texts. What does not fit
             is left out and named. 0 for nothing but the training itself.
         selection_texts: Held-out texts that are decoded at most to choose λ by the task's headline metric; 0 chooses
@@ -69,7 +69,7 @@ class TrainingSettings:
     retrieved_examples: Annotated[int, Ge(0), Unit("pairs")] | None = None
     gate: bool = True
     search: bool = True
-    members: Annotated[int, Ge(1), Le(64), Unit("trainings")] = 1
+    members: Annotated[int, Ge(1), Le(64), Unit("trainings")] = 4
     minutes: Annotated[float, Ge(0), Le(100_000), Unit("minutes")] = 15.0
     selection_texts: Annotated[int, Ge(0), Unit("texts")] = 100
     head_contexts: Annotated[int, Ge(2), Unit("contexts")] | None = None
