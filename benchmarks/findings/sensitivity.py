@@ -17,7 +17,12 @@ from benchmarks.sensitivity.results import Results
 from data_owner_client.training.validation import LAMBDAS
 
 _NUMERIC = {"rank": "rank R", "kappa": "κ", "pairs": "training pairs", "members": "averaged trainings"}
-_TITLES = _NUMERIC | {"form": "form", "context": "contexts", "model": "model"}
+_TITLES = _NUMERIC | {
+    "changes": "trainings with other settings",
+    "form": "form",
+    "context": "contexts",
+    "model": "model",
+}
 _LOGARITHMIC = ("rank", "pairs", "members")
 
 

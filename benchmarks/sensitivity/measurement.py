@@ -112,7 +112,7 @@ class Bench:
             examples=min(point.pairs, memories.train.manifest.examples),
         )
         trainings = self._fit(inputs, point)
-        members = select_members(trainings, point.members, inputs.validation, inputs.targets.candidates)
+        members = select_members(trainings, point.most_members, inputs.validation, inputs.targets.candidates)
         measurement = self._measured(inputs, network_of(members), trainings, memories.train.length_ratio)
         if point.schedule is None:
             return measurement
@@ -126,9 +126,9 @@ class Bench:
     def _fit(self, inputs: TrainingInput, point: Point) -> list[Trained]:
         """The trainings of a point, the likeliest first.
 
-        Those of the last point are used again if only its `members` differ.
+        Those of the last point are used again if only its `members` and `changes` differ.
         """
-        alike = replace(point, members=1, schedule=None)
+        alike = replace(point, members=1, changes=0, schedule=None)
         if self._last[0] != alike:
             self._last = alike, {}
         known = self._last[1]

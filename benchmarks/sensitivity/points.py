@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import count, product
 from typing import Any, Literal, get_args
 
 from data_owner_client import TrainingSettings
 from data_owner_client.adapter.types import AdapterForm, Schedule
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.training.settings import Pairing
+from data_owner_client.training.settings_search import CHANGES
 
 Context = Literal["teacher-forced", "aligned", "reliable", "by position"]
 """Contexts of a memory's rows: the true ones, or private ones by the way that targets are paired with them."""
@@ -39,6 +40,7 @@ class Point:
         form: form of the adapter; None for the one that suits the contexts.
         seed: seed of the training.
         members: number of trainings with other seeds that the adapter averages.
+        changes: number of trainings with other settings beside the first. The adapter averages the likeliest.
         schedule: schedule with which the test set is answered, `none` for the PLM alone; None to measure likelihood
             alone.
     """
@@ -52,6 +54,7 @@ class Point:
     form: AdapterForm | None = None
     seed: int = 0
     members: int = 1
+    changes: int = 0
     schedule: Schedule | None = None
 
     @property
@@ -71,7 +74,14 @@ class Point:
         first = TrainingSettings(
             form=self.form or form, pairing=pairing, rank=self.rank, kappa=self.kappa, seed=self.seed
         )
-        return [replace(first, seed=first.seed + _SEED_STEP * number) for number in range(self.members)]
+        others = [{}] * (self.members - 1) + [*CHANGES[: self.changes]]
+        seeds = (self.seed + _SEED_STEP * number for number in count(1))
+        return [first, *(replace(first, seed=seed, **change) for seed, change in zip(seeds, others, strict=False))]
+
+    @property
+    def most_members(self) -> int:
+        """Trainings that the adapter averages, at most."""
+        return TrainingSettings().members if self.changes else self.members
 
 
 FACTORS: Mapping[str, Sequence[Any]] = {
@@ -80,6 +90,7 @@ FACTORS: Mapping[str, Sequence[Any]] = {
     "form": ("paper", "recent"),
     "pairs": (60, 125, 250, 500, 1000, 2000),
     "members": (1, 2, 4, 8),
+    "changes": (3, 7),
     "context": tuple(_CONTEXTS),
     "model": (
         "gemma-3-270m",

@@ -10,8 +10,7 @@ from data_owner_client.adapter.types import AdapterForm
 from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.trainer import Trained
 
-# Changes in the order in which they are tried.
-_CHANGES: tuple[dict[str, Any], ...] = (
+CHANGES: tuple[dict[str, Any], ...] = (
     {"dropout": 0.35},
     {"learning_rate": 1e-3},
     {"kappa": 0.05},
@@ -24,6 +23,7 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     {"rank": 1024},
     {"form": "paper"},
 )
+"""Changes in the order in which they are tried."""
 Fit = Callable[[TrainingSettings], Trained]
 
 
@@ -37,8 +37,8 @@ def search_settings(
 ) -> list[Trained]:
     """Train with every candidate, then change the best one step by step, and return all trainings, the best one first.
 
-    Other seeds come first, one for each further member. Then a change is kept if it lowers the validation loss.
-    Settings that the user changed from their defaults stay.
+    A change is kept if it lowers the validation loss. Settings that the user changed from their defaults stay. Other
+    seeds come last, one for each further member.
 
     Args:
         candidates: settings to begin with; each is trained, whatever the time.
@@ -73,9 +73,10 @@ def _loss(trained: Trained) -> float:
 
 def _changes(settings: TrainingSettings, forms: Sequence[AdapterForm]) -> Iterator[dict[str, Any]]:
     default = TrainingSettings()
-    for number in range(1, settings.members):
-        yield {"seed": settings.seed + number}
-    for change in _CHANGES:
+    for change in CHANGES:
         ((name, value),) = change.items()
         if value in forms if name == "form" else getattr(settings, name) == getattr(default, name):
             yield change
+    # Other settings are as good members as other seeds, and may also be the best (docs/findings.md).
+    for number in range(1, settings.members):
+        yield {"seed": settings.seed + number}

@@ -77,7 +77,8 @@ def test_reliable_contexts_are_not_combined_with_the_recent_form() -> None:
     assert {tried.form for tried in trainer.tried} == {"residual", "paper"}
 
 
-def test_the_search_begins_with_a_seed_for_each_further_member() -> None:
-    trainer = Trainer(3.5, dropout=0.35)
+def test_the_search_ends_with_a_seed_for_each_further_member() -> None:
+    trainer = Trainer(dropout=0.35)
     trainer.search(replace(BEGIN, seed=7, members=3))
-    assert [(tried.seed, tried.dropout) for tried in trainer.tried] == [(7, 0.2), (8, 0.2), (9, 0.2)]
+    assert [(tried.seed, tried.dropout) for tried in trainer.tried[-2:]] == [(8, 0.35), (9, 0.35)]
+    assert {tried.seed for tried in trainer.tried[:-2]} == {7}
