@@ -74,7 +74,7 @@ class Point:
         first = TrainingSettings(
             form=self.form or form, pairing=pairing, rank=self.rank, kappa=self.kappa, seed=self.seed
         )
-        others = [{}] * (self.members - 1) + [*CHANGES[: self.changes]]
+        others: list[dict[str, Any]] = [{}] * (self.members - 1) + [*CHANGES[: self.changes]]
         seeds = (self.seed + _SEED_STEP * number for number in count(1))
         return [first, *(replace(first, seed=seed, **change) for seed, change in zip(seeds, others, strict=False))]
 
