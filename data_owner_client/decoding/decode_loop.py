@@ -169,9 +169,10 @@ def run(
     """
     decoder = SpeculativeDecoder(plm, settings, lookup)
     with (reporter or Reporter()).bar("generating", len(sequences), "sequences") as bar:
-        _run(decoder, sequences, largest_batch(plm, settings), bar)
+        _run(plm, decoder, sequences, largest_batch(plm, settings), bar)
     stats, ends = decoder.stats, [sequence.end for sequence in sequences]
     stats.tokens = sum(sequence.length for sequence in sequences)
+    stats.add_bytes(sequence.calls for sequence in sequences)
     stats.unproven = sum({s.selector: s.selector.unproven for s in sequences}.values())
     stats.length_bound_ends, stats.repetition_ends = ends.count(End.LENGTH_BOUND), ends.count(End.REPETITION)
     return stats
@@ -293,12 +294,14 @@ def _sequence(
     return sequence
 
 
-def _run(decoder: SpeculativeDecoder, sequences: Sequence[SequenceState], batch_size: int, bar: Bar) -> None:
+def _run(
+    plm: RemotePlm, decoder: SpeculativeDecoder, sequences: Sequence[SequenceState], batch_size: int, bar: Bar
+) -> None:
     """Decode all sequences to their ends."""
     # Longest prompts first, or the last one to begin might be the longest.
     waiting = sorted(sequences, key=lambda s: len(s.prompt))
     active, plm_only = list[SequenceState](), list[SequenceState]()
-    plm_only_calls = PlmOnlyCalls(decoder, batch_size)
+    plm_only_calls = PlmOnlyCalls(plm, decoder, batch_size)
     while waiting or active or plm_only or plm_only_calls.calls:
         while waiting and len(active) < batch_size:
             newest = waiting.pop()
