@@ -89,6 +89,7 @@ def evaluate(
     Examples:
 
     - `pema-client evaluate --adapter adapter --input test.jsonl --share-targets`
+    - `pema-client evaluate --adapter adapter --input test.jsonl --effort medium --json`
     - `pema-client evaluate --sources test.en --targets test.de --hypotheses test.out`
     - `pema-client evaluate --task intents.toml --input test.jsonl --hypotheses test.out --picture confusions.png`
     """
@@ -118,6 +119,7 @@ def evaluate(
         raise InvalidData("There is nothing to evaluate.", hint="Give --adapter, or --hypotheses to score a file.")
     if task is not None:
         raise InvalidData("The adapter has its own task.", hint="Leave --task away: it goes with --hypotheses.")
+    search = options.search()
     adapter = TrainedAdapter.load(adapter_folder)
     _require_labels(picture, adapter.card.task)
     pairs = pairs_of(input_file, sources, targets, reading)
@@ -131,7 +133,9 @@ def evaluate(
             share_earlier_answers=share_earlier_answers,
             decoding=decoding,
             lookup=options.drafter(),
-            consensus=options.consensus,
+            consensus=search.consensus,
+            beams=search.beams,
+            length_penalty=search.length_penalty,
             scoring=scoring,
             skip_invalid=reading.skip_invalid,
             reporter=stderr_reporter(),

@@ -103,6 +103,8 @@ class GenerationConfig:
             of the LM head, which are fetched unless the cache has them.
         head: all rows of the LM head in float32, where the caller has them; None to fetch them for such draws.
         lookup: drafter from fixed texts; None for none.
+        beams: beams of a beam search; 1 for none. They go over the whole vocabulary where `head` is given, or there is
+            no adapter.
     """
 
     adapter: CandidateDistribution | None = None
@@ -113,6 +115,14 @@ class GenerationConfig:
     sampling: SamplingSettings | None = None
     head: LMHead | None = None
     lookup: NgramDrafter | None = None
+    beams: int = 1
+
+    @property
+    def takes_any_token(self) -> bool:
+        """True if texts are searched or drawn over the whole vocabulary, which needs all rows of the LM head."""
+        if self.beams > 1:
+            return self.adapter is None or self.head is not None
+        return self.sampling is not None and not self.sampling.candidates_only
 
 
 DEFAULT_GENERATION = GenerationConfig()
@@ -206,7 +216,7 @@ def sequences_of(
     interpolation = PLM_ONLY if adapter is None else config.interpolation
     rules = EndRules(StopMatcher(plm.tokenizer, config.stops), config.repetition_limit)
     head = None
-    if sampling is not None and not sampling.candidates_only:
+    if config.takes_any_token:
         head = config.head or plm.full_head(reporter).to(torch.float32)
     held = HeldSelection(TokenSearch(plm))
     selector = TokenSelector(adapter, head, interpolation, rules.stops.ids, sampling, held)
