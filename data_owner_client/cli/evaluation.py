@@ -119,7 +119,6 @@ def evaluate(
         raise InvalidData("There is nothing to evaluate.", hint="Give --adapter, or --hypotheses to score a file.")
     if task is not None:
         raise InvalidData("The adapter has its own task.", hint="Leave --task away: it goes with --hypotheses.")
-    search = options.search()
     adapter = TrainedAdapter.load(adapter_folder)
     _require_labels(picture, adapter.card.task)
     pairs = pairs_of(input_file, sources, targets, reading)
@@ -133,9 +132,10 @@ def evaluate(
             share_earlier_answers=share_earlier_answers,
             decoding=decoding,
             lookup=options.drafter(),
-            consensus=search.consensus,
-            beams=search.beams,
-            length_penalty=search.length_penalty,
+            consensus=options.consensus,
+            beams=options.beams,
+            length_penalty=options.length_penalty,
+            effort=options.effort,
             scoring=scoring,
             skip_invalid=reading.skip_invalid,
             reporter=stderr_reporter(),

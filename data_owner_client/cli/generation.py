@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,13 +88,18 @@ class _Options:
             "decoding": self._decoding,
             "lookup": self.more.drafter(),
             "sampling": sampling_of(self.sampling, self.search),
-            **asdict(self.search),
+            "samples": self.samples,
+            "best": self.best,
+            "consensus": self.more.consensus,
+            "beams": self.more.beams,
+            "length_penalty": self.more.length_penalty,
+            "effort": self.more.effort,
         }
 
     @property
     def search(self) -> SearchOptions:
         """The search for the texts of an input."""
-        return self.more.search(samples=self.samples, best=self.best)
+        return self.more.search(self.samples, self.best)
 
     @property
     def _decoding(self) -> DecodingSettings:

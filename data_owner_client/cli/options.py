@@ -161,7 +161,7 @@ class DecodingOptions:
     length_penalty: Annotated[float, Ge(0), Le(MOST_LENGTH_PENALTY)] = 1.0
     effort: Effort | None = None
 
-    def search(self, *, samples: int = 1, best: int = 1) -> SearchOptions:
+    def search(self, samples: int, best: int) -> SearchOptions:
         """The search for the texts of an input, with what the effort stands for.
 
         Args:
