@@ -377,7 +377,7 @@ def test_effort_stands_for_a_search(plm: RemotePlm, adapter: TrainedAdapter) -> 
 
 
 def test_candidates_need_no_whole_head(plm: RemotePlm, adapter: TrainedAdapter) -> None:
-    plm.card = plm.card.model_copy(update={"head_policy": "candidates"})
+    plm.card = plm.card.model_copy(update={"head_policy": "candidate"})
     assert generate(plm, ["the"], adapter=adapter, beams=2, decoding=BRIEF).texts
     with pytest.raises(Unsupported, match="does not give you the whole LM head"):
         generate(plm, ["the"], beams=2, decoding=BRIEF)
