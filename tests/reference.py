@@ -7,11 +7,11 @@ P_PEMA is a vector over all of V that is 0 for tokens that never occur as a targ
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 
 class Reference:
@@ -128,19 +128,54 @@ class Reference:
         """
         generated: list[int] = []
         for weight in lambdas:
-            f_D, p_plm_V = self.context([*prompt, *generated])
-            if own_prompt is not None:
-                f_D, _ = self.context([*own_prompt, *generated])
-            p_pema_V = self.pema(f_D, weights, form, targets, generated)
-            if gate is not None:
-                weight = gated(gate, p_plm_V, p_pema_V, targets, len(generated))
-            mixture_V = (1 - weight) * p_plm_V + weight * p_pema_V
-            if weight > 0:
-                mixture_V[sorted(stop_ids & set(targets))] /= math.exp(length_reward)
+            mixture_V, _ = self.mixture(
+                prompt, generated, weights, form, targets, weight, stop_ids, own_prompt, gate, length_reward
+            )
             generated.append(int(mixture_V.argmax()))
             if generated[-1] in stop_ids:
                 break
         return generated
+
+    def mixture(
+        self,
+        prompt: Sequence[int],
+        generated: Sequence[int],
+        weights: dict[str, Tensor],
+        form: str,
+        targets: Sequence[int],
+        weight: float,
+        stop_ids: frozenset[int],
+        own_prompt: Sequence[int] | None = None,
+        gate: dict[str, list[float]] | None = None,
+        length_reward: float = 0.0,
+    ) -> tuple[Tensor, int]:
+        """The mixture behind the generated tokens [V], and the PLM's top-1; the arguments are those of `decode`."""
+        f_D, p_plm_V = self.context([*prompt, *generated])
+        if own_prompt is not None:
+            f_D, _ = self.context([*own_prompt, *generated])
+        p_pema_V = self.pema(f_D, weights, form, targets, generated)
+        if gate is not None:
+            weight = gated(gate, p_plm_V, p_pema_V, targets, len(generated))
+        mixture_V = (1 - weight) * p_plm_V + weight * p_pema_V
+        if weight > 0:
+            mixture_V[sorted(stop_ids & set(targets))] /= math.exp(length_reward)
+        return mixture_V, int(p_plm_V.argmax())
+
+
+class ReplacedScores(LogitsProcessor):  # type: ignore[misc]  # its package has no types
+    """Scores of a function in place of the model's, for transformers' own ways of generation.
+
+    Args:
+        prompt: number of the prompt's tokens.
+        logprobs: log-probabilities [V] behind generated tokens.
+    """
+
+    def __init__(self, prompt: int, logprobs: Callable[[tuple[int, ...]], Tensor]) -> None:
+        self._prompt = prompt
+        self._logprobs = logprobs
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.stack([self._logprobs(tuple(ids[self._prompt :])) for ids in input_ids.tolist()]).to(scores)
 
 
 def schedule(name: str, lambda_max: float, expected_length: float, steps: int) -> list[float]:

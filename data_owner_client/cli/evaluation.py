@@ -89,6 +89,7 @@ def evaluate(
     Examples:
 
     - `pema-client evaluate --adapter adapter --input test.jsonl --share-targets`
+    - `pema-client evaluate --adapter adapter --input test.jsonl --effort medium --json`
     - `pema-client evaluate --sources test.en --targets test.de --hypotheses test.out`
     - `pema-client evaluate --task intents.toml --input test.jsonl --hypotheses test.out --picture confusions.png`
     """
@@ -132,6 +133,9 @@ def evaluate(
             decoding=decoding,
             lookup=options.drafter(),
             consensus=options.consensus,
+            beams=options.beams,
+            length_penalty=options.length_penalty,
+            effort=options.effort,
             scoring=scoring,
             skip_invalid=reading.skip_invalid,
             reporter=stderr_reporter(),

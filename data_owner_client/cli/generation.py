@@ -50,6 +50,7 @@ from protocol.errors import InvalidData
 if TYPE_CHECKING:
     from data_owner_client.adapter.trained import TrainedAdapter
     from data_owner_client.decoding.generation import Generation
+    from data_owner_client.decoding.search_options import SearchOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +82,24 @@ class _Options:
 
     def arguments(self, adapter: TrainedAdapter | None) -> dict[str, Any]:
         """The arguments that `translate` and `generate` of the library have in common."""
-        consensus = self.more.consensus
         return {
             "adapter": adapter,
             "interpolation": self.more.interpolation(adapter),
             "decoding": self._decoding,
             "lookup": self.more.drafter(),
-            "sampling": sampling_of(self.sampling, samples=self.samples, best=self.best, consensus=consensus),
+            "sampling": sampling_of(self.sampling, self.search),
             "samples": self.samples,
             "best": self.best,
-            "consensus": consensus,
+            "consensus": self.more.consensus,
+            "beams": self.more.beams,
+            "length_penalty": self.more.length_penalty,
+            "effort": self.more.effort,
         }
+
+    @property
+    def search(self) -> SearchOptions:
+        """The search for the texts of an input."""
+        return self.more.search(self.samples, self.best)
 
     @property
     def _decoding(self) -> DecodingSettings:
@@ -106,10 +114,8 @@ class _Options:
             adapter and adapter.card,
             self.more.interpolation(adapter),
             self.decoding.bounds_of_texts,
-            self.more.consensus,
+            self.search,
             self.sampling,
-            self.samples,
-            self.best,
             self.dtype,
         ]
 
@@ -139,7 +145,8 @@ def apply(
     - `pema-client translate --adapter adapter --input test.jsonl --output test.de`
     - `pema-client apply --task translate-en-de < texts.txt`
     - `pema-client apply --adapter adapter --schedule gradual --lambda-max 0.9 --input test.txt`
-    - `pema-client apply --adapter adapter --consensus 8 --input test.jsonl --output test.de`
+    - `pema-client apply --adapter adapter --beams 4 --length-penalty 1.2 --input test.jsonl --output test.de`
+    - `pema-client apply --adapter adapter --effort high --input test.jsonl --output test.de`
     - `pema-client apply --adapter adapter --explain why.jsonl "The device is offline."`
     """
     from data_owner_client.data.tasks import load_task
@@ -219,10 +226,11 @@ def _answer(texts: list[str] | None, options: _Options, run: partial[Generation]
 
 
 def _require_one(options: _Options) -> None:
-    if options.more.consensus or options.samples > 1:
+    search = options.search
+    if search.consensus or search.samples > 1 or search.beams > 1:
         raise InvalidData(
             "--stream shows a text as it grows, and of several the best is known at the end.",
-            hint="Leave --consensus and --samples away.",
+            hint="Leave --consensus, --samples, --beams and --effort away.",
         )
     if options.output is not None or options.as_json or options.explain is not None:
         raise InvalidData(

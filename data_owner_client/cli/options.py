@@ -12,7 +12,13 @@ from cyclopts import Group, Parameter, Token
 
 from data_owner_client.adapter.types import Schedule
 from data_owner_client.data.reading.settings import ReadingSettings
-from data_owner_client.decoding.settings import DEFAULT_SAMPLING, DecodingSettings, SamplingSettings
+from data_owner_client.decoding.settings import (
+    DEFAULT_SAMPLING,
+    MOST_LENGTH_PENALTY,
+    DecodingSettings,
+    Effort,
+    SamplingSettings,
+)
 from data_owner_client.plm.connection.settings import ConnectionSettings
 from data_owner_client.runtime.arguments import to_path
 from data_owner_client.scoring.settings import ScoringSettings
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
     from data_owner_client.adapter.interpolation import Interpolation
     from data_owner_client.adapter.trained import TrainedAdapter
     from data_owner_client.decoding.client_drafts import NgramDrafter
+    from data_owner_client.decoding.search_options import SearchOptions
     from data_owner_client.plm.remote_plm import RemotePlm
 
 DATA = Group("Data", sort_key=1)
@@ -120,7 +127,9 @@ Explain = Annotated[
     ),
 ]
 Samples = Annotated[int, Ge(1), Parameter(help="Texts drawn for every input.", group=SAMPLING)]
-Best = Annotated[int, Ge(1), Parameter(help="Most probable ones of the drawn texts to print.", group=SAMPLING)]
+Best = Annotated[
+    int, Ge(1), Parameter(help="Most probable ones of the drawn texts, or of the beams, to print.", group=SAMPLING)
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +145,11 @@ class DecodingOptions:
             memory that was built with --share-targets.
         consensus: Draw this many extra texts, and print the one with the highest mean chrF against the others (minimum
             Bayes risk); 0 for none. 8 is a good number; the cost grows with it.
+        beams: Search this many texts side by side for the most probable one; 1 for none. The cost grows with it.
+            With an adapter the beams go through its candidates. Without one the whole LM head is fetched.
+        length_penalty: Exponent of the length by which a beam's log-probability is divided; more prefers longer texts.
+        effort: Search for the best text. low takes the most probable tokens, medium 4 --beams, high a --consensus of 8.
+            Default: low.
     """
 
     schedule: Schedule | None = None
@@ -143,6 +157,29 @@ class DecodingOptions:
     length_reward: Annotated[float, Ge(0), Le(20)] | None = None
     lookup: PathOption | None = None
     consensus: Annotated[int, Ge(0)] = 0
+    beams: Annotated[int, Ge(1)] = 1
+    length_penalty: Annotated[float, Ge(0), Le(MOST_LENGTH_PENALTY)] = 1.0
+    effort: Effort | None = None
+
+    def search(self, samples: int, best: int) -> SearchOptions:
+        """The search for the texts of an input, with what the effort stands for.
+
+        Args:
+            samples: texts drawn for every input.
+            best: texts printed for every input.
+
+        Raises:
+            InvalidData: the options contradict each other.
+        """
+        from data_owner_client.decoding.search_options import SearchOptions
+
+        return SearchOptions(
+            samples=samples,
+            best=best,
+            consensus=self.consensus,
+            beams=self.beams,
+            length_penalty=self.length_penalty,
+        ).with_effort(self.effort)
 
     def drafter(self) -> NgramDrafter | None:
         """The drafter that looks drafts up, if any."""
@@ -178,28 +215,28 @@ def connected(server: str, connection: ConnectionSettings, dtype: WireDtype = "f
     return connect(server.strip() or DEFAULT_SERVER, connection, dtype=dtype)
 
 
-def sampling_of(sampling: SamplingSettings, *, samples: int, best: int, consensus: int) -> SamplingSettings | None:
+def sampling_of(sampling: SamplingSettings, search: SearchOptions) -> SamplingSettings | None:
     """The settings of sampling; None for the most probable tokens.
 
     Args:
         sampling: settings of the command line.
-        samples: texts drawn for every input.
-        best: texts printed for every input.
-        consensus: texts drawn for one printed text.
+        search: search for the texts of an input.
 
     Raises:
         InvalidData: the options contradict each other.
     """
     from dataclasses import replace
 
-    from data_owner_client.decoding.options import CONSENSUS_TEMPERATURE, require_draws
+    from data_owner_client.decoding.options import CONSENSUS_TEMPERATURE
 
-    require_draws(sampling, samples=samples, best=best, consensus=consensus)
-    temperature = sampling.temperature or (CONSENSUS_TEMPERATURE if consensus else 0.0)
-    if temperature == 0.0 and sampling.repetition_penalty == 1.0:
+    temperature = sampling.temperature or (CONSENSUS_TEMPERATURE if search.consensus else 0.0)
+    chosen = None
+    if temperature or sampling.repetition_penalty != 1.0:
+        chosen = replace(sampling, temperature=temperature)
+    search.require_possible(chosen)
+    if chosen is None:
         _require_no_limits_of_draws(sampling)
-        return None
-    return replace(sampling, temperature=temperature)
+    return chosen
 
 
 def _require_no_limits_of_draws(sampling: SamplingSettings) -> None:

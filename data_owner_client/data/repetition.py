@@ -26,6 +26,14 @@ class RepetitionDetector:
         self._length = 0
         self.longest_run = 0
 
+    def copy(self) -> RepetitionDetector:
+        """A detector of the same text, which may go on in another way."""
+        other = RepetitionDetector()
+        for token, positions in self._positions.items():
+            other._positions[token] = [*positions]
+        other._runs, other._length, other.longest_run = self._runs, self._length, self.longest_run
+        return other
+
     def append(self, token: int) -> int:
         """Append a token, and return the number of repeated tokens that end the text; 0 for no repetition."""
         positions, at = self._positions[token], self._length

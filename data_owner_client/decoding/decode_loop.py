@@ -103,6 +103,8 @@ class GenerationConfig:
             of the LM head, which are fetched unless the cache has them.
         head: all rows of the LM head in float32, where the caller has them; None to fetch them for such draws.
         lookup: drafter from fixed texts; None for none.
+        beams: beams of a beam search; 1 for none. They go over the whole vocabulary where `head` is given, or there is
+            no adapter.
     """
 
     adapter: CandidateDistribution | None = None
@@ -113,6 +115,14 @@ class GenerationConfig:
     sampling: SamplingSettings | None = None
     head: LMHead | None = None
     lookup: NgramDrafter | None = None
+    beams: int = 1
+
+    @property
+    def takes_any_token(self) -> bool:
+        """True if texts are searched or drawn over the whole vocabulary, which needs all rows of the LM head."""
+        if self.beams > 1:
+            return self.adapter is None or self.head is not None
+        return self.sampling is not None and not self.sampling.candidates_only
 
 
 DEFAULT_GENERATION = GenerationConfig()
@@ -169,9 +179,10 @@ def run(
     """
     decoder = SpeculativeDecoder(plm, settings, lookup)
     with (reporter or Reporter()).bar("generating", len(sequences), "sequences") as bar:
-        _run(decoder, sequences, largest_batch(plm, settings), bar)
+        _run(plm, decoder, sequences, largest_batch(plm, settings), bar)
     stats, ends = decoder.stats, [sequence.end for sequence in sequences]
     stats.tokens = sum(sequence.length for sequence in sequences)
+    stats.add_bytes(sequence.calls for sequence in sequences)
     stats.unproven = sum({s.selector: s.selector.unproven for s in sequences}.values())
     stats.length_bound_ends, stats.repetition_ends = ends.count(End.LENGTH_BOUND), ends.count(End.REPETITION)
     return stats
@@ -205,7 +216,7 @@ def sequences_of(
     interpolation = PLM_ONLY if adapter is None else config.interpolation
     rules = EndRules(StopMatcher(plm.tokenizer, config.stops), config.repetition_limit)
     head = None
-    if sampling is not None and not sampling.candidates_only:
+    if config.takes_any_token:
         head = config.head or plm.full_head(reporter).to(torch.float32)
     held = HeldSelection(TokenSearch(plm))
     selector = TokenSelector(adapter, head, interpolation, rules.stops.ids, sampling, held)
@@ -293,12 +304,14 @@ def _sequence(
     return sequence
 
 
-def _run(decoder: SpeculativeDecoder, sequences: Sequence[SequenceState], batch_size: int, bar: Bar) -> None:
+def _run(
+    plm: RemotePlm, decoder: SpeculativeDecoder, sequences: Sequence[SequenceState], batch_size: int, bar: Bar
+) -> None:
     """Decode all sequences to their ends."""
     # Longest prompts first, or the last one to begin might be the longest.
     waiting = sorted(sequences, key=lambda s: len(s.prompt))
     active, plm_only = list[SequenceState](), list[SequenceState]()
-    plm_only_calls = PlmOnlyCalls(decoder, batch_size)
+    plm_only_calls = PlmOnlyCalls(plm, decoder, batch_size)
     while waiting or active or plm_only or plm_only_calls.calls:
         while waiting and len(active) < batch_size:
             newest = waiting.pop()

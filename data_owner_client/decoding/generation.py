@@ -10,6 +10,7 @@ from typing import Unpack
 from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.data.pairs import Source
 from data_owner_client.data.tasks import Task
+from data_owner_client.decoding.beams.search import search_beams
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.decode_loop import run
 from data_owner_client.decoding.failures import TextFailures, list_of_texts
@@ -105,6 +106,18 @@ def _generated(plm: RemotePlm, prepare: Callable[[], PreparedTexts]) -> Generati
     started = time.perf_counter()
     prepared = prepare()
     options = prepared.options
-    stats = run(plm, prepared.sequences, options.decoding, options.lookup, options.reporter)
-    best, choices = prepared.answers()
+    sequences, search = prepared.sequences, options.search
+    if search.beams > 1:
+        ranked, stats = search_beams(
+            plm,
+            sequences,
+            options.decoding,
+            beams=search.beams,
+            length_penalty=search.length_penalty,
+            reporter=options.reporter,
+        )
+    else:
+        stats = run(plm, sequences, options.decoding, options.lookup, options.reporter)
+        ranked = prepared.ranked()
+    best, choices = prepared.answers(ranked)
     return Generation(best=best, choices=choices, stats=stats, seconds=time.perf_counter() - started)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypedDict
 
 from data_owner_client.adapter.bounds import DEFAULT_REPETITION_LIMIT
@@ -15,7 +16,8 @@ from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.decode_loop import PLM_ONLY, GenerationConfig
 from data_owner_client.decoding.failures import OnFailure
-from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings, SamplingSettings
+from data_owner_client.decoding.search_options import SearchOptions
+from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings, Effort, SamplingSettings
 from data_owner_client.runtime.progress import Reporter
 from protocol.errors import InvalidData
 from protocol.head import LMHead
@@ -41,12 +43,19 @@ class GenerationOptions(TypedDict, total=False):
         alternatives: most probable tokens of each side to record at each position; 0 for none.
         lookup: drafter from a memory's targets (`ngram_drafter_for`); the PLM's owner sees its drafts. None for none.
         sampling: settings of sampling; None for the most probable tokens. The text depends on the seed, not on drafts.
-        head: all rows of the LM head in float32, for draws from the whole vocabulary; None to fetch them where needed.
+        head: all rows of the LM head in float32, for draws from the whole vocabulary and beams over it; None to fetch
+            them where needed.
         samples: texts to draw for each input.
-        best: texts to return for each input, the most probable of `samples` first.
+        best: texts to return for each input, the most probable of `samples` or `beams` first.
         consensus: texts to draw for each input beside the most probable one. All are ranked by their likeness to one
             another (`decoding.mbr`). It replaces `samples`, and uses `CONSENSUS_TEMPERATURE` without `sampling`. With
             an adapter only candidates are drawn, which needs no whole LM head. 0 for no consensus.
+        beams: beams of a beam search for each input (`decoding.beams`); 1 takes the most probable tokens. With an
+            adapter beams go through candidates alone, unless `head` is given; without one they need the whole LM head.
+        length_penalty: exponent of the length by which a beam's log-probability is divided; 0 ranks by the whole text's
+            probability, more prefers longer texts.
+        effort: `low` takes the most probable tokens, `medium` 4 beams, `high` a consensus of 8 draws; None for what the
+            other options say.
         on_failure: called for each text that cannot be answered, whose result is then empty. None to raise the error.
         on_token: called for every token as soon as it is final; None for no call.
         on_text: called whenever the beginning of a text may have grown that is final; None for no call. What may become
@@ -66,37 +75,13 @@ class GenerationOptions(TypedDict, total=False):
     samples: int
     best: int
     consensus: int
+    beams: int
+    length_penalty: float
+    effort: Effort | None
     on_failure: OnFailure | None
     on_token: OnToken | None
     on_text: OnText | None
     reporter: Reporter | None
-
-
-def require_draws(sampling: SamplingSettings | None, *, samples: int, best: int, consensus: int) -> None:
-    """Check the numbers of texts of each input.
-
-    Args:
-        sampling: settings of sampling; None for the most probable tokens.
-        samples: texts to draw.
-        best: texts to return.
-        consensus: texts to draw beside the most probable one; 0 for no consensus.
-
-    Raises:
-        InvalidData: a number is too small, or the options contradict each other.
-    """
-    for name, count, least in (("samples", samples, 1), ("best", best, 1), ("consensus", consensus, 0)):
-        if count < least:
-            raise InvalidData(f"{name} is {count!r}.", hint=f"It must be ≥ {least}.")
-    if consensus and samples > 1:
-        raise InvalidData("--consensus and --samples both say how many texts to draw.", hint="Give one of them.")
-    texts = consensus + 1 if consensus else samples
-    if best > texts:
-        raise InvalidData(
-            f"{best} best of {texts} were asked for.",
-            hint="Give more --samples, or a --consensus of more. Of a classify task, --json has all labels.",
-        )
-    if samples > 1 and not (sampling and sampling.temperature):
-        raise InvalidData("Without a temperature all samples are the same.", hint="Give --temperature, such as 0.8.")
 
 
 @dataclass(frozen=True)
@@ -115,13 +100,54 @@ class ChosenOptions:
     samples: int = 1
     best: int = 1
     consensus: int = 0
+    beams: int = 1
+    length_penalty: float = 1.0
+    effort: Effort | None = None
     on_failure: OnFailure | None = None
     on_token: OnToken | None = None
     on_text: OnText | None = None
     reporter: Reporter | None = None
 
     def __post_init__(self) -> None:
-        require_draws(self.sampling, samples=self.samples, best=self.best, consensus=self.consensus)
+        self.search.require_possible(self.sampling)
+        if self.search.beams > 1:
+            self._require_searchable()
+
+    @cached_property
+    def search(self) -> SearchOptions:
+        """The search for the texts, with what the effort stands for.
+
+        Raises:
+            InvalidData: the effort is unknown, or the options name another search.
+        """
+        return SearchOptions(
+            samples=self.samples,
+            best=self.best,
+            consensus=self.consensus,
+            beams=self.beams,
+            length_penalty=self.length_penalty,
+        ).with_effort(self.effort)
+
+    def _require_searchable(self) -> None:
+        """Refuse options that a beam search cannot honour.
+
+        Raises:
+            InvalidData: there is such an option.
+        """
+        if self.on_text is not None or self.on_token is not None:
+            raise InvalidData(
+                "A text is shown as it grows, and of several beams the best is known at the end.",
+                hint="Leave --stream away, or --beams and --effort.",
+            )
+        if self.lookup is not None:
+            raise InvalidData(
+                "--lookup finds drafts, and a beam search has none.", hint="Leave it away, or --beams and --effort."
+            )
+        if self.form is not None:
+            raise InvalidData(
+                "Answers are held to a form, and a beam search does not search held ones.",
+                hint="Say --effort high or --consensus, decode with --no-hold, or leave --beams and --effort away.",
+            )
 
     def require_scored_labels(self) -> None:
         """Refuse options of decoded texts, for a task whose labels are scored.
@@ -130,10 +156,12 @@ class ChosenOptions:
             InvalidData: there is such an option.
         """
         unfit = {
+            "--effort": self.effort not in (None, "low"),
+            "--beams": self.beams > 1,
             "--consensus": self.consensus,
             "--samples": self.samples > 1,
             "--best": self.best > 1,
-            "--temperature": self.sampling is not None and self.sampling.temperature and not self.consensus,
+            "--temperature": self.sampling is not None and self.sampling.temperature and not self.search.consensus,
             "--lookup": self.lookup is not None,
             "--stream": self.on_text is not None or self.on_token is not None,
             "--stop": self.stop,
@@ -166,6 +194,7 @@ class ChosenOptions:
             sampling=sampling,
             head=self.head,
             lookup=self.lookup,
+            beams=self.search.beams,
         )
 
     def answer_form(self, task: Task | None) -> AnswerForm | None:
@@ -213,7 +242,7 @@ class ChosenOptions:
 
     def draws(self, adapter: CandidateDistribution | None) -> tuple[list[int | None], SamplingSettings | None]:
         """The sample numbers of each input's continuations (see `GenerationRequest.sample`), and their sampling."""
-        if not self.consensus:
+        if not self.search.consensus:
             return list(range(self.samples)), self.sampling
         sampling = self.sampling or SamplingSettings(temperature=CONSENSUS_TEMPERATURE)
-        return [None, *range(self.consensus)], replace(sampling, candidates_only=adapter is not None)
+        return [None, *range(self.search.consensus)], replace(sampling, candidates_only=adapter is not None)

@@ -7,8 +7,10 @@ from concurrent import futures
 from concurrent.futures import Future
 from functools import partial
 
+from data_owner_client.decoding.round_call import RoundResponse, call_server
 from data_owner_client.decoding.sequence import SequenceState
-from data_owner_client.decoding.speculative import RoundResponse, SpeculativeDecoder
+from data_owner_client.decoding.speculative import SpeculativeDecoder
+from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.background import daemon_future
 
 # Calls in flight at the same time.
@@ -19,14 +21,16 @@ class PlmOnlyCalls:
     """Calls in which the server finishes sequences alone, where λ is 0 to the end, beside the rounds of the others.
 
     Args:
-        decoder: makes the calls and accepts their responses.
+        plm: the PLM.
+        decoder: accepts the responses.
         batch_size: sequences in flight.
 
     Attributes:
         calls: calls in flight, with the number of sequences in each.
     """
 
-    def __init__(self, decoder: SpeculativeDecoder, batch_size: int) -> None:
+    def __init__(self, plm: RemotePlm, decoder: SpeculativeDecoder, batch_size: int) -> None:
+        self._plm = plm
         self._decoder = decoder
         self._batch_size = batch_size
         self.calls: dict[Future[RoundResponse], int] = {}
@@ -38,7 +42,7 @@ class PlmOnlyCalls:
             return
         batch, waiting[:] = waiting[:room], waiting[room:]
         look_ahead = [self._decoder.max_look_ahead(s) for s in batch]
-        call = daemon_future(partial(self._decoder.request, batch, [[]] * len(batch), look_ahead))
+        call = daemon_future(partial(call_server, self._plm, batch, look_ahead=look_ahead))
         self.calls[call] = len(batch)
 
     def completed(self, *, wait: bool) -> list[SequenceState]:

@@ -60,19 +60,30 @@ class PreparedTexts:
         size = len(self.sequences) // max(1, len(self.numbers))
         return [(number, self.sequences[at * size : (at + 1) * size]) for at, number in enumerate(self.numbers)]
 
-    def answers(self) -> tuple[list[list[str]], list[list[TokenChoice]]]:
-        """The texts of each input, the best first, and the tokens of the best; once all sequences have ended."""
-        texts_of: list[list[str]] = [[""] for _ in range(self.total)]
+    def ranked(self) -> list[list[Continuation]]:
+        """The continuations of each answered input, the best first; once all sequences have ended."""
+        ranked = []
+        for _, sequences in self.groups():
+            found = [continuation_of(sequence) for sequence in sequences]
+            order = _by_likelihood(found)
+            if self.options.search.consensus:
+                texts = [self.text(one.text) for one in found]
+                order = rank_by_expected_chrf(texts, [one.end is End.STOP for one in found])
+            ranked.append([found[number] for number in order])
+        return ranked
+
+    def answers(self, ranked: Sequence[Sequence[Continuation]]) -> tuple[list[list[str]], list[list[TokenChoice]]]:
+        """The texts of each input, the best first, and the tokens of the best.
+
+        Args:
+            ranked: the continuations of each answered input, the best first.
+        """
+        texts: list[list[str]] = [[""] for _ in range(self.total)]
         choices: list[list[TokenChoice]] = [[] for _ in range(self.total)]
-        for number, sequences in self.groups():
-            alternatives = [continuation_of(sequence) for sequence in sequences]
-            texts = [self.text(one.text) for one in alternatives]
-            order = _by_likelihood(alternatives)
-            if self.options.consensus:
-                order = rank_by_expected_chrf(texts, [one.end is End.STOP for one in alternatives])
-            texts_of[number] = [texts[n] for n in order[: self.options.best]]
-            choices[number] = alternatives[order[0]].choices
-        return texts_of, choices
+        for number, found in zip(self.numbers, ranked, strict=True):
+            texts[number] = [self.text(one.text) for one in found[: self.options.best]]
+            choices[number] = found[0].choices
+        return texts, choices
 
     def text(self, text: str) -> str:
         """A text as it is given out."""

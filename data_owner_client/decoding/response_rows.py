@@ -23,6 +23,11 @@ def row_values(response: DecodeResponse) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def row_bytes(response: DecodeResponse) -> int:
+    """Bytes of all rows of a response."""
+    return sum(value.nbytes for value in row_values(response).values())
+
+
 def with_representations(response: DecodeResponse, is_other_N: Tensor, other: DecodeResponse) -> DecodeResponse:
     """The response with the representations of another one in some rows.
 

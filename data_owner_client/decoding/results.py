@@ -13,8 +13,8 @@ class Generation:
     """Generated texts, in the order of the inputs.
 
     Attributes:
-        best: for each input the requested texts, the most probable first, or by consensus the most agreed first. Of a
-            `classify` task all labels.
+        best: for each input the requested texts, the most probable first, or by consensus the most agreed first. Of
+            beams there may be fewer, if too few tokens can follow. Of a `classify` task all labels.
         choices: tokens of the first text of each input, with their scores.
         stats: counts and times.
         seconds: duration of the whole.

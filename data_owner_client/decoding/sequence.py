@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from data_owner_client.adapter.network import RECENT_TOKENS
@@ -11,6 +11,7 @@ from data_owner_client.data.repetition import RepetitionDetector
 from data_owner_client.data.stops import StopMatcher
 from data_owner_client.decoding.held.grammar import AnswerState
 from data_owner_client.decoding.sampling import Noise
+from data_owner_client.decoding.stats import CallCounts
 from data_owner_client.decoding.token_choice import DecodePosition, TokenChoice
 from data_owner_client.decoding.token_selection import TokenSelector
 from protocol.errors import InvalidData
@@ -48,26 +49,6 @@ class EndRules:
 
 OnChoices = Callable[[list[TokenChoice]], None]
 """Called with the tokens of a text that have become final since the last call."""
-
-
-@dataclass
-class CallCounts:
-    """The calls to the server that one text took part in.
-
-    Attributes:
-        round_trips: number of calls.
-        tokens: token ids that the server was shown: those of the prompts, the text and the client's rejected drafts.
-        bytes_sent: bytes of the token ids of all calls.
-        bytes_received: bytes of the rows that the server returned.
-    """
-
-    round_trips: int = 0
-    tokens: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-
-    def __add__(self, other: CallCounts) -> CallCounts:
-        return CallCounts(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass
@@ -169,6 +150,10 @@ class SequenceState:
         if self.end is not None:
             raise PrefixEndsAnswer("The prefix ends the answer.", hint="Give a shorter one, or more tokens.")
         self._reported = self.length
+
+    def fork(self) -> SequenceState:
+        """A copy that grows on its own. Both count their calls together."""
+        return replace(self, choices=[*self.choices], _repetition=self._repetition.copy())
 
     def append(self, choice: TokenChoice) -> None:
         """Append a token, and end the text if a rule says so. A repetition is removed up to its first occurrence."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le, Lt, Unit
 
@@ -77,5 +77,9 @@ LABEL_TOLERANCE = 1e-3
 """Largest error of a label's probability, where the settings name none."""
 LABELS_ALONE_TOLERANCE = 0.9
 """Tolerance of probabilities that nobody sees. With the embedded models, larger ones took more tokens again."""
+Effort = Literal["low", "medium", "high"]
+"""Effort of the search for the best text."""
+MOST_LENGTH_PENALTY = 10.0
+"""Largest exponent of the length in the scores of beams."""
 DEFAULT_DECODING = DecodingSettings()
 DEFAULT_SAMPLING = SamplingSettings()

@@ -8,29 +8,25 @@ same as without drafts.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from itertools import accumulate, chain, islice
-from operator import add, mul
+from operator import mul
 
 import torch
 
 from data_owner_client.decoding.client_drafts import Drafter, DraftToken, NgramDrafter, PromptLookupDrafter
-from data_owner_client.decoding.response_rows import row_values, rows_at, with_representations
+from data_owner_client.decoding.response_rows import rows_at
+from data_owner_client.decoding.round_call import RoundResponse, call_server, drafted_tokens
 from data_owner_client.decoding.sequence import SequenceState
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.decoding.stats import GenerationStats
 from data_owner_client.decoding.token_choice import DecodePosition, OpenChoice, TokenChoice
-from data_owner_client.plm.connection.base import Attempt
 from data_owner_client.plm.remote_plm import RemotePlm
 from protocol.messages import DecodeResponse
-from protocol.timing import ServerTiming
 
-_TOKEN_ID_BYTES = 4
 # Drafts of the server for a sequence and round. Two were as fast as a planner by measured costs (docs/decisions/0011).
 _LOOK_AHEAD = 2
 # The same where λ is 0 to the end of all sequences: all drafts are accepted, and the texts still grow by pieces.
@@ -68,27 +64,6 @@ class AcceptanceStats:
         return (self.accepted[bucket] + _PRIOR_WEIGHT * prior) / (self.drafted[bucket] + _PRIOR_WEIGHT)
 
 
-@dataclass(frozen=True)
-class RoundResponse:
-    """The server's response to one call.
-
-    Attributes:
-        batch: sequences in the call.
-        client_drafts: drafts that the client sent, for each sequence.
-        response: response behind the PLM's prompts.
-        adapter_response: response for the same tokens behind the adapter's prompts; None where the prompts are equal.
-        waited_s: seconds until the response.
-        timing: times that the server reported, added up over both calls if there were two; None without a report.
-    """
-
-    batch: Sequence[SequenceState]
-    client_drafts: Sequence[Sequence[DraftToken]]
-    response: DecodeResponse
-    adapter_response: DecodeResponse | None
-    waited_s: float
-    timing: ServerTiming | None
-
-
 class SpeculativeDecoder:
     """Rounds of sequences of any kind, with the acceptance rates learned from them.
 
@@ -116,80 +91,11 @@ class SpeculativeDecoder:
         if self._look_ahead and all(sequence.is_plm_only for sequence in batch):
             most = max(most, _PLM_ONLY_LOOK_AHEAD)
         look_ahead = [0 if row else min(most, self.max_look_ahead(s)) for s, row in zip(batch, drafts, strict=True)]
-        answer = self.request(batch, drafts, look_ahead)
+        answer = call_server(self._plm, batch, drafts, look_ahead)
         self.accept(answer)
         round_s = time.perf_counter() - started
         self.stats.add_wait(answer.waited_s, answer.timing)
         self.stats.client_s += round_s - answer.waited_s
-
-    def request(
-        self, batch: Sequence[SequenceState], drafts: Sequence[Sequence[DraftToken]], look_ahead: Sequence[int]
-    ) -> RoundResponse:
-        """Make one call to the server; any thread may do so.
-
-        Args:
-            batch: sequences to extend.
-            drafts: drafts of the client, for each sequence.
-            look_ahead: number of drafts of the server, for each sequence.
-        """
-        thread, timings = threading.get_ident(), list[ServerTiming]()
-
-        def note(attempt: Attempt) -> None:
-            # Leave out the calls of other threads, and attempts that were refused.
-            if threading.get_ident() == thread and attempt.timing is not None:
-                timings.append(attempt.timing)
-
-        started = time.perf_counter()
-        with self._plm.observed_by(note):
-            response = self._plm.decode(
-                [s.context + [draft.token for draft in row] for s, row in zip(batch, drafts, strict=True)],
-                look_ahead,
-                _drafting_stops(batch),
-                from_position=[len(s.prompt) + s.length - 1 for s in batch],
-            )
-            adapter_response = self._behind_adapter_prompts(batch, drafts, response)
-        # A connection may divide a call into several.
-        timing = reduce(add, timings) if timings else None
-        return RoundResponse(batch, drafts, response, adapter_response, time.perf_counter() - started, timing)
-
-    def _behind_adapter_prompts(
-        self, batch: Sequence[SequenceState], drafts: Sequence[Sequence[DraftToken]], response: DecodeResponse
-    ) -> DecodeResponse | None:
-        """The response for the same tokens behind the adapter's prompts; None where all are those of the PLM.
-
-        Sequences without an adapter's prompt keep their rows, as do those where the adapter has no part any more.
-        """
-        prompts = [s.adapter_prompt if not s.is_plm_only else None for s in batch]
-        tokens = _drafted_tokens(drafts, response)
-        places = [
-            (prompt + s.generated + row[:-1], len(prompt) + s.length - 1)
-            for prompt, s, row in zip(prompts, batch, tokens, strict=True)
-            if prompt is not None
-        ]
-        if not places:
-            return None
-        own = self._plm.decode(
-            [ids for ids, _ in places], [0] * len(places), from_position=[start for _, start in places]
-        )
-        if len(places) == len(batch):
-            return own
-        rows = response.rows_B.tolist()
-        is_own = torch.tensor([prompt is not None for prompt in prompts]).repeat_interleave(torch.tensor(rows))
-        return with_representations(response, is_own, own)
-
-    @staticmethod
-    def _count(answer: RoundResponse) -> None:
-        """Count a call for each of its sequences."""
-        responses = [each for each in (answer.response, answer.adapter_response) if each is not None]
-        row_bytes = sum(value.nbytes for each in responses for value in row_values(each).values())
-        rows = answer.response.rows_B.tolist()
-        for sequence, drafts, own in zip(answer.batch, answer.client_drafts, rows, strict=True):
-            prompts = [sequence.prompt, *([sequence.adapter_prompt] if sequence.adapter_prompt else [])]
-            calls, shown = sequence.calls, sequence.length + len(drafts)
-            calls.tokens += 0 if calls.round_trips else sum(map(len, prompts)) + sequence.length
-            calls.round_trips += 1
-            calls.bytes_sent += _TOKEN_ID_BYTES * sum(len(prompt) + shown for prompt in prompts)
-            calls.bytes_received += row_bytes * own // sum(rows)
 
     def max_look_ahead(self, sequence: SequenceState) -> int:
         """The number of tokens that the server may draft in one call."""
@@ -214,13 +120,13 @@ class SpeculativeDecoder:
 
     def accept(self, answer: RoundResponse) -> None:
         """Append the mixture's tokens to every sequence, up to its first difference from the drafts."""
-        self._count(answer)
+        answer.count()
         batch, response = answer.batch, answer.response
         counts = response.rows_B.tolist()
         self.stats.calls += 1
         self.stats.round_trips += len(batch)
         self.stats.drafted += sum(counts) - len(batch)
-        tokens = _drafted_tokens(answer.client_drafts, response)
+        tokens = drafted_tokens(answer.client_drafts, response)
         # The last token of a row follows the last draft: nothing is selected behind it.
         positions = [s.positions(row[:-1]) for s, row in zip(batch, tokens, strict=True)]
         choices = iter(_selected(batch, positions, response, answer.adapter_response))
@@ -248,11 +154,6 @@ class SpeculativeDecoder:
         self._acceptance.observe(choice.lambda_t, accepted=same)
 
 
-def _drafting_stops(batch: Sequence[SequenceState]) -> list[int]:
-    """Ids of the tokens behind which the server drafts nothing more, in a call for these sequences."""
-    return sorted(frozenset[int]().union(*{s.rules.stops.drafting_ids for s in batch}))
-
-
 def _selected(
     batch: Sequence[SequenceState],
     positions: Sequence[Sequence[DecodePosition]],
@@ -277,11 +178,3 @@ def _selected(
         for at in members:
             choices[at] = [*islice(selected, rows[at])]
     return [*chain.from_iterable(choices)]
-
-
-def _drafted_tokens(drafts: Sequence[Sequence[DraftToken]], response: DecodeResponse) -> list[list[int]]:
-    """Token ids drafted for each row of a response: the client's drafts, then the server's."""
-    return [
-        [*(draft.token for draft in row), *top1_K.tolist()[len(row) :]]
-        for row, top1_K in zip(drafts, response.top1_N.split(response.rows_B.tolist()), strict=True)
-    ]

@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
 from protocol.timing import ServerTiming
+
+TOKEN_ID_BYTES = 4
+"""Bytes of a token id on the wire."""
+
+
+@dataclass
+class CallCounts:
+    """The calls to the server that one text took part in.
+
+    Attributes:
+        round_trips: number of calls.
+        tokens: token ids that the server was shown: those of the prompts, the text and the client's rejected drafts.
+        bytes_sent: bytes of the token ids of all calls.
+        bytes_received: bytes of the rows that the server returned.
+    """
+
+    round_trips: int = 0
+    tokens: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    def __add__(self, other: CallCounts) -> CallCounts:
+        return CallCounts(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass
@@ -12,7 +36,7 @@ class GenerationStats:
     """Counts and times of a generation; they can be added.
 
     Attributes:
-        tokens: tokens generated.
+        tokens: tokens generated, those of beams that were given up included.
         calls: calls to the server.
         round_trips: calls, counted once for each sequence in them.
         drafted: tokens drafted by either side.
@@ -22,6 +46,8 @@ class GenerationStats:
         unproven: tokens of held answers that were the best of the candidates, maybe not of all tokens.
         label_prefixes: prompts with a prefix of a label that were sent to score labels.
         label_tokens: tokens of these prompts and prefixes.
+        bytes_sent: bytes of the token ids of all calls.
+        bytes_received: bytes of the rows that the server returned.
         network_s: seconds waiting for the network.
         server_s: seconds waiting for the server.
         client_s: seconds of work on the client.
@@ -37,6 +63,8 @@ class GenerationStats:
     unproven: int = 0
     label_prefixes: int = 0
     label_tokens: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
     network_s: float = 0.0
     server_s: float = 0.0
     client_s: float = 0.0
@@ -54,6 +82,12 @@ class GenerationStats:
         server_s = waited_s if timing is None else min(waited_s, timing.total_ms / 1000)
         self.server_s += server_s
         self.network_s += waited_s - server_s
+
+    def add_bytes(self, texts: Iterable[CallCounts]) -> None:
+        """Add the bytes of all calls that these texts took part in."""
+        total = sum(texts, CallCounts())
+        self.bytes_sent += total.bytes_sent
+        self.bytes_received += total.bytes_received
 
     def __str__(self) -> str:
         """The counts and times in words."""

@@ -14,25 +14,19 @@ import torch
 from torch import Tensor
 
 from data_owner_client.adapter.card import CandidateDistribution
-from data_owner_client.adapter.interpolation import Interpolation, mix
-from data_owner_client.decoding.adapter_mixture import AdapterMixture, head_input, previous_tokens
+from data_owner_client.adapter.interpolation import Interpolation
+from data_owner_client.decoding.adapter_mixture import AdapterMixture, head_input
+from data_owner_client.decoding.beams.extensions import Extension, candidate_extensions, vocabulary_extensions
 from data_owner_client.decoding.candidate_mixture import CandidateMixture
-from data_owner_client.decoding.choice_scores import (
-    alternatives_of_vocabulary,
-    choices_of,
-    plm_choice,
-    with_alternatives,
-)
+from data_owner_client.decoding.choice_scores import choices_of, plm_choice, with_alternatives
 from data_owner_client.decoding.held.selection import HeldSelection
 from data_owner_client.decoding.sampling import draw_token
 from data_owner_client.decoding.settings import SamplingSettings
 from data_owner_client.decoding.token_choice import DecodePosition, OpenChoice, TokenChoice
+from data_owner_client.decoding.vocabulary_mixture import vocabulary_mixtures
 from protocol.head import LMHead
 from protocol.messages import DecodeResponse
 from protocol.quantization import dequantize
-
-# Rows of the whole vocabulary at a time.
-_ROWS_AT_ONCE = 8
 
 
 class TokenSelector:
@@ -40,7 +34,7 @@ class TokenSelector:
 
     Args:
         adapter: adapter or baseline; None for the PLM alone.
-        head: all rows of the LM head in float32, to sample from the whole vocabulary; else None.
+        head: all rows of the LM head in float32, for draws and beams from the whole vocabulary; else None.
         interpolation: source of the gate, which replaces the λ of the positions, and of the length reward.
         stop_ids: tokens that end a text. The length reward applies to those among the candidates: the candidates' rows
             alone cannot compare others with the whole vocabulary.
@@ -60,6 +54,7 @@ class TokenSelector:
         self._held = held
         self._mixture = None if adapter is None else AdapterMixture(adapter, interpolation, stop_ids)
         self._head = head
+        self._stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64)
         self._sampling = sampling
 
     @property
@@ -96,6 +91,34 @@ class TokenSelector:
         )
         return self._held.proven(choices, positions, head_input(response), response.logsumexp_N, mixture)
 
+    def extensions(
+        self,
+        response: DecodeResponse,
+        positions: Sequence[DecodePosition],
+        adapter_response: DecodeResponse,
+        beams: int,
+    ) -> list[list[Extension]]:
+        """The most probable tokens at each position, enough of them for that many beams.
+
+        They are tokens of the whole vocabulary where there are all rows of the LM head, else candidates and the PLM's
+        top-1. Tokens that are neither are less probable to the PLM than its top-1, and have no probability of the
+        adapter. No beam goes through them, as no draw does with `SamplingSettings.candidates_only`.
+
+        Args:
+            response: the server's response behind the PLM's prompts.
+            positions: one for each row of the response.
+            adapter_response: the response behind the adapter's prompts; `response` where the prompts are equal.
+            beams: number of beams.
+        """
+        cr_N_D = dequantize(adapter_response.cr_N_D, adapter_response.cr_scale_N)
+        if self._head is not None:
+            parts = vocabulary_mixtures(self._mixture, self._head, response, positions, cr_N_D)
+            return [row for part in parts for row in vocabulary_extensions(part, self._stop_ids, beams)]
+        if self._mixture is None:
+            raise ValueError("without an adapter, beams need the whole LM head")
+        mixture, pema_logprob_N_C = self._mixture.at(response, positions, cr_N_D)
+        return candidate_extensions(mixture, pema_logprob_N_C, positions, self._stop_ids, beams)
+
     def _of_plm(self, response: DecodeResponse, positions: Sequence[DecodePosition]) -> list[TokenChoice | OpenChoice]:
         """The PLM's choice at each position."""
         choices = [plm_choice(response, row, position) for row, position in enumerate(positions)]
@@ -109,42 +132,17 @@ class TokenSelector:
         positions: Sequence[DecodePosition],
         cr_N_D: Tensor,
     ) -> list[TokenChoice]:
-        input_N_D = head_input(response)
         choices: list[TokenChoice] = []
-        for start in range(0, len(positions), _ROWS_AT_ONCE):
-            rows = slice(start, start + _ROWS_AT_ONCE)
-            plm_N_V = head.logits(input_N_D[rows].float()).double().log_softmax(dim=-1)
-            pema_N_V, lambda_N, mixture_N_V = None, torch.zeros(len(plm_N_V)), plm_N_V
-            if self._mixture is not None:
-                adapter, recent = self._mixture.adapter, [p.recent for p in positions[rows]]
-                pema_N_V = _over_vocabulary(adapter, cr_N_D[rows], previous_tokens(recent), plm_N_V)
-                ids_C = adapter.candidate_ids_C
-                lambda_N = self._mixture.lambdas(positions[rows], plm_N_V[:, ids_C], pema_N_V[:, ids_C])
-                mixture_N_V = mix(plm_N_V, pema_N_V, lambda_N[:, None])
-                if self._mixture.stop_penalty_C is not None:
-                    mixture_N_V[:, ids_C] -= self._mixture.stop_penalty_C * (lambda_N > 0)[:, None]
-                    mixture_N_V = mixture_N_V.log_softmax(dim=-1)
-            for row, position in enumerate(positions[rows]):
-                logprob_V = _among_allowed(mixture_N_V[row], plm_N_V[row], position.allowed_V)
+        for part in vocabulary_mixtures(self._mixture, head, response, positions, cr_N_D):
+            mixture_N_V = part.logprob_N_V
+            if self._mixture is not None and self._mixture.stop_penalty_C is not None:
+                mixture_N_V = mixture_N_V.log_softmax(dim=-1)
+            for row, position in enumerate(part.positions):
+                logprob_V = _among_allowed(mixture_N_V[row], part.plm_N_V[row], position.allowed_V)
                 token = int(logprob_V.argmax())
                 if position.noise is not None:
                     token = draw_token(sampling, logprob_V, position.context, position.noise, position.t)
-                choices.append(
-                    TokenChoice(
-                        token,
-                        float(lambda_N[row]),
-                        float(plm_N_V[row, token]),
-                        None if pema_N_V is None else float(pema_N_V[row, token]),
-                        int(plm_N_V[row].argmax()),
-                        None if pema_N_V is None else int(pema_N_V[row].argmax()),
-                        alternatives_of_vocabulary(
-                            mixture_N_V[row],
-                            plm_N_V[row],
-                            None if pema_N_V is None else pema_N_V[row],
-                            position.alternatives,
-                        ),
-                    )
-                )
+                choices += part.choices(row, [token], mixture_N_V[row])
         return choices
 
 
@@ -165,10 +163,3 @@ def _among_allowed(mixture_V: Tensor, plm_V: Tensor, allowed_V: Tensor | None) -
         return mixture_V
     held_V = mixture_V.masked_fill(~allowed_V, -math.inf)
     return held_V if held_V.max() > -math.inf else plm_V.masked_fill(~allowed_V, -math.inf)
-
-
-def _over_vocabulary(adapter: CandidateDistribution, cr_N_D: Tensor, previous_N_P: Tensor, like_N_V: Tensor) -> Tensor:
-    """log P_PEMA over the whole vocabulary [N, V]: −∞ outside the candidates."""
-    pema_logprob_N_V = torch.full_like(like_N_V, -math.inf)
-    pema_logprob_N_V[:, adapter.candidate_ids_C] = adapter.logprobs(cr_N_D, previous_N_P).double()
-    return pema_logprob_N_V

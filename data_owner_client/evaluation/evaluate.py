@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from data_owner_client.adapter.card import CandidateDistribution
 from data_owner_client.adapter.interpolation import Interpolation
@@ -15,8 +16,8 @@ from data_owner_client.data.tasks import Task
 from data_owner_client.data.tasks.kinds import answer_text
 from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.generation import translate
-from data_owner_client.decoding.results import Generation
-from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings
+from data_owner_client.decoding.settings import DEFAULT_DECODING, DecodingSettings, Effort
+from data_owner_client.decoding.stats import GenerationStats
 from data_owner_client.evaluation.details import Details, details_of
 from data_owner_client.evaluation.perplexity import Perplexities, perplexities
 from data_owner_client.evaluation.task_metrics import TaskMetrics
@@ -57,6 +58,8 @@ class Evaluation(TaskMetrics):
         targets: targets of the sources.
         plm_texts: texts of the PLM alone, in the order of the sources.
         pema_texts: texts with the adapter, in the order of the sources.
+        plm_usage: calls, tokens and bytes of the texts of the PLM alone.
+        pema_usage: calls, tokens and bytes of the texts with the adapter.
         seconds: duration of each part, by name.
     """
 
@@ -70,6 +73,8 @@ class Evaluation(TaskMetrics):
     targets: list[str]
     plm_texts: list[str]
     pema_texts: list[str]
+    plm_usage: GenerationStats
+    pema_usage: GenerationStats
     seconds: dict[str, float]
 
 
@@ -124,6 +129,9 @@ def evaluate(
     decoding: DecodingSettings = DEFAULT_DECODING,
     lookup: NgramDrafter | None = None,
     consensus: int = 0,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    effort: Effort | None = None,
     scoring: ScoringSettings = DEFAULT_SCORING,
     skip_invalid: bool = False,
     reporter: Reporter | None = None,
@@ -145,6 +153,9 @@ def evaluate(
         lookup: gives drafts for the adapter's texts; None for no such drafts.
         consensus: number of texts drawn for each source with the adapter, of which the most typical one is returned;
             0 for the most probable text.
+        beams: beams of a beam search with the adapter; 1 for none.
+        length_penalty: exponent of the length in the scores of beams.
+        effort: `low`, `medium` or `high` in place of the three (`GenerationOptions`); None for what they say.
         scoring: settings of the scores.
         skip_invalid: leave out pairs that cannot be used, and log how many there are.
         reporter: shows the progress.
@@ -178,20 +189,19 @@ def evaluate(
         tasks = with_retrieved_examples(plm, task, sources, adapter.retriever)
         tokenized.append(tokenize_pairs(plm, tasks, pairs, label="pair"))
 
-    def run(with_adapter: CandidateDistribution | None) -> Generation:
-        return translate(
-            plm,
-            sources,
-            adapter=with_adapter,
-            task=task,
-            interpolation=interpolation,
-            decoding=decoding,
-            lookup=lookup if with_adapter else None,
-            consensus=consensus if with_adapter else 0,
-            reporter=reporter,
-        )
-
-    alone, adapted = run(None), run(adapter)
+    answers = partial(
+        translate, plm, sources, task=task, interpolation=interpolation, decoding=decoding, reporter=reporter
+    )
+    # The adapter's first, as its options may contradict each other.
+    adapted = answers(
+        adapter=adapter,
+        lookup=lookup,
+        consensus=consensus,
+        beams=beams,
+        length_penalty=length_penalty,
+        effort=effort,
+    )
+    alone = answers()
     started = time.perf_counter()
     perplexity = None
     if share_targets:
@@ -215,5 +225,7 @@ def evaluate(
         targets=[texts[0] for texts in references],
         plm_texts=alone.texts,
         pema_texts=adapted.texts,
+        plm_usage=alone.stats,
+        pema_usage=adapted.stats,
         seconds=seconds,
     )

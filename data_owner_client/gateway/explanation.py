@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from data_owner_client.decoding.sequence import CallCounts
+from data_owner_client.decoding.stats import CallCounts
 from data_owner_client.decoding.token_choice import TokenChoice
 from data_owner_client.plm.tokenizer import PlmTokenizer
 from protocol.rate_limits import RateLimitStatus

@@ -10,7 +10,8 @@ from typing import Any
 
 from data_owner_client.decoding.decode_loop import continuation_of
 from data_owner_client.decoding.preparation import PreparedTexts
-from data_owner_client.decoding.sequence import CallCounts, End, SequenceState
+from data_owner_client.decoding.sequence import End, SequenceState
+from data_owner_client.decoding.stats import CallCounts
 from data_owner_client.decoding.token_choice import TokenChoice
 from data_owner_client.gateway.explanation import shown_to_owner
 from data_owner_client.gateway.openai.responses import FinishReason, Usage

@@ -9,8 +9,8 @@ from typing import Any
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.generation import translate
 from data_owner_client.decoding.results import Generation
-from data_owner_client.decoding.sequence import CallCounts, End
-from data_owner_client.decoding.stats import GenerationStats
+from data_owner_client.decoding.sequence import End
+from data_owner_client.decoding.stats import CallCounts, GenerationStats
 from data_owner_client.gateway.explanation import shown_to_owner
 from data_owner_client.gateway.generation import mixture_of, refuse, source_of
 from data_owner_client.gateway.jobs import JobEvent
@@ -62,10 +62,10 @@ class LabelJob:
         return Usage(self._prompt_tokens, len(self._found.token_ids[0]) if self._found else 0)
 
     def shown(self) -> dict[str, Any]:
-        """Tokens and calls that the labels took, and the quotas that are left. Bytes are not counted."""
+        """Tokens, calls and bytes that the labels took, and the quotas that are left."""
         stats = self._found.stats if self._found else GenerationStats()
-        counts = CallCounts(round_trips=stats.calls, tokens=stats.label_tokens)
-        return shown_to_owner(counts, self._gateway.plm.rate_limits) | {"sent_bytes": None, "received_bytes": None}
+        counts = CallCounts(stats.calls, stats.label_tokens, stats.bytes_sent, stats.bytes_received)
+        return shown_to_owner(counts, self._gateway.plm.rate_limits)
 
     async def events(self) -> AsyncGenerator[JobEvent]:
         """The label, with the probabilities of all.

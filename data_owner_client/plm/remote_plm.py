@@ -305,7 +305,8 @@ class RemotePlm:
         if self.card.head_policy != "full":
             raise Unsupported(
                 f"The owner does not give you the whole LM head (policy {self.card.head_policy}).",
-                hint="Do without: sample with an adapter and --candidates-only, train on the candidates.",
+                hint="Do without: sample with an adapter and --candidates-only, search beams with an adapter, or train "
+                "on the candidates.",
             )
 
     def _head_range(self, start: int, stop: int) -> HeadRows:

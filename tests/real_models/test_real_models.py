@@ -22,6 +22,7 @@ from data_owner_client.plm.tokenizer import Prompt
 from harness.processes import free_port
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.settings import ServerSettings
+from protocol.errors import Unsupported
 from tests import guard
 from tests.basis import Basis
 from tests.processes import parties as processes
@@ -139,6 +140,24 @@ def test_decoding_without_weight_is_generate_token_for_token(real: Real) -> None
         # `generate` ends at the model's own end of text, which stops nothing here.
         assert generated[: len(expected)] == expected
         assert len(expected) == tokens or expected[-1] in eos
+
+
+def test_four_beams_of_bare_texts_are_those_of_generate(real: Real) -> None:
+    tokens = 16
+    if real.plm.card.head_policy != "full":
+        with pytest.raises(Unsupported, match="search beams with an adapter"):
+            continue_texts(real.plm, TEXTS, beams=4)
+        return
+    ours = continue_texts(real.plm, TEXTS, beams=4, best=4, decoding=DecodingSettings(max_new_tokens=tokens))
+    assert ours.stats.calls <= tokens
+    for text, generated, texts in zip(TEXTS, ours.token_ids, ours.best, strict=True):
+        encoded = real.tokenizer(text, return_tensors="pt")
+        out = real.model.generate(
+            **encoded, do_sample=False, num_beams=4, num_return_sequences=4, max_new_tokens=tokens
+        )
+        expected = out[:, encoded.input_ids.shape[1] :]
+        assert real.tokenizer.batch_decode(expected, skip_special_tokens=True) == texts
+        assert [token for token in expected[0].tolist() if token != real.tokenizer.pad_token_id] == generated
 
 
 def test_bare_texts_end_at_a_stop_and_where_they_begin_to_repeat_themselves(real: Real) -> None:

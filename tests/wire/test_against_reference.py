@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import sacrebleu
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 from data_owner_client import Pair, TrainingSettings, build_memories, train, translate
 from data_owner_client.adapter.gate import Gate
@@ -24,8 +26,9 @@ from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.adapter.types import SCHEDULES
 from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.tasks import Task
+from data_owner_client.decoding.beams.search import search_beams
 from data_owner_client.decoding.client_drafts import NgramDrafter
-from data_owner_client.decoding.decode_loop import GenerationConfig, GenerationRequest, generate
+from data_owner_client.decoding.decode_loop import GenerationConfig, GenerationRequest, generate, sequences_of
 from data_owner_client.decoding.sequence import End
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
 from data_owner_client.memory.encode import tokenize_pair
@@ -40,13 +43,14 @@ from plm_owner_server.tenants.store import Tenant
 from tests import guard, support
 from tests.basis import Basis
 from tests.profiles import scaled
-from tests.reference import Reference, schedule
+from tests.reference import Reference, ReplacedScores, schedule
 from tests.support import random_ids
 
 TASK = Task(name="t", source_label="In", target_label="Out", examples=({"source": "an on", "target": "die"},))
 WORDS = ["the", "thin", "die", "Tür", "an", "on", "shine", "reden", "her"]
 PAIRS = [Pair(" ".join(WORDS[i % 9 :][: 2 + i % 4]), " ".join(WORDS[(3 * i) % 7 :][: 1 + i % 3])) for i in range(24)]
 STEPS = 14
+BEAM_STEPS = 8
 BRIEF = DecodingSettings(max_new_tokens=STEPS, length_bound=False, repetition_bound=False)
 WHOLE_HEAD = pytest.mark.unguarded("draws from the whole vocabulary, for which a client needs the whole head")
 
@@ -229,6 +233,130 @@ def test_decoding_is_the_references_token_for_token(case: Case, data: st.DataObj
     ]
     assert [continuation.token_ids for continuation in continuations] == expected
     assert usage.tokens == sum(map(len, expected))
+
+
+WORDS_OF_A_SOURCE = st.lists(st.sampled_from(WORDS), min_size=1, max_size=5).map(" ".join)
+
+
+def expected_beams(
+    case: Case,
+    prompt: list[int],
+    interpolation: Interpolation,
+    expected_length: float,
+    adapter_prompt: list[int] | None,
+    *,
+    beams: int,
+    length_penalty: float,
+    whole: bool,
+) -> list[tuple[list[int], float]]:
+    """The beams of transformers' own search over the reference's mixture, with their scores.
+
+    Args:
+        whole: the beams go through all tokens, not through candidates and the PLM's top-1 alone.
+    """
+    lambdas = schedule(interpolation.schedule, interpolation.lambda_max, expected_length, BEAM_STEPS)
+    gate = interpolation.gate.model_dump() if interpolation.gate else None
+    targets, own = case.adapter.candidate_ids_C.tolist(), case.adapter.card.form
+
+    @cache
+    def logprobs(generated: tuple[int, ...]) -> Tensor:
+        weight = lambdas[len(generated)]
+        mixture_V, top1 = case.reference.mixture(
+            *(prompt, generated, case.weights, own, targets, weight, case.stop_ids),
+            *(adapter_prompt, gate, interpolation.length_reward),
+        )
+        compared = torch.arange(len(mixture_V)) if whole else torch.tensor([*targets, top1])
+        logprob_V = torch.full_like(mixture_V, -math.inf)
+        logprob_V[compared] = mixture_V[compared].log()
+        return logprob_V
+
+    found = case.reference.model.generate(
+        torch.tensor([prompt]),
+        num_beams=beams,
+        num_return_sequences=beams,
+        length_penalty=length_penalty,
+        early_stopping=False,
+        do_sample=False,
+        max_new_tokens=BEAM_STEPS,
+        eos_token_id=sorted(case.stop_ids),
+        logits_processor=LogitsProcessorList([ReplacedScores(len(prompt), logprobs)]),
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    rows = zip(found.sequences[:, len(prompt) :].tolist(), found.sequences_scores.tolist(), strict=True)
+    # Where fewer tokens can follow than there are beams, transformers goes on with texts that have no probability.
+    return [(_until_stop(ids, case.stop_ids), score) for ids, score in rows if score > -1e6]
+
+
+def _until_stop(token_ids: list[int], stop_ids: frozenset[int]) -> list[int]:
+    end = next((at for at, token in enumerate(token_ids) if token in stop_ids), len(token_ids))
+    return token_ids[: end + 1]
+
+
+def compare_beams(case: Case, data: st.DataObject, *, whole: bool) -> None:
+    """Compare some search with transformers' own."""
+    sources = data.draw(st.lists(WORDS_OF_A_SOURCE, min_size=1, max_size=3))
+    interpolation = data.draw(
+        st.builds(Interpolation, schedule=st.sampled_from(SCHEDULES), lambda_max=st.sampled_from([0.3, 0.7, 0.95, 1.0]))
+        | st.just(Interpolation(schedule="constant", lambda_max=0.6, gate=GATE))
+    ).model_copy(update={"length_reward": data.draw(st.sampled_from([0.0, 0.7, 4.0]))})
+    beams, length_penalty = data.draw(st.sampled_from([2, 3, 4])), data.draw(st.sampled_from([0.0, 1.0, 1.5]))
+    lengths = [case.adapter.card.expected_length(case.plm.tokenizer.count(source)) for source in sources]
+    prompts = case.prompts(sources)
+    others: list[list[int] | None] = [*case.prompts([f"reden {source}" for source in sources])]
+    adapter_prompts = others if data.draw(st.booleans()) else [None] * len(sources)
+    plm = data.draw(st.sampled_from(case.plms))
+    config = GenerationConfig(
+        adapter=case.adapter,
+        interpolation=interpolation,
+        stops=case.stops,
+        settings=DecodingSettings(max_new_tokens=BEAM_STEPS, batch_size=data.draw(st.sampled_from([1, 3, 5, 64]))),
+        head=plm.full_head().to(torch.float32) if whole else None,
+        beams=beams,
+    )
+    inputs = [*zip(prompts, lengths, adapter_prompts, strict=True)]
+    sequences = sequences_of(plm, [GenerationRequest(*each) for each in inputs], config)
+    found, usage = search_beams(plm, sequences, config.settings, beams=beams, length_penalty=length_penalty)
+    for (prompt, length, adapter_prompt), continuations in zip(inputs, found, strict=True):
+        expected = expected_beams(
+            case,
+            prompt,
+            interpolation,
+            length,
+            adapter_prompt,
+            beams=beams,
+            length_penalty=length_penalty,
+            whole=whole,
+        )
+        assert [continuation.token_ids for continuation in continuations] == [ids for ids, _ in expected]
+        for continuation, (ids, score) in zip(continuations, expected, strict=True):
+            # The length reward is taken from a candidate that ends the text, where λ is not 0.
+            last = continuation.choices[-1]
+            rewarded = last.lambda_t > 0 and ids[-1] in case.stop_ids & {*case.adapter.candidate_ids_C.tolist()}
+            logprob = continuation.logprob - (interpolation.length_reward if rewarded else 0.0)
+            assert logprob / len(ids) ** length_penalty == pytest.approx(score, rel=1e-3, abs=1e-3)
+    assert usage.round_trips <= len(sources) * beams * BEAM_STEPS
+
+
+BEAMS = settings(
+    max_examples=scaled(6),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
+
+
+@BEAMS
+@given(st.data())
+def test_beams_are_those_of_transformers_over_the_mixture(case: Case, data: st.DataObject) -> None:
+    compare_beams(case, data, whole=False)
+
+
+@WHOLE_HEAD
+@BEAMS
+@given(st.data())
+def test_beams_over_the_whole_vocabulary_are_those_of_transformers(case: Case, data: st.DataObject) -> None:
+    compare_beams(case, data, whole=True)
 
 
 def test_both_calls_of_a_round_are_the_servers_time(case: Case) -> None:

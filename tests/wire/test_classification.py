@@ -227,7 +227,11 @@ def test_the_command_line_gives_probabilities_and_explains_labels(tiny_server: s
     done = client(tiny_server, "apply", "a text", "--task", task)
     assert done.stdout.strip() == record["texts"][0]["text"]
     assert "prefixes of labels behind their prompts" in done.stderr
-    for options, name in ((["--consensus", 3], "--consensus"), (["--stream"], "--stream")):
+    for options, name in (
+        (["--consensus", 3], "--consensus"),
+        (["--effort", "high"], "--effort"),
+        (["--stream"], "--stream"),
+    ):
         done = client(tiny_server, "apply", "a text", "--task", task, *options)
         assert done.returncode == 1
         assert f"{name} cannot be used with a classify task" in done.stderr

@@ -349,6 +349,52 @@ def test_sampling_and_lookup(url: str, adapter: Path, task: Path, pairs: Path, t
     assert "never shown to the PLM's owner" in done.stderr
 
 
+def test_beams_and_effort(url: str, adapter: Path, task: Path, tmp_path: Path) -> None:
+    given = ["--adapter", adapter, "--max-new-tokens", 8, "--dtype", "float32"]
+    sources = ["the thin", "her", "shine on"]
+    four = client_json(url, "translate", *given, "--beams", 4, "--best", 3, "--explain", tmp_path / "why", *sources)
+    assert all(text["text"] == text["best"][0] and len(text["best"]) == 3 for text in four["texts"])
+    # Three texts on the way, four beams of each: the calls are those of the longest one.
+    assert four["usage"]["calls"] <= 8
+    assert four["usage"]["tokens"] > 3 * four["usage"]["calls"]
+    assert min(four["usage"]["bytes_sent"], four["usage"]["bytes_received"]) > 0
+    for text, line in zip(four["texts"], (tmp_path / "why").read_text().splitlines(), strict=True):
+        assert json.loads(line)["text"] == text["text"]
+        assert all(0 < token["p"] <= 1 for token in json.loads(line)["tokens"])
+    texts = [text["text"] for text in four["texts"]]
+    medium = client(url, "apply", *given, "--effort", "medium", *sources)
+    assert medium.stdout.splitlines() == texts
+    low, greedy = (client(url, "apply", *given, *effort, *sources) for effort in (["--effort", "low"], []))
+    assert low.stdout == greedy.stdout
+    high, drawn = (
+        client_json(url, "apply", *given, *one, *sources) for one in (["--effort", "high"], ["--consensus", 8])
+    )
+    assert high["texts"] == drawn["texts"]
+
+    output = tmp_path / "out.txt"
+    (tmp_path / "in.txt").write_text("\n".join(sources))
+    begun = [*given, "--input", tmp_path / "in.txt", "--output", output]
+    assert client(url, "translate", *begun, "--effort", "medium").returncode == 0
+    assert output.read_text().splitlines() == texts
+
+    for arguments, words in (
+        (["--beams", 2, "--consensus", 2], "two ways to search"),
+        (["--beams", 2, "--temperature", 1], "draws none"),
+        (["--beams", 2, "--stream"], "Leave --consensus, --samples, --beams and --effort away"),
+        (["--effort", "high", "--stream"], "Leave --consensus, --samples, --beams and --effort away"),
+        (["--beams", 2, "--lookup", adapter.parent / "memory"], "--lookup finds drafts"),
+        (["--effort", "high", "--consensus", 2], "both say how texts are searched"),
+        (["--length-penalty", 2], "Give --beams"),
+        (["--beams", 2, "--best", 2], "Say --json"),
+    ):
+        done = client(url, "translate", "--adapter", adapter, *arguments, "the thin")
+        assert done.returncode == 1
+        assert words in done.stderr
+    if not guard.current:  # with the whole head
+        (text,) = client_json(url, "generate", "the thin", "--beams", 3, "--best", 3, "--max-new-tokens", 6)["texts"]
+        assert len(set(text["best"])) == 3
+
+
 def test_evaluate(url: str, adapter: Path, tmp_path: Path) -> None:
     test = write_pairs(tmp_path / "test.jsonl", 7, seed=2)
     scores = client_json(url, "evaluate", "--adapter", adapter, "--input", test, "--max-new-tokens", 8)
@@ -357,6 +403,11 @@ def test_evaluate(url: str, adapter: Path, tmp_path: Path) -> None:
     assert "nrefs:1" in scores["signatures"]["chrf"]
     assert scores["headline"] == "chrf"
     assert set(scores["p_values"]) == set(scores["plm"]) == {"bleu", "chrf"}
+    searched = client_json(url, "evaluate", "--adapter", adapter, "--input", test, "--max-new-tokens", 8, "--beams", 3)
+    assert searched["plm_texts"] == scores["plm_texts"]
+    assert searched["plm_usage"]["round_trips"] == scores["plm_usage"]["round_trips"]
+    assert searched["pema_usage"]["round_trips"] > scores["pema_usage"]["round_trips"]
+    assert min(scores["pema_usage"]["bytes_sent"], scores["pema_usage"]["bytes_received"]) > 0
     shared = client_json(
         url, "evaluate", "--adapter", adapter, "--input", test, "--max-new-tokens", 8, "--share-targets"
     )

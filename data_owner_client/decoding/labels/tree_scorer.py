@@ -25,7 +25,8 @@ from data_owner_client.decoding.adapter_mixture import plm_scores, previous_toke
 from data_owner_client.decoding.labels.evidence import LabelEvidence
 from data_owner_client.decoding.labels.requests import LabelRequest
 from data_owner_client.decoding.labels.trie import LabelTrie
-from data_owner_client.decoding.stats import GenerationStats
+from data_owner_client.decoding.response_rows import row_bytes
+from data_owner_client.decoding.stats import TOKEN_ID_BYTES, GenerationStats
 from data_owner_client.memory.request_batches import ExampleSizes, split_into_requests
 from data_owner_client.plm.connection.base import Attempt
 from data_owner_client.plm.remote_plm import RemotePlm
@@ -171,6 +172,8 @@ class TreeScorer:
         stats.round_trips += len(ids)
         stats.label_prefixes += len(ids)
         stats.label_tokens += sum(map(len, ids))
+        stats.bytes_sent += TOKEN_ID_BYTES * sum(map(len, ids))
+        stats.bytes_received += row_bytes(response)
         return response
 
     def _store(
