@@ -107,7 +107,10 @@ def build_memories(
     folder, pairs = to_path(folder), list_of_pairs(pairs)
     reporter = reporter or Reporter()
     context_mode = context_mode or ("redacted" if redaction else "private")
-    redactor = Redactor(redaction, open_key(folder, renew=overwrite), plm.tokenizer) if redaction else None
+    redactor = None
+    if redaction:
+        key = open_key(folder, renew=overwrite, is_begun=_is_redacted(folder / TRAIN))
+        redactor = Redactor(redaction, key, plm.tokenizer)
     parts = [pairs] if validation is None else [pairs, list_of_pairs(validation)]
     total = sum(map(len, parts))
     if context_mode == "private" and not share_earlier_answers:
@@ -163,6 +166,14 @@ def build_memories(
         replaced=dict(redactor.replaced.most_common()) if redactor else {},
         seconds=time.perf_counter() - started,
     )
+
+
+def _is_redacted(folder: Path) -> bool:
+    """True if a folder has a redacted memory, be it of a build that was interrupted."""
+    try:
+        return ExternalMemory(folder).manifest.plan.context_mode == "redacted"
+    except InvalidData:
+        return False
 
 
 def task_of_memory(task: Task, tokenizer: PlmTokenizer, parts: Sequence[Sequence[Pair]], *folders: Path) -> Task:

@@ -101,8 +101,9 @@ class PlmTokenizer:
 
     def starts(self, token_ids: list[int]) -> list[int]:
         """The character at which each token of a continuation begins; of tokens of one character, the same one."""
-        texts = self._tokenizer.decode_continuations([token_ids[:k] for k in range(len(token_ids))])
-        return [len(text.rstrip(_NO_CHARACTER)) for text in texts]
+        # By bytes: some tokenizers decode no character of a run of byte tokens whose last character is not complete.
+        pieces = [self.token_bytes[token_id] or b"" for token_id in token_ids]
+        return [len(b"".join(pieces[:k]).decode(errors="ignore")) for k in range(len(pieces))]
 
     def count(self, text: str) -> int:
         """Number of tokens of a bare text."""

@@ -12,17 +12,23 @@ KEY_FILE = "redaction.key"
 _BYTES = 32
 
 
-def open_key(folder: Path, *, renew: bool) -> bytes:
+def open_key(folder: Path, *, renew: bool, is_begun: bool = False) -> bytes:
     """The key of a folder: 32 random bytes, which only the user may read. It is made where there is none.
 
     Args:
         folder: folder of the memories; created if it is missing.
         renew: delete the folder's key first.
+        is_begun: whether the folder has surrogates of a key already, so that no other will do.
 
     Raises:
-        InvalidData: the key is damaged, or cannot be read or written.
+        InvalidData: the key is missing or damaged, or cannot be read or written.
     """
     path = folder / KEY_FILE
+    if is_begun and not renew and not path.exists():
+        raise InvalidData(
+            f"{path} is missing, and with another key the owner would see other surrogates.",
+            hint="Put it back, or build the memory again: build-memory --overwrite.",
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if renew:
