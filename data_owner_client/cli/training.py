@@ -115,7 +115,7 @@ def build_memory(
         kind = "customer"
         regex = 'C-\d+'
         [presidio]                        # needs pip install 'pema[client,redaction]'
-        language = "en"
+        model = "en_core_web_lg"          # of spaCy; without one, only patterns such as PHONE_NUMBER
         entities = ["PERSON", "LOCATION"]
 
     The kind of a task decides the metrics, and fills in what the task leaves open. `classify` may list its `labels`,

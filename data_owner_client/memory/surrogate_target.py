@@ -50,7 +50,7 @@ class SurrogateTarget:
 
 
 def _places(token_ids: list[int], target: list[int], tokenizer: PlmTokenizer) -> list[tuple[int, bool]]:
-    """Of each true token, the place in `token_ids` that stands for its own, and whether it is at the same character."""
+    """The place in `token_ids` for each true token, and whether it is at the same character."""
     before = _common_beginning(token_ids, target)
     rest, true_rest = token_ids[before:], target[before:]
     behind = _common_beginning(rest[::-1], true_rest[::-1])

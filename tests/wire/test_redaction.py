@@ -36,9 +36,10 @@ from plm_owner_server.service.disclosure import Disclosure
 from plm_owner_server.service.plm_service import PlmService
 from plm_owner_server.tenants.store import TenantStore
 from tests import guard
+from tests.command_line import client, client_json
 from tests.support import serve, serve_over_grpc
 
-pytestmark = pytest.mark.unguarded("what is encrypted cannot be searched")
+encrypted = pytest.mark.unguarded("what is encrypted cannot be searched")
 
 NAMES = ["Van Quist", "Ottilie", "Zacharias"]
 PLACES = ["Velbert", "Ytterby"]
@@ -55,7 +56,7 @@ PAIRS = [
 RULES = RedactionRules(
     builtin=("numbers",),
     words=("Van Quist", "Ottilie", "Zacharias"),
-    patterns=({"kind": "place", "regex": "Velbert|Ytterby"},),  # type: ignore[arg-type]
+    patterns=({"kind": "place", "regex": "Velbert|Ytterby"},),
     sources=True,
 )
 SETTINGS = TrainingSettings(
@@ -164,6 +165,7 @@ def build_and_train(
     return train(owner.plm, folder / "memory", folder / "adapter", settings=settings)
 
 
+@encrypted
 @pytest.mark.parametrize(("transport", "policy"), [("REST", "candidate"), ("gRPC", "candidate"), ("gRPC", "none")])
 def test_no_redacted_span_is_sent(
     tiny_service: PlmService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str, policy: str
@@ -194,6 +196,7 @@ def test_no_redacted_span_is_sent(
         assert all(candidates.issuperset(spellings(secret, redacted.plm.tokenizer)[0]) for secret in NAMES)
 
 
+@encrypted
 @pytest.mark.parametrize("transport", ["REST", "gRPC"])
 def test_the_search_finds_what_is_shared(
     tiny_service: PlmService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str
@@ -205,6 +208,7 @@ def test_the_search_finds_what_is_shared(
         assert found_in_texts(shared) == {*SECRETS}
 
 
+@encrypted
 def test_sources_are_shown_unless_the_rules_say_otherwise(
     tiny_service: PlmService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,3 +218,65 @@ def test_sources_are_shown_unless_the_rules_say_otherwise(
         # Numbers are in targets alone.
         assert found_in_texts(redacted) == {*NAMES, *PLACES}
         assert found_in_bytes(redacted) == {*NAMES, *PLACES}
+
+
+def test_the_command_line_builds_trains_and_says_what_leaves(tiny_server: str, tmp_path: Path) -> None:
+    pairs, task, memory = tmp_path / "pairs.jsonl", tmp_path / "task.toml", tmp_path / "memory"
+    pairs.write_text("".join(json.dumps({"source": each.source, "target": each.target}) + "\n" for each in PAIRS))
+    task.write_text('name = "t"\nsource_label = "I"\ntarget_label = "O"\n')
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    rules = tmp_path / "rules.toml"
+    rules.write_text('builtin = ["numbers"]\nword_files = ["names.txt"]\n')
+    arguments = ["--task", task, "--memory", memory, "--input", pairs, "--share-redacted", rules]
+    done = client(tiny_server, "build-memory", *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "with surrogates in place of what the rules find (--share-redacted); the sources have none" in done.stderr
+    assert "`translate` will show its texts as they are" in done.stderr
+    counts = {"word": sum(i % 7 < 3 for i in range(24)), "number": sum(i % 7 > 4 for i in range(24))}
+    assert f"Replaced by surrogates: {counts['word']} word, {counts['number']} number." in done.stderr
+    report = json.loads(done.stdout)
+    assert (report["context_mode"], report["replaced"]) == ("redacted", counts)
+    trained = client_json(
+        tiny_server,
+        "train",
+        "--memory",
+        memory,
+        "--adapter",
+        tmp_path / "a",
+        "--minutes",
+        0,
+        "--rank",
+        4,
+        "--epochs",
+        1,
+    )
+    assert trained["card"]["context_mode"] == "redacted"
+    assert all(policy["scores"] is None for policy in trained["options"])
+    assert trained["exchange"]["target_bytes"] == sum(len((pair.target or "").strip()) for pair in PAIRS)
+
+    both = client(tiny_server, "build-memory", *arguments, "--share-targets")
+    assert both.returncode == 1
+    assert "Say one of them" in both.stderr
+    wrong = client(tiny_server, "build-memory", *arguments, "--context", "private", "--overwrite")
+    assert wrong.returncode == 1
+    assert "Redacted contexts need rules" in wrong.stderr
+
+
+@pytest.mark.parametrize("with_server", [False, True])
+def test_a_data_check_shows_what_would_be_replaced(tiny_server: str, tmp_path: Path, with_server: bool) -> None:
+    pairs, rules = tmp_path / "pairs.jsonl", tmp_path / "rules.toml"
+    pairs.write_text("".join(json.dumps({"source": each.source, "target": each.target}) + "\n" for each in PAIRS))
+    rules.write_text(f'sources = true\nwords = {json.dumps(NAMES)}\n[[patterns]]\nkind = "place"\nregex = "Ytterby"\n')
+    url = tiny_server if with_server else None
+    report = client_json(url, "data check", pairs, "--share-redacted", rules)
+    texts = [text for pair in PAIRS for text in (pair.source, pair.target or "")]
+    names = sum(text.count(name) for text in texts for name in NAMES)
+    assert report["redaction"]["spans"] == {"word": names, "place": sum(text.count("Ytterby") for text in texts)}
+    shown = {each["text"]: each["surrogate"] for each in report["redaction"]["examples"]}
+    assert set(shown) == {*NAMES, "Ytterby"}
+    assert all(len(text) == len(surrogate) and text != surrogate for text, surrogate in shown.items())
+    if with_server:
+        assert report["cost"]["context"] == "redacted"
+    done = client(url, "data check", pairs, "--share-redacted", rules)
+    assert f"Surrogates replace {names} word" in done.stdout
+    assert "Ottilie" in done.stdout

@@ -186,7 +186,7 @@ class Replacement(BaseModel):
 
 
 class RedactionReport(BaseModel):
-    """What a redaction would replace.
+    """Counts and examples of what a redaction would replace.
 
     Attributes:
         sources: whether source texts are redacted, too.

@@ -16,11 +16,11 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from data_owner_client.data.redaction.presidio import PresidioFinder
 from data_owner_client.data.redaction.spans import (
     BUILTIN_PATTERNS,
     Finder,
     PatternFinder,
-    PresidioFinder,
     Span,
     TermFinder,
     find_spans,
@@ -64,12 +64,14 @@ class Presidio(BaseModel):
     Attributes:
         language: language of the texts.
         entities: kinds of entities; empty for all that presidio knows.
+        model: installed spaCy model, which finds names and places; empty for presidio's patterns alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     language: str = "en"
     entities: tuple[str, ...] = ()
+    model: str = ""
 
 
 class RedactionRules(BaseModel):
@@ -128,7 +130,7 @@ class Redaction:
 
         Raises:
             InvalidData: a word file or function cannot be read, or a word is blank.
-            Unsupported: presidio is not installed.
+            Unsupported: presidio is not installed, or cannot do this.
         """
         words = [*rules.words, *_read_words(rules.word_files, to_path(folder))]
         if not all(map(str.strip, rules.words)):
@@ -138,7 +140,7 @@ class Redaction:
         finders += [PatternFinder(BUILTIN_PATTERNS[name], name.removesuffix("s")) for name in rules.builtin]
         finders += [PatternFinder(pattern.regex, pattern.kind) for pattern in rules.patterns]
         if rules.presidio:
-            finders.append(PresidioFinder(rules.presidio.language, rules.presidio.entities))
+            finders.append(PresidioFinder(**rules.presidio.model_dump()))
         code = ""
         if rules.python:
             function = _load_function(rules.python)

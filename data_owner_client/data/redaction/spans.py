@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from protocol.errors import InvalidData, Unsupported
+from protocol.errors import InvalidData
 
 BUILTIN_PATTERNS = {
     "numbers": r"\d+(?:[.,]\d+)*",
@@ -85,40 +85,6 @@ class PatternFinder:
     def __call__(self, text: str) -> Iterator[Span]:
         """Yield all matches."""
         return (Span(match.start(), match.end(), self._kind) for match in self._pattern.finditer(text))
-
-
-class PresidioFinder:
-    """Finds entities by Microsoft's presidio, on this machine.
-
-    Args:
-        language: language of the texts, such as `en`.
-        entities: kinds of entities, such as `PERSON`; empty for all that it knows.
-
-    Raises:
-        Unsupported: presidio is not installed, or lacks the language.
-    """
-
-    def __init__(self, language: str, entities: Sequence[str]) -> None:
-        try:
-            from presidio_analyzer import AnalyzerEngine
-        except ImportError as error:
-            raise Unsupported(
-                "The rules want presidio, which is not installed.", hint="pip install 'pema[client,redaction]'"
-            ) from error
-        try:
-            self._engine = AnalyzerEngine(supported_languages=[language])
-        except (Exception, SystemExit) as error:  # presidio ends the process where spaCy finds no model
-            raise Unsupported(
-                f"presidio cannot be started for the language {language!r}: {error}.",
-                hint="Install the spaCy model of the language, as presidio's documentation says.",
-            ) from error
-        self._language = language
-        self._entities = list(entities) or None
-
-    def __call__(self, text: str) -> Iterator[Span]:
-        """Yield all entities."""
-        found = self._engine.analyze(text=text, language=self._language, entities=self._entities)
-        return (Span(each.start, each.end, each.entity_type.lower()) for each in found)
 
 
 def find_spans(text: str, finders: Iterable[Finder]) -> list[Span]:

@@ -8,7 +8,7 @@ import sys
 import unicodedata
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -197,26 +197,24 @@ def test_rules_may_be_a_function(own_module: ModuleType) -> None:
     assert rules(python="own_finders:find").spans("hale") == expected
 
 
-def test_presidio_is_asked_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_presidio_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
     with pytest.raises(Unsupported, match=r"pip install .*redaction"):
         rules(presidio={})
 
-    class Engine:
-        """What presidio's engine takes and gives, by its documentation."""
 
-        def __init__(self, *, supported_languages: list[str]) -> None:
-            assert supported_languages == ["de"]
-
-        def analyze(self, *, text: str, language: str, entities: list[str] | None) -> list[SimpleNamespace]:
-            assert (language, entities) == ("de", ["PERSON"])
-            return [SimpleNamespace(start=0, end=text.index(" "), entity_type="PERSON")]
-
-    module = ModuleType("presidio_analyzer")
-    vars(module)["AnalyzerEngine"] = Engine
-    monkeypatch.setitem(sys.modules, "presidio_analyzer", module)
-    redaction = rules(presidio={"language": "de", "entities": ["PERSON"]})
-    assert redaction.spans("Anna ruft") == [Span(0, 4, "person")]
+def test_presidio_finds_entities() -> None:
+    pytest.importorskip("presidio_analyzer", reason="the extra `redaction` is not installed")
+    redaction = rules(presidio={"entities": ["PHONE_NUMBER", "EMAIL_ADDRESS"]})
+    text = "write to jane.doe@example.com or call (212) 555-0187"
+    assert [(text[span.start : span.end], span.kind) for span in redaction.spans(text)] == [
+        ("jane.doe@example.com", "email_address"),
+        ("(212) 555-0187", "phone_number"),
+    ]
+    with pytest.raises(Unsupported, match="presidio finds no PERSON in this language without a model"):
+        rules(presidio={"entities": ["PERSON"]})
+    with pytest.raises(Unsupported, match="python -m spacy download xx_none"):
+        rules(presidio={"model": "xx_none"})
 
 
 def test_the_key_is_the_users_alone_and_stays(tmp_path: Path) -> None:
