@@ -21,7 +21,7 @@ from benchmarks.build_memory_baselines import Baseline
 from data_owner_client import Pair, connect, load_task, read_pairs
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.build import build_memory
-from data_owner_client.memory.encode import tokenize_pair
+from data_owner_client.memory.tokenized_pairs import tokenize_pair
 from harness import report
 from harness.datasets import home_assistant
 from harness.processes import run_together, server

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from data_owner_client.memory.encode import TokenizedPair
+from data_owner_client.memory.tokenized_pairs import TokenizedPair
 from plm_owner_server.engines.batching import plan_batches
 from plm_owner_server.engines.model_files.sources import resolve
 from plm_owner_server.engines.transformers.engine import load_model

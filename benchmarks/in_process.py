@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from data_owner_client import InProcessConnection, Pair, RemotePlm, Task
 from data_owner_client.adapter.candidates import token_set
-from data_owner_client.memory.encode import encode_all, tokenize_pairs
+from data_owner_client.memory.encode import encode_all
 from data_owner_client.memory.rows import MemoryRows
+from data_owner_client.memory.tokenized_pairs import tokenize_pairs
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.training.likelihood import plm_target_logprobs
 from plm_owner_server.cli.server_process import load_service

@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 from data_owner_client import connect, load_task, read_pairs
-from data_owner_client.memory.encode import tokenize_pair
+from data_owner_client.memory.tokenized_pairs import tokenize_pair
 from harness import report
 from harness.datasets import home_assistant
 from harness.processes import Worker, run_together, server

@@ -62,7 +62,7 @@ def _lora(memory: ExternalMemory, folder: Path, weight_V_D: Tensor) -> dict[str,
     from benchmarks.in_process import model_folder, served
     from benchmarks.weights import lora
     from benchmarks.weights.tuning import Tuner
-    from data_owner_client.memory.encode import tokenize_pairs
+    from data_owner_client.memory.tokenized_pairs import tokenize_pairs
 
     pairs, task = memory.pairs(), memory.manifest.plan.task.model_copy(update={"examples": ()})
     model = model_folder(DEFAULT_MODEL)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from data_owner_client.data.pairs import Conversation, Pair
     from data_owner_client.data.reading.reader import read_pairs, read_parallel, spool_pairs
     from data_owner_client.data.reading.settings import ReadingSettings
+    from data_owner_client.data.redaction.rules import Redaction, RedactionRules, load_redaction
     from data_owner_client.data.tasks import Task, load_task
     from data_owner_client.decoding.generation import Generation, generate, translate
     from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
@@ -92,6 +93,8 @@ _HOMES = {
     "ProtocolViolation": "protocol.errors",
     "QuotaExceeded": "protocol.errors",
     "ReadingSettings": "data_owner_client.data.reading.settings",
+    "Redaction": "data_owner_client.data.redaction.rules",
+    "RedactionRules": "data_owner_client.data.redaction.rules",
     "RemotePlm": "data_owner_client.plm.remote_plm",
     "RequestTimeout": "protocol.errors",
     "SamplingSettings": "data_owner_client.decoding.settings",
@@ -110,6 +113,7 @@ _HOMES = {
     "connect": "data_owner_client.plm.connect",
     "evaluate": "data_owner_client.evaluation.evaluate",
     "generate": "data_owner_client.decoding.generation",
+    "load_redaction": "data_owner_client.data.redaction.rules",
     "load_task": "data_owner_client.data.tasks",
     "read_pairs": "data_owner_client.data.reading.reader",
     "read_parallel": "data_owner_client.data.reading.reader",
@@ -151,6 +155,8 @@ __all__ = [
     "ProtocolViolation",
     "QuotaExceeded",
     "ReadingSettings",
+    "Redaction",
+    "RedactionRules",
     "RemotePlm",
     "RequestTimeout",
     "SamplingSettings",
@@ -169,6 +175,7 @@ __all__ = [
     "connect",
     "evaluate",
     "generate",
+    "load_redaction",
     "load_task",
     "read_pairs",
     "read_parallel",

@@ -122,6 +122,22 @@ def counting_proxy(host: str, port: int) -> Iterator[tuple[int, Traffic]]:
 
 
 @contextmanager
+def recording_proxy(host: str, port: int) -> Iterator[tuple[int, bytearray]]:
+    """Forward a free local port to `host:port`; gives the local port and all bytes that clients have sent so far.
+
+    Bytes of several connections stand behind each other as they come.
+    """
+    sent = bytearray()
+
+    def record(data: bytes) -> bytes:
+        sent.extend(data)
+        return data
+
+    with tcp_proxy(host, port, lambda: (partial(pump, change=record), pump)) as local_port:
+        yield local_port, sent
+
+
+@contextmanager
 def delaying_proxy(host: str, port: int, round_trip_seconds: float) -> Iterator[int]:
     """Forward a free local port to `host:port`, every byte half of `round_trip_seconds` later; gives the local port."""
     one_way_seconds = round_trip_seconds / 2

@@ -21,7 +21,7 @@ from data_owner_client import Pair, Task, load_task, read_pairs, translate
 from data_owner_client.data.pairs import digest_pairs
 from data_owner_client.evaluation.comparison.results import SystemResult
 from data_owner_client.memory.build_splits import task_of_memory
-from data_owner_client.memory.encode import TokenizedPair, tokenize_pairs
+from data_owner_client.memory.tokenized_pairs import TokenizedPair, tokenize_pairs
 from data_owner_client.runtime.memory_usage import peak_rss_mb
 
 SYSTEMS: dict[str, Callable[[Path], Trainee]] = {

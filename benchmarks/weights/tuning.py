@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from data_owner_client.memory.encode import TokenizedPair
+from data_owner_client.memory.tokenized_pairs import TokenizedPair
 from plm_owner_server.engines.model_files.config import head_from_config, linear_head
 
 _BATCH = 16

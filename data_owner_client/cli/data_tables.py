@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from data_owner_client.data.checking.report import Cost, DataReport, Example, PartReport, counted
+from data_owner_client.data.checking.report import Cost, DataReport, Example, PartReport, RedactionReport, counted
 from data_owner_client.runtime.console import PlainConsole, print_table
 
 _CHARACTERS = 400
@@ -22,6 +22,8 @@ def print_data_report(report: DataReport) -> None:
     print_table(_lengths(report.parts))
     for line in (*_repetitions(report), *_labels(report.parts), *report.warnings):
         console.print(line, soft_wrap=True)
+    if report.redaction:
+        _print_redaction(console, report.redaction)
     for number, example in enumerate(report.examples, 1):
         console.print(f"\nExample {number}{f' of the task {report.task}' if report.task else ''}:", soft_wrap=True)
         console.print(_marked(example), soft_wrap=True)
@@ -78,6 +80,21 @@ def _labels(parts: Sequence[PartReport]) -> Iterator[str]:
 
 def _places(name: str, lines: Sequence[int]) -> str:
     return f"{name}:{', '.join(map(str, lines))}"
+
+
+def _print_redaction(console: PlainConsole, report: RedactionReport) -> None:
+    where = "targets and sources" if report.sources else "targets"
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in report.spans.items()) or "nothing"
+    console.print(
+        f"Surrogates replace {counts}: {report.share:.1%} of the characters of {where}, in "
+        f"{counted(report.pairs, 'pair')}.",
+        soft_wrap=True,
+    )
+    if report.examples:
+        table = Table("kind", "true", "surrogate", title="what the owner would see (with another key)")
+        for example in report.examples:
+            table.add_row(example.kind, _cut(example.text), _cut(example.surrogate))
+        print_table(table)
 
 
 def _marked(example: Example) -> Text:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from data_owner_client.adapter.trained import TrainedAdapter
     from data_owner_client.decoding.client_drafts import NgramDrafter
     from data_owner_client.decoding.search_options import SearchOptions
+    from data_owner_client.memory.types import ContextMode
     from data_owner_client.plm.remote_plm import RemotePlm
 
 DATA = Group("Data", sort_key=1)
@@ -96,6 +97,14 @@ Targets = Annotated[
 Reading = Annotated[ReadingSettings, Parameter(name="*", group=DATA)]
 ShareTargets = Annotated[
     bool, Parameter(help="Allow target texts to be shown to the owner of the PLM.", group=CONNECTION)
+]
+ShareRedacted = Annotated[
+    PathOption | None,
+    Parameter(
+        help="Show target texts with surrogates in place of what these rules find: a TOML file, or the module:function "
+        "of a Python callable.",
+        group=CONNECTION,
+    ),
 ]
 ShareEarlierAnswers = Annotated[
     bool,
@@ -205,6 +214,22 @@ class DecodingOptions:
 
 MoreDecoding = Annotated[DecodingOptions, Parameter(name="*", group=DECODING)]
 DEFAULT_OPTIONS = DecodingOptions()
+
+
+def chosen_context(context: ContextMode | None, *, share_targets: bool, share_redacted: Path | None) -> ContextMode:
+    """The contexts of a memory: those that are named, or else those that the consent allows.
+
+    Raises:
+        InvalidData: the options contradict each other.
+    """
+    if share_redacted is None:
+        return context or ("teacher-forced" if share_targets else "private")
+    if share_targets:
+        raise InvalidData(
+            "--share-targets shows all of the targets, and --share-redacted keeps parts of them back.",
+            hint="Say one of them.",
+        )
+    return context or "redacted"
 
 
 def connected(server: str, connection: ConnectionSettings, dtype: WireDtype = "float16") -> RemotePlm:

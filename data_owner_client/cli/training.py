@@ -30,12 +30,14 @@ from data_owner_client.cli.options import (
     Reading,
     Server,
     ShareEarlierAnswers,
+    ShareRedacted,
     ShareTargets,
     Sources,
     Targets,
     TaskName,
     Threads,
     Training,
+    chosen_context,
     connected,
 )
 from data_owner_client.data.reading.settings import DEFAULT_READING
@@ -61,7 +63,11 @@ def build_memory(
     ] = 0.05,
     context: Annotated[
         ContextMode | None,
-        Parameter(help="Contexts of the memory. Default: private, or teacher-forced with --share-targets.", group=DATA),
+        Parameter(
+            help="Contexts of the memory. Default: private, teacher-forced with --share-targets, or redacted with "
+            "--share-redacted.",
+            group=DATA,
+        ),
     ] = None,
     reading: Reading = DEFAULT_READING,
     overwrite: Annotated[bool, Parameter(help="Delete the contents of the folder first.", group=DATA)] = False,
@@ -70,18 +76,21 @@ def build_memory(
     connection: Connection = DEFAULT_CONNECTION,
     dtype: Dtype = "float16",
     share_targets: ShareTargets = False,
+    share_redacted: ShareRedacted = None,
     share_earlier_answers: ShareEarlierAnswers = False,
 ) -> None:
-    """Build an external memory from pairs of texts. Interrupted, the same command goes on where it stopped.
+    r"""Build an external memory from pairs of texts. Interrupted, the same command goes on where it stopped.
 
     Private contexts send your source texts to the owner of the PLM, but no target. Teacher-forced ones are better
-    aligned and send the targets, too. Of a conversation, private contexts learn the first answer alone, because the
-    prompts for later ones show it; see --share-earlier-answers.
+    aligned and send the targets, too. Redacted ones send the targets with surrogates in place of what you may not show,
+    such as names and numbers; the adapter still learns the true texts. Of a conversation, private contexts learn the
+    first answer alone, because the prompts for later ones show it; see --share-earlier-answers.
 
     Examples:
 
     - `pema-client build-memory --input pairs.jsonl --memory memory`
     - `pema-client build-memory --input pairs.tsv --share-targets`
+    - `pema-client build-memory --input pairs.jsonl --share-redacted rules.toml`
     - `pema-client build-memory --sources train.en --targets train.de --task my-task.toml`
 
     A task is a TOML file such as:
@@ -96,16 +105,31 @@ def build_memory(
         source = "Terminate the operation."
         target = "Stop."
 
-    The kind decides the metrics, and fills in what a task leaves open. `classify` may list its `labels`, and `extract`
-    may have an `answer_schema`: a JSON schema, or the name of its file.
+    Rules of `--share-redacted` are a TOML file such as:
+
+        builtin = ["numbers", "emails"]   # also "dates", "urls"
+        words = ["Acme", "Jane Doe"]      # whole words, in upper or lower case
+        word_files = ["names.txt"]        # one a line, relative to this file
+        sources = true                    # replace them in the source texts, too
+        [[patterns]]
+        kind = "customer"
+        regex = 'C-\d+'
+        [presidio]                        # needs pip install 'pema[client,redaction]'
+        model = "en_core_web_lg"          # of spaCy; without one, only patterns such as PHONE_NUMBER
+        entities = ["PERSON", "LOCATION"]
+
+    The kind of a task decides the metrics, and fills in what the task leaves open. `classify` may list its `labels`,
+    and `extract` may have an `answer_schema`: a JSON schema, or the name of its file.
     """
     from data_owner_client.cli.output import print_record
     from data_owner_client.data.reading.reader import spool_pairs
+    from data_owner_client.data.redaction.rules import load_redaction
     from data_owner_client.data.tasks import load_task
     from data_owner_client.memory.build_splits import build_memories
     from data_owner_client.runtime.progress_display import stderr_reporter
 
-    mode: ContextMode = context or ("teacher-forced" if share_targets else "private")
+    mode = chosen_context(context, share_targets=share_targets, share_redacted=share_redacted)
+    redaction = load_redaction(share_redacted) if share_redacted else None
     pairs = pairs_of(input_file, sources, targets, reading)
     held_out = spool_pairs(validation, reading) if validation else None
     with connected(server, connection, dtype) as plm:
@@ -118,6 +142,7 @@ def build_memory(
             validation_fraction=validation_fraction,
             context_mode=mode,
             share_targets=share_targets,
+            redaction=redaction,
             share_earlier_answers=share_earlier_answers,
             overwrite=overwrite,
             skip_invalid=reading.skip_invalid,

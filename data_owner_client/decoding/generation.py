@@ -94,7 +94,7 @@ def ngram_drafter_for(memory: AnyPath) -> NgramDrafter:
     part = ExternalMemory(to_path(memory) / TRAIN)
     if part.manifest.plan.context_mode != "teacher-forced":
         raise InvalidData(
-            f"The targets of {memory} were never shown to the PLM's owner, and drafts would be pieces of them.",
+            f"The true targets of {memory} were never shown to the PLM's owner, and drafts would be pieces of them.",
             hint="Leave --lookup away, or use a memory that was built with --share-targets.",
         )
     # Shard by shard, to drop the representations: they are nearly all of a memory and not needed.

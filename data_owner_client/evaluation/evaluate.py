@@ -21,7 +21,8 @@ from data_owner_client.decoding.stats import GenerationStats
 from data_owner_client.evaluation.details import Details, details_of
 from data_owner_client.evaluation.perplexity import Perplexities, perplexities
 from data_owner_client.evaluation.task_metrics import TaskMetrics
-from data_owner_client.memory.encode import TokenizedPair, encode_all, tokenize_pairs
+from data_owner_client.memory.encode import encode_all
+from data_owner_client.memory.tokenized_pairs import TokenizedPair, tokenize_pairs
 from data_owner_client.memory.usable_pairs import require_usable, tokenize_usable
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm

@@ -11,14 +11,16 @@ from filelock import FileLock, Timeout
 
 from data_owner_client.data.pairs import Pair, digest_pairs
 from data_owner_client.data.reading.problems import Problems
+from data_owner_client.data.redaction.redactor import Redactor
 from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.tasks import Task
-from data_owner_client.memory.encode import encode_private, encode_teacher_forced, rows_that_conceal, tokenize_pair
+from data_owner_client.memory.encode import encode_private, encode_teacher_forced, rows_that_conceal
 from data_owner_client.memory.grants import Demand
 from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.memory.request_batches import ExampleSizes, split_into_requests
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.store import MANIFEST, ExternalMemory
+from data_owner_client.memory.tokenized_pairs import tokenize_pair
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.memory.usable_pairs import find_usable_pairs
 from data_owner_client.plm.connection.in_flight import InFlightWindow, ordered_map
@@ -41,6 +43,7 @@ class MemoryBuild:
         sizes: token counts of the pairs.
         folder: the memory's folder.
         overwrite: delete the folder's current memory first.
+        shown: the pairs with surrogates, of a redacted memory; None in other memories.
     """
 
     plm: RemotePlm
@@ -49,6 +52,7 @@ class MemoryBuild:
     sizes: ExampleSizes
     folder: Path
     overwrite: bool
+    shown: Sequence[Pair] | None = None
 
     @classmethod
     def prepare(
@@ -62,6 +66,7 @@ class MemoryBuild:
         share_targets: bool,
         with_logsumexp: bool,
         overwrite: bool,
+        redactor: Redactor | None = None,
         demand: Demand,
         problems: Problems,
         reporter: Reporter,
@@ -74,25 +79,27 @@ class MemoryBuild:
             pairs: texts to store; each must have a target.
             folder: the memory's folder; created if it is missing.
             context_mode: `private` sends only prompts and pairs y_i with a context of the PLM's own greedy
-                continuation. `teacher-forced` also sends the targets and pairs y_i with its true context.
+                continuation. `teacher-forced` also sends the targets and pairs y_i with its true context. `redacted`
+                sends the targets with surrogates.
             share_targets: consent to show the targets to the PLM's owner; `teacher-forced` requires it.
             with_logsumexp: store the log-sum-exp of each position, too. Validation needs it; it costs the server a
                 product with the full head.
             overwrite: delete the folder's current memory first.
+            redactor: replaces what the owner may not see; `redacted` requires it, and the other modes have none.
             demand: what building asks of the owner is added to it.
             problems: problems of pairs are added to it; the caller settles them before `run`.
             reporter: receives the progress.
 
         Raises:
-            InvalidData: the contexts show targets without consent.
+            InvalidData: the contexts show targets without consent, or cannot be redacted.
         """
-        if context_mode == "teacher-forced" and not share_targets:
-            raise InvalidData(
-                "Teacher-forced contexts show every target text to the owner of the PLM.",
-                hint="Say --share-targets if that is what you want, or use --context private.",
-            )
-        drafted = context_mode == "private"
-        usable = find_usable_pairs(plm, task, pairs, problems, drafted=drafted, reporter=reporter)
+        _require_consent(context_mode, redactor, share_targets=share_targets)
+        drafted, shown = context_mode == "private", None
+        if redactor is not None:
+            require_redactable(task)
+            task = redactor.redact_task(task)
+            shown = redactor.redact_pairs(task, pairs, reporter)
+        usable = find_usable_pairs(plm, task, pairs, problems, drafted=drafted, shown=shown, reporter=reporter)
         plan = MemoryPlan(
             model=ModelIdentity.from_card(plm.card),
             task=task,
@@ -100,12 +107,14 @@ class MemoryBuild:
             dtype=plm.dtype,
             with_logsumexp=with_logsumexp or drafted,  # `decode` returns it anyway
             data_digest=digest_pairs(usable.pairs),
+            redaction_rules=redactor.redaction.digest if redactor else None,
+            shown_digest=None if usable.shown is None else digest_pairs(usable.shown),
             examples=len(usable.pairs),
             examples_per_shard=_EXAMPLES_PER_SHARD,
         )
         stored = 0 if overwrite else _stored_examples(folder, plan)
         demand.add(usable.sizes, usable.target_ids, stored=stored)
-        return cls(plm, plan, usable.pairs, usable.sizes, folder, overwrite)
+        return cls(plm, plan, usable.pairs, usable.sizes, folder, overwrite, usable.shown)
 
     def run(self, reporter: Reporter) -> ExternalMemory:
         """Build the memory, or finish it if its build was interrupted.
@@ -118,8 +127,8 @@ class MemoryBuild:
             if self.overwrite:
                 _delete_memory(self.folder)
             memory = ExternalMemory.open_or_create(self.folder, self.plan)
-            memory.store_pairs(self.pairs)
-            _append_missing(memory, self.plm, self.pairs, self.sizes, reporter)
+            memory.store_pairs(self.pairs, self.shown)
+            _append_missing(memory, self, reporter)
         return memory
 
 
@@ -133,6 +142,7 @@ def build_memory(
     share_targets: bool = False,
     with_logsumexp: bool = False,
     overwrite: bool = False,
+    redactor: Redactor | None = None,
     reporter: Reporter | None = None,
 ) -> ExternalMemory:
     """Build a single memory, or finish one whose build was interrupted; see `MemoryBuild.prepare` for the arguments.
@@ -151,6 +161,7 @@ def build_memory(
         share_targets=share_targets,
         with_logsumexp=with_logsumexp,
         overwrite=overwrite,
+        redactor=redactor,
         demand=Demand(context_mode),
         problems=problems,
         reporter=reporter,
@@ -168,15 +179,40 @@ def _stored_examples(folder: Path, plan: MemoryPlan) -> int:
     return manifest.examples if manifest.plan == plan else 0
 
 
-def _append_missing(
-    memory: ExternalMemory, plm: RemotePlm, pairs: Sequence[Pair], sizes: ExampleSizes, reporter: Reporter
-) -> None:
+def _require_consent(context_mode: ContextMode, redactor: Redactor | None, *, share_targets: bool) -> None:
+    if context_mode == "teacher-forced" and not share_targets:
+        raise InvalidData(
+            "Teacher-forced contexts show every target text to the owner of the PLM.",
+            hint="Say --share-targets if that is what you want, or use --context private.",
+        )
+    if (context_mode == "redacted") != (redactor is not None):
+        raise InvalidData(
+            "Redacted contexts need rules, and rules need redacted contexts.",
+            hint="Say --share-redacted RULES without another --context.",
+        )
+
+
+def require_redactable(task: Task) -> None:
+    """Refuse a task whose targets surrogates cannot hide.
+
+    Raises:
+        InvalidData: the targets are labels.
+    """
+    if task.kind == "classify":
+        raise InvalidData(
+            "The labels of a `classify` task are few and scored by their names, so surrogates would hide nothing.",
+            hint="Build a private memory, or say --share-targets.",
+        )
+
+
+def _append_missing(memory: ExternalMemory, build: MemoryBuild, reporter: Reporter) -> None:
+    plm, pairs, shown, sizes = build.plm, build.pairs, build.shown, build.sizes
     plan, done = memory.manifest.plan, memory.manifest.examples
     stops = StopMatcher(plm.tokenizer, plan.task.stops(plm.tokenizer, plm.card.eos_token_ids))
     least_rows = rows_that_conceal(plm, plan.task)
 
     def fetch(run: range) -> MemoryRows:
-        chunk = [tokenize_pair(plm, plan.task, pairs[i]) for i in run]
+        chunk = [tokenize_pair(plm, plan.task, pairs[i], shown[i] if shown else None) for i in run]
         if plan.context_mode == "private":
             return encode_private(plm, chunk, stops, least_rows=least_rows)
         return encode_teacher_forced(plm, chunk, with_logsumexp=plan.with_logsumexp)

@@ -15,6 +15,9 @@ from data_owner_client.data.earlier_answers import shows_earlier_answers, withou
 from data_owner_client.data.label_tokens import LabelTokenizer, with_labels_of
 from data_owner_client.data.pairs import Pair, list_of_pairs
 from data_owner_client.data.reading.problems import Problems
+from data_owner_client.data.redaction.key import open_key
+from data_owner_client.data.redaction.redactor import Redactor
+from data_owner_client.data.redaction.rules import Redaction
 from data_owner_client.data.tasks import Task
 from data_owner_client.data.validation_split import split_validation
 from data_owner_client.memory.build import MemoryBuild
@@ -39,9 +42,10 @@ class MemoryReport(BaseModel):
         rows: target tokens in the training memory.
         validation_examples: pairs in the validation memory.
         validation_rows: target tokens in the validation memory.
-        context_mode: whether the contexts are `private` or `teacher-forced`.
+        context_mode: source of the contexts.
         length_ratio: target tokens per source token in the training memory.
         late_answers_left_out: answers that were left out because their prompts would show earlier answers.
+        replaced: number of spans that surrogates replace, by kind; empty unless the memories are redacted.
         seconds: duration of the build.
     """
 
@@ -53,6 +57,7 @@ class MemoryReport(BaseModel):
     context_mode: ContextMode
     length_ratio: float
     late_answers_left_out: int
+    replaced: dict[str, int] = {}
     seconds: float
 
 
@@ -64,8 +69,9 @@ def build_memories(
     *,
     validation: Iterable[Pair] | None = None,
     validation_fraction: float = 0.05,
-    context_mode: ContextMode = "private",
+    context_mode: ContextMode | None = None,
     share_targets: bool = False,
+    redaction: Redaction | None = None,
     share_earlier_answers: bool = False,
     overwrite: bool = False,
     skip_invalid: bool = False,
@@ -80,8 +86,10 @@ def build_memories(
         folder: folder for both memories; created if it is missing.
         validation: held-out pairs; None to set a share of `pairs` aside.
         validation_fraction: share of `pairs` to set aside, 0 to 1; ignored if `validation` is not None.
-        context_mode: `private` sends only prompts; `teacher-forced` also sends the targets (`memory.build`).
+        context_mode: `private` sends only prompts; `teacher-forced` also sends the targets, and `redacted` sends them
+            with surrogates (`memory.build`). None for `redacted` with a redaction, else `private`.
         share_targets: consent to show the targets to the PLM's owner; `teacher-forced` requires it.
+        redaction: rules of what surrogates replace before anything is sent (`load_redaction`); None for no surrogates.
         share_earlier_answers: consent to show earlier answers of conversations in the prompts for later ones. Without
             it, `private` learns only answers whose prompts show none.
         overwrite: delete the memories in `folder` first.
@@ -95,8 +103,14 @@ def build_memories(
     """
     started = time.perf_counter()
     require_loaded(task, "The task", "load_task(name_or_path)")
+    require_loaded(redaction, "The redaction", "load_redaction(path)")
     folder, pairs = to_path(folder), list_of_pairs(pairs)
     reporter = reporter or Reporter()
+    context_mode = context_mode or ("redacted" if redaction else "private")
+    redactor = None
+    if redaction:
+        key = open_key(folder, renew=overwrite, is_begun=_is_redacted(folder / TRAIN))
+        redactor = Redactor(redaction, key, plm.tokenizer)
     parts = [pairs] if validation is None else [pairs, list_of_pairs(validation)]
     total = sum(map(len, parts))
     if context_mode == "private" and not share_earlier_answers:
@@ -104,9 +118,10 @@ def build_memories(
     left_out = total - sum(map(len, parts))
     train_pairs, held_out = parts if len(parts) == 2 else split_validation(parts[0], validation_fraction)
     task = task_of_memory(task, plm.tokenizer, [train_pairs, held_out], *([] if overwrite else [folder / TRAIN]))
-    if share_targets or context_mode == "private":
+    if share_targets or context_mode != "teacher-forced":
         shown = any(map(shows_earlier_answers, chain(train_pairs, held_out)))
-        reporter.say(disclosure_notice(context_mode, task, earlier_answers=shown))
+        sources = redaction is not None and redaction.sources
+        reporter.say(disclosure_notice(context_mode, task, earlier_answers=shown, redacted_sources=sources))
     demand, problems = Demand(context_mode), Problems()
     builds = [
         MemoryBuild.prepare(
@@ -118,12 +133,15 @@ def build_memories(
             share_targets=share_targets,
             with_logsumexp=name == VALIDATION,
             overwrite=overwrite,
+            redactor=redactor,
             demand=demand,
             problems=problems,
             reporter=reporter,
         )
         for name, part in ((TRAIN, train_pairs), (VALIDATION, held_out))
     ]
+    if redactor:
+        reporter.say(redactor.summary)
     problems.settle(len(train_pairs) + len(held_out), skip=skip_invalid)
     for build in builds:
         if not build.pairs:
@@ -145,8 +163,17 @@ def build_memories(
         context_mode=context_mode,
         length_ratio=memories[0].length_ratio,
         late_answers_left_out=left_out,
+        replaced=dict(redactor.replaced.most_common()) if redactor else {},
         seconds=time.perf_counter() - started,
     )
+
+
+def _is_redacted(folder: Path) -> bool:
+    """True if a folder has a redacted memory, be it of a build that was interrupted."""
+    try:
+        return ExternalMemory(folder).manifest.plan.context_mode == "redacted"
+    except InvalidData:
+        return False
 
 
 def task_of_memory(task: Task, tokenizer: PlmTokenizer, parts: Sequence[Sequence[Pair]], *folders: Path) -> Task:
@@ -178,18 +205,29 @@ def task_of_memory(task: Task, tokenizer: PlmTokenizer, parts: Sequence[Sequence
     return task
 
 
-def disclosure_notice(context_mode: ContextMode, task: Task, *, earlier_answers: bool = False) -> str:
+def disclosure_notice(
+    context_mode: ContextMode, task: Task, *, earlier_answers: bool = False, redacted_sources: bool = False
+) -> str:
     """One line that says what leaves this machine while a memory is built.
 
     Args:
         context_mode: contexts of the memory.
         task: task of the memory.
         earlier_answers: whether prompts show earlier answers of their conversations.
+        redacted_sources: whether the sources of a redacted memory have surrogates, too.
     """
     prompts = "the prompts with their source texts"
     if context_mode == "teacher-forced":
         earlier = " and earlier answers that are not learned" if earlier_answers else ""
         return f"Leaves this machine: {prompts}, and every target text{earlier} (--share-targets)."
+    if context_mode == "redacted":
+        earlier = ", earlier answers included," if earlier_answers else ""
+        sources = "" if redacted_sources else "; the sources have none"
+        return (
+            f"Leaves this machine: {prompts}, and every target text{earlier} with surrogates in place of what the "
+            f"rules find (--share-redacted){sources}. `train` will show which tokens occur in the true targets, and "
+            "`translate` will show its texts as they are."
+        )
     if task.kind == "classify":
         return (
             f"Leaves this machine: {prompts}, and the length of the longest label. `train` and `translate` will show "

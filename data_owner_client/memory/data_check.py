@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
-from itertools import islice
+from itertools import chain, islice
 
 from data_owner_client.data.checking.files import Part, check_files, with_problem_of_all
 from data_owner_client.data.checking.report import Cost, DataReport, Example, Lengths, PartReport
@@ -11,10 +12,14 @@ from data_owner_client.data.earlier_answers import first_answers
 from data_owner_client.data.label_tokens import LabelTokenizer
 from data_owner_client.data.pairs import Pair
 from data_owner_client.data.reading.problems import Problems
+from data_owner_client.data.redaction.redactor import Redactor
+from data_owner_client.data.redaction.report import report_redaction
+from data_owner_client.data.redaction.rules import Redaction
 from data_owner_client.data.tasks import Task, load_task
+from data_owner_client.memory.build import require_redactable
 from data_owner_client.memory.build_splits import task_of_memory
-from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.memory.grants import Demand, cached_distributions, shortfalls_of, tokens_needed
+from data_owner_client.memory.tokenized_pairs import tokenize_pair
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.memory.usable_pairs import UsablePairs, find_usable_pairs
 from data_owner_client.plm.remote_plm import RemotePlm
@@ -48,6 +53,7 @@ def check_with_model(
     *,
     memory_parts: int,
     context_mode: ContextMode = "private",
+    redaction: Redaction | None = None,
     share_earlier_answers: bool = False,
     price: float | None = None,
     reporter: Reporter | None = None,
@@ -61,6 +67,7 @@ def check_with_model(
         problems: problems of reading; those of the model are added.
         memory_parts: number of files that become memories.
         context_mode: contexts of the memory.
+        redaction: rules of a redacted memory; None for other contexts.
         share_earlier_answers: whether prompts may show earlier answers of their conversations.
         price: price of a million tokens; None for no sum of money.
         reporter: shows the progress.
@@ -76,10 +83,20 @@ def check_with_model(
         task = task_of_memory(task, plm.tokenizer, learned[:memory_parts])
     except InvalidData as error:  # such as too many labels
         return with_problem_of_all(check_files(parts, problems), error)
+    reporter = reporter or Reporter()
+    redactor = Redactor(redaction, secrets.token_bytes(32), plm.tokenizer) if redaction else None
+    if redactor:
+        try:
+            require_redactable(task)
+            task = redactor.redact_task(task)
+        except InvalidData as error:
+            return with_problem_of_all(check_files(parts, problems), error)
     demand, usable = Demand(context_mode), list[UsablePairs]()
     for at, (part, pairs) in enumerate(zip(parts, learned, strict=True)):
+        is_learned = at < memory_parts
+        shown = redactor.redact_pairs(task, pairs, reporter) if redactor and is_learned else None
         found = find_usable_pairs(
-            plm, task, pairs, problems, drafted=private and at < memory_parts, reporter=reporter or Reporter()
+            plm, task, pairs, problems, drafted=private and is_learned, shown=shown, reporter=reporter
         )
         usable.append(found)
         _measure(part.report, found)
@@ -93,6 +110,8 @@ def check_with_model(
     report.examples = [_example(plm, task, pair) for pair in islice(usable[0].pairs, _EXAMPLES)]
     left_out = sum(len(part.pairs) - len(pairs) for part, pairs in zip(parts, learned, strict=True))
     report.cost = _cost(plm, demand, left_out, price)
+    if redaction:
+        report.redaction = report_redaction(redaction, chain(*learned[:memory_parts]), plm.tokenizer)
     return report
 
 

@@ -1,142 +1,58 @@
-"""Tokenise training pairs, and have the PLM encode their contexts."""
+"""Rows of pairs: the PLM encodes their contexts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
+from itertools import accumulate
+from typing import TypeVar
 
 import torch
 
 from data_owner_client.data.label_tokens import LabelTokenizer
-from data_owner_client.data.pairs import Pair, text_of
-from data_owner_client.data.reading.problems import InvalidText, Origin, Problems
-from data_owner_client.data.stops import StopMatcher, Stops
+from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.alignment import align
 from data_owner_client.memory.request_batches import ExampleSizes, split_into_requests
 from data_owner_client.memory.rows import MemoryRows
+from data_owner_client.memory.tokenized_pairs import TokenizedPair
 from data_owner_client.plm.remote_plm import RemotePlm
-from data_owner_client.plm.tokenizer import PlmTokenizer
 from data_owner_client.runtime.progress import Reporter
-from protocol.errors import InvalidData, ProtocolViolation
+from protocol.errors import ProtocolViolation
 from protocol.messages import DecodeResponse, EncodeResponse
 
-
-@dataclass(frozen=True)
-class TokenizedPair:
-    """A pair as token ids.
-
-    Attributes:
-        prompt: token ids of the whole prompt.
-        target: token ids of the target, of which the last completes a stop.
-        source_tokens: length of the bare source text in tokens.
-    """
-
-    prompt: list[int]
-    target: list[int]
-    source_tokens: int
-
-
-def tokenize_pair(plm: RemotePlm, task: Task, pair: Pair) -> TokenizedPair:
-    """Tokenise the prompt and the target of a pair.
-
-    Args:
-        plm: the model whose tokenizer is used.
-        task: template of the prompt.
-        pair: source text and target.
-
-    Raises:
-        InvalidData: the pair has no target, an answer would end before the target does, or it would not end behind it.
-    """
-    _require_texts(pair)
-    tokenizer = plm.tokenizer
-    prompt, target = task.prompt_and_target(pair, tokenizer)
-    prompt_ids = tokenizer.encode_prompt(prompt)
-    target_ids = (tokenizer.joint_target if task.format == "chat" else tokenizer.encode_target)(
-        prompt, prompt_ids, target
-    )
-    if target_ids is None:
-        raise InvalidText(
-            "a token of the whole conversation that spans the end of the prompt and the target",
-            hint="Take away space and line breaks at the beginning of the target.",
-            origin=pair.origin,
-        )
-    stops = _stop_matcher(tokenizer, task.stops(tokenizer, plm.card.eos_token_ids))
-    if not stops.ends(target_ids):
-        raise InvalidText(
-            "a target that does not end with a stop of this model",
-            hint="Give the task another `stop`.",
-            origin=pair.origin,
-        )
-    if not stops.ids.isdisjoint(target_ids[:-1]):
-        raise InvalidText(
-            "a target that has a stop of this model before its end",
-            hint="Leave such answers out, or give the task another `stop`.",
-            origin=pair.origin,
-        )
-    return TokenizedPair(prompt_ids, target_ids, tokenizer.count(text_of(pair.question)))
-
-
-def _require_texts(pair: Pair) -> None:
-    """Refuse a pair without texts. A tool's result may be empty, and a reply may be calls alone.
-
-    Raises:
-        InvalidText: a text is missing.
-    """
-    if pair.target is None and pair.reply is None:
-        raise InvalidText("no target", hint="A memory is made of pairs.", origin=pair.origin)
-    texts = [] if pair.conversation else [("source", pair.source)]
-    texts += [] if pair.reply else [("target", pair.target or "")]
-    for name, text in texts:
-        if not text.strip():
-            raise InvalidText(f"an empty {name}", hint="Every pair needs two texts.", origin=pair.origin)
-
-
-@lru_cache(maxsize=16)
-def _stop_matcher(tokenizer: PlmTokenizer, stops: Stops) -> StopMatcher:
-    return StopMatcher(tokenizer, stops)
+_Response = TypeVar("_Response", EncodeResponse, DecodeResponse)
 
 
 def encode_teacher_forced(plm: RemotePlm, pairs: Sequence[TokenizedPair], *, with_logsumexp: bool) -> MemoryRows:
-    """Rows with the contexts c_i = prompt + y_<i. The server sees the targets except for their last token."""
+    """Rows with the contexts c_i = prompt + y_<i. The server sees the targets except for their last token.
+
+    Of redacted pairs it sees the targets with surrogates, and the contexts are the aligned ones of these.
+    """
     response = plm.encode(
-        [pair.prompt + pair.target[:-1] for pair in pairs],
+        [pair.prompt + pair.teacher_forced[:-1] for pair in pairs],
         [len(pair.prompt) - 1 for pair in pairs],
         with_logsumexp=with_logsumexp,
     )
-    return _rows(response, pairs)
-
-
-def tokenize_pairs(plm: RemotePlm, tasks: Sequence[Task], pairs: Sequence[Pair], *, label: str) -> list[TokenizedPair]:
-    """Tokenise pairs, each with its task, and refuse those that are too long for the server.
-
-    Args:
-        plm: the model whose tokenizer is used.
-        tasks: one task for each pair.
-        pairs: source texts and targets.
-        label: kind of pair in error messages; the number of the pair follows it.
-
-    Raises:
-        InvalidData: pairs have no usable target (`tokenize_pair`), or are too long.
-    """
-    tokenized, problems = [], Problems()
-    for number, (task, pair) in enumerate(zip(tasks, pairs, strict=True), 1):
-        try:
-            tokens = tokenize_pair(plm, task, pair)
-            require_fits(plm, tokens)
-            tokenized.append(tokens)
-        except InvalidData as error:
-            problems.add(pair.origin or Origin(label, number, in_file=False), error)
-    problems.settle(len(pairs), skip=False)
-    return tokenized
+    surrogates = [pair.surrogate for pair in pairs if pair.surrogate]
+    if not surrogates:
+        return _rows(response, pairs)
+    indices = [[context.draft_index for context in each.contexts] for each in surrogates]
+    contexts = [context for each in surrogates for context in each.contexts]
+    return replace(
+        _rows(_select_rows(response, [len(pair.teacher_forced) for pair in pairs], indices), pairs),
+        # Each target has its own context already.
+        context_N=torch.tensor([i for each in indices for i in range(len(each))], dtype=torch.int32),
+        matches_N=torch.tensor([context.matches for context in contexts], dtype=torch.uint8),
+        reliable_N=torch.tensor([context.reliable for context in contexts], dtype=torch.uint8),
+    )
 
 
 def encode_all(plm: RemotePlm, pairs: Sequence[TokenizedPair], reporter: Reporter) -> MemoryRows:
     """Teacher-forced rows with log-sum-exp, for pairs that need no memory on disk."""
     sizes = ExampleSizes()
     for pair in pairs:
-        sizes.append(len(pair.prompt) + len(pair.target), len(pair.target))
+        sizes.append(len(pair.prompt) + len(pair.teacher_forced), len(pair.teacher_forced))
     parts = []
     with reporter.bar("likelihood of targets", len(pairs), "pairs") as bar:
         for run in split_into_requests(sizes, plm.card, plm.dtype, done=0, examples_per_shard=len(pairs)):
@@ -168,7 +84,7 @@ def encode_private(
         raise ProtocolViolation(
             "The server drafted fewer tokens than were requested.", hint="Nothing was stored; try again."
         )
-    response = _first_rows(response, lengths)
+    response = _select_rows(response, requested, [range(length) for length in lengths])
     contexts = [
         context
         for drafted_T, pair in zip(response.top1_N.split(lengths), pairs, strict=True)
@@ -221,39 +137,19 @@ def rows_that_conceal(plm: RemotePlm, task: Task) -> int:
     return max(map(len, LabelTokenizer(plm.tokenizer, task.labels).check(task)))
 
 
-def _first_rows(response: DecodeResponse, rows: Sequence[int]) -> DecodeResponse:
-    """The response with the first rows of each sequence alone."""
-    if response.rows_B.tolist() == list(rows):
-        return response
-    starts = response.rows_B.cumsum(0) - response.rows_B
-    index_N = torch.cat([torch.arange(int(at), int(at) + count) for at, count in zip(starts, rows, strict=True)])
+def _select_rows(response: _Response, rows: Sequence[int], indices: Sequence[Sequence[int]]) -> _Response:
+    """The response with some rows of each sequence.
+
+    Args:
+        response: rows of all sequences.
+        rows: number of rows of each sequence.
+        indices: indices of the selected rows of each sequence, from 0.
+    """
+    starts = [0, *accumulate(rows)]
+    index_N = torch.tensor([at + k for at, each in zip(starts, indices, strict=False) for k in each])
     tensors = {
         name: value[index_N]
         for name, value in response
         if isinstance(value, torch.Tensor) and name.removesuffix("_D").endswith("_N")
     }
-    return response.model_copy(update={**tensors, "rows_B": torch.tensor(rows)})
-
-
-def require_fits(plm: RemotePlm, pair: TokenizedPair, *, drafted: bool = False) -> None:
-    """Refuse a pair that exceeds the server's limits.
-
-    Args:
-        plm: the model whose limits apply.
-        pair: the pair as token ids.
-        drafted: whether the server must also draft the target's length in one call.
-
-    Raises:
-        InvalidData: the pair is too long.
-    """
-    limits = plm.card.limits
-    tokens = len(pair.prompt) + len(pair.target)
-    if tokens > limits.max_sequence_tokens or len(pair.target) > limits.max_rows:
-        raise InvalidText(
-            f"more than {limits.max_sequence_tokens} tokens with its prompt, or {limits.max_rows} in its target",
-            hint="Shorten the texts or use fewer examples in the task.",
-        )
-    if drafted and len(pair.target) - 1 > limits.max_look_ahead:
-        raise InvalidText(
-            f"more tokens in its target than the server drafts, {limits.max_look_ahead}", hint="Shorten the texts."
-        )
+    return response.model_copy(update=tensors)

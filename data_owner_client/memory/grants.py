@@ -156,7 +156,7 @@ def tokens_needed(card: ModelCard, demand: Demand, cached: int) -> int:
 
 def needed_scopes(card: ModelCard, context_mode: ContextMode) -> dict[str, str]:
     """Scopes that building, training and translating need, each with the first command that fails without it."""
-    build = "encode" if context_mode == "teacher-forced" else "decode"
+    build = "decode" if context_mode == "private" else "encode"
     scopes = {build: "build-memory"}
     if card.head_policy == "none":
         scopes |= {"distribution": "train"} | ({} if build == "decode" else {"decode": "train"})

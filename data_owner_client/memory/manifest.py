@@ -36,10 +36,12 @@ class MemoryPlan(BaseModel):
     Attributes:
         model: model that computes the representations.
         task: template of the prompts.
-        context_mode: whether the contexts are `private` or `teacher-forced`.
+        context_mode: source of the contexts.
         dtype: number format of the representations.
         with_logsumexp: whether each row has its log-sum-exp.
         data_digest: SHA-256 over the pairs (`data.pairs.digest_pairs`).
+        redaction_rules: SHA-256 of the rules of a redacted memory; None in other memories.
+        shown_digest: SHA-256 over the pairs with the surrogates of a redacted memory; None in other memories.
         examples: number of pairs.
         examples_per_shard: pairs in each shard except the last.
     """
@@ -52,6 +54,8 @@ class MemoryPlan(BaseModel):
     dtype: WireDtype
     with_logsumexp: bool
     data_digest: str
+    redaction_rules: str | None = None
+    shown_digest: str | None = None
     examples: int = Field(ge=0)
     examples_per_shard: int = Field(ge=1)
 

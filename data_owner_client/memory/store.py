@@ -23,7 +23,7 @@ from data_owner_client.runtime.atomic_files import write_atomically
 from protocol.codec import load_tensors
 from protocol.errors import InvalidData
 
-MANIFEST, _PAIRS = "manifest.json", "pairs.jsonl"
+MANIFEST, _PAIRS, _SHOWN = "manifest.json", "pairs.jsonl", "shown.jsonl"
 TRAIN, VALIDATION = "train", "validation"
 """Folder names of the two memories that training needs."""
 
@@ -76,10 +76,16 @@ class ExternalMemory:
         memory.require_shards()
         return memory
 
-    def store_pairs(self, pairs: Sequence[Pair]) -> None:
-        """Store the texts beside their rows. Some may be shown to the PLM as examples."""
-        if not (self.folder / _PAIRS).exists():
-            write_pairs(self.folder / _PAIRS, pairs)
+    def store_pairs(self, pairs: Sequence[Pair], shown: Sequence[Pair] | None = None) -> None:
+        """Store the texts beside their rows. Some may be shown to the PLM as examples.
+
+        Args:
+            pairs: the pairs.
+            shown: the pairs with surrogates, of a redacted memory; None in other memories.
+        """
+        for name, texts in ((_PAIRS, pairs), (_SHOWN, shown)):
+            if texts is not None and not (self.folder / name).exists():
+                write_pairs(self.folder / name, texts)
 
     def pairs(self) -> Sequence[Pair]:
         """The pairs that the memory was built from, read from disk as they are needed.
@@ -87,8 +93,20 @@ class ExternalMemory:
         Raises:
             InvalidData: the file with the texts is missing or holds other texts.
         """
-        path = self.folder / _PAIRS
-        pairs = read_stored_pairs(path, self.manifest.plan.data_digest)
+        return self._pairs(_PAIRS, self.manifest.plan.data_digest)
+
+    def shown_pairs(self) -> Sequence[Pair] | None:
+        """The pairs with surrogates, as the owner of the PLM may see them; None unless the memory is redacted.
+
+        Raises:
+            InvalidData: the file with the texts is missing or holds other texts.
+        """
+        digest = self.manifest.plan.shown_digest
+        return None if digest is None else self._pairs(_SHOWN, digest)
+
+    def _pairs(self, name: str, digest: str) -> Sequence[Pair]:
+        path = self.folder / name
+        pairs = read_stored_pairs(path, digest)
         if pairs is None:
             raise InvalidData(
                 f"{path} does not hold the texts that the memory was built from.",

@@ -95,6 +95,16 @@ class PlmTokenizer:
         joint = self._tokenizer.encode(prompt + target, with_special_tokens=prompt.with_special_tokens)
         return self._with_rows(joint[len(prompt_ids) :]) if joint[: len(prompt_ids)] == prompt_ids else None
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of a text that follows another, none of which belongs to both."""
+        return self._tokenizer.encode_continuation(MarkedText(text))
+
+    def starts(self, token_ids: list[int]) -> list[int]:
+        """The character at which each token of a continuation begins; of tokens of one character, the same one."""
+        # By bytes: some tokenizers decode no character of a run of byte tokens whose last character is not complete.
+        pieces = [self.token_bytes[token_id] or b"" for token_id in token_ids]
+        return [len(b"".join(pieces[:k]).decode(errors="ignore")) for k in range(len(pieces))]
+
     def count(self, text: str) -> int:
         """Number of tokens of a bare text."""
         return len(self._tokenizer.encode(MarkedText(text), with_special_tokens=False))
@@ -130,7 +140,7 @@ class PlmTokenizer:
 
         Some tokenizers write all letters small, or have no token for some characters.
         """
-        decoded = self.decode_continuation(self._tokenizer.encode_continuation(MarkedText(text)))
+        decoded = self.decode_continuation(self.encode_continuation(text))
         return None if decoded == text else decoded
 
     def _ids_containing(self, text: str) -> frozenset[int]:

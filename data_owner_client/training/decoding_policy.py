@@ -14,8 +14,9 @@ from data_owner_client.data.example_retrieval import with_retrieved_examples
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.generation import translate
 from data_owner_client.decoding.settings import DecodingSettings
-from data_owner_client.memory.encode import encode_all, tokenize_pairs
+from data_owner_client.memory.encode import encode_all
 from data_owner_client.memory.rows import MemoryRows
+from data_owner_client.memory.tokenized_pairs import tokenize_pairs
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
 from data_owner_client.scoring.scorer import Metric, scores_in_words
@@ -85,7 +86,10 @@ def select_decoding_policy(
     if plan.retrieval:
         count = settings.retrieved_examples or DEFAULT_RETRIEVED_EXAMPLES
         rows = _encode_with_retrieved_examples(plm, memories, count, reporter)
-        data = replace(inputs.validation, plm_logprob_N=inputs.targets.plm_logprobs(rows))
+        logprob_N = inputs.targets.plm_logprobs(rows)
+        if rows.reliable_N is not None:
+            logprob_N = logprob_N[rows.reliable_N.bool()]
+        data = replace(inputs.validation, plm_logprob_N=logprob_N)
         variants[count] = PromptVariant.from_rows(count, data, plain, rows)
     policies = [policy for variant in variants.values() for policy in variant.likeliest(gate=settings.gate)]
     policies.sort(key=lambda policy: policy.nll)
@@ -200,13 +204,22 @@ def _by_answers(likeliest: DecodingPolicy, variant: PromptVariant, trials: _Tria
 
 def _encode_with_retrieved_examples(plm: RemotePlm, memories: Memories, count: int, reporter: Reporter) -> MemoryRows:
     """Rows of the held-out pairs behind prompts with `count` retrieved examples each."""
-    pairs = memories.held_out_pairs
-    sources = [pair.question for pair in pairs]
+    pairs, shown = memories.held_out_pairs, memories.validation.shown_pairs()
+    sources = [pair.question for pair in memories.shown_held_out_pairs]
     tasks = with_retrieved_examples(plm, memories.plan.task, sources, memories.retriever(count))
-    rows = encode_all(plm, tokenize_pairs(plm, tasks, pairs, label="validation pair"), reporter)
-    if not torch.equal(rows.target_N, memories.held_out.target_N):
+    tokenized = tokenize_pairs(plm, tasks, pairs, shown, label="validation pair")
+    rows = encode_all(plm, tokenized, reporter).only_reliable_match()
+    if not _are_of_same_targets(rows, memories.held_out):
         raise InvalidData(
             "The targets become other tokens behind prompts with retrieved examples.",
             hint="Use --retrieved-examples 0.",
         )
     return rows
+
+
+def _are_of_same_targets(rows: MemoryRows, others: MemoryRows) -> bool:
+    """True if rows have the same targets, with reliable contexts at the same places."""
+    same = torch.equal(rows.target_N, others.target_N)
+    if rows.reliable_N is None or others.reliable_N is None:
+        return same
+    return same and torch.equal(rows.reliable_N, others.reliable_N)

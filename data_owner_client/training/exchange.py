@@ -19,10 +19,12 @@ class Exchange(BaseModel):
     Texts that `train` decodes, and answers of a trained adapter, come on top.
 
     Attributes:
-        context_mode: whether the owner has seen the targets (`teacher-forced`) or how long each is (`private`).
+        context_mode: whether the owner has seen the targets (`teacher-forced`), the targets with surrogates
+            (`redacted`), or how long each is (`private`).
         pairs: pairs of both memories, whose sources the owner has seen.
         source_bytes: bytes of the sources in UTF-8.
-        target_bytes: bytes of the targets that the owner has seen, in UTF-8; 0 if the contexts are private.
+        target_bytes: bytes of the targets that the owner has seen, surrogates included, in UTF-8; 0 if the contexts are
+            private.
         representations: representations that the client has, one for each target token.
         representation_bytes: bytes of the representations.
         head_rows: rows of the LM head that the client has requested, by which the owner knows the tokens of the
@@ -61,7 +63,8 @@ class Exchange(BaseModel):
         plan, model = train.manifest.plan, train.manifest.plan.model
         source_bytes = target_bytes = 0
         for memory in (train, validation):
-            for pair in memory.pairs():
+            shown = memory.shown_pairs()
+            for pair in memory.pairs() if shown is None else shown:
                 source_bytes += sum(len(text.encode()) for text in texts_of(pair.question))
                 target_bytes += len((pair.target or "").encode())
         rows = train.manifest.rows + validation.manifest.rows
@@ -71,7 +74,7 @@ class Exchange(BaseModel):
             context_mode=plan.context_mode,
             pairs=train.manifest.examples + validation.manifest.examples,
             source_bytes=source_bytes,
-            target_bytes=target_bytes if plan.context_mode == "teacher-forced" else 0,
+            target_bytes=0 if plan.context_mode == "private" else target_bytes,
             representations=rows,
             representation_bytes=rows * vectors * model.hidden_size * DTYPES[plan.dtype].itemsize,
             head_rows=head_rows,

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from data_owner_client.data.pairs import Pair
-from data_owner_client.memory.encode import TokenizedPair, tokenize_pair
 from data_owner_client.memory.manifest import MemoryPlan
+from data_owner_client.memory.tokenized_pairs import TokenizedPair, tokenize_pair
 from data_owner_client.plm.remote_plm import RemotePlm
 
 
@@ -29,7 +29,9 @@ class Context:
         return hashlib.sha256(ids).hexdigest()
 
 
-def sample_contexts(plm: RemotePlm, plan: MemoryPlan, pairs: Sequence[Pair]) -> Iterator[Context]:
+def sample_contexts(
+    plm: RemotePlm, plan: MemoryPlan, pairs: Sequence[Pair], shown: Sequence[Pair] | None = None
+) -> Iterator[Context]:
     """Yield the different contexts of a memory in a random order that is always the same.
 
     The first n of them are spread over examples and positions, and a larger n adds contexts behind them. Every example
@@ -39,13 +41,14 @@ def sample_contexts(plm: RemotePlm, plan: MemoryPlan, pairs: Sequence[Pair]) -> 
         plm: gives the tokenizer.
         plan: plan of the memory.
         pairs: pairs that the memory was built from.
+        shown: these pairs with surrogates, of a redacted memory; None in other memories.
     """
     order = torch.Generator().manual_seed(0)
 
     def tokenized() -> Iterator[tuple[TokenizedPair, list[int]]]:
         for index in torch.randperm(len(pairs), generator=order).tolist():
-            pair = tokenize_pair(plm, plan.task, pairs[index])
-            yield pair, torch.randperm(len(pair.target), generator=order).tolist()
+            pair = tokenize_pair(plm, plan.task, pairs[index], shown[index] if shown else None)
+            yield pair, torch.randperm(len(pair.teacher_forced), generator=order).tolist()
 
     seen = set[Context]()
     examples: Iterator[tuple[TokenizedPair, list[int]]] = tokenized()
@@ -66,4 +69,4 @@ def sample_contexts(plm: RemotePlm, plan: MemoryPlan, pairs: Sequence[Pair]) -> 
 def _at(pair: TokenizedPair, position: int, *, private: bool) -> Context:
     if private:
         return Context(tuple(pair.prompt), position)
-    return Context((*pair.prompt, *pair.target[:position]), 0)
+    return Context((*pair.prompt, *pair.teacher_forced[:position]), 0)

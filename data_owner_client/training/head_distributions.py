@@ -25,7 +25,13 @@ _TOKEN_BYTES = 8
 
 
 def fetch_distributions(
-    plm: RemotePlm, plan: MemoryPlan, pairs: Sequence[Pair], count: int | None, reporter: Reporter
+    plm: RemotePlm,
+    plan: MemoryPlan,
+    pairs: Sequence[Pair],
+    count: int | None,
+    reporter: Reporter,
+    *,
+    shown: Sequence[Pair] | None = None,
 ) -> Distributions:
     """Full distributions of a memory's contexts; those that are not on disk are requested and stored.
 
@@ -35,6 +41,7 @@ def fetch_distributions(
         pairs: pairs that the memory was built from.
         count: number of contexts; None for as many as an exact fit needs. Those on disk come first.
         reporter: shows what leaves this machine, what it costs, and the progress.
+        shown: the pairs with surrogates, of a redacted memory; None in other memories.
 
     Raises:
         Forbidden, Overloaded: the owner refuses further distributions, or has no capacity. Those received are stored.
@@ -43,7 +50,7 @@ def fetch_distributions(
     distributions = plm.cached_distributions()
     exact_count = contexts_needed(plm.card)
     count = count or exact_count
-    contexts = list(islice(sample_contexts(plm, plan, pairs), max(count, exact_count)))
+    contexts = list(islice(sample_contexts(plm, plan, pairs, shown), max(count, exact_count)))
     # Those on disk need not be the first of the sample: a refused call may precede an admitted one.
     contexts = sorted(contexts, key=lambda context: context.key not in distributions)[:count]
     missing = [context for context in contexts if context.key not in distributions]

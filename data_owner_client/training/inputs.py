@@ -75,9 +75,28 @@ class Memories:
         return self.train.pairs()
 
     @cached_property
+    def shown_train_pairs(self) -> Sequence[Pair]:
+        """Texts of the memory to train on, as prompts may show them: with surrogates if the memory is redacted."""
+        shown = self.train.shown_pairs()
+        return self.train_pairs if shown is None else shown
+
+    @cached_property
+    def shown_held_out_pairs(self) -> Sequence[Pair]:
+        """Texts of the memory to validate on, as prompts may show them: with surrogates if the memory is redacted."""
+        shown = self.validation.shown_pairs()
+        return self.held_out_pairs if shown is None else shown
+
+    @property
+    def shows_targets(self) -> bool:
+        """True if prompts may show targets of the memory as examples."""
+        mode, kind = self.plan.context_mode, self.plan.task.kind
+        # JSON with surrogates may violate its schema, and be no example.
+        return mode == "teacher-forced" or (mode == "redacted" and kind != "extract")
+
+    @cached_property
     def retriever(self) -> Callable[[int], ExampleRetriever]:
         """The retriever of training pairs by the number of examples for a text; each is fitted once."""
-        return cache(partial(ExampleRetriever, self.train_pairs))
+        return cache(partial(ExampleRetriever, self.shown_train_pairs))
 
     @cached_property
     def held_out_pairs(self) -> Sequence[Pair]:
@@ -195,7 +214,12 @@ class TrainingInput:
             stats = replace(stats, candidate_ids_C=torch.arange(memories.plan.model.vocab_size))
         if plm.card.head_policy == "none" and not settings.full_vocabulary:
             distributions = fetch_distributions(
-                plm, memories.plan, memories.train_pairs, settings.head_contexts, reporter
+                plm,
+                memories.plan,
+                memories.train_pairs,
+                settings.head_contexts,
+                reporter,
+                shown=memories.train.shown_pairs(),
             )
             identity = [*identity, distributions.digest]  # more distributions make other rows
         targets = TargetVocabulary.fetch(plm, stats.candidate_ids_C, memories.held_out, reporter)
@@ -243,12 +267,13 @@ class TrainingInput:
 def resolve_settings(settings: TrainingSettings, plan: MemoryPlan) -> list[TrainingSettings]:
     """Settings to begin with: a copy for each pairing to try, with the form that suits the memory.
 
-    A private memory has two pairings to try unless the settings name one.
+    A private or redacted memory has two pairings to try unless the settings name one.
 
     Raises:
         InvalidData: the form does not suit the memory or the pairing.
     """
-    in_head_space, is_private = plan.model.cr_kind == "last_hidden_state", plan.context_mode == "private"
+    in_head_space = plan.model.cr_kind == "last_hidden_state"
+    has_other_contexts = plan.context_mode != "teacher-forced"
     if settings.form not in (None, "paper") and not in_head_space:
         raise InvalidData(
             f"The form {settings.form} adds to the LM head's input, and this memory holds {plan.model.cr_kind}.",
@@ -260,10 +285,10 @@ def resolve_settings(settings: TrainingSettings, plan: MemoryPlan) -> list[Train
             "these.",
             hint="Use --form residual, or --pairing aligned.",
         )
-    pairings: list[Pairing] = ["aligned", "reliable"] if is_private else ["aligned"]
+    pairings: list[Pairing] = ["aligned", "reliable"] if has_other_contexts else ["aligned"]
     resolved = []
     for pairing in [settings.pairing] if settings.pairing else pairings:
-        best: AdapterForm = "recent" if is_private and pairing == "aligned" else "residual"
+        best: AdapterForm = "recent" if has_other_contexts and pairing == "aligned" else "residual"
         form = settings.form or (best if in_head_space else "paper")
         resolved.append(replace(settings, form=form, pairing=pairing))
     return [each for each in resolved if each.makes_sense]

@@ -17,7 +17,6 @@ from data_owner_client.adapter.trained import TrainedAdapter
 from data_owner_client.adapter.types import AdapterForm
 from data_owner_client.data.pairs import digest_pairs
 from data_owner_client.memory.grants import cached_distributions
-from data_owner_client.memory.manifest import MemoryPlan
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.arguments import AnyPath, to_path
 from data_owner_client.runtime.atomic_files import require_writable, write_atomically
@@ -94,7 +93,8 @@ def train(
     The decoding policy is chosen on the validation memory, first by likelihood: schedule and λ_max, or a learned gate.
     If the targets were shared, prompts with retrieved examples are tried, too. Then some texts are decoded with
     constant values of λ. The headline metric of the task's kind, smoothed over λ, decides. The likeliest policy or a
-    length reward must be clearly better than that.
+    length reward must be clearly better than that. Of a redacted memory no text is decoded, as the texts of the adapter
+    would show what was redacted.
 
     All of it takes at most `settings.minutes`, as far as estimates hold; the training itself is done in any case. The
     reporter says before the start what fits and what is left out.
@@ -130,10 +130,12 @@ def train(
     if forms and plan.model.cr_kind == "last_hidden_state":
         forms += ["residual", "recent"]
     candidate_settings = resolve_settings(settings, plan)
-    _require_shared(settings, plan)
+    _require_shared(settings, memories)
     inputs = TrainingInput.from_memories(plm, memories, settings, reporter)
 
     work = _plan_work(plm, memories, inputs, candidate_settings, budget)
+    if plan.context_mode == "redacted":
+        reporter.say("The policy is chosen by likelihood alone: decoded texts would show what was redacted.")
     if settings.minutes:
         _say_plan(plm, work, settings.minutes, reporter)
 
@@ -236,13 +238,15 @@ def _plan_work(
     """The work that fits into the budget, by estimates of its costs."""
     settings = candidate_settings[0]
     retrieval: Wish = "always" if settings.retrieved_examples else "if it fits"
-    if settings.retrieved_examples == 0 or memories.plan.context_mode == "private":
+    if settings.retrieved_examples == 0 or not memories.shows_targets:
         retrieval = "no"
+    # An adapter continues texts with true tokens, which the owner would see.
+    may_decode = memories.plan.context_mode != "redacted"
     wishes = WorkWishes(
         trainings=len(candidate_settings),
         search=settings.search,
         retrieval=retrieval,
-        texts=min(settings.selection_texts, len(memories.held_out_pairs)),
+        texts=min(settings.selection_texts, len(memories.held_out_pairs)) if may_decode else 0,
         policies=max_policies(memories.plan.task),
     )
     if not settings.minutes:  # nothing else fits, whatever it costs
@@ -281,7 +285,7 @@ def assemble_adapter(
         why: reason for the policy, in words.
     """
     plan, head = memories.plan, inputs.targets.candidates
-    pairs = memories.train_pairs if policy.nearest else []
+    pairs = memories.shown_train_pairs if policy.nearest else []
     cards = [
         MemberCard(
             form=member.trained.adapter.form,
@@ -320,9 +324,10 @@ def assemble_adapter(
     return TrainedAdapter(card, network_of(members), inputs.stats.candidate_ids_C, head, pairs)
 
 
-def _require_shared(settings: TrainingSettings, plan: MemoryPlan) -> None:
-    if settings.retrieved_examples and plan.context_mode == "private":
+def _require_shared(settings: TrainingSettings, memories: Memories) -> None:
+    if settings.retrieved_examples and not memories.shows_targets:
         raise InvalidData(
-            "Examples in a prompt show pairs to the PLM's owner, and the targets of this memory are private.",
+            "Examples in a prompt show pairs to the PLM's owner, and the targets of this memory are private, or are "
+            "redacted JSON.",
             hint="Use --retrieved-examples 0, or build the memory with --share-targets.",
         )

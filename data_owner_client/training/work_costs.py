@@ -44,7 +44,7 @@ def estimate_costs(
     Raises:
         PemaError: a call to the PLM failed.
     """
-    pairs, task, limits = memories.held_out_pairs, memories.plan.task, plm.card.limits
+    pairs, task, limits = memories.shown_held_out_pairs, memories.plan.task, plm.card.limits
     rows_E = memories.held_out.rows_E
     look_ahead = min(_LOOK_AHEAD, limits.max_look_ahead)
     texts = min(DEFAULT_DECODING.batch_size, limits.max_sequences, limits.max_rows // (1 + look_ahead), len(pairs))

@@ -16,7 +16,7 @@ from data_owner_client.data.stops import StopMatcher
 from data_owner_client.decoding.decode_loop import GenerationConfig, GenerationRequest, generate
 from data_owner_client.decoding.generation import generate as continue_texts
 from data_owner_client.decoding.settings import DecodingSettings
-from data_owner_client.memory.encode import tokenize_pair
+from data_owner_client.memory.tokenized_pairs import tokenize_pair
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.plm.tokenizer import Prompt
 from harness.processes import free_port

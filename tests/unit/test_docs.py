@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import data_owner_client
+from data_owner_client.data.redaction.rules import RedactionRules
 from data_owner_client.data.tasks import Task
 from docs.check_prose import headless_summaries, sentences
 
@@ -86,11 +87,15 @@ def test_python_samples_name_what_exists() -> None:
                 assert {alias.name for alias in node.names} <= set(data_owner_client.__all__), page
 
 
-def test_task_samples_are_tasks() -> None:
-    samples = list(_samples("toml"))
-    assert samples
-    for _, code in samples:
-        assert Task.model_validate(tomllib.loads(code)).name
+def test_task_and_rule_samples_are_what_they_say() -> None:
+    samples = [tomllib.loads(code) for _, code in _samples("toml")]
+    tasks, rules = [each for each in samples if "name" in each], [each for each in samples if "name" not in each]
+    assert tasks
+    assert rules
+    for fields in tasks:
+        assert Task.model_validate(fields).name
+    for fields in rules:
+        assert RedactionRules.model_validate(fields)
 
 
 def test_shell_samples_use_options_that_exist() -> None:

@@ -17,7 +17,7 @@ from benchmarks.weights.tuning import Tuner, TuningSettings
 from data_owner_client.data.pair_files import write_pairs
 from data_owner_client.data.pairs import Pair
 from data_owner_client.evaluation.comparison.results import SystemResult
-from data_owner_client.memory.encode import TokenizedPair
+from data_owner_client.memory.tokenized_pairs import TokenizedPair
 from harness.tiny_models import TELLING, VOCAB_SIZE, TinyModels, build_model
 
 # peft reads an attribute that transformers has renamed.

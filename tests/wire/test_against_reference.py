@@ -31,8 +31,8 @@ from data_owner_client.decoding.client_drafts import NgramDrafter
 from data_owner_client.decoding.decode_loop import GenerationConfig, GenerationRequest, generate, sequences_of
 from data_owner_client.decoding.sequence import End
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
-from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.memory.store import ExternalMemory
+from data_owner_client.memory.tokenized_pairs import tokenize_pair
 from data_owner_client.plm.connection.base import Attempt
 from data_owner_client.plm.remote_plm import RemotePlm
 from harness.tiny_models import EOS, TinyModels

@@ -27,7 +27,7 @@ from data_owner_client.decoding.labels.requests import LabelRequest
 from data_owner_client.decoding.labels.scoring import score_labels
 from data_owner_client.decoding.options import GenerationOptions
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
-from data_owner_client.memory.encode import tokenize_pair
+from data_owner_client.memory.tokenized_pairs import tokenize_pair
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm

@@ -25,8 +25,8 @@ from data_owner_client.data.stops import StopMatcher
 from data_owner_client.data.tasks import Task
 from data_owner_client.decoding.generation import ngram_drafter_for
 from data_owner_client.decoding.settings import DecodingSettings, SamplingSettings
-from data_owner_client.memory.encode import tokenize_pair
 from data_owner_client.memory.store import ExternalMemory
+from data_owner_client.memory.tokenized_pairs import tokenize_pair
 from data_owner_client.plm.remote_plm import RemotePlm
 from harness.tiny_models import EOS, TinyModels
 from protocol.errors import InvalidData

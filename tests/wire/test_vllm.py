@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from data_owner_client import connect, load_task, read_pairs
-from data_owner_client.memory.encode import tokenize_pair
+from data_owner_client.memory.tokenized_pairs import tokenize_pair
 from data_owner_client.plm.connection.open import open_connection
 from harness.datasets import home_assistant
 from harness.tiny_models import ARCHITECTURES, EOS, WINDOWED, TinyModels

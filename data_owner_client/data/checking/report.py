@@ -171,6 +171,38 @@ class Cost(BaseModel):
     refused: bool
 
 
+class Replacement(BaseModel):
+    """A span and its surrogate.
+
+    Attributes:
+        kind: kind of the span.
+        text: the span.
+        surrogate: a text of the same shape, drawn with a key that is not that of any memory.
+    """
+
+    kind: str
+    text: str
+    surrogate: str
+
+
+class RedactionReport(BaseModel):
+    """Counts and examples of what a redaction would replace.
+
+    Attributes:
+        sources: whether source texts are redacted, too.
+        pairs: pairs in which something is replaced.
+        spans: number of replaced spans by kind.
+        share: share of the characters that are replaced, 0 to 1.
+        examples: the first spans of each kind.
+    """
+
+    sources: bool
+    pairs: int
+    spans: dict[str, int]
+    share: float
+    examples: list[Replacement]
+
+
 class DataReport(BaseModel):
     """Everything that a check found.
 
@@ -183,6 +215,7 @@ class DataReport(BaseModel):
         task: name of the task of prompts and targets; None without a server.
         examples: some pairs as the model gets them.
         cost: what the work asks of the owner; None without a server.
+        redaction: what surrogates would replace; None without rules.
     """
 
     parts: list[PartReport]
@@ -193,6 +226,7 @@ class DataReport(BaseModel):
     task: str | None = None
     examples: list[Example] = []
     cost: Cost | None = None
+    redaction: RedactionReport | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property

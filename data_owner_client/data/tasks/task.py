@@ -173,7 +173,7 @@ class Task(BaseModel):
         if self.format == "plain":
             if pair.reply is not None:
                 raise InvalidText("an answer that is more than text", hint=CHAT_HINT, origin=pair.origin)
-            answer = _with_end(MarkedText(f" {self._answer(pair)}"), self.stop_text or "")
+            answer = _with_end(MarkedText(f" {self.answer(pair)}"), self.stop_text or "")
             return self.prompt(pair.question, tokenizer), answer
         template = self._chat_template(tokenizer, pair.question)
         turn = self._turn_of(pair, tokenizer)
@@ -196,7 +196,7 @@ class Task(BaseModel):
             InvalidData: as `prompt_and_target`.
         """
         if pair.reply is None or self.format == "plain":
-            return self._answer(pair)
+            return self.answer(pair)
         return self._turn_of(pair, tokenizer).text.without_special_tokens().strip()
 
     def stops(self, tokenizer: PlmTokenizer, eos_ids: Iterable[int]) -> Stops:
@@ -234,11 +234,11 @@ class Task(BaseModel):
         Raises:
             InvalidData: it is no answer of the task's kind, or contains the task's stop.
         """
-        target = self._answer(pair)
+        target = self.answer(pair)
         if self.stop_text:
             _with_end(MarkedText(f" {target}" if self.format == "plain" else target), self.stop_text)
 
-    def _answer(self, pair: Pair | Shot) -> str:
+    def answer(self, pair: Pair | Shot) -> str:
         """The pair's target in the form that the adapter learns."""
         origin = pair.origin if isinstance(pair, Pair) else None
         return answer_text(self.kind, self.labels, self.answer_schema, pair.target or "", origin)
@@ -258,7 +258,7 @@ class Task(BaseModel):
         )
 
     def _turn_of(self, pair: Pair, tokenizer: PlmTokenizer) -> AssistantTurn:
-        reply = pair.reply or {"role": "assistant", "content": self._answer(pair)}
+        reply = pair.reply or {"role": "assistant", "content": self.answer(pair)}
         template = self._chat_template(tokenizer, pair.question)
         return render_assistant_turn(self._messages(pair.question), with_parsed_arguments(reply), template)
 

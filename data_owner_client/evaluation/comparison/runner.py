@@ -30,9 +30,10 @@ from data_owner_client.decoding.settings import LABELS_ALONE_TOLERANCE, Decoding
 from data_owner_client.evaluation.comparison.results import BEST, PUBLISHED, SystemResult
 from data_owner_client.evaluation.perplexity import perplexities
 from data_owner_client.memory.build_splits import build_memories, task_of_memory
-from data_owner_client.memory.encode import encode_all, tokenize_pairs
+from data_owner_client.memory.encode import encode_all
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.store import TRAIN, VALIDATION, ExternalMemory
+from data_owner_client.memory.tokenized_pairs import tokenize_pairs
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.head_recovery.fit import contexts_needed
 from data_owner_client.plm.remote_plm import RemotePlm

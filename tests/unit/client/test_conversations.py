@@ -15,7 +15,7 @@ from data_owner_client.data.pairs import Conversation, Pair, Source, text_of
 from data_owner_client.data.reading.problems import InvalidText
 from data_owner_client.data.tasks import Shot, Task
 from data_owner_client.decoding.failures import TextFailures
-from data_owner_client.memory.encode import TokenizedPair, tokenize_pair
+from data_owner_client.memory.tokenized_pairs import TokenizedPair, tokenize_pair
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.plm.tokenizer import PlmTokenizer
 from data_owner_client.scoring.scorers import references_of

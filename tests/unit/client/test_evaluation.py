@@ -24,7 +24,7 @@ from data_owner_client.evaluation.comparison.results import Comparison, SystemRe
 from data_owner_client.evaluation.details import ClassificationDetails, ExtractionDetails
 from data_owner_client.evaluation.evaluate import Evaluation, evaluate, score_answers
 from data_owner_client.evaluation.task_metrics import TaskMetrics
-from data_owner_client.memory.encode import tokenize_pair
+from data_owner_client.memory.tokenized_pairs import tokenize_pair
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm
@@ -126,11 +126,11 @@ def test_targets_are_tokenised_once(plm: RemotePlm, monkeypatch: pytest.MonkeyPa
     task, pairs, _ = CASES["rewrite"]
     adapter, counted = random_adapter(plm, task, pairs), list[Pair]()
 
-    def tokenize(plm: RemotePlm, task: Task, pair: Pair) -> Any:
+    def tokenize(plm: RemotePlm, task: Task, pair: Pair, shown: Pair | None = None) -> Any:
         counted.append(pair)
-        return tokenize_pair(plm, task, pair)
+        return tokenize_pair(plm, task, pair, shown)
 
-    for module in ("usable_pairs", "encode"):
+    for module in ("usable_pairs", "tokenized_pairs"):
         monkeypatch.setattr(f"data_owner_client.memory.{module}.tokenize_pair", tokenize)
     left_out = Pair("a", "die\nTür")
     found = evaluate(plm, [*pairs, left_out], adapter, decoding=SHORT, share_targets=True, skip_invalid=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from data_owner_client import Pair
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.build import build_memory
-from data_owner_client.memory.encode import tokenize_pair
+from data_owner_client.memory.tokenized_pairs import tokenize_pair
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.head_recovery.least_squares import NormalEquations, Solutions

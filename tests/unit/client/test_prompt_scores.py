@@ -29,7 +29,8 @@ from data_owner_client.decoding.decode_loop import GenerationConfig, GenerationR
 from data_owner_client.decoding.prompt_scores import PromptScorer, ScoredPosition, TextToScore
 from data_owner_client.decoding.settings import DecodingSettings
 from data_owner_client.evaluation.perplexity import perplexities
-from data_owner_client.memory.encode import encode_all, tokenize_pairs
+from data_owner_client.memory.encode import encode_all
+from data_owner_client.memory.tokenized_pairs import tokenize_pairs
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.identity import ModelIdentity
 from data_owner_client.plm.remote_plm import RemotePlm

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from data_owner_client import DecodingSettings, Pair, TrainedAdapter, evaluate, generate, translate
 from data_owner_client.evaluation.perplexity import perplexities
-from data_owner_client.memory.encode import encode_all, tokenize_pair, tokenize_pairs
+from data_owner_client.memory.encode import encode_all
+from data_owner_client.memory.tokenized_pairs import tokenize_pair, tokenize_pairs
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.plm.tokenizer import Prompt
 from data_owner_client.runtime.progress import Reporter

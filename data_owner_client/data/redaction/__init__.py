@@ -1,0 +1,1 @@
+"""Redaction: spans of texts that the owner of the PLM may not see, and the surrogates that it sees in their place."""

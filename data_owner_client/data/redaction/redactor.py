@@ -1,0 +1,148 @@
+"""The redactor: texts, pairs and tasks as the owner of the PLM may see them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from data_owner_client.data.pair_files import PairFile
+from data_owner_client.data.pairs import Conversation, Pair
+from data_owner_client.data.reading.problems import InvalidText
+from data_owner_client.data.redaction.rules import Redaction
+from data_owner_client.data.redaction.surrogates import SurrogateMap
+from data_owner_client.data.tasks import Task
+from data_owner_client.plm.tokenizer import PlmTokenizer
+from data_owner_client.runtime.progress import Reporter
+from protocol.errors import InvalidData
+
+# Fields of messages whose values are names of the protocol of conversations.
+_OWN_FIELDS = {"role", "type"}
+
+
+class Redactor:
+    """Replaces the spans that the rules find by surrogates, one of the same length for each character sequence.
+
+    Args:
+        redaction: the rules.
+        key: secret key of the surrogates.
+        tokenizer: tokenizer of the PLM, whose token boundaries surrogates keep where they can; None for any.
+
+    Attributes:
+        redaction: the rules.
+        replaced: number of replaced spans so far, by kind; those of tasks do not count.
+    """
+
+    def __init__(self, redaction: Redaction, key: bytes, tokenizer: PlmTokenizer | None = None) -> None:
+        self.redaction = redaction
+        self.replaced = Counter[str]()
+        self._surrogates = SurrogateMap(key, tokenizer, redaction.terms)
+
+    def redact(self, text: str) -> str:
+        """The text with surrogates, as long as before.
+
+        Raises:
+            InvalidData: a finder gives something else than spans.
+        """
+        parts, at = list[str](), 0
+        for span in self.redaction.spans(text):
+            parts += [text[at : span.start], self._surrogates[text[span.start : span.end]]]
+            at = span.end
+            self.replaced[span.kind] += 1
+        return "".join([*parts, text[at:]])
+
+    @property
+    def summary(self) -> str:
+        """A line about the replaced spans."""
+        if not self.replaced:
+            return "Nothing is replaced by surrogates: the rules find nothing in these texts."
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in self.replaced.most_common())
+        return f"Replaced by surrogates: {counts}."
+
+    def surrogate(self, span: str) -> str:
+        """The surrogate of a span."""
+        return self._surrogates[span]
+
+    def redact_pair(self, task: Task, pair: Pair) -> Pair:
+        """The pair as the owner of the PLM may see it: the target in the form that the adapter learns, redacted.
+
+        Earlier answers of a conversation are redacted as targets are. Sources are redacted if the rules say so. A
+        target that is no answer of the task becomes empty; such a pair is refused when it is tokenised.
+
+        Args:
+            task: task of the memory.
+            pair: a pair with a target.
+        """
+        try:
+            target = self.redact(task.answer(pair))
+        except InvalidText:
+            target = ""
+        source = self.redact(pair.source) if self.redaction.sources else pair.source
+        return Pair(source, target, pair.origin, conversation=self._conversation(pair.conversation))
+
+    def redact_pairs(self, task: Task, pairs: Sequence[Pair], reporter: Reporter) -> Sequence[Pair]:
+        """All pairs as the owner may see them, in a temporary file; see `redact_pair`.
+
+        Raises:
+            InvalidData: the disk is full, or a finder gives something else than spans.
+        """
+
+        def redacted() -> Iterator[Pair]:
+            with reporter.bar("redacting", len(pairs), "pairs") as bar:
+                for pair in pairs:
+                    yield self.redact_pair(task, pair)
+                    bar.advance(1)
+
+        return PairFile.spool(redacted())
+
+    def redact_task(self, task: Task) -> Task:
+        """The task with redacted examples.
+
+        Raises:
+            InvalidData: the texts of its prompts have spans that the rules redact, or a redacted example is no answer.
+        """
+        if self.redaction.sources:
+            texts = [task.instruction, task.source_label, task.target_label]
+            texts += [json.dumps(each, ensure_ascii=False) for each in (task.tools, task.template_arguments) if each]
+            if found := next((text for text in texts if self.redaction.spans(text)), None):
+                raise InvalidData(
+                    f"The task {task.name} has a text that the rules redact: {found!r:.80}.",
+                    hint="Write it otherwise, as every prompt shows it, or say `sources = false` in the rules.",
+                )
+        examples, replaced = [], self.replaced.copy()
+        for number, shot in enumerate(task.examples, 1):
+            source = self.redact(shot.source) if self.redaction.sources else shot.source
+            redacted = shot.model_copy(update={"source": source, "target": self.redact(shot.target)})
+            try:
+                task.require_answer(redacted)
+            except InvalidData as error:
+                raise InvalidData(
+                    f"Example {number} of the task {task.name} is no answer once it is redacted: {error.detail}",
+                    hint="Give the task an example without anything that the rules redact.",
+                ) from error
+            examples.append(redacted)
+        self.replaced = replaced
+        return task.model_copy(update={"examples": tuple(examples)})
+
+    def _conversation(self, conversation: Conversation | None) -> Conversation | None:
+        if conversation is None:
+            return None
+        turns = (
+            self._json(turn) if self.redaction.sources or turn["role"] == "assistant" else turn
+            for turn in conversation.turns
+        )
+        tools = self._json(conversation.tools) if self.redaction.sources else conversation.tools
+        return Conversation(tuple(turns), tools)
+
+    def _json(self, value: Any) -> Any:
+        """The value with all its texts and numbers redacted, those that name a role or type excepted."""
+        if isinstance(value, str):
+            return self.redact(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return json.loads(self.redact(json.dumps(value)))
+        if isinstance(value, dict):
+            return {key: each if key in _OWN_FIELDS else self._json(each) for key, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._json, value))
+        return value
