@@ -267,13 +267,12 @@ class TrainingInput:
 def resolve_settings(settings: TrainingSettings, plan: MemoryPlan) -> list[TrainingSettings]:
     """Settings to begin with: a copy for each pairing to try, with the form that suits the memory.
 
-    A private or redacted memory has two pairings to try unless the settings name one.
+    A private memory has two pairings to try unless the settings name one.
 
     Raises:
         InvalidData: the form does not suit the memory or the pairing.
     """
-    in_head_space = plan.model.cr_kind == "last_hidden_state"
-    has_other_contexts = plan.context_mode != "teacher-forced"
+    in_head_space, is_private = plan.model.cr_kind == "last_hidden_state", plan.context_mode == "private"
     if settings.form not in (None, "paper") and not in_head_space:
         raise InvalidData(
             f"The form {settings.form} adds to the LM head's input, and this memory holds {plan.model.cr_kind}.",
@@ -285,10 +284,10 @@ def resolve_settings(settings: TrainingSettings, plan: MemoryPlan) -> list[Train
             "these.",
             hint="Use --form residual, or --pairing aligned.",
         )
-    pairings: list[Pairing] = ["aligned", "reliable"] if has_other_contexts else ["aligned"]
+    pairings: list[Pairing] = ["aligned", "reliable"] if is_private else ["aligned"]
     resolved = []
     for pairing in [settings.pairing] if settings.pairing else pairings:
-        best: AdapterForm = "recent" if has_other_contexts and pairing == "aligned" else "residual"
+        best: AdapterForm = "recent" if is_private and pairing == "aligned" else "residual"
         form = settings.form or (best if in_head_space else "paper")
         resolved.append(replace(settings, form=form, pairing=pairing))
     return [each for each in resolved if each.makes_sense]

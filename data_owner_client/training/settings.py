@@ -33,8 +33,9 @@ class TrainingSettings:
         batch_rows: Rows of the memory in one step.
         ema_decay: Decay at each step of the exponential moving average of the second phase's weights, which becomes
             the adapter; 0 takes the last weights. The first steps use a smaller decay.
-        pairing: Pairing of targets and contexts in private memories: all `aligned` ones, only the `reliable` ones, or
-            `by_position` as in the paper. Default: the better of the first two on the validation memory.
+        pairing: Pairing of targets and contexts in private and redacted memories: all `aligned` ones, only the
+            `reliable` ones, or `by_position` as in the paper. Default: of private memories the better of the first two
+            on the validation memory, else `aligned`.
         retrieved_examples: Pairs of the memory, most similar to the text, that the PLM sees as examples. Default:
             chosen on the validation memory; none if the targets are private.
         gate: A learned gate, which predicts λ at each position, may replace a schedule of λ.

@@ -265,7 +265,8 @@ def test_private_requests_tell_of_targets_only_how_long_they_are(
     assert requests[0] == requests[1]
     memories = [ExternalMemory(tmp_path / name).load() for name in ("one", "other")]
     assert memories[0].target_N.tolist() != memories[1].target_N.tolist()
-    torch.testing.assert_close(memories[0].cr_N_D, memories[1].cr_N_D)
+    # The server may compute them in other batches, which round otherwise.
+    torch.testing.assert_close(memories[0].cr_N_D, memories[1].cr_N_D, atol=1e-4, rtol=1e-4)
 
 
 def test_private_answers_are_as_long_as_the_targets(plm: RemotePlm, recorder: Recorder, tmp_path: Path) -> None:

@@ -115,6 +115,16 @@ def test_texts_without_spans_have_the_teacher_forced_rows(plm: RemotePlm, tmp_pa
     assert rows.reliable_N.all()
 
 
+def test_one_training_takes_all_rows(plm: RemotePlm, tmp_path: Path) -> None:
+    build_both(plm, tmp_path)
+    settings = TrainingSettings(rank=4, epochs=1, batch_rows=16, minutes=0)
+    _, report = train(plm, tmp_path, tmp_path / "adapter", settings=settings)
+    assert [(trial.settings["form"], trial.settings["pairing"]) for trial in report.trials] == [("residual", "aligned")]
+    settings = TrainingSettings(rank=4, epochs=1, batch_rows=16, minutes=0, pairing="reliable")
+    adapter, _ = train(plm, tmp_path, tmp_path / "other", settings=settings)
+    assert adapter.card.settings["pairing"] == "reliable"
+
+
 @pytest.mark.parametrize("cut", range(5))
 def test_an_interrupted_build_goes_on_and_ends_in_the_same_files(
     plm: RemotePlm, recorder: Recorder, tiny_service: PlmService, tmp_path: Path, cut: int
