@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, get_args
 
 from matplotlib.figure import Figure
 
 from benchmarks.sensitivity.measurement import SCHEDULES, Measurement
-from benchmarks.sensitivity.points import FACTORS, Point
+from benchmarks.sensitivity.points import FACTORS, Point, effort_points
 from benchmarks.sensitivity.results import Results
+from data_owner_client.decoding.settings import Effort
 from data_owner_client.training.validation import LAMBDAS
 
 _NUMERIC = {"rank": "rank R", "kappa": "κ", "pairs": "training pairs", "members": "averaged trainings"}
@@ -56,6 +57,7 @@ def tables(results: Results) -> dict[str, str]:
     sections["sensitivity-default"] = _default_table(results, tasks)
     sections["sensitivity-schedule"] = _schedule_table(results, tasks)
     sections["sensitivity-answers"] = _answers_table(results, tasks)
+    sections["sensitivity-efforts"] = _efforts_table(results, tasks)
     sections["sensitivity-source"] = results.source
     return sections
 
@@ -150,7 +152,7 @@ def _schedule_table(results: Results, tasks: Sequence[str]) -> str:
 
 def _answers_table(results: Results, tasks: Sequence[str]) -> str:
     """A row for each setting that answered the test sets, with each task's headline metric."""
-    measured = [point for point in results if point.schedule is not None]
+    measured = [point for point in results if point.schedule is not None and point.effort == "low"]
     if not measured:
         return "Nothing was measured."
     headline = {point.task: results[point].headline for point in measured}
@@ -164,6 +166,25 @@ def _answers_table(results: Results, tasks: Sequence[str]) -> str:
             f"{(results[each].scores or {})[headline[each.task]]:.1f}" if each in results else "–" for each in found
         ]
         lines.append(f"| {_setting_name(setting)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _efforts_table(results: Results, tasks: Sequence[str]) -> str:
+    """A row for each effort, with each task's headline metric and the rows that the server computed."""
+    found = {point: results[point] for point in effort_points(tasks) if point in results}
+    tasks = [task for task in tasks if any(point.task == task and point.effort != "low" for point in found)]
+    if not tasks:
+        return "Nothing was measured."
+    titles = {point.task: each.headline for point, each in found.items()}
+    lines = [f"| effort | {' | '.join(f'{task}, {titles[task]}' for task in tasks)} |", f"|---|{'--:|' * len(tasks)}"]
+    for effort in get_args(Effort):
+        cells = []
+        for task in tasks:
+            each = found.get(Point(task=task, schedule="constant", effort=effort))
+            cell = "–" if each is None else f"{(each.scores or {})[each.headline]:.1f}"
+            rows = "" if each is None or each.rows_a_token is None else f" ({each.rows_a_token:.1f} rows a token)"
+            cells.append(cell + rows)
+        lines.append(f"| {effort} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

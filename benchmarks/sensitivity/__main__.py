@@ -16,7 +16,7 @@ import torch
 from benchmarks.in_process import model_folder, save_model, served
 from benchmarks.layer_drop import layers_of, uniform_choice, without_other_layers
 from benchmarks.sensitivity.measurement import Bench, Splits
-from benchmarks.sensitivity.points import FACTORS, answered_points, points
+from benchmarks.sensitivity.points import FACTORS, answered_points, effort_points, points
 from benchmarks.sensitivity.results import FOLDER, Results
 from data_owner_client import RemotePlm, load_task, read_pairs
 from data_owner_client.runtime.progress import Reporter
@@ -36,16 +36,19 @@ def main() -> None:
         "--task", action="append", choices=DATA_SETS, metavar="NAME", help=f"default: {', '.join(TASKS)}"
     )
     parser.add_argument("--factor", action="append", choices=FACTORS, help="only this factor; default: all")
+    parser.add_argument("--value", action="append", help="only this value of the factors; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="trainings with each setting")
     parser.add_argument("--answers", action="store_true", help="also answer the test set at some points")
+    parser.add_argument("--efforts", action="store_true", help="also answer the test set with each effort")
     arguments = parser.parse_args()
     standard_streams.use_utf8()
     torch.set_num_threads(torch_threads(0))
     results, tasks = Results.load(), arguments.task or TASKS
-    wanted = list(points(tasks, arguments.factor or list(FACTORS), arguments.seeds))
+    wanted = list(points(tasks, arguments.factor or list(FACTORS), arguments.seeds, arguments.value))
     # Stable: each model is loaded once.
     wanted.sort(key=lambda point: FACTORS["model"].index(point.model))
     wanted += answered_points(tasks) if arguments.answers else ()
+    wanted += effort_points(tasks) if arguments.efforts else ()
     wanted = [point for point in wanted if point not in results]
     done = 0
     for model, of_model in groupby(wanted, key=lambda point: point.model):

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from benchmarks.in_process import rows_of
 from benchmarks.sensitivity.points import Point
-from data_owner_client import Pair, RemotePlm, Task, TrainedAdapter, build_memories, translate
+from benchmarks.sensitivity.redaction import a_quarter_of_words
+from data_owner_client import Pair, Redaction, RemotePlm, Task, TrainedAdapter, build_memories, translate
 from data_owner_client.adapter.candidates import token_set
 from data_owner_client.adapter.ensemble import AdapterNetwork
 from data_owner_client.adapter.interpolation import Interpolation, mix
 from data_owner_client.adapter.types import Schedule
+from data_owner_client.decoding.settings import DecodingSettings, Effort
 from data_owner_client.memory.build_splits import task_of_memory
 from data_owner_client.memory.rows import MemoryRows
 from data_owner_client.memory.types import ContextMode
@@ -53,6 +55,8 @@ class Measurement(BaseModel):
         seconds: duration of all trainings.
         scores: metrics of the answers to the test set, by title; None if it was not answered.
         headline: title of the metric that the task is judged by.
+        rows_a_token: rows that the server computed for the answers, per token of the most probable ones; None if it was
+            not counted.
     """
 
     plm_nll: float
@@ -67,6 +71,7 @@ class Measurement(BaseModel):
     seconds: float
     scores: dict[str, float] | None = None
     headline: str = ""
+    rows_a_token: float | None = None
 
     @property
     def gain(self) -> float:
@@ -121,14 +126,14 @@ class Bench:
         )
         policy = DecodingPolicy(nearest=0, interpolation=interpolation, nll=0.0)
         adapter = assemble_adapter(memories, inputs, members, policy)
-        return measurement.model_copy(update=self._scores(adapter))
+        return measurement.model_copy(update=self._scores(adapter, point.effort))
 
     def _fit(self, inputs: TrainingInput, point: Point) -> list[Trained]:
         """The trainings of a point, the likeliest first.
 
-        Those of the last point are used again if only its `members` and `changes` differ.
+        Those of the last point are used again if only its number of trainings and its answers differ.
         """
-        alike = replace(point, members=1, changes=0, schedule=None)
+        alike = replace(point, members=1, changes=0, schedule=None, effort="low")
         if self._last[0] != alike:
             self._last = alike, {}
         known = self._last[1]
@@ -140,13 +145,22 @@ class Bench:
                 checkpoint.unlink(missing_ok=True)
         return sorted((known[settings] for settings in point.settings), key=lambda trained: trained.best_nll)
 
-    def _scores(self, adapter: TrainedAdapter) -> dict[str, object]:
-        """Scores of the adapter's most probable answers to the test set, by field of `Measurement`."""
+    def _scores(self, adapter: TrainedAdapter, effort: Effort) -> dict[str, object]:
+        """Scores of the adapter's answers to the test set, by field of `Measurement`."""
         test, task = self._splits.test, adapter.card.task
-        answers = translate(self._plm, [pair.question for pair in test], adapter=adapter).texts
+        # Beams cannot be held to a form.
+        decoding = DecodingSettings(hold=False if effort == "medium" else None)
+        generation = translate(
+            self._plm, [pair.question for pair in test], adapter=adapter, decoding=decoding, effort=effort
+        )
         scorer = scorer_for(task, [references_of(pair, task, self._plm.tokenizer) for pair in test])
-        scores = {scorer.metrics[key].title: value for key, value in scorer.scores(answers).items()}
-        return {"scores": scores, "headline": scorer.metrics[scorer.headline].title}
+        scores = {scorer.metrics[key].title: value for key, value in scorer.scores(generation.texts).items()}
+        rows = generation.stats.round_trips + generation.stats.drafted
+        return {
+            "scores": scores,
+            "headline": scorer.metrics[scorer.headline].title,
+            "rows_a_token": rows / sum(map(len, generation.choices)),
+        }
 
     def _measured(
         self, inputs: TrainingInput, network: AdapterNetwork, trainings: Sequence[Trained], length_ratio: float
@@ -188,6 +202,7 @@ class Bench:
             validation=self._splits.validation,
             context_mode=mode,
             share_targets=mode == "teacher-forced",
+            redaction=Redaction.from_function(a_quarter_of_words) if mode == "redacted" else None,
             skip_invalid=True,
             reporter=self._reporter,
         )

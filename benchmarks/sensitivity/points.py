@@ -9,17 +9,23 @@ from typing import Any, Literal, get_args
 
 from data_owner_client import TrainingSettings
 from data_owner_client.adapter.types import AdapterForm, Schedule
+from data_owner_client.decoding.settings import Effort
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.training.settings import Pairing
 from data_owner_client.training.settings_search import CHANGES
 
-Context = Literal["teacher-forced", "aligned", "reliable", "by position"]
-"""Contexts of a memory's rows: the true ones, or private ones by the way that targets are paired with them."""
+Context = Literal["teacher-forced", "redacted", "redacted, reliable", "aligned", "reliable", "by position"]
+"""Contexts of a memory's rows.
+
+They are the true ones, those of redacted targets, or private ones by the way that targets are paired with them.
+"""
 
 # Between the seeds of members: more than points have seeds.
 _SEED_STEP = 1000
 _CONTEXTS: Mapping[Context, tuple[ContextMode, Pairing, AdapterForm]] = {
     "teacher-forced": ("teacher-forced", "aligned", "residual"),
+    "redacted": ("redacted", "aligned", "residual"),
+    "redacted, reliable": ("redacted", "reliable", "residual"),
     "aligned": ("private", "aligned", "recent"),
     "reliable": ("private", "reliable", "residual"),
     "by position": ("private", "by_position", "residual"),
@@ -43,6 +49,7 @@ class Point:
         changes: number of trainings with other settings beside the first. The adapter averages the likeliest.
         schedule: schedule with which the test set is answered, `none` for the PLM alone; None to measure likelihood
             alone.
+        effort: search for the answers.
     """
 
     task: str
@@ -56,6 +63,7 @@ class Point:
     members: int = 1
     changes: int = 0
     schedule: Schedule | None = None
+    effort: Effort = "low"
 
     @property
     def key(self) -> str:
@@ -105,17 +113,25 @@ FACTORS: Mapping[str, Sequence[Any]] = {
 _ANSWERED_PAIRS = (125, 500, 2000)
 
 
-def points(tasks: Sequence[str], factors: Sequence[str], seeds: int) -> Iterator[Point]:
+def points(
+    tasks: Sequence[str], factors: Sequence[str], seeds: int, values: Sequence[str] | None = None
+) -> Iterator[Point]:
     """The points of a study, those with the first seed first, and the default one of each task before its others.
 
     Args:
         tasks: names of data sets.
         factors: names of `FACTORS`.
         seeds: number of trainings with each setting.
+        values: values of the factors; None for all.
     """
     for seed, task in product(range(seeds), tasks):
         default = Point(task=task, seed=seed)
-        changed = [replace(default, **{name: value}) for name in factors for value in FACTORS[name]]
+        changed = [
+            replace(default, **{name: value})
+            for name in factors
+            for value in FACTORS[name]
+            if values is None or str(value) in values
+        ]
         yield from dict.fromkeys([default, *changed])
 
 
@@ -127,3 +143,9 @@ def answered_points(tasks: Sequence[str]) -> Iterator[Point]:
         changed += [replace(default, context=context) for context in FACTORS["context"]]
         changed += [replace(default, pairs=pairs) for pairs in _ANSWERED_PAIRS]
         yield from dict.fromkeys([default, *changed])
+
+
+def effort_points(tasks: Sequence[str]) -> Iterator[Point]:
+    """Points whose test sets are answered with each effort, at constant λ."""
+    for task, effort in product(tasks, get_args(Effort)):
+        yield Point(task=task, schedule="constant", effort=effort)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from benchmarks.findings.__main__ import with_section
 from benchmarks.in_process import served
 from benchmarks.sensitivity.measurement import Bench, Measurement, Splits, standard_error
 from benchmarks.sensitivity.points import FACTORS, Point, answered_points, points
+from benchmarks.sensitivity.redaction import a_quarter_of_words
 from benchmarks.sensitivity.results import Results
 from data_owner_client import Pair, Task
 from data_owner_client.evaluation.comparison.results import Comparison, SystemResult, comparison_rows
@@ -45,6 +48,23 @@ def test_points_differ_from_the_default_in_one_factor_and_the_seed() -> None:
         assert len(changed - {"seed"}) <= 1
     for name, values in FACTORS.items():
         assert {*values} <= {getattr(point, name) for point in drawn}
+
+
+def test_points_of_some_values() -> None:
+    drawn = list(points(["spam"], ["context", "kappa"], 1, ["redacted", "0.5"]))
+    assert drawn == [Point(task="spam"), Point(task="spam", context="redacted"), Point(task="spam", kappa=0.5)]
+
+
+def test_a_quarter_of_the_words_is_redacted_and_no_key() -> None:
+    words = [f"w{number}" for number in range(4000)]
+    text = " ".join(words)
+    found = [text[start:end] for start, end, _ in a_quarter_of_words(text)]
+    assert len(found) == pytest.approx(1000, rel=0.1)
+    secret = found[0]
+    frame = json.dumps({secret: f"{secret} and {secret}", "b": [secret]})
+    spans = [(start, end) for start, end, _ in a_quarter_of_words(frame)]
+    assert all(frame[start:end] == secret for start, end in spans)
+    assert [start for start, _ in spans] == [match.start() for match in re.finditer(secret, frame)][1:]
 
 
 def test_results_survive_an_interruption(tmp_path: Path) -> None:
