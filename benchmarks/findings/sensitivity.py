@@ -20,6 +20,7 @@ from data_owner_client.training.validation import LAMBDAS
 _NUMERIC = {"rank": "rank R", "kappa": "κ", "pairs": "training pairs", "members": "averaged trainings"}
 _TITLES = _NUMERIC | {
     "changes": "trainings with other settings",
+    "neighbours": "P_kNN beside the adapter",
     "form": "form",
     "context": "contexts",
     "model": "model",

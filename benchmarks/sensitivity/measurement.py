@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from benchmarks.in_process import rows_of
+from benchmarks.sensitivity.neighbours import with_neighbours
 from benchmarks.sensitivity.points import Point
 from benchmarks.sensitivity.redaction import a_quarter_of_words
 from data_owner_client import Pair, Redaction, RemotePlm, Task, TrainedAdapter, build_memories, translate
@@ -118,7 +119,7 @@ class Bench:
         )
         trainings = self._fit(inputs, point)
         members = select_members(trainings, point.most_members, inputs.validation, inputs.targets.candidates)
-        measurement = self._measured(inputs, network_of(members), trainings, memories.train.length_ratio)
+        measurement = self._measured(inputs, network_of(members), trainings, memories, neighbours=point.neighbours)
         if point.schedule is None:
             return measurement
         interpolation = Interpolation(
@@ -133,7 +134,7 @@ class Bench:
 
         Those of the last point are used again if only its number of trainings and its answers differ.
         """
-        alike = replace(point, members=1, changes=0, schedule=None, effort="low")
+        alike = replace(point, members=1, changes=0, neighbours=False, schedule=None, effort="low")
         if self._last[0] != alike:
             self._last = alike, {}
         known = self._last[1]
@@ -163,13 +164,21 @@ class Bench:
         }
 
     def _measured(
-        self, inputs: TrainingInput, network: AdapterNetwork, trainings: Sequence[Trained], length_ratio: float
+        self,
+        inputs: TrainingInput,
+        network: AdapterNetwork,
+        trainings: Sequence[Trained],
+        memories: Memories,
+        *,
+        neighbours: bool,
     ) -> Measurement:
         rows, plm_logprob_N = self._test_rows()
-        test = ValidationData.from_rows(rows, inputs.stats.candidate_ids_C, plm_logprob_N, length_ratio)
+        test = ValidationData.from_rows(rows, inputs.stats.candidate_ids_C, plm_logprob_N, memories.train.length_ratio)
         head = inputs.targets.candidates
         held_out_N = target_logprobs(network, head, inputs.validation.data)
         pema_logprob_N = target_logprobs(network, head, test.data)
+        if neighbours:
+            held_out_N, pema_logprob_N = with_neighbours(memories.train, inputs, test, held_out_N, pema_logprob_N)
         chosen = {schedule: inputs.validation.best(held_out_N, schedule)[0] for schedule in SCHEDULES}
         constant_N = torch.full_like(plm_logprob_N, chosen["constant"].lambda_max)
         gain_N = mix(plm_logprob_N, pema_logprob_N, constant_N) - plm_logprob_N

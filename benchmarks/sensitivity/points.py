@@ -47,6 +47,7 @@ class Point:
         seed: seed of the training.
         members: number of trainings with other seeds that the adapter averages.
         changes: number of trainings with other settings beside the first. The adapter averages the likeliest.
+        neighbours: whether P_kNN of the same rows is averaged with the adapter's distribution.
         schedule: schedule with which the test set is answered, `none` for the PLM alone; None to measure likelihood
             alone.
         effort: search for the answers.
@@ -62,6 +63,7 @@ class Point:
     seed: int = 0
     members: int = 1
     changes: int = 0
+    neighbours: bool = False
     schedule: Schedule | None = None
     effort: Effort = "low"
 
@@ -99,6 +101,7 @@ FACTORS: Mapping[str, Sequence[Any]] = {
     "pairs": (60, 125, 250, 500, 1000, 2000),
     "members": (1, 2, 4, 8),
     "changes": (3, 7),
+    "neighbours": (False, True),
     "context": tuple(_CONTEXTS),
     "model": (
         "gemma-3-270m",

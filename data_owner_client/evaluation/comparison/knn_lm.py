@@ -5,7 +5,6 @@ P_kNN(y | c) ∝ Σ over the k rows nearest to f(c) of [y_i = y] · exp(−‖f(
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +56,13 @@ class KnnLm:
         return probability_N_C.scatter_add_(1, self.label_N[row_N_K], weight_N_K).log()
 
 
-def build_index(memory: ExternalMemory, candidate_ids_C: Tensor) -> tuple[Any, Tensor]:
-    """faiss' exact index of all rows, and the index of each target among the candidates.
+def build_index(memory: ExternalMemory, candidate_ids_C: Tensor, rows: int | None = None) -> tuple[Any, Tensor]:
+    """faiss' exact index of rows, and the index of each target among the candidates.
+
+    Args:
+        memory: the memory.
+        candidate_ids_C: int64, sorted.
+        rows: number of rows, from the memory's first; None for all.
 
     Raises:
         Unsupported: faiss is not installed.
@@ -67,13 +71,15 @@ def build_index(memory: ExternalMemory, candidate_ids_C: Tensor) -> tuple[Any, T
         import faiss
     except ImportError as error:
         raise Unsupported("kNN-LM needs faiss.", hint="pip install -e '.[client,compare]'") from error
-    index, labels = None, []
-    for rows in memory.shards():
-        cr_N_D = rows.representations_N_D().float().contiguous()
+    index: Any = None
+    labels = list[Tensor]()
+    for shard in memory.shards():
+        room = None if rows is None else rows - sum(map(len, labels))
+        cr_N_D = shard.representations_N_D()[:room].float().contiguous()
         if index is None:
             index = faiss.IndexFlatL2(cr_N_D.shape[1])
         index.add(cr_N_D.numpy())
-        labels.append(index_of(rows.target_N.long(), candidate_ids_C))
+        labels.append(index_of(shard.target_N[:room].long(), candidate_ids_C))
     return index, torch.cat(labels)
 
 
@@ -86,16 +92,33 @@ def nearest_rows(index: Any, cr_N_D: Tensor, neighbours: int) -> tuple[Tensor, T
 def tune_knn(index: Any, label_N: Tensor, validation: ValidationData) -> tuple[int, float, Tensor]:
     """The k and T of the likeliest mixture with constant λ, and log P_kNN(y) of the validation rows, float64."""
     distance_N_K, row_N_K = nearest_rows(index, validation.data.cr_N_D, _NEIGHBOURS[-1])
-    is_target_N_K = (label_N[row_N_K] == validation.data.label_N[:, None]).double()
+    is_target_N_K = _is_target(label_N, row_N_K, validation)
     scale = distance_N_K[:, : _NEIGHBOURS[0]].mean().item() or 1.0
 
     def trials() -> Iterator[tuple[float, int, float, Tensor]]:
         for k in _NEIGHBOURS:
             for temperature in (scale * factor for factor in _TEMPERATURES):
-                weight_N_K = (-distance_N_K[:, :k].double() / temperature).softmax(dim=-1)
-                logprob_N = (weight_N_K * is_target_N_K[:, :k]).sum(dim=-1).log()
-                logprob_N[validation.data.label_N < 0] = -math.inf
+                logprob_N = _target_logprobs(distance_N_K[:, :k], is_target_N_K[:, :k], temperature)
                 yield validation.best(logprob_N, "constant")[1], k, temperature, logprob_N
 
     _, neighbours, temperature, logprob_N = min(trials(), key=lambda trial: trial[0])
     return neighbours, temperature, logprob_N
+
+
+def target_knn_logprobs(
+    index: Any, label_N: Tensor, rows: ValidationData, neighbours: int, temperature: float
+) -> Tensor:
+    """log P_kNN(y) of other rows, float64; −∞ where no neighbour has the target."""
+    distance_N_K, row_N_K = nearest_rows(index, rows.data.cr_N_D, neighbours)
+    return _target_logprobs(distance_N_K, _is_target(label_N, row_N_K, rows), temperature)
+
+
+def _is_target(label_N: Tensor, row_N_K: Tensor, rows: ValidationData) -> Tensor:
+    """1 for each neighbour that has the row's target, float64 [N, K]; 0 where the target is no candidate."""
+    target_N_1 = rows.data.label_N[:, None]
+    return ((label_N[row_N_K] == target_N_1) & (target_N_1 >= 0)).double()
+
+
+def _target_logprobs(distance_N_K: Tensor, is_target_N_K: Tensor, temperature: float) -> Tensor:
+    weight_N_K = (-distance_N_K.double() / temperature).softmax(dim=-1)
+    return (weight_N_K * is_target_N_K).sum(dim=-1).log()
