@@ -122,6 +122,11 @@ def test_a_point_of_each_context_is_measured(tiny_models: TinyModels, tmp_path: 
         assert answered.headline == "chrF"
         none = anew.measure(Point(task="tiny", pairs=12, rank=8, schedule="none"))
         assert none.scores != answered.scores
+        beams = anew.measure(Point(task="tiny", pairs=12, rank=8, schedule="constant", effort="medium"))
+        assert (beams.rows_a_token or 0) > (answered.rows_a_token or math.inf)
+        near = anew.measure(Point(task="tiny", pairs=12, rank=8, neighbours=True))
+        assert math.isfinite(near.gain)
+        assert near.nll != answered.nll
 
 
 def test_answered_points_are_no_others() -> None:
