@@ -221,7 +221,7 @@ def test_compare(url: str, task: Path, tmp_path: Path) -> None:
     rows = {row["name"]: row for row in result["rows"]}
     assert set(rows) == {
         "plm", "plm_nearest", "pema_published", "constant", "knn_lm", "residual", "without_length_reward",
-        "most_probable", "best", "private", "private_by_position",
+        "most_probable", "beams", "best", "private", "private_by_position",
     }  # fmt: skip
     assert rows["private"]["client_discloses"] < rows["best"]["client_discloses"]
     for name, row in rows.items():

@@ -184,7 +184,12 @@ class ComparisonRunner:
         return replace(adapter, card=card, pairs=list(self._splits.train))
 
     def translate_test_set(
-        self, adapter: CandidateDistribution | None, interpolation: Interpolation | None = None, consensus: int = 0
+        self,
+        adapter: CandidateDistribution | None,
+        interpolation: Interpolation | None = None,
+        *,
+        consensus: int = 0,
+        beams: int = 1,
     ) -> list[str]:
         """Texts of a system for the test set."""
         return translate(
@@ -195,6 +200,7 @@ class ComparisonRunner:
             interpolation=interpolation,
             decoding=DecodingSettings(label_tolerance=LABELS_ALONE_TOLERANCE),
             consensus=consensus,
+            beams=beams,
             reporter=self._reporter,
         ).texts
 
@@ -219,12 +225,13 @@ class ComparisonRunner:
         interpolation: Interpolation | None = None,
         *,
         consensus: int = 0,
+        beams: int = 1,
     ) -> SystemResult:
         """Result of a trained adapter; without an interpolation, with that of its card."""
         interpolation = interpolation or adapter.card.interpolation
         files = Path(report.folder).glob("[!.]*")
         return SystemResult(
-            texts=self.translate_test_set(adapter, interpolation, consensus),
+            texts=self.translate_test_set(adapter, interpolation, consensus=consensus, beams=beams),
             ppl=self.perplexity(adapter, interpolation),
             train_seconds=report.seconds,
             peak_rss_mb=report.peak_rss_mb,
@@ -235,6 +242,7 @@ class ComparisonRunner:
                 "pairing": adapter.card.settings["pairing"],
                 "nearest": adapter.card.nearest,
                 "consensus": consensus,
+                "beams": beams,
             },
             **self.disclosed_bytes(mode, len(adapter.candidate_ids_C)),
         )

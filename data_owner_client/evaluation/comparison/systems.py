@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data_owner_client.adapter.interpolation import Interpolation
 from data_owner_client.data.tasks import Task
+from data_owner_client.decoding.search_options import EFFORTS
 from data_owner_client.evaluation.comparison.knn_lm import KnnLm, build_index, tune_knn
 from data_owner_client.evaluation.comparison.results import BEST, CHOSEN_EXAMPLES, PLM, PUBLISHED, SystemResult
 from data_owner_client.evaluation.comparison.runner import AS_PUBLISHED, ComparisonRunner, Connect, run_in_subprocess
@@ -26,6 +27,7 @@ from protocol.head import LMHead
 PUBLISHED_INTERPOLATION = Interpolation(schedule="gradual", lambda_max=0.9)
 _ALONE = Interpolation(schedule="none")
 _NO_ADAPTER = {"adapter_bytes": 0, "owner_discloses": 0}
+_BEAMS = EFFORTS["medium"][0]
 
 
 def _plm(runner: ComparisonRunner) -> SystemResult:
@@ -89,6 +91,10 @@ def _most_probable(runner: ComparisonRunner) -> SystemResult:
     return runner.measure_adapter(*runner.best, "teacher-forced")
 
 
+def _beams(runner: ComparisonRunner) -> SystemResult:
+    return runner.measure_adapter(*runner.best, "teacher-forced", beams=_BEAMS)
+
+
 def _best(runner: ComparisonRunner) -> SystemResult:
     return runner.measure_adapter(*runner.best, "teacher-forced", consensus=runner.consensus)
 
@@ -120,6 +126,7 @@ class System:
         same_for_labels: name of the system that it equals where answers are labels, whose length is not rewarded;
             empty for a system of its own.
         same_without_draws: name of the system that it equals without a consensus; empty for a system of its own.
+        needs_free_texts: it cannot answer with labels, or with texts that are held to a form.
     """
 
     what: str
@@ -127,6 +134,20 @@ class System:
     fixed_settings: bool = False
     same_for_labels: str = ""
     same_without_draws: str = ""
+    needs_free_texts: bool = False
+
+    def unfit_for(self, task: Task, draws: int) -> str:
+        """Why it is not measured on a task, behind its name; empty where it is.
+
+        Args:
+            task: the task.
+            draws: texts drawn for each source for a consensus; 0 for none.
+        """
+        if self.needs_free_texts and task.kind in ("classify", "extract"):
+            return f"needs free texts, and a task of the kind {task.kind} has none"
+        same = self.same_for_labels if task.kind == "classify" else ""
+        same = same or ("" if draws else self.same_without_draws)
+        return f"is the same as {same}" if same else ""
 
 
 SYSTEMS: dict[str, System] = {
@@ -142,6 +163,7 @@ SYSTEMS: dict[str, System] = {
     "most_probable": System(
         "all that training chose, the most probable tokens", _most_probable, same_without_draws=BEST
     ),
+    "beams": System(f"all that training chose, {_BEAMS} beams", _beams, needs_free_texts=True),
     BEST: System("all that training chose", _best),
     "private": System("the same on a private memory, contexts aligned", _private),
     "private_by_position": System("a private memory paired as the paper draws it", _private_by_position),
@@ -159,32 +181,26 @@ def systems_for(task: Task, only: Sequence[str], consensus: int, reporter: Repor
         reporter: receives the names that are left out.
 
     Raises:
-        InvalidData: a name is not that of a system, or its system equals another one here.
+        InvalidData: a name is not that of a system, or its system equals another one here or cannot do the task.
     """
     draws = draws_for(task, consensus)
-    same = {name: _equal_system(system, task, draws) for name, system in SYSTEMS.items()}
+    unfit = {name: why for name, system in SYSTEMS.items() if (why := system.unfit_for(task, draws))}
     for name in only:
         if name not in SYSTEMS:
             raise InvalidData(f"There is no system {name}.", hint=f"There are {', '.join(SYSTEMS)}.")
-        if same[name]:
-            raise InvalidData(f"{name} is the same as {same[name]} here.", hint=f"Use --only {same[name]}.")
-    if not only and any(same.values()):
-        left_out = (f"{name} equals {other}" for name, other in same.items() if other)
-        reporter.say(f"Left out: {', '.join(left_out)}.")
+        if name in unfit:
+            others = (other for other in SYSTEMS if other not in unfit)
+            raise InvalidData(f"{name} {unfit[name]}.", hint=f"Use --only with {', '.join(others)}.")
+    if not only and unfit:
+        reporter.say(f"Left out: {'; '.join(f'{name} {why}' for name, why in unfit.items())}.")
     best = replace(SYSTEMS[BEST], what=f"{SYSTEMS[BEST].what}, consensus of {draws} draws")
     systems = SYSTEMS | ({BEST: best} if draws else {})
-    return {name: system for name, system in systems.items() if not same[name] and (not only or name in only)}
+    return {name: system for name, system in systems.items() if name not in unfit and (not only or name in only)}
 
 
 def draws_for(task: Task, consensus: int) -> int:
     """Texts drawn for each source; none where answers are labels."""
     return 0 if task.kind == "classify" else consensus
-
-
-def _equal_system(system: System, task: Task, draws: int) -> str:
-    """The name of the system that it equals; empty for none."""
-    equal_for_labels = system.same_for_labels if task.kind == "classify" else ""
-    return equal_for_labels or ("" if draws else system.same_without_draws)
 
 
 @dataclass(frozen=True)

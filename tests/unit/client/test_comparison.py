@@ -188,17 +188,19 @@ def test_later_answers_alone_are_refused_before_the_first_system(tiny_service: P
 def test_no_system_is_measured_twice() -> None:
     reporter = Listening()
     labels, texts = (Task(name="t", kind=kind) for kind in ("classify", "rewrite"))
-    assert set(SYSTEMS) - set(systems_for(labels, (), 8, reporter)) == {"without_length_reward", "most_probable"}
+    unfit = {"without_length_reward", "most_probable", "beams"}
+    assert set(SYSTEMS) - set(systems_for(labels, (), 8, reporter)) == unfit
     assert set(SYSTEMS) - set(systems_for(texts, (), 0, reporter)) == {"most_probable"}
     assert reporter.said == [
-        "Left out: without_length_reward equals best, most_probable equals best.",
-        "Left out: most_probable equals best.",
+        "Left out: without_length_reward is the same as best; most_probable is the same as best; "
+        "beams needs free texts, and a task of the kind classify has none.",
+        "Left out: most_probable is the same as best.",
     ]
     assert "consensus" not in systems_for(labels, (), 8, reporter)["best"].what
     assert list(systems_for(texts, (), 8, reporter)) == list(SYSTEMS)
     assert list(systems_for(texts, ("best", "plm"), 8, reporter)) == ["plm", "best"]
     for task, consensus in ((labels, 8), (texts, 0)):
-        with pytest.raises(InvalidData, match="most_probable is the same as best here"):
+        with pytest.raises(InvalidData, match="most_probable is the same as best"):
             systems_for(task, ("most_probable",), consensus, reporter)
     with pytest.raises(InvalidData, match="There is no system gpt"):
         systems_for(texts, ("gpt",), 8, reporter)
