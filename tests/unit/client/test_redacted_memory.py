@@ -161,6 +161,9 @@ def test_other_rules_another_key_and_other_contexts_are_refused(plm: RemotePlm, 
         build_both(plm, tmp_path)
     (tmp_path / KEY_FILE).write_bytes(key)
     build_both(plm, tmp_path)
+    with pytest.raises(InvalidData, match="Redacted contexts need rules"):
+        build_both(plm, tmp_path, context_mode="private", overwrite=True)
+    assert (tmp_path / KEY_FILE).read_bytes() == key
     build_both(plm, tmp_path, overwrite=True)
     assert (tmp_path / KEY_FILE).read_bytes() != key
 

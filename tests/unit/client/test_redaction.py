@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from data_owner_client import Redaction, RedactionRules, load_redaction
 from data_owner_client.data.pairs import Conversation, Pair
-from data_owner_client.data.redaction.key import KEY_FILE, open_key
+from data_owner_client.data.redaction.key import KEY_FILE, new_key, open_key, replace_key
 from data_owner_client.data.redaction.redactor import Redactor
 from data_owner_client.data.redaction.report import report_redaction
 from data_owner_client.data.redaction.spans import Span, TermFinder, find_spans
@@ -218,15 +218,19 @@ def test_presidio_finds_entities() -> None:
 
 
 def test_the_key_is_the_users_alone_and_stays(tmp_path: Path) -> None:
-    key = open_key(tmp_path / "memory", renew=False)
+    folder = tmp_path / "memory"
+    key = open_key(folder)
     assert len(key) == 32
-    path = tmp_path / "memory" / KEY_FILE
+    path = folder / KEY_FILE
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert open_key(tmp_path / "memory", renew=False) == key
-    assert open_key(tmp_path / "memory", renew=True) != key
+    assert open_key(folder) == key
+    replace_key(folder, other := new_key())
+    assert open_key(folder) == other != key
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [each.name for each in folder.iterdir()] == [KEY_FILE]
     path.write_bytes(b"short")
     with pytest.raises(InvalidData, match="is damaged"):
-        open_key(tmp_path / "memory", renew=False)
+        open_key(folder)
 
 
 def test_targets_and_sources_have_the_same_surrogates() -> None:
