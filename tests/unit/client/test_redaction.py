@@ -41,11 +41,11 @@ def rules(**fields: Any) -> Redaction:
 
 
 def shape(sign: str) -> object:
-    """The kind of a sign: its category and script; of marks and signs, the sign itself."""
+    """The kind of a sign: its category and script; of accents and signs, the sign itself."""
     category = unicodedata.category(sign)
-    if category[0] not in "LN":
-        return sign
     script = unicodedata.name(sign, "").split(" ")[0].split("-")[0]
+    if category[0] not in "LN" and (category not in ("Mn", "Mc") or script in ("COMBINING", "VARIATION")):
+        return sign
     cased = "upper" if sign.isupper() else "lower" if sign.islower() else category
     return category[0], cased, script
 
@@ -261,6 +261,20 @@ def test_earlier_answers_are_redacted_as_targets_are(sources: bool) -> None:
     assert arguments["times"] != 41
     assert isinstance(arguments["times"], int)
     assert ("Anna" in user["content"], "Anna" in last["content"], "Anna" in shown.source) == (not sources,) * 3
+
+
+def test_surrogates_of_east_asian_names_tell_nothing_of_their_radicals_and_initials() -> None:
+    surrogates = [SurrogateMap(bytes([key]) * 32, None, NO_TERMS)["田철"] for key in range(40)]
+    for at, (first, last) in enumerate([(0x4E00, 0x9FFF), (0xAC00, 0xD7A3)]):
+        codes = [ord(surrogate[at]) for surrogate in surrogates]
+        assert all(first <= code <= last for code in codes)
+        assert len({code // 64 for code in codes}) > 15
+
+
+def test_vowel_signs_are_replaced() -> None:
+    signs = "ेोि\u0e34\u0e38\u064e"
+    surrogates = [SurrogateMap(bytes([key]) * 32, None, NO_TERMS)[f"न{signs}"] for key in range(20)]
+    assert all(len({each[at] for each in surrogates}) > 3 for at in range(1, len(signs) + 1))
 
 
 def test_a_task_shows_redacted_examples() -> None:
