@@ -103,7 +103,7 @@ def test_spans_are_merged_whatever_their_order(found: list[tuple[int, int, str]]
     assert [span[:2] for span in again] == [span[:2] for span in merged]
 
 
-@pytest.mark.parametrize("found", [(0, 99, "x"), (2, 1, "x"), (0, 1, 2), (0,), None, ("a", "b", "c")])
+@pytest.mark.parametrize("found", [(0, 99, "x"), (2, 1, "x"), (0, 1, 2), (0,), None, (0.0, 1.0, "x"), ("a", "b", "c")])
 def test_a_finder_that_gives_no_spans_is_explained(found: Any) -> None:
     with pytest.raises(InvalidData, match="must give \\(start, end, kind\\)"):
         find_spans("text", [lambda _: [found]])
@@ -117,14 +117,31 @@ def test_a_finder_that_gives_no_spans_is_explained(found: Any) -> None:
         ({"words": ["Zoë"]}, "Zoe\u0308 and Zoë", ["Zoe\u0308", "Zoë"]),
         ({"builtin": ["numbers"]}, "7 of 1,250.50 in 2024.", ["7", "1,250.50", "2024"]),
         ({"builtin": ["dates"]}, "12.03.2024, 2024-03-12, 1/2/24, 1.5", ["12.03.2024", "2024-03-12", "1/2/24"]),
+        ({"words": ["Anna"]}, "_Anna_, An\u00adna, \u200bANNA\ufeff", ["Anna", "An\u00adna", "ANNA"]),
+        ({"words": ["O'Brien"]}, "O’Brien, O\u02bcBrien", ["O’Brien", "O\u02bcBrien"]),
+        ({"words": ["Jean-Luc"]}, "Jean\u2011Luc, Jean–Luc", ["Jean\u2011Luc", "Jean–Luc"]),
+        ({"words": ["Işık", "İpek"]}, "IŞIK ışık ipek İPEK", ["IŞIK", "ışık", "ipek", "İPEK"]),
+        ({"words": ["田中", "สมชาย", "철수"]}, "田中さん ชื่อสมชายครับ 철수가", ["田中", "สมชาย", "철수"]),
+        ({"words": ["バハ", "철"]}, "ハ\u3099ハ ﾊﾞﾊ \u110e\u1165\u11af가", ["ハ\u3099ハ", "ﾊﾞﾊ", "\u110e\u1165\u11af"]),
+        ({"words": ["محمد"]}, "مُحَمَّد", ["مُحَمَّد"]),
+        ({"builtin": ["dates"]}, "on2024-03-12T10:00", ["2024-03-12"]),
         ({"builtin": ["emails"]}, "to a.b+c@d-e.co.uk.", ["a.b+c@d-e.co.uk"]),
+        ({"builtin": ["emails"]}, "jane.o'neil@x.ie", ["jane.o'neil@x.ie"]),
         ({"builtin": ["urls"]}, "see https://a.b/c?d=1 or www.e.f", ["a.b/c?d=1", "www.e.f"]),
+        ({"builtin": ["urls"]}, "HTTPS://A.B ftp://c.d WWW.e.f", ["A.B", "c.d", "WWW.e.f"]),
         ({"patterns": [{"kind": "id", "regex": r"C-\d+"}]}, "C-12 and C-x", ["C-12"]),
         ({"words": ["b c"], "patterns": [{"kind": "id", "regex": "a b"}]}, "a b c d", ["a b c"]),
     ],
 )
 def test_rules_find_their_spans(fields: dict[str, Any], text: str, expected: list[str]) -> None:
     assert [text[span.start : span.end] for span in rules(**fields).spans(text)] == expected
+
+
+def test_finders_are_fast_on_long_texts_and_lists() -> None:
+    # Each takes minutes where the time grows with the square of the length, and fractions of a second as it is.
+    assert not rules(builtin=["numbers", "dates", "emails", "urls"]).spans("a" * 1_000_000)
+    terms = TermFinder(f"Dr {number}" for number in range(50_000))
+    assert [*terms("Dr 1 Dr X " * 2_000)] == [Span(at, at + 4, "word") for at in range(0, 20_000, 10)]
 
 
 @given(st.text("aN0 .-@w/:", max_size=40))
@@ -164,6 +181,7 @@ def test_rules_are_read_from_a_file(tmp_path: Path) -> None:
         ("words = [", "is not TOML"),
         ("builtin = ['names']", "builtin.0"),
         ("word_files = ['none.txt']", "none.txt cannot be read"),
+        ("words = ['a']\nword_files = ['empty.txt']", "empty.txt has no words"),
         ("[[patterns]]\nkind = 'x'\nregex = '('", "is no regular expression"),
         ("[[patterns]]\nkind = 'x'\nregex = 'a*'", "matches the empty text"),
         ("python = 'a b'", "python"),
@@ -173,6 +191,7 @@ def test_rules_are_read_from_a_file(tmp_path: Path) -> None:
 )
 def test_wrong_rules_are_explained(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "rules.toml").write_text(content)
+    (tmp_path / "empty.txt").write_text("\ufeff\r\n \r\n", encoding="utf-8")
     with pytest.raises(InvalidData, match=re.escape(message)):
         load_redaction(tmp_path / "rules.toml")
 
