@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import stat
 import sys
@@ -24,13 +25,15 @@ from data_owner_client.data.redaction.spans import Span, TermFinder, find_spans
 from data_owner_client.data.redaction.surrogates import SurrogateMap, masked
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.surrogate_target import SurrogateTarget
-from data_owner_client.plm.tokenizer import PlmTokenizer
+from data_owner_client.memory.tokenized_pairs import with_surrogates
+from data_owner_client.plm.tokenizer import MarkedText, PlmTokenizer
 from protocol.errors import InvalidData, Unsupported
 from tests.small_tokenizers import KINDS, LOSSLESS, PREFIXED, bundle
 
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
 NO_TERMS = TermFinder(())
 TOKENIZERS = {kind: PlmTokenizer(bundle(KINDS[kind]())) for kind in KINDS}
+NAME = SurrogateMap(KEY, None, TermFinder(["Anna"]))["Anna"]
 SPANS = st.text(
     st.one_of(st.sampled_from("abcXYZ 019-.,@Äßéжλ東한٣½"), st.characters(exclude_categories=["Cs", "Cc"])), min_size=1
 ).filter(lambda text: text.strip() != "")
@@ -280,6 +283,58 @@ def test_earlier_answers_are_redacted_as_targets_are(sources: bool) -> None:
     assert arguments["times"] != 41
     assert isinstance(arguments["times"], int)
     assert ("Anna" in user["content"], "Anna" in last["content"], "Anna" in shown.source) == (not sources,) * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"type": "Anna", "role": "Anna"}, {"type": NAME, "role": NAME}),
+        ({"Anna": {"Anna": True}}, {NAME: {NAME: True}}),
+        # Templates get the parsed arguments.
+        ('{"who": "\\u0041nna"}', {"who": NAME}),
+        ({"by": -1}, {"by": "#1"}),
+    ],
+)
+@pytest.mark.parametrize("sources", [False, True])
+def test_all_parts_of_calls_are_redacted(arguments: Any, expected: Any, sources: bool) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    turns = ({"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "user", "content": "x"})
+    redactor = Redactor(rules(words=["Anna", "function", "-"], sources=sources), KEY)
+    shown = redactor.redact_pair(Task(name="t", kind="chat"), Pair("x", "y", conversation=Conversation(turns)))
+    assert shown.conversation is not None
+    turn = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{**call, "function": {"name": "f", "arguments": expected}}],
+    }
+    assert shown.conversation.turns[0] == turn
+
+
+def test_a_redacted_number_stays_finite() -> None:
+    call = {"function": {"name": "f", "arguments": {"by": 1e300}}}
+    turns = ({"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "user", "content": "x"})
+    for key in range(20):
+        redactor = Redactor(rules(builtin=["numbers"]), bytes([key]) * 32)
+        shown = redactor.redact_pair(Task(name="t", kind="chat"), Pair("x", "y", conversation=Conversation(turns)))
+        assert shown.conversation is not None
+        assert "1e+300" not in str(shown.conversation.turns[0])
+        json.dumps(shown.conversation.turns, allow_nan=False)
+
+
+def test_escapes_in_an_example_of_json_hide_nothing() -> None:
+    schema = {"type": "object", "properties": {"who": {"type": "string"}}}
+    example = {"source": "a", "target": '{"who": "\\u0041nna"}'}
+    task = Task(name="t", kind="extract", answer_schema=schema, examples=(example,))
+    prompt = Redactor(rules(words=["Anna"]), KEY).redact_task(task).prompt("b", TOKENIZERS["gpt2"]).text
+    assert "Anna" not in prompt
+    assert NAME in prompt
+
+
+def test_an_answer_that_the_template_has_beside_it_is_refused() -> None:
+    target = MarkedText("<think>\n</think>\nthink</s>")
+    with pytest.raises(InvalidData, match="cannot be redacted"):
+        with_surrogates(target, "think", Pair("a", "vorpi"))
+    assert with_surrogates(target, "think", Pair("a", "think")) == target
 
 
 def test_surrogates_of_east_asian_names_tell_nothing_of_their_radicals_and_initials() -> None:
