@@ -15,7 +15,7 @@ from data_owner_client.data.earlier_answers import shows_earlier_answers, withou
 from data_owner_client.data.label_tokens import LabelTokenizer, with_labels_of
 from data_owner_client.data.pairs import Pair, list_of_pairs
 from data_owner_client.data.reading.problems import Problems
-from data_owner_client.data.redaction.key import open_key
+from data_owner_client.data.redaction.key import new_key, open_key, replace_key
 from data_owner_client.data.redaction.redactor import Redactor
 from data_owner_client.data.redaction.rules import Redaction
 from data_owner_client.data.tasks import Task
@@ -107,9 +107,9 @@ def build_memories(
     folder, pairs = to_path(folder), list_of_pairs(pairs)
     reporter = reporter or Reporter()
     context_mode = context_mode or ("redacted" if redaction else "private")
-    redactor = None
+    redactor, key = None, b""
     if redaction:
-        key = open_key(folder, renew=overwrite, is_begun=_is_redacted(folder / TRAIN))
+        key = new_key() if overwrite else open_key(folder, is_begun=_is_redacted(folder / TRAIN))
         redactor = Redactor(redaction, key, plm.tokenizer)
     parts = [pairs] if validation is None else [pairs, list_of_pairs(validation)]
     total = sum(map(len, parts))
@@ -153,6 +153,8 @@ def build_memories(
     if task.kind == "classify":
         demand.add_choice(builds[1].sizes, LabelTokenizer(plm.tokenizer, task.labels).check(task))
     require_granted(plm, demand, reporter)
+    if redactor and overwrite:
+        replace_key(folder, key)  # not before all is checked: an interrupted memory needs its key to go on
     memories = [build.run(reporter) for build in builds]
     return MemoryReport(
         folder=str(folder),

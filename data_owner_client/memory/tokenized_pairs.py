@@ -93,11 +93,12 @@ def with_surrogates(target: MarkedText, answer: str, shown: Pair) -> MarkedText:
         shown: the pair with surrogates, whose target is as long as the answer.
 
     Raises:
-        InvalidText: the target has no such answer.
+        InvalidText: the target has no such answer, or the template's own text beside it has the same.
     """
     bare, redacted = answer.strip(), shown.target or ""
     at = target.text.find(bare)
-    if at < 0 or len(redacted) != len(answer):
+    is_ambiguous = redacted != answer and target.text.find(bare, at + 1) >= 0
+    if at < 0 or is_ambiguous or len(redacted) != len(answer):
         raise InvalidText(
             "a target that the chat template writes in another way, so that it cannot be redacted",
             hint='Use a task with `format = "plain"`, or build a private memory.',

@@ -12,41 +12,64 @@ KEY_FILE = "redaction.key"
 _BYTES = 32
 
 
-def open_key(folder: Path, *, renew: bool, is_begun: bool = False) -> bytes:
-    """The key of a folder: 32 random bytes, which only the user may read. It is made where there is none.
+def new_key() -> bytes:
+    """A key: 32 random bytes."""
+    return secrets.token_bytes(_BYTES)
+
+
+def replace_key(folder: Path, key: bytes) -> None:
+    """Store a key in a folder, in place of the one that is there.
+
+    Raises:
+        InvalidData: the folder cannot be written.
+    """
+    path = folder / KEY_FILE
+    partial = folder / f".{KEY_FILE}.{os.getpid()}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        _write(partial, key)
+        os.replace(partial, path)
+    except OSError as error:
+        raise _inaccessible(path, error) from error
+
+
+def open_key(folder: Path, *, is_begun: bool = False) -> bytes:
+    """The key of a folder, which only the user may read. It is made where there is none.
 
     Args:
         folder: folder of the memories; created if it is missing.
-        renew: delete the folder's key first.
         is_begun: whether the folder has surrogates of a key already, so that no other will do.
 
     Raises:
         InvalidData: the key is missing or damaged, or cannot be read or written.
     """
     path = folder / KEY_FILE
-    if is_begun and not renew and not path.exists():
+    if is_begun and not path.exists():
         raise InvalidData(
             f"{path} is missing, and with another key the owner would see other surrogates.",
             hint="Put it back, or build the memory again: build-memory --overwrite.",
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if renew:
-            path.unlink(missing_ok=True)
         try:
-            # Never a key that another process may have begun to use.
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            _write(path, key := new_key())
         except FileExistsError:
             key = path.read_bytes()
-        else:
-            with os.fdopen(file, "wb") as new:
-                new.write(key := secrets.token_bytes(_BYTES))
-                new.flush()
-                os.fsync(new.fileno())
     except OSError as error:
-        raise InvalidData(
-            f"{path} cannot be read or written: {error.strerror}.", hint="Give another --memory folder."
-        ) from error
+        raise _inaccessible(path, error) from error
     if len(key) != _BYTES:
         raise InvalidData(f"{path} is damaged.", hint="Build the memory again: build-memory --overwrite.")
     return key
+
+
+def _write(path: Path, key: bytes) -> None:
+    """Write a file that is not there yet: never over a key that another process may have begun to use."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(key)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _inaccessible(path: Path, error: OSError) -> InvalidData:
+    return InvalidData(f"{path} cannot be read or written: {error.strerror}.", hint="Give another --memory folder.")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from math import isfinite
 from typing import Any
 
+from data_owner_client.data.chat_turns import with_parsed_arguments
 from data_owner_client.data.pair_files import PairFile
 from data_owner_client.data.pairs import Conversation, Pair
 from data_owner_client.data.reading.problems import InvalidText
@@ -17,8 +20,39 @@ from data_owner_client.plm.tokenizer import PlmTokenizer
 from data_owner_client.runtime.progress import Reporter
 from protocol.errors import InvalidData
 
-# Fields of messages whose values are names of the protocol of conversations.
-_OWN_FIELDS = {"role", "type"}
+# Names of the protocol of conversations and of JSON schemas. As keys they stay, and so do roles and types.
+_PROTOCOL = {
+    "role",
+    "content",
+    "reasoning_content",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "id",
+    "type",
+    "function",
+    "arguments",
+    "text",
+    "image_url",
+    "system",
+    "developer",
+    "user",
+    "assistant",
+    "tool",
+    "parameters",
+    "properties",
+    "required",
+    "description",
+    "enum",
+    "items",
+    "object",
+    "array",
+    "string",
+    "number",
+    "integer",
+    "boolean",
+    "null",
+}
 
 
 class Redactor:
@@ -113,7 +147,8 @@ class Redactor:
         examples, replaced = [], self.replaced.copy()
         for number, shot in enumerate(task.examples, 1):
             source = self.redact(shot.source) if self.redaction.sources else shot.source
-            redacted = shot.model_copy(update={"source": source, "target": self.redact(shot.target)})
+            # As prompts will show it: JSON of `extract` without its escapes.
+            redacted = shot.model_copy(update={"source": source, "target": self.redact(task.answer(shot))})
             try:
                 task.require_answer(redacted)
             except InvalidData as error:
@@ -129,20 +164,29 @@ class Redactor:
         if conversation is None:
             return None
         turns = (
-            self._json(turn) if self.redaction.sources or turn["role"] == "assistant" else turn
+            self._json(with_parsed_arguments(turn)) if self.redaction.sources or turn["role"] == "assistant" else turn
             for turn in conversation.turns
         )
         tools = self._json(conversation.tools) if self.redaction.sources else conversation.tools
         return Conversation(tuple(turns), tools)
 
     def _json(self, value: Any) -> Any:
-        """The value with all its texts and numbers redacted, those that name a role or type excepted."""
+        """The value with all its keys, texts and numbers redacted, names of the protocol excepted."""
         if isinstance(value, str):
             return self.redact(value)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return json.loads(self.redact(json.dumps(value)))
+            redacted = self.redact(json.dumps(value))
+            with suppress(ValueError):  # without its minus sign, for example
+                if isfinite(number := json.loads(redacted)):
+                    return number
+            return redacted
         if isinstance(value, dict):
-            return {key: each if key in _OWN_FIELDS else self._json(each) for key, each in value.items()}
+            return {
+                key if key in _PROTOCOL else self.redact(key): each
+                if key in ("role", "type") and isinstance(each, str) and each in _PROTOCOL
+                else self._json(each)
+                for key, each in value.items()
+            }
         if isinstance(value, (list, tuple)):
             return type(value)(map(self._json, value))
         return value

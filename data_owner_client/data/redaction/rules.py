@@ -198,7 +198,10 @@ def _read_words(names: Iterable[str], folder: Path) -> Sequence[str]:
             raise InvalidData(
                 f"{folder / name} cannot be read as UTF-8 text.", hint="Write one word or phrase a line."
             ) from error
-        words += filter(None, map(str.strip, lines))
+        found = [line for line in map(str.strip, lines) if line]
+        if not found:
+            raise InvalidData(f"{folder / name} has no words.", hint="Write one word or phrase a line.")
+        words += found
     return words
 
 

@@ -25,11 +25,22 @@ _ALPHABETS = {
 _NEIGHBOURS = 64
 
 
+def _rows(encoding: str, first: int, last: int) -> str:
+    """The characters of some rows of an East Asian character set."""
+    places = [bytes((row, cell)) for row in range(first, last + 1) for cell in range(0xA1, 0xFF)]
+    return "".join(place.decode(encoding, errors="ignore") for place in places)
+
+
+# The 3,755 most usual Chinese characters, and 2,350 usual Korean syllables. Neighbours of a character have the same
+# radical or initial, by which names could be guessed.
+_USUAL = {"CJK": _rows("gb2312", 0xB0, 0xD7), "HANGUL": _rows("euc_kr", 0xB0, 0xC8)}
+
+
 class SurrogateMap:
     """The surrogate of each span: always the same one under the same key and tokenizer, and never the span itself.
 
-    A surrogate has a digit for each digit, a letter of the same script and case for each letter, and everything else
-    unchanged. So it is as long as its span, in characters.
+    A surrogate has a digit for each digit, a letter of the same script and case for each letter, a vowel sign of the
+    same script for each vowel sign, and everything else unchanged. So it is as long as its span, in characters.
 
     Args:
         key: secret key. Without it, nobody can check a guess of a span.
@@ -50,17 +61,16 @@ class SurrogateMap:
         return self._found[span]
 
     def _find(self, span: str) -> str:
-        candidates = list(islice(self._candidates(span), _TRIES if self._tokenizer else 1))
-        if not candidates:
-            return masked(span)
+        candidates = self._candidates(span)
         if self._tokenizer is None:
-            return candidates[0]
-        starts = _token_starts(self._tokenizer, span)
-
-        def misfit(candidate: str) -> int:
-            return len(starts ^ _token_starts(self._tokenizer, candidate)) if self._tokenizer else 0
-
-        return min(candidates, key=misfit)  # the first of the best
+            return next(candidates, None) or masked(span)
+        starts, best, least = _token_starts(self._tokenizer, span), masked(span), len(span) + 1
+        for candidate in islice(candidates, _TRIES):
+            if (misfit := len(starts ^ _token_starts(self._tokenizer, candidate))) < least:
+                best, least = candidate, misfit
+            if not least:
+                break
+        return best
 
     def _candidates(self, span: str) -> Iterator[str]:
         for number in range(_MOST_DRAWS):
@@ -123,8 +133,12 @@ def _options(sign: str) -> str:
         zero = ord(sign) - unicodedata.decimal(sign)
         return "".join(map(chr, range(zero, zero + 10)))
     category = unicodedata.category(sign)
-    if category[0] not in "LN":
+    # Vowel signs of scripts such as Hindi's and Thai; an accent or a variation selector goes with any letter.
+    is_vowel_sign = category in ("Mn", "Mc") and _script(sign) not in ("COMBINING", "VARIATION")
+    if category[0] not in "LN" and not is_vowel_sign:
         return sign
+    if category == "Lo" and sign >= "\u3400" and (usual := _USUAL.get(_script(sign))):
+        return usual
     first = ord(sign) - ord(sign) % _NEIGHBOURS
     near = map(chr, range(first, first + _NEIGHBOURS))
     return "".join(one for one in near if unicodedata.category(one) == category and _script(one) == _script(sign))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_owner_client import Redaction, RedactionRules, TrainingSettings, build_memories, train
-from data_owner_client.data.pairs import Pair
+from data_owner_client.data.pairs import Conversation, Pair
 from data_owner_client.data.redaction.key import KEY_FILE
 from data_owner_client.data.redaction.redactor import Redactor
 from data_owner_client.data.stops import StopMatcher
@@ -23,10 +23,10 @@ from data_owner_client.memory.tokenized_pairs import tokenize_pair
 from data_owner_client.plm.connection.in_process import InProcessConnection
 from data_owner_client.plm.remote_plm import RemotePlm
 from data_owner_client.runtime.progress import Reporter
-from harness.tiny_models import TinyModels
+from harness.tiny_models import TinyModels, save_model
 from plm_owner_server.service.plm_service import PlmService
 from protocol.errors import ConnectionFailed, InvalidData
-from protocol.messages import EncodeRequest
+from protocol.messages import DecodeRequest, EncodeRequest
 from tests import support
 from tests.unit.client.test_memory import Recorder, files
 
@@ -161,6 +161,9 @@ def test_other_rules_another_key_and_other_contexts_are_refused(plm: RemotePlm, 
         build_both(plm, tmp_path)
     (tmp_path / KEY_FILE).write_bytes(key)
     build_both(plm, tmp_path)
+    with pytest.raises(InvalidData, match="Redacted contexts need rules"):
+        build_both(plm, tmp_path, context_mode="private", overwrite=True)
+    assert (tmp_path / KEY_FILE).read_bytes() == key
     build_both(plm, tmp_path, overwrite=True)
     assert (tmp_path / KEY_FILE).read_bytes() != key
 
@@ -209,3 +212,42 @@ def test_answers_of_a_chat_template_are_redacted_in_place(tiny_models: TinyModel
     assert (shown.target or "").strip() in text
     assert "theon" not in text
     assert "12" not in text
+
+
+def test_no_span_of_a_conversation_is_sent(tmp_path: Path) -> None:
+    template = (
+        "{% for message in messages %}{% for call in message.tool_calls or [] %}{{ call.function.arguments }}"
+        "{% endfor %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    recorder = Recorder(support.make_service(save_model("llama", tmp_path / "model", chat_template=template)))
+    plm = RemotePlm(recorder, dtype="float32", cache=None)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"theon": "an", "type": "theon"}}}
+    pairs = [
+        Pair(
+            f"the {i}",
+            f" theon {i}{i}{i}",
+            conversation=Conversation(
+                (
+                    {"role": "user", "content": "the theon"},
+                    {"role": "assistant", "content": f"die Türen {i} theon", "tool_calls": [call]},
+                    {"role": "user", "content": f"the {i}"},
+                )
+            ),
+        )
+        for i in range(8)
+    ]
+    task = Task(name="c", kind="chat", stop="\n")
+    redaction = Redaction.from_rules(RULES.model_copy(update={"sources": True}))
+    for _ in range(2):  # the second time nothing is left to do
+        build_memories(plm, task, pairs, tmp_path / "m", validation=pairs[:3], redaction=redaction)
+    texts = [plm.tokenizer.decode(ids) for request in recorder.sent for ids in request.token_ids]
+    assert len(texts) == len(pairs) + 3
+    assert all("die " in text and "': '" in text for text in texts)
+    assert not any(secret in text for text in texts for secret in ("theon", "Türen", "777"))
+    settings = TrainingSettings(rank=4, epochs=1, batch_rows=16, minutes=30, retrieved_examples=0, search=False)
+    train(plm, tmp_path / "m", tmp_path / "adapter", settings=settings)
+    requests = [request for request in recorder.sent if isinstance(request, (EncodeRequest, DecodeRequest))]
+    sent = [plm.tokenizer.decode(ids) for request in requests for ids in request.token_ids]
+    assert len(sent) > len(texts)
+    assert not any("theon" in text for text in sent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import stat
 import sys
@@ -17,20 +18,22 @@ from hypothesis import strategies as st
 
 from data_owner_client import Redaction, RedactionRules, load_redaction
 from data_owner_client.data.pairs import Conversation, Pair
-from data_owner_client.data.redaction.key import KEY_FILE, open_key
+from data_owner_client.data.redaction.key import KEY_FILE, new_key, open_key, replace_key
 from data_owner_client.data.redaction.redactor import Redactor
 from data_owner_client.data.redaction.report import report_redaction
 from data_owner_client.data.redaction.spans import Span, TermFinder, find_spans
 from data_owner_client.data.redaction.surrogates import SurrogateMap, masked
 from data_owner_client.data.tasks import Task
 from data_owner_client.memory.surrogate_target import SurrogateTarget
-from data_owner_client.plm.tokenizer import PlmTokenizer
+from data_owner_client.memory.tokenized_pairs import with_surrogates
+from data_owner_client.plm.tokenizer import MarkedText, PlmTokenizer
 from protocol.errors import InvalidData, Unsupported
 from tests.small_tokenizers import KINDS, LOSSLESS, PREFIXED, bundle
 
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
 NO_TERMS = TermFinder(())
 TOKENIZERS = {kind: PlmTokenizer(bundle(KINDS[kind]())) for kind in KINDS}
+NAME = SurrogateMap(KEY, None, TermFinder(["Anna"]))["Anna"]
 SPANS = st.text(
     st.one_of(st.sampled_from("abcXYZ 019-.,@Äßéжλ東한٣½"), st.characters(exclude_categories=["Cs", "Cc"])), min_size=1
 ).filter(lambda text: text.strip() != "")
@@ -41,11 +44,11 @@ def rules(**fields: Any) -> Redaction:
 
 
 def shape(sign: str) -> object:
-    """The kind of a sign: its category and script; of marks and signs, the sign itself."""
+    """The kind of a sign: its category and script; of accents and signs, the sign itself."""
     category = unicodedata.category(sign)
-    if category[0] not in "LN":
-        return sign
     script = unicodedata.name(sign, "").split(" ")[0].split("-")[0]
+    if category[0] not in "LN" and (category not in ("Mn", "Mc") or script in ("COMBINING", "VARIATION")):
+        return sign
     cased = "upper" if sign.isupper() else "lower" if sign.islower() else category
     return category[0], cased, script
 
@@ -103,7 +106,7 @@ def test_spans_are_merged_whatever_their_order(found: list[tuple[int, int, str]]
     assert [span[:2] for span in again] == [span[:2] for span in merged]
 
 
-@pytest.mark.parametrize("found", [(0, 99, "x"), (2, 1, "x"), (0, 1, 2), (0,), None, ("a", "b", "c")])
+@pytest.mark.parametrize("found", [(0, 99, "x"), (2, 1, "x"), (0, 1, 2), (0,), None, (0.0, 1.0, "x"), ("a", "b", "c")])
 def test_a_finder_that_gives_no_spans_is_explained(found: Any) -> None:
     with pytest.raises(InvalidData, match="must give \\(start, end, kind\\)"):
         find_spans("text", [lambda _: [found]])
@@ -117,14 +120,31 @@ def test_a_finder_that_gives_no_spans_is_explained(found: Any) -> None:
         ({"words": ["Zoë"]}, "Zoe\u0308 and Zoë", ["Zoe\u0308", "Zoë"]),
         ({"builtin": ["numbers"]}, "7 of 1,250.50 in 2024.", ["7", "1,250.50", "2024"]),
         ({"builtin": ["dates"]}, "12.03.2024, 2024-03-12, 1/2/24, 1.5", ["12.03.2024", "2024-03-12", "1/2/24"]),
+        ({"words": ["Anna"]}, "_Anna_, An\u00adna, \u200bANNA\ufeff", ["Anna", "An\u00adna", "ANNA"]),
+        ({"words": ["O'Brien"]}, "O’Brien, O\u02bcBrien", ["O’Brien", "O\u02bcBrien"]),
+        ({"words": ["Jean-Luc"]}, "Jean\u2011Luc, Jean–Luc", ["Jean\u2011Luc", "Jean–Luc"]),
+        ({"words": ["Işık", "İpek"]}, "IŞIK ışık ipek İPEK", ["IŞIK", "ışık", "ipek", "İPEK"]),
+        ({"words": ["田中", "สมชาย", "철수"]}, "田中さん ชื่อสมชายครับ 철수가", ["田中", "สมชาย", "철수"]),
+        ({"words": ["バハ", "철"]}, "ハ\u3099ハ ﾊﾞﾊ \u110e\u1165\u11af가", ["ハ\u3099ハ", "ﾊﾞﾊ", "\u110e\u1165\u11af"]),
+        ({"words": ["محمد"]}, "مُحَمَّد", ["مُحَمَّد"]),
+        ({"builtin": ["dates"]}, "on2024-03-12T10:00", ["2024-03-12"]),
         ({"builtin": ["emails"]}, "to a.b+c@d-e.co.uk.", ["a.b+c@d-e.co.uk"]),
+        ({"builtin": ["emails"]}, "jane.o'neil@x.ie", ["jane.o'neil@x.ie"]),
         ({"builtin": ["urls"]}, "see https://a.b/c?d=1 or www.e.f", ["a.b/c?d=1", "www.e.f"]),
+        ({"builtin": ["urls"]}, "HTTPS://A.B ftp://c.d WWW.e.f", ["A.B", "c.d", "WWW.e.f"]),
         ({"patterns": [{"kind": "id", "regex": r"C-\d+"}]}, "C-12 and C-x", ["C-12"]),
         ({"words": ["b c"], "patterns": [{"kind": "id", "regex": "a b"}]}, "a b c d", ["a b c"]),
     ],
 )
 def test_rules_find_their_spans(fields: dict[str, Any], text: str, expected: list[str]) -> None:
     assert [text[span.start : span.end] for span in rules(**fields).spans(text)] == expected
+
+
+def test_finders_are_fast_on_long_texts_and_lists() -> None:
+    # Each takes minutes where the time grows with the square of the length, and fractions of a second as it is.
+    assert not rules(builtin=["numbers", "dates", "emails", "urls"]).spans("a" * 1_000_000)
+    terms = TermFinder(f"Dr {number}" for number in range(50_000))
+    assert [*terms("Dr 1 Dr X " * 2_000)] == [Span(at, at + 4, "word") for at in range(0, 20_000, 10)]
 
 
 @given(st.text("aN0 .-@w/:", max_size=40))
@@ -164,6 +184,7 @@ def test_rules_are_read_from_a_file(tmp_path: Path) -> None:
         ("words = [", "is not TOML"),
         ("builtin = ['names']", "builtin.0"),
         ("word_files = ['none.txt']", "none.txt cannot be read"),
+        ("words = ['a']\nword_files = ['empty.txt']", "empty.txt has no words"),
         ("[[patterns]]\nkind = 'x'\nregex = '('", "is no regular expression"),
         ("[[patterns]]\nkind = 'x'\nregex = 'a*'", "matches the empty text"),
         ("python = 'a b'", "python"),
@@ -173,6 +194,7 @@ def test_rules_are_read_from_a_file(tmp_path: Path) -> None:
 )
 def test_wrong_rules_are_explained(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "rules.toml").write_text(content)
+    (tmp_path / "empty.txt").write_text("\ufeff\r\n \r\n", encoding="utf-8")
     with pytest.raises(InvalidData, match=re.escape(message)):
         load_redaction(tmp_path / "rules.toml")
 
@@ -218,15 +240,19 @@ def test_presidio_finds_entities() -> None:
 
 
 def test_the_key_is_the_users_alone_and_stays(tmp_path: Path) -> None:
-    key = open_key(tmp_path / "memory", renew=False)
+    folder = tmp_path / "memory"
+    key = open_key(folder)
     assert len(key) == 32
-    path = tmp_path / "memory" / KEY_FILE
+    path = folder / KEY_FILE
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert open_key(tmp_path / "memory", renew=False) == key
-    assert open_key(tmp_path / "memory", renew=True) != key
+    assert open_key(folder) == key
+    replace_key(folder, other := new_key())
+    assert open_key(folder) == other != key
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [each.name for each in folder.iterdir()] == [KEY_FILE]
     path.write_bytes(b"short")
     with pytest.raises(InvalidData, match="is damaged"):
-        open_key(tmp_path / "memory", renew=False)
+        open_key(folder)
 
 
 def test_targets_and_sources_have_the_same_surrogates() -> None:
@@ -257,6 +283,72 @@ def test_earlier_answers_are_redacted_as_targets_are(sources: bool) -> None:
     assert arguments["times"] != 41
     assert isinstance(arguments["times"], int)
     assert ("Anna" in user["content"], "Anna" in last["content"], "Anna" in shown.source) == (not sources,) * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"type": "Anna", "role": "Anna"}, {"type": NAME, "role": NAME}),
+        ({"Anna": {"Anna": True}}, {NAME: {NAME: True}}),
+        # Templates get the parsed arguments.
+        ('{"who": "\\u0041nna"}', {"who": NAME}),
+        ({"by": -1}, {"by": "#1"}),
+    ],
+)
+@pytest.mark.parametrize("sources", [False, True])
+def test_all_parts_of_calls_are_redacted(arguments: Any, expected: Any, sources: bool) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    turns = ({"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "user", "content": "x"})
+    redactor = Redactor(rules(words=["Anna", "function", "-"], sources=sources), KEY)
+    shown = redactor.redact_pair(Task(name="t", kind="chat"), Pair("x", "y", conversation=Conversation(turns)))
+    assert shown.conversation is not None
+    turn = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{**call, "function": {"name": "f", "arguments": expected}}],
+    }
+    assert shown.conversation.turns[0] == turn
+
+
+def test_a_redacted_number_stays_finite() -> None:
+    call = {"function": {"name": "f", "arguments": {"by": 1e300}}}
+    turns = ({"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "user", "content": "x"})
+    for key in range(20):
+        redactor = Redactor(rules(builtin=["numbers"]), bytes([key]) * 32)
+        shown = redactor.redact_pair(Task(name="t", kind="chat"), Pair("x", "y", conversation=Conversation(turns)))
+        assert shown.conversation is not None
+        assert "1e+300" not in str(shown.conversation.turns[0])
+        json.dumps(shown.conversation.turns, allow_nan=False)
+
+
+def test_escapes_in_an_example_of_json_hide_nothing() -> None:
+    schema = {"type": "object", "properties": {"who": {"type": "string"}}}
+    example = {"source": "a", "target": '{"who": "\\u0041nna"}'}
+    task = Task(name="t", kind="extract", answer_schema=schema, examples=(example,))
+    prompt = Redactor(rules(words=["Anna"]), KEY).redact_task(task).prompt("b", TOKENIZERS["gpt2"]).text
+    assert "Anna" not in prompt
+    assert NAME in prompt
+
+
+def test_an_answer_that_the_template_has_beside_it_is_refused() -> None:
+    target = MarkedText("<think>\n</think>\nthink</s>")
+    with pytest.raises(InvalidData, match="cannot be redacted"):
+        with_surrogates(target, "think", Pair("a", "vorpi"))
+    assert with_surrogates(target, "think", Pair("a", "think")) == target
+
+
+def test_surrogates_of_east_asian_names_tell_nothing_of_their_radicals_and_initials() -> None:
+    surrogates = [SurrogateMap(bytes([key]) * 32, None, NO_TERMS)["田철"] for key in range(40)]
+    for at, (first, last) in enumerate([(0x4E00, 0x9FFF), (0xAC00, 0xD7A3)]):
+        codes = [ord(surrogate[at]) for surrogate in surrogates]
+        assert all(first <= code <= last for code in codes)
+        assert len({code // 64 for code in codes}) > 15
+
+
+def test_vowel_signs_are_replaced() -> None:
+    signs = "ेोि\u0e34\u0e38\u064e"
+    surrogates = [SurrogateMap(bytes([key]) * 32, None, NO_TERMS)[f"न{signs}"] for key in range(20)]
+    assert all(len({each[at] for each in surrogates}) > 3 for at in range(1, len(signs) + 1))
 
 
 def test_a_task_shows_redacted_examples() -> None:
