@@ -13,6 +13,7 @@ from data_owner_client.decoding.settings import Effort
 from data_owner_client.memory.types import ContextMode
 from data_owner_client.training.settings import Pairing
 from data_owner_client.training.settings_search import CHANGES
+from harness.datasets.catalogue import DATA_SETS
 
 Context = Literal["teacher-forced", "redacted", "redacted, reliable", "aligned", "reliable", "by position"]
 """Contexts of a memory's rows.
@@ -149,6 +150,10 @@ def answered_points(tasks: Sequence[str]) -> Iterator[Point]:
 
 
 def effort_points(tasks: Sequence[str]) -> Iterator[Point]:
-    """Points whose test sets are answered with each effort, at constant λ."""
-    for task, effort in product(tasks, get_args(Effort)):
+    """Points whose test sets are answered with each effort, at constant λ.
+
+    Labels are scored and not searched, so tasks of the kind `classify` have none.
+    """
+    generated = [task for task in tasks if DATA_SETS[task].kind != "classify"]
+    for task, effort in product(generated, get_args(Effort)):
         yield Point(task=task, schedule="constant", effort=effort)

@@ -260,14 +260,16 @@ def sampling_of(sampling: SamplingSettings, search: SearchOptions) -> SamplingSe
         chosen = replace(sampling, temperature=temperature)
     search.require_possible(chosen)
     if chosen is None:
-        _require_no_limits_of_draws(sampling)
+        _require_no_limits_of_draws(sampling, search)
     return chosen
 
 
-def _require_no_limits_of_draws(sampling: SamplingSettings) -> None:
+def _require_no_limits_of_draws(sampling: SamplingSettings, search: SearchOptions) -> None:
     for name in ("top_p", "top_k", "candidates_only"):
         if getattr(sampling, name) != getattr(DEFAULT_SAMPLING, name):
             flag = f"--{name.replace('_', '-')}"
+            if search.beams > 1:
+                raise InvalidData(f"{flag} limits what is drawn, and a beam search draws none.", hint="Leave it away.")
             raise InvalidData(
                 f"{flag} limits what is drawn, and without a temperature nothing is drawn.",
                 hint=f"Give --temperature, such as 0.8, or leave {flag} away.",

@@ -76,10 +76,8 @@ def with_alternatives(
     ]
 
 
-def alternatives_at(mixture: CandidateMixture, pema_logprob_N_C: Tensor, row: int, count: int) -> Alternatives | None:
-    """The most probable candidates at one row, and the PLM's top-1; None where alternatives are not recorded."""
-    if not count:
-        return None
+def alternatives_at(mixture: CandidateMixture, pema_logprob_N_C: Tensor, row: int, count: int) -> Alternatives:
+    """The most probable candidates at one row, and the PLM's top-1."""
     ids_K, top1_logprob = mixture.token_ids(row), mixture.plm.top1_logprob_N[row, None]
     plm_K = torch.cat([mixture.plm.logprob_N_C[row].minimum(top1_logprob), top1_logprob])
     pema_K = torch.cat([pema_logprob_N_C[row], torch.tensor([-math.inf])])

@@ -79,7 +79,8 @@ class SearchOptions:
         if self.beams == 1:
             if self.length_penalty != 1.0:
                 raise InvalidData(
-                    "A length penalty ranks beams, and there is one text.", hint="Give --beams, such as 4."
+                    "A length penalty ranks beams, and there are none.",
+                    hint="Give --beams, such as 4, or --effort medium.",
                 )
             return
         if self.consensus:

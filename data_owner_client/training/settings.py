@@ -41,8 +41,8 @@ class TrainingSettings:
         gate: A learned gate, which predicts λ at each position, may replace a schedule of λ.
         search: Whole trainings with one changed setting at a time may replace the first one, while there is time;
             settings that you set yourself stay.
-        members: Trainings whose distributions the adapter averages, at most. They are those of the
-            search, and the validation memory decides. 1, or no search, for a single network.
+        members: Trainings whose distributions the adapter averages, at most: those of the search, and of both
+            pairings. The validation memory decides. 1 for a single network.
         minutes: Minutes for all that is done: training, search, retrieved examples and decoded texts. What does not fit
             is left out and named. 0 for nothing but the training itself.
         selection_texts: Held-out texts that are decoded at most to choose λ by the task's headline metric; 0 chooses

@@ -15,7 +15,7 @@ from benchmarks.findings import comparisons, sensitivity
 from benchmarks.findings.__main__ import with_section
 from benchmarks.in_process import served
 from benchmarks.sensitivity.measurement import Bench, Measurement, Splits, standard_error
-from benchmarks.sensitivity.points import FACTORS, Point, answered_points, points
+from benchmarks.sensitivity.points import FACTORS, Point, answered_points, effort_points, points
 from benchmarks.sensitivity.redaction import a_quarter_of_words
 from benchmarks.sensitivity.results import Results
 from data_owner_client import Pair, Task
@@ -53,6 +53,11 @@ def test_points_differ_from_the_default_in_one_factor_and_the_seed() -> None:
 def test_points_of_some_values() -> None:
     drawn = list(points(["spam"], ["context", "kappa"], 1, ["redacted", "0.5"]))
     assert drawn == [Point(task="spam"), Point(task="spam", context="redacted"), Point(task="spam", kappa=0.5)]
+
+
+def test_texts_are_searched_and_labels_are_not() -> None:
+    drawn = list(effort_points(["wordnet-classes", "cwe"]))
+    assert [(point.task, point.effort) for point in drawn] == [("cwe", "low"), ("cwe", "medium"), ("cwe", "high")]
 
 
 def test_a_quarter_of_the_words_is_redacted_and_no_key() -> None:

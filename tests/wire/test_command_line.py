@@ -380,6 +380,7 @@ def test_beams_and_effort(url: str, adapter: Path, task: Path, tmp_path: Path) -
     for arguments, words in (
         (["--beams", 2, "--consensus", 2], "two ways to search"),
         (["--beams", 2, "--temperature", 1], "draws none"),
+        (["--effort", "medium", "--candidates-only"], "a beam search draws none. Leave it away"),
         (["--beams", 2, "--stream"], "Leave --consensus, --samples, --beams and --effort away"),
         (["--effort", "high", "--stream"], "Leave --consensus, --samples, --beams and --effort away"),
         (["--beams", 2, "--lookup", adapter.parent / "memory"], "--lookup finds drafts"),
