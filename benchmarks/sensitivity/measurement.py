@@ -56,8 +56,7 @@ class Measurement(BaseModel):
         seconds: duration of all trainings.
         scores: metrics of the answers to the test set, by title; None if it was not answered.
         headline: title of the metric that the task is judged by.
-        rows_a_token: rows that the server computed for the answers, per token of the most probable ones; None if it was
-            not counted.
+        rows_a_token: rows that the server computed, per token of the answers; None if they were not counted.
     """
 
     plm_nll: float

@@ -91,10 +91,9 @@ class GenerationStats:
 
     def __str__(self) -> str:
         """The counts and times in words."""
-        counts = (
-            f"{self.tokens:,} tokens, {self.round_trips / max(1, self.tokens):.2f} round trips per token, "
-            f"{self.accepted:,} of {self.drafted:,} drafts accepted"
-        )
+        counts = f"{self.tokens:,} tokens, {self.round_trips / max(1, self.tokens):.2f} round trips per token"
+        # A beam search has none.
+        counts += f", {self.accepted:,} of {self.drafted:,} drafts accepted" if self.drafted else ""
         if self.label_prefixes:
             counts = f"{self.label_prefixes:,} prefixes of labels behind their prompts, {self.label_tokens:,} tokens"
         return (
