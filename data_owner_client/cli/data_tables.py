@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_owner_client.data.checking.report import Cost, DataReport, Example, PartReport, RedactionReport, counted
+from data_owner_client.data.redaction.redactor import left_in_sources
 from data_owner_client.runtime.console import PlainConsole, print_table
 
 _CHARACTERS = 400
@@ -87,7 +88,7 @@ def _print_redaction(console: PlainConsole, report: RedactionReport) -> None:
     counts = ", ".join(f"{count:,} {kind}" for kind, count in report.spans.items()) or "nothing"
     console.print(
         f"Surrogates replace {counts}: {report.share:.1%} of the characters of {where}, in "
-        f"{counted(report.pairs, 'pair')}.",
+        f"{counted(report.pairs, 'pair')}. {left_in_sources(report.left_in_sources)}".rstrip(),
         soft_wrap=True,
     )
     if report.examples:

@@ -191,6 +191,7 @@ class RedactionReport(BaseModel):
     Attributes:
         sources: whether source texts are redacted, too.
         pairs: pairs in which something is replaced.
+        left_in_sources: number of spans in sources that are not replaced, as the rules leave sources alone.
         spans: number of replaced spans by kind.
         share: share of the characters that are replaced, 0 to 1.
         examples: the first spans of each kind.
@@ -198,6 +199,7 @@ class RedactionReport(BaseModel):
 
     sources: bool
     pairs: int
+    left_in_sources: int
     spans: dict[str, int]
     share: float
     examples: list[Replacement]

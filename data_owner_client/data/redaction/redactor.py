@@ -55,6 +55,13 @@ _PROTOCOL = {
 }
 
 
+def left_in_sources(spans: int) -> str:
+    """A warning of spans that stay in the sources; empty if there are none."""
+    if not spans:
+        return ""
+    return f"{spans:,} such texts stand in sources, which are sent as they are: `sources = true` replaces them, too."
+
+
 class Redactor:
     """Replaces the spans that the rules find by surrogates, one of the same length for each character sequence.
 
@@ -66,11 +73,13 @@ class Redactor:
     Attributes:
         redaction: the rules.
         replaced: number of replaced spans so far, by kind; those of tasks do not count.
+        left_in_sources: number of spans in sources that were not replaced, as the rules leave sources alone.
     """
 
     def __init__(self, redaction: Redaction, key: bytes, tokenizer: PlmTokenizer | None = None) -> None:
         self.redaction = redaction
         self.replaced = Counter[str]()
+        self.left_in_sources = 0
         self._surrogates = SurrogateMap(key, tokenizer, redaction.terms)
 
     def redact(self, text: str) -> str:
@@ -89,10 +98,10 @@ class Redactor:
     @property
     def summary(self) -> str:
         """A line about the replaced spans."""
-        if not self.replaced:
-            return "Nothing is replaced by surrogates: the rules find nothing in these texts."
         counts = ", ".join(f"{count:,} {kind}" for kind, count in self.replaced.most_common())
-        return f"Replaced by surrogates: {counts}."
+        texts = "these texts" if self.redaction.sources else "the targets"
+        line = f"Replaced by surrogates: {counts}." if counts else f"The rules find nothing to replace in {texts}."
+        return f"{line} {left_in_sources(self.left_in_sources)}".rstrip()
 
     def surrogate(self, span: str) -> str:
         """The surrogate of a span."""
@@ -113,6 +122,7 @@ class Redactor:
         except InvalidText:
             target = ""
         source = self.redact(pair.source) if self.redaction.sources else pair.source
+        self.left_in_sources += self.redaction.count_left(pair)
         return Pair(source, target, pair.origin, conversation=self._conversation(pair.conversation))
 
     def redact_pairs(self, task: Task, pairs: Sequence[Pair], reporter: Reporter) -> Sequence[Pair]:

@@ -29,13 +29,14 @@ def report_redaction(
         InvalidData: a finder gives something else than spans.
     """
     redactor = Redactor(redaction, secrets.token_bytes(32), tokenizer)
-    spans, characters, total, texts_with_spans = Counter[str](), 0, 0, 0
+    spans, characters, total, texts_with_spans, left = Counter[str](), 0, 0, 0, 0
     examples: dict[str, dict[str, str]] = {}
     for pair in pairs:
         texts = [pair.target or "", *(texts_of(pair.question) if redaction.sources else ())]
         total += sum(map(len, texts))
         found = [(text[span.start : span.end], span.kind) for text in texts for span in redaction.spans(text)]
         texts_with_spans += bool(found)
+        left += redaction.count_left(pair)
         for span, kind in found:
             spans[kind] += 1
             characters += len(span)
@@ -45,6 +46,7 @@ def report_redaction(
     return RedactionReport(
         sources=redaction.sources,
         pairs=texts_with_spans,
+        left_in_sources=left,
         spans=dict(spans.most_common()),
         share=characters / total if total else 0.0,
         examples=[

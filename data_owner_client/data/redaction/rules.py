@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from data_owner_client.data.pairs import Pair
 from data_owner_client.data.redaction.presidio import PresidioFinder
 from data_owner_client.data.redaction.spans import (
     BUILTIN_PATTERNS,
@@ -159,6 +160,15 @@ class Redaction:
     def spans(self, text: str) -> list[Span]:
         """The spans of a text that are to be replaced, in order and without overlap."""
         return find_spans(text, self.finders)
+
+    def count_left(self, pair: Pair) -> int:
+        """Number of spans in the pair's source that the rules leave there; of a conversation, in others' turns."""
+        if self.sources:
+            return 0
+        texts = [pair.source]
+        if pair.conversation:
+            texts = [str(turn.get("content") or "") for turn in pair.conversation.turns if turn["role"] != "assistant"]
+        return sum(len(self.spans(text)) for text in texts)
 
 
 def load_redaction(rules: AnyPath) -> Redaction:

@@ -371,7 +371,22 @@ def test_a_report_counts_what_is_replaced() -> None:
     report = report_redaction(rules(words=["Anna"], builtin=["numbers"]), pairs)
     assert (report.spans, report.pairs, report.share) == ({"word": 1, "number": 1}, 1, 6 / 12)
     assert {example.text for example in report.examples} == {"Anna", "12"}
-    assert report_redaction(rules(words=["Anna"], sources=True), pairs).spans == {"word": 2}
+    both = report_redaction(rules(words=["Anna"], sources=True), pairs)
+    assert both.spans == {"word": 2}
+    assert (report.left_in_sources, both.left_in_sources) == (1, 0)
+
+
+def test_spans_that_stay_in_sources_are_said() -> None:
+    turns = ({"role": "user", "content": "Anna, Anna"}, {"role": "assistant", "content": "Anna"})
+    pairs = [Pair("Anna", "12"), Pair("Otto", "Anna"), Pair("", "", conversation=Conversation(turns))]
+    redactor = Redactor(rules(words=["Anna"]), KEY)
+    for pair in pairs:
+        redactor.redact_pair(Task(name="t"), pair)
+    assert redactor.left_in_sources == 3
+    assert "3 such texts stand in sources" in redactor.summary
+    redactor = Redactor(rules(words=["Anna"], sources=True), KEY)
+    redactor.redact_pair(Task(name="t"), pairs[0])
+    assert "sources" not in redactor.summary
 
 
 LINES = st.lists(st.text("abehlmnoskiäß東 .", min_size=1, max_size=6), min_size=1, max_size=6).map("".join)
