@@ -95,6 +95,8 @@ def test_an_interrupted_build_says_how_to_go_on(url: str, task: Path, tmp_path: 
     # So many that the build has long not ended when the first shard is seen.
     pairs = write_pairs(tmp_path / "pairs.jsonl", 6000, seed=4)
     arguments = ["--task", task, "--input", pairs, "--share-targets", "--memory", tmp_path / "memory"]
+    # Tests in the background of a shell ignore the signal, and so would the client.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         processes.client_command(url, "build-memory", *arguments), stderr=subprocess.PIPE, text=True
     )
@@ -103,7 +105,7 @@ def test_an_interrupted_build_says_how_to_go_on(url: str, task: Path, tmp_path: 
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert errors.strip().splitlines()[-1].startswith("pema-client: interrupted; run the same command again")
 
