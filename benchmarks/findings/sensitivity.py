@@ -58,6 +58,7 @@ def tables(results: Results) -> dict[str, str]:
     sections["sensitivity-default"] = _default_table(results, tasks)
     sections["sensitivity-schedule"] = _schedule_table(results, tasks)
     sections["sensitivity-answers"] = _answers_table(results, tasks)
+    sections["sensitivity-redacted"] = _redacted_table(results, tasks)
     sections["sensitivity-efforts"] = _efforts_table(results, tasks)
     sections["sensitivity-source"] = results.source
     return sections
@@ -99,10 +100,16 @@ def _value_name(factor: str, value: Any) -> str:
     return f"**{name}**" if value == getattr(Point(task=""), factor) else name
 
 
-def _factor_table(results: Results, tasks: Sequence[str], factor: str) -> str:
-    """A row for each value of the factor, with the gain on each task."""
+def _redacted_table(results: Results, tasks: Sequence[str]) -> str:
+    """The gain by contexts that show the targets, as they are or redacted, on the tasks that have both."""
+    tasks = [task for task in tasks if _spread(results, Point(task=task, context="redacted"))]
+    return _factor_table(results, tasks, "context", ("teacher-forced", "redacted", "redacted, reliable"))
+
+
+def _factor_table(results: Results, tasks: Sequence[str], factor: str, values: Sequence[Any] | None = None) -> str:
+    """A row for each value of the factor, or for some values, with the gain on each task."""
     lines = [f"| {_TITLES[factor]} | {' | '.join(tasks)} |", f"|---|{'--:|' * len(tasks)}"]
-    for value in _values(factor):
+    for value in values or _values(factor):
         cells = []
         for task in tasks:
             spread = _spread(results, replace(Point(task=task), **{factor: value}))
