@@ -96,7 +96,11 @@ def _values(factor: str) -> list[Any]:
 
 
 def _value_name(factor: str, value: Any) -> str:
-    name = "residual" if factor == "form" and value is None else f"{value}"
+    name = f"{value}"
+    if value is None:
+        name = "residual"
+    elif isinstance(value, bool):
+        name = "yes" if value else "no"
     return f"**{name}**" if value == getattr(Point(task=""), factor) else name
 
 
