@@ -162,7 +162,8 @@ def test_tables_and_pictures_hold_every_point(tmp_path: Path) -> None:
     for factor, values in FACTORS.items():
         text = tables[f"sensitivity-{factor}"]
         assert text.count("0.375 ± 0.177") >= 2 * len(values)
-        assert all(f"{value}" in text for value in values)
+        names = [("yes" if value else "no") if isinstance(value, bool) else f"{value}" for value in values]
+        assert all(name in text for name in names)
     assert "| 12.3 | – |" in tables["sensitivity-answers"]
     pictures = sensitivity.draw(results, tmp_path)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
