@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count, groupby
 
 from data_owner_client.memory.alignment import AlignedContext
 from data_owner_client.plm.tokenizer import PlmTokenizer
@@ -68,5 +69,5 @@ def _common_beginning(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _numbered(starts: list[int]) -> list[tuple[int, int]]:
-    """The starts, with numbers that tell the tokens of one character apart."""
-    return [(start, at - starts.index(start)) for at, start in enumerate(starts)]
+    """The starts, with numbers that tell the tokens of one character apart; such tokens follow each other."""
+    return [pair for start, same in groupby(starts) for pair in zip(same, count(), strict=False)]
