@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,6 +161,42 @@ class Reference:
         if weight > 0:
             mixture_V[sorted(stop_ids & set(targets))] /= math.exp(length_reward)
         return mixture_V, int(p_plm_V.argmax())
+
+
+def until_stop(token_ids: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
+    """The ids up to the first stop, without the padding behind it."""
+    end = next((at for at, token in enumerate(token_ids) if token in stop_ids), len(token_ids))
+    return list(token_ids[: end + 1])
+
+
+def transformers_beams(
+    model: Any,
+    prompt: Sequence[int],
+    *,
+    beams: int,
+    length_penalty: float,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    **options: Any,
+) -> list[tuple[list[int], float]]:
+    """Token ids and score of each beam that transformers finds, the best first; further options are of `generate`."""
+    found = model.generate(
+        torch.tensor([prompt]),
+        num_beams=beams,
+        num_return_sequences=beams,
+        length_penalty=length_penalty,
+        early_stopping=False,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stop_ids),
+        return_dict_in_generate=True,
+        output_scores=True,
+        **options,
+    )
+    rows = found.sequences[:, len(prompt) :].tolist()
+    return [
+        (until_stop(ids, stop_ids), score) for ids, score in zip(rows, found.sequences_scores.tolist(), strict=True)
+    ]
 
 
 class ReplacedScores(LogitsProcessor):  # type: ignore[misc]  # its package has no types

@@ -43,7 +43,7 @@ from plm_owner_server.tenants.store import Tenant
 from tests import guard, support
 from tests.basis import Basis
 from tests.profiles import scaled
-from tests.reference import Reference, ReplacedScores, schedule
+from tests.reference import Reference, ReplacedScores, schedule, transformers_beams
 from tests.support import random_ids
 
 TASK = Task(name="t", source_label="In", target_label="Out", examples=({"source": "an on", "target": "die"},))
@@ -270,27 +270,17 @@ def expected_beams(
         logprob_V[compared] = mixture_V[compared].log()
         return logprob_V
 
-    found = case.reference.model.generate(
-        torch.tensor([prompt]),
-        num_beams=beams,
-        num_return_sequences=beams,
+    found = transformers_beams(
+        case.reference.model,
+        prompt,
+        beams=beams,
         length_penalty=length_penalty,
-        early_stopping=False,
-        do_sample=False,
         max_new_tokens=BEAM_STEPS,
-        eos_token_id=sorted(case.stop_ids),
+        stop_ids=case.stop_ids,
         logits_processor=LogitsProcessorList([ReplacedScores(len(prompt), logprobs)]),
-        return_dict_in_generate=True,
-        output_scores=True,
     )
-    rows = zip(found.sequences[:, len(prompt) :].tolist(), found.sequences_scores.tolist(), strict=True)
     # Where fewer tokens can follow than there are beams, transformers goes on with texts that have no probability.
-    return [(_until_stop(ids, case.stop_ids), score) for ids, score in rows if score > -1e6]
-
-
-def _until_stop(token_ids: list[int], stop_ids: frozenset[int]) -> list[int]:
-    end = next((at for at, token in enumerate(token_ids) if token in stop_ids), len(token_ids))
-    return token_ids[: end + 1]
+    return [(ids, score) for ids, score in found if score > -1e6]
 
 
 def compare_beams(case: Case, data: st.DataObject, *, whole: bool) -> None:

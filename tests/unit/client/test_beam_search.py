@@ -45,6 +45,7 @@ from protocol.messages import TokenizerBundle
 from tests import support
 from tests.adapters import random_adapter
 from tests.profiles import scaled
+from tests.reference import transformers_beams, until_stop
 
 STEPS = 12
 BRIEF = DecodingSettings(max_new_tokens=STEPS)
@@ -86,12 +87,6 @@ def model(request: pytest.FixtureRequest, tiny_models: TinyModels) -> tuple[Remo
     return plm, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def until_stop(token_ids: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
-    """The ids up to the first stop, without the padding behind it."""
-    end = next((at for at, token in enumerate(token_ids) if token in stop_ids), len(token_ids))
-    return list(token_ids[: end + 1])
-
-
 @pytest.mark.parametrize("stops", STOPS)
 @pytest.mark.parametrize(("beams", "length_penalty"), [(2, 1.0), (3, 2.0), (4, 0.0), (4, 1.0)])
 def test_all_beams_are_those_of_transformers(
@@ -104,23 +99,13 @@ def test_all_beams_are_those_of_transformers(
     found, _ = search(plm, config, length_penalty=length_penalty)
     lengths = set[int]()
     for prompt, continuations in zip(PROMPTS, found, strict=True):
-        expected = own.generate(
-            torch.tensor([prompt]),
-            num_beams=beams,
-            num_return_sequences=beams,
-            length_penalty=length_penalty,
-            early_stopping=False,
-            do_sample=False,
-            max_new_tokens=STEPS,
-            eos_token_id=sorted(stop_ids),
-            return_dict_in_generate=True,
-            output_scores=True,
+        expected = transformers_beams(
+            own, prompt, beams=beams, length_penalty=length_penalty, max_new_tokens=STEPS, stop_ids=stop_ids
         )
-        assert [each.token_ids for each in continuations] == [
-            until_stop(ids[len(prompt) :], stop_ids) for ids in expected.sequences.tolist()
-        ]
+        assert [each.token_ids for each in continuations] == [ids for ids, _ in expected]
         scores = [each.logprob / len(each.token_ids) ** length_penalty for each in continuations]
-        torch.testing.assert_close(torch.tensor(scores), expected.sequences_scores, rtol=1e-4, atol=1e-4)
+        expected_scores = torch.tensor([score for _, score in expected])
+        torch.testing.assert_close(torch.tensor(scores), expected_scores, rtol=1e-4, atol=1e-4)
         lengths |= {len(each.token_ids) for each in continuations}
     # A high length penalty prefers texts of full length.
     assert stops == "eos" or length_penalty > 0 or min(lengths) < STEPS, "no text has ended early"
