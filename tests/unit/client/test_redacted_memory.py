@@ -226,7 +226,7 @@ def test_no_span_of_a_conversation_is_sent(tmp_path: Path) -> None:
     pairs = [
         Pair(
             f"the {i}",
-            f" theon {i}{i}{i}",
+            f" theon {str(i) * 9}",  # so long that no surrogate is another one of them
             conversation=Conversation(
                 (
                     {"role": "user", "content": "the theon"},
@@ -244,7 +244,7 @@ def test_no_span_of_a_conversation_is_sent(tmp_path: Path) -> None:
     texts = [plm.tokenizer.decode(ids) for request in recorder.sent for ids in request.token_ids]
     assert len(texts) == len(pairs) + 3
     assert all("die " in text and "': '" in text for text in texts)
-    assert not any(secret in text for text in texts for secret in ("theon", "Türen", "777"))
+    assert not any(secret in text for text in texts for secret in ("theon", "Türen", "7" * 9))
     settings = TrainingSettings(rank=4, epochs=1, batch_rows=16, minutes=30, retrieved_examples=0, search=False)
     train(plm, tmp_path / "m", tmp_path / "adapter", settings=settings)
     requests = [request for request in recorder.sent if isinstance(request, (EncodeRequest, DecodeRequest))]
