@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_owner_client.data.checking.report import Cost, DataReport, Example, PartReport, RedactionReport, counted
-from data_owner_client.data.redaction.redactor import left_in_sources
+from data_owner_client.data.redaction.rules import left_in_sources
 from data_owner_client.runtime.console import PlainConsole, print_table
 
 _CHARACTERS = 400

@@ -13,7 +13,7 @@ from data_owner_client.data.chat_turns import with_parsed_arguments
 from data_owner_client.data.pair_files import PairFile
 from data_owner_client.data.pairs import Conversation, Pair
 from data_owner_client.data.reading.problems import InvalidText
-from data_owner_client.data.redaction.rules import Redaction
+from data_owner_client.data.redaction.rules import Redaction, left_in_sources
 from data_owner_client.data.redaction.surrogates import SurrogateMap
 from data_owner_client.data.tasks import Task
 from data_owner_client.plm.tokenizer import PlmTokenizer
@@ -53,13 +53,6 @@ _PROTOCOL = {
     "boolean",
     "null",
 }
-
-
-def left_in_sources(spans: int) -> str:
-    """A warning of spans that stay in the sources; empty if there are none."""
-    if not spans:
-        return ""
-    return f"{spans:,} such texts stand in sources, which are sent as they are: `sources = true` replaces them, too."
 
 
 class Redactor:

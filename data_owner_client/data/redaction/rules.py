@@ -171,6 +171,13 @@ class Redaction:
         return sum(len(self.spans(text)) for text in texts)
 
 
+def left_in_sources(spans: int) -> str:
+    """A warning of spans that stay in the sources; empty if there are none."""
+    if not spans:
+        return ""
+    return f"{spans:,} such texts stand in sources, which are sent as they are: `sources = true` replaces them, too."
+
+
 def load_redaction(rules: AnyPath) -> Redaction:
     """The redaction of a TOML file, or of a function `module:function`.
 
