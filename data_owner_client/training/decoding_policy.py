@@ -24,7 +24,7 @@ from data_owner_client.training.decoded_policies import DecodedPolicies, TextSto
 from data_owner_client.training.inputs import Memories, TrainingInput
 from data_owner_client.training.label_policies import select_by_labels
 from data_owner_client.training.policies import DecodingPolicy, PromptVariant
-from data_owner_client.training.policy_choice import clearly_better, smoothed_maximum
+from data_owner_client.training.policy_choice import clearly_better, supported_maximum
 from data_owner_client.training.settings import TrainingSettings
 from data_owner_client.training.time_budget import TimeBudget, WorkPlan
 from protocol.errors import InvalidData
@@ -170,7 +170,8 @@ def _by_answers(likeliest: DecodingPolicy, variant: PromptVariant, trials: _Tria
     They are compared by the task's headline metric, which each text has. Corpus BLEU is not used: on few texts it
     depends on one or two of them. Neither is the highest mean as such, as its noise is larger than most differences:
 
-    1. The constant λ is that of the maximum of a parabola through a few of them (`smoothed_maximum`).
+    1. The constant λ is between the maximum of a parabola through a few of them and the likeliest one, nearer to the
+       one that is surer (`supported_maximum`).
     2. The likeliest policy, if its λ is not constant, must be clearly better than that.
     3. So must a length reward be: chrF weighs recall twice as much as precision, so it hardly sees the superfluous
        words that a reward brings.
@@ -183,7 +184,7 @@ def _by_answers(likeliest: DecodingPolicy, variant: PromptVariant, trials: _Tria
     if len(grid) >= _PARABOLA_POINTS:
         lambda_P = torch.tensor([policy.interpolation.lambda_max for policy in grid], dtype=torch.float64)
         score_P_E = torch.stack([trials.score_E(policy) for policy in grid])
-        lambda_max = round(smoothed_maximum(lambda_P, score_P_E), 2)
+        lambda_max = round(supported_maximum(lambda_P, score_P_E, likeliest=likeliest_constant.lambda_max), 2)
         chosen = variant.policy(Interpolation(schedule="constant", lambda_max=lambda_max))
         if trials.add(chosen):
             if likeliest.interpolation.gate is not None or likeliest.interpolation.schedule != "constant":

@@ -9,21 +9,27 @@ from torch import Tensor
 _RESAMPLES = 1000
 _SEED = 0
 _ROUNDING = 1e-6
+# Standard deviation of the best value for whole texts around the likeliest one for single tokens.
+_LIKELIEST_ERROR = 0.15
 
 
-def smoothed_maximum(value_P: Tensor, score_P_E: Tensor) -> float:
-    """Value at which the mean score is highest, smoothed against the noise of the texts.
+def supported_maximum(value_P: Tensor, score_P_E: Tensor, *, likeliest: float) -> float:
+    """Value that the scores of a few texts and the likelihood of all of them support together.
 
-    A parabola through the mean scores has its maximum where all values together put it. The maximum is then averaged
-    over resamples of the texts (bagging: Breiman 1996), so that it moves little when a few texts change. Where the
-    texts cannot tell the values apart, the result is near the middle of them.
+    A parabola through the mean scores has its maximum where all values together put it. Resamples of the texts move it
+    (bagging: Breiman 1996); their variance tells how little the texts know. The mean maximum and the likeliest value are
+    weighted by the inverse of their variances, as two independent measurements of one quantity. So the scores decide
+    where they are clear, and the likelihood where they are noise.
 
     Args:
         value_P: P ≥ 3 different values, float64.
         score_P_E: score of each of E texts with each value.
+        likeliest: value with the highest likelihood of all targets.
     """
     maximum_S = _maximum_of_parabola(value_P.double(), _resampled_means(score_P_E))
-    return maximum_S.mean().clamp(value_P.min(), value_P.max()).item()
+    variance = maximum_S.var(correction=0).item()
+    trust = _LIKELIEST_ERROR**2 / (variance + _LIKELIEST_ERROR**2)
+    return trust * maximum_S.mean().item() + (1 - trust) * likeliest
 
 
 def bagged_maximum(value_P: Tensor, score_P_E: Tensor) -> float:

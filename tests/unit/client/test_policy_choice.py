@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from data_owner_client.training.policy_choice import clearly_better, smoothed_maximum
+from data_owner_client.training.policy_choice import clearly_better, supported_maximum
 from tests.profiles import scaled
 
 LAMBDA_P = torch.tensor([0.3, 0.45, 0.6, 0.8], dtype=torch.float64)
@@ -56,17 +56,35 @@ def test_noise_of_the_standard_error_replaces_an_equal_policy_as_often_as_a_norm
     assert flips / 2000 == pytest.approx(0.159, abs=0.03)  # 1 − Φ(1)
 
 
-@given(best=st.floats(0.35, 0.75), curvature=st.floats(10, 200))
+@given(best=st.floats(0.35, 0.75), curvature=st.floats(10, 200), likeliest=st.floats(0.05, 0.99))
 @settings(max_examples=scaled(30))
-def test_without_noise_the_maximum_is_that_of_the_parabola(best: float, curvature: float) -> None:
-    assert smoothed_maximum(LAMBDA_P, scores(best, curvature, 0.0, seed=1)) == pytest.approx(best, abs=1e-6)
+def test_without_noise_the_maximum_is_that_of_the_parabola(best: float, curvature: float, likeliest: float) -> None:
+    found = supported_maximum(LAMBDA_P, scores(best, curvature, 0.0, seed=1), likeliest=likeliest)
+    assert found == pytest.approx(best, abs=1e-6)
+
+
+def test_equal_variances_weigh_scores_and_likelihood_equally() -> None:
+    """Two texts whose parabolas have their maxima 0.15 to either side of 0.55: resamples have half that variance."""
+    one, other = (-(LAMBDA_P - best).square() for best in (0.4, 0.7))
+    # Two of four resamples have both texts (0.55), one each has a single text twice (0.4 and 0.7).
+    found = supported_maximum(LAMBDA_P, torch.stack([one, other], dim=1), likeliest=0.7)
+    variance = 0.5 * 0.15**2
+    expected = (0.55 / variance + 0.7 / 0.15**2) / (1 / variance + 1 / 0.15**2)
+    assert found == pytest.approx(expected, abs=0.01)
+
+
+def test_noise_leaves_the_likeliest_value() -> None:
+    found = [supported_maximum(LAMBDA_P, scores(0.5, 0.0, 30.0, seed), likeliest=0.75) for seed in range(30)]
+    assert fmean(found) > 0.62
+    blind = [supported_maximum(LAMBDA_P, scores(0.5, 0.0, 30.0, seed), likeliest=0.35) for seed in range(30)]
+    assert fmean(blind) < 0.48
 
 
 @given(slope=st.floats(0.5, 50), rising=st.booleans())
 @settings(max_examples=scaled(30))
 def test_beyond_the_values_it_is_the_last_of_them(slope: float, rising: bool) -> None:
     line_P = slope * (LAMBDA_P if rising else -LAMBDA_P)
-    assert smoothed_maximum(LAMBDA_P, line_P[:, None].expand(-1, TEXTS)) == (0.8 if rising else 0.3)
+    assert supported_maximum(LAMBDA_P, line_P[:, None].expand(-1, TEXTS), likeliest=0.5) == (0.8 if rising else 0.3)
 
 
 @given(difficulty_E=st.lists(st.floats(-100, 100), min_size=TEXTS, max_size=TEXTS))
@@ -74,7 +92,8 @@ def test_beyond_the_values_it_is_the_last_of_them(slope: float, rising: bool) ->
 def test_how_hard_the_texts_are_does_not_matter(difficulty_E: list[float]) -> None:
     score_P_E = scores(0.5, 40.0, 8.0, seed=3)
     harder_P_E = score_P_E + torch.tensor(difficulty_E, dtype=torch.float64)
-    assert smoothed_maximum(LAMBDA_P, harder_P_E) == pytest.approx(smoothed_maximum(LAMBDA_P, score_P_E), abs=0.03)
+    easy, hard = (supported_maximum(LAMBDA_P, each, likeliest=0.7) for each in (score_P_E, harder_P_E))
+    assert hard == pytest.approx(easy, abs=0.03)
 
 
 def test_it_jumps_less_than_the_highest_score() -> None:
@@ -82,7 +101,7 @@ def test_it_jumps_less_than_the_highest_score() -> None:
     smoothed, highest = list[float](), list[float]()
     for seed in range(60):
         score_P_E = scores(0.5, 40.0, 8.0, seed)
-        smoothed.append(smoothed_maximum(LAMBDA_P, score_P_E))
+        smoothed.append(supported_maximum(LAMBDA_P, score_P_E, likeliest=0.5))
         highest.append(LAMBDA_P[score_P_E.mean(dim=1).argmax()].item())
     assert pstdev(smoothed) < 0.6 * pstdev(highest)
     assert fmean(smoothed) == pytest.approx(0.5, abs=0.06)
