@@ -84,7 +84,8 @@ def test_noise_leaves_the_likeliest_value() -> None:
 @settings(max_examples=scaled(30))
 def test_beyond_the_values_it_is_the_last_of_them(slope: float, rising: bool) -> None:
     line_P = slope * (LAMBDA_P if rising else -LAMBDA_P)
-    assert supported_maximum(LAMBDA_P, line_P[:, None].expand(-1, TEXTS), likeliest=0.5) == (0.8 if rising else 0.3)
+    found = supported_maximum(LAMBDA_P, line_P[:, None].expand(-1, TEXTS), likeliest=0.5)
+    assert found == pytest.approx(0.8 if rising else 0.3)
 
 
 @given(difficulty_E=st.lists(st.floats(-100, 100), min_size=TEXTS, max_size=TEXTS))
