@@ -17,9 +17,9 @@ def supported_maximum(value_P: Tensor, score_P_E: Tensor, *, likeliest: float) -
     """Value that the scores of a few texts and the likelihood of all of them support together.
 
     A parabola through the mean scores has its maximum where all values together put it. Resamples of the texts move it
-    (bagging: Breiman 1996); their variance tells how little the texts know. The mean maximum and the likeliest value are
-    weighted by the inverse of their variances, as two independent measurements of one quantity. So the scores decide
-    where they are clear, and the likelihood where they are noise.
+    (bagging: Breiman 1996); their variance tells how little the texts know. The mean maximum and the likeliest value
+    are weighted by the inverse of their variances, as two independent measurements of one quantity. So the scores
+    decide where they are clear, and the likelihood where they are noise.
 
     Args:
         value_P: P ≥ 3 different values, float64.
