@@ -64,7 +64,7 @@ class MemoryBuild:
         *,
         context_mode: ContextMode,
         share_targets: bool,
-        with_logsumexp: bool,
+        held_out: bool,
         overwrite: bool,
         redactor: Redactor | None = None,
         demand: Demand,
@@ -82,8 +82,8 @@ class MemoryBuild:
                 continuation. `teacher-forced` also sends the targets and pairs y_i with its true context. `redacted`
                 sends the targets with surrogates.
             share_targets: consent to show the targets to the PLM's owner; `teacher-forced` requires it.
-            with_logsumexp: store the log-sum-exp of each position, too. Validation needs it; it costs the server a
-                product with the full head.
+            held_out: whether the memory is one to validate with. It stores the log-sum-exp of each position, too, which
+                costs the server a product with the full head. If it is redacted, it has surrogates of its own.
             overwrite: delete the folder's current memory first.
             redactor: replaces what the owner may not see; `redacted` requires it, and the other modes have none.
             demand: what building asks of the owner is added to it.
@@ -98,14 +98,14 @@ class MemoryBuild:
         if redactor is not None:
             require_redactable(task)
             task = redactor.redact_task(task)
-            shown = redactor.redact_pairs(task, pairs, reporter)
+            shown = redactor.redact_pairs(task, pairs, reporter, held_out=held_out)
         usable = find_usable_pairs(plm, task, pairs, problems, drafted=drafted, shown=shown, reporter=reporter)
         plan = MemoryPlan(
             model=ModelIdentity.from_card(plm.card),
             task=task,
             context_mode=context_mode,
             dtype=plm.dtype,
-            with_logsumexp=with_logsumexp or drafted,  # `decode` returns it anyway
+            with_logsumexp=held_out or drafted,  # `decode` returns it anyway
             data_digest=digest_pairs(usable.pairs),
             redaction_rules=redactor.redaction.digest if redactor else None,
             shown_digest=None if usable.shown is None else digest_pairs(usable.shown),
@@ -140,7 +140,7 @@ def build_memory(
     *,
     context_mode: ContextMode = "private",
     share_targets: bool = False,
-    with_logsumexp: bool = False,
+    held_out: bool = False,
     overwrite: bool = False,
     redactor: Redactor | None = None,
     reporter: Reporter | None = None,
@@ -159,7 +159,7 @@ def build_memory(
         folder,
         context_mode=context_mode,
         share_targets=share_targets,
-        with_logsumexp=with_logsumexp,
+        held_out=held_out,
         overwrite=overwrite,
         redactor=redactor,
         demand=Demand(context_mode),

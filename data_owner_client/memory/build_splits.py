@@ -131,7 +131,7 @@ def build_memories(
             folder / name,
             context_mode=context_mode,
             share_targets=share_targets,
-            with_logsumexp=name == VALIDATION,
+            held_out=name == VALIDATION,
             overwrite=overwrite,
             redactor=redactor,
             demand=demand,

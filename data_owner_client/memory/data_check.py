@@ -94,7 +94,7 @@ def check_with_model(
     demand, usable = Demand(context_mode), list[UsablePairs]()
     for at, (part, pairs) in enumerate(zip(parts, learned, strict=True)):
         is_learned = at < memory_parts
-        shown = redactor.redact_pairs(task, pairs, reporter) if redactor and is_learned else None
+        shown = redactor.redact_pairs(task, pairs, reporter, held_out=at > 0) if redactor and is_learned else None
         found = find_usable_pairs(
             plm, task, pairs, problems, drafted=private and is_learned, shown=shown, reporter=reporter
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -53,10 +56,14 @@ _PROTOCOL = {
     "boolean",
     "null",
 }
+_Conversion = Callable[[str], str]
 
 
 class Redactor:
     """Replaces the spans that the rules find by surrogates, one of the same length for each character sequence.
+
+    Held-out texts have surrogates of their own. So an adapter is validated with contexts that are as new to it as the
+    true words are in use. With the same surrogates, λ comes out too high.
 
     Args:
         redaction: the rules.
@@ -74,16 +81,23 @@ class Redactor:
         self.replaced = Counter[str]()
         self.left_in_sources = 0
         self._surrogates = SurrogateMap(key, tokenizer, redaction.terms)
+        other_key = hmac.digest(key, b"held out", hashlib.sha256)
+        self._held_out_surrogates = SurrogateMap(other_key, tokenizer, redaction.terms)
 
-    def redact(self, text: str) -> str:
+    def redact(self, text: str, *, held_out: bool = False) -> str:
         """The text with surrogates, as long as before.
+
+        Args:
+            text: any text.
+            held_out: whether the surrogates are those of held-out texts.
 
         Raises:
             InvalidData: a finder gives something else than spans.
         """
+        surrogates = self._held_out_surrogates if held_out else self._surrogates
         parts, at = list[str](), 0
         for span in self.redaction.spans(text):
-            parts += [text[at : span.start], self._surrogates[text[span.start : span.end]]]
+            parts += [text[at : span.start], surrogates[text[span.start : span.end]]]
             at = span.end
             self.replaced[span.kind] += 1
         return "".join([*parts, text[at:]])
@@ -100,7 +114,7 @@ class Redactor:
         """The surrogate of a span."""
         return self._surrogates[span]
 
-    def redact_pair(self, task: Task, pair: Pair) -> Pair:
+    def redact_pair(self, task: Task, pair: Pair, *, held_out: bool = False) -> Pair:
         """The pair as the owner of the PLM may see it: the target in the form that the adapter learns, redacted.
 
         Earlier answers of a conversation are redacted as targets are. Sources are redacted if the rules say so. A
@@ -109,16 +123,20 @@ class Redactor:
         Args:
             task: task of the memory.
             pair: a pair with a target.
+            held_out: whether the pair is one to validate with.
         """
+        redact = partial(self.redact, held_out=held_out)
         try:
-            target = self.redact(task.answer(pair))
+            target = redact(task.answer(pair))
         except InvalidText:
             target = ""
-        source = self.redact(pair.source) if self.redaction.sources else pair.source
+        source = redact(pair.source) if self.redaction.sources else pair.source
         self.left_in_sources += self.redaction.count_left(pair)
-        return Pair(source, target, pair.origin, conversation=self._conversation(pair.conversation))
+        return Pair(source, target, pair.origin, conversation=self._conversation(pair.conversation, redact))
 
-    def redact_pairs(self, task: Task, pairs: Sequence[Pair], reporter: Reporter) -> Sequence[Pair]:
+    def redact_pairs(
+        self, task: Task, pairs: Sequence[Pair], reporter: Reporter, *, held_out: bool = False
+    ) -> Sequence[Pair]:
         """All pairs as the owner may see them, in a temporary file; see `redact_pair`.
 
         Raises:
@@ -128,7 +146,7 @@ class Redactor:
         def redacted() -> Iterator[Pair]:
             with reporter.bar("redacting", len(pairs), "pairs") as bar:
                 for pair in pairs:
-                    yield self.redact_pair(task, pair)
+                    yield self.redact_pair(task, pair, held_out=held_out)
                     bar.advance(1)
 
         return PairFile.spool(redacted())
@@ -163,33 +181,36 @@ class Redactor:
         self.replaced = replaced
         return task.model_copy(update={"examples": tuple(examples)})
 
-    def _conversation(self, conversation: Conversation | None) -> Conversation | None:
+    def _conversation(self, conversation: Conversation | None, redact: _Conversion) -> Conversation | None:
         if conversation is None:
             return None
         turns = (
-            self._json(with_parsed_arguments(turn)) if self.redaction.sources or turn["role"] == "assistant" else turn
+            _converted(with_parsed_arguments(turn), redact)
+            if self.redaction.sources or turn["role"] == "assistant"
+            else turn
             for turn in conversation.turns
         )
-        tools = self._json(conversation.tools) if self.redaction.sources else conversation.tools
+        tools = _converted(conversation.tools, redact) if self.redaction.sources else conversation.tools
         return Conversation(tuple(turns), tools)
 
-    def _json(self, value: Any) -> Any:
-        """The value with all its keys, texts and numbers redacted, names of the protocol excepted."""
-        if isinstance(value, str):
-            return self.redact(value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            redacted = self.redact(json.dumps(value))
-            with suppress(ValueError):  # without its minus sign, for example
-                if isfinite(number := json.loads(redacted)):
-                    return number
-            return redacted
-        if isinstance(value, dict):
-            return {
-                key if key in _PROTOCOL else self.redact(key): each
-                if key in ("role", "type") and isinstance(each, str) and each in _PROTOCOL
-                else self._json(each)
-                for key, each in value.items()
-            }
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(self._json, value))
-        return value
+
+def _converted(value: Any, convert: _Conversion) -> Any:
+    """The value with all its keys, texts and numbers converted, names of the protocol excepted."""
+    if isinstance(value, str):
+        return convert(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        converted = convert(json.dumps(value))
+        with suppress(ValueError):  # without its minus sign, for example
+            if isfinite(number := json.loads(converted)):
+                return number
+        return converted
+    if isinstance(value, dict):
+        return {
+            key if key in _PROTOCOL else convert(key): each
+            if key in ("role", "type") and isinstance(each, str) and each in _PROTOCOL
+            else _converted(each, convert)
+            for key, each in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return type(value)(_converted(each, convert) for each in value)
+    return value

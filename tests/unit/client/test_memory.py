@@ -260,7 +260,7 @@ def test_private_requests_tell_of_targets_only_how_long_they_are(
     for name, order in (("one", [0, 1, 2, 3, 4]), ("other", [1, 0, 3, 2, 4])):
         pairs = [Pair(f"the {i} thin", targets[at]) for i, at in enumerate(order)]
         del recorder.sent[:]
-        build_memory(plm, TASK, pairs, tmp_path / name, with_logsumexp=True)
+        build_memory(plm, TASK, pairs, tmp_path / name, held_out=True)
         requests.append([request.to_bytes() for request in recorder.sent])
     assert requests[0] == requests[1]
     memories = [ExternalMemory(tmp_path / name).load() for name in ("one", "other")]

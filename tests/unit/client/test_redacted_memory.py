@@ -63,7 +63,7 @@ def build_both(plm: RemotePlm, folder: Path, *, rules: RedactionRules = RULES, *
 
 
 def test_labels_are_true_and_contexts_have_surrogates(plm: RemotePlm, recorder: Recorder, tmp_path: Path) -> None:
-    memory = build_redacted(plm, tmp_path, with_logsumexp=True)
+    memory = build_redacted(plm, tmp_path, held_out=True)
     rows, shown = memory.load(), memory.shown_pairs()
     assert shown is not None
     stops = StopMatcher(plm.tokenizer, TASK.stops(plm.tokenizer, plm.card.eos_token_ids))
@@ -104,6 +104,20 @@ def test_labels_are_true_and_contexts_have_surrogates(plm: RemotePlm, recorder: 
             differing += not reliable[number][i]
     assert differing >= len(PAIRS)
     assert torch.equal(rows.aligned().cr_N_D, rows.cr_N_D)
+
+
+def test_the_validation_memory_has_surrogates_of_its_own(plm: RemotePlm, tmp_path: Path) -> None:
+    build_both(plm, tmp_path)
+    train_memory, validation = (ExternalMemory(tmp_path / name) for name in ("train", "validation"))
+    assert train_memory.manifest.plan.task == validation.manifest.plan.task  # with the same examples
+    shown, held_out = train_memory.shown_pairs(), validation.shown_pairs()
+    assert shown is not None
+    assert held_out is not None
+    targets = [[pair.target or "" for pair in part[:5]] for part in (shown, held_out)]
+    for one, other in zip(*targets, strict=True):
+        assert one[:4] == other[:4] == "die "
+        assert one[-5:] != other[-5:]  # for theon
+        assert "theon" not in one + other
 
 
 def test_texts_without_spans_have_the_teacher_forced_rows(plm: RemotePlm, tmp_path: Path) -> None:

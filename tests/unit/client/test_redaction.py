@@ -265,6 +265,25 @@ def test_targets_and_sources_have_the_same_surrogates() -> None:
     assert targets_only.redact_pair(Task(name="t"), Pair("Anna?", "Anna.")).source == "Anna?"
 
 
+def test_held_out_texts_have_surrogates_of_their_own() -> None:
+    redactor = Redactor(rules(words=["Anna", "Ottilie"], sources=True), KEY)
+    pair = Pair(
+        "Where is Anna?",
+        "Ottilie is out. Ask Ottilie.",
+        conversation=Conversation(({"role": "assistant", "content": "Anna"}, {"role": "user", "content": "Ottilie"})),
+    )
+    shown, held_out = (redactor.redact_pair(Task(name="t"), pair, held_out=each) for each in (False, True))
+    for each in (shown, held_out):
+        assert each.conversation is not None
+        anna, ottilie = (str(turn["content"]) for turn in each.conversation.turns)
+        assert (each.source, each.target) == (f"Where is {anna}?", f"{ottilie} is out. Ask {ottilie}.")
+        assert (len(anna), len(ottilie)) == (4, 7)
+        assert {anna, ottilie}.isdisjoint({"Anna", "Ottilie"})
+        assert each == Redactor(redactor.redaction, KEY).redact_pair(Task(name="t"), pair, held_out=each is held_out)
+    assert shown.source != held_out.source
+    assert shown.target != held_out.target
+
+
 @pytest.mark.parametrize("sources", [False, True])
 def test_earlier_answers_are_redacted_as_targets_are(sources: bool) -> None:
     calls = [{"type": "function", "function": {"name": "call", "arguments": {"who": "Anna", "times": 41}}}]

@@ -37,9 +37,7 @@ def plm(tiny_service: PlmService) -> RemotePlm:
 
 def trained(plm: RemotePlm, folder: Path, mode: Any) -> TrainingReport:
     for name, pairs in (("train", PAIRS[:9]), ("validation", PAIRS[9:])):
-        build_memory(
-            plm, TASK, pairs, folder / "memory" / name, context_mode=mode, share_targets=True, with_logsumexp=True
-        )
+        build_memory(plm, TASK, pairs, folder / "memory" / name, context_mode=mode, share_targets=True, held_out=True)
     return train(plm, folder / "memory", folder / "adapter", settings=SETTINGS)[1]
 
 
