@@ -331,7 +331,7 @@ def test_a_broken_engine_ends_all_requests_at_once(desk: Callable[..., Desk]) ->
     assert d.scheduler.broken.is_set()
     with pytest.raises(NotReady):
         d.scheduler.run(CallContext("late"), [encode(5)])
-    until(lambda: not d.scheduler._requests)  # they leave behind their answers
+    until(lambda: not d.scheduler._requests, within_s=30)  # they leave behind their answers
     assert 5 not in [first for _, firsts in d.engine.calls for first in firsts]
 
 
